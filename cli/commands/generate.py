@@ -252,7 +252,6 @@ def stats_text(stats: "DecodeStats", loaded: "Decoder", policy: str | None) -> s
         f"{stats.new_tokens} tokens, {stats.tokens_per_second:.1f} tokens/s; {exits}drafted {stats.drafted}, "
         f"accepted {stats.accepted} ({stats.acceptance_rate:.1%}) in {stats.rounds} rounds; "
         f"{f'steps by {steps}; ' if steps else ''}"
-        f"{f'calibration error {stats.calibration_error:.1%}; ' if stats.foretold else ''}"
         f"layers: {backend.implementation}{graphs}, {str(backend.dtype).removeprefix('torch.')} on "
         f"{backend.device}; prompt template: {loaded.template.name}{'' if policy is None else f'; policy: {policy}'}"
     )

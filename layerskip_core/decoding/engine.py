@@ -260,9 +260,8 @@ class DecodingLoop:
             first = instant(device)
             draft = self._drafter.draft(context, limits)
             instants = (first, instant(device)) if any(draft.counts) else None
-        for place, (row, count) in enumerate(zip(rows, draft.counts, strict=True)):
-            row.runs, row.drafts = 1 + count, count
-            row.source = None if self._drafter is None else "lookup" if place in draft.lookups else draft.source
+        for row, count in zip(rows, draft.counts, strict=True):
+            row.runs, row.drafts, row.source = 1 + count, count, None if self._drafter is None else draft.source
         return draft, instants
 
     def _pass(self, draft: Draft, drafting: list[int]) -> tuple[TargetOutput, Tensor, list[int]]:
@@ -309,7 +308,7 @@ class DecodingLoop:
                 if self._drafter is not None and row.source not in (None, _NOTHING):
                     self._drafter.observe(row, row.drafts, ids)
                 logits = None if output.logits is None else output.logits[scored : scored + row.drafts + 1]
-                steps.append(row.commit(ids, output.layers, draft.survival, logits))
+                steps.append(row.commit(ids, output.layers, logits))
                 scored += row.drafts + 1
                 if row.fills:
                     self._keep(index, row.ids[: row.prompt_tokens])

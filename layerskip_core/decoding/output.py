@@ -37,16 +37,7 @@ class DecodeStats:
     accepted_by_position: tuple[int, ...] = ()  # those of them that accepted it
     steps_by_drafter: dict[str, int] = field(default_factory=dict)  # where a strategy drafts; `plain` are those without drafts
     tokens_by_layers: tuple[int, ...] = ()  # new tokens that were chosen after j+1 layers
-    foretold: tuple[int, ...] = ()  # drafts with a foretold chance of b/10 to (b+1)/10 that they and all before are accepted
-    foretold_accepted: tuple[int, ...] = ()  # how many of them were
-    foretold_sum: tuple[float, ...] = ()  # the sum of their chances
     replayed: int = 0  # passes that ran as CUDA graphs
-
-    @property
-    def calibration_error(self) -> float:
-        """Expected calibration error of the foretold chances (ECE: Guo et al., 2017), over tenths of them."""
-        errors = zip_longest(self.foretold_sum, self.foretold_accepted, fillvalue=0)
-        return _ratio(sum(abs(chance - accepted) for chance, accepted in errors), sum(self.foretold))
 
     @property
     def acceptance_rate(self) -> float:
@@ -86,19 +77,11 @@ def step_counts(
     new_tokens: int,
     drafter: str | None = None,
     layers: int | None = None,
-    survival: tuple[float, ...] = (),
 ) -> DecodeStats:
     """The counts of a step that added `new_tokens` to the output, when `accepted` of its drafts agreed with the target.
 
     `drafter`: what drafted, or would have; None where nothing could. `layers`: of the target; None where they are unknown.
-    `survival`: the chances that were foretold for the drafts, if any were.
     """
-    foretold, were_accepted, sums = ([0.0] * (10 if survival else 0) for _ in range(3))
-    for index, chance in enumerate(survival):
-        tenth = min(int(10 * chance), 9)
-        foretold[tenth] += 1
-        were_accepted[tenth] += index < accepted
-        sums[tenth] += chance
     accepted = min(accepted, new_tokens)
     return DecodeStats(
         new_tokens=new_tokens,
@@ -109,9 +92,6 @@ def step_counts(
         accepted_by_position=(1,) * accepted,
         tokens_by_layers=() if layers is None else (0,) * (layers - 1) + (new_tokens,),
         steps_by_drafter={} if drafter is None else {drafter if drafted else "plain": 1},
-        foretold=tuple(map(int, foretold)),
-        foretold_accepted=tuple(map(int, were_accepted)),
-        foretold_sum=tuple(sums),
     )
 
 
@@ -301,14 +281,14 @@ class Row:
         """The new tokens so far."""
         return self.ids[self.prompt_tokens :]
 
-    def commit(self, verified: list[int], layers: int, survival: Sequence[float], logits: Tensor | None) -> RowStep:
+    def commit(self, verified: list[int], layers: int, logits: Tensor | None) -> RowStep:
         """Adds verified tokens to the output, up to the first that ends it.
 
-        `survival`: Draft's. `logits` (T, V): the target's in their places, if it has any.
+        `logits` (T, V): the target's in their places, if it has any.
         """
         count, reason = self.scanner.cut(verified)
         self.ids += verified[:count]
-        step = step_counts(self.drafts, len(verified) - 1, count, self.source, layers, tuple(survival))
+        step = step_counts(self.drafts, len(verified) - 1, count, self.source, layers)
         self.steps.append(step)
         if self.config.logprobs is not None and logits is not None:
             self.logprobs += logprobs_of(logits[:count], verified[:count], self.config.logprobs)

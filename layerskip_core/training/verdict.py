@@ -16,7 +16,7 @@ from ..checkpoint.loaded import Trainable, decoder_of
 from ..config.decoding import DecodingConfig
 from ..config.model import PackingConfig
 from ..decoding import decode_batch
-from ..decoding.drafters.estimates import PassTimes, best_length
+from ..decoding.drafters.bandit import PassTimes, expected_accepted
 from ..losses import target_rows
 from ..model.backend import Backend, DraftEnds, DraftHead, Submodel
 from ..model.cache import Places
@@ -99,11 +99,14 @@ def _estimate(run: _Passes, draft: float, shared: float) -> SpeedEstimate:
     """Of drafts of so many seconds, where the target leaves out the `shared` share of its layers."""
     layers = run.backend.num_layers
     known = [run.seconds(0, layers, tokens, head=run.backend.unembed) for tokens in range(1, _LONGEST + 1)]
-    step, passes = known[0], PassTimes(known[0], 0.0, known)
+    step, passes, ahead = known[0], PassTimes.measured(known), int(shared > 0)
 
     def speed(accepted: float) -> tuple[float, int]:
-        rate, drafts = best_length((accepted, accepted), draft, passes, _MOST, int(shared > 0), 1 - shared)
-        return rate * step, drafts
+        def speedup(drafts: int) -> float:
+            seconds = (drafts + ahead) * draft + (1 - shared) * passes.of(drafts + 1)
+            return step * (1 + expected_accepted((accepted, accepted), drafts)) / seconds
+
+        return max((speedup(drafts), drafts) for drafts in range(1, _MOST + 1))
 
     return SpeedEstimate(step, draft / step, speed)
 

@@ -5,12 +5,11 @@ from functools import cache
 import pytest
 import torch
 from conftest import tiny_model
-from decodings import WIDE, answer_of, context_of, letters, native_or_skip, prompt_of
+from decodings import WIDE, answer_of, letters, native_or_skip, prompt_of
 
-from layerskip_core.config.decoding import DecodingConfig, DraftProfile
+from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import DecodingLoop, decode_batch
-from layerskip_core.decoding.drafters import DrafterSetup, drafter_for
 from layerskip_core.errors import ConfigError
 from layerskip_core.model import NativeBackend, TorchBackend, TransformersBackend
 from layerskip_core.model.native.compiled import kernels
@@ -85,21 +84,3 @@ def test_what_cannot_be_batched_is_refused():
         list(decode_batch(model_of("packed"), [[3], [4] * 128], DecodingConfig("autoregressive")))
     with pytest.raises(ConfigError, match="`batch_size` must be 1 with `exit_confidence`"):
         next(decode_batch(model_of("packed"), [[3], [4]], DecodingConfig("early-exit", exits=(2,), exit_confidence=0.5)))
-
-
-def test_some_rows_look_up_while_others_draft():
-    backend = native_or_skip(tiny_model("llama", torch.float32, **WIDE), PackingConfig(draft_weights=("int8",)))
-    config = DecodingConfig("adaptive", profile=DraftProfile({"int8": 0.7}, (1.0, 1.0), {"int8": 0.2}))
-    drafter = drafter_for(DrafterSetup(backend, config))
-    rows = [[5, 6, 7, 8, 9, 10] * 5, prompt_of(30, seed=1), [11, 12, 13, 14] * 7 + [11, 12]]
-    cache, newest = backend.new_cache(3), torch.tensor([row[-1] for row in rows])
-    with torch.inference_mode():
-        ids = torch.tensor(rows)
-        backend.run_layers(backend.embed(ids[:, :-1]), 0, 6, cache.span(0, 29))
-        draft = drafter.draft(context_of(rows, newest, cache, [0, 1, 2], [29] * 3), [6, 4, 0])
-        alone = drafter.draft(context_of(rows[1:2], newest[1:2], cache, [1], [29] * 3), [4])
-    assert (draft.lookups, draft.counts[0], draft.counts[2]) == ({0}, 6, 0)
-    first, second, _ = (tokens.tolist() for tokens in draft.by_row())
-    assert first == [10, 5, 6, 7, 8, 9, 10]
-    count = min(draft.counts[1], alone.counts[0])
-    assert count > 0 and second[: count + 1] == alone.tokens.tolist()[: count + 1]

@@ -2,6 +2,7 @@
 
 from functools import cache
 from itertools import accumulate
+from math import inf
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import DecodingLoop, decode
 from layerskip_core.decoding.drafters.adaptive import AdaptiveDrafter
+from layerskip_core.decoding.drafters.bandit import Plan
 from layerskip_core.model import DraftEnds, TorchBackend, TransformersBackend
 from layerskip_core.model.exit_blocks import ExitBlock
 
@@ -95,11 +97,12 @@ class Scheduled(AdaptiveDrafter):
 
     schedule: list[tuple[int, int]]
 
-    def _plan(self, rate, most, looked_up, others, shortest):
+    def _best_draft(self, context, limits, step):
         choice, length = self.schedule.pop(0) if self.schedule else (0, 0)
-        arms = [None, *self._known.arms.values()]
-        arm, rows = arms[choice % len(arms)], range(len(looked_up))
-        return (arm, list(rows), min(length, most), DraftEnds()) if arm and length else None
+        arms = [None, *self.bandit.arms.values()]
+        arm = arms[choice % len(arms)] if length else None
+        self.bandit.plan = lambda rows, shortest: Plan(arm, length, DraftEnds(), inf if arm else 0.0, 0)
+        return super()._best_draft(context, [min(length, limit) for limit in limits] if arm else limits, step)
 
 
 def scheduled(backend, prompts, schedule, limit, eos_ids=frozenset()):

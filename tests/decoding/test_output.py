@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from text_bpe import text_bpe
 
-from layerskip_core.decoding import DecodeStats
-from layerskip_core.decoding.output import OutputText, StopScanner, step_counts
+from layerskip_core.decoding.output import OutputText, StopScanner
 
 SPECIAL = -1
 WORDS = ["▁", "▁a", "b", "▁▁", "c▁"]
@@ -166,13 +165,3 @@ def characters(ids):
 )
 def test_no_part_of_a_stop_string_is_shown(text, finished, shown):
     assert OutputText(characters, stop=("END", "\n\n")).add(list(map(ord, text)), finished) == shown
-
-
-def test_the_calibration_error_weighs_the_gaps_between_foretold_and_seen():
-    stats = (
-        step_counts(3, 2, 3, survival=(0.95, 0.85, 0.3)) + step_counts(2, 0, 1, survival=(0.92, 0.88)) + step_counts(0, 0, 1)
-    )
-    assert stats.foretold == (0, 0, 0, 1, 0, 0, 0, 0, 2, 2)
-    # Two above 0.9, two above 0.8 and one at 0.3: of them 1, 1 and 0 survived.
-    assert stats.calibration_error == pytest.approx((abs(1.87 - 1) + abs(1.73 - 1) + abs(0.3 - 0)) / 5)
-    assert DecodeStats().calibration_error == 0

@@ -121,7 +121,7 @@ def test_what_a_sweep_saved_before_does_not_hide_new_blocks(frozen, base, tmp_pa
     assert (decoding.strategy, decoding.exits) == ("adaptive", (2,))
     assert decoding.profile == DraftProfile({"exit 2": trained["2"]["agreement"]}, (2.0, 2.1))
     drafter = drafter_for(DrafterSetup(decoder.backend, decoding))
-    assert "exit 2" in drafter._known.arms
+    assert "exit 2" in drafter.bandit.arms
     assert in_place or read_info(model) == saved
     assert prepare(replace(config, overwrite=True)).notes == (() if in_place else plan.notes)
 

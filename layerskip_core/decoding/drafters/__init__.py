@@ -84,9 +84,7 @@ class Draft:
     probs: Tensor | None = None  # (N - B, V), what each draft was drawn from; None if it was chosen without chance
     exit_states: Mapping[int, Tensor] = field(default_factory=dict)  # (N, D)
     source: str = "drafts"
-    lookups: frozenset[int] = frozenset()  # the indices of rows whose drafts were looked up, whatever `source`
     confidence: Sequence[float] = ()  # of a greedy draft of one row: its own probabilities, if these were needed
-    survival: Sequence[float] = ()  # of such a draft, by token: the estimated chance that it and all before it are accepted
     ran: Sequence[int] = ()  # by row: how many of its tokens have KV entries, of a draft by layers
 
     def by_row(self) -> tuple[Tensor, ...]:

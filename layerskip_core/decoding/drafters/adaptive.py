@@ -1,4 +1,4 @@
-"""Chooses what drafts, and how much, before every round: by expected tokens per unit of time, plain decoding included.
+"""Chooses what drafts, and how much, before every round: by expected tokens per second, plain decoding included.
 
 The choice of exit and length by measured acceptance follows DEL (Zarch et al., COLM 2025), and a draft that ends where it will
 probably be rejected follows SpecDec++ (Huang et al., 2024). Instead of layers, the times of passes are compared. Acceptance is
@@ -6,172 +6,187 @@ that of the drafts that were verified: nothing is computed for the choice alone.
 """
 
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import inf
+from weakref import WeakKeyDictionary
 
 import torch
 
-from ...model.backend import DraftEnds, Submodel
+from ...config.decoding import DraftProfile
+from ...model.backend import Backend, DraftEnds, Submodel
 from ...model.exit_blocks import DraftBlock
 from ..output import Row
 from . import Context, Draft, DrafterSetup
-from .estimates import NO_OTHERS, Acceptance, Arm
+from .bandit import GUESS, Acceptance, Arm, Bandit, Calibration, DraftTimes, PassTimes, Speed, Step
 from .exit import DRAFT_MODEL, ExitDrafter, ModelDrafter, drafter_name
-from .knowledge import Drafting, knowledge_of
 from .lookup import SHORTEST, LookupDrafter, copied
 
-_LONGER = 1.25  # a draft that stays certain may be this many times as long as is best on average
+Drafting = ExitDrafter | ModelDrafter
+
+_STORED = 8.0  # drafts that a stored acceptance counts as, which was measured on other texts
+_EXIT_ACCEPTANCE = 0.85  # of a trained exit of which nothing is known
+_COPY_ACCEPTANCE = {"int8": 0.95, "int4": 0.92, DRAFT_MODEL: 0.75}  # of calibrated int4 weights
+_COPY_COST = {"int8": 0.5, "int4": 0.33}  # of a pass, over one by bf16 weights
+# Doubt and power, see DraftEnds. Trained exits are calibrated, copies of all layers are underconfident.
+_CALIBRATIONS = {"": (1.0, 1), "int8": (0.15, 3), "int4": (0.8, 3), DRAFT_MODEL: (1.0, 1)}
+
+
+@dataclass(frozen=True)
+class Found:
+    """A continuation that was found for a row."""
+
+    tokens: list[int]
+    acceptance: Acceptance  # of those with as much evidence
 
 
 class AdaptiveDrafter:
     """Drafts by lookups, exits, low-bit copies or a draft model, or not at all, whichever promises the most tokens per second.
 
-    A pass may verify looked-up tokens of some rows and another drafter's of the others. The times of passes are measured while
-    decoding where they cannot change the output; elsewhere they are the profile's, so that a sample depends on its seed alone.
+    The times of passes are measured while decoding where they cannot change the output; elsewhere they are the profile's, so
+    that a sample depends on its seed alone.
     """
 
     def __init__(self, setup: DrafterSetup, drafters: dict[str, Drafting]) -> None:
         """`drafters`: by their names in reports."""
-        self._drafters, self._is_greedy = drafters, setup.config.temperature == 0
-        self._on_cpu = setup.model.device.type == "cpu"
-        # Elsewhere drafts are still running on the device when the host has started them all.
-        self._by_clock = self._is_greedy and setup.model.batch_invariant and self._on_cpu
-        kind = "processed" if setup.config.changes_logits else "plain"  # whose drafts are single calls of a kernel
-        self._known = knowledge_of(setup.model, drafters, setup.config.profile, remembered=self._by_clock, kind=kind)
+        # Off the CPU drafts are still running when the host has started them all, and a look at their probabilities would wait.
+        self._drafters, self._reads_probs = drafters, setup.config.temperature == 0 and setup.model.device.type == "cpu"
+        self._by_clock = self._reads_probs and setup.model.batch_invariant
+        self.bandit = bandit_of(setup, drafters, remembered=self._by_clock)
         self._lookup = LookupDrafter(setup.config.lookup or SHORTEST, setup.eos_ids, earlier=setup.earlier)
-        # By row: the continuations in its text and in an earlier answer, and how likely they are.
-        self._found: dict[Row, list[tuple[list[int], Acceptance]]] = {}
+        self._found: dict[Row, list[Found]] = {}  # in this round
         self._source = "lookup"  # or grammar
-        self._arm: Arm | None = None  # what drafts this round for the rows without a lookup
-        self._drafted_rows: list[Row] = []  # by it
-        self._steps = 0  # of it
-        self._draft: Draft | None = None  # of the round
-        self._draft_seconds = self._drafted_at = 0.0  # how long its steps took; when the draft was done
-        self._is_timed = self._looks = False
-        self._began = self._in_passes = 0.0  # the loop's seconds before the last step, and those of its drafts and its pass
-        self._got = 0  # tokens that it gave
+        self._step, self._draft, self._rows = Step(0), Draft(torch.tensor([]), ()), list[Row]()  # the last step
+        self._is_timed = False
+        self._drafted = 0.0  # when its draft was done; 0 after its pass
+        # The loop's seconds do not count the caller's time: less those of the clock, and when the last pass was done.
+        self._offset = self._verified = 0.0
 
     def draft(self, context: Context, limits: Sequence[int]) -> Draft:
-        self._arm, self._drafted_rows = None, []
-        draft, rows = Draft(context.newest, (0,) * len(limits)), len(limits)
-        if self._by_clock and self._draft is not None and len(self._draft.counts) == rows:
-            self._known.observe_period(rows, self._looks, self._got, context.seconds - self._began, self._in_passes)
-        self._began, self._got = context.seconds, 0
-        self._looks = not (self._by_clock and self._known.wants_plain_step(rows))
-        if self._looks:
+        rows, self._offset = len(limits), context.seconds - time.perf_counter()
+        if context.rows[0] not in self._rows:  # there were other steps between
+            self._verified = context.seconds
+        step, self._is_timed = self.bandit.next_step(rows) if self._by_clock else Step(rows), self._by_clock
+        if rows < len(context.filled):  # the pass reads prompts too
+            step.speed, self._is_timed = Speed(), False
+        self._step, self._draft, self._rows = step, Draft(context.newest, (0,) * rows), [*context.rows]
+        if step.looks:
             self._find(context, limits)
-            draft = self._best_draft(context, limits)
-        self._draft, self._drafted_at, self._is_timed = draft, time.perf_counter(), False
-        return draft
-
-    def _find(self, context: Context, limits: Sequence[int]) -> None:
-        # Alone, a row's drafter runs through what is forced, and goes on after it.
-        alone = len(context.rows) == 1 and self._is_greedy and self._on_cpu and bool(self._drafters)
-        forced = {row: [] if alone else context.forced(index, limits[index]) for index, row in enumerate(context.rows)}
-        self._source = "grammar" if any(forced.values()) else "lookup"
-        self._found.update((row, [(tokens, self._known.forced)]) for row, tokens in forced.items() if tokens)
-        for in_answers, lookups in enumerate((self._lookup.find(context, limits), self._lookup.recall(context, limits))):
-            for row, (tokens, evidence) in zip(context.rows, lookups, strict=True):
-                if tokens and not forced[row]:  # the target's verdict judges them whether they are used or not
-                    acceptance = self._known.acceptance_of_lookup(evidence, bool(in_answers))
-                    self._found.setdefault(row, []).append((tokens, acceptance))
+            self._draft = self._best_draft(context, limits, step)
+        step.verified, self._drafted = len(self._draft.tokens), time.perf_counter()
+        return self._draft
 
     def observe(self, row: Row, drafted: int, verified: Sequence[int]) -> None:
         """Learns from the acceptance of a row's drafts, and from the first row of a round how long the round took."""
-        draft, known = self._draft, self._known
-        assert draft is not None
-        if self._by_clock and not self._is_timed:
-            self._is_timed = True
-            seconds = self._draft_seconds if self._arm else 0.0, time.perf_counter() - self._drafted_at
-            self._in_passes = sum(seconds)
-            known.observe_round(self._arm, len(self._drafted_rows), self._steps, len(draft.tokens), *seconds)
-        self._got += len(verified)
-        for found, acceptance in self._found.pop(row, []):
-            acceptance.compare(found, verified)
-        if self._arm is not None and row in self._drafted_rows:
-            self._arm.acceptance.observe(drafted, len(verified) - 1)
-            self._drafters[self._arm.name].observe(row, drafted, verified)
-            if draft.confidence:
-                self._arm.calibration.observe(len(verified) - 1, draft.confidence)
+        step = self._step
+        if self._drafted:
+            now, last = time.perf_counter(), self._verified
+            self._verified, passed, self._drafted = now + self._offset, now - self._drafted, 0.0
+            if self._is_timed:
+                self.bandit.observe(step, self._verified - last, passed)
+        step.speed.tokens += len(verified)
+        for found in self._found.pop(row, ()):  # the target's choice judges them whether they were drafted or not
+            pairs = list(zip(found.tokens, verified, strict=False))
+            right = next((place for place, (token, chosen) in enumerate(pairs) if token != chosen), len(pairs))
+            found.acceptance.observe(min(right + 1, len(pairs)), right)
+        if step.arm is not None:
+            step.arm.acceptance.observe(drafted, len(verified) - 1)
+            self._drafters[step.arm.name].observe(row, drafted, verified)
+            if self._draft.confidence:
+                step.arm.calibration.observe(len(verified) - 1, self._draft.confidence)
 
-    def _best_draft(self, context: Context, limits: Sequence[int]) -> Draft:
-        looked_up, rate, others = self._lookups(context.rows)
-        plan = self._plan(rate, max(limits), looked_up, others, min(map(len, context.ids)))
-        if plan is None:
+    def _find(self, context: Context, limits: Sequence[int]) -> None:
+        """What a grammar forces, else what followed in the row's own text and in earlier answers."""
+        # Alone, a row's drafter runs through what is forced, and goes on after it.
+        alone = len(limits) == 1 and self._reads_probs and bool(self._drafters)
+        forced = [[] if alone else context.forced(index, limit) for index, limit in enumerate(limits)]
+        self._source = "grammar" if any(forced) else "lookup"
+        lookups = zip(self._lookup.find(context, limits), self._lookup.recall(context, limits), strict=True)
+        for row, must, found in zip(context.rows, forced, lookups, strict=True):
+            by_kind = [(tokens, self.bandit.lookup_acceptance(kind, evidence)) for kind, (tokens, evidence) in enumerate(found)]
+            candidates = [(must, self.bandit.forced)] if must else by_kind
+            self._found[row] = [Found(tokens, acceptance) for tokens, acceptance in candidates if tokens]
+
+    def _best_draft(self, context: Context, limits: Sequence[int], step: Step) -> Draft:
+        plan = self.bandit.plan(len(limits), min(map(len, context.ids)))
+        looked_up, rate = self._looked_up(context.rows, plan.rate)
+        if plan.arm is None or rate > plan.rate:
             return copied(context, looked_up, self._source)
-        self._arm, rows, length, ends = plan
-        self._drafted_rows = [context.rows[index] for index in rows]
-        within = set(rows)
-        capped = [min(length, limit) if index in within else 0 for index, limit in enumerate(limits)]
-        if isinstance(drafter := self._drafters[self._arm.name], ModelDrafter):
-            capped = drafter.follow(context, capped)  # which takes its time once for a text
-        started = time.perf_counter()  # the choice takes its time whatever drafts, and is not the arm's
-        draft = drafter.draft(context, capped, ends)
-        self._draft_seconds, self._steps = time.perf_counter() - started, max(draft.counts)
-        draft = replace(draft, survival=self._arm.calibration.survival(draft.confidence))
-        return draft if len(rows) == len(limits) else _merged(draft, copied(context, looked_up))
+        step.arm, by_ends = plan.arm, self._reads_probs and len(limits) == 1
+        limits = limits if by_ends else [min(plan.length, limit) for limit in limits]
+        started = time.perf_counter()
+        if isinstance(drafter := self._drafters[plan.arm.name], ModelDrafter):
+            limits = drafter.follow(context, limits)
+            followed = time.perf_counter()  # which takes its time once for a text
+            self._verified, started = self._verified + followed - started, followed
+        draft = drafter.draft(context, limits, plan.ends if by_ends else DraftEnds())
+        step.drafts, step.draft_seconds = max(draft.counts), time.perf_counter() - started
+        return draft
 
-    def _plan(
-        self, rate: float, most: int, looked_up: Sequence[list[int]], others: tuple[float, int], shortest: int
-    ) -> tuple[Arm, list[int], int, DraftEnds] | None:
-        """The arm that may beat lookups, which give this `rate`; the rows that it drafts for, how much, and where it ends.
-
-        It drafts for all rows or, as `others` says, for those without a lookup. A drafter whose states the target goes on from
-        needs all. `shortest`: tokens of the shortest text.
-        """
-        known, batch = self._known, len(looked_up)
-        alone = [index for index, tokens in enumerate(looked_up) if not tokens]
-        mixes = self._is_greedy and 0 < len(alone) < batch
-        chosen = known.choose(rate, most, batch, (len(alone), others) if mixes else None, shortest)
-        if chosen is None:
-            return None
-        arm, is_mixed = chosen
-        rows, elsewhere = (alone, others) if is_mixed else (list(range(batch)), NO_OTHERS)
-        rate, length = known.best_length(arm, len(rows), most, others=elsewhere)
-        # Such a draft ends where the draft side is uncertain. Off the CPU every look at that would wait for the device.
-        if self._is_greedy and batch == 1 and self._on_cpu:
-            return arm, rows, min(int(_LONGER * length), most), known.ends(arm, rate, length)
-        return arm, rows, length, DraftEnds()
-
-    def _lookups(self, rows: Sequence[Row]) -> tuple[list[list[int]], float, tuple[float, int]]:
-        """By row, as much of the continuation found as pays; the tokens per unit of time that this promises.
-
-        And, of the rows that look up, how many tokens they are expected to get, and how many the pass verifies.
-        """
-        passes, rest, batch = self._known.passes, self._known.rest, len(rows)
-        survivals: list[tuple[float, int]] = []
-        best_found: dict[Row, list[int]] = {}
-        for index, row in enumerate(rows):
-            if row in self._found:
-                tokens, acceptance = max(self._found[row], key=lambda found: found[1].expected(len(found[0])))
-                best_found[row] = tokens
-                survival, later = acceptance.chances()
-                for _ in tokens:
-                    survivals.append((survival, index))
-                    survival *= later
-        survivals.sort(reverse=True)
-        counts, best_counts, expected = [0] * batch, [0] * batch, float(batch)
-        best_rate = batch / (passes.of(batch) + rest)
-        for verified, (survival, index) in enumerate(survivals, start=batch + 1):
-            counts[index] += 1
-            expected += survival
-            rate = expected / (passes.of(verified) + rest)
-            if rate > best_rate:
-                best_rate, best_counts = rate, list(counts)
-            elif rate < 0.8 * best_rate:
-                break
-        used = [index for index, count in enumerate(best_counts) if count]
-        gained = sum(survival for survival, _ in survivals[: sum(best_counts)])
-        looked_up = [best_found[row][:count] if count else [] for row, count in zip(rows, best_counts, strict=True)]
-        return looked_up, best_rate, (len(used) + gained, len(used) + sum(best_counts))
+    def _looked_up(self, rows: Sequence[Row], rate: float) -> tuple[list[list[int]], float]:
+        """By row, as much of the best continuation as pays where other drafts give this rate; the rate that this promises."""
+        passes, expected, drafts = self.bandit.passes, float(len(rows)), list[list[int]]()
+        least = rate * passes.slope(len(rows))  # probability of a token that is worth its time
+        for row in rows:
+            draft, most = list[int](), 0.0
+            for found in self._found.get(row, ()):
+                probability, later = found.acceptance.means()
+                count, accepted = 0, 0.0
+                while count < len(found.tokens) and probability > least:
+                    count, accepted, probability = count + 1, accepted + probability, probability * later
+                if accepted > most:
+                    draft, most = found.tokens[:count], accepted
+            drafts.append(draft)
+            expected += most
+        return drafts, expected / (passes.of(len(rows) + sum(map(len, drafts))) + self.bandit.rest)
 
 
-def _merged(draft: Draft, lookups: Draft) -> Draft:
-    """The drafts of the rows that the second has none for, and those of the second."""
-    looked_up = frozenset(index for index, count in enumerate(lookups.counts) if count)
-    parts = [(lookups if index in looked_up else draft).by_row()[index] for index in range(len(draft.counts))]
-    counts = tuple(looked or drafted for drafted, looked in zip(draft.counts, lookups.counts, strict=True))
-    return replace(draft, tokens=torch.cat(parts), counts=counts, lookups=looked_up)
+_REMEMBERED: WeakKeyDictionary[Backend, dict[str, Bandit]] = WeakKeyDictionary()
+
+
+def bandit_of(setup: DrafterSetup, drafters: Mapping[str, Drafting], remembered: bool) -> Bandit:
+    """Of drafters by their names.
+
+    `remembered`: with all that was learnt from the model's earlier outputs in this process. Otherwise every output starts from
+    the profile, and from usual values for what that lacks.
+    """
+    model, config = setup.model, setup.config
+    by_drafters = _REMEMBERED.setdefault(model, {}) if remembered else {}
+    # Where logits are changed, drafts are no single calls of a kernel.
+    key = f"{config.changes_logits} {config.num_draft_tokens} {', '.join(drafters)}"
+    if key not in by_drafters:
+        known, times = config.profile.passes, DraftTimes()
+        passes = PassTimes.measured(known) if known else PassTimes.usual(model.row_cost, model.spec)
+        tries = 0.0 if remembered else 1e9  # where nothing is measured, nothing is tried to be measured
+        arms = {name: _arm(name, each, model, config.profile, passes, times, tries) for name, each in drafters.items()}
+        by_drafters[key] = Bandit(passes, arms, config.num_draft_tokens)
+    return by_drafters[key]
+
+
+def _arm(
+    name: str, drafter: Drafting, model: Backend, profile: DraftProfile, passes: PassTimes, times: DraftTimes, tries: float
+) -> Arm:
+    """With priors from the profile, and from the weights that a step reads."""
+    spec = model.spec
+    head = spec.vocab * spec.hidden / spec.weights_read(1)  # its share of the weights that a pass reads
+    layer = (1 - head) / spec.layers
+    if isinstance(drafter, ModelDrafter):
+        kind, exit_layer, reach = DRAFT_MODEL, spec.layers, float(drafter.model.room)
+        part = drafter.model.spec.weights_read(1) / spec.weights_read(1)
+    else:
+        kind, exit_layer, reach = drafter.weights or "", drafter.submodel.exit_layer, inf
+        scored = 1.0 if drafter.vocabulary is None else drafter.vocabulary.count / spec.vocab
+        part = (exit_layer + (drafter.submodel.block is not None)) * layer + head * scored
+    is_exit = exit_layer < spec.layers
+    known = profile.drafts if profile.passes else {}  # without both the units would differ
+    steps = passes.part(known.get(name, part * passes.of(1) * _COPY_COST.get(kind, 1.0)), part)
+    prior, strength = profile.acceptance.get(name), _STORED
+    if prior is None:
+        of_exit = profile.acceptance.get(f"exit {exit_layer}", _EXIT_ACCEPTANCE) if is_exit else 1.0
+        prior, strength = of_exit * _COPY_ACCEPTANCE.get(kind, 1.0), GUESS
+    share = 1.0 if kind else 1 - exit_layer * layer  # the target goes on from the exit
+    calibration = Calibration(*_CALIBRATIONS["" if is_exit else kind])
+    return Arm(name, Acceptance(prior, prior, strength), steps, times, share, calibration, tries, reach)
 
 
 def drafter(setup: DrafterSetup) -> AdaptiveDrafter:
