@@ -88,7 +88,8 @@ class PretrainedModel:
         self._path = path
         self.config = whole = AutoConfig.from_pretrained(path, **_NO_FOREIGN_CODE)
         text = whole.get_text_config(decoder=True) if whole.model_type in MULTIMODAL else whole
-        if self.is_part := text is not whole and known_architecture(text) is not None:
+        self.is_part = text is not whole and known_architecture(text) is not None
+        if self.is_part:
             self.config, text.name_or_path, text.dtype = text, path, text.dtype or whole.dtype
         self.spec = ModelSpec.of(self.config) if known_architecture(self.config) else None
         self.low_bits: LowBitWeights | None = None
