@@ -80,7 +80,7 @@ _KEYS = {  # of headers, and the values of config.json that they are, where tran
 
 
 class PretrainedModel:
-    """A model in a folder or on the hub; only its configuration is read yet. A multimodal one is its text part, if we have it."""
+    """A model in a folder or on the hub; only its configuration is read yet. Of a multimodal one the text part, if known."""
 
     def __init__(self, path: str) -> None:
         from transformers import AutoConfig
