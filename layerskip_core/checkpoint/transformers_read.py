@@ -90,7 +90,7 @@ class PretrainedModel:
         text = whole.get_text_config(decoder=True) if whole.model_type in MULTIMODAL else whole
         self.is_part = text is not whole and known_architecture(text) is not None
         if self.is_part:
-            self.config, text.name_or_path, text.dtype = text, path, text.dtype or whole.dtype
+            self.config, text.dtype = text, text.dtype or whole.dtype
         self.spec = ModelSpec.of(self.config) if known_architecture(self.config) else None
         self.low_bits: LowBitWeights | None = None
         quantization = dict(getattr(whole, "quantization_config", None) or {})
@@ -124,7 +124,7 @@ class PretrainedModel:
     def _dense(self, weights: dict[str, Tensor], dtype: torch.dtype | str) -> Any:
         from transformers import GenerationConfig
 
-        model = dense_model(self.config, weights, dtype)
+        model = dense_model(self._path, self.config, weights, dtype)
         if (Path(self._path) / GENERATION_FILE).is_file():
             model.generation_config = GenerationConfig.from_pretrained(self._path)
         return model
@@ -245,9 +245,7 @@ class GgufFile:
 
     def model(self) -> Any:
         """A transformers model in fp32. Raises CheckpointError as `weights` does."""
-        model = dense_model(self.config, self.weights())
-        model.config.name_or_path = str(self._path)
-        return model
+        return dense_model(str(self._path), self.config, self.weights())
 
     def weights(self) -> dict[str, Tensor]:
         """All weights in fp32 by their names in transformers. Raises CheckpointError for missing or unreadable ones."""
@@ -297,12 +295,14 @@ class GgufFile:
         return tensors
 
 
-def dense_model(config: Any, weights: dict[str, Tensor], dtype: torch.dtype | str = torch.float32) -> Any:
+def dense_model(path: str, config: Any, weights: dict[str, Tensor], dtype: torch.dtype | str = torch.float32) -> Any:
     """A transformers model of these weights."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     how = {"config": config, "dtype": dtype, "attn_implementation": attention_for(config)}
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(None, state_dict=weights, **how)
+    model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(None, state_dict=weights, **how)
+    model.name_or_path = model.config.name_or_path = path  # which adapters name as their base
+    return model
 
 
 def _shape(tensor: Any) -> tuple[int, ...]:
