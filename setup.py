@@ -17,7 +17,7 @@ from setuptools.command.build_ext import build_ext
 FOLDER = Path("layerskip_core", "model", "native")
 FLAGS = ["-O3", "-std=c11", "-fno-strict-aliasing", "-fno-math-errno", "-ffp-contract=off"]
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-_AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx512bf16"]
+_AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx512bf16", "-mavx512vbmi"]
 VARIANTS = {  # by processor: the flags of each variant
     "x86_64": {
         "amx": [*_AVX512, "-mamx-tile", "-mamx-bf16"],

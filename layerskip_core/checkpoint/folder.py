@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..files import read_json
 from ..model import ModelSpec, missing_feature
-from ..model.architectures import is_complete
+from ..model.architectures import MULTIMODAL, is_complete
 from ..model.blocks import BlockRows, Levels, levels_of, mxfp4_rows, plain, scaled_blocks
 from ..model.spec import Shapes, check_shape
 from ..prompting import Tokenizer, special_ids
@@ -38,6 +38,7 @@ _LOW_BITS: dict[str, tuple[Any, ...]] = {  # values of quantization_config that 
     "bits": (4, 8),
     "version": ("gemm",),
 }
+_TEXT_PART = "language_model."  # in names of the text part of a multimodal model
 _TOKENIZER_CLASS = "TokenizersBackend"  # of a tokenizer without code of its own
 
 
@@ -53,6 +54,8 @@ def lean_spec(folder: str) -> ModelSpec | None:
     major = str(config.get("transformers_version", "")).split(".")[0]
     recent = major.isdecimal() and int(major) >= 5
     special = {"quantization_config", "auto_map"} & config.keys()
+    if config.get("model_type") in MULTIMODAL and isinstance(config.get("text_config"), dict):
+        config = config["text_config"]
     if not recent or special or not is_complete(config) or not (weight_files(folder) or is_packed(folder)):
         return None
     spec = ModelSpec.of(SimpleNamespace(**config))
@@ -68,8 +71,8 @@ def generation_config(folder: str) -> SimpleNamespace:
 class WeightFile:
     """An open safetensors file. `entries`: the type (as in safetensors) and shape of each weight."""
 
-    def __init__(self, path: str | Path) -> None:
-        """Raises the errors of safetensors for a damaged or unreadable file."""
+    def __init__(self, path: str | Path, left_out: str = "") -> None:
+        """`left_out`: of names. Raises the errors of safetensors for a damaged or unreadable file."""
         from safetensors import safe_open
 
         self._bytes = open(path, "rb")  # noqa: SIM115
@@ -79,18 +82,20 @@ class WeightFile:
         self._header = json.loads(self._bytes.read(length))
         self._start = 8 + length
         self.metadata: dict[str, str] = self._header.pop("__metadata__", {})
-        self.entries = {name: (str(entry["dtype"]), tuple(entry["shape"])) for name, entry in self._header.items()}
+        self._stored = {name.replace(left_out, "", 1): name for name in self._header}
+        entries = {name: self._header[stored] for name, stored in self._stored.items()}
+        self.entries = {name: (str(entry["dtype"]), tuple(entry["shape"])) for name, entry in entries.items()}
 
     def mapped(self, name: str) -> Tensor:
         """A weight as a view of the mapped file: only the pages used are read."""
-        tensor: Tensor = self._file.get_tensor(name)
+        tensor: Tensor = self._file.get_tensor(self._stored[name])
         return tensor
 
     def read(self, name: str) -> Tensor:
         """A weight in memory of its own. Raises OSError."""
         like = self.mapped(name)
         tensor = torch.empty(like.shape, dtype=like.dtype)
-        self._bytes.seek(self._start + self._header[name]["data_offsets"][0])
+        self._bytes.seek(self._start + self._header[self._stored[name]]["data_offsets"][0])
         if self._bytes.readinto(tensor.view(-1).view(torch.uint8).numpy().data) < tensor.nbytes:
             raise OSError("the file ends too early")
         return tensor
@@ -140,7 +145,7 @@ class LowBitWeights:
 
     def __init__(self, folder: str | Path, spec: ModelSpec, quantization: Mapping[str, Any]) -> None:
         """Raises CheckpointError for a weight that is missing."""
-        self._files = {name: file for file in map(WeightFile, weight_files(folder)) for name in file.entries}
+        self._files = _files_by_name(folder, _TEXT_PART)
         self._spec, self._parts, self._method = spec, spec.stored_parts, str(quantization["quant_method"])
         self._least_zero = 0 if quantization.get("checkpoint_format") == "gptq_v2" else 1
         self._dequantised: set[str] = set()
@@ -227,6 +232,11 @@ def weight_files(folder: str | Path) -> list[Path]:
     return sorted(set(Path(folder).glob("*.safetensors")) - others)
 
 
+def _files_by_name(folder: str | Path, left_out: str = "") -> dict[str, WeightFile]:
+    files = (WeightFile(path, left_out) for path in weight_files(folder))
+    return {name: file for file in files for name in file.entries}
+
+
 def is_packed(folder: str | Path) -> bool:
     """Whether a folder holds weights packed for the compiled kernels, which only decode."""
     return (Path(folder) / PACKED_FILE).is_file() and not weight_files(folder)
@@ -244,9 +254,9 @@ def open_weights(folder: str | Path, spec: ModelSpec | None = None) -> dict[str,
 
     Raises CheckpointError for a wrong or missing weight; not if no name is known: transformers knows older names.
     """
-    files = {name: file for file in map(WeightFile, weight_files(folder)) for name in file.entries}
     if spec is None:
-        return dict(files)
+        return dict(_files_by_name(folder))
+    files = _files_by_name(folder, _TEXT_PART)
     joined = JoinedWeights(files, spec.stored_parts, spec.shapes)
     known = {name: file for name, file in files.items() if name not in joined.joined} | dict.fromkeys(joined.entries, joined)
     entries = {name: known[name].entries[name] for name in spec.shapes if name in known}

@@ -46,6 +46,7 @@ from .shipped import read_exit_blocks, shipped_by, shipped_files, with_drafters
 from .sidecars import EAGLE3_FOLDER, eagle3_content, fingerprint, read_eagle3, read_int4
 from .transformers_read import (
     GgufFile,
+    configured_spec,
     merge_adapters,
     open_model,
     read_model,
@@ -230,13 +231,15 @@ def _with_policies(
 
 
 def _lean_source(folder: str, device: torch.device, dtype: str, packing: PackingConfig) -> Source | None:
-    """A folder that is read without importing transformers; None where only transformers can read it."""
-    if (spec := lean_spec(folder)) is None:
+    """A folder whose weights are read one by one; None where transformers has to read them."""
+    if (spec := lean_spec(folder) or configured_spec(folder)) is None:
         return None
     precision = pick_dtype(dtype, device, spec.parameters)
     if missing_feature(spec) and not can_run_native(spec, precision, device, packing):
         return None
     files = open_weights(folder, spec)
+    if not files.keys() >= spec.shapes.keys():  # older names, which transformers knows
+        return None
 
     def take(name: str) -> Tensor | None:
         """Reads a weight into memory of its own: there is never a second copy of all."""

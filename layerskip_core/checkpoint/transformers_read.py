@@ -11,12 +11,14 @@ from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError, first_line
 from ..model import ModelSpec, TransformersBackend
-from ..model.architectures import known_architecture
+from ..model.architectures import MULTIMODAL, known_architecture
 from ..model.blocks import FORMS, block_rows, from_gguf, from_gguf_shape, gguf_parts
 from ..model.rope import llama3_factors
 from ..model.transformers_backend import attention_for
 from ..model.weights import check_model
 from .folder import (
+    CONFIG_FILE,
+    GENERATION_FILE,
     LowBitWeights,
     checked_tokenizer,
     generation_config,
@@ -24,6 +26,8 @@ from .folder import (
     lean_tokenizer,
     open_weights,
     quiet_transformers,
+    read_settings,
+    weight_files,
 )
 from .info import read_info
 from .loaded import Trainable, pick_dtype
@@ -76,39 +80,53 @@ _KEYS = {  # of headers, and the values of config.json that they are, where tran
 
 
 class PretrainedModel:
-    """A model in a folder or on the hub; only its configuration is read yet."""
+    """A model in a folder or on the hub; only its configuration is read yet. Of a multimodal one the text part, if known."""
 
     def __init__(self, path: str) -> None:
         from transformers import AutoConfig
 
         self._path = path
-        self.config = AutoConfig.from_pretrained(path, **_NO_FOREIGN_CODE)
+        self.config = whole = AutoConfig.from_pretrained(path, **_NO_FOREIGN_CODE)
+        text = whole.get_text_config(decoder=True) if whole.model_type in MULTIMODAL else whole
+        self.is_part = text is not whole and known_architecture(text) is not None
+        if self.is_part:
+            self.config, text.dtype = text, text.dtype or whole.dtype
         self.spec = ModelSpec.of(self.config) if known_architecture(self.config) else None
         self.low_bits: LowBitWeights | None = None
-        quantization = dict(getattr(self.config, "quantization_config", None) or {})
+        quantization = dict(getattr(whole, "quantization_config", None) or {})
         if self.spec is not None and has_low_bits(quantization) and not self.spec.architecture.transposed:
             self.low_bits = LowBitWeights(path, self.spec, quantization)
-            del self.config.quantization_config
+            self.config.__dict__.pop("quantization_config", None)
 
     def tokenizer(self) -> Any:
         """transformers' tokenizer."""
         return read_tokenizer(self._path)
 
     def model(self) -> Any:
-        """The model with its weights (a multimodal one whole). Raises CheckpointError if some are missing."""
+        """The model with its weights. Raises CheckpointError if some are missing."""
         from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
         generation_config(self._path)  # transformers would go on without a damaged one
         if self.low_bits is not None and self.spec is not None:
-            return dense_model(self.config, {name: self.low_bits.weight(name).float() for name in self.spec.shapes})
-        open_weights(self._path, self.spec)  # which checks them
+            return self._dense({name: self.low_bits.weight(name).float() for name in self.spec.shapes}, torch.float32)
+        files = open_weights(self._path, self.spec)  # which checks them
+        if self.is_part and self.spec is not None:
+            return self._dense({name: files[name].mapped(name) for name in self.spec.shapes}, "auto")
         kind = AutoModelForCausalLM if type(self.config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
         how = {"dtype": "auto", "attn_implementation": attention_for(self.config), **_NO_FOREIGN_CODE}
         model, report = kind.from_pretrained(self._path, output_loading_info=True, **how)
         missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report.get("mismatched_keys", []))
         if missing:
             raise CheckpointError(f"it is incomplete: {len(missing)} weights are missing, {missing[0]} the first")
+        return model
+
+    def _dense(self, weights: dict[str, Tensor], dtype: torch.dtype | str) -> Any:
+        from transformers import GenerationConfig
+
+        model = dense_model(self._path, self.config, weights, dtype)
+        if (Path(self._path) / GENERATION_FILE).is_file():
+            model.generation_config = GenerationConfig.from_pretrained(self._path)
         return model
 
 
@@ -227,9 +245,7 @@ class GgufFile:
 
     def model(self) -> Any:
         """A transformers model in fp32. Raises CheckpointError as `weights` does."""
-        model = dense_model(self.config, self.weights())
-        model.config.name_or_path = str(self._path)
-        return model
+        return dense_model(str(self._path), self.config, self.weights())
 
     def weights(self) -> dict[str, Tensor]:
         """All weights in fp32 by their names in transformers. Raises CheckpointError for missing or unreadable ones."""
@@ -279,12 +295,14 @@ class GgufFile:
         return tensors
 
 
-def dense_model(config: Any, weights: dict[str, Tensor]) -> Any:
-    """A transformers model in fp32."""
+def dense_model(path: str, config: Any, weights: dict[str, Tensor], dtype: torch.dtype | str = torch.float32) -> Any:
+    """A transformers model of these weights."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    how = {"config": config, "dtype": torch.float32, "attn_implementation": attention_for(config)}
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(None, state_dict=weights, **how)
+    how = {"config": config, "dtype": dtype, "attn_implementation": attention_for(config)}
+    model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(None, state_dict=weights, **how)
+    model.name_or_path = model.config.name_or_path = path  # which adapters name as their base
+    return model
 
 
 def _shape(tensor: Any) -> tuple[int, ...]:
@@ -296,6 +314,13 @@ def open_model(location: Location) -> PretrainedModel | GgufFile:
     if location.gguf_file is None:
         return PretrainedModel(location.path)
     return GgufFile(Path(location.path) / location.gguf_file)
+
+
+@quiet_transformers()
+def configured_spec(folder: str) -> ModelSpec | None:
+    """The spec of a folder that only transformers' configuration completes; None if its weights are not plain safetensors."""
+    plain = weight_files(folder) and "quantization_config" not in read_settings(folder, CONFIG_FILE)
+    return PretrainedModel(folder).spec if plain else None
 
 
 def tokenizer_in(folder: str, vocab_size: int) -> Any:

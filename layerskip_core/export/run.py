@@ -123,8 +123,7 @@ def export_packed(config: ExportConfig) -> tuple[str, int]:
     @quiet_transformers()
     def write(staging: Path) -> None:
         files, folder = open_model(Location(source)), Path(source)
-        config = files.config.get_text_config(decoder=True)
-        config.save_pretrained(staging)  # as transformers writes it, so that loading needs no transformers
+        files.config.save_pretrained(staging)  # as transformers writes it, so that loading needs no transformers
         files.tokenizer().save_pretrained(staging)
         for name in (GENERATION_FILE, ORDER_FILE, *EAGLE3_FILES):
             if (folder / name).is_file():

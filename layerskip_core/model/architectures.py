@@ -175,7 +175,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         windows="all",
         experts=replace(_EXPERTS, inner="moe_intermediate_size", on_some_layers=True),
     ),
-    "qwen3_5_text": replace(_QWEN3_5, names=Names(stored_prefix="model.language_model.")),
+    "qwen3_5_text": _QWEN3_5,
     "qwen3_5_moe_text": replace(
         _QWEN3_5,
         values={"intermediate_size": None},
@@ -198,7 +198,6 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma3_text": replace(_GEMMA3, query_key_norms="head"),
     "gemma4_text": replace(
         _GEMMA3,
-        names=Names(stored_prefix="model.language_model."),
         values={"attention_multiplier": 1},
         needs={"enable_moe_block": False, "attention_k_eq_v": False},
         norm="rms",
@@ -373,6 +372,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
 }
 SUPPORTED = tuple(ARCHITECTURES)
+# With images or sound; without these the text part alone, `text_config`, gives the same logits.
+MULTIMODAL = ("gemma3", "gemma4", "lfm2_vl", "llava", "mistral3", "qwen3_5", "qwen3_5_moe")
 
 
 def known_architecture(config: Any) -> Architecture | None:

@@ -19,7 +19,7 @@ ACTIVATIONS = {  # as the C code numbers them
 }
 MOST_ROPES = 2  # tables of rotary positions: one for each kind of layer
 _AVX2 = {"avx2", "fma", "f16c"}
-_AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"}
+_AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16", "avx512_vbmi"}
 _CPU_FLAGS = {  # and vendor that each variant needs, as /proc/cpuinfo names them, by processor; the best variant first
     "x86_64": {
         "amx": _AVX512 | {"amx_tile", "amx_bf16"},

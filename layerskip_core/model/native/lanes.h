@@ -7,8 +7,8 @@
  * Weights of 64 bytes are multiplied in parts, because what has no instruction for pairs of bf16 or quads of int8 widens them, and
  * the rows too, when these are formed. dot_bf16 adds to each lane the product of its part with that of the row. dot_int8 and
  * dot_int4 add products of levels with those of the row, of which none is -128. Levels of int4 are 0 to 15, or of five
- * or six bits, and i_lookup gives bytes of a table by their indices; int4_sum makes sums of a group's dots, or of int4_dots; those of int8 are stored plus 128, of which int8_part
- * leaves LEVEL_OFFSET in them.
+ * or six bits, and i_lookup gives bytes of a table by the low or high halves of others; int4_sum makes sums of a group's dots, or
+ * of int4_dots; those of int8 are stored plus 128, of which int8_part leaves LEVEL_OFFSET in them.
  */
 #include <stdint.h>
 #include <string.h>
@@ -28,6 +28,8 @@ INLINE int32_t four_bytes(const void *p) {
 #else
 #include "lanes_neon.h"
 #endif
+
+INLINE vf f_load_int8(const int8_t *p) { return f_of_int(i_load_int8(p)); }
 
 /* ---- rows: numbers that bf16 weights or levels are multiplied with ---- */
 

@@ -66,8 +66,8 @@ INLINE void f_store_int8(int8_t *p, vf x) {
     __m256i wide = packed_int16(i_rounded(x));
     _mm_storeu_si128((__m128i *)p, _mm_packs_epi16(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1)));
 }
-INLINE __m256 half_of_int8(const int8_t *p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p))); }
-INLINE vf f_load_int8(const int8_t *p) { return BOTH(vf, half_of_int8(p), half_of_int8(p + 8)); }
+INLINE __m256i half_of_int8(const int8_t *p) { return _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)); }
+INLINE vi i_load_int8(const int8_t *p) { return BOTH(vi, half_of_int8(p), half_of_int8(p + 8)); }
 INLINE __m256 half_of_fp16(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
 INLINE vf f_load_fp16(const uint16_t *p) { return BOTH(vf, half_of_fp16(p), half_of_fp16(p + 8)); }
 INLINE vi i_set(int32_t x) { return BOTH(vi, _mm256_set1_epi32(x), _mm256_set1_epi32(x)); }
@@ -78,7 +78,8 @@ INLINE __m256i half_low(__m256i x) { return _mm256_and_si256(x, _mm256_set1_epi8
 INLINE vi i_low(vi x) { return BOTH(vi, half_low(x.a), half_low(x.b)); }
 INLINE vi i_high(vi x) { return BOTH(vi, half_low(_mm256_srli_epi16(x.a, 4)), half_low(_mm256_srli_epi16(x.b, 4))); }
 INLINE vi i_or(vi x, vi y) { return BOTH(vi, _mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)); }
-INLINE vi i_lookup(const int8_t *table, vi indices) {
+INLINE vi i_lookup(const int8_t *table, vi x, int high) {
+    vi indices = high ? i_high(x) : i_low(x);
     __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table));
     return BOTH(vi, _mm256_shuffle_epi8(both, indices.a), _mm256_shuffle_epi8(both, indices.b));
 }

@@ -37,15 +37,16 @@ INLINE vf f_load_bf16(const uint16_t *p) {
 }
 INLINE void f_store_bf16(uint16_t *p, vf a) { _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh(a)); }
 INLINE void f_store_int8(int8_t *p, vf a) { _mm_storeu_si128((__m128i *)p, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(a))); }
-INLINE vf f_load_int8(const int8_t *p) { return f_of_int(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p))); }
+INLINE vi i_load_int8(const int8_t *p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)); }
 INLINE vf f_load_fp16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
 INLINE vi i_set(int32_t x) { return _mm512_set1_epi32(x); }
 INLINE vi i_load(const void *p) { return _mm512_loadu_si512(p); }
 INLINE vi i_low(vi a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
 INLINE vi i_high(vi a) { return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15)); }
 INLINE vi i_or(vi a, vi b) { return _mm512_or_si512(a, b); }
-INLINE vi i_lookup(const int8_t *table, vi indices) {
-    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)table)), indices);
+INLINE vi i_lookup(const int8_t *table, vi a, int high) { /* of four tables alike: further bits choose one of them */
+    __m512i tables = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)table));
+    return _mm512_permutexvar_epi8(high ? _mm512_srli_epi16(a, 4) : a, tables);
 }
 INLINE vi i_bits_of(vi a, int left, int mask) {
     return _mm512_and_si512(left < 0 ? _mm512_srli_epi16(a, -left) : _mm512_slli_epi16(a, left), _mm512_set1_epi8((char)mask));
@@ -74,7 +75,8 @@ INLINE void relax(void) { _mm_pause(); }
 INLINE int lanes_supported(void) {
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16")
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16") &&
+           __builtin_cpu_supports("avx512vbmi")
 #ifdef WIDEN_BF16
            && __builtin_cpu_is("intel")
 #endif

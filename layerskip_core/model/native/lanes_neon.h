@@ -50,9 +50,9 @@ INLINE void f_store_int8(int8_t *p, vf x) {
     for (int i = 0; i < 4; i++) n[i] = vqmovn_s32(vcvtnq_s32_f32(x.q[i]));
     vst1q_s8(p, vcombine_s8(vqmovn_s16(vcombine_s16(n[0], n[1])), vqmovn_s16(vcombine_s16(n[2], n[3]))));
 }
-INLINE vf f_load_int8(const int8_t *p) {
+INLINE vi i_load_int8(const int8_t *p) {
     int16x8_t n[2] = {vmovl_s8(vld1_s8(p)), vmovl_s8(vld1_s8(p + 8))};
-    QUARTERS(vf, vcvtq_f32_s32(i % 2 ? vmovl_high_s16(n[i / 2]) : vmovl_s16(vget_low_s16(n[i / 2]))));
+    QUARTERS(vi, of_s32(i % 2 ? vmovl_high_s16(n[i / 2]) : vmovl_s16(vget_low_s16(n[i / 2]))));
 }
 INLINE vf f_load_fp16(const uint16_t *p) { QUARTERS(vf, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * i)))); }
 INLINE vi i_set(int32_t x) { QUARTERS(vi, of_s32(vdupq_n_s32(x))); }
@@ -60,7 +60,8 @@ INLINE vi i_load(const void *p) { QUARTERS(vi, vld1q_u8((const uint8_t *)p + 16 
 INLINE vi i_low(vi x) { QUARTERS(vi, vandq_u8(x.q[i], vdupq_n_u8(15))); }
 INLINE vi i_high(vi x) { QUARTERS(vi, vshrq_n_u8(x.q[i], 4)); }
 INLINE vi i_or(vi x, vi y) { QUARTERS(vi, vorrq_u8(x.q[i], y.q[i])); }
-INLINE vi i_lookup(const int8_t *table, vi indices) {
+INLINE vi i_lookup(const int8_t *table, vi x, int high) {
+    vi indices = high ? i_high(x) : i_low(x);
     QUARTERS(vi, vqtbl1q_u8(vld1q_u8((const uint8_t *)table), indices.q[i]));
 }
 INLINE vi i_bits_of(vi x, int left, int mask) {

@@ -213,8 +213,10 @@ INLINE void panel_stored(const Operands *o, const int bits, const int by_table, 
                     const int quad = span * quads + run * most + within;
                     if (quad < bits) fetch(o, 0, g * bits + quad, R, H);
                     vi levels[2];
-                    EACH(h, H) levels[h] = quads_of(weights_of(o, 0, g * bits) + 64 * h, quad, bits);
-                    EACH(h, H) levels[h] = by_table ? i_lookup(table, levels[h]) : levels[h];
+                    EACH(h, H) {
+                        const char *group = weights_of(o, 0, g * bits) + 64 * h;
+                        levels[h] = by_table ? i_lookup(table, i_load(group + quad / 2 * UNIT), quad % 2) : quads_of(group, quad, bits);
+                    }
                     EACH(part, parts)
                         EACH(r, R) {
                             const int8_t *value = (const int8_t *)o->x + r * o->stride + GROUP * g + 4 * quad;
@@ -231,13 +233,20 @@ INLINE void panel_stored(const Operands *o, const int bits, const int by_table, 
             EACH(h, H) {
                 const int offset = bits == 8 ? LEVEL_OFFSET : o->stored->offset, place = g * spans + span;
                 const int8_t *step = o->steps + (size_t)place * PANEL + 16 * h; /* of MXFP4 and Q4_Z */
-                vf scale = by_table ? f_power_of_two(i_rounded(f_load_int8(step))) : factor_of(o, spans, place, h, 0);
-                vf minimum = bits > 5 || offset ? f_mul(scale, f_set((float)-offset)) : factor_of(o, spans, place, h, 1);
-                if (bits == 4 && offset < 0) minimum = f_sub(f_set(0), f_mul(scale, f_load_int8(step)));
+                vf scale = by_table ? f_power_of_two(i_load_int8(step)) : factor_of(o, spans, place, h, 0);
+                vf minimum = f_set(0);
+                if (bits == 4 && offset < 0) minimum = f_sub(minimum, f_mul(scale, f_load_int8(step)));
+                else if (bits <= 5 && !offset) minimum = factor_of(o, spans, place, h, 1);
                 EACH(r, R) {
                     const float *factors = (const float *)(o->x + r * o->stride + 2 * o->inputs) + 4 * g;
-                    acc[r][0][h] = f_fma(sum[r][h], f_mul(scale, f_set(factors[0])), acc[r][0][h]);
-                    acc[r][0][h] = f_fma(minimum, f_set(factors[spans == 1 ? 3 : 1 + span]), acc[r][0][h]);
+                    float whole = factors[spans == 1 ? 3 : 1 + span];
+                    if (bits > 5 || offset > 0) {
+                        vf product = f_fma(sum[r][h], f_set(factors[0]), f_set((float)-offset * whole));
+                        acc[r][0][h] = f_fma(scale, product, acc[r][0][h]);
+                    } else {
+                        acc[r][0][h] = f_fma(sum[r][h], f_mul(scale, f_set(factors[0])), acc[r][0][h]);
+                        acc[r][0][h] = f_fma(minimum, f_set(whole), acc[r][0][h]);
+                    }
                 }
             }
         }
