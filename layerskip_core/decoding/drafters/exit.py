@@ -5,6 +5,7 @@ ACL 2024) with all layers but some, and a drafter beside the model (MTP, EAGLE-3
 skips attention and MLP blocks one by one; here whole layers are, and the target goes on from the layers before the first one.
 """
 
+from array import array
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -120,6 +121,9 @@ class ExitDrafter:
         self._reuses = setup.reuse_exit_states and side.shares_states and runs_layers
         self._kernel = side.kernel if block is None or self._exit > 0 else block.kernel
         self._head = side.head(submodel)
+        # A copy of all layers, whose kernel looks up guesses in the text of the row that drafted last.
+        self._looks_up = weights is not None and submodel == Submodel(side.num_layers)
+        self._text: tuple[Row | None, array[int]] = None, array("q")
         self.vocabulary = self._head.vocabulary
 
     def draft(self, context: Context, limits: Sequence[int], ends: DraftEnds = _NO_ENDS) -> Draft:
@@ -133,7 +137,8 @@ class ExitDrafter:
             return self._step_by_step(context, limits, ends)
         if self._kernel is not None and len(limits) == 1:
             places = context.places([limits[0] + 1], [0])
-            tokens, states, probs = self._kernel(self._head, context.newest, submodel, places, ends, features, reuses)
+            text = self._searched(context.rows[0]) if self._looks_up else context.newest
+            tokens, states, probs = self._kernel(self._head, text, submodel, places, ends, features, reuses)
             count, states = len(tokens) - 1, states if reuses else {}
             return Draft(tokens, (count,), None, states, self.source, confidence=probs, ran=(count + reuses,))
         ragged = len({*limits}) > 1 or len(limits) < len(context.filled)
@@ -152,6 +157,14 @@ class ExitDrafter:
         tokens, *kept = (part[: sum(places.counts)] for part in recorder.run(name, work, newest, positions))
         states = dict(zip(submodel.stops if reuses else (), kept, strict=True))
         return Draft(tokens, tuple(limits), None, states, self.source)
+
+    def _searched(self, row: Row) -> Tensor:
+        """Its ids (n,)."""
+        if self._text[0] is not row:
+            self._text = row, array("q")
+        text = self._text[1]
+        text.extend(row.ids[len(text) :])
+        return torch.frombuffer(text, dtype=torch.long)
 
     def _step_by_step(self, context: Context, limits: Sequence[int], ends: DraftEnds) -> Draft:
         """Each step runs a token of each row that goes on, and chooses the next."""
