@@ -27,6 +27,7 @@ from ..output import Row
 from ..sampling import Sampler
 from ..target import NO_PREFIXES, FixedTarget
 from . import Context, Draft, DrafterSetup
+from .cascade import Cascade
 
 DRAFT_MODEL = "draft model"  # in reports
 _KEPT = 32  # tokens of a text that ran at once and are worth being kept for later prompts
@@ -121,8 +122,9 @@ class ExitDrafter:
         self._reuses = setup.reuse_exit_states and side.shares_states and runs_layers
         self._kernel = side.kernel if block is None or self._exit > 0 else block.kernel
         self._head = side.head(submodel)
-        # A copy of all layers, whose kernel looks up guesses in the text of the row that drafted last.
-        self._looks_up = weights is not None and submodel == Submodel(side.num_layers)
+        # All layers of a copy or a draft model verify guesses while they draft: in C for a row whose text is kept.
+        guesses = self._looks and not self._reuses and submodel == Submodel(side.num_layers)
+        self._cascade = Cascade(side, self._head, self._sampler, source) if guesses else None
         self._text: tuple[Row | None, array[int]] = None, array("q")
         self.vocabulary = self._head.vocabulary
 
@@ -133,14 +135,16 @@ class ExitDrafter:
         """
         ends = ends._replace(ids=self._eos_ids, confidence=self._confidence)
         submodel, features, recorder, reuses = self.submodel, context.feature(self._fed_by), context.recorder, self._reuses
-        if not self._sampler.is_greedy or self._sampler.processes:
+        if self._sampler.processes or not (self._sampler.is_greedy or self._cascade):
             return self._step_by_step(context, limits, ends)
-        if self._kernel is not None and len(limits) == 1:
+        if self._kernel is not None and self._sampler.is_greedy and len(limits) == 1:
             places = context.places([limits[0] + 1], [0])
-            text = self._searched(context.rows[0]) if self._looks_up else context.newest
+            text = self._searched(context.rows[0]) if self._cascade is not None else context.newest
             tokens, states, probs = self._kernel(self._head, text, submodel, places, ends, features, reuses)
             count, states = len(tokens) - 1, states if reuses else {}
             return Draft(tokens, (count,), None, states, self.source, confidence=probs, ran=(count + reuses,))
+        if self._cascade is not None:
+            return self._cascade.draft(context, limits, ends)
         ragged = len({*limits}) > 1 or len(limits) < len(context.filled)
         if recorder is None or ends.needs_probs or features is not None or ragged:
             return self._step_by_step(context, limits, ends)

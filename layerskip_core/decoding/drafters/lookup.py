@@ -31,18 +31,20 @@ class History:
         self._ends: dict[tuple[int, ...], list[int]] = {}  # where the text goes on after each run
         self._indexed = 0  # runs that end here or before are in the index
 
-    def continuation(self, ids: Sequence[int], most: int) -> tuple[list[int], int]:
+    def continuation(self, ids: Sequence[int], most: int, drafts: Sequence[int] = ()) -> tuple[list[int], int]:
         """At most `most` tokens that followed the longest match of the last ones, and their evidence; none and 0 for no match.
 
         The evidence is by how many tokens this match is longer than any that went on otherwise: where solved examples in a
         prompt begin alike, matches are long and say little. The last tokens are not their own match. A continuation that
         reaches the end of the text goes on with itself, which continues a repetition. `ids` are those of the last call and
-        what was added to them.
+        what was added to them; the last tokens may be `drafts` after them.
         """
         size, end = self._shortest, len(ids)
         for stop, run in _runs(ids, size, max(self._indexed + 1, size), end):
             self._ends.setdefault(run, []).append(stop)
         self._indexed = max(self._indexed, end - 1)
+        if drafts:
+            ids, end = [*ids, *drafts], end + len(drafts)
         latest = self._ends.get(tuple(ids[end - size :]), [])[: -_CANDIDATES - 1 : -1]
         _, start, _, evidence = _longest_match(ids, [(ids, place) for place in latest], size, max(size, _LONGEST))
         period = end - start

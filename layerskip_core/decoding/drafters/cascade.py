@@ -1,0 +1,77 @@
+"""Drafts of drafts (ML-SpecQD: Georganas et al., 2025): a copy of the target verifies guesses while it drafts.
+
+A pass of the copy goes on from its newest token and from each guess that it agrees with, so its drafts are those that it makes
+token by token, of the same random numbers too, in fewer passes. Greedy drafts of one row on our kernels are made so in C.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...model.backend import DraftEnds, DraftHead, DraftSide
+from ..output import Row
+from ..sampling import Sampler
+from . import Context, Draft
+from .lookup import SHORTEST, History
+
+_GUESSES = 4  # of all rows of a pass
+
+
+class Cascade:
+    """Drafts of a copy for any rows, greedy or sampled; the guesses are looked up in each row's text."""
+
+    def __init__(self, side: DraftSide, head: DraftHead, sampler: Sampler, source: str) -> None:
+        self._side, self._head, self._sampler, self._source = side, head, sampler, source
+        self._histories = dict[Row, History]()
+
+    def draft(self, context: Context, limits: Sequence[int], ends: DraftEnds) -> Draft:
+        drafts, probs = [list[int]() for _ in limits], [list[Tensor]() for _ in limits]
+        likely, rooms = [list[float]() for _ in limits], list(limits)
+        self._histories = {row: self._histories.get(row) or History(SHORTEST) for row in context.rows}
+        while going := [row for row, room in enumerate(rooms) if len(drafts[row]) < room]:
+            guesses = {row: self._guesses(context.rows[row], drafts[row], rooms[row], len(going)) for row in going}
+            logits, first = self._logits(context, drafts, guesses), 0
+            drawn_from = self._sampler.probs(logits)
+            best = self._sampler.choose(logits, None, ()).tolist() if drawn_from is None else ()
+            largest = (
+                (logits.float().softmax(-1) if drawn_from is None else drawn_from).amax(-1).tolist() if ends.needs_probs else ()
+            )
+            for row, guessed in guesses.items():
+                own = drafts[row]
+                for place, guess in enumerate((*guessed, None), start=first):
+                    if largest:  # judged before a token is drawn: dropping a drawn one by its probability would bias samples
+                        likely[row].append(largest[place])
+                        rooms[row] = ends.length(likely[row], rooms[row])
+                        if len(own) == rooms[row]:
+                            break
+                    if drawn_from is None:
+                        own.append(best[place])
+                    else:
+                        probs[row].append(drawn_from[place])
+                        here = slice(place, place + 1)
+                        own.append(int(self._sampler.choose(logits[here], drawn_from[here], [context.rows[row]])))
+                    rooms[row] = len(own) if own[-1] in ends.ids else rooms[row]
+                    if own[-1] != guess or len(own) == rooms[row]:
+                        break
+                first += 1 + len(guessed)
+        tokens = torch.tensor([token for ids, own in zip(context.ids, drafts, strict=True) for token in (ids[-1], *own)])
+        kept, counts = [part for own in probs for part in own], tuple(map(len, drafts))
+        confidence = likely[0][: counts[0]] if len(counts) == 1 else ()
+        all_probs = torch.stack(kept) if kept else None
+        return Draft(tokens, counts, all_probs, source=self._source, confidence=confidence, ran=counts)
+
+    def _guesses(self, row: Row, drafts: list[int], room: int, rows: int) -> list[int]:
+        most = min(_GUESSES // rows, room - len(drafts) - 1)  # the pass gives one token more
+        tokens, evidence = self._histories[row].continuation(row.ids, most, drafts) if most > 0 else ([], 0)
+        return tokens[:evidence]
+
+    def _logits(self, context: Context, drafts: list[list[int]], guesses: dict[int, list[int]]) -> Tensor:
+        """(N, V), after the newest token and each guess of the rows that go on."""
+        side, few = self._side, self._head.vocabulary
+        counts = [1 + len(guesses[row]) if row in guesses else 0 for row in range(len(drafts))]
+        tokens = [token for row, own in guesses.items() for token in ((drafts[row] or context.ids[row])[-1], *own)]
+        places = context.places(counts, [*map(len, drafts)])
+        hidden = side.layers.run_layers(side.layers.embed(torch.tensor(tokens)), 0, side.num_layers, places)
+        logits = self._head.unembed(hidden)
+        return logits if few is None else few.spread(logits, -torch.inf)
