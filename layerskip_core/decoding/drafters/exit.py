@@ -96,8 +96,17 @@ class _Unfinished:
 class ExitDrafter:
     """Drafts with a part of the model, on the target's own cache."""
 
-    def __init__(self, setup: DrafterSetup, weights: Quantization | None, submodel: Submodel, source: str = "drafts") -> None:
+    def __init__(
+        self,
+        setup: DrafterSetup,
+        weights: Quantization | None,
+        submodel: Submodel,
+        source: str = "drafts",
+        beside: str | None = None,
+    ) -> None:
         """By these layers in this precision, with the exit's block if it has one; `source` names the drafter in reports.
+
+        `beside`: one of the model's drafters, that drafts for a copy.
 
         Raises ConfigError if no such copy was made, or not of enough layers.
         """
@@ -124,7 +133,12 @@ class ExitDrafter:
         self._head = side.head(submodel)
         # All layers of a copy or a draft model verify guesses while they draft: in C for a row whose text is kept.
         guesses = self._looks and not self._reuses and submodel == Submodel(side.num_layers)
-        self._cascade = Cascade(side, self._head, self._sampler, source) if guesses else None
+        inner = None
+        if beside is not None:
+            by = Submodel(0, block=setup.model.drafters[beside])
+            inner = ExitDrafter(replace(setup, config=DecodingConfig()), None, by, beside)
+        self._cascade = Cascade(setup.model, side, self._head, self._sampler, source, inner) if guesses else None
+        self._is_call = self._kernel is not None and self._sampler.is_greedy and inner is None  # of one row
         self._text: tuple[Row | None, array[int]] = None, array("q")
         self.vocabulary = self._head.vocabulary
 
@@ -137,7 +151,7 @@ class ExitDrafter:
         submodel, features, recorder, reuses = self.submodel, context.feature(self._fed_by), context.recorder, self._reuses
         if self._sampler.processes or not (self._sampler.is_greedy or self._cascade):
             return self._step_by_step(context, limits, ends)
-        if self._kernel is not None and self._sampler.is_greedy and len(limits) == 1:
+        if self._kernel is not None and self._is_call and len(limits) == 1:
             places = context.places([limits[0] + 1], [0])
             text = self._searched(context.rows[0]) if self._cascade is not None else context.newest
             tokens, states, probs = self._kernel(self._head, text, submodel, places, ends, features, reuses)
