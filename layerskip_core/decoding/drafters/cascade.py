@@ -56,7 +56,7 @@ class Cascade:
             logits, first, last = self._logits(context, drafts, guesses), 0, dict[int, int]()
             drawn_from = self._sampler.probs(logits)
             best = self._sampler.choose(logits, None, ()).tolist() if drawn_from is None else ()
-            largest = ()
+            largest: Sequence[float] = ()
             if ends.needs_probs:
                 largest = (logits.float().softmax(-1) if drawn_from is None else drawn_from).amax(-1).tolist()
             for row, guessed in guesses.items():
