@@ -129,11 +129,12 @@ class DraftHead(NamedTuple):
 DraftKernel = Callable[
     [DraftHead, Tensor, Submodel, Places, DraftEnds, Tensor | None, bool], tuple[Tensor, dict[int, Tensor], list[float]]
 ]
-"""Drafts greedily for one row: at most d tokens after a token (1,), which has the first of d + 1 places.
+"""Drafts greedily for one row: at most d tokens after the last of a text (n,), which has the first of d + 1 places.
 
-Its last arguments are that token's feature (1, D), if the block needs one, and whether the last draft runs too. Returns
-the tokens (K+1,), the newest first; the states of those that ran, (K+1, D) or (K, D), after each of the submodel's stops; and
-the probabilities of the drafts, empty if the ends need none.
+In a text of several tokens guesses are looked up, which a pass verifies beside the newest token: for layers up to an exit
+without earlier stops. The last arguments are that token's feature (1, D), if the block needs one, and whether the last draft
+runs too. Returns the tokens (K+1,), the newest first; the states of those that ran, (K+1, D) or (K, D), after each of the
+submodel's stops; and the probabilities of the drafts, empty if the ends need none.
 """
 
 

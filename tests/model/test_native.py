@@ -242,6 +242,30 @@ def test_a_draft_in_one_call_equals_a_draft_in_steps(variant, model_type, packin
         assert torch.equal(ours, logits)
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma4_text", "qwen3_moe", "qwen3_5_text"])
+def test_guesses_save_passes_of_a_copy_and_change_no_draft(variant, model_type, monkeypatch):
+    tiny, passes = tiny_model(model_type, torch.bfloat16, **{**WIDE, **KINDS[model_type]}), []
+    model, prompt = NativeBackend.of(tiny, PackingConfig(draft_weights=("int8",))), ids_of(1, 30)[0].tolist()
+    side, kernels = model.draft_sides["int8"], compiled.kernels(variant)
+
+    def draft(*arguments, kernel=kernels.draft):
+        kernel(*arguments)
+        passes.append(arguments[5].passes)
+
+    def drafted(text, most=9):
+        places = context_after(model, prompt).places([most + 1], [0])
+        submodel, ends = Submodel(side.num_layers), DraftEnds(survival=1e-30)
+        with torch.inference_mode():
+            tokens, _, probs = side.kernel(side.whole, torch.tensor(text), submodel, places, ends, None, False)
+        return tokens.tolist(), probs
+
+    monkeypatch.setattr(kernels, "draft", draft)
+    expected = tokens, _ = drafted(prompt[-1:])
+    texts = [*tokens, tokens[0]], [*tokens[:4], 0, *tokens[4:6], 0, tokens[0]], [tokens[0], *range(9), tokens[0]], prompt
+    assert [drafted(text) for text in texts] == [expected] * len(texts)
+    assert passes[0] == 9 and passes[1] < 6, "where tokens differ 3: a match of 1, then of 3, then of 7 tokens"
+
+
 @pytest.mark.parametrize(
     ("model_type", "precision"),
     [(kind, precision) for kind, precision in CELLS if kind == "llama" or (kind in MIXERS and precision == "bf16")]

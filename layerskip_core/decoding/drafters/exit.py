@@ -5,6 +5,7 @@ ACL 2024) with all layers but some, and a drafter beside the model (MTP, EAGLE-3
 skips attention and MLP blocks one by one; here whole layers are, and the target goes on from the layers before the first one.
 """
 
+from array import array
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,6 +27,7 @@ from ..output import Row
 from ..sampling import Sampler
 from ..target import NO_PREFIXES, FixedTarget
 from . import Context, Draft, DrafterSetup
+from .cascade import Cascade
 
 DRAFT_MODEL = "draft model"  # in reports
 _KEPT = 32  # tokens of a text that ran at once and are worth being kept for later prompts
@@ -94,8 +96,17 @@ class _Unfinished:
 class ExitDrafter:
     """Drafts with a part of the model, on the target's own cache."""
 
-    def __init__(self, setup: DrafterSetup, weights: Quantization | None, submodel: Submodel, source: str = "drafts") -> None:
+    def __init__(
+        self,
+        setup: DrafterSetup,
+        weights: Quantization | None,
+        submodel: Submodel,
+        source: str = "drafts",
+        beside: str | None = None,
+    ) -> None:
         """By these layers in this precision, with the exit's block if it has one; `source` names the drafter in reports.
+
+        `beside`: one of the model's drafters, that drafts for a copy.
 
         Raises ConfigError if no such copy was made, or not of enough layers.
         """
@@ -120,6 +131,15 @@ class ExitDrafter:
         self._reuses = setup.reuse_exit_states and side.shares_states and runs_layers
         self._kernel = side.kernel if block is None or self._exit > 0 else block.kernel
         self._head = side.head(submodel)
+        # All layers of a copy or a draft model verify guesses while they draft: in C for a row whose text is kept.
+        guesses = self._looks and not self._reuses and submodel == Submodel(side.num_layers)
+        inner = None
+        if beside is not None:
+            by = Submodel(0, block=setup.model.drafters[beside])
+            inner = ExitDrafter(replace(setup, config=DecodingConfig()), None, by, beside)
+        self._cascade = Cascade(setup.model, side, self._head, self._sampler, source, inner) if guesses else None
+        self._is_call = self._kernel is not None and self._sampler.is_greedy and inner is None  # of one row
+        self._text: tuple[Row | None, array[int]] = None, array("q")
         self.vocabulary = self._head.vocabulary
 
     def draft(self, context: Context, limits: Sequence[int], ends: DraftEnds = _NO_ENDS) -> Draft:
@@ -129,13 +149,16 @@ class ExitDrafter:
         """
         ends = ends._replace(ids=self._eos_ids, confidence=self._confidence)
         submodel, features, recorder, reuses = self.submodel, context.feature(self._fed_by), context.recorder, self._reuses
-        if not self._sampler.is_greedy or self._sampler.processes:
+        if self._sampler.processes or not (self._sampler.is_greedy or self._cascade):
             return self._step_by_step(context, limits, ends)
-        if self._kernel is not None and len(limits) == 1:
+        if self._kernel is not None and self._is_call and len(limits) == 1:
             places = context.places([limits[0] + 1], [0])
-            tokens, states, probs = self._kernel(self._head, context.newest, submodel, places, ends, features, reuses)
+            text = self._searched(context.rows[0]) if self._cascade is not None else context.newest
+            tokens, states, probs = self._kernel(self._head, text, submodel, places, ends, features, reuses)
             count, states = len(tokens) - 1, states if reuses else {}
             return Draft(tokens, (count,), None, states, self.source, confidence=probs, ran=(count + reuses,))
+        if self._cascade is not None:
+            return self._cascade.draft(context, limits, ends)
         ragged = len({*limits}) > 1 or len(limits) < len(context.filled)
         if recorder is None or ends.needs_probs or features is not None or ragged:
             return self._step_by_step(context, limits, ends)
@@ -152,6 +175,14 @@ class ExitDrafter:
         tokens, *kept = (part[: sum(places.counts)] for part in recorder.run(name, work, newest, positions))
         states = dict(zip(submodel.stops if reuses else (), kept, strict=True))
         return Draft(tokens, tuple(limits), None, states, self.source)
+
+    def _searched(self, row: Row) -> Tensor:
+        """Its ids (n,)."""
+        if self._text[0] is not row:
+            self._text = row, array("q")
+        text = self._text[1]
+        text.extend(row.ids[len(text) :])
+        return torch.frombuffer(text, dtype=torch.long)
 
     def _step_by_step(self, context: Context, limits: Sequence[int], ends: DraftEnds) -> Draft:
         """Each step runs a token of each row that goes on, and chooses the next."""

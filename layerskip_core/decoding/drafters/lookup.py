@@ -29,16 +29,17 @@ class History:
     def __init__(self, shortest: int) -> None:
         self._shortest, self._runs = shortest, _Runs(shortest)
 
-    def continuation(self, ids: Sequence[int], most: int) -> tuple[list[int], int]:
+    def continuation(self, ids: Sequence[int], most: int, drafts: Sequence[int] = ()) -> tuple[list[int], int]:
         """At most `most` tokens that followed the longest match of the last ones, and their evidence; none and 0 for no match.
 
         The evidence is by how many tokens this match is longer than any that went on otherwise: where solved examples in a
         prompt begin alike, matches are long and say little. The last tokens are not their own match. A continuation that
         reaches the end of the text goes on with itself, which continues a repetition. `ids` are those of the last call and
-        what was added to them.
+        what was added to them; the last tokens may be `drafts` after them.
         """
         size, known = self._shortest, len(self._runs.ids)
         self._runs.extend(ids[known:], known)
+        ids = [*ids, *drafts] if drafts else ids
         _, start, longest, evidence = _longest_match(ids, self._runs.after(ids, _CANDIDATES), size, max(size, _LONGEST))
         period = len(ids) - start
         return [ids[start + index % period] for index in range(most if longest else 0)], evidence

@@ -17,6 +17,8 @@ from .compiled import CChoice, CDraft, CNorm
 from .layers import Engine, NativeLayers, NativeNorm
 from .matrix import NativeMatrix
 
+_GUESSES = 4  # of a copy's tokens, that one pass of it verifies at most
+
 
 class NativeLinear:
     """A matrix, after a norm if there is one; of a head the logits are scaled and capped as `spec` says."""
@@ -56,7 +58,7 @@ def draft(
     layers: NativeLayers,
     spec: ModelSpec,
     chosen_by: DraftHead,
-    token: Tensor,
+    text: Tensor,
     submodel: Submodel,
     places: Places,
     ends: DraftEnds,
@@ -73,10 +75,12 @@ def draft(
     assert isinstance(head, NativeLinear)
     order = [*range(exit_layer), *(layer for start, stop in beyond for layer in range(start, stop))]
     assert layers.has(order)
-    most, engine, buffers = sum(places.counts) - 1, layers.engine, layers.call_at(places, rows=1)
-    tokens, states = torch.empty(most + 1, dtype=torch.long), torch.empty(len(stops), most + 1, spec.hidden)
-    tokens[0] = int(token)
-    after_exit, logits = torch.empty(spec.hidden) if beyond else states, torch.empty(head.matrix.outputs)
+    most, engine, searched = sum(places.counts) - 1, layers.engine, len(text) - 1
+    guesses = min(searched, _GUESSES)
+    buffers = layers.call_at(places, rows=1 + guesses)
+    tokens, states = torch.cat((text, text.new_empty(most))), torch.empty(len(stops), most + 1, spec.hidden)
+    tokens = tokens[searched:]
+    after_exit, logits = torch.empty(spec.hidden) if beyond else states, buffers.logits(head.matrix.outputs)
     end_ids, indices = (ctypes.c_int64 * len(ends.ids))(*ends.ids), (ctypes.c_int32 * len(order))(*order)
     stop_counts, probs = (ctypes.c_int32 * len(stops))(*stops), (ctypes.c_float * most)() if ends.needs_probs else None
     ids, learned = None if vocabulary is None else vocabulary.ids, None if exit_layer == 0 else layers.learned
@@ -90,6 +94,7 @@ def draft(
         assert isinstance(block.join, NativeLinear)
         call.join = ctypes.addressof(block.join.matrix.structure)
         call.input_norms = (CNorm * 2)(*(norm.structure for norm in block.join.input_norms))
+    call.guesses, call.searched = guesses, searched
     engine.kernels.draft(
         engine.shape, layers.address(0), head.norm.structure, head.matrix.structure, buffers.call, call, buffers.threads
     )

@@ -150,8 +150,10 @@ typedef struct {
                                 * second half is the feature, the first token's is given; NULL without such a layer */
     int64_t *tokens;           /* (1 + most): the first is given */
     float *states;             /* (stop_count, 1 + most, hidden) */
-    float *beyond, *logits;    /* one hidden state, if layers follow the exit; one row of logits */
+    float *beyond, *logits;    /* one hidden state, if layers follow the exit; logits of a pass */
     int32_t drafted;           /* number of drafts made */
+    int32_t guesses, searched; /* of a pass, at most so many, looked up in the text that has `searched` tokens before the first */
+    int32_t passes, starts[2]; /* how many ran; see Call */
     const Matrix *join;        /* of MTP: from an entry to the input of its layer; else NULL */
     Norm input_norms[2];       /* of both halves of what `join` reads */
 } Draft;
@@ -722,6 +724,23 @@ static int choose(Work *work, float *survival) {
     return draft->drafted == draft->most || (draft->probs && *survival < draft->survival) || ends(draft, token);
 }
 
+#define LONGEST_MATCH 16
+
+/* Writes after the last token what followed the longest match of the last tokens before them, of several the latest: `most` tokens,
+ * or as many as match. Returns how many. */
+static int look_up(const int64_t *text, int64_t *end, int most) {
+    const int64_t *found = end;
+    int longest = 0;
+    for (const int64_t *at = end - 1; at > text && longest < LONGEST_MATCH; at--) {
+        int match = 0;
+        while (match < LONGEST_MATCH && at - match > text && at[-1 - match] == end[-1 - match]) match++;
+        if (match > longest) longest = match, found = at;
+    }
+    if (most > longest) most = longest;
+    for (int i = 0; i < most; i++) end[i] = found[i];
+    return most;
+}
+
 /* Where the state of the newest token is kept after a stop. */
 static float *kept(const Work *work, int stop) {
     const Draft *draft = work->draft;
@@ -757,20 +776,43 @@ static void leave_exit(Work *work, int thread, int threads) {
     barrier(&work->team, threads);
 }
 
-/* Token by token: its layers and the most probable next token; of the last one only the layers before the exit, if at all. */
+/* The newest token, and guesses of those that follow it, as the rows of a pass. */
+static void begin_pass(Work *work) {
+    Draft *draft = work->draft;
+    Call *call = work->call;
+    int n = work->shape->hidden, room = draft->most - draft->drafted - 1;
+    int64_t *newest = draft->tokens + draft->drafted;
+    if (room > draft->guesses) room = draft->guesses;
+    call->rows = draft->starts[1] = 1 + (room > 0 ? look_up(draft->tokens - draft->searched, newest + 1, room) : 0);
+    call->hidden = kept(work, draft->stop_count - 1), call->tokens = newest, draft->passes++;
+    for (int r = 0; r < call->rows; r++) {
+        float *hidden = call->hidden + (size_t)r * (size_t)n;
+        embed(work->shape, draft->embedding, newest[r], hidden);
+        for (int i = 0; draft->learned && i < n; i++) hidden[i] += draft->learned[call->positions[r] * n + i];
+    }
+}
+
+/* The most probable next tokens: after the newest, and after each guess that was the one before. */
+static int choose_next(Work *work, float *survival) {
+    Draft *draft = work->draft;
+    float *logits = work->logits;
+    int rows = work->call->rows, ended = 0;
+    for (int r = 0, right = 1; r < rows && right && !ended; r++) {
+        int64_t guess = draft->tokens[draft->drafted + 1];
+        work->logits = logits + (size_t)r * (size_t)work->head->outputs;
+        ended = choose(work, survival), right = draft->tokens[draft->drafted] == guess;
+    }
+    work->logits = logits;
+    return ended;
+}
+
+/* Pass by pass: layers and the most probable next token; of the last token only the layers before the exit, if at all. */
 static void draft(Work *work, int thread, int threads) {
     Draft *draft = work->draft;
     int exit_layer = draft->stops[draft->stop_count - 1];
     float survival = 1;
     for (;;) {
-        if (thread == 0) {
-            float *hidden = work->call->hidden = kept(work, draft->stop_count - 1);
-            int n = work->shape->hidden;
-            embed(work->shape, draft->embedding, draft->tokens[draft->drafted], hidden);
-            if (draft->learned)
-                for (int i = 0; i < n; i++) hidden[i] += draft->learned[*work->call->positions * n + i];
-            work->call->tokens = draft->tokens + draft->drafted;
-        }
+        if (thread == 0) begin_pass(work);
         barrier(&work->team, threads);
         read_tokens(work, thread, threads);
         reach_exit(work, thread, threads);
@@ -787,7 +829,7 @@ static void draft(Work *work, int thread, int threads) {
             if (draft->join) normed(draft->beyond, work->head_norm, s->hidden, s->eps, draft->entry + n);
             else if (draft->entry) memcpy(draft->entry + n, draft->beyond, sizeof(float) * n);
             int before = draft->drafted;
-            work->ended = choose(work, &survival);
+            work->ended = choose_next(work, &survival);
             work->finished = work->ended && (!draft->runs_last || draft->drafted == before);
         }
         barrier(&work->team, threads);
@@ -850,7 +892,7 @@ void layerskip_use_openmp(void *parallel_, void *number, void *count) {
 }
 
 /* Version of the functions and structures that compiled.py uses: raise it whenever they change. */
-int layerskip_interface(void) { return 27; }
+int layerskip_interface(void) { return 28; }
 
 /* Bytes of a structure, by its place in compiled.STRUCTURES; then that of a Passage. */
 int layerskip_size_of(int structure) {
@@ -888,12 +930,13 @@ void layerskip_choose(
     run(&work, threads);
 }
 
-/* Drafts greedily with the layers draft->order and a head, from draft->tokens[0] at call->positions[0] on; the call is of one
- * row. */
+/* Drafts greedily with the layers draft->order and a head, from draft->tokens[0] at call->positions[0] on; the call has room for
+ * the rows of a pass. */
 void layerskip_draft(
     const Shape *shape, const Layer *layers, const Norm *norm, const Matrix *head, const Call *call, Draft *draft, int threads
 ) {
     Call step = *call;
+    step.starts = draft->starts;
     Work work = {.shape = shape, .layers = layers, .call = &step, .head = head, .head_norm = norm};
     work.count = draft->layer_count, work.order = draft->order;
     work.logits = draft->logits, work.draft = draft;
