@@ -17,6 +17,7 @@ from ..model.rope import llama3_factors
 from ..model.transformers_backend import attention_for
 from ..model.weights import check_model
 from .folder import (
+    CONFIG_FILE,
     LowBitWeights,
     checked_tokenizer,
     generation_config,
@@ -24,12 +25,15 @@ from .folder import (
     lean_tokenizer,
     open_weights,
     quiet_transformers,
+    read_settings,
 )
 from .info import read_info
 from .loaded import Trainable, pick_dtype
 from .locate import Location, adapters_of, is_adapter, locate, present, reading
 
 _NO_FOREIGN_CODE = {"trust_remote_code": False}  # otherwise transformers would ask on standard input
+_SAME = {"mimo": "qwen2"}  # types that transformers has under another name
+_OWN = ("model_type", "auto_map", "architectures")  # values of config.json that name it
 _TOKENS = {"bos": "bos_token_id", "eos": "eos_token_id", "unknown": "unk_token_id", "padding": "pad_token_id"}
 _VOCABULARY = "tokenizer.ggml.tokens"
 _HEAD_WEIGHT = "output.weight"
@@ -82,7 +86,11 @@ class PretrainedModel:
         from transformers import AutoConfig
 
         self._path = path
-        self.config = AutoConfig.from_pretrained(path, **_NO_FOREIGN_CODE)
+        settings = read_settings(path, CONFIG_FILE) if Path(path).is_dir() else {}
+        if (same := _SAME.get(settings.get("model_type", ""))) is None:
+            self.config = AutoConfig.from_pretrained(path, **_NO_FOREIGN_CODE)
+        else:
+            self.config = AutoConfig.for_model(same, **{name: value for name, value in settings.items() if name not in _OWN})
         self.spec = ModelSpec.of(self.config) if known_architecture(self.config) else None
         self.low_bits: LowBitWeights | None = None
         quantization = dict(getattr(self.config, "quantization_config", None) or {})
@@ -104,7 +112,7 @@ class PretrainedModel:
             return dense_model(self.config, {name: self.low_bits.weight(name).float() for name in self.spec.shapes})
         open_weights(self._path, self.spec)  # which checks them
         kind = AutoModelForCausalLM if type(self.config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
-        how = {"dtype": "auto", "attn_implementation": attention_for(self.config), **_NO_FOREIGN_CODE}
+        how = {"dtype": "auto", "attn_implementation": attention_for(self.config), "config": self.config, **_NO_FOREIGN_CODE}
         model, report = kind.from_pretrained(self._path, output_loading_info=True, **how)
         missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report.get("mismatched_keys", []))
         if missing:

@@ -3,16 +3,17 @@
 At exit E a block is a decoder layer of the model's own class and a norm, followed by the model's own head. The layer reads the
 state after E layers.
 
-At exit 0 such a block is the drafter that checkpoints ship for multi-token prediction (MTP: DeepSeek-V3, 2024; here Qwen3.5's):
-its layer reads W [norm(e); norm(s)] of a token's embedding e and the output s of the final norm for the token before: the
-target's own for the first draft of a round, the block's own for later ones. Its entry stands where the token before stands, so
-the first token of a text has none. The state before the final norm, in its place, costs acceptance (examples/drafters.md).
+At exit 0 such a block is the drafter that checkpoints ship for multi-token prediction (MTP: DeepSeek-V3, 2024): its layer reads
+W [norm(e); norm(s)] of a token's embedding e and the output s of the final norm for the token before: the target's own for the
+first draft of a round, the block's own for later ones. Its entry stands where the token before stands, so the first token of a
+text has none. The state before the final norm, in its place, costs acceptance (examples/drafters.md). Families store it under
+different names (MTP_LAYOUTS).
 """
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeAlias
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from .cache import Places
 from .eagle3 import Eagle3Weights, PlacedEagle3
-from .spec import AnySpec, ModelSpec, Shapes
+from .spec import AnySpec, ModelSpec, Shapes, TransformersSpec
 from .vocabulary import DraftVocabulary
 from .weights import Take, Weights, checked
 
@@ -32,9 +33,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExitBlock:
-    """The block of an exit after `exit_layer` layers, 1..L-1; MTP: 0. Names of its weights begin with `prefix`."""
+    """The block of an exit after `exit_layer` layers, 1..L-1; MTP: 0. Names of its weights begin with `prefix`.
+
+    `dense`: its layer has the MLP of the model's first layer, where the last has experts; on transformers' layers only.
+    """
 
     exit_layer: int
+    dense: bool = field(default=False, compare=False)
 
     @property
     def prefix(self) -> str:
@@ -43,6 +48,8 @@ class ExitBlock:
     def shapes(self, spec: AnySpec) -> dict[str, tuple[int, ...]]:
         """Names and shapes of its weights: `exits.E.layer.*` as in a layer, `exits.E.norm.*`, and those of MTP's inputs."""
         names, width = dict(spec.block_shapes), spec.hidden
+        if self.dense and isinstance(spec, TransformersSpec):
+            names = {name: shape for name, shape in names.items() if not name.startswith("layer.mlp.")} | dict(spec.first_mlp)
         if self.exit_layer == 0:
             norm = {name.removeprefix("norm"): shape for name, shape in names.items() if name.startswith("norm.")}
             names |= {f"{of}{name}": shape for of in INPUT_NORMS for name, shape in norm.items()}
@@ -54,6 +61,40 @@ INPUT_NORMS = "embedding_norm", "feature_norm"  # of MTP
 MTP = ExitBlock(0)
 
 
+class MtpLayout(NamedTuple):
+    """How checkpoints store MTP: what the names of its parts begin with after `model.`, or another prefix.
+
+    {} is the number of the model's layers. `state_first`: W reads [norm(s); norm(e)]. `shares_norm`: `norm` is the model's own.
+    """
+
+    layer: str
+    norm: str
+    input: str
+    embedding_norm: str
+    feature_norm: str
+    prefix: str = "model."
+    state_first: bool = False
+    shares_norm: bool = False
+    dense: bool = False
+
+    def stored(self, name: str, layers: int) -> str:
+        """The name there of a weight of MTP."""
+        part, dot, rest = name.removeprefix(MTP.prefix).partition(".")
+        return str(getattr(self, part)).format(layers) + dot + rest
+
+
+_NEXTN = ("", ".shared_head.norm", ".eh_proj", ".enorm", ".hnorm")
+_MIMO = ("", ".final_layernorm", ".input_proj", ".token_layernorm", ".hidden_layernorm")
+MTP_LAYOUTS = (  # as vLLM and SGLang read them, ERNIE's as FastDeploy does
+    MtpLayout("mtp.layers.0", "mtp.norm", "mtp.fc", "mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden", ""),  # Qwen
+    MtpLayout(*(f"layers.{{}}{part}" for part in _NEXTN)),  # DeepSeek V3, GLM-4.5
+    MtpLayout(*(f"mtp_layers.0{part}" for part in _MIMO), state_first=True),
+    MtpLayout(  # ERNIE 4.5
+        *("mtp_block.0", "norm", "mtp_linear_proj.0", "mtp_emb_norm.0", "mtp_hidden_norm.0"), shares_norm=True, dense=True
+    ),
+)
+
+
 @dataclass(frozen=True)
 class ExitBlocks:
     """The blocks of a model, by ascending exits, and their weights; and its drafters.
@@ -61,6 +102,7 @@ class ExitBlocks:
     Attributes:
         take: weights by the names of `ExitBlock.shapes`.
         eagle3: its drafter in the EAGLE-3 layout. `mtp`: the one that its checkpoint ships, which has the block MTP alone.
+        layout: of that, where it is stored.
         model_fingerprint: of the model that they were made for, if their file has one.
         notes: for the user.
     """
@@ -69,6 +111,7 @@ class ExitBlocks:
     take: Take
     eagle3: Eagle3Weights | None = None
     mtp: "ExitBlocks | None" = None
+    layout: MtpLayout = MTP_LAYOUTS[0]
     model_fingerprint: str | None = None
     notes: tuple[str, ...] = ()
 
