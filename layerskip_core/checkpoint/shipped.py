@@ -8,7 +8,6 @@ the user is told.
 import re
 from collections.abc import Callable, Container, Iterable
 from dataclasses import replace
-from os.path import commonprefix
 from pathlib import Path
 
 from torch import Tensor
@@ -88,9 +87,8 @@ def mtp_sidecar(folder: str | Path, spec: AnySpec) -> tuple[ExitBlocks | None, t
 
 def _names(layout: MtpLayout, layers: int, names: Iterable[str]) -> dict[str, str]:
     """Those of a drafter's weights, by what follows their prefix; later names replace earlier ones."""
-    parts = (part.format(layers) + "." for part in (layout.layer, layout.input, layout.embedding_norm, layout.feature_norm))
-    begins = re.escape(commonprefix([*parts]))
-    pattern = re.compile(rf"(?:^|\.)((?:{begins}|{re.escape(layout.norm.format(layers))}\.).*)")
+    begins = "|".join(re.escape(part.format(layers)) for part in (layout.root, f"{layout.norm}."))
+    pattern = re.compile(rf"(?:^|\.)((?:{begins}).*)")
     found = {match[1]: name for name in names if (match := pattern.search(name)) is not None}
     return {name: full for name, full in found.items() if not re.search(_COPIED, name)}
 

@@ -62,11 +62,13 @@ MTP = ExitBlock(0)
 
 
 class MtpLayout(NamedTuple):
-    """How checkpoints store MTP: what the names of its parts begin with after `model.`, or another prefix.
+    """How checkpoints store MTP: what the names of its parts begin with after `model.` or another prefix; {}: how many layers
+    the model has.
 
-    {} is the number of the model's layers. `state_first`: W reads [norm(s); norm(e)]. `shares_norm`: `norm` is the model's own.
+    `root`: what all of them begin with. `state_first`: W reads [norm(s); norm(e)]. `shares_norm`: `norm` is the model's own.
     """
 
+    root: str
     layer: str
     norm: str
     input: str
@@ -83,14 +85,20 @@ class MtpLayout(NamedTuple):
         return str(getattr(self, part)).format(layers) + dot + rest
 
 
-_NEXTN = ("", ".shared_head.norm", ".eh_proj", ".enorm", ".hnorm")
-_MIMO = ("", ".final_layernorm", ".input_proj", ".token_layernorm", ".hidden_layernorm")
-MTP_LAYOUTS = (  # as vLLM and SGLang read them, ERNIE's as FastDeploy does
-    MtpLayout("mtp.layers.0", "mtp.norm", "mtp.fc", "mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden", ""),  # Qwen
-    MtpLayout(*(f"layers.{{}}{part}" for part in _NEXTN)),  # DeepSeek V3, GLM-4.5
-    MtpLayout(*(f"mtp_layers.0{part}" for part in _MIMO), state_first=True),
+MTP_LAYOUTS = (  # as vLLM and SGLang read them, ERNIE 4.5's as FastDeploy does
+    MtpLayout("mtp.", "mtp.layers.0", "mtp.norm", "mtp.fc", "mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden", ""),  # Qwen
+    MtpLayout(  # DeepSeek V3, GLM-4.5
+        *("layers.{}.", "layers.{}", "layers.{}.shared_head.norm", "layers.{}.eh_proj", "layers.{}.enorm", "layers.{}.hnorm")
+    ),
+    MtpLayout(  # MiMo
+        *("mtp_layers.", "mtp_layers.0", "mtp_layers.0.final_layernorm", "mtp_layers.0.input_proj"),
+        *("mtp_layers.0.token_layernorm", "mtp_layers.0.hidden_layernorm"),
+        state_first=True,
+    ),
     MtpLayout(  # ERNIE 4.5
-        *("mtp_block.0", "norm", "mtp_linear_proj.0", "mtp_emb_norm.0", "mtp_hidden_norm.0"), shares_norm=True, dense=True
+        *("mtp_", "mtp_block.0", "norm", "mtp_linear_proj.0", "mtp_emb_norm.0", "mtp_hidden_norm.0"),
+        shares_norm=True,
+        dense=True,
     ),
 )
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -213,7 +213,7 @@ def new_readers(backend: TransformersBackend, blocks: Sequence[ExitBlock], kept:
 
 def named_weights(blocks: nn.ModuleDict) -> dict[str, Tensor]:
     """All weights of blocks, which are by exit, by the names of `ExitBlock.shapes`."""
-    known: set[str] = set().union(*(block.names for block in blocks.values()))
+    known = {name for block in blocks.values() for name in cast(Block, block).names}
     weights = blocks.state_dict(prefix="exits.")  # with what no optimizer trains
     return {name: weight for name, weight in weights.items() if name in known}
 

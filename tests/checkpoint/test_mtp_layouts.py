@@ -68,7 +68,7 @@ class Formula:
         for name, weight in self.layer.state_dict().items():
             start, _, kind = name.partition(".experts.")
             for expert, own in enumerate(weight if kind.startswith(("gate_up_proj", "down_proj")) else ()):
-                for part, rows in zip(("gate", "up"), own.chunk(2)) if kind == "gate_up_proj" else [("down", own)]:
+                for part, rows in zip(("gate", "up"), own.chunk(2), strict=True) if kind == "gate_up_proj" else [("down", own)]:
                     found[f"{layer}{start}.experts.{expert}.{part}_proj.weight"] = rows
             if not kind:
                 found[layer + name] = weight
@@ -117,7 +117,7 @@ def made(family, folder):
         config.vocab_size = len(tokenizer)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         with torch.no_grad():
-            for name, weight in model.state_dict().items():
+            for weight in model.state_dict().values():
                 weight.add_(0.2 * torch.randn_like(weight) if weight.dim() > 1 else 0.1 * torch.rand_like(weight))
     save_checkpoint(model, tokenizer, CheckpointInfo("{prompt}\n"), str(folder), torch.float32)
     (folder / "layerskip.json").unlink()
