@@ -264,6 +264,8 @@ def _as_stored(
         return None
 
     def take(weight: str) -> Tensor | None:
+        if weight in spec.mapped and isinstance(files, GgufFile):
+            return files.table(weight, precision)
         return weights.weight(weight).to(precision) if weight in spec.shapes else None
 
     source = Source(spec, precision, device, weights.weight, lambda: take, packing, stored=weights.rows)

@@ -49,6 +49,7 @@ _FORMS = {
     "phi3": ("phi3", "PreTrainedTokenizerFast"),
     "gemma2": ("gemma2", "GemmaTokenizer"),
     "gemma3": ("gemma3_text", "GemmaTokenizer"),
+    "gemma4": ("gemma4_text", "GemmaTokenizer"),
     "starcoder2": ("starcoder2", "GPT2Tokenizer"),
     "granite": ("granite", "GPT2Tokenizer"),
     "lfm2": ("lfm2", "PreTrainedTokenizerFast"),
@@ -70,6 +71,12 @@ _KEYS = {  # of headers, and the values of config.json that they are, where tran
         **{"ssm.conv_kernel": "linear_conv_kernel_dim", "ssm.state_size": "linear_key_head_dim"},
         **{"ssm.group_count": "linear_num_key_heads", "ssm.time_step_rank": "linear_num_value_heads"},
         "full_attention_interval": "full_attention_interval",
+    },
+    "gemma4": {
+        **{"attention.key_length": "global_head_dim", "attention.key_length_swa": "head_dim", "rope.freq_base": None},
+        **{"attention.sliding_window": "sliding_window", "attention.shared_kv_layers": "num_kv_shared_layers"},
+        "embedding_length_per_layer_input": "hidden_size_per_layer_input",
+        "final_logit_softcapping": "final_logit_softcapping",
     },
     "gpt-oss": {
         **_HEAD_SIZE,
@@ -161,11 +168,13 @@ class GgufFile:
         settings = {known: values[key] for key, known in keys.items() if key in values} | self._derived()
         if self.tokens is not None:
             settings.setdefault("vocab_size", self.tokens)
+        if (turn := values.get("tokenizer.ggml.eot_token_id")) not in (None, settings.get("eos_token_id")):  # ends an answer
+            settings["eos_token_id"] = [turn, *(settings[key] for key in ("eos_token_id",) if key in settings)]
         # llama.cpp has no architecture of its own for Mistral
         model_type = "mistral" if name == "llama" and values.get("general.name") == "mistral" else _FORMS[name][0]
         config = AutoConfig.for_model(model_type, tie_word_embeddings=_HEAD_WEIGHT not in self._tensors, **settings)
         rope = config.rope_parameters.get("full_attention", config.rope_parameters)
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        head_dim = config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads
         rope |= self._scaled_rope(rope, head_dim, config.max_position_embeddings)
         return config
 
@@ -180,9 +189,11 @@ class GgufFile:
             kv_heads = of["attention.head_count_kv"]  # of each layer
             kinds = ["full_attention" if heads else "conv" for heads in kv_heads]
             return {"num_key_value_heads": max(kv_heads), "layer_types": kinds, "block_auto_adjust_ff_dim": False}
-        if name not in ("qwen35", "gpt-oss"):
+        if name not in ("qwen35", "gpt-oss", "gemma4"):
             return {}
         rope = {"rope_type": "default", "rope_theta": of["rope.freq_base"]}
+        if name == "gemma4":
+            return self._of_gemma4(of, rope)
         if name == "gpt-oss":
             return {"rope_parameters": rope}
         layers = of["block_count"] - of.get("nextn_predict_layers", 0)  # without those that draft
@@ -191,6 +202,25 @@ class GgufFile:
         share |= {"mrope_section": sections, "mrope_interleaved": True} if sections else {}
         value_dim = of["ssm.inner_size"] // of["ssm.time_step_rank"]
         return {"num_hidden_layers": layers, "linear_value_head_dim": value_dim, "rope_parameters": rope | share}
+
+    def _of_gemma4(self, of: Mapping[str, Any], rope: dict[str, Any]) -> dict[str, Any]:
+        """Values of Gemma 4, whose rope factors say which dimensions rotate. Raises CheckpointError for other layers."""
+        if isinstance(of["attention.head_count_kv"], list) or of.get("expert_count"):
+            raise CheckpointError("of Gemma 4, GGUF files of E2B and E4B can be read, found experts or key heads by layer")
+        widths, table = of["feed_forward_length"], self._tensors.get("per_layer_token_embd.weight")
+        first, *others = widths if isinstance(widths, list) else [widths]
+        rotating = (np.array(self._tensors[_ROPE_FACTORS].data) == 1).mean() if _ROPE_FACTORS in self._tensors else 1.0
+        full = {**rope, "rope_type": "proportional", "partial_rotary_factor": float(rotating)}
+        slides = of["attention.sliding_window_pattern"]
+        return {
+            **{"intermediate_size": first, "use_double_wide_mlp": any(width != first for width in others)},
+            "layer_types": ["sliding_attention" if sliding else "full_attention" for sliding in slides],
+            "rope_parameters": {
+                "full_attention": full,
+                "sliding_attention": {**rope, "rope_theta": of.get("rope.freq_base_swa", 1e4)},
+            },
+            **({} if table is None else {"vocab_size_per_layer_input": _shape(table)[0]}),
+        }
 
     def _scaled_rope(self, rope: Mapping[str, Any], head_dim: int, context: int) -> dict[str, Any]:
         """The changes to `rope`, which is not scaled. Raises CheckpointError for a scaling of another kind.
@@ -205,7 +235,7 @@ class GgufFile:
         if unusual:
             found = unusual[0]
         elif found in ("none", "linear", "yarn") and self._tensors.keys().isdisjoint(_LONG_ROPES):
-            if _ROPE_FACTORS not in self._tensors:
+            if _ROPE_FACTORS not in self._tensors or self._architecture == "gemma4":
                 original = {"original_max_position_embeddings": int(named.get("scaling.original_context_length", context))}
                 scaled = {"rope_type": found, "factor": factor} | (original if found == "yarn" else {})
                 scaled |= {"truncate": False} if self._architecture == "gpt-oss" else {}
@@ -259,6 +289,17 @@ class GgufFile:
             return weight.neg().log()
         added = self.spec.architecture.norm == "rms_plus_one" and name.endswith("norm.weight") and ".linear_attn." not in name
         return weight - 1 if added else weight.reshape(self.spec.shapes[name])
+
+    def table(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A large weight, in a precision, without a copy of all of it in fp32."""
+        from gguf import dequantize
+
+        [tensor] = self._stored[name]
+        found = torch.empty(_shape(tensor), dtype=dtype)
+        for start in range(0, len(found), 1024):
+            rows = dequantize(tensor.data[start : start + 1024], tensor.tensor_type)
+            found[start : start + 1024] = torch.from_numpy(np.array(rows, np.float32)).view(len(rows), -1)
+        return found
 
     def rows(self, name: str) -> Tensor | None:
         """A weight as the rows of blocks that the file has, if kernels read its type."""

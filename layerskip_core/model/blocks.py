@@ -52,7 +52,7 @@ FORMS = {
 _MXFP4 = torch.tensor([0.0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12])  # twice its levels
 _RENAMED = (  # weights in transformers, and as the library gguf knows them
     (r"\.dt_bias$", ".dt_proj.bias"),
-    (r"\.sinks$", ".sinks.weight"),
+    (r"\.(sinks|layer_scalar)$", r".\1.weight"),
     (r"experts\.(\w+_proj)_bias$", r"experts.\1.bias"),
     (r"experts\.(\w+_proj)$", r"experts.\1.weight"),
 )

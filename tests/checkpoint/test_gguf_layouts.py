@@ -1,6 +1,9 @@
 """GGUF files in the layouts of llama.cpp's converter, where these are others than transformers'."""
 
+from types import SimpleNamespace
+
 import gguf
+import numpy as np
 import pytest
 import torch
 from conftest import CHANGES, logits_of, random_rows, tiny_model
@@ -13,11 +16,15 @@ from layerskip_core.checkpoint.transformers_read import GgufFile
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.export.gguf import add_tokenizer
-from layerskip_core.model import TransformersBackend
+from layerskip_core.model import ModelSpec, TransformersBackend
 from layerskip_core.model.blocks import plain
 from layerskip_core.model.native.compiled import kernels
+from layerskip_core.model.weights import named_weights
 
-NAMES = {"granite": "granite", "lfm2": "lfm2", "qwen3_5_text": "qwen35", "gpt_oss": "gpt-oss"}
+NAMES = {"granite": "granite", "lfm2": "lfm2", "qwen3_5_text": "qwen35", "gpt_oss": "gpt-oss", "gemma4_text": "gemma4"}
+_GEMMA4_ROPE = {"full_attention": {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25}} | {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}
+}
 SIZES = {  # what a file of the type cannot say otherwise
     "granite": CHANGES["granite"],
     "lfm2": {},
@@ -25,6 +32,7 @@ SIZES = {  # what a file of the type cannot say otherwise
         **{"layer_types": ["linear_attention", "full_attention"] * 3, "linear_num_value_heads": 6, "head_dim": 16},
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
     },
+    "gemma4_text": {"vocab_size_per_layer_input": 300, "rope_parameters": _GEMMA4_ROPE},
     "gpt_oss": {
         **{"layer_types": ["sliding_attention", "full_attention"] * 3, "swiglu_limit": 7.0, "swiglu_alpha": 1.702},
         "rope_parameters": {
@@ -39,7 +47,8 @@ CONVERTED = ("lfm2", "qwen3_5_text")  # which transformers reads
 
 def header(model):
     """The values of a GGUFWriter, by its methods."""
-    config, kind, rope = model.config, model.config.model_type, model.config.rope_parameters
+    config, rope = SimpleNamespace(**model.config.to_dict()), model.config.rope_parameters
+    kind, rope = config.model_type, rope.get("full_attention", rope)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kv_heads = config.num_key_value_heads
     values = {
@@ -63,6 +72,14 @@ def header(model):
         values |= {"ssm_group_count": config.linear_num_key_heads, "ssm_time_step_rank": config.linear_num_value_heads}
         values |= {"ssm_inner_size": inner, "full_attention_interval": 2, "nextn_predict_layers": 0}
         values |= {"rope_dimension_count": head_dim // 2, "rope_dimension_sections": [2, 1, 1, 0]}
+    if kind == "gemma4_text":
+        widths = [layer.mlp.gate_proj.out_features for layer in model.model.layers]
+        slides = [layer == "sliding_attention" for layer in config.layer_types]
+        values |= {"key_length": 2 * head_dim, "value_length": 2 * head_dim, "key_length_swa": head_dim}
+        values |= {"value_length_swa": head_dim, "feed_forward_length": widths, "sliding_window": config.sliding_window}
+        values |= {"sliding_window_pattern": slides, "shared_kv_layers": config.num_kv_shared_layers}
+        values |= {"embedding_length_per_layer_input": config.hidden_size_per_layer_input, "rope_freq_base_swa": 1e4}
+        values |= {"final_logit_softcapping": config.final_logit_softcapping}
     if kind == "gpt_oss":
         values |= {"sliding_window": config.sliding_window, "expert_feed_forward_length": config.intermediate_size}
         values |= {"expert_count": config.num_local_experts, "expert_used_count": config.num_experts_per_tok}
@@ -77,7 +94,7 @@ def in_file(name, weight, config):
     if kind == "granite" and part in ("q_proj", "k_proj"):
         heads = config.num_attention_heads if part == "q_proj" else config.num_key_value_heads
         weight = weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
-    if name.endswith("sinks"):
+    if name.endswith(("sinks", "layer_scalar")):
         name += ".weight"
     if ".conv1d." in name or ".conv.conv." in name:
         weight = weight.squeeze(1)
@@ -116,7 +133,10 @@ def written(path, model_type, kind="F32", experts="F32", **changes):
         getattr(writer, f"add_{name}")(value)
     architecture = {name: known for known, name in gguf.MODEL_ARCH_NAMES.items()}[NAMES[model_type]]
     names = gguf.get_tensor_name_map(architecture, model.config.num_hidden_layers)
-    for name, weight in model.named_parameters():
+    if model_type == "gemma4_text":
+        head_dim = 2 * model.config.to_dict()["head_dim"]
+        writer.add_tensor("rope_freqs.weight", np.array([1.0] * (head_dim // 8) + [1e30] * (3 * head_dim // 8), np.float32))
+    for name, weight in named_weights(model).items():
         for other, part in in_file(name, weight.detach(), model.config).items():
             stored = names.get_name(other, try_suffixes=(".weight", ".bias"))
             part, form = part.contiguous(), gguf.GGMLQuantizationType.F32
@@ -127,7 +147,7 @@ def written(path, model_type, kind="F32", experts="F32", **changes):
                     gguf.GGMLQuantizationType[experts],
                 )
             else:
-                if part.dim() == 2 and stored.startswith("blk.") and not stored.endswith(OTHERS):
+                if part.dim() == 2 and stored.startswith(("blk.", "per_layer_token")) and not stored.endswith(OTHERS):
                     form = gguf.GGMLQuantizationType[kind]
                 data = gguf.quants.quantize(part.numpy(), form)
             writer.add_tensor(stored, data, raw_dtype=form)
@@ -143,8 +163,8 @@ def written(path, model_type, kind="F32", experts="F32", **changes):
 def test_a_file_is_read_as_the_model_that_it_was_made_of(model_type, tmp_path):
     model = written(path := tmp_path / "model.gguf", model_type)
     weights = GgufFile(path).weights()
-    assert weights.keys() == {name for name, _ in model.named_parameters()}
-    for name, weight in model.named_parameters():
+    assert weights.keys() == named_weights(model).keys() == ModelSpec.of(model.config).shapes.keys()
+    for name, weight in named_weights(model).items():
         torch.testing.assert_close(weights[name], weight.detach(), atol=1e-5, rtol=0)
     ids = torch.randint(3, 290, (1, 50), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -184,6 +204,7 @@ def test_as_transformers_reads_it(model_type, tmp_path):
         ),  # a block has inputs of two heads
         ("gpt_oss", "Q8_0", "MXFP4", {"head_dim": 16}),
         ("gpt_oss", "F32", "Q5_0", {}),
+        ("gemma4_text", "Q8_0", "F32", {"hidden_size": 64, "head_dim": 16, "intermediate_size": 64}),
     ],
 )
 def test_blocks_stay_as_they_are(model_type, kind, experts, changes, tmp_path):
