@@ -46,6 +46,7 @@ _FORMS = {
     "llama": ("llama", "PreTrainedTokenizerFast"),
     "qwen2": ("qwen2", "Qwen2Tokenizer"),
     "qwen3": ("qwen3", "Qwen2Tokenizer"),
+    "qwen3moe": ("qwen3_moe", "Qwen2Tokenizer"),
     "phi3": ("phi3", "PreTrainedTokenizerFast"),
     "gemma2": ("gemma2", "GemmaTokenizer"),
     "gemma3": ("gemma3_text", "GemmaTokenizer"),
@@ -61,6 +62,10 @@ _HEAD_SIZE = {"attention.key_length": "head_dim"}
 _KEYS = {  # of headers, and the values of config.json that they are, where transformers' own table lacks them
     "llama": _HEAD_SIZE,
     "qwen3": _HEAD_SIZE,
+    "qwen3moe": {
+        **{"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"},
+        **{"expert_feed_forward_length": "moe_intermediate_size", **_HEAD_SIZE},
+    },
     "granite": {
         **{"attention.scale": "attention_multiplier", "embedding_scale": "embedding_multiplier"},
         **{"residual_scale": "residual_multiplier", "logit_scale": "logits_scaling"},
@@ -189,6 +194,8 @@ class GgufFile:
             kv_heads = of["attention.head_count_kv"]  # of each layer
             kinds = ["full_attention" if heads else "conv" for heads in kv_heads]
             return {"num_key_value_heads": max(kv_heads), "layer_types": kinds, "block_auto_adjust_ff_dim": False}
+        if name == "qwen3moe":  # as llama.cpp runs it
+            return {"norm_topk_prob": True}
         if name not in ("qwen35", "gpt-oss", "gemma4"):
             return {}
         rope = {"rope_type": "default", "rope_theta": of["rope.freq_base"]}
@@ -321,6 +328,8 @@ class GgufFile:
         tensors = {}
         for name in self.spec.shapes:
             found = [str(known.get_name(part, try_suffixes=(".weight", ".bias"))) for part in gguf_parts(name)]
+            together = [found[0].replace("ffn_gate_exps", "ffn_gate_up_exps")]  # convert_hf_to_gguf.py --fuse-gate-up-exps
+            found = together if together[0] in self._tensors else found
             if self._tensors.keys() >= {*found}:
                 tensors[name] = [self._tensors[part] for part in found]
         shapes = {name: from_gguf_shape(name, list(map(_shape, found)), self.spec) for name, found in tensors.items()}

@@ -21,7 +21,14 @@ from layerskip_core.model.blocks import plain
 from layerskip_core.model.native.compiled import kernels
 from layerskip_core.model.weights import named_weights
 
-NAMES = {"granite": "granite", "lfm2": "lfm2", "qwen3_5_text": "qwen35", "gpt_oss": "gpt-oss", "gemma4_text": "gemma4"}
+NAMES = {
+    "granite": "granite",
+    "lfm2": "lfm2",
+    "qwen3_5_text": "qwen35",
+    "gpt_oss": "gpt-oss",
+    "gemma4_text": "gemma4",
+    "qwen3_moe": "qwen3moe",
+}
 _GEMMA4_ROPE = {"full_attention": {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25}} | {
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}
 }
@@ -32,6 +39,8 @@ SIZES = {  # what a file of the type cannot say otherwise
         **{"layer_types": ["linear_attention", "full_attention"] * 3, "linear_num_value_heads": 6, "head_dim": 16},
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
     },
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+    | {"decoder_sparse_step": 1, "mlp_only_layers": [], "use_sliding_window": False},
     "gemma4_text": {"vocab_size_per_layer_input": 300, "rope_parameters": _GEMMA4_ROPE},
     "gpt_oss": {
         **{"layer_types": ["sliding_attention", "full_attention"] * 3, "swiglu_limit": 7.0, "swiglu_alpha": 1.702},
@@ -64,7 +73,9 @@ def header(model):
         values["feed_forward_length"] = model.model.layers[0].feed_forward.w1.out_features
         values["head_count_kv"] = [kv_heads if layer == "full_attention" else 0 for layer in config.layer_types]
         values["shortconv_l_cache"] = config.conv_L_cache
-    if kind in ("qwen3_5_text", "gpt_oss"):
+    if kind == "qwen3_moe":
+        values |= {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 32}
+    if kind in ("qwen3_5_text", "gpt_oss", "qwen3_moe"):
         values |= {"key_length": head_dim, "value_length": head_dim}
     if kind == "qwen3_5_text":
         inner = config.linear_num_value_heads * config.linear_value_head_dim
@@ -100,10 +111,11 @@ def in_file(name, weight, config):
         weight = weight.squeeze(1)
     if "experts." in name:
         what = "bias" if name.endswith("_bias") else "weight"
-        weight = weight if what == "bias" else weight.transpose(1, 2)
+        weight = weight if what == "bias" or kind == "qwen3_moe" else weight.transpose(1, 2)
         name = f"{name.removesuffix('_bias')}.{what}"
         if "gate_up" in name:
-            return {name.replace("gate_up", half): weight[:, first::2] for first, half in enumerate(("gate", "up"))}
+            halves = weight.chunk(2, 1) if kind == "qwen3_moe" else (weight[:, ::2], weight[:, 1::2])
+            return {name.replace("gate_up", half): rows for half, rows in zip(("gate", "up"), halves, strict=True)}
     if kind == "qwen3_5_text" and "linear_attn" not in name and name.endswith("norm.weight"):
         return {name: weight + 1}
     if "linear_attn" not in name or part == "norm":
@@ -122,8 +134,11 @@ def in_file(name, weight, config):
     return {name.replace("dt_bias", "dt_proj.bias"): by_turns(weight)}
 
 
-def written(path, model_type, kind="F32", experts="F32", **changes):
-    """A tiny model as a file, its matrices of layers in a type; those of experts are random blocks, if they have one."""
+def written(path, model_type, kind="F32", experts="F32", fused=False, **changes):
+    """A tiny model as a file, its matrices of layers in a type; those of experts are random blocks, if they have one.
+
+    `fused`: gate and up of experts are one tensor.
+    """
     model = tiny_model(model_type, torch.float32, vocab_size=300, **{**SIZES[model_type], **changes})
     with torch.no_grad():
         for parameter in model.parameters():
@@ -137,8 +152,12 @@ def written(path, model_type, kind="F32", experts="F32", **changes):
         head_dim = 2 * model.config.to_dict()["head_dim"]
         writer.add_tensor("rope_freqs.weight", np.array([1.0] * (head_dim // 8) + [1e30] * (3 * head_dim // 8), np.float32))
     for name, weight in named_weights(model).items():
-        for other, part in in_file(name, weight.detach(), model.config).items():
+        parts = in_file(name, weight.detach(), model.config)
+        if fused and len(parts) > 1:
+            parts = {next(iter(parts)): torch.cat([*parts.values()], 1)}
+        for other, part in parts.items():
             stored = names.get_name(other, try_suffixes=(".weight", ".bias"))
+            stored = stored.replace("gate_exps", "gate_up_exps") if fused else stored
             part, form = part.contiguous(), gguf.GGMLQuantizationType.F32
             if part.dim() == 3 and experts != "F32":
                 rows = random_rows(experts, part.shape[0] * part.shape[1], part.shape[2], seed=len(stored))
@@ -159,9 +178,9 @@ def written(path, model_type, kind="F32", experts="F32", **changes):
     return model
 
 
-@pytest.mark.parametrize("model_type", NAMES)
-def test_a_file_is_read_as_the_model_that_it_was_made_of(model_type, tmp_path):
-    model = written(path := tmp_path / "model.gguf", model_type)
+@pytest.mark.parametrize(("model_type", "fused"), [*((model_type, False) for model_type in NAMES), ("qwen3_moe", True)])
+def test_a_file_is_read_as_the_model_that_it_was_made_of(model_type, fused, tmp_path):
+    model = written(path := tmp_path / "model.gguf", model_type, fused=fused)
     weights = GgufFile(path).weights()
     assert weights.keys() == named_weights(model).keys() == ModelSpec.of(model.config).shapes.keys()
     for name, weight in named_weights(model).items():
@@ -204,6 +223,8 @@ def test_as_transformers_reads_it(model_type, tmp_path):
         ),  # a block has inputs of two heads
         ("gpt_oss", "Q8_0", "MXFP4", {"head_dim": 16}),
         ("gpt_oss", "F32", "Q5_0", {}),
+        ("qwen3_moe", "Q8_0", "Q5_0", {"hidden_size": 64, "head_dim": 16}),
+        ("qwen3_moe", "Q8_0", "Q4_1", {"hidden_size": 64, "head_dim": 16, "fused": True}),
         ("gemma4_text", "Q8_0", "F32", {"hidden_size": 64, "head_dim": 16, "intermediate_size": 64}),
     ],
 )
