@@ -124,7 +124,14 @@ def shipped_files(name: str, loaded: Trainable) -> dict[str, bytes]:
 def shipped_by(name: str, spec: AnySpec) -> ExitBlocks:
     """The drafter that a checkpoint ships, or the base of an adapter, whose weights are others."""
     adapters, base = adapters_of(name)
-    if (folder := present(base).folder) is None or (mtp := mtp_sidecar(folder, spec)[0]) is None:
+    location, mtp = present(base), None
+    if location.folder is not None:
+        mtp = mtp_sidecar(location.folder, spec)[0]
+    elif location.gguf_file is not None:
+        from .transformers_read import GgufFile  # which imports transformers
+
+        mtp = GgufFile(Path(location.path) / location.gguf_file).drafter
+    if mtp is None:
         return NO_BLOCKS
     changed = replace(mtp, model_fingerprint=OTHERS) if adapters else mtp
     return replace(NO_BLOCKS, mtp=changed, notes=(STALE,) if adapters else ())

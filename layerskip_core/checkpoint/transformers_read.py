@@ -13,6 +13,7 @@ from ..errors import CheckpointError, ConfigError, first_line
 from ..model import ModelSpec, TransformersBackend
 from ..model.architectures import known_architecture
 from ..model.blocks import FORMS, block_rows, from_gguf, from_gguf_shape, gguf_parts
+from ..model.exit_blocks import MTP, MTP_LAYOUTS, ExitBlocks
 from ..model.rope import llama3_factors
 from ..model.transformers_backend import attention_for
 from ..model.weights import check_model
@@ -282,9 +283,11 @@ class GgufFile:
 
     def weight(self, name: str) -> Tensor:
         """In fp32, by its name in transformers. Raises CheckpointError as `weights` does."""
+        return self._dense(name, self._stored[name]).reshape(self.spec.shapes[name])
+
+    def _dense(self, name: str, tensors: list[Any]) -> Tensor:
         from gguf import dequantize
 
-        tensors = self._stored[name]
         try:
             values = [np.array(dequantize(tensor.data, tensor.tensor_type), np.float32) for tensor in tensors]
         except (ValueError, NotImplementedError) as error:
@@ -295,7 +298,7 @@ class GgufFile:
         if name.endswith(".A_log"):
             return weight.neg().log()
         added = self.spec.architecture.norm == "rms_plus_one" and name.endswith("norm.weight") and ".linear_attn." not in name
-        return weight - 1 if added else weight.reshape(self.spec.shapes[name])
+        return weight - 1 if added else weight
 
     def table(self, name: str, dtype: torch.dtype) -> Tensor:
         """A large weight, in a precision, without a copy of all of it in fp32."""
@@ -319,13 +322,30 @@ class GgufFile:
         return None if rows is None else block_rows(rows, min(types))
 
     @cached_property
-    def _stored(self) -> dict[str, list[Any]]:
-        """The file's tensors, by the names of their weights in transformers, of which some are stored in two parts."""
+    def drafter(self) -> ExitBlocks | None:
+        """What its checkpoint ships, in the layer after the last (`nextn`); dequantised when taken."""
+        found, layers, known = dict[str, tuple[str, str]](), self.spec.layers, self._names
+        for name in MTP.shapes(self.spec):
+            full = f"model.{MTP_LAYOUTS[1].stored(name, layers)}"
+            part = full.removeprefix(f"model.layers.{layers}.").replace("head.norm", "head_norm")
+            of_layer = name.startswith(f"{MTP.prefix}layer.")
+            stored = str(known.get_name(full, (".weight", ".bias"))) if of_layer else f"blk.{layers}.nextn.{part}"
+            found[name] = full, stored
+        if not self._tensors.keys() >= {stored for _, stored in found.values()}:
+            return None
+        return ExitBlocks((MTP,), lambda name: self._dense(found[name][0], [self._tensors[found[name][1]]]))
+
+    @cached_property
+    def _names(self) -> Any:
         from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
         kinds = {name: kind for kind, name in MODEL_ARCH_NAMES.items()}
-        known = get_tensor_name_map(kinds[self._architecture], self.spec.layers)
-        tensors = {}
+        return get_tensor_name_map(kinds[self._architecture], self.spec.layers + 1)
+
+    @cached_property
+    def _stored(self) -> dict[str, list[Any]]:
+        """The file's tensors, by the names of their weights in transformers, of which some are stored in two parts."""
+        tensors, known = {}, self._names
         for name in self.spec.shapes:
             found = [str(known.get_name(part, try_suffixes=(".weight", ".bias"))) for part in gguf_parts(name)]
             together = [found[0].replace("ffn_gate_exps", "ffn_gate_up_exps")]  # convert_hf_to_gguf.py --fuse-gate-up-exps

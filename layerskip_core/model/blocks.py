@@ -138,7 +138,9 @@ class Levels(NamedTuple):
         known = half.float().equal(self.scale.float()) and (self.bits == 4 or (self.bits == 8 and middle))
         if size % 32 or not known or not (self.groups is None or self.groups.equal(self.ordered.to(self.groups))):
             return None
-        parts = [half.flatten().view(torch.uint8).view(outputs, -1, 2)] + ([] if middle else [self.zero.to(torch.uint8)[..., None]])
+        parts = [half.flatten().view(torch.uint8).view(outputs, -1, 2)] + (
+            [] if middle else [self.zero.to(torch.uint8)[..., None]]
+        )
         factors = torch.cat(parts, -1).repeat_interleave(size // 32, 1)
         levels = self.levels.to(torch.uint8).view(outputs, -1, 32)
         own = levels[..., :16] | levels[..., 16:] << 4 if self.bits == 4 else levels ^ 128

@@ -1,23 +1,30 @@
 """GGUF files in the layouts of llama.cpp's converter, where these are others than transformers'."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import gguf
 import numpy as np
 import pytest
 import torch
+from command_line import run
 from conftest import CHANGES, logits_of, random_rows, tiny_model
-from decodings import ids_of
+from decodings import ids_of, rounds_of
 from evaluating import tiny_loaded
+from exit_block_models import random_blocks
+from safetensors.torch import load_file
 from test_gguf import by_transformers, described
 
+from layerskip_core.checkpoint.folder import MTP_FILE
 from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.checkpoint.transformers_read import GgufFile
 from layerskip_core.config.decoding import DecodingConfig
+from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.export.gguf import add_tokenizer
 from layerskip_core.model import ModelSpec, TransformersBackend
 from layerskip_core.model.blocks import plain
+from layerskip_core.model.exit_blocks import MTP, MTP_LAYOUTS, NO_BLOCKS
 from layerskip_core.model.native.compiled import kernels
 from layerskip_core.model.weights import named_weights
 
@@ -49,6 +56,10 @@ SIZES = {  # what a file of the type cannot say otherwise
             "original_max_position_embeddings": 32,
         },
     },
+}
+NEXTN = {
+    **{"input.weight": "eh_proj", "embedding_norm.weight": "enorm", "feature_norm.weight": "hnorm"},
+    "norm.weight": "shared_head_norm",
 }
 OTHERS = (".bias", "conv.weight", "conv1d.weight", "inp.weight")  # which stay in fp32 whatever a file's type
 CONVERTED = ("lfm2", "qwen3_5_text")  # which transformers reads
@@ -134,20 +145,22 @@ def in_file(name, weight, config):
     return {name.replace("dt_bias", "dt_proj.bias"): by_turns(weight)}
 
 
-def written(path, model_type, kind="F32", experts="F32", fused=False, **changes):
+def written(path, model_type, kind="F32", experts="F32", fused=False, drafter=None, **changes):
     """A tiny model as a file, its matrices of layers in a type; those of experts are random blocks, if they have one.
 
-    `fused`: gate and up of experts are one tensor.
+    `fused`: gate and up of experts are one tensor. `drafter`: weights of MTP by our names, in the layer after the last.
     """
-    model = tiny_model(model_type, torch.float32, vocab_size=300, **{**SIZES[model_type], **changes})
+    model = tiny_model(model_type, torch.float32, **{"vocab_size": 300, **SIZES[model_type], **changes})
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
     writer = gguf.GGUFWriter(path, NAMES[model_type])
-    for name, value in header(model).items():
+    layers = model.config.num_hidden_layers
+    nextn = {"block_count": layers + 1, "nextn_predict_layers": 1} if drafter else {}
+    for name, value in (header(model) | nextn).items():
         getattr(writer, f"add_{name}")(value)
     architecture = {name: known for known, name in gguf.MODEL_ARCH_NAMES.items()}[NAMES[model_type]]
-    names = gguf.get_tensor_name_map(architecture, model.config.num_hidden_layers)
+    names = gguf.get_tensor_name_map(architecture, layers + 1)
     if model_type == "gemma4_text":
         head_dim = 2 * model.config.to_dict()["head_dim"]
         writer.add_tensor("rope_freqs.weight", np.array([1.0] * (head_dim // 8) + [1e30] * (3 * head_dim // 8), np.float32))
@@ -170,6 +183,14 @@ def written(path, model_type, kind="F32", experts="F32", fused=False, **changes)
                     form = gguf.GGMLQuantizationType[kind]
                 data = gguf.quants.quantize(part.numpy(), form)
             writer.add_tensor(stored, data, raw_dtype=form)
+    for name, weight in (drafter or {}).items():
+        part, weight = name.removeprefix("exits.0."), weight + 1 if weight.dim() == 1 else weight
+        stored = (
+            f"blk.{layers}.nextn.{NEXTN[part]}.weight"
+            if part in NEXTN
+            else names.get_name(part.replace("layer.", f"model.layers.{layers}."), (".weight",))
+        )
+        writer.add_tensor(stored, weight.contiguous().numpy())
     add_tokenizer(writer, tiny_loaded().tokenizer, 300)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -195,6 +216,23 @@ def test_a_file_is_read_as_the_model_that_it_was_made_of(model_type, fused, tmp_
         torch.testing.assert_close(logits_of(backend, ids), expected, atol=1e-3 * float(expected.std()), rtol=0)
     read, text = for_training(str(path), "cpu", "fp32").tokenizer, "wake me up at 7"
     assert read(text)["input_ids"] == tiny_loaded().tokenizer(text)["input_ids"]
+
+
+def test_the_drafter_in_the_layer_after_the_last(tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 300, **SIZES["qwen3_5_text"]}
+    made = random_blocks(tiny_model("qwen3_5_text", torch.float32, **sizes), MTP)
+    spec = ModelSpec.of(tiny_model("qwen3_5_text", torch.float32, **sizes).config)
+    weights = {name: made.take(name) for name in made.shapes(spec)}
+    model = written(path := tmp_path / "model.gguf", "qwen3_5_text", drafter=weights, **sizes)
+    config, prompt = DecodingConfig("mtp", num_draft_tokens=3, max_new_tokens=16), list(range(5, 25))
+    right = rounds_of(TransformersBackend(model, replace(NO_BLOCKS, mtp=made)), prompt, config)
+    assert (
+        rounds_of(for_decoding(str(path), "cpu", "fp32", PackingConfig(rounds_drafter=False)).backend, prompt, config) == right
+    )
+    assert not run("import", str(path), "--output", str(tmp_path / "imported")).code
+    kept = load_file(tmp_path / "imported" / MTP_FILE)
+    for name, weight in weights.items():
+        torch.testing.assert_close(kept[MTP_LAYOUTS[0].stored(name, spec.layers)], weight, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("model_type", CONVERTED)
