@@ -36,6 +36,7 @@ from .folder import (
     read_settings,
     refuse_packed,
 )
+from .gguf_read import GgufFile
 from .info import EXIT_BLOCKS, CheckpointInfo, read_info
 from .loaded import Decoder, Trainable, decoder, decoder_of, pick_device, pick_dtype
 from .locate import Location, adapters_of, fetched, is_adapter, present, reading
@@ -44,7 +45,6 @@ from .save import NO_FILES, read_whole, save_checkpoint
 from .shipped import read_exit_blocks, shipped_by, shipped_files, with_drafters
 from .sidecars import EAGLE3_FOLDER, eagle3_content, read_eagle3, read_int4
 from .transformers_read import (
-    GgufFile,
     merge_adapters,
     open_model,
     read_model,

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..model.exit_blocks import MTP, MTP_LAYOUTS, NO_BLOCKS, ExitBlock, ExitBlocks, MtpLayout, blocks_named
 from ..model.spec import AnySpec
 from .folder import EXIT_BLOCKS_FILE, FLOATS, MTP_FILE, JoinedWeights, WeightFile, weight_files
+from .gguf_read import GgufFile
 from .loaded import Trainable
 from .locate import adapters_of, present
 from .sidecars import (
@@ -128,8 +129,6 @@ def shipped_by(name: str, spec: AnySpec) -> ExitBlocks:
     if location.folder is not None:
         mtp = mtp_sidecar(location.folder, spec)[0]
     elif location.gguf_file is not None:
-        from .transformers_read import GgufFile  # which imports transformers
-
         mtp = GgufFile(Path(location.path) / location.gguf_file).drafter
     if mtp is None:
         return NO_BLOCKS

@@ -49,7 +49,9 @@ class ExitBlock:
         """Names and shapes of its weights: `exits.E.layer.*` as in a layer, `exits.E.norm.*`, and those of MTP's inputs."""
         names, width = dict(spec.block_shapes), spec.hidden
         if self.dense and isinstance(spec, TransformersSpec):
-            names = {name: shape for name, shape in names.items() if not name.startswith("layer.mlp.")} | dict(spec.first_mlp)
+            names = {name: shape for name, shape in names.items() if not name.startswith("layer.mlp.")}
+            of_first = ((name.partition(".layers.0.mlp."), shape) for name, shape in spec.shapes.items())
+            names |= {f"layer.mlp.{rest}": shape for (_, found, rest), shape in of_first if found}
         if self.exit_layer == 0:
             norm = {name.removeprefix("norm"): shape for name, shape in names.items() if name.startswith("norm.")}
             names |= {f"{of}{name}": shape for of in INPUT_NORMS for name, shape in norm.items()}

@@ -57,7 +57,6 @@ class TransformersSpec:
     parameters: int
     shapes: Shapes = field(repr=False)  # of all weights, by their names; a tied head has none
     block_shapes: Shapes = field(repr=False)  # of an exit block's weights; none where it can have no exit blocks
-    first_mlp: Shapes = field(repr=False)  # of the first layer's MLP, by the names of a block's
     config: Any = field(repr=False, compare=False)  # the configuration itself
 
     def weights_read(self, rows: int) -> float:
@@ -65,20 +64,15 @@ class TransformersSpec:
         return self.parameters - (0 if self.tied else self.vocab * self.hidden)
 
     @classmethod
-    def of(cls, model: Any, layers: Any, block_parts: Mapping[str, Any]) -> "TransformersSpec":
-        """Of a transformers model with these layers, and the modules that its exit blocks copy, by name."""
+    def of(cls, model: Any, layers: int, block_parts: Mapping[str, Any]) -> "TransformersSpec":
+        """Of a transformers model with so many layers, and the modules that its exit blocks copy, by name."""
         config, head = model.config.get_text_config(decoder=True), model.get_output_embeddings()
         context = next(filter(None, (getattr(config, name, None) for name in _CONTEXTS)), _USUAL_CONTEXT)
         tied = head is not None and head.weight is model.get_input_embeddings().weight
-        shapes, mlp = {name: tuple(weight.shape) for name, weight in model.named_parameters()}, getattr(layers[0], "mlp", None)
-        first = {f"layer.mlp.{name}": tuple(weight.shape) for name, weight in mlp.state_dict().items()} if mlp else {}
-        block = {
-            f"{part}.{name}": tuple(weight.shape)
-            for part, module in block_parts.items()
-            for name, weight in module.state_dict().items()
-        }
-        sizes = len(layers), config.hidden_size, config.vocab_size, context, tied, sum(map(prod, shapes.values()))
-        return cls(model.config.model_type, *sizes, shapes, block, first, model.config)
+        shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+        parts = [named for part, module in block_parts.items() for named in module.state_dict(prefix=f"{part}.").items()]
+        sizes = layers, config.hidden_size, config.vocab_size, context, tied, sum(map(prod, shapes.values()))
+        return cls(model.config.model_type, *sizes, shapes, {name: tuple(weight.shape) for name, weight in parts}, model.config)
 
 
 @dataclass(frozen=True)

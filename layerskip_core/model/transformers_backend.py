@@ -61,7 +61,7 @@ class TransformersBackend:
         else:
             self.layers = self._cut.form.layers
             self.num_layers = len(self.layers)
-            self.spec = TransformersSpec.of(self.model, self.layers, self.block_originals())
+            self.spec = TransformersSpec.of(self.model, self.num_layers, self.block_originals())
         self._blocks: list[tuple[nn.Module, int]] = []
         self.exit_blocks: dict[int, PlacedBlock] = {}
         for block in exit_blocks.blocks:

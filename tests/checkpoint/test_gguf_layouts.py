@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from test_gguf import by_transformers, described
 
 from layerskip_core.checkpoint.folder import MTP_FILE
+from layerskip_core.checkpoint.gguf_read import GgufFile
 from layerskip_core.checkpoint.open import for_decoding, for_training
-from layerskip_core.checkpoint.transformers_read import GgufFile
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import decode
