@@ -168,4 +168,7 @@ def test_drafts_are_those_of_the_formula(family, tmp_path):
     assert {name.partition(".experts.")[0] for name in load_file(imported / MTP_FILE)} == {
         name.partition(".experts.")[0] for name in names
     }
+    if family == "mimo":
+        done = run("export", str(imported), "--exit", str(LAYERS), "--format", "gguf", "--output", str(tmp_path / "gguf"))
+        assert not done.code and "(mtp) is left out: GGUF files are written without it" in done.err
     assert ids == ids_of(decode(again.backend, PROMPT, DecodingConfig("autoregressive", max_new_tokens=10)))
