@@ -4,7 +4,7 @@
 #   parts          Figures 6 and 10, on `commands`: neither, layer dropout, early-exit loss, both; measured at every third exit
 #   parts-topv2    the same from the checkpoint $BASE on the TOPv2 folder $TOPV2
 #   constant       Figure 12: constant dropout of the same mean, against the exponential runs of `parts`
-#   middle         Figure 11: perplexity of middle layers over a training from scratch, with the exit loss and without it
+#   middle         Figure 11: perplexity of middle layers after a training from scratch, with the exit loss and without it
 #   scratch        Table 4 and Figure 8: from scratch with S(t), against a control at equal steps, each at the best rate of LRS
 #   curricula      gradual against the rotational runs of `parts`, in equal time
 # Each stage keeps what is finished, and goes on where it was interrupted. At its end it prints its table, and writes table and plots

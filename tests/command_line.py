@@ -72,6 +72,6 @@ def measure_little(patch: MonkeyPatch) -> None:
     measure = "layerskip_core.evaluation.measure"
     for name, count in (
         *(("_WARM_UP_TOKENS", 1), ("figures._FEWEST_TURNS", 2)),
-        *(("cost_model._MOST", 1), ("cost_model._TIMES", 1), ("skip_search._VISITS", 1)),
+        *(("cost_model._MOST", 1), ("cost_model._TIMES", 1)),
     ):
         patch.setattr(f"{measure}.{name}", count)

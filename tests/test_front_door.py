@@ -102,14 +102,6 @@ def test_what_a_dialogue_says_first(talking, model):
         model.dialogue(system="Be brief.")
 
 
-def test_stop_and_length_end_an_answer(model):
-    whole = model.generate(PROMPT).text
-    for stop in (whole[5:8], (whole[5:8], "never there")):
-        stopped = model.generate(PROMPT, stop=stop)
-        assert (stopped.text, stopped.finish_reason) == (whole[: whole.index(whole[5:8])], "stop")
-    assert model.generate(PROMPT, max_new_tokens=3).stats.new_tokens == 3
-
-
 def test_bad_options_name_themselves(model):
     with pytest.raises(ConfigError, match=r"`exit_layer` must be in 1..23, got 24"):
         model.generate(PROMPT, exit_layer=24)

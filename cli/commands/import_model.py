@@ -17,8 +17,9 @@ def import_model(
         DType,
         Flag("Of the weights written: fp32, bf16, or auto: as stored; of a GGUF file, one that loses nothing.", panel="Output"),
     ] = "auto",
-    eagle3: Annotated[
-        Text | None, Flag("Drafter in the EAGLE-3 layout that the model gets: a folder or a hub id.", panel="Output")
+    drafter: Annotated[
+        Text | None,
+        Flag("Drafter that the model gets, in the EAGLE-3 layout or Gemma 4's assistant: a folder or hub id.", panel="Output"),
     ] = None,
     overwrite: Annotated[bool, Flag("Replace a model that --output holds.", panel="Output")] = False,
 ) -> None:
@@ -34,7 +35,7 @@ def import_model(
 
     with hold(output, "layerskip import"):
         refuse_overwrite(output, overwrite)
-        written, left_out = import_checkpoint(model, output, dtype, eagle3=eagle3)
+        written, left_out = import_checkpoint(model, output, dtype, drafter=drafter)
     for reason in left_out:
         narrate(f"left out: {reason}")
     narrate(f"wrote {model} to {output} in {str(written).removeprefix('torch.')}")

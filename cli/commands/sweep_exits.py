@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from rich.text import Text
 
-from layerskip_core.config.decoding import DecodingOptions
 from layerskip_core.config.evaluation import SweepConfig
-from layerskip_core.config.options import Flag, counts_text
+from layerskip_core.config.options import Flag
 from layerskip_core.config.resolution import EXACT, FAST, policy_text
 from layerskip_core.errors import ConfigError, require
 
@@ -90,16 +89,12 @@ def _model_folder(model: str) -> Iterator[None]:
 
 
 def _save(model: str, record: "RunRecord") -> None:
-    """Stores the findings in layerskip.json, in one step, and reports them; of Draft & Verify the fastest row."""
+    """Stores the findings in layerskip.json, in one step, and reports them."""
     from layerskip_core.checkpoint.info import read_info
     from layerskip_core.checkpoint.save import write_info
 
-    advice, skip, info, lines = record.recommendation, None, read_info(model), []
-    skipping = [result for result in record.results if result.skip and result.num_draft_tokens is not None]
-    if skipping:
-        fastest = max(skipping, key=lambda result: result.speedup or 0.0)
-        skip = DecodingOptions(skip=fastest.skip, num_draft_tokens=fastest.num_draft_tokens or 1)
-    info = replace(info, profile=record.profile or info.profile, skip=skip or info.skip)
+    advice, info, lines = record.recommendation, read_info(model), []
+    info = replace(info, profile=record.profile or info.profile)
     if advice is not None:
         exact = advice.policies[EXACT]
         by_exit = exact["strategy"] == "self-speculative" and exact.keys() <= _BY_EXIT
@@ -108,9 +103,6 @@ def _save(model: str, record: "RunRecord") -> None:
         info = replace(info, exit_layer=exit_layer, num_draft_tokens=count, strategy=strategy, policies=advice.policies)
         found, why = (policy_text(exact), "") if advice.pays else ("plain decoding", f": {advice.reason}")
         lines = [f"saved {found} as the default of {model}{why}", f"policy {FAST}: {advice.fast_reason}"]
-    if skip is not None:
-        layers, count = counts_text(skip["skip"]), skip["num_draft_tokens"]
-        lines += [f"saved --skip {layers} and {count} draft tokens for --strategy draft-and-verify"]
     write_info(model, info)
     for line in lines:
         narrate(line)

@@ -171,7 +171,7 @@ class ResponseDocument:
         """`calls`: finds calls of tools. `body`: of the request, parts of which a response repeats."""
         self._calls = calls()
         self._config, self._output, self._reason = job.config, list[dict[str, Any]](), ""
-        self._events, self._told = list[bytes](), 0  # events that are not sent yet, and the number of all
+        self._events, self._count = list[bytes](), 0  # events that are not sent yet, and the number of all
         self._logprobs = list[Any]()  # of tokens whose text is not sent yet
         asked: dict[str, Any] = {"instructions": None, "metadata": {}, "tools": [], "tool_choice": "auto"}
         asked |= {"parallel_tool_calls": True, "text": {"format": {"type": "text"}}, "max_output_tokens": None}
@@ -189,7 +189,7 @@ class ResponseDocument:
 
     def chunk(self, number: int, update: Update, texts: Mapping[int, str]) -> bytes:
         """Server-sent events of the next piece of the answer."""
-        if not self._told:
+        if not self._count:
             self._tell("response.created", response=self._document())
             self._tell("response.in_progress", response=self._document())
         text, calls = self._calls.add(update.text, update.is_last)
@@ -266,8 +266,8 @@ class ResponseDocument:
         self._tell("response.output_item.done", output_index=len(self._output) - 1, item=self._output[-1])
 
     def _tell(self, kind: str, **fields: Any) -> None:
-        self._events.append(f"event: {kind}\n".encode() + event({"type": kind, "sequence_number": self._told, **fields}))
-        self._told += 1
+        self._events.append(f"event: {kind}\n".encode() + event({"type": kind, "sequence_number": self._count, **fields}))
+        self._count += 1
 
     def _unsent(self) -> bytes:
         events, self._events = self._events, []

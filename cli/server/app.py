@@ -287,7 +287,7 @@ class _Endpoint:
         try:
             async for number, update in updates.all(len(jobs)):
                 if update.error is not None:
-                    raise _told(update.error)
+                    raise _reported(update.error)
                 if not begun:
                     begun = True
                     self._observe(service.metrics.first_token, started)
@@ -324,7 +324,7 @@ async def _watch(receive: Receive, updates: Updates) -> None:
     updates.deliver(0, Update("", error=ClientDisconnect()))
 
 
-def _told(error: BaseException) -> BaseException:
+def _reported(error: BaseException) -> BaseException:
     """What ends a request whose answer failed; stderr has an error that is not the client's."""
     if isinstance(error, ClientDisconnect):
         return error

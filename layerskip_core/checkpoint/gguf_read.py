@@ -288,7 +288,7 @@ class GgufFile:
         tensors, known = {}, self._names
         for name in self.spec.shapes:
             found = [str(known.get_name(part, try_suffixes=(".weight", ".bias"))) for part in gguf_parts(name)]
-            together = [found[0].replace("ffn_gate_exps", "ffn_gate_up_exps")]  # by llama.cpp's converter with --fuse-gate-up-exps
+            together = [found[0].replace("ffn_gate_exps", "ffn_gate_up_exps")]  # --fuse-gate-up-exps
             found = together if together[0] in self._tensors else found
             if self._tensors.keys() >= {*found}:
                 tensors[name] = [self._tensors[part] for part in found]

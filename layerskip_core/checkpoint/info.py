@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from ..config.decoding import STRATEGIES, DecodingOptions, DraftProfile
+from ..config.decoding import STRATEGIES, DraftProfile
 from ..config.model import PLAIN, DataConfig, PackingConfig
 from ..config.options import Drafts, Layer
 from ..config.resolution import Policy
@@ -73,7 +73,7 @@ class CheckpointInfo:
     """The content of layerskip.json.
 
     A sweep's recommendation: `exit_layer`, `num_draft_tokens`, `strategy` ("autoregressive": no exit pays), `policies` by
-    name, `skip` for draft-and-verify and the `profile` of drafting. `files`: of the model, relative. `details`: other keys.
+    name, and the `profile` of drafting. `files`: of the model, relative. `details`: other keys.
     """
 
     prompt_template: Annotated[str, msgspec.Meta(pattern=r"\A(chat|raw)\Z|\{prompt\}")] | None = None
@@ -84,15 +84,12 @@ class CheckpointInfo:
     files: tuple[str, ...] = field(default=(), compare=False)
     system: str | None = None
     policies: dict[str, Policy] = field(default_factory=dict)
-    skip: DecodingOptions | None = None
     profile: DraftProfile | None = None  # of drafting, where a sweep measured it
 
     def to_json(self) -> str:
         recommended: dict[str, Any] = {"exit_layer": self.exit_layer, "num_draft_tokens": self.num_draft_tokens}
         if self.strategy:
             recommended["strategy"] = self.strategy
-        if self.skip is not None:
-            recommended["skip"] = {"layers": self.skip["skip"], "num_draft_tokens": self.skip["num_draft_tokens"]}
         profile = None if self.profile is None else asdict(self.profile)
         optional = {"profile": profile, "policies": self.policies or None, "system": self.system}
         document: dict[str, Any] = {"format": 1, "prompt_template": self.prompt_template, "recommended": recommended}
@@ -195,8 +192,6 @@ def read_info(path: str | Path) -> CheckpointInfo:
     details.pop("format", None)
     try:
         values = msgspec.convert(details.pop("recommended", {}), dict[str, Any])
-        if skip := values.get("skip"):
-            values["skip"] = {"skip": skip["layers"], "num_draft_tokens": skip["num_draft_tokens"]}
         values |= {key: details.pop(key) for key in _TOP if key in details}
         info = msgspec.convert({**values, "details": details}, CheckpointInfo)
         msgspec.convert(details, _Training)

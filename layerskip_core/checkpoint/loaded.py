@@ -131,7 +131,7 @@ class Decoder:
         strategy = "self-speculative" if info.exit_layer is not None and not exits else None
         exit_layer, drafts = info.exit_layer or (blocks[0] if blocks else exit_layer), info.num_draft_tokens or drafts
         profile = info.draft_profile(self.backend.num_layers, packing)
-        return Recommended(exit_layer, drafts, info.strategy or strategy, exits, info.skip, profile)
+        return Recommended(exit_layer, drafts, info.strategy or strategy, exits, profile)
 
     def resolve(self, options: DecodingOptions, packing: PackingConfig = PLAIN) -> DecodingConfig:
         """The requested options, completed by this checkpoint. `packing`: as requested.

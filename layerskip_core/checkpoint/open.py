@@ -1,6 +1,6 @@
 """Loads a model: `for_decoding` for the fastest kernels here, `for_training` as a transformers model; and imports any."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from math import inf
@@ -24,6 +24,7 @@ from ..model.torch_layer import missing_feature
 from ..model.transformers_backend import TransformersBackend
 from ..model.vocabulary import ORDER_FILE, token_order
 from ..model.weights import Take, named_int4, named_weights, taken_from
+from .assistant import assistant_content, is_assistant, read_assistant
 from .folder import (
     CONFIG_FILE,
     EXIT_BLOCKS_FILE,
@@ -41,9 +42,9 @@ from .info import EXIT_BLOCKS, CheckpointInfo, read_info
 from .loaded import Decoder, Trainable, decoder, decoder_of, pick_device, pick_dtype
 from .locate import Location, adapters_of, fetched, is_adapter, present, reading
 from .packed_file import PackedFile
-from .save import NO_FILES, read_whole, save_checkpoint
+from .save import read_whole, save_checkpoint
 from .shipped import read_exit_blocks, shipped_by, shipped_files, with_drafters
-from .sidecars import EAGLE3_FOLDER, eagle3_content, read_eagle3, read_int4
+from .sidecars import EAGLE3_FOLDER, eagle3_content, fingerprint, read_eagle3, read_int4
 from .transformers_read import (
     merge_adapters,
     open_model,
@@ -57,6 +58,7 @@ _CPU = torch.device("cpu")
 # Of a copy of all layers: the share of its drafts that are accepted (int4: calibrated), and a draft's time in passes.
 _COPIES: dict[Quantization, tuple[float, float]] = {"int8": (0.97, 0.55), "int4": (0.93, 0.4)}
 _VERIFICATION = 1.12  # passes
+_NO_KERNELS = "drafting without its assistant, which only the compiled kernels run"
 
 
 @dataclass(frozen=True)
@@ -148,18 +150,11 @@ def for_training(name: str, device: str = "auto", dtype: str = "auto") -> Traina
     return reading(name, lambda: read_whole(location.path, lambda: _trainable(name, location, target, dtype)))
 
 
-def import_checkpoint(
-    name: str,
-    output: str,
-    dtype: str,
-    files: Mapping[str, bytes] = NO_FILES,
-    change: Callable[[CheckpointInfo], CheckpointInfo] = lambda info: info,
-    eagle3: str | None = None,
-) -> tuple[torch.dtype, list[str]]:
+def import_checkpoint(name: str, output: str, dtype: str, drafter: str | None = None) -> tuple[torch.dtype, list[str]]:
     """Writes any model that can be loaded to `output`, with its sidecars. GGUF is dequantised, adapters are merged.
 
-    `files` are written too, by name; `change` is applied to layerskip.json. `eagle3`: a drafter (folder or hub id) instead
-    of the model's own. `dtype`: as in `written_dtype`. Returns the precision, and why files were left out.
+    `drafter`: one (folder or hub id) in the EAGLE-3 layout, or a Gemma 4 model's assistant, instead of the model's own.
+    `dtype`: as in `written_dtype`. Returns the precision, and why files were left out.
     """
     loaded = for_training(name, "cpu", "fp32")
     precision = written_dtype(loaded, dtype)
@@ -177,19 +172,22 @@ def import_checkpoint(
             except CheckpointError as error:
                 left_out.append(str(error))
     sidecars |= shipped_files(name, loaded)
-    drafter = fetched(eagle3) if eagle3 is not None else folder and f"{folder}/{EAGLE3_FOLDER}"
-    if drafter is not None and Path(drafter).is_dir():
-        sidecars |= eagle3_content(read_eagle3(drafter, spec), spec, str(Path(output).resolve()))
+    given, eagle3 = drafter and fetched(drafter), folder and f"{folder}/{EAGLE3_FOLDER}"
+    if given is not None and is_assistant(given):
+        sidecars |= assistant_content(read_assistant(given, loaded.backend.own_spec), fingerprint(spec, weight_of))
+        given = None
+    if (eagle3 := given or eagle3) is not None and Path(eagle3).is_dir():
+        sidecars |= eagle3_content(read_eagle3(eagle3, spec), spec, str(Path(output).resolve()))
     if (order := Path(present(name).path) / ORDER_FILE).is_file():
         sidecars[ORDER_FILE] = order.read_bytes()
     details = {**loaded.info.details, "imported_from": name}
     described = {
-        drafter: how
-        for drafter, how in details.pop(EXIT_BLOCKS, {}).items()
-        if (eagle3 is None if drafter == EAGLE3_FOLDER else EXIT_BLOCKS_FILE in sidecars)
+        trained: how
+        for trained, how in details.pop(EXIT_BLOCKS, {}).items()
+        if (given is None if trained == EAGLE3_FOLDER else EXIT_BLOCKS_FILE in sidecars)
     }
-    info = change(replace(loaded.info, details=details | ({EXIT_BLOCKS: described} if described else {})))
-    save_checkpoint(loaded.model, loaded.tokenizer, info, output, precision, {**sidecars, **files})
+    info = replace(loaded.info, details=details | ({EXIT_BLOCKS: described} if described else {}))
+    save_checkpoint(loaded.model, loaded.tokenizer, info, output, precision, sidecars)
     return precision, left_out
 
 
@@ -377,4 +375,5 @@ def _repacked(trainable: Trainable, location: Location, packing: PackingConfig, 
     blocks = blocks if folder is None else read_exit_blocks(folder, spec, trainable.model.get_parameter)
     if blocks is NO_BLOCKS:
         return generic
-    return replace(generic, backend=TransformersBackend(trainable.model, blocks), notes=generic.notes + blocks.notes)
+    notes = (*generic.notes, *blocks.notes, *((_NO_KERNELS,) if blocks.assistant else ()))
+    return replace(generic, backend=TransformersBackend(trainable.model, blocks), notes=notes)

@@ -30,7 +30,7 @@ _MODEL = (  # the files that loaders take for part of a model
     *(*CONFIG_FILES, "generation_config.json", INFO_FILE, ORDER_FILE, "chat_template.jinja", "chat_template.json"),
     *("*.safetensors", "*.safetensors.index.json", "additional_chat_templates/*.jinja"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
-    *("eagle3/config.json", "eagle3/model.safetensors"),
+    *(f"{drafter}/{name}" for drafter in ("eagle3", "assistant") for name in ("config.json", "model.safetensors")),
     *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json"),
 )
 NO_FILES: Mapping[str, bytes] = MappingProxyType({})

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..model.exit_blocks import MTP, MTP_LAYOUTS, NO_BLOCKS, ExitBlock, ExitBlocks, MtpLayout, blocks_named
 from ..model.spec import AnySpec
+from .assistant import assistant_beside, assistant_content
 from .folder import EXIT_BLOCKS_FILE, FLOATS, MTP_FILE, JoinedWeights, WeightFile, weight_files
 from .gguf_read import GgufFile
 from .loaded import Trainable
@@ -34,6 +35,7 @@ _INPUT = f"{MTP.prefix}input.weight"
 _COPIED = r"^layers\.\d+\.(embed_tokens|shared_head\.head)\."  # of the model's embedding and head
 OTHERS = "other weights"  # in the place of a fingerprint
 STALE = "its drafter (mtp) was made for other weights; `layerskip train-drafter --start-from shipped` trains it for these"
+STALE_ASSISTANT = "its assistant (mtp) was made for other weights: fewer of its drafts may be right"
 
 
 def read_exit_blocks(folder: str | Path, spec: AnySpec, weight_of: Callable[[str], Tensor]) -> ExitBlocks:
@@ -53,11 +55,25 @@ def with_drafters(
     blocks: ExitBlocks, folder: str | Path, spec: AnySpec, weight_of: Callable[[str], Tensor] | None = None
 ) -> ExitBlocks:
     """With the drafters of a folder. `weight_of`: its model, None if that is packed."""
-    eagle3, (mtp, notes) = eagle3_sidecar(folder, spec), mtp_sidecar(folder, spec)
-    known = mtp and mtp.model_fingerprint
-    if mtp and known and (known == OTHERS or (weight_of is not None and known != fingerprint(spec, weight_of))):
+
+    def is_other(known: str | None) -> bool:
+        return bool(known) and (known == OTHERS or (weight_of is not None and known != fingerprint(spec, weight_of)))
+
+    eagle3, found = eagle3_sidecar(folder, spec), _shipped_beside(folder, spec, is_other)
+    if found is NO_BLOCKS and not eagle3:
+        return blocks
+    return replace(blocks, eagle3=eagle3, mtp=found.mtp, assistant=found.assistant, notes=found.notes)
+
+
+def _shipped_beside(folder: str | Path, spec: AnySpec, is_other: Callable[[str | None], bool]) -> ExitBlocks:
+    """The drafters that a folder's model ships. `is_other`: whether one was made for other weights, by its fingerprint."""
+    (mtp, notes), (assistant, why) = mtp_sidecar(folder, spec), assistant_beside(folder, spec)
+    if mtp and is_other(mtp.model_fingerprint):
         mtp, notes = replace(mtp, model_fingerprint=OTHERS), (STALE,)
-    return replace(blocks, eagle3=eagle3, mtp=mtp, notes=notes) if eagle3 or mtp or notes else blocks
+    if assistant and is_other(assistant.model_fingerprint):
+        assistant, why = replace(assistant, model_fingerprint=OTHERS), (STALE_ASSISTANT,)
+    notes = (*notes, *why)
+    return replace(NO_BLOCKS, mtp=mtp, assistant=assistant, notes=notes) if mtp or assistant or notes else NO_BLOCKS
 
 
 def mtp_sidecar(folder: str | Path, spec: AnySpec) -> tuple[ExitBlocks | None, tuple[str, ...]]:
@@ -117,19 +133,25 @@ def mtp_content(spec: AnySpec, mtp: ExitBlocks, weight_of: Callable[[str], Tenso
 
 
 def shipped_files(name: str, loaded: Trainable) -> dict[str, bytes]:
-    """The file of the drafter that a model's checkpoint ships, to be saved with its weights or what these become."""
-    mtp = shipped_by(name, loaded.backend.spec).mtp
-    return {} if mtp is None else {MTP_FILE: mtp_content(loaded.backend.spec, mtp, loaded.model.get_parameter)}
+    """The files of the drafters that a model ships, to be saved with its weights or what these become."""
+    spec = loaded.backend.spec
+    return files_of_shipped(shipped_by(name, spec), spec, loaded.model.get_parameter)
+
+
+def files_of_shipped(blocks: ExitBlocks, spec: AnySpec, weight_of: Callable[[str], Tensor]) -> dict[str, bytes]:
+    files = {} if blocks.mtp is None else {MTP_FILE: mtp_content(spec, blocks.mtp, weight_of)}
+    if (assistant := blocks.assistant) is not None:
+        files |= assistant_content(assistant, assistant.model_fingerprint or fingerprint(spec, weight_of))
+    return files
 
 
 def shipped_by(name: str, spec: AnySpec) -> ExitBlocks:
     """The drafter that a checkpoint ships, or the base of an adapter, whose weights are others."""
     adapters, base = adapters_of(name)
-    location, mtp = present(base), None
+    location = present(base)
     if location.folder is not None:
-        mtp = mtp_sidecar(location.folder, spec)[0]
-    elif location.gguf_file is not None:
-        mtp = GgufFile(Path(location.path) / location.gguf_file).drafter
+        return _shipped_beside(location.folder, spec, lambda known: bool(adapters))
+    mtp = None if location.gguf_file is None else GgufFile(Path(location.path) / location.gguf_file).drafter
     if mtp is None:
         return NO_BLOCKS
     changed = replace(mtp, model_fingerprint=OTHERS) if adapters else mtp

@@ -23,7 +23,7 @@ TASKS = {
     "lm": "layerskip_core.evaluation.tasks.texts:LANGUAGE_MODELLING",
 }
 TRANSFORMERS_BASELINES = ("transformers", "assistant-early-exit", "prompt-lookup", "assistant-model")
-BASELINES = (*TRANSFORMERS_BASELINES, "no-reuse", "draft-and-verify", "llama.cpp")
+BASELINES = (*TRANSFORMERS_BASELINES, "no-reuse", "llama.cpp")
 # Columns of rows of `jsonl`.
 PROMPT_NAMES = ("prompt", "instruction", "article", "document", "source", "question", "input", "turns", "messages")
 REFERENCE_NAMES = ("completion", "response", "reference", "summary", "summary_gt", "highlights", "target", "answer", "output")
@@ -134,11 +134,6 @@ class BenchConfig(MeasurementConfig):
         default_factory=DecodingOptions
     )
 
-    @property
-    def skips(self) -> bool:
-        """Whether Draft & Verify runs, as a strategy or as a baseline."""
-        return bool(self.generation.get("skip")) or "draft-and-verify" in (*self.strategies, *self.baselines)
-
     def __post_init__(self) -> None:
         super().__post_init__()
         compared = not self.strategies or "autoregressive" in self.strategies
@@ -167,9 +162,7 @@ class SweepConfig(MeasurementConfig):
         tuple[Share, ...] | None,
         Flag("Also early exits at each --exit-confidence.", None, "0.8,0.9,0.95 if exits were trained", "Decoding"),
     ] = None
-    quick: Annotated[bool, Flag("Measure only what is predicted to be fastest.", panel="Measurement")] = False
     packing: Annotated[PackingConfig, Without(("draft_model",))] = field(default_factory=PackingConfig)
-    search_skips: Annotated[bool, Flag("Also search the layers to skip of --strategy draft-and-verify.")] = False
     generation: Annotated[
         DecodingOptions,
         Without(("strategy", "exit_layer", "num_draft_tokens", "exit_confidence", "policy", "exits", *_OF_THE_TASK)),
@@ -180,8 +173,6 @@ class SweepConfig(MeasurementConfig):
         require(self.timed != 0, "timed", "at least 1", self.timed)
         single = self.generation.get("exit_confidence")
         require(not single, "exit_confidence", "left out of a sweep, which takes `exit_confidences`", single)
-        skip = self.generation.get("skip", ())
-        require(not (self.search_skips and skip), "search_skips", "left out with `skip`", ",".join(map(str, skip)))
 
 
 @dataclass(frozen=True)

@@ -164,13 +164,3 @@ class ExportConfig:
     @property
     def as_gguf(self) -> bool:
         return self.format == "gguf" or self.engine == "llama.cpp"
-
-
-@dataclass(frozen=True)
-class CheckConfig:
-    """Whether to compare a drafter here and in vLLM (of the environment of `python`) instead of an export, on which prompts."""
-
-    check: Annotated[bool, Flag("Only compare the model's EAGLE-3 drafter here and in vLLM.", panel="Measurement")] = False
-    samples: Annotated[Count, Flag("Prompts of --check.")] = 16
-    python: Annotated[Text | None, Flag("Python that has vLLM, for --check.", None, "the one of layerskip")] = None
-    data: Annotated[Text, Flag("Prompts of --check: commands, a file or a hub id.", panel="Data", reads="data")] = "commands"

@@ -52,7 +52,6 @@ class Recommended:
     num_draft_tokens: int
     strategy: str | None = None
     exits: tuple[int, ...] = ()
-    skip: DecodingOptions | None = None
     profile: DraftProfile = field(default_factory=DraftProfile)
 
 
@@ -105,10 +104,8 @@ def resolve_as(
             completed["exit_layer"] = exit_layer = num_layers if all_layers else asked.get("exit_layer", known.exit_layer)
             require_exit_layer(exit_layer, num_layers, may_be_last=of_copies or strategy == "early-exit")
         case "draft-and-verify":
-            completed |= {} if "skip" in asked else normalized(known.skip or {})
-            skip = (completed | asked).get("skip", ())
-            needed = "given for `strategy` draft-and-verify, or found by `layerskip sweep-exits --search-skips --save`"
-            require(bool(skip), "skip", needed, "none")
+            skip = asked.get("skip", ())
+            require(bool(skip), "skip", "given for `strategy` draft-and-verify", "none")
             for layer in skip:
                 require_exit_layer(layer, num_layers, may_be_last=True, field="skip")
             require(len(set(skip)) < num_layers, "skip", "a list that leaves at least one layer", f"all {num_layers} layers")

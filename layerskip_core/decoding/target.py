@@ -52,7 +52,7 @@ class FixedTarget:
         self._only_chooses = not (reads_logits or self._block)
         self.records = model.recordable and not self.rerun  # whether its passes can be recorded
         self._writing, spec = self._layers, model.spec  # the layers that all tokens need
-        if isinstance(spec, ModelSpec) and spec.sizes and not (blocks or self._block):
+        if isinstance(spec, ModelSpec) and spec.sizes and not (any(block.taps for block in blocks.values()) or self._block):
             self._writing = spec.attending[-1] + 1
 
     def fill(self, tokens: Tensor, places: Places, scored: list[int], whole: bool = False) -> TargetOutput:
@@ -61,14 +61,17 @@ class FixedTarget:
         These end rows. `whole`: the states of all are needed.
         """
         if self._writing < self._layers and not whole:
-            hidden, writing = self._model.embed(tokens), self._writing
+            hidden, writing, logits = self._model.embed(tokens), self._writing, None
             hidden = self._model.run_layers(hidden, 0, writing, places)
-            if not scored:
-                return TargetOutput(None, self._layers)
-            counts = [sum(first <= place < end for place in scored) for first, end in pairwise(places.bounds)]
-            ends = places.moved(0, [count - own for count, own in zip(places.counts, counts, strict=True)])
-            hidden = self._model.run_layers(hidden[on_device(scored, hidden)], writing, self._layers, ends)
-            return TargetOutput(self.head(hidden), self._layers)
+            if scored:
+                counts = [sum(first <= place < end for place in scored) for first, end in pairwise(places.bounds)]
+                ends = places.moved(0, [count - own for count, own in zip(places.counts, counts, strict=True)])
+                index = on_device(scored, hidden)
+                hidden[index] = finals = self._model.run_layers(hidden[index], writing, self._layers, ends)
+                logits = self.head(finals)
+            if self.exit_cache is not None:  # of blocks without KV entries, which read states of scored tokens only
+                self.exit_cache.write({}, hidden, places)
+            return TargetOutput(logits, self._layers)
         states, _ = self._run(tokens, {}, places, chooses=False)
         return TargetOutput(self.head(states[on_device(scored, states)]) if scored else None, self._layers, states=states)
 

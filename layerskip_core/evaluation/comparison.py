@@ -38,11 +38,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class Run:
-    """The figures of one run by name and setting, and the held-out losses of its training."""
+    """The figures of one run by name and setting."""
 
     path: str
     figures: dict[str, dict[Setting, float]] = field(default_factory=dict)
-    held_out: dict[int, dict[int, float]] = field(default_factory=dict)  # step -> exit layer -> nats per token
     rows: dict[str, Any] = field(default_factory=dict)  # what was measured, by RESULTS and LOSSES; other rows cannot be paired
 
 
@@ -79,21 +78,18 @@ def read_run(path: str) -> Run:
     files = [place / name for name in (RESULTS, LOSSES) if (place / name).is_file()] if place.is_dir() else [place]
     if not files:
         raise LayerSkipError(f"RUNS {path} must be a folder with {RESULTS} (of sweep-exits or bench --output) or {LOSSES}")
-    run = Run(path)
+    run, held_out = Run(path), dict[str, float]()  # nats per token at the last validation, by exit
     for file in files:
         if file.suffix != ".jsonl":
             add_record(run, read_record(str(file), named="RUNS"))
             continue
         for number, line in enumerate(read_bytes(file, f"RUNS {file}", LayerSkipError).splitlines(), start=1):
             step = parse_json(line, f"RUNS {file}:{number}", LayerSkipError, dict[str, Any])
-            if validation := step.get("validation"):
-                run.held_out[step["step"]] = {int(layer): loss for layer, loss in validation.items()}
-        if run.held_out:  # those of the last validation are figures too
-            *_, last = run.held_out.values()
-            run.figures[HELD_OUT] = {Setting(f"exit {layer} alone", layer): math.exp(loss) for layer, loss in last.items()}
+            held_out = step.get("validation") or held_out
         info = read_info(file.parent)
-        if run.held_out:
-            run.rows[LOSSES] = info.details.get("validation_rows")
+        if held_out:
+            alone = {Setting(f"exit {layer} alone", int(layer)): math.exp(loss) for layer, loss in held_out.items()}
+            run.figures[HELD_OUT], run.rows[LOSSES] = alone, info.details.get("validation_rows")
         if (cost := info.cost) is not None:
             whole = Setting("all layers")
             run.figures.update({OWN_AGREEMENT: {whole: cost.agreement}, OWN_PERPLEXITY: {whole: cost.after}})
@@ -165,22 +161,11 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Point:
-    """The held-out perplexity of an exit after a number of steps, over the runs of a label."""
-
-    label: str
-    exit_layer: int
-    step: int
-    interval: Interval
-
-
-@dataclass(frozen=True)
 class Comparison:
     """Runs compared by label."""
 
     paths: dict[str, tuple[str, ...]]  # label -> its runs
     lines: tuple[Line, ...]
-    points: tuple[Point, ...]
     paired: bool  # whether differences are those of run and run, in the order of the paths
     notes: tuple[str, ...]  # what makes the figures hard to compare
 
@@ -194,7 +179,7 @@ def compare(groups: Mapping[str, Sequence[Run]], only: Sequence[str] = (), exits
     usual = [name for name in known if name not in hidden] + [name for name in SHOWN if name in known]
     lines = tuple(line for figure in only or usual for line in _lines(groups, figure, exits, paired))
     paths = {label: tuple(run.path for run in runs) for label, runs in groups.items()}
-    return Comparison(paths, lines, tuple(_points(groups, exits)), paired, notes)
+    return Comparison(paths, lines, paired, notes)
 
 
 def figures_of(groups: Mapping[str, Sequence[Run]]) -> list[str]:
@@ -233,17 +218,6 @@ def _lines(groups: Mapping[str, Sequence[Run]], figure: str, exits: Sequence[int
             cells.append(Cell(label, tuple(own), mean, difference))
         if cells:
             yield Line(figure, setting, tuple(cells))
-
-
-def _points(groups: Mapping[str, Sequence[Run]], exits: Sequence[int]) -> Iterator[Point]:
-    """Held-out perplexity at the steps and exits that all runs of a label validated."""
-    for label, runs in groups.items():
-        for step in sorted(set.intersection(*(set(run.held_out) for run in runs))):
-            losses = [run.held_out[step] for run in runs]
-            for exit_layer in sorted(set.intersection(*map(set, losses))):
-                if not exits or exit_layer in exits:
-                    perplexities = [math.exp(loss[exit_layer]) for loss in losses]
-                    yield Point(label, exit_layer, step, interval_of(perplexities, logarithmic=True))
 
 
 def _notes(groups: Mapping[str, Sequence[Run]]) -> Iterator[str]:

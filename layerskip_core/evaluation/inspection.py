@@ -49,10 +49,8 @@ def inspect(loaded: Decoder, prompt: str, max_new_tokens: int) -> Inspection:
     config = DecodingConfig("autoregressive", max_new_tokens=max_new_tokens)
     answer = [token for [step] in decode(model, prompt_ids, config, loaded.eos_ids) for token in step.ids]
     ids = [*prompt_ids, *answer]
-    embedded, places = (
-        model.embed(torch.tensor(ids[:-1], device=model.device)),
-        model.new_cache(1, len(ids)).span(0, len(ids) - 1),
-    )
+    embedded = model.embed(torch.tensor(ids[:-1], device=model.device))
+    places = model.new_cache(1, len(ids)).span(0, len(ids) - 1)
     states = states_at(model, embedded, range(1, model.num_layers + 1), places)
     first = len(prompt_ids) - 1
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 import torch
 
-from ..config.decoding import DecodingOptions, DraftProfile
+from ..config.decoding import DraftProfile
 from ..config.model import Quantization
 from ..config.resolution import EXACT, Policy
 from ..decoding import DecodeStats, StopReason
@@ -18,7 +18,6 @@ from ..files import append_lines, parse_json, read_bytes, whole_lines, write_fil
 
 ANSWERS_FILE = "answers.jsonl"
 JOURNAL = "unfinished.jsonl"
-FOUND_SKIP = "found_skip"  # among the settings: the layers to skip that this run searched
 OUTPUTS = "outputs.jsonl"  # its name once the measurement is complete
 
 # A top-2 logit gap below this is a near-tie: kernels for one row and for several rows may round to either side of it. In bf16,
@@ -80,25 +79,21 @@ class Result:
     strategy: str = ""
     exit_layer: int | None = None
     num_draft_tokens: int | None = None
-    metrics: dict[str, float] = field(default_factory=dict)  # means over the prompts; none of a setting that was only predicted
+    metrics: dict[str, float] = field(default_factory=dict)  # means over the prompts
     perplexity: float | None = None  # of a sweep, on the references, through the exit; strategies that draft have none
     acceptance_rate: float | None = None  # accepted / drafted
     mean_accepted_tokens: float | None = None  # per round
     tokens_per_second: float | None = None
-    time_per_token_ms: dict[str, float | None] = field(default_factory=dict)  # p50 and p95
     ttft_ms: float | None = None
     peak_memory_mb: float | None = None
     speedup: float | None = None  # in seconds per new token, prefill included, over autoregressive decoding in the same repeat
-    decode_speedup: float | None = None  # the same without prefill and first token
     identical_outputs: float | None = None  # the share of samples with the autoregressive tokens
     speedup_over_transformers: float | None = None  # over transformers' generate
     pareto: bool = False  # no other result is at least as good by the quality metric and as fast, and better in one of the two
     predicted_speedup: float | None = None  # by the cost model, from `pass_times_ms`, over the plain steps timed with them
-    predicted_acceptance_rate: float | None = None
     pass_times_ms: dict[str, float] = field(default_factory=dict)
     agreement: float | None = None  # the share of the autoregressive tokens that the exit or the low-bit copy chooses too
     acceptance_by_position: tuple[float, ...] | None = None  # the share accepted at each position of a round, of those compared
-    time_split_ms: dict[str, float] = field(default_factory=dict)  # per token, by phase
     differences: tuple[Difference, ...] = ()  # where a strategy that drafts departs from the autoregressive tokens
     failures: tuple[Failure, ...] = ()
     draft_weights: Quantization | None = None  # of the copy whose first `exit_layer` layers draft; None: the model's own
@@ -138,18 +133,8 @@ class Recommendation:
 
 
 @dataclass(frozen=True)
-class PredictionError:
-    """The cost model's error, predicted over measured speedup less 1, over `settings` settings."""
-
-    settings: int
-    median: float  # of the absolute values
-    largest: float
-    mean: float  # signed: above 0 the model was too optimistic
-
-
-@dataclass(frozen=True)
 class Answered:
-    """A prompt, its reference if it has one, and the answer of each result; None where it was not measured or failed."""
+    """A prompt, its reference if it has one, and the answer of each result; None where it failed."""
 
     prompt: str
     reference: str
@@ -164,7 +149,6 @@ class RunRecord:
     environment: dict[str, Any]  # the machine and the software; older versions wrote fewer of its keys
     results: tuple[Result, ...]
     recommendation: Recommendation | None = None  # of a sweep
-    prediction_error: PredictionError | None = None  # of a sweep
     profile: DraftProfile | None = None  # of a sweep
     # Not part of the document:
     answered: tuple[Answered, ...] = ()
@@ -265,10 +249,3 @@ def _by_name(settings: dict[str, Any]) -> dict[str, Any]:
     for name, value in settings.items():
         flat |= _by_name(value) if isinstance(value, dict) else {f"`{name}`": value}
     return flat
-
-
-def found_skip(folder: Path) -> DecodingOptions | None:
-    """The layers to skip that an interrupted run in this folder found."""
-    lines = whole_lines(folder / JOURNAL, LayerSkipError)
-    settings = parse_json(lines[0], f"`resume`: {folder / JOURNAL}", LayerSkipError) if lines else {}
-    return msgspec.convert(settings.get(FOUND_SKIP), DecodingOptions | None)

@@ -12,14 +12,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..checkpoint.folder import EXIT_BLOCKS_FILE, GENERATION_FILE, INT4_FILE, MTP_FILE, PACKED_FILE, quiet_transformers
+from ..checkpoint.folder import EXIT_BLOCKS_FILE, GENERATION_FILE, INT4_FILE, PACKED_FILE, quiet_transformers
 from ..checkpoint.info import CheckpointInfo
-from ..checkpoint.loaded import Decoder, Trainable, decoder_of
+from ..checkpoint.loaded import Trainable, decoder_of
 from ..checkpoint.locate import EMBEDDED, Location, downloaded, is_adapter, present, reading
 from ..checkpoint.open import Source, for_packing, for_training
 from ..checkpoint.packed_file import Content, PackedWriter, unpacked_names
 from ..checkpoint.save import refuse_overwrite, save_checkpoint, save_files
-from ..checkpoint.shipped import mtp_content, read_exit_blocks
+from ..checkpoint.shipped import files_of_shipped, read_exit_blocks
 from ..checkpoint.sidecars import EAGLE3_FILES, EAGLE3_FOLDER, PROPOSED
 from ..checkpoint.transformers_read import open_model, written_dtype
 from ..config.model import Engine, ExportConfig, PackingConfig, Quantization
@@ -38,8 +38,6 @@ from ..model.weights import Weights, named_int4
 from .gguf import DRAFT, TARGET, refuse_gguf, write_eagle3, write_gguf
 
 README = "README.md"
-_MOST_TOKENS = 16
-_USUAL_TOKENS = 6
 _NOT_BY_LAYER = ("token_id", "architectures", "mlp_only_layers")  # lists in config.json of other things, whatever their length
 _PROBE = 8  # tokens of each of the two texts on which a written model is compared with the exit
 _TOLERANCE = 1e-3  # of its logits in fp32, relative to their spread
@@ -85,12 +83,13 @@ def export(config: ExportConfig) -> Exported:
     draft_layers = exit_layer + any(block.exit_layer == exit_layer for block in blocks.blocks)
     drafter = blocks.eagle3 if config.as_gguf and config.exit_layer is None else None
     readme, files = None, dict[str, bytes]()
-    if blocks.mtp is not None and exit_layer == layers and not config.as_gguf:
-        files[MTP_FILE] = mtp_content(loaded.backend.spec, blocks.mtp, loaded.model.get_parameter)
+    if exit_layer == layers and not config.as_gguf:
+        files |= files_of_shipped(blocks, loaded.backend.spec, loaded.model.get_parameter)
     if config.engine is not None:
-        length = recommended_length(decoder, exit_layer, draft_layers)
-        length = (PROPOSED, "the number that the drafter's folder tells vLLM") if drafter else length
-        readme = _readme(config, None if drafter else exit_layer, layers, *length)
+        length, why = recommended.num_draft_tokens, "recommended with the model, or the usual number"
+        if drafter:
+            length, why = PROPOSED, "the number that the drafter's folder tells vLLM"
+        readme = _readme(config, None if drafter else exit_layer, layers, length, why)
         files[README] = readme.encode()
     if config.as_gguf:
         kind = "f16" if config.dtype == "auto" else config.dtype
@@ -136,11 +135,9 @@ def export_packed(config: ExportConfig) -> tuple[str, int]:
             if (folder / name).is_file():
                 (staging / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(folder / name, staging / name)
-        if (mtp := unpacked.exit_blocks.mtp) is not None:
-            (staging / MTP_FILE).write_bytes(mtp_content(unpacked.spec, mtp, unpacked.weight_of))
         written.append(_write_weights(unpacked, staging / PACKED_FILE))
 
-    save_files(write, info, config.output)
+    save_files(write, info, config.output, files_of_shipped(unpacked.exit_blocks, unpacked.spec, unpacked.weight_of))
     return written[0], (Path(config.output) / PACKED_FILE).stat().st_size
 
 
@@ -154,7 +151,7 @@ def _write_weights(source: Source, path: Path) -> str:
     """Packs the weights that `source` decodes with. Heads are packed whole: `draft_vocab` selects rows at load."""
     packing = replace(source.packing, draft_vocab=0)
     spec, calibrated = source.spec, source.int4 is not None
-    blocks = replace(source.exit_blocks, eagle3=None, mtp=None)  # copied as they are
+    blocks = replace(source.exit_blocks, eagle3=None, mtp=None, assistant=None)  # copied as they are
     block_shapes = blocks.shapes(spec)
     head: Quantization | None = (packing.draft_head or "int8") if packing.draft_weights else None
     dtype: Literal["bf16", "fp32"] = "bf16" if source.dtype == torch.bfloat16 else "fp32"
@@ -314,26 +311,6 @@ def _readme(config: ExportConfig, exit_layer: int | None, layers: int, drafts: i
     else:
         target = model
     return "\n\n".join([*parts, instructions(engine, target, str(output), drafts)])
-
-
-def recommended_length(loaded: Decoder, exit_layer: int, layers: int) -> tuple[int, str]:
-    """A number of draft tokens, and why: a sweep's recommendation, else the most expected tokens per byte of weights.
-
-    `layers`: of the draft, its block included.
-    """
-    info, spec = loaded.info, loaded.backend.spec
-    if exit_layer == info.exit_layer and info.num_draft_tokens is not None:
-        return info.num_draft_tokens, "recommended by `layerskip sweep-exits`, or with the model"
-    acceptance = info.draft_profile(loaded.backend.num_layers).acceptance.get(f"exit {exit_layer}")
-    if acceptance is None:
-        return _USUAL_TOKENS, "the usual number; nothing is known of this exit's acceptance"
-    head = spec.vocab * spec.hidden
-    layer = (spec.weights_read(1) - head) / spec.layers
-    share = (layers * layer + head) / (spec.layers * layer + head)
-    expected = {count: sum(acceptance**place for place in range(count + 1)) for count in range(1, _MOST_TOKENS + 1)}
-    tokens = max(expected, key=lambda count: expected[count] / (1 + count * share))
-    why = f"the best if {acceptance:.0%} of the drafts are accepted and a draft takes {share:.0%} of the time of a full pass"
-    return tokens, why
 
 
 _VLLM = """vllm serve {target} \\

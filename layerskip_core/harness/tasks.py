@@ -26,7 +26,7 @@ from ..config.resolution import require_exit_layer
 from ..data import Example, quiet_datasets
 from ..errors import DataError, LayerSkipError, first_line, refused, require
 from ..evaluation.measure import Measured, Progress, depth_of, drafts_tokens, measure
-from ..evaluation.measure.bench import must_search, strategies_of
+from ..evaluation.measure.bench import strategies_of
 from ..evaluation.measure.figures import environment, result_of, setting_of
 from ..evaluation.measure.sweep import usual_exits
 from ..evaluation.results import RunRecord
@@ -182,7 +182,7 @@ def load_tasks(config: TaskConfig, log_samples: bool = False) -> HarnessTasks:
 def sweep_scores(loaded: Decoder, tasks: HarnessTasks, config: SweepConfig) -> Iterator[Progress | RunRecord]:
     """Yields progress, then the record: full depth and each exit alone. Raises ConfigError, LayerSkipError."""
     usual = SweepConfig()
-    for name in ("specs", "quick", "search_skips", "exit_confidences"):
+    for name in ("specs", "exit_confidences"):
         given = getattr(config, name)
         require(given == getattr(usual, name), name, f"{_HERE}, which measures exits alone", given)
     for exit_layer in config.exits:
@@ -196,7 +196,6 @@ def sweep_scores(loaded: Decoder, tasks: HarnessTasks, config: SweepConfig) -> I
 def bench_scores(loaded: Decoder, tasks: HarnessTasks, config: BenchConfig) -> Iterator[Progress | RunRecord]:
     """Yields progress, then the record of the strategies; those that draft need a task that generates. Raises likewise."""
     require(not config.baselines, "baselines", f"{_HERE}; lm-eval has the model type hf", ",".join(config.baselines))
-    require(not must_search(loaded, config), "skip", f"the layers that draft-and-verify skips, for `task` {HARNESS}...", None)
     methods = strategies_of(loaded, config, loaded.recommended(config.packing))
     config = replace(config, strategies=tuple(dict.fromkeys(method.strategy for method in methods)))
     yield from _run(loaded, tasks, methods, config, config.repeats)

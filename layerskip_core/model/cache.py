@@ -83,7 +83,7 @@ class Places:
 
     Attributes:
         starts: by row, the position of its first token in the pass; of a row that has none, of its next token.
-        origins: the same for the whole pass, of which these may be a part.
+        origins: the same for the whole pass or draft, of which these may be a part.
         counts: by row, how many tokens are in the pass.
         settled: whether rows will go on from the end of this pass alone; else from any token in it, as far as the cache's
             `steps_back` allows.

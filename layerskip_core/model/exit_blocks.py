@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from .assistant import Assistant
 from .cache import Places
 from .eagle3 import Eagle3Weights, PlacedEagle3
 from .spec import AnySpec, ModelSpec, Shapes, TransformersSpec
@@ -27,6 +28,7 @@ from .weights import Take, Weights, checked
 
 if TYPE_CHECKING:
     from .backend import Backend, DraftKernel, Layers
+    from .native.assistant import NativeAssistant
     from .native.eagle3 import NativeEagle3
     from .repacked import RepackedLayers
 
@@ -113,6 +115,7 @@ class ExitBlocks:
         take: weights by the names of `ExitBlock.shapes`.
         eagle3: its drafter in the EAGLE-3 layout. `mtp`: the one that its checkpoint ships, which has the block MTP alone.
         layout: of that, where it is stored.
+        assistant: the one that was shipped beside it.
         model_fingerprint: of the model that they were made for, if their file has one.
         notes: for the user.
     """
@@ -122,6 +125,7 @@ class ExitBlocks:
     eagle3: Eagle3Weights | None = None
     mtp: "ExitBlocks | None" = None
     layout: MtpLayout = MTP_LAYOUTS[0]
+    assistant: Assistant | None = None
     model_fingerprint: str | None = None
     notes: tuple[str, ...] = ()
 
@@ -216,7 +220,7 @@ class PlacedMtp(PlacedBlock):
         return self.join(torch.cat(parts, dim=-1))
 
 
-DraftBlock: TypeAlias = "PlacedBlock | PlacedEagle3 | NativeEagle3"
+DraftBlock: TypeAlias = "PlacedBlock | PlacedEagle3 | NativeEagle3 | NativeAssistant"
 
 
 def blocks_named(names: Iterable[str], num_layers: int) -> tuple[ExitBlock, ...]:

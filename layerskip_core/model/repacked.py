@@ -150,9 +150,7 @@ class RepackedBackend(ABC):
             self._layers = layers = runners[0]
             self.embed, self.run_layers, self.write_kv = layers.embed, layers.run_layers, layers.write_kv
             self.normed = self._norm(norm)
-            self.drafters: dict[str, DraftBlock] = {}
-            if (drafter := exit_blocks.eagle3) is not None:
-                self.drafters["eagle3"] = self.placed_eagle3(drafter, self._chain_spec.layers - 1, packing)
+            self.drafters = self._drafters(exit_blocks, packing)
         self.draft_sides: dict[Quantization | None, DraftSide] = {}
         for chain, layers in zip(chains, runners, strict=True):
             own, kernel = layers is self._layers, self._draft_kernel(layers)
@@ -212,6 +210,11 @@ class RepackedBackend(ABC):
     def _drafter_kinds(self, packing: PackingConfig) -> tuple[Quantization | None, Quantization | None]:
         """The precision of the layer of MTP, and of the head that drafts after it."""
         return (packing.quantize,) * 2
+
+    def _drafters(self, exit_blocks: ExitBlocks, packing: PackingConfig) -> dict[str, DraftBlock]:
+        """Those beside the chain of layers."""
+        drafter = exit_blocks.eagle3
+        return {} if drafter is None else {"eagle3": self.placed_eagle3(drafter, self._chain_spec.layers - 1, packing)}
 
     @abstractmethod
     def placed_eagle3(self, stored: Eagle3Weights, place: int, packing: PackingConfig) -> DraftBlock: ...

@@ -63,10 +63,7 @@ def cosines_and_sines(spec: ModelSpec, count: int, like: Tensor) -> list[tuple[T
 
 def rope_frequencies(spec: ModelSpec, rope: RopeSpec) -> tuple[Tensor, float]:
     """Radians per position of each rotating pair of a head, (rotary / 2,) in fp32, and the factor of cosine and sine."""
-    if rope.type in (
-        "default",
-        "proportional",
-    ):  # transformers computes this one in each model's own module, which takes seconds to import
+    if rope.type in ("default", "proportional"):  # in transformers, in each model's own module: seconds to import
         base, alpha, size = float(rope.parameters["rope_theta"]), rope.parameters.get("alpha"), spec.rotary
         if alpha:  # Hunyuan's, which stretches it (NTK-aware scaling)
             base *= alpha ** (size / (size - 2))

@@ -56,16 +56,15 @@ def missing_feature(spec: AnySpec, recurrent: bool = False) -> str | None:
         return f"the activation {spec.activation}"
     if spec.clip is not None:
         return f"projections clipped at {spec.clip:g}"
-    if not recurrent and (spec.recurrence is not None or spec.architecture.one_block):
-        return "recurrent layers"
-    if not recurrent and spec.architecture.gates_attention:
-        return "gated attention"
-    if not recurrent and spec.architecture.sinks:
-        return "attention sinks"
-    if not recurrent and spec.experts is not None and spec.experts.shared_inner:
-        return "shared experts"
-    if not recurrent and spec.sizes:
-        return "different sizes of layers"
+    features = {
+        "recurrent layers": spec.recurrence is not None or spec.architecture.one_block,
+        "gated attention": spec.architecture.gates_attention,
+        "attention sinks": spec.architecture.sinks,
+        "shared experts": spec.experts is not None and spec.experts.shared_inner,
+        "different sizes of layers": spec.sizes,
+    }
+    if not recurrent and any(features.values()):
+        return next(name for name, present in features.items() if present)
     for rope in spec.ropes:
         if rope.type not in _STATIC_ROPES:
             return f"rotary positions of type {rope.type}"

@@ -67,7 +67,7 @@ class FrozenEagle3(DrafterModule):
     def weights(self) -> dict[str, Tensor]:
         return {name: self.drafter.weight(name) for name in self.drafter.form.shapes}
 
-    def files(self, dtype: torch.dtype, kept: ExitBlocks, made_for: str, verifier: str) -> dict[str, bytes]:
+    def files(self, dtype: torch.dtype, kept: ExitBlocks, model_fingerprint: str, verifier: str) -> dict[str, bytes]:
         return eagle3_content(self.stored(dtype), self.backend.spec, verifier)
 
     def estimated_speedup(self, backend: Backend, exit_layer: int) -> SpeedEstimate:

@@ -29,7 +29,6 @@ class StepReport:
     step: int
     total_steps: int
     loss: float
-    final_loss: float
     exit_losses: dict[int, float]
     learning_rate: float
     tokens_per_second: float
@@ -78,7 +77,7 @@ class LossHistory:
     def report(self, total_steps: int, learning_rate: float, speed: float) -> StepReport:
         """Of the latest step."""
         step, rest = self.steps[-1], (learning_rate, speed, self.validated, self.agreement)
-        return StepReport(step.step, total_steps, step.loss, step.final, self.latest, *rest)
+        return StepReport(step.step, total_steps, step.loss, self.latest, *rest)
 
     def to_jsonl(self) -> bytes:
         """One JSON line per step."""

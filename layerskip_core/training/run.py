@@ -14,7 +14,7 @@ import msgspec
 import torch
 from torch.utils.data import Subset
 
-from ..checkpoint.folder import EXIT_BLOCKS_FILE, weight_files
+from ..checkpoint.folder import EXIT_BLOCKS_FILE, MTP_FILE, weight_files
 from ..checkpoint.info import EXIT_BLOCKS, CheckpointInfo
 from ..checkpoint.loaded import pick_device
 from ..checkpoint.locate import EMBEDDED, adapters_of, downloaded, locate
@@ -44,7 +44,8 @@ from .verdict import Original, SpeedEstimate
 
 _PACKED = "documents are packed into whole rows; attention stays within a document"
 _STREAMED = "streaming: `resume` reads past the rows already seen, and is exact only if they come in the same order again"
-_SHIPPED = "the drafter of its checkpoint (mtp) is saved as it is; `layerskip train-drafter --start-from shipped` trains it"
+_SHIPPED = "the drafter of its checkpoint (mtp) is saved as it is"
+_TRAINS = f"{_SHIPPED}; `layerskip train-drafter --start-from shipped` trains it"
 _REPLAY = 0.25  # of the rows of a step
 _VERSIONS = {name: version(name) for name in ("layerskip", "torch", "transformers")}
 _SHALLOW = "a model of one layer has no place for exits or a drafter"
@@ -94,7 +95,7 @@ class WholeModel(Plan):
         self.truncated = sum(row["truncated"] for row in seen)
         self.held_out = 0 if self.held_out_data is None else len(self.held_out_data.seen)
         self.notes = (_PACKED,) * encoder.pack + (_STREAMED,) * config.streaming + (_SHALLOW,) * (spec.layers == 1)
-        self.notes += (_SHIPPED,) * bool(self.shipped)
+        self.notes += (_TRAINS if MTP_FILE in self.shipped else _SHIPPED,) * bool(self.shipped)
         self.steps = data.run_steps(config, len(seen))
         self.recipe = resolve_recipe(config.recipe, spec, self.steps)
         if config.lora_keep:  # beside an adapter alone nothing else is saved

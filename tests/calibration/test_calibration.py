@@ -98,22 +98,6 @@ def test_with_inputs_that_do_not_depend_on_each_other_each_group_is_fitted():
         assert torch.equal(made.levels[:, 32 * number : 32 * (number + 1)].T.float(), nearest(group, scale, low))
 
 
-def test_the_fitted_range_is_better_than_the_whole_one():
-    whole, made = int4_of(weight()), gptq(weight(), torch.eye(INPUTS))
-    assert (made.weight - weight()).square().sum() < 0.95 * (whole.weight - weight()).square().sum()
-    assert torch.equal(made.scale.bfloat16().float(), made.scale) and torch.equal(made.low.bfloat16().float(), made.low)
-
-
-def test_important_inputs_are_fitted_better():
-    group, importance = weight().T[:32], torch.ones(32)
-    importance[:4] = 100
-    errors = [
-        (nearest(group, *factors) * factors[0] + factors[1] - group)[:4].square().mean()
-        for factors in (fitted(group, importance), fitted(group, torch.ones(32)))
-    ]
-    assert errors[0] < 0.5 * errors[1]
-
-
 def test_inputs_that_are_always_zero_do_no_harm():
     given = inputs()
     given[:, 7] = 0

@@ -67,7 +67,7 @@ def test_the_drafter_s_agreement_and_the_order_of_tokens_go_with_the_model(check
     assert run("import", str(folder), "--output", str(output)).code == 0
     assert read_info(output).details["exit_blocks"] == {"eagle3": {"agreement": 0.75}}
     assert token_order(output, 300) == [7, 3] and ORDER_FILE in read_info(output).files
-    another = ("--eagle3", str(folder / "eagle3"))
+    another = ("--drafter", str(folder / "eagle3"))
     assert run("import", str(output), "--output", str(output), "--overwrite", *another).code == 0
     assert "exit_blocks" not in read_info(output).details  # the agreement was another's
 

@@ -53,7 +53,6 @@ def test_policies_are_read_as_they_were_written_if_there_are_any(tmp_path):
         {"profile": {"draft_head": "int3"}},
         {"recommended": {"exit_layer": 0}},
         {"recommended": {"strategy": "magic"}},
-        {"recommended": {"skip": {"layers": [3]}}},
         {"files": ["a", 3]},
         {"prompt_template": "none"},
         {"final_losses": {"4": "low"}},
@@ -103,14 +102,13 @@ def test_the_agreement_stored_with_int4_weights_is_a_prior_where_no_sweep_measur
 def test_new_exit_blocks_leave_what_was_measured_without_them_only(tmp_path):
     acceptance = {"exit 2": 0.1, "int8 exit 2": 0.1, "exit 12": 0.9, "int8": 1.0}
     profile = DraftProfile(acceptance, (2.0, 2.5), {"exit 2": 0.5, "exit 12": 0.75})
-    skip = {"skip": [3, 5], "num_draft_tokens": 4}
     before = CheckpointInfo(
-        exit_layer=6, num_draft_tokens=4, policies=POLICIES, strategy="self-speculative", profile=profile, skip=skip,
+        exit_layer=6, num_draft_tokens=4, policies=POLICIES, strategy="self-speculative", profile=profile,
         details={"rows": 7, "exit_blocks": {"4": {"agreement": 0.5}}},
     )  # fmt: skip
     assert before.advice == ("policy exact", "policy fast", "policy my own", "policy trimmed")
     after = write(tmp_path, before.with_exit_blocks({"2": {"agreement": 0.75}}).to_json())
-    assert after.advice == () and (after.skip, after.details["rows"]) == (skip, 7)
+    assert after.advice == () and after.details["rows"] == 7
     assert after.details["exit_blocks"] == {"4": {"agreement": 0.5}, "2": {"agreement": 0.75}}
     assert after.profile == DraftProfile({"exit 12": 0.9, "int8": 1.0}, (2.0, 2.5), {"exit 12": 0.75})
     known = after.draft_profile(24)

@@ -119,8 +119,8 @@ def test_damaged_files_are_refused(wide, damage, found):
     rows = load_file(wide / INT4_FILE)
     damage(rows)
     loaded = for_training(str(wide), "cpu")
-    made_for = fingerprint(loaded.backend.spec, loaded.model.get_parameter)
-    (wide / INT4_FILE).write_bytes(int4_content(rows, made_for, {}))
+    model_fingerprint = fingerprint(loaded.backend.spec, loaded.model.get_parameter)
+    (wide / INT4_FILE).write_bytes(int4_content(rows, model_fingerprint, {}))
     with pytest.raises(CheckpointError, match=rf"int4\.safetensors.* {found}"):
         quantized_logits(wide)
 

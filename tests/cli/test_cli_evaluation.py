@@ -59,7 +59,7 @@ def test_sweep_prints_json_and_writes_files(tmp_path, model):
     ]  # fmt: skip
     assert document["config"]["task"]["task"] == "commands"
     assert document["environment"]["dtype"] == "float32"
-    plots = ["acceptance_by_exit", "acceptance_by_position", "pareto", "perplexity", "time_split"]
+    plots = ["acceptance_by_exit", "acceptance_by_position", "pareto", "perplexity"]
     files = ["answers.html", "answers.jsonl", "report.html", "results.csv", "results.json"]
     out = tmp_path / "out"
     assert sorted(file.name for file in out.iterdir()) == sorted([f"{name}.png" for name in plots] + files)
@@ -152,7 +152,7 @@ def test_bench_formats(tmp_path, model, data):
     assert [line.split()[4] for line in (table[2], table[4])] == ["100%"] * 2
     assert max(map(len, table)) <= 80
     pages = ["answers.html", "answers.jsonl", "report.html", "results.csv", "results.json"]
-    files = [*pages, "acceptance_by_position.png", "pareto.png", "time_split.png"]
+    files = [*pages, "acceptance_by_position.png", "pareto.png"]
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == sorted([*files, "outputs.jsonl"])
     saved = str(tmp_path / "out" / "results.json")
     assert run("bench", "--from", saved).out.splitlines() == table
@@ -228,7 +228,7 @@ def test_an_earlier_result_is_replaced_whole_and_only_if_asked(tmp_path, model):
         refused(told, *command)
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
     run(*benched, "--overwrite")
-    reported = {"report.html", "results.json", "results.csv", "answers.html", "answers.jsonl", "pareto.png", "time_split.png"}
+    reported = {"report.html", "results.json", "results.csv", "answers.html", "answers.jsonl", "pareto.png"}
     assert {file.name for file in out.iterdir()} == reported | {"outputs.jsonl", "mine.png"}
     run("bench", *again, "--overwrite")  # the outputs are those of this result
     assert {file.name for file in out.iterdir()} == reported | {"outputs.jsonl", "mine.png"}

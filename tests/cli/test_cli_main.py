@@ -185,15 +185,6 @@ def test_odd_and_empty_arguments(arguments, named, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["a\udcffb", "x" * 100_000], ids=["odd", "long"])
-def test_names_that_are_no_names(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for flag in ("--model", "--data", "--task", "--output", "--split"):
-        result = run("bench", "--data", "none.csv", flag, name)
-        assert (result.code, result.out, result.err.count("\n")) == (1, "", 1)
-        assert result.err.startswith("error: ") and "--debug" not in result.err and len(result.err) < 3_000
-
-
 @pytest.mark.parametrize("locale", [{"LC_ALL": "C"}, {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}])
 def test_any_locale(tmp_path, locale):
     file = tmp_path / "rows.jsonl"

@@ -272,15 +272,6 @@ def test_whoever_waits_for_answers_gets_them(model):
         assert process.wait(60) == 1
 
 
-def test_policies_from_python(model, ask):
-    loaded = load(model, device="cpu", dtype="fp32")
-    for policy in ("exact", "fast", "copies"):
-        expected = ask({"prompt": PROMPT}, flags=("--policy", policy))[0]
-        answer = loaded.generate(PROMPT, policy=policy, max_new_tokens=20)
-        assert (answer.text, answer.stats.drafted) == (expected["text"], expected["drafted"])
-    assert loaded.generate(PROMPT, max_new_tokens=20).stats.drafted == ask({"prompt": PROMPT})[0]["drafted"]
-
-
 def test_exact_with_copies_needs_them(checkpoint, tmp_path):
     folder = with_policies(str(shutil.copytree(checkpoint, tmp_path / "model")), {"exact": POLICIES["copies"]})
     loaded = for_decoding(folder, "cpu", "fp32")

@@ -94,7 +94,6 @@ def test_a_choice_is_one_of_the_names_to_the_letter(name):
 
 TRAINED = Recommended(4, 12, "self-speculative")
 UNKNOWN = Recommended(2, 6)
-SEARCHED = Recommended(4, 12, skip={"skip": [3, 5], "num_draft_tokens": 9})
 CONFIDENT = {"exit_confidence": 0.9}
 LOW = {
     "strategy": "self-speculative", "exit_layer": 8, "num_draft_tokens": 3, "draft_weights": "int8", "draft_confidence": 0.5,
@@ -130,25 +129,21 @@ def test_weights_for_drafts_imply_drafting():
 
 
 @pytest.mark.parametrize(
-    ("asked", "recommended", "skip", "drafts"),
-    [
-        ({"skip": [2]}, UNKNOWN, (2,), 6),  # implies the strategy
-        ({"strategy": "draft-and-verify"}, SEARCHED, (3, 5), 9),
-        ({"strategy": "draft-and-verify", "num_draft_tokens": 2}, SEARCHED, (3, 5), 2),
-    ],
+    ("asked", "drafts"),
+    [({"skip": [2]}, 6), ({"strategy": "draft-and-verify", "skip": [2], "num_draft_tokens": 2}, 2)],
 )
-def test_the_layers_to_skip_are_given_or_searched(asked, recommended, skip, drafts):
+def test_layers_to_skip_imply_the_strategy(asked, drafts):
     for packing in (PackingConfig(), PackingConfig(draft_weights=("int8",))):
-        config = resolve(asked, recommended, 8, packing)
-        assert (config.strategy, config.skip, config.num_draft_tokens) == ("draft-and-verify", skip, drafts)
+        config = resolve(asked, UNKNOWN, 8, packing)
+        assert (config.strategy, config.skip, config.num_draft_tokens) == ("draft-and-verify", (2,), drafts)
         assert config.exit_layer is None and config.draft_weights == next(iter(packing.draft_weights), None)
 
 
 def test_one_strategy_of_several_takes_what_it_uses():
     asked = {"skip": [2], "exit_confidence": 0.9, "lookup": 3, "exit_layer": 5, "stop": "x"}
-    plain = resolve_as("autoregressive", asked, SEARCHED, 8)
+    plain = resolve_as("autoregressive", asked, Recommended(4, 12), 8)
     assert plain == DecodingConfig("autoregressive", stop=("x",))
-    assert resolve_as("self-speculative", asked, SEARCHED, 8) == DecodingConfig(
+    assert resolve_as("self-speculative", asked, Recommended(4, 12), 8) == DecodingConfig(
         exit_layer=5, num_draft_tokens=12, lookup=3, stop=("x",)
     )
 
@@ -164,7 +159,7 @@ def test_early_exit_by_confidence_is_among_the_trained_exits():
 @pytest.mark.parametrize(
     ("asked", "field", "message"),
     [
-        ({"strategy": "draft-and-verify"}, "skip", "given for `strategy` draft-and-verify, or found by"),
+        ({"strategy": "draft-and-verify"}, "skip", "given for `strategy` draft-and-verify"),
         ({**CONFIDENT, "exits": [2, 8]}, "exits", "in 1..7, got 8"),
         ({**CONFIDENT, "exit_layer": 3}, "exit_layer", "left out with `exit_confidence`"),
         ({"exits": [2]}, "exits", "used with `exit_confidence`, got none"),

@@ -195,11 +195,9 @@ def test_documents_and_plots(tmp_path):
     assert float(row["mean"]) == pytest.approx(math.exp(2.5)) and float(row["difference_mean"]) == pytest.approx(1 / math.e)
     document = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert document["lines"][0]["setting"] == {"name": "exit 2 alone", "exit_layer": 2, "drafts": ""}
-    means = {point["step"]: point["interval"]["mean"] for point in document["points"] if point["label"] == "a"}
-    assert means == pytest.approx({1: math.exp(4.5), 3: math.exp(2.5)})  # of exit 4, the last one
     written = {path.name for path in (tmp_path / "out").iterdir() if path.suffix != ".lock"}
-    pictures = {"exact_match", "perplexity", "held_out_perplexity", "held_out_perplexity_over_steps"}
-    assert {f"{name}.png" for name in pictures} | {"comparison.md", "comparison.json", "comparison.csv"} <= written
+    pictures = {f"{name}.png" for name in ("exact_match", "perplexity", "held_out_perplexity")}
+    assert pictures | {"comparison.md", "comparison.json", "comparison.csv"} <= written
     assert "acceptance_rate.png" not in written  # of one exit only
     assert (tmp_path / "out" / "exact_match.png").read_bytes().startswith(b"\x89PNG")
     fewer = ("compare", *folders, "--only", "perplexity", "--output", str(tmp_path / "out"))
@@ -207,8 +205,7 @@ def test_documents_and_plots(tmp_path):
         f"--output {tmp_path / 'out'} already holds comparison.json; give --overwrite to replace it, or another folder", *fewer
     )
     assert run(*fewer, "--overwrite").code == 0
-    left = {path.name for path in (tmp_path / "out").iterdir() if path.suffix == ".png"}
-    assert left == {"perplexity.png", "held_out_perplexity_over_steps.png"}
+    assert [path.name for path in (tmp_path / "out").glob("*.png")] == ["perplexity.png"]
 
 
 @pytest.mark.parametrize(("name", "text"), [("results.json", "{}"), ("losses.jsonl", '{"step": 1}'), ("x", "")])

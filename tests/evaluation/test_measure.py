@@ -157,10 +157,10 @@ def test_the_answers_to_a_prompt_count_together():
     low, high = estimate(ratio, columns, logarithmic=True).bounds
     assert high - low < 0.5 * (alone.high - alone.low)
     both = Measured(DecodingConfig(), (), [outputs_of([(1, 1.0)], [(2, 4.0)])], answers_per_prompt=2)
-    assert both.times.tolist() == [[[5.0]], [[3.0]], [[0.0]], [[0.0]]]
+    assert both.times.tolist() == [[[5.0]], [[3.0]]]
 
 
-def test_changes_are_paired_and_times_leave_out_the_prefill_or_not():
+def test_changes_are_paired_and_times_have_the_prefill():
     full, worse = Scores((0.0, 1.0) * 20), Scores((0.0, 0.9) * 20)
     assert change(full, full) == (0.0, None, None)
     paired, own = change(worse, full).bounds, metric(worse).bounds
@@ -169,7 +169,7 @@ def test_changes_are_paired_and_times_leave_out_the_prefill_or_not():
     texts = metric(Scores((10.0, 40.0, 30.0), (10, 20, 10)))
     assert texts.value == pytest.approx(math.exp(2.0)) and 0 < texts.bounds.low < texts.value < texts.bounds.high
     measured = Measured(DecodingConfig(), (), [outputs_of([(1, 2.0), (3, 1.0)], [(1, 4.0)])])
-    assert measured.times[:, 0].tolist() == [[3.0, 4.0], [4, 1], [1.0, 0.0], [3, 0]]
+    assert measured.times[:, 0].tolist() == [[3.0, 4.0], [4, 1]]
 
 
 PLAIN = DecodingConfig("autoregressive", max_new_tokens=NEW_TOKENS)

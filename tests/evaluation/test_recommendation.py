@@ -14,7 +14,6 @@ from layerskip_core.config.model import PackingConfig
 from layerskip_core.config.resolution import policy_packing
 from layerskip_core.evaluation.measure import Measured
 from layerskip_core.evaluation.measure.figures import Contest, contest, finalists, recommend
-from layerskip_core.evaluation.measure.sweep import prediction_error
 from layerskip_core.evaluation.metrics import Scores, frontier, margin
 from layerskip_core.evaluation.results import Difference, Failure, Result
 
@@ -141,7 +140,8 @@ def simulated(seed, speed, spread):
     if places := finalists(results, 1e-3):
         run = contest(places, 256, lambda *asked: machine.answer(1000 + asked[0], asked[1]), budget, clock=lambda: machine.now)
         _, found = collect(run)
-    return recommend(results, 1e-3, "known", SweepConfig(), [None] * len(results), found), right, max(speeds)
+    measured = [Measured(DecodingConfig(), (), ())] * len(results)
+    return recommend(results, 1e-3, "known", SweepConfig(), measured, found), right, max(speeds)
 
 
 @pytest.mark.parametrize("spread", [0.05, 0.15])
@@ -197,13 +197,6 @@ def test_settings_that_change_the_output_are_excluded_unless_at_near_ties():
     nothing = advise([PLAIN, wrong])
     assert (nothing.exit_layer, nothing.num_draft_tokens, nothing.speedup) == (None, None, None)
     assert nothing.reason.startswith("no setting that drafts kept the autoregressive outputs")
-
-
-def test_prediction_error_of_known_figures():
-    table = [replace(row("self-speculative", 2, 2, speedup=1), predicted_speedup=x) for x in (0.9, 1.04, 1.01)]
-    error = prediction_error([PLAIN, *table])
-    assert (error.settings, error.median, error.largest, error.mean) == pytest.approx((3, 0.04, 0.1, -0.05 / 3))
-    assert prediction_error([PLAIN]) is None
 
 
 def test_exact_is_the_recommendation_and_fast_the_fastest_exit_that_keeps_the_quality():

@@ -70,11 +70,9 @@ def test_a_sweep_of_the_tiny_model():
     assert drafted[2].acceptance_rate > drafted[0].acceptance_rate
     for result in drafted:
         assert 0 <= result.mean_accepted_tokens <= result.num_draft_tokens
-        assert result.predicted_acceptance_rate == result.acceptance_rate  # in fp64 the simulated rounds are the real ones
         assert result.predicted_speedup > 0
         assert list(result.pass_times_ms) == ["draft", "verify", "other", "plain"]
     assert early_exits[0].agreement < early_exits[1].agreement < 1
-    assert record.prediction_error.settings == 4
     assert record.config["exits"] == (2, 5)
     advice = record.recommendation
     assert advice.policies["exact"]["measured"]["speedup"] >= 1
@@ -98,7 +96,7 @@ def test_low_bit_copies_draft_with_all_layers():
     assert all(result.identical_outputs == 1.0 and result.predicted_speedup > 0 for result in drafted)
     assert 0.5 < drafted[1].agreement < drafted[0].agreement
     assert drafted[0].steps_by_drafter["int8"] > 0
-    *_, record = sweep(untrained, own_answers(1), replace(config, exits=(2, LAYERS), quick=True))
+    *_, record = sweep(untrained, own_answers(1), replace(config, exits=(2, LAYERS)))
     drafted = [(result.draft_weights, result.exit_layer) for result in record.results if result.strategy == "self-speculative"]
     assert drafted == [(None, 2), ("int8", 2), ("int8", LAYERS), ("int4", 2), ("int4", LAYERS)]
     (alone,) = [result.exit_layer for result in record.results if result.strategy == "early-exit"]
@@ -144,31 +142,8 @@ def test_exits_by_confidence_are_swept_where_exits_were_trained():
     assert some.identical_outputs < never.identical_outputs == never.metrics["exact_match"] == 1.0
     assert (some.perplexity, some.agreement, some.predicted_speedup) == (None, None, None)
     assert [result.exit_confidence for result in by_confidence(trained, own_answers(1))] == [0.8, 0.9, 0.95]
-    assert not by_confidence(trained, own_answers(1), quick=True)
     (untrained,) = by_confidence(tiny_loaded(), own_answers(1), exit_confidences=(0.5,))
     assert untrained.exits == (2,)  # none was trained: the sweep's
-
-
-def test_a_quick_sweep_measures_only_the_best_predictions(monkeypatch):
-    from layerskip_core.evaluation.measure import cost_model
-
-    # A draft costs a second per layer, a verification one second: exit 2 has the best predictions.
-    def known_times(loaded, part, setting, plain):
-        return PassTimes(draft=setting.exit_layer, verify=1.0, other=0.0, plain=6.0)
-
-    monkeypatch.setattr(cost_model, "pass_times", known_times)
-    monkeypatch.setattr("layerskip_core.evaluation.measure.sweep._QUICK", 1)
-    *_, record = sweep(tiny_loaded(), own_answers(), SweepConfig("tiny", exits=(2, 5), specs=(2, 4), quick=True))
-    rows = {(result.strategy, result.exit_layer, result.num_draft_tokens): result for result in record.results}
-    measured = [setting for setting, result in rows.items() if result.metrics and result.strategy != "adaptive"]
-    best = [("autoregressive", None, None), ("early-exit", 2, None), ("self-speculative", 2, 2)]
-    assert measured == [*best, ("lookup", None, 4)]
-    skipped = rows["self-speculative", 5, 4]
-    assert skipped.predicted_speedup < rows["self-speculative", 2, 2].predicted_speedup
-    assert (skipped.tokens_per_second, skipped.identical_outputs, skipped.pareto) == (None, None, False)
-    assert rows["early-exit", 5, None].perplexity is not None
-    assert record.prediction_error.settings == 1
-    assert "; not measured because of a lower predicted speed: 3" in record.recommendation.reason
 
 
 def test_the_confidence_of_a_sweep_is_one_of_several():

@@ -6,15 +6,12 @@ import sys
 import pytest
 import torch
 from command_line import fails
-from conftest import at, run_texts, tiny_model
+from conftest import at, run_texts
 from evaluating import tiny_loaded
-from exit_block_models import random_blocks
 
 from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.errors import ContextError
 from layerskip_core.harness.likelihood import Likelihood, likelihoods
-from layerskip_core.model import TransformersBackend
-from layerskip_core.model.exit_blocks import ExitBlock
 
 
 @torch.inference_mode()
@@ -71,17 +68,6 @@ def test_every_exit_of_one_pass_equals_a_pass_of_its_own(kind, batch_size, wide)
     assert found[len(pairs) - 1][6].greedy and not found[0][6].greedy
     totals = {round(found[0][exit_layer].total, 3) for exit_layer in exits}
     assert len(totals) == 3  # the exit counts
-
-
-def test_an_exit_block_is_scored_through_its_own_layer_and_norm():
-    model = tiny_model()
-    blocks = random_blocks(model, ExitBlock(2))
-    backend, plain = TransformersBackend(model, blocks), TransformersBackend(model)
-    pair = ([3, 4, 5, 6], [7, 8])
-    found = dict(likelihoods(backend, [pair], [2, 6], 4))[0]
-    for exit_layer in (2, 6):
-        assert found[exit_layer].total == pytest.approx(alone(backend, *pair, exit_layer)[0])
-    assert found[2].total != pytest.approx(dict(likelihoods(plain, [pair], [2], 4))[0][2].total)
 
 
 def test_what_does_not_fit_and_what_is_empty():

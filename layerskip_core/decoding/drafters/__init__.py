@@ -61,7 +61,9 @@ class Context:
         for index, count, ahead in zip(self.indices, counts, after, strict=True):
             of_cache[index] = count
             starts[index] += ahead
-        return Places(self.cache, starts, of_cache)
+        places = Places(self.cache, starts, of_cache)
+        places.origins = self.filled
+        return places
 
     def permitted(self, index: int, tokens: list[int]) -> list[int]:
         """Drafts for the row with this index, up to the first that its grammar forbids."""

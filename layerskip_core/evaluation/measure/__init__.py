@@ -61,12 +61,9 @@ class Measured:
 
     @property
     def times(self) -> Tensor:
-        """(4, repeats, prompts): seconds and tokens of generations, then both without the prefill and its token."""
-        columns = [
-            [[sum(map(of_step, output.steps[first:])) for output in outputs] for outputs in self.repeats]
-            for first in (0, 1)
-            for of_step in (attrgetter("seconds"), attrgetter("tokens"))
-        ]
+        """(2, repeats, prompts): seconds and tokens of generations, the prefill included."""
+        parts = attrgetter("seconds"), attrgetter("tokens")
+        columns = [[[sum(map(part, output.steps)) for output in outputs] for outputs in self.repeats] for part in parts]
         times = torch.tensor(columns, dtype=torch.float64)
         return times.reshape(*times.shape[:2], -1, self.answers_per_prompt).sum(-1)
 

@@ -19,19 +19,18 @@ from ...checkpoint.gguf_read import GgufFile
 from ...checkpoint.loaded import Decoder, Trainable
 from ...checkpoint.locate import files_digest
 from ...checkpoint.open import for_training
-from ...config.decoding import BESIDE, DRAFTERS, DecodingConfig, DecodingOptions
+from ...config.decoding import BESIDE, DRAFTERS, DecodingConfig
 from ...config.evaluation import TRANSFORMERS_BASELINES, BenchConfig
 from ...config.resolution import Recommended, resolve_as
 from ...decoding.output import DecodeStats, StopScanner, step_counts
 from ...errors import ConfigError, LayerSkipError, require
 from ...model import TransformersBackend
 from ..metrics import scores_by_exit
-from ..results import FOUND_SKIP, Journal, Output, RunRecord, Step, found_skip
+from ..results import Journal, Output, RunRecord, Step
 from ..tasks import Task
 from . import Baseline, Progress, depth_of, measure, own_output
 from .cost_model import bandwidth
 from .figures import environment, result_of
-from .skip_search import search_skips
 
 _MOST_CONTEXT = 8192  # tokens of llama.cpp: a larger cache takes memory that no task here needs
 _DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -47,12 +46,6 @@ def bench(
     """
     (task, generation), layers = task.asked(config.generation), loaded.backend.num_layers
     loaded, recommended = task.prepared(loaded), loaded.recommended(config.packing)
-    searched: DecodingOptions | None = None
-    if must_search(loaded, config):
-        searched = found_skip(folder) if folder is not None and resume else None
-        if searched is None:
-            searched, *_ = yield from search_skips(loaded, task, generation, next(iter(config.packing.draft_weights), None))
-        recommended = replace(recommended, skip=searched)
     config = replace(config, task=task.config, generation=generation)
     settings = strategies_of(loaded, config, recommended)
     speculative = resolve_as("self-speculative", generation, recommended, layers, config.packing)
@@ -65,17 +58,17 @@ def bench(
         made = {name: machine[name] for name in ("versions", "device_name", "threads", "dtype", "implementation")}
         files = " ".join(map(files_digest, filter(None, (loaded.name, config.packing.draft_model))))
         digests = {"model_files": files, "rows": hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]}
-        head = asdict(config) | own | ({FOUND_SKIP: searched} if searched else {}) | digests
-        journal = Journal(folder, head | {"machine": made}, resume)
+        journal = Journal(folder, asdict(config) | own | digests | {"machine": made}, resume)
     depths = [depth_of(setting, layers) or layers for setting in settings]
     perplexity = scores_by_exit(task.losses(loaded, depths)) if task.text is not None else {}
     settings += [replace(speculative, strategy=name) for name in baselines]
     measured = yield from measure(loaded, task, settings, config, config.repeats, baselines, journal, perplexity)
     full = measured[0]
     stats = sum((output.stats for output in full.answers), DecodeStats())
-    if full.repeats and (tokens := float(full.times[3].sum())):
+    decoding = [step for outputs in full.repeats for output in outputs for step in output.steps[1:]]  # without prefills
+    if tokens := sum(step.tokens for step in decoding):
         positions = (stats.prompt_tokens + stats.new_tokens / 2) / max(stats.sequences, 1)
-        machine["bandwidth"] = bandwidth(loaded, float(full.times[2].sum()) / tokens, positions)
+        machine["bandwidth"] = bandwidth(loaded, sum(step.seconds for step in decoding) / tokens, positions)
     transformers = next((each for each in measured if each.setting.strategy == "transformers"), None)
     results = []
     for each in measured:
@@ -93,7 +86,8 @@ def bench(
 
 def strategies_of(loaded: Decoder, config: BenchConfig, recommended: Recommended) -> list[DecodingConfig]:
     """The strategies in the order of the tables; self-speculative decoding with each low-bit copy. Raises ConfigError."""
-    chosen = {*(config.strategies or suiting_strategies(loaded, config)), *(["draft-and-verify"] if config.skips else [])}
+    skipping = ["draft-and-verify"] if config.generation.get("skip") else []
+    chosen = {*(config.strategies or suiting_strategies(loaded, config)), *skipping}
     for name in chosen & set(BESIDE) - loaded.backend.drafters.keys():
         require(False, "strategies", f"a list without {name} for a model without such a drafter", name)
     settings = []
@@ -116,11 +110,6 @@ def suiting_strategies(loaded: Decoder, config: BenchConfig) -> set[str]:
         *loaded.backend.drafters,
         *(["draft-model"] if loaded.backend.draft_model is not None else []),
     }
-
-
-def must_search(loaded: Decoder, config: BenchConfig) -> bool:
-    """Whether Draft & Verify runs without known layers to skip."""
-    return config.skips and not config.generation.get("skip") and loaded.recommended().skip is None
 
 
 def load_baselines(loaded: Decoder, config: BenchConfig, speculative: DecodingConfig) -> dict[str, Baseline]:
@@ -225,7 +214,7 @@ class StopString(Exception):
 
 
 class StepTimer(BaseStreamer):  # type: ignore[misc]
-    """Times `generate`'s steps as its streamer and by hooks: passes over K+1 tokens verify, those with fewer layers draft."""
+    """Times `generate`'s steps as its streamer; counts drafts by a hook: a pass of all layers over K+1 tokens verifies K."""
 
     def __init__(self, model: Any, prompt_tokens: int, scanner: StopScanner) -> None:
         self.ids: list[int] = []
@@ -235,19 +224,15 @@ class StepTimer(BaseStreamer):  # type: ignore[misc]
         self._scanner = scanner
         self._prompt_seen = False
         self._drafted = 0
-        self._started = self._target_started = self._target_ended = 0.0
+        self._started = 0.0
 
     def __enter__(self) -> "StepTimer":
-        self._hooks = [
-            self._model.register_forward_pre_hook(self._before, with_kwargs=True),
-            self._model.register_forward_hook(self._after),
-        ]
+        self._hook = self._model.register_forward_pre_hook(self._before, with_kwargs=True)
         self._started = time.perf_counter()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
+        self._hook.remove()
         self._model.config.num_hidden_layers = self._num_layers  # a failed early-exit draft leaves it at the exit
 
     def put(self, value: torch.Tensor) -> None:
@@ -257,11 +242,8 @@ class StepTimer(BaseStreamer):  # type: ignore[misc]
             return
         seconds, tokens = time.perf_counter() - self._started, value.flatten().tolist()
         count, reason = self._scanner.cut(tokens)
-        draft = self._target_started - self._started if self._drafted else 0.0
-        spent = self._target_ended - self._target_started
-        prefill, verify = (0.0, spent) if self.steps else (spent, 0.0)
-        times = DecodeStats(prefill_seconds=prefill, draft_seconds=draft, verify_seconds=verify, total_seconds=seconds)
-        self.stats += step_counts(self._drafted, min(len(tokens) - 1, self._drafted), count) + times
+        counts = step_counts(self._drafted, min(len(tokens) - 1, self._drafted), count)
+        self.stats += replace(counts, total_seconds=seconds)
         self.steps.append(Step(count, seconds))
         self.ids += tokens[:count]
         if reason == "stop":
@@ -275,11 +257,6 @@ class StepTimer(BaseStreamer):  # type: ignore[misc]
         if self._model.config.num_hidden_layers == self._num_layers:
             rows = (keywords["input_ids"] if "input_ids" in keywords else args[0]).shape[1]
             self._drafted = rows - (1 if self.steps else self.stats.prompt_tokens)
-            self._target_started = time.perf_counter()
-
-    def _after(self, *_: Any) -> None:
-        if self._model.config.num_hidden_layers == self._num_layers:
-            self._target_ended = time.perf_counter()
 
 
 def llama_cpp(loaded: Decoder, gguf: str) -> Baseline:
@@ -329,8 +306,7 @@ def llama_cpp(loaded: Decoder, gguf: str) -> Baseline:
         count, reason = scanner.cut(verbose["tokens"])
         prefill = min(verbose["timings"]["prompt_ms"] / 1000, seconds)
         steps = (Step(1, prefill), Step(count - 1, seconds - prefill)) if count > 1 else (Step(count, seconds),)
-        stats = DecodeStats(sequences=1, prompt_tokens=len(prompt_ids), prefill_seconds=prefill, total_seconds=seconds)
-        stats += replace(step_counts(0, 0, count), verify_seconds=seconds - prefill)
+        stats = replace(step_counts(0, 0, count), sequences=1, prompt_tokens=len(prompt_ids), total_seconds=seconds)
         return Output(tuple(verbose["tokens"][:count]), "", steps, stats, reason)
 
     return complete

@@ -219,7 +219,6 @@ def simulate(
 class Prediction(NamedTuple):
     """The prediction for one setting; `speedup` is over the plain steps timed with it."""
 
-    rounds: DecodeStats
     times: PassTimes
     speedup: float
 
@@ -228,7 +227,7 @@ def prediction_of(rounds: DecodeStats, times: PassTimes, prefill: float, tokens:
     """prefill + drafts * t_draft(E) + rounds * t_verify(E, d) + plain steps * t_plain, for `tokens` of several answers."""
     seconds = prefill + rounds.drafted * times.draft + rounds.rounds * (times.verify + times.other)
     seconds += rounds.steps_by_drafter.get("plain", 0) * times.plain
-    return Prediction(rounds, times, (prefill + (tokens - answers) * times.plain) / seconds)
+    return Prediction(times, (prefill + (tokens - answers) * times.plain) / seconds)
 
 
 def predict(

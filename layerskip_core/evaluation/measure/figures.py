@@ -60,10 +60,10 @@ def result_of(measured: Measured, full: Measured, transformers: Measured | None 
     result, stats = setting_of(measured.setting), sum((output.stats for output in answers), DecodeStats())
     figures: dict[str, Estimate] = {}
     if measured.repeats:
-        times, base = measured.times, full.times
-        figures |= {"speedup": speed_ratio(base[:2], times[:2]), "decode_speedup": speed_ratio(base[2:], times[2:])}
+        times = measured.times
+        figures["speedup"] = speed_ratio(full.times, times)
         if transformers is not None:
-            figures["speedup_over_transformers"] = speed_ratio(transformers.times[:2], times[:2])
+            figures["speedup_over_transformers"] = speed_ratio(transformers.times, times)
         result = replace(result, **_speeds(measured), tokens_per_second=estimate(torch.div, times[[1, 0]]).value)
     known = [output.error is None for output in full.answers]
     same = [there and mine.ids == other.ids for there, mine, other in zip(known, answers, full.answers, strict=True)]
@@ -94,29 +94,10 @@ def result_of(measured: Measured, full: Measured, transformers: Measured | None 
 
 
 def _speeds(measured: Measured) -> dict[str, Any]:
-    """Figures of steps: medians over the repeats; phases are those of the first."""
-    firsts, per_token = [], []
-    for outputs in measured.repeats:
-        firsts.append(median([output.steps[0].seconds for output in outputs if output.steps] or [math.nan]))
-        # The tokens of a step share its time equally.
-        steps = [step for output in outputs for step in output.steps[1:]]
-        per_token.append(sorted(step.seconds / step.tokens for step in steps for _ in range(step.tokens)) or [math.nan])
-    quantiles = {
-        name: finite(1000 * median(times[math.ceil(share * len(times)) - 1] for times in per_token))
-        for name, share in (("p50", 0.50), ("p95", 0.95))
-    }
-    # Per new token: prefill, drafting, verifying (or plain steps) and everything else.
-    outputs = measured.repeats[0]
-    stats = sum((output.stats for output in outputs), DecodeStats())
-    parts = {"prefill": stats.prefill_seconds, "draft": stats.draft_seconds, "verify": stats.verify_seconds}
-    parts["other"] = sum(step.seconds for output in outputs for step in output.steps) - sum(parts.values())
+    """The median time of the first token (over prompts, then repeats), and the peak of memory."""
+    firsts = [[output.steps[0].seconds for output in outputs if output.steps] or [math.nan] for outputs in measured.repeats]
     peaks = [each.peak_memory_mb for outputs in measured.repeats for each in outputs if each.peak_memory_mb is not None]
-    return {
-        "time_per_token_ms": quantiles,
-        "ttft_ms": finite(1000 * median(firsts)),
-        "peak_memory_mb": max(peaks, default=None),
-        "time_split_ms": {name: 1000 * part / stats.new_tokens for name, part in parts.items()} if stats.new_tokens else {},
-    }
+    return {"ttft_ms": finite(1000 * median(map(median, firsts))), "peak_memory_mb": max(peaks, default=None)}
 
 
 def environment(loaded: Decoder) -> dict[str, Any]:
@@ -175,8 +156,8 @@ class Contest:
 
 
 def faithful(results: Sequence[Result], near_tie: float) -> list[int]:
-    """The places of measured drafting settings whose outputs equal the first one's, except at near-ties."""
-    drafting = [place for place, result in enumerate(results) if result.strategy in DRAFTERS and result.metrics]
+    """The places of drafting settings whose outputs equal the first one's, except at near-ties."""
+    drafting = [place for place, result in enumerate(results) if result.strategy in DRAFTERS]
     return [place for place in drafting if results[place].keeps_outputs(results[0], near_tie)]
 
 
@@ -224,7 +205,7 @@ def recommend(
     near_tie: float,
     quality_metric: str,
     config: SweepConfig,
-    measured: Sequence[Measured | None],
+    measured: Sequence[Measured],
     again: Contest | None = None,
 ) -> Recommendation:
     """The setting with a certain gain by the contest `again`, or plain decoding, and the policies; full depth comes first."""
@@ -252,22 +233,20 @@ def recommend(
             f"{result.acceptance_rate or 0:.0%} of drafts accepted, {result.identical_outputs or 0:.0%} of outputs identical"
             + (f" ({ties} {'differs at a near-tie' if ties == 1 else 'differ at near-ties'})" if ties else "")
         )
-    tried = sum(bool(result.strategy in DRAFTERS and result.metrics) for result in results)
-    skipped = sum(1 for result in results if result.predicted_speedup and not result.metrics)
+    tried = sum(result.strategy in DRAFTERS for result in results)
     reason = (
         verdict,
         f"not significantly different from {', '.join(policy_text(policies[place]) for place in alike)}"
         if pays and alike
         else "",
         f"{tried - len(known)} of {tried} settings changed the output and were excluded" if tried > len(known) else "",
-        f"not measured because of a lower predicted speed: {skipped}" if skipped else "",
     )
     chosen = best if pays else 0
-    full = measured[0].scores.get(quality_metric) if measured[0] else None
+    full = measured[0].scores.get(quality_metric)
     exits = [
         (policy, margin(each.scores[quality_metric], full, config.keep, quality_metric))
         for result, policy, each in zip(results, policies, measured, strict=True)
-        if full and each and result.strategy == "early-exit" and quality_metric in each.scores
+        if full and result.strategy == "early-exit" and quality_metric in each.scores
     ]
     fast, fast_reason = fast_policy(exits, policies[chosen], quality_metric, config.keep)
     return Recommendation(

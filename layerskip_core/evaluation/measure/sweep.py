@@ -4,26 +4,24 @@ import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import product
-from statistics import fmean, median
 
 from ...checkpoint.loaded import Decoder
-from ...config.decoding import BESIDE, DecodingConfig, decoding
+from ...config.decoding import DecodingConfig, decoding
 from ...config.evaluation import SweepConfig
 from ...config.model import Quantization
 from ...config.resolution import default_exits, require_exit_layer, resolve_as, spread_exits
 from ...data import spread
 from ...errors import require
 from ..metrics import Scores, frontier, metric, scores_by_exit
-from ..results import NEAR_TIE, PredictionError, Result, RunRecord
+from ..results import NEAR_TIE, Result, RunRecord
 from ..tasks import Task, other_rows
 from . import Measured, Progress, depth_of, drafts_tokens, measure, measure_prompt
 from .cost_model import Prediction, draft_profile, predict, side_of
-from .figures import Contest, contest, environment, finalists, recommend, result_of, setting_of
-from .skip_search import search_skips
+from .figures import Contest, contest, environment, finalists, recommend, result_of
 
 _LENGTHS = (2, 4, 6, 8, 12, 16, 24, 32)  # of drafts, predicted where none are given
 _UNPREDICTED = (4, 8, 16)  # the same of drafters whose speed is not predicted: all are measured
-_BEST, _QUICK = 12, 3  # settings with the best predictions that are measured, and that a quick sweep measures
+_BEST = 12  # settings with the best predictions that are measured
 _CONFIDENCES = (0.8, 0.9, 0.95)
 _ONCE_MORE = 0.25  # of the time that the sweep took before, for the best settings once more
 _OTHERS = 256  # prompts for that
@@ -42,38 +40,27 @@ def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress
         yield Progress(min(number, len(task.examples)), len(task.examples), "perplexity")
     perplexity = scores_by_exit(losses)
     plain, settings = decoding("autoregressive", generation), _settings(loaded, config, copies)
-    searched = dict[DecodingConfig, tuple[float, Prediction]]()  # agreement and prediction of the layers to skip
-    if config.search_skips:
-        weights = next(iter(config.packing.draft_weights), None)
-        options, share, prediction = yield from search_skips(loaded, task, generation, weights)
-        searched[decoding("draft-and-verify", {**generation, **options}, draft_weights=weights)] = share, prediction
     predictable = [setting for setting in settings if setting.strategy == "self-speculative"]
     timed = spread(task.examples, config.timed or 0)
     predictions, by_side, context = yield from predict(loaded, timed, predictable, plain)
     agreement = {each: by_side.get(side_of(each)) for each in settings if each.strategy == "early-exit" or each.draft_weights}
-    for setting, (share, prediction) in searched.items():
-        settings.append(setting)
-        agreement[setting], predictions[setting] = share, prediction
     if not config.specs:
         settings = _with_best_lengths(settings, predictions)
-    methods = [plain, *(_promising(settings, predictions) if config.quick else settings)]
-    measured = yield from measure(loaded, task, methods, config, perplexity=perplexity)
-    rows, settings = dict(zip(methods, measured, strict=True)), [plain, *settings]
-    results = _results(settings, rows, perplexity, predictions, agreement, layers)
+    settings = [plain, *settings]
+    measured = yield from measure(loaded, task, settings, config, perplexity=perplexity)
+    results = _results(measured, perplexity, predictions, agreement, layers)
     optimal = frontier(results, name)
     results = [replace(result, pareto=place in optimal) for place, result in enumerate(results)]
     near_tie, again = NEAR_TIE[loaded.backend.dtype], None
     if places := finalists(results, near_tie):
         again = yield from _once_more(loaded, task, settings, places, _ONCE_MORE * (time.perf_counter() - started))
-    by_result = [rows.get(setting) for setting in settings]
     yield RunRecord(
         asdict(config) | {"quality_metric": name, "prompt_template": loaded.template.name},
         machine,
         tuple(results),
-        recommend(results, near_tie, name, config, by_result, again),
-        prediction_error(results),
+        recommend(results, near_tie, name, config, measured, again),
         draft_profile(loaded, results, config.packing, context),
-        task.answered([None if row is None else row.texts for row in by_result]),
+        task.answered([each.texts for each in measured]),
     )
 
 
@@ -91,21 +78,12 @@ def _once_more(
     return (yield from contest(places, len(rows), timed, seconds, noun))
 
 
-def prediction_error(results: Sequence[Result]) -> PredictionError | None:
-    """The error over the results that were both predicted and measured; None if there are none."""
-    errors = [
-        result.predicted_speedup / result.speedup - 1 for result in results if result.predicted_speedup and result.speedup
-    ]
-    sizes = [abs(error) for error in errors]
-    return PredictionError(len(errors), median(sizes), max(sizes), fmean(errors)) if errors else None
-
-
 def _resolved(loaded: Decoder, task: Task, config: SweepConfig, copies: Sequence[Quantization]) -> SweepConfig:
     """The config with default exits (with low-bit copies only trained ones, but in a task on text) and confidences."""
     num_layers, known, confidences = loaded.backend.num_layers, loaded.recommended(), config.exit_confidences
     if task.text is not None:
         require(not confidences, "exit_confidences", "left out for `task` lm, which goes through one exit", "some")
-    elif confidences is None and known.exits and config.batch_size == 1 and not config.quick:
+    elif confidences is None and known.exits and config.batch_size == 1:
         confidences = _CONFIDENCES
     worthwhile = not copies or bool(known.exits) or known.strategy == "self-speculative" or task.text is not None
     exits = config.exits or (usual_exits(loaded) if worthwhile else ())
@@ -156,21 +134,8 @@ def _with_best_lengths(
     return [setting for setting in settings if setting in kept or setting not in predictions]
 
 
-def _promising(settings: Sequence[DecodingConfig], predictions: Mapping[DecodingConfig, Prediction]) -> list[DecodingConfig]:
-    """The settings with the best predicted speedup, their exits alone, and one setting of each unpredicted drafter."""
-    best = sorted(predictions, key=lambda setting: -predictions[setting].speedup)[:_QUICK]
-    exits = {setting.exit_layer for setting in best if setting.draft_weights is None}
-    names = ("lookup", *BESIDE, "draft-and-verify", "adaptive")  # without predictions
-    by_length = [[setting for setting in settings if setting.strategy == name] for name in names]
-    middle = [alike[len(alike) // 2] for alike in by_length if alike]
-    early = {each for each in settings if each.strategy == "early-exit" and (each.exit_confidence or each.exit_layer in exits)}
-    kept = {*best, *middle, *early}
-    return [setting for setting in settings if setting in kept]
-
-
 def _results(
-    settings: Sequence[DecodingConfig],
-    rows: Mapping[DecodingConfig, Measured],
+    measured: Sequence[Measured],
     perplexity: Mapping[int, Scores],
     predictions: Mapping[DecodingConfig, Prediction],
     agreement: Mapping[DecodingConfig, float | None],
@@ -178,15 +143,14 @@ def _results(
 ) -> list[Result]:
     """The figures of each setting, measured and predicted; full depth first."""
     results = list[Result]()
-    for setting in settings:
-        result = result_of(rows[setting], rows[settings[0]]) if setting in rows else setting_of(setting)
+    for each in measured:
+        setting, result = each.setting, result_of(each, measured[0])
         losses = None if drafts_tokens(setting) else perplexity.get(depth_of(setting, num_layers) or 0)
         result = replace(result, agreement=agreement.get(setting), perplexity=None if losses is None else metric(losses).value)
         if (prediction := predictions.get(setting)) is not None:
             result = replace(
                 result,
                 predicted_speedup=prediction.speedup,
-                predicted_acceptance_rate=prediction.rounds.acceptance_rate,
                 pass_times_ms={name: 1000 * part for name, part in prediction.times._asdict().items() if name != "length"},
             )
         results.append(result)

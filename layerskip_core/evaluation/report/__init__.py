@@ -5,7 +5,7 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from difflib import SequenceMatcher
@@ -20,16 +20,14 @@ from ...config.resolution import FAST
 from ...errors import ConfigError, LayerSkipError, plural, require_overwrite, visible
 from ...files import hold, require_writable
 from ..inspection import Inspection
-from ..metrics import is_share
 from ..results import ANSWERS_FILE, JOURNAL, OUTPUTS, Answered, RunRecord, result_name
-from .tables import NAMES, PARETO_NOTE, Column, Row, TextTable, cell, columns_of, flat_rows
+from .tables import NAMES, PARETO_NOTE, Column, Row, TextTable, cell, columns_of, flat_rows, has_scores, score_table
 
 ANSWERS_PAGE = "answers.html"
 SAMPLES_FILE = "samples.jsonl"
 REPORT = ("results.json", "results.csv", "report.html", ANSWERS_PAGE, ANSWERS_FILE, SAMPLES_FILE, OUTPUTS, JOURNAL)
 _REPORT_BYTES = 1 << 20  # more than any report takes
 _PIECE = re.compile(r"\s+|\w+|[^\w\s]")  # what an answer is compared by
-_HIDDEN = re.compile(r"acceptance_by_position|pareto|time_split_ms_.*|.*_(low|high)|stderr_.*|samples.*")
 
 
 def to_json(record: Any) -> str:
@@ -118,10 +116,15 @@ def report_page(record: RunRecord, figures: Mapping[str, str], findings: Sequenc
     """Sortable tables and figures below the `findings`, the recommendation first. `figures`: SVG by caption."""
     machine, rows = record.environment, flat_rows(record)
     columns = [column for column in columns_of(record, rows) if column[0]]
-    tables = [_table("", [row for row in rows if "category" not in row], columns, cell, bool(record.answered))]
+    if has_scores(record):
+        scores = score_table(record)
+        lines = [{"cells": [{"text": text, "value": text} for text in line], "pareto": False} for line in scores.rows]
+        tables = [{"caption": "", "columns": scores.headers, "rows": lines, "links": False}]
+    else:
+        tables = [_table("", [row for row in rows if "category" not in row], columns, bool(record.answered))]
     if by_category := [row for row in rows if "category" in row]:
         columns = [("strategy", "strategy", ""), ("category", "category", ""), *columns[3:]]
-        tables.append(_table("By category", by_category, columns, cell))
+        tables.append(_table("By category", by_category, columns))
     parts = [str(machine[part]) for part in ("dtype", "device_name", "implementation") if part in machine]
     parts += [plural(machine["threads"], "thread")] if "threads" in machine else []
     return _template("report").render(
@@ -130,7 +133,6 @@ def report_page(record: RunRecord, figures: Mapping[str, str], findings: Sequenc
         findings=findings,
         notes=notes,
         tables=tables,
-        details=_table("Every figure", rows, _every_column(record, rows), _text),
         figures=[{"caption": caption, "svg": Markup(svg)} for caption, svg in figures.items()],
         settings=json.dumps({"config": record.config, "environment": machine}, indent=2, ensure_ascii=False),
     )
@@ -143,35 +145,15 @@ def title(record: RunRecord) -> str:
     return f"{Path(record.config['model']).name} on {Path(data or 'a task').name}"
 
 
-def _table(
-    caption: str, rows: Sequence[Row], columns: Sequence[Column], text: Callable[[Row, str, str], str], links: bool = False
-) -> dict[str, Any]:
+def _table(caption: str, rows: Sequence[Row], columns: Sequence[Column], links: bool = False) -> dict[str, Any]:
     """A table for the template. With `links` rows of results lead to their answers."""
-    cells = [[{"text": text(row, name, form), "value": row.get(name)} for _, name, form in columns] for row in rows]
+    cells = [[{"text": cell(row, name, form), "value": row.get(name)} for _, name, form in columns] for row in rows]
     return {
         "caption": caption,
         "columns": [header for header, _, _ in columns],
         "rows": [{"cells": own, "pareto": row["pareto"]} for own, row in zip(cells, rows, strict=True)],
         "links": links,
     }
-
-
-def _every_column(record: RunRecord, rows: Sequence[Row]) -> list[Column]:
-    """A column for every figure that any row has."""
-    every = dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row)
-    names = [name for name in every if name not in NAMES and not _HIDDEN.fullmatch(name)]
-    # A measured 0.0 is shown; a count of nothing is not.
-    columns = [name for name in names if any(row.get(name) or type(row.get(name)) is float for row in rows)]
-    columns.sort(key=lambda name: name not in ("strategy", "category"))
-    metrics = {name for result in record.results for metric in result.metrics for name in (metric, f"{metric}_change")}
-    return [(name.replace("_", " "), name, ".1%" if name in metrics and is_share(name) else ".4g") for name in columns]
-
-
-def _text(row: Row, name: str, form: str) -> str:
-    """A value with the ends of its interval or its standard error."""
-    value, error = row.get(name), row.get(f"stderr_{name}")
-    text = cell(row, name, f"±{form}") if isinstance(value, float) else cell(row, name, "")
-    return text if error is None else f"{text} \N{PLUS-MINUS SIGN} {error:.2g}"
 
 
 def answers_page(record: RunRecord) -> str:

@@ -1,4 +1,4 @@
-"""A comparison as a text table, as CSV and JSON, and as plots: every figure by exit, and perplexity over the training steps."""
+"""A comparison as a text table, as CSV and JSON, and as plots of every figure by exit."""
 
 import re
 from collections.abc import Callable
@@ -9,13 +9,10 @@ from matplotlib.figure import Figure
 
 from ...errors import LayerSkipError
 from ...files import read_json
-from ..comparison import HELD_OUT, Comparison, Interval, is_logarithmic, is_percentage
+from ..comparison import Comparison, Interval, is_logarithmic, is_percentage
 from . import csv_text
-from .plots import MOST_LINES, SIZE, draw_line, logarithmic, name_ends, new_figure, style, to_png
+from .plots import MOST_LINES, draw_line, legend_above, logarithmic, new_figure, style, to_png
 from .tables import TextTable
-
-OVER_STEPS = f"{HELD_OUT}_over_steps"
-_PANELS = 4  # exits whose perplexity over the steps is drawn
 
 
 def compare_table(comparison: Comparison) -> TextTable:
@@ -70,12 +67,11 @@ def _note(comparison: Comparison) -> str:
 
 
 def plots(comparison: Comparison, folder: Path) -> dict[str, bytes | None]:
-    """A plot of each figure that two exits have, and of perplexity over steps; None for others of an earlier comparison."""
+    """A plot of each figure that two exits have; None for others of an earlier comparison."""
     earlier = folder / "comparison.json"
     known = [comparison, *([read_json(earlier, LayerSkipError, Comparison)] if earlier.exists() else [])]
     with style():
         drawn = {name: _by_exit(comparison, name) for name in {line.figure for each in known for line in each.lines}}
-        drawn[OVER_STEPS] = _over_steps(comparison)
     return {re.sub(r"\W", "_", name) + ".png": None if figure is None else to_png(figure) for name, figure in drawn.items()}
 
 
@@ -113,35 +109,5 @@ def _by_exit(comparison: Comparison, name: str) -> Figure | None:
     axes.set(xlabel=f"exit layer{fewer}", ylabel=name.replace("_", " ") + (" (%)" if is_percentage(name) else ""))
     if is_logarithmic(name):
         logarithmic(axes)
-    name_ends(axes)
-    return figure
-
-
-def _over_steps(comparison: Comparison) -> Figure | None:
-    """A panel per exit, at most four evenly spread ones. A band is the 95% interval."""
-    points = [point for point in comparison.points if point.interval.mean > 0]
-    if len({point.step for point in points}) < 2:
-        return None
-    exits = sorted({point.exit_layer for point in points})
-    if len(exits) > _PANELS:
-        exits = [exits[round(place * len(exits) / _PANELS) - 1] for place in range(1, _PANELS + 1)]
-    figure = Figure(figsize=(1.2 + 2.6 * len(exits), SIZE[1]), layout="constrained")
-    figure.set_label("held-out perplexity over the steps")
-    panels = figure.subplots(1, len(exits), sharey=True, squeeze=False)[0]
-    for axes, exit_layer in zip(panels, exits, strict=True):
-        for number, label in enumerate(list(comparison.paths)[:MOST_LINES]):
-            own = {point.step: point.interval for point in points if (point.label, point.exit_layer) == (label, exit_layer)}
-            axes.plot(list(own), [each.mean for each in own.values()], marker=".", color=f"C{number}", label=label)
-            if own and all(each.low is not None for each in own.values()):
-                low, high = ([getattr(each, end) for each in own.values()] for end in ("low", "high"))
-                axes.fill_between(list(own), low, high, color=f"C{number}", alpha=0.2, linewidth=0)
-        axes.set_title(f"exit {exit_layer}", fontsize=9)
-        axes.set_xlabel("optimizer step")
-        axes.grid(alpha=0.25)
-    logarithmic(panels[0])
-    means = [point.interval.mean for point in points if point.exit_layer in exits]
-    room = 1.05 * (max(means) / min(means)) ** 0.15  # bands of few runs can be far wider than the lines
-    panels[0].set_ylim(min(means) / room, max(means) * room)
-    panels[0].set_ylabel("held-out perplexity")
-    name_ends(panels[-1])
+    legend_above(axes)
     return figure

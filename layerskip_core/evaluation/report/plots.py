@@ -1,7 +1,6 @@
 """The figures of a record, their style, and their export as PNG and as SVG for the page."""
 
 import io
-import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from ..metrics import lower_is_better
 from ..results import Result, RunRecord, drafts_name, result_name
 from .tables import Points, has_scores, is_wide, points_of, strategy_name
 
-SIZE = (5.6, 3.8)  # inches: small, so that the text stays readable when a page or a phone shrinks the figure
+_SIZE = (5.6, 3.8)  # inches: small, so that the text stays readable when a page or a phone shrinks the figure
 GREY = "#888888"
 _PNG_DPI = 200
 _INK = "#010203"  # to_svg replaces it by the page's text colour
@@ -42,7 +41,6 @@ _STYLE = {
     "ytick.color": _INK,
     "legend.frameon": False,
 }
-_PHASES = ("prefill", "draft", "verify", "other")
 Curves = Mapping[str, Sequence[tuple[Any, Any]]]  # points by the label of their line
 LINE_MARKERS = "osD^vPX*"
 _MARKERS = {"autoregressive": "s", "early-exit": "o", "self-speculative": "^"}
@@ -58,9 +56,9 @@ def style(**settings: Any) -> Iterator[None]:
         yield
 
 
-def new_figure(title: str, xlabel: str = "", ylabel: str = "", height: float = SIZE[1]) -> tuple[Figure, Any]:
+def new_figure(title: str, xlabel: str = "", ylabel: str = "") -> tuple[Figure, Any]:
     """A figure and its axes. The title is not drawn: the page shows it as the caption."""
-    figure = Figure(figsize=(SIZE[0], height), layout="constrained")
+    figure = Figure(figsize=_SIZE, layout="constrained")
     figure.set_label(title)
     axes = figure.add_subplot()
     axes.grid(alpha=0.25)
@@ -89,25 +87,6 @@ def draw_line(axes: Any, number: int, label: str, points: Iterable[tuple[Any, An
     axes.plot(x, y, marker=LINE_MARKERS[number], markersize=4, color=colour, label=label, **style)
     if errors is not None:
         axes.errorbar(x, y, errors, fmt="none", ecolor=colour, elinewidth=style.get("linewidth"), capsize=2)
-
-
-def name_ends(axes: Any) -> None:
-    """Writes the name of each labelled line at the right, near its end and clear of the others."""
-    room, names, last = 0.055, [], -math.inf
-    lines = [
-        line for line in axes.lines if not line.get_label().startswith(("_child", "_nolegend_")) and len(line.get_xydata())
-    ]
-    for line in sorted(lines, key=lambda line: tuple(line.get_xydata()[-1][::-1])):
-        end = tuple(line.get_xydata()[-1])
-        last = max(axes.transAxes.inverted().transform(axes.transData.transform((0, end[1])))[1], last + room)
-        names.append([line.get_label(), end, last, line.get_color()])
-    most = 1.0
-    for end in reversed(names):  # names above the axes move down, and those below them as far as needed
-        end[2] = most = min(end[2], most)
-        most -= room
-    for name, end, level, colour in names:
-        line = {"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 3, "relpos": (0, 0.5)}
-        axes.annotate(name, end, (1.04, level), textcoords="axes fraction", va="center", fontsize=7.5, arrowprops=line)
 
 
 def best_lines(lines: Mapping[Any, list[Result]], most: int = MOST_LINES) -> tuple[dict[Any, list[Result]], str]:
@@ -139,7 +118,7 @@ def to_svg(figure: Figure) -> str:
 
 
 def figures(record: RunRecord) -> dict[str, Figure]:
-    """The figures that the record has data for, by name; the last one can be tall."""
+    """The figures that the record has data for, by name."""
     with style():
         drawn = {name: draw(record) for name, draw in FIGURES.items()}
     return {name: figure for name, figure in drawn.items() if figure is not None}
@@ -159,7 +138,7 @@ def _curves(title: str, xlabel: str, ylabel: str, curves: Curves, dashed: Curves
     elif min(value for points in curves.values() for _, value in points) > 0:
         logarithmic(axes)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    name_ends(axes)
+    legend_above(axes)
     return figure
 
 
@@ -182,7 +161,7 @@ def _scores_by_exit(record: RunRecord, title: str, lower: bool) -> Figure | None
     if lower:
         logarithmic(axes)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    name_ends(axes)
+    legend_above(axes)
     return figure
 
 
@@ -213,23 +192,6 @@ def _acceptance_by_position(record: RunRecord) -> Figure | None:
     }
     xlabel, ylabel = f"position of the draft in its round{note}", "accepted (%), if all before it were"
     return _curves("Accepted drafts by position in the round", xlabel, ylabel, curves, {}, shares=True)
-
-
-def _time_split(record: RunRecord) -> Figure | None:
-    timed = [result for result in record.results if result.time_split_ms]
-    if not timed:
-        return None
-    figure, axes = new_figure("Where the time goes", "milliseconds per token", height=max(SIZE[1], 0.6 + 0.2 * len(timed)))
-    ends = [0.0] * len(timed)
-    for number, phase in enumerate(_PHASES):
-        times = [result.time_split_ms.get(phase, 0.0) for result in timed]
-        axes.barh(range(len(timed)), times, left=ends, color=f"C{number}", label=phase)
-        ends = [end + time for end, time in zip(ends, times, strict=True)]
-    axes.set_yticks(range(len(timed)), map(result_name, timed), fontsize=7)
-    axes.invert_yaxis()
-    axes.margins(y=0.01)
-    legend_above(axes)
-    return figure
 
 
 def _perplexity(record: RunRecord) -> Figure | None:
@@ -305,5 +267,4 @@ FIGURES: Mapping[str, Callable[[RunRecord], Figure | None]] = {
     "acceptance_by_exit": _acceptance_by_exit,
     "acceptance_by_position": _acceptance_by_position,
     "perplexity": _perplexity,
-    "time_split": _time_split,
 }

@@ -125,9 +125,6 @@ def findings(record: RunRecord) -> Iterator[str]:
                 shares = ", ".join(f"{name} {steps[name] / sum(steps.values()):.0%}" for name in ordered)
                 yield f"Steps of adaptive decoding: {shares}."
         yield from _verdict(record)
-    if error := record.prediction_error:
-        over = f"Prediction error over {plural(error.settings, 'setting')}"
-        yield f"{over}: median {error.median:.1%}, largest {error.largest:.1%}, mean {error.mean:+.1%}."
     if advice := record.recommendation:
         yield f"Policy {FAST}: {advice.fast_reason}."
         yield f"Policy {EXACT}: {policy_text(advice.policies[EXACT])}."

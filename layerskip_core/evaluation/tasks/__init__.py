@@ -58,12 +58,11 @@ class Task:
             return {} if perplexity is None else {"perplexity": perplexity}
         return {name: Scores(tuple(values)) for name, values in self.scorer(self._cut(predictions)).items()}
 
-    def answered(self, answers: Sequence[Sequence[str | None] | None]) -> tuple[Answered, ...]:
-        """Each prompt with its answers (by result; None where not measured), cut at the stop strings."""
-        by_result = (answers_of or [None] * len(self.examples) for answers_of in answers)
+    def answered(self, answers: Sequence[Sequence[str | None]]) -> tuple[Answered, ...]:
+        """Each prompt with its answers, by result, cut at the stop strings."""
         return tuple(
             Answered(example.prompt, example.completion, tuple(text and before_stop(text, self.stop) for text in texts))
-            for example, *texts in zip(self.examples, *by_result, strict=True)
+            for example, *texts in zip(self.examples, *answers, strict=True)
         )
 
     def referring_to(self, answers: Sequence[str | None]) -> "Task":

@@ -14,7 +14,7 @@ from ..backend import DraftKernel
 from ..cache import KVCache, Places
 from ..configuration import SLIDING
 from ..eagle3 import UNSUITED, Eagle3Weights
-from ..exit_blocks import INPUT_NORMS, MTP
+from ..exit_blocks import INPUT_NORMS, MTP, DraftBlock, ExitBlocks
 from ..pages import PAGE, PagePool
 from ..repacked import RepackedBackend
 from ..spec import ModelSpec
@@ -22,6 +22,7 @@ from ..torch_layer import missing_feature
 from ..torch_linear import Norm
 from ..vocabulary import DraftVocabulary
 from ..weights import GROUP_SIZE, Affine, Take, Weights, head_weights, norm_weights
+from .assistant import NativeAssistant
 from .compiled import MOST_ROPES, kernels
 from .eagle3 import NativeEagle3
 from .heads import NativeLinear, choose, draft
@@ -160,6 +161,13 @@ class NativeBackend(RepackedBackend):
             of_head = (packing.draft_head or "int8") if packing.draft_weights else packing.quantize
         fits = suits_kernels(self.spec, self._embedding.dtype, torch.device("cpu"), PackingConfig("int8"))
         return (kind, of_head) if fits else (packing.quantize,) * 2
+
+    def _drafters(self, exit_blocks: ExitBlocks, packing: PackingConfig) -> dict[str, DraftBlock]:
+        found = super()._drafters(exit_blocks, packing)
+        if (assistant := exit_blocks.assistant) is not None:
+            own = self.spec, self._embedding, self._pool, packing.drafter
+            found["mtp"] = NativeAssistant(self._kernels, self._packed, assistant, *own)
+        return found
 
     def placed_eagle3(self, stored: Eagle3Weights, place: int, packing: PackingConfig) -> NativeEagle3:
         if self._inputs is not None:

@@ -54,7 +54,9 @@ class Engine:
         chosen, expert = (spec.experts.choices, spec.experts.inner) if spec.experts else (0, 0)
         inner, steps = max([spec.inner, *(size.inner for size in spec.sizes)]), 0
         inside, mixed = max(inner, chosen * expert), max([spec.queries, *(of_layer.queries for of_layer in sizes.values())])
-        read = max(sum(of_layer.projections("attention").widths) for of_layer in (spec, *map(spec.of_layer, spec.attending)))
+        read = max(
+            sum(of_layer.projections("attention").widths) for of_layer in (spec, *map(spec.of_layer, range(spec.layers)))
+        )
         if (recurrence := spec.recurrence) is not None:
             read, mixed, steps = max(read, sum(recurrence.widths)), max(mixed, recurrence.outputs), recurrence.steps
         slices = spec.layers * spec.token_width if spec.token_inputs else 0
@@ -132,15 +134,8 @@ class Buffers:
             setattr(self.call, name, part.data_ptr())
         if experts is not None:
             choices, most = rows * experts.choices, experts.count + experts.shared + 1
-            sizes = {
-                "choice_slots": choices,
-                "chosen": choices,
-                "slot_rows": choices,
-                "experts": most,
-                "first_slots": most,
-                "used": 1,
-            }
-            self._routing = {name: torch.empty(size, dtype=torch.int32) for name, size in sizes.items()}
+            sizes = dict.fromkeys(("choice_slots", "chosen", "slot_rows"), choices) | {"experts": most, "first_slots": most}
+            self._routing = {name: torch.empty(size, dtype=torch.int32) for name, size in (sizes | {"used": 1}).items()}
             sizes = {"logits": rows * (experts.count + experts.gates_shared), "weights": choices, "products": choices * hidden}
             self._routing |= {name: torch.empty(size) for name, size in sizes.items()}
             for name, part in self._routing.items():
@@ -154,6 +149,11 @@ class Buffers:
         if self._logits.shape[-1] != outputs:
             self._logits = torch.empty(self.call.rows, outputs)
         return self._logits
+
+
+def keys_at(spec: ModelSpec, layer: int) -> int:
+    """Where the keys of a layer begin in a page."""
+    return sum(2 * PAGE * spec.of_layer(before).keys for before in spec.attending if before < layer)
 
 
 class NativeNorm:
@@ -220,7 +220,7 @@ class NativeLayer:
             spec.window_of(spec.kinds[index]) or 0,
             (ctypes.c_float * 2)(*activation_factors(weights, spec)),
             value.structure,
-            sum(2 * PAGE * spec.of_layer(layer).keys for layer in spec.attending if layer < source),
+            keys_at(spec, source),
             spec.source is not None,
             index,
             1.0,
