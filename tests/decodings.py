@@ -25,6 +25,20 @@ def ids_of(decoding):
     return [token for [step] in decoding for token in step.ids]
 
 
+def rounds_of(backend, prompt, config):
+    """The text before each round of a decoding, and its drafts."""
+    loop, rounds = decode(backend, prompt, config), []
+    draft = loop._drafter.draft
+
+    def recorded(context, limits):
+        found = draft(context, limits)
+        rounds.append((list(context.ids[0]), found.drafts.tolist()))
+        return found
+
+    loop._drafter.draft = recorded
+    return ids_of(loop), rounds
+
+
 def letters(ids):
     """A tokenizer whose tokens are single characters."""
     return "".join(chr(ord("0") + token) for token in ids)

@@ -32,6 +32,8 @@ def export(model: ModelArgument = "embedded", *, config: ExportConfig) -> None:
         exported = export(config)
     if not exported.trained:
         narrate(f"exit {exported.exit_layer} was not trained, so most of its drafts will be wrong")
+    if exported.lost:
+        narrate("the drafter that the checkpoint ships (mtp) is left out: GGUF files are written without it")
     usage = f", and how to use it to {output}/{README}" if exported.readme else ""
     written = f"exit {exported.exit_layer} of {model}, {exported.layers} layers,"
     if exported.exit_layer is None:

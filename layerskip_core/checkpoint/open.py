@@ -37,6 +37,7 @@ from .folder import (
     read_settings,
     refuse_packed,
 )
+from .gguf_read import GgufFile
 from .info import EXIT_BLOCKS, CheckpointInfo, read_info
 from .loaded import Decoder, Trainable, decoder, decoder_of, pick_device, pick_dtype
 from .locate import Location, adapters_of, fetched, is_adapter, present, reading
@@ -45,7 +46,6 @@ from .save import read_whole, save_checkpoint
 from .shipped import read_exit_blocks, shipped_by, shipped_files, with_drafters
 from .sidecars import EAGLE3_FOLDER, eagle3_content, fingerprint, read_eagle3, read_int4
 from .transformers_read import (
-    GgufFile,
     configured_spec,
     merge_adapters,
     open_model,
@@ -265,9 +265,12 @@ def _as_stored(
         return None
 
     def take(weight: str) -> Tensor | None:
+        if weight in spec.mapped and isinstance(files, GgufFile):
+            return files.table(weight, precision)
         return weights.weight(weight).to(precision) if weight in spec.shapes else None
 
     source = Source(spec, precision, device, weights.weight, lambda: take, packing, stored=weights.rows)
+    source = replace(source, exit_blocks=replace(NO_BLOCKS, mtp=files.drafter)) if isinstance(files, GgufFile) else source
     backend, notes = _backend(_with_sidecars(source, location.folder, memory), location.path)
     generation = None if isinstance(files, GgufFile) else generation_config(location.path)
     made = decoder(name, backend, tokenizer_of(files), read_info(location.path), files.config, generation)
@@ -359,7 +362,8 @@ def _repacked(trainable: Trainable, location: Location, packing: PackingConfig, 
     """The fastest decoder for a model that transformers has read. A repacked `trainable` loses its weights."""
     generic, spec, folder = decoder_of(trainable), trainable.backend.spec, location.folder
     dtype, device = trainable.backend.dtype, trainable.backend.device
-    missing, blocks = missing_feature(spec), shipped_by(location.path, spec) if is_adapter(location.path) else NO_BLOCKS
+    ships = is_adapter(location.path) or location.gguf_file is not None
+    missing, blocks = missing_feature(spec), shipped_by(trainable.name, spec) if ships else NO_BLOCKS
     if missing is None or (isinstance(spec, ModelSpec) and can_run_native(spec, dtype, device, packing)):
         source = replace(_model_source(trainable, packing), info=generic.info, exit_blocks=blocks)
         source = _with_sidecars(source, folder, memory)

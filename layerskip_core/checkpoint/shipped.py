@@ -1,21 +1,22 @@
 """The drafter that a checkpoint ships (MTP), and the other blocks and drafters beside a model, when they are read.
 
-It is found by its tensors, `mtp.*`, in any of the model's safetensors files; mtp.safetensors holds one that was copied or
+It is found by its tensors (MTP_LAYOUTS) in any of the model's safetensors files; mtp.safetensors holds one that was copied or
 trained on, in place of theirs. Its header has the fingerprint of the model that it was made for: with others it drafts too, but
 the user is told.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
-from ..model.exit_blocks import MTP, NO_BLOCKS, ExitBlocks, blocks_named
-from ..model.spec import AnySpec, ModelSpec
+from ..model.exit_blocks import MTP, MTP_LAYOUTS, NO_BLOCKS, ExitBlock, ExitBlocks, MtpLayout, blocks_named
+from ..model.spec import AnySpec
 from .assistant import assistant_beside, assistant_content
 from .folder import EXIT_BLOCKS_FILE, FLOATS, MTP_FILE, JoinedWeights, WeightFile, weight_files
+from .gguf_read import GgufFile
 from .loaded import Trainable
 from .locate import adapters_of, present
 from .sidecars import (
@@ -30,13 +31,8 @@ from .sidecars import (
     open_formed,
 )
 
-_SHIPPED = {  # what our names of MTP's weights begin with, after its prefix, and those of Qwen3.5 and Qwen3-Next
-    "layer.": "mtp.layers.0.",
-    "norm.": "mtp.norm.",
-    "input.": "mtp.fc.",
-    "embedding_norm.": "mtp.pre_fc_norm_embedding.",
-    "feature_norm.": "mtp.pre_fc_norm_hidden.",
-}
+_INPUT = f"{MTP.prefix}input.weight"
+_COPIED = r"^layers\.\d+\.(embed_tokens|shared_head\.head)\."  # of the model's embedding and head
 OTHERS = "other weights"  # in the place of a fingerprint
 STALE = "its drafter (mtp) was made for other weights; `layerskip train-drafter --start-from shipped` trains it for these"
 STALE_ASSISTANT = "its assistant (mtp) was made for other weights: fewer of its drafts may be right"
@@ -82,44 +78,58 @@ def _shipped_beside(folder: str | Path, spec: AnySpec, is_other: Callable[[str |
 
 def mtp_sidecar(folder: str | Path, spec: AnySpec) -> tuple[ExitBlocks | None, tuple[str, ...]]:
     """The drafter that a folder's checkpoint ships, read when taken; a note if it has one that is not read here."""
-    own, found, files = Path(folder) / MTP_FILE, dict[str, str](), dict[str, WeightFile]()
+    own, files = Path(folder) / MTP_FILE, dict[str, WeightFile]()
     for file in map(WeightFile, [*weight_files(folder), *([own] if own.is_file() else [])]):
-        for name in file.entries:
-            if (match := re.search(r"(?:^|\.)(mtp\..*)", name)) is not None:
-                found[match[1]], files[name] = name, file
-    if not found:
+        files |= dict.fromkeys(file.entries, file)
+    held = {layout: _names(layout, spec.layers, files) for layout in MTP_LAYOUTS}
+    layout = next((each for each in MTP_LAYOUTS if each.stored(_INPUT, spec.layers) in held[each]), MTP_LAYOUTS[0])
+    if not (found := held[layout]):
         return None, ()
-    shapes, experts = {_shipped(name): shape for name, shape in MTP.shapes(spec).items()}, dict[str, list[list[str]]]()
-    if isinstance(spec, ModelSpec) and spec.attending:  # stored in parts as those of the model's last such layer
-        last, own_layer = spec.layer_prefix(spec.attending[-1]), _SHIPPED["layer."]
-        for name, parts in spec.stored_parts.items():
-            experts[name.replace(last, own_layer, 1)] = [[part.replace(last, own_layer, 1) for part in each] for each in parts]
-
-    def stored(name: str) -> list[list[str]]:
-        if name in found:
-            return [[found[name]]]
-        return [[found.get(part, part) for part in each] for each in experts.get(name, [[name]])]
-
-    weights = JoinedWeights(files, {name: stored(name) for name in shapes}, shapes)
-    others = {name: files[own].entries[own] for name, own in found.items() if own not in weights.joined}
+    block = ExitBlock(0, layout.dense)
+    shapes = {layout.stored(name, spec.layers): shape for name, shape in block.shapes(spec).items()}
+    stored = {name: [[found.get(part, part) for part in each] for each in _parts(name, shapes[name], found)] for name in shapes}
+    weights = JoinedWeights(files, stored, shapes)
+    others = {name: files[full].entries[full] for name, full in found.items() if full not in weights.joined}
     try:
         check_entries(others | weights.entries, shapes, FLOATS)
     except ValueError as error:
         return None, (f"its drafter is left aside, whose layout is not known here: {error}",)
-    model_fingerprint = files[found[f"{_SHIPPED['input.']}weight"]].metadata.get(FINGERPRINT)
-    return ExitBlocks((MTP,), lambda name: weights.read(_shipped(name)), model_fingerprint=model_fingerprint), ()
+
+    def take(name: str) -> Tensor:
+        return _turned(name, weights.read(layout.stored(name, spec.layers)), layout)
+
+    model_fingerprint = files[found[layout.stored(_INPUT, spec.layers)]].metadata.get(FINGERPRINT)
+    return ExitBlocks((block,), take, layout=layout, model_fingerprint=model_fingerprint), ()
+
+
+def _names(layout: MtpLayout, layers: int, names: Iterable[str]) -> dict[str, str]:
+    """Those of a drafter's weights, by what follows their prefix; later names replace earlier ones."""
+    begins = "|".join(re.escape(part.format(layers)) for part in (layout.root, f"{layout.norm}."))
+    pattern = re.compile(rf"(?:^|\.)((?:{begins}).*)")
+    found = {match[1]: name for name in names if (match := pattern.search(name)) is not None}
+    return {name: full for name, full in found.items() if not re.search(_COPIED, name)}
+
+
+def _parts(name: str, shape: tuple[int, ...], found: Container[str]) -> list[list[str]]:
+    """A weight's names in a checkpoint: of experts together or one by one."""
+    prefix, experts, kind = name.partition(".experts.")
+    if name in found or not experts:
+        return [[name]]
+    parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
+    return [[f"{prefix}.experts.{expert}.{part}.weight" for part in parts] for expert in range(shape[0])]
+
+
+def _turned(name: str, weight: Tensor, layout: MtpLayout) -> Tensor:
+    """The map of MTP from a checkpoint's order of its two inputs to ours, or back; another weight as it is."""
+    return weight.roll(weight.shape[-1] // 2, -1) if layout.state_first and name == _INPUT else weight
 
 
 def mtp_content(spec: AnySpec, mtp: ExitBlocks, weight_of: Callable[[str], Tensor]) -> bytes:
-    """mtp.safetensors. `weight_of`: the model that the drafter was made for, unless it says so."""
-    weights, known = mtp.weights(spec), mtp.model_fingerprint or fingerprint(spec, weight_of)
-    return content_of({_shipped(name): weights.of(name) for name in MTP.shapes(spec)}, known, {"format": "pt"})
-
-
-def _shipped(name: str) -> str:
-    """The name in a checkpoint of a weight of MTP."""
-    part, dot, rest = name.removeprefix(MTP.prefix).partition(".")
-    return _SHIPPED[part + dot] + rest
+    """mtp.safetensors, with the names of the checkpoint. `weight_of`: the model that it was made for, unless it says so."""
+    weights, layout, known = mtp.weights(spec), mtp.layout, mtp.model_fingerprint or fingerprint(spec, weight_of)
+    names = [name for name in weights.shapes if not (layout.shares_norm and name.startswith(f"{MTP.prefix}norm."))]
+    content = {layout.prefix + layout.stored(name, spec.layers): _turned(name, weights.of(name), layout) for name in names}
+    return content_of(content, known, {"format": "pt"})
 
 
 def shipped_files(name: str, loaded: Trainable) -> dict[str, bytes]:
@@ -138,5 +148,11 @@ def files_of_shipped(blocks: ExitBlocks, spec: AnySpec, weight_of: Callable[[str
 def shipped_by(name: str, spec: AnySpec) -> ExitBlocks:
     """The drafter that a checkpoint ships, or the base of an adapter, whose weights are others."""
     adapters, base = adapters_of(name)
-    folder = present(base).folder
-    return NO_BLOCKS if folder is None else _shipped_beside(folder, spec, lambda known: bool(adapters))
+    location = present(base)
+    if location.folder is not None:
+        return _shipped_beside(location.folder, spec, lambda known: bool(adapters))
+    mtp = None if location.gguf_file is None else GgufFile(Path(location.path) / location.gguf_file).drafter
+    if mtp is None:
+        return NO_BLOCKS
+    changed = replace(mtp, model_fingerprint=OTHERS) if adapters else mtp
+    return replace(NO_BLOCKS, mtp=changed, notes=(STALE,) if adapters else ())

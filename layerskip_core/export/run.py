@@ -45,12 +45,16 @@ _TOLERANCE = 1e-3  # of its logits in fp32, relative to their spread
 
 @dataclass(frozen=True)
 class Exported:
-    """The written model (`exit_layer` None: a drafter in the EAGLE-3 layout), and the README's text if an engine was named."""
+    """The written model (`exit_layer` None: a drafter in the EAGLE-3 layout), and the README's text if an engine was named.
+
+    `lost`: whether the checkpoint ships a drafter (mtp), which GGUF files leave out.
+    """
 
     exit_layer: int | None
     layers: int
     trained: bool
     readme: str | None
+    lost: bool
 
 
 def export(config: ExportConfig) -> Exported:
@@ -95,9 +99,10 @@ def export(config: ExportConfig) -> Exported:
         info = CheckpointInfo(loaded.info.prompt_template, details=details, system=loaded.info.system)
         dtype = written_dtype(loaded, config.dtype)
         save_checkpoint(cut_to_exit(loaded, exit_layer, blocks), loaded.tokenizer, info, config.output, dtype, files)
+    lost = config.as_gguf and blocks.mtp is not None
     if drafter is not None:
-        return Exported(None, 1, True, readme)
-    return Exported(exit_layer, draft_layers, exit_layer == layers or exit_layer in recommended.exits, readme)
+        return Exported(None, 1, True, readme, lost)
+    return Exported(exit_layer, draft_layers, exit_layer == layers or exit_layer in recommended.exits, readme, lost)
 
 
 def export_packed(config: ExportConfig) -> tuple[str, int]:

@@ -52,7 +52,7 @@ FORMS = {
 _MXFP4 = torch.tensor([0.0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12])  # twice its levels
 _RENAMED = (  # weights in transformers, and as the library gguf knows them
     (r"\.dt_bias$", ".dt_proj.bias"),
-    (r"\.sinks$", ".sinks.weight"),
+    (r"\.(sinks|layer_scalar)$", r".\1.weight"),
     (r"experts\.(\w+_proj)_bias$", r"experts.\1.bias"),
     (r"experts\.(\w+_proj)$", r"experts.\1.weight"),
 )
@@ -138,7 +138,9 @@ class Levels(NamedTuple):
         known = half.float().equal(self.scale.float()) and (self.bits == 4 or (self.bits == 8 and middle))
         if size % 32 or not known or not (self.groups is None or self.groups.equal(self.ordered.to(self.groups))):
             return None
-        parts = [half.view(torch.uint8).view(outputs, -1, 2)] + ([] if middle else [self.zero.to(torch.uint8)[..., None]])
+        parts = [half.flatten().view(torch.uint8).view(outputs, -1, 2)] + (
+            [] if middle else [self.zero.to(torch.uint8)[..., None]]
+        )
         factors = torch.cat(parts, -1).repeat_interleave(size // 32, 1)
         levels = self.levels.to(torch.uint8).view(outputs, -1, 32)
         own = levels[..., :16] | levels[..., 16:] << 4 if self.bits == 4 else levels ^ 128
@@ -228,6 +230,9 @@ def from_gguf(
     """
     experts, sizes, weight, kind = spec.architecture.experts, spec.recurrence, parts[0], name.split(".")[-2]
     if experts is not None and experts.block in name:
+        if not experts.by_inputs:
+            return torch.cat(parts, 1)
+        parts = [*weight.chunk(2, 1)] if ".gate_up_" in name and len(parts) == 1 else parts
         both = torch.stack(parts, 2).flatten(1, 2) if len(parts) > 1 else weight  # gate and up in turns
         return both.transpose(1, 2) if form is None and weight.dim() > 2 else both
     if neighbours and kind in ("q_proj", "k_proj"):

@@ -237,7 +237,8 @@ class CutModel:
             if cache is not None:
                 modules = [pair for index in range(start, stop) for pair in form.recurrent.get(index, {}).items()]
                 if block is not None:
-                    copies: Any = dict(zip(layers[start].modules(), block[0].modules(), strict=True))
+                    own: Any = dict(block[0].named_modules())
+                    copies = {part: own.get(name) for name, part in layers[start].named_modules()}
                     modules = [(copies[part], copies.get(last)) for part, last in modules]
                 changes += [(part, partial(cache.stepped, part, last, form.continues, part.forward)) for part, last in modules]
             hidden = self.forward(inputs, positions, changes, cache)

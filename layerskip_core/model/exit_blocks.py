@@ -3,16 +3,17 @@
 At exit E a block is a decoder layer of the model's own class and a norm, followed by the model's own head. The layer reads the
 state after E layers.
 
-At exit 0 such a block is the drafter that checkpoints ship for multi-token prediction (MTP: DeepSeek-V3, 2024; here Qwen3.5's):
-its layer reads W [norm(e); norm(s)] of a token's embedding e and the output s of the final norm for the token before: the
-target's own for the first draft of a round, the block's own for later ones. Its entry stands where the token before stands, so
-the first token of a text has none. The state before the final norm, in its place, costs acceptance (examples/drafters.md).
+At exit 0 such a block is the drafter that checkpoints ship for multi-token prediction (MTP: DeepSeek-V3, 2024): its layer reads
+W [norm(e); norm(s)] of a token's embedding e and the output s of the final norm for the token before: the target's own for the
+first draft of a round, the block's own for later ones. Its entry stands where the token before stands, so the first token of a
+text has none. The state before the final norm, in its place, costs acceptance (examples/drafters.md). Families store it under
+different names (MTP_LAYOUTS).
 """
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeAlias
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from ..errors import CheckpointError
 from .assistant import Assistant
 from .cache import Places
 from .eagle3 import Eagle3Weights, PlacedEagle3
-from .spec import AnySpec, ModelSpec, Shapes
+from .spec import AnySpec, ModelSpec, Shapes, TransformersSpec
 from .vocabulary import DraftVocabulary
 from .weights import Take, Weights, checked
 
@@ -34,9 +35,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExitBlock:
-    """The block of an exit after `exit_layer` layers, 1..L-1; MTP: 0. Names of its weights begin with `prefix`."""
+    """The block of an exit after `exit_layer` layers, 1..L-1; MTP: 0. Names of its weights begin with `prefix`.
+
+    `dense`: its layer has the MLP of the model's first layer, where the last has experts; on transformers' layers only.
+    """
 
     exit_layer: int
+    dense: bool = field(default=False, compare=False)
 
     @property
     def prefix(self) -> str:
@@ -45,6 +50,10 @@ class ExitBlock:
     def shapes(self, spec: AnySpec) -> dict[str, tuple[int, ...]]:
         """Names and shapes of its weights: `exits.E.layer.*` as in a layer, `exits.E.norm.*`, and those of MTP's inputs."""
         names, width = dict(spec.block_shapes), spec.hidden
+        if self.dense and isinstance(spec, TransformersSpec):
+            names = {name: shape for name, shape in names.items() if not name.startswith("layer.mlp.")}
+            of_first = ((name.partition(".layers.0.mlp."), shape) for name, shape in spec.shapes.items())
+            names |= {f"layer.mlp.{rest}": shape for (_, found, rest), shape in of_first if found}
         if self.exit_layer == 0:
             norm = {name.removeprefix("norm"): shape for name, shape in names.items() if name.startswith("norm.")}
             names |= {f"{of}{name}": shape for of in INPUT_NORMS for name, shape in norm.items()}
@@ -56,6 +65,48 @@ INPUT_NORMS = "embedding_norm", "feature_norm"  # of MTP
 MTP = ExitBlock(0)
 
 
+class MtpLayout(NamedTuple):
+    """How checkpoints store MTP: what the names of its parts begin with after `model.` or another prefix; {}: how many layers
+    the model has.
+
+    `root`: what all of them begin with. `state_first`: W reads [norm(s); norm(e)]. `shares_norm`: `norm` is the model's own.
+    """
+
+    root: str
+    layer: str
+    norm: str
+    input: str
+    embedding_norm: str
+    feature_norm: str
+    prefix: str = "model."
+    state_first: bool = False
+    shares_norm: bool = False
+    dense: bool = False
+
+    def stored(self, name: str, layers: int) -> str:
+        """The name there of a weight of MTP."""
+        part, dot, rest = name.removeprefix(MTP.prefix).partition(".")
+        return str(getattr(self, part)).format(layers) + dot + rest
+
+
+MTP_LAYOUTS = (  # as vLLM and SGLang read them, ERNIE 4.5's as FastDeploy does
+    MtpLayout("mtp.", "mtp.layers.0", "mtp.norm", "mtp.fc", "mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden", ""),  # Qwen
+    MtpLayout(  # DeepSeek V3, GLM-4.5
+        *("layers.{}.", "layers.{}", "layers.{}.shared_head.norm", "layers.{}.eh_proj", "layers.{}.enorm", "layers.{}.hnorm")
+    ),
+    MtpLayout(  # MiMo
+        *("mtp_layers.", "mtp_layers.0", "mtp_layers.0.final_layernorm", "mtp_layers.0.input_proj"),
+        *("mtp_layers.0.token_layernorm", "mtp_layers.0.hidden_layernorm"),
+        state_first=True,
+    ),
+    MtpLayout(  # ERNIE 4.5
+        *("mtp_", "mtp_block.0", "norm", "mtp_linear_proj.0", "mtp_emb_norm.0", "mtp_hidden_norm.0"),
+        shares_norm=True,
+        dense=True,
+    ),
+)
+
+
 @dataclass(frozen=True)
 class ExitBlocks:
     """The blocks of a model, by ascending exits, and their weights; and its drafters.
@@ -63,6 +114,7 @@ class ExitBlocks:
     Attributes:
         take: weights by the names of `ExitBlock.shapes`.
         eagle3: its drafter in the EAGLE-3 layout. `mtp`: the one that its checkpoint ships, which has the block MTP alone.
+        layout: of that, where it is stored.
         assistant: the one that was shipped beside it.
         model_fingerprint: of the model that they were made for, if their file has one.
         notes: for the user.
@@ -72,6 +124,7 @@ class ExitBlocks:
     take: Take
     eagle3: Eagle3Weights | None = None
     mtp: "ExitBlocks | None" = None
+    layout: MtpLayout = MTP_LAYOUTS[0]
     assistant: Assistant | None = None
     model_fingerprint: str | None = None
     notes: tuple[str, ...] = ()

@@ -70,7 +70,7 @@ class TransformersSpec:
         context = next(filter(None, (getattr(config, name, None) for name in _CONTEXTS)), _USUAL_CONTEXT)
         tied = head is not None and head.weight is model.get_input_embeddings().weight
         shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
-        parts = [named for part, module in block_parts.items() for named in module.named_parameters(part)]
+        parts = [named for part, module in block_parts.items() for named in module.state_dict(prefix=f"{part}.").items()]
         sizes = layers, config.hidden_size, config.vocab_size, context, tied, sum(map(prod, shapes.values()))
         return cls(model.config.model_type, *sizes, shapes, {name: tuple(weight.shape) for name, weight in parts}, model.config)
 

@@ -68,7 +68,7 @@ class TransformersBackend:
             self.exit_blocks[block.exit_layer] = self._placed(block, exit_blocks)
         self.drafters: dict[str, DraftBlock] = {}
         if exit_blocks.mtp is not None:
-            self.drafters["mtp"] = self._placed(MTP, exit_blocks.mtp)
+            self.drafters["mtp"] = self._placed(exit_blocks.mtp.blocks[0], exit_blocks.mtp)
         self._entries = dict[Entry, tuple[int, int]]()
         if (drafter := exit_blocks.eagle3) is not None:
             place = self._cut.place_of_block(len(self._blocks))
@@ -172,8 +172,8 @@ class TransformersBackend:
         weight = getattr(self._cut.form.norm, "weight", None)
         return weight if isinstance(weight, Tensor) and weight.shape == (self.spec.hidden,) else None
 
-    def block_parts(self) -> tuple[nn.Module, nn.Module]:
-        """The layer and the norm of a new exit block: copies of the model's last layer with keys and values, and of its norm.
+    def block_parts(self, block: ExitBlock) -> tuple[nn.Module, nn.Module]:
+        """The layer and the norm of a new block: copies of the model's last layer with keys and values, and of its norm.
 
         Raises CheckpointError for a model that can have no exit blocks.
         """
@@ -181,6 +181,8 @@ class TransformersBackend:
             why = "no layer with keys and values, or more before its head than hidden states and a norm"
             raise CheckpointError(f"exits of model_type {self.spec.model_type} can have no blocks: it has {why}")
         layer, norm = map(deepcopy, parts.values())
+        if block.dense:
+            layer.mlp = deepcopy(self.layers[0].mlp)
         return layer, norm
 
     def run_block(self, layer: nn.Module, hidden: Tensor, ids: Tensor) -> Tensor:
@@ -199,18 +201,18 @@ class TransformersBackend:
         return {"layer": form.layers[form.attending], "norm": form.norm}
 
     def _placed(self, block: ExitBlock, blocks: ExitBlocks) -> PlacedBlock:
-        weights = blocks.weights(self.spec, self.model.get_input_embeddings().weight)
-        layer, norm = self.block_parts()
+        weights, like = blocks.weights(self.spec), self.model.get_input_embeddings().weight
+        layer, norm = self.block_parts(block)
         parts = {"layer": layer, "norm": norm, **{name: deepcopy(norm) for name in INPUT_NORMS if block == MTP}}
         for part, module in parts.items():
-            for name, parameter in module.named_parameters():
-                parameter.data = weights.of(f"{block.prefix}{part}.{name}")
-                parameter.requires_grad_(False)
+            own = module.requires_grad_(False).state_dict(prefix=f"{block.prefix}{part}.")  # some stay in fp32
+            for name in own.keys() & weights.shapes.keys():
+                own[name].copy_(weights.of(name))
         place, head = self.num_layers + len(self._blocks), partial(self._cut.unembed, norm=norm)
         self._blocks.append((layer.eval(), self._cut.shift_of_block(len(self._blocks))))
         if block != MTP:
             return PlacedBlock(block, place, head)
-        join = partial(F.linear, weight=weights.of(f"{block.prefix}input.weight"))
+        join = partial(F.linear, weight=weights.of(f"{block.prefix}input.weight").to(like))
         return PlacedMtp(block, place, head, norm=norm, join=join, input_norms=[parts[name] for name in INPUT_NORMS])
 
 

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,8 @@ class Block(nn.Module):
 
     def __init__(self, backend: TransformersBackend, block: ExitBlock) -> None:
         super().__init__()
-        self.layer, self.norm = backend.block_parts()
+        self.layer, self.norm = backend.block_parts(block)
+        self.names = block.shapes(backend.spec).keys()
         self.input, self._run = None, backend.run_block
         if block == MTP:
             width = backend.spec.hidden
@@ -146,7 +148,7 @@ class FrozenExits(DrafterModule):
     def __init__(self, backend: TransformersBackend, blocks: Sequence[ExitBlock], known: ExitBlocks = NO_BLOCKS) -> None:
         """Those that are `known` go on from there."""
         super().__init__(backend)
-        self.exits = new_readers(backend, blocks, known)
+        self.exits, self.shipped = new_readers(backend, blocks, known), known
         self.layers = tuple(block.exit_layer for block in blocks)
         self.names = {exit_layer: str(exit_layer or "mtp") for exit_layer in self.layers}
         self.first_target = 1 + (MTP in blocks)
@@ -159,7 +161,7 @@ class FrozenExits(DrafterModule):
             needed = "left out: this model ships no drafter that is known here"
             require(known is not None or config.start_from is None, "start_from", needed, config.start_from)
             backend.require_states()
-            return cls(backend, [MTP], known or NO_BLOCKS)
+            return cls(backend, known.blocks if known else [MTP], known or NO_BLOCKS)
         exits = sorted(config.exits or (max(1, backend.num_layers // 3),))
         for exit_layer in exits:
             require_exit_layer(exit_layer, backend.num_layers, field="exits")
@@ -173,7 +175,8 @@ class FrozenExits(DrafterModule):
         weights = {name: weight.to("cpu", dtype) for name, weight in self.weights().items()}
         spec = self.backend.spec
         if MTP.exit_layer in self.layers:
-            mtp = ExitBlocks((MTP,), weights.get, model_fingerprint=model_fingerprint)
+            known = self.shipped if self.shipped.blocks else replace(NO_BLOCKS, blocks=(MTP,))
+            mtp = replace(known, take=weights.get, model_fingerprint=model_fingerprint)
             return {MTP_FILE: mtp_content(spec, mtp, weights.__getitem__)}
         return {EXIT_BLOCKS_FILE: exit_blocks_content(spec, weights, model_fingerprint, kept)}
 
@@ -210,7 +213,9 @@ def new_readers(backend: TransformersBackend, blocks: Sequence[ExitBlock], kept:
 
 def named_weights(blocks: nn.ModuleDict) -> dict[str, Tensor]:
     """All weights of blocks, which are by exit, by the names of `ExitBlock.shapes`."""
-    return {f"exits.{name}": weight.detach() for name, weight in blocks.named_parameters()}
+    known = {name for block in blocks.values() for name in cast(Block, block).names}
+    weights = blocks.state_dict(prefix="exits.")  # with what no optimizer trains
+    return {name: weight for name, weight in weights.items() if name in known}
 
 
 @torch.no_grad()

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from text_bpe import TEXTS, text_bpe
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from layerskip_core.checkpoint.gguf_read import GgufFile
 from layerskip_core.checkpoint.open import for_decoding, for_training
-from layerskip_core.checkpoint.transformers_read import GgufFile
 from layerskip_core.errors import CheckpointError
 from layerskip_core.export import gguf as gguf_file
 from layerskip_core.export.gguf import write_gguf

@@ -1,5 +1,7 @@
 """Checkpoints of the hub in low bits: read as they are stored where the kernels have the form, else dequantised with a note."""
 
+import re
+
 import pytest
 import torch
 from command_line import run
@@ -110,10 +112,29 @@ def folder_of(model, path, method, store):
     for name in [name for name in weights if name.endswith("_proj.weight")]:
         stored, dense = store(name.removesuffix(".weight"), weights.pop(name), generator)
         weights |= {part: tensor.contiguous() for part, tensor in stored.items()}
-        model.get_parameter(name).data = dense
+        if (expert := re.fullmatch(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight", name)) is None:
+            model.get_parameter(name).data = dense
+        else:
+            kind = "down_proj" if expert[3] == "down" else "gate_up_proj"
+            rows = model.get_parameter(f"{expert[1]}.{kind}").data[int(expert[2])]
+            (rows.chunk(2)[expert[3] == "up"] if kind == "gate_up_proj" else rows).copy_(dense)
     save_file(weights, path / "model.safetensors", {"format": "pt"})
     edit_json(path / "config.json", quantization_config={"quant_method": method, "bits": 4})
     return str(path)
+
+
+@pytest.mark.parametrize("form", ["W4A16", "AWQ"])
+def test_experts_stored_one_by_one(form, tmp_path):
+    method, store, kind = FORMS[form]
+    model = tiny_model("qwen3_moe", torch.float32, vocab_size=300, **WIDE, moe_intermediate_size=32)
+    path = folder_of(model, tmp_path, method, store)
+    with torch.no_grad():
+        expected = model(IDS).logits
+    decoder = for_decoding(path, "cpu", "fp32")
+    torch.testing.assert_close(logits_of(decoder.backend, IDS), expected, atol=5e-3 * float(expected.std()), rtol=0)
+    if kernels() is not None:
+        types = {name for layer in decoder.backend._layers.layers for matrix in layer.matrices for name in matrix.form.types}
+        assert types == {kind} and not decoder.notes
 
 
 IDS = torch.tensor([[5, 9, 33, 61, 2, 17, 40, 8, 12]])

@@ -18,11 +18,11 @@ from layerskip_core.checkpoint.folder import MTP_FILE
 from layerskip_core.checkpoint.info import CheckpointInfo
 from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.checkpoint.save import save_checkpoint
-from layerskip_core.checkpoint.shipped import STALE, _shipped
+from layerskip_core.checkpoint.shipped import STALE
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.model import TransformersBackend
-from layerskip_core.model.exit_blocks import MTP, NO_BLOCKS, ExitBlocks
+from layerskip_core.model.exit_blocks import MTP, MTP_LAYOUTS, NO_BLOCKS, ExitBlocks
 
 NAMES = {  # those of Qwen/Qwen3.5-0.8B
     *(f"mtp.{name}.weight" for name in ("fc", "norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")),
@@ -33,13 +33,17 @@ NAMES = {  # those of Qwen/Qwen3.5-0.8B
 PROMPT = list(range(20, 40))
 
 
+def stored(name):
+    return MTP_LAYOUTS[0].stored(name, 6)
+
+
 @pytest.fixture
 def shipped(tmp_path):
     """A folder as on the hub: the text part of a model with images, in two shards with an index, and its drafter."""
     folder, tokenizer = tmp_path / "hub", tiny_loaded(torch.float32).tokenizer
     model = tiny_model("qwen3_5_text", torch.float32, vocab_size=len(tokenizer), **WIDE)
     made = random_blocks(model, MTP)
-    drafter = {_shipped(name): made.take(name) for name in made.shapes(TransformersBackend(model).spec)}
+    drafter = {stored(name): made.take(name) for name in made.shapes(TransformersBackend(model).spec)}
     assert drafter.keys() == NAMES
     save_checkpoint(model, tokenizer, CheckpointInfo("{prompt}\n"), str(folder), torch.float32)
     (folder / "layerskip.json").unlink()
@@ -85,10 +89,10 @@ def test_it_is_found_in_a_folder_as_on_the_hub(shipped, tmp_path):
 
 
 def taken(folder):
-    stored = {}
+    weights = {}
     for path in Path(folder).glob("*.safetensors"):
-        stored |= load_file(path)
-    return {name: stored[_shipped(name)] for name in MTP.shapes(TransformersBackend(tiny_model("qwen3_5_text", **WIDE)).spec)}
+        weights |= load_file(path)
+    return {name: weights[stored(name)] for name in MTP.shapes(TransformersBackend(tiny_model("qwen3_5_text", **WIDE)).spec)}
 
 
 @pytest.mark.parametrize("prefix", ["", "model.", "model.language_model."])
@@ -96,7 +100,7 @@ def test_with_any_prefix_and_without_transformers(shipped, tmp_path, prefix):
     """The lean reader takes it too, from the only file of a model."""
     folder = whole(shipped, tmp_path / "lean")
     expected = drafted(shipped)
-    drafter = {f"{prefix}{_shipped(name)}": weight for name, weight in taken(shipped).items()}
+    drafter = {f"{prefix}{stored(name)}": weight for name, weight in taken(shipped).items()}
     save_file({**load_file(folder / "model.safetensors"), **drafter}, folder / "model.safetensors", {"format": "pt"})
     assert drafted(folder) == expected
     older(folder)
@@ -126,15 +130,15 @@ def test_its_experts_are_stored_one_by_one_or_together(tmp_path, model_type):
     model = tiny_model(model_type, torch.float32, vocab_size=len(tokenizer), **WIDE)
     save_checkpoint(model, tokenizer, CheckpointInfo("{prompt}\n"), str(tmp_path), torch.float32)
     made, weights = random_blocks(model, MTP), load_file(tmp_path / "model.safetensors")
-    drafter = {_shipped(name): made.take(name) for name in made.shapes(TransformersBackend(model).spec)}
+    drafter = {stored(name): made.take(name) for name in made.shapes(TransformersBackend(model).spec)}
     apart = dict(drafter)
     inward, back = (apart.pop(f"mtp.layers.0.mlp.experts.{name}_proj") for name in ("gate_up", "down"))
     for number, (both, own) in enumerate(zip(inward, back, strict=True)):
         gate, up = both.chunk(2)
         for name, part in (("gate", gate), ("up", up), ("down", own)):
             apart[f"mtp.layers.0.mlp.experts.{number}.{name}_proj.weight"] = part.contiguous()
-    for stored in (drafter, apart):
-        save_file({**weights, **stored}, tmp_path / "model.safetensors", {"format": "pt"})
+    for held in (drafter, apart):
+        save_file({**weights, **held}, tmp_path / "model.safetensors", {"format": "pt"})
         found.append(drafted(tmp_path))
     assert found[0] == found[1] and found[0][1][1] > 0
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_model
-from decodings import WIDE, backend_on, draft_of, ids_of, prompt_of
+from decodings import WIDE, backend_on, draft_of, ids_of, prompt_of, rounds_of
 from exit_block_models import random_blocks
 
 from layerskip_core.config.decoding import DecodingConfig
@@ -99,25 +99,11 @@ class Formula:
         return drafts, torch.stack(logits)
 
 
-def rounds_of(backend, prompt, config=DRAFTING):
-    """The text before each round of a decoding, and its drafts."""
-    loop, rounds = decode(backend, prompt, config), []
-    draft = loop._drafter.draft
-
-    def recorded(context, limits):
-        found = draft(context, limits)
-        rounds.append((list(context.ids[0]), found.tokens[1:].tolist()))
-        return found
-
-    loop._drafter.draft = recorded
-    return ids_of(loop), rounds
-
-
 @pytest.mark.parametrize("kind", ["native", "generic"])
 def test_drafts_are_those_of_the_formula(kind):
     formula, plain = Formula(), DecodingConfig("autoregressive", max_new_tokens=24)
     for length in (1, 9):
-        ids, rounds = rounds_of(backend_of(kind), prompt_of(length))
+        ids, rounds = rounds_of(backend_of(kind), prompt_of(length), DRAFTING)
         assert ids == ids_of(decode(backend_of(kind), prompt_of(length), plain))
         assert len(rounds) > 3
         for text, drafts in rounds:

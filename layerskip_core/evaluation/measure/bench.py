@@ -15,10 +15,10 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from ...checkpoint.folder import quiet_transformers
+from ...checkpoint.gguf_read import GgufFile
 from ...checkpoint.loaded import Decoder, Trainable
 from ...checkpoint.locate import files_digest
 from ...checkpoint.open import for_training
-from ...checkpoint.transformers_read import GgufFile
 from ...config.decoding import BESIDE, DRAFTERS, DecodingConfig
 from ...config.evaluation import TRANSFORMERS_BASELINES, BenchConfig
 from ...config.resolution import Recommended, resolve_as

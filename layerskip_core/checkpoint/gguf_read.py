@@ -1,0 +1,309 @@
+"""GGUF files, read with the package `gguf`: their configuration, weights, tokenizer and drafter as transformers has them."""
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError, ConfigError, first_line
+from ..model import ModelSpec
+from ..model.blocks import FORMS, block_rows, from_gguf, from_gguf_shape, gguf_parts
+from ..model.exit_blocks import MTP, MTP_LAYOUTS, ExitBlocks
+from ..model.rope import llama3_factors
+from ..model.transformers_backend import attention_for
+
+_TOKENS = {"bos": "bos_token_id", "eos": "eos_token_id", "unknown": "unk_token_id", "padding": "pad_token_id"}
+_VOCABULARY = "tokenizer.ggml.tokens"
+_HEAD_WEIGHT = "output.weight"
+_ROPE_FACTORS = "rope_freqs.weight"
+_LONG_ROPES = ("rope_factors_long.weight", "rope_factors_short.weight")  # the file does not say for which lengths
+# YaRN's further numbers, which transformers sets as well: others are refused.
+_YARN = {"yarn_ext_factor": 1.0, "attn_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0}
+# Architectures of GGUF: the model type in transformers, and the class of its tokenizer there.
+_FORMS = {
+    "llama": ("llama", "PreTrainedTokenizerFast"),
+    "qwen2": ("qwen2", "Qwen2Tokenizer"),
+    "qwen3": ("qwen3", "Qwen2Tokenizer"),
+    "qwen3moe": ("qwen3_moe", "Qwen2Tokenizer"),
+    "phi3": ("phi3", "PreTrainedTokenizerFast"),
+    "gemma2": ("gemma2", "GemmaTokenizer"),
+    "gemma3": ("gemma3_text", "GemmaTokenizer"),
+    "gemma4": ("gemma4_text", "GemmaTokenizer"),
+    "starcoder2": ("starcoder2", "GPT2Tokenizer"),
+    "granite": ("granite", "GPT2Tokenizer"),
+    "lfm2": ("lfm2", "PreTrainedTokenizerFast"),
+    "qwen35": ("qwen3_5_text", "Qwen3_5Tokenizer"),
+    "gpt-oss": ("gpt_oss", "PreTrainedTokenizerFast"),
+}
+_HEADS_OF_NEIGHBOURS = ("llama", "granite")  # whose rope rotates neighbours in llama.cpp, not halves
+_HEAD_SIZE = {"attention.key_length": "head_dim"}
+_KEYS = {  # of headers, and the values of config.json that they are, where transformers' own table lacks them
+    "llama": _HEAD_SIZE,
+    "qwen3": _HEAD_SIZE,
+    "qwen3moe": {
+        **{"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"},
+        **{"expert_feed_forward_length": "moe_intermediate_size", **_HEAD_SIZE},
+    },
+    "granite": {
+        **{"attention.scale": "attention_multiplier", "embedding_scale": "embedding_multiplier"},
+        **{"residual_scale": "residual_multiplier", "logit_scale": "logits_scaling"},
+    },
+    "lfm2": {"attention.layer_norm_rms_epsilon": "norm_eps", "shortconv.l_cache": "conv_L_cache"},
+    "qwen35": {
+        **_HEAD_SIZE,
+        **{"ssm.conv_kernel": "linear_conv_kernel_dim", "ssm.state_size": "linear_key_head_dim"},
+        **{"ssm.group_count": "linear_num_key_heads", "ssm.time_step_rank": "linear_num_value_heads"},
+        "full_attention_interval": "full_attention_interval",
+    },
+    "gemma4": {
+        **{"attention.key_length": "global_head_dim", "attention.key_length_swa": "head_dim", "rope.freq_base": None},
+        **{"attention.sliding_window": "sliding_window", "attention.shared_kv_layers": "num_kv_shared_layers"},
+        "embedding_length_per_layer_input": "hidden_size_per_layer_input",
+        "final_logit_softcapping": "final_logit_softcapping",
+    },
+    "gpt-oss": {
+        **_HEAD_SIZE,
+        **{"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"},
+        "attention.sliding_window": "sliding_window",
+    },
+}
+
+
+class GgufFile:
+    """A GGUF file with mapped tensors. `config` and `spec` raise CheckpointError for what is unsupported or missing."""
+
+    notes = ()  # as those of LowBitWeights
+
+    def __init__(self, path: Path) -> None:
+        """Raises CheckpointError for a damaged file, ConfigError without the package `gguf`."""
+        try:
+            from gguf import GGUFReader, GGUFValueType
+        except ImportError:
+            raise ConfigError("a .gguf file needs the library gguf: pip install 'layerskip[gguf]'") from None
+        try:
+            reader = GGUFReader(path, "c")  # copied where it is written to, which nothing does: torch maps no other memory
+            fields = {name: field for name, field in reader.fields.items() if field.types}
+            arrays = {name: field for name, field in fields.items() if field.types[0] == GGUFValueType.ARRAY}
+            read = (name for name in fields if name not in arrays or not name.startswith("tokenizer."))
+            self._values = {name: fields[name].contents() for name in read}
+        except Exception as error:
+            raise CheckpointError(f"{path.name} is damaged, or no GGUF file: {first_line(error)}") from error
+        self._path, self._tensors = path, {tensor.name: tensor for tensor in reader.tensors}
+        self._architecture = str(self._values.get("general.architecture"))
+        self._neighbours = self._architecture in _HEADS_OF_NEIGHBOURS
+        self.layers: int | None = self._values.get(f"{self._architecture}.block_count")
+        self.tokens = len(arrays[_VOCABULARY].data) if _VOCABULARY in arrays else None
+
+    @cached_property
+    def config(self) -> Any:
+        """transformers' configuration."""
+        from transformers import AutoConfig
+        from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+
+        values, name = self._values, self._architecture
+        if name not in _FORMS:
+            raise CheckpointError(f"the GGUF architecture must be one of {', '.join(_FORMS)}, found {name}")
+        usual = GGUF_CONFIG_MAPPING[name if name in GGUF_CONFIG_MAPPING else "qwen3"]
+        keys = {f"{name}.{key}": known for key, known in (usual | _KEYS.get(name, {})).items() if known}
+        keys |= {f"tokenizer.ggml.{key}_token_id": known for key, known in _TOKENS.items()}
+        keys["general.name"] = "_model_name_or_path"
+        settings = {known: values[key] for key, known in keys.items() if key in values} | self._derived()
+        if self.tokens is not None:
+            settings.setdefault("vocab_size", self.tokens)
+        if (turn := values.get("tokenizer.ggml.eot_token_id")) not in (None, settings.get("eos_token_id")):  # ends an answer
+            settings["eos_token_id"] = [turn, *(settings[key] for key in ("eos_token_id",) if key in settings)]
+        # llama.cpp has no architecture of its own for Mistral
+        model_type = "mistral" if name == "llama" and values.get("general.name") == "mistral" else _FORMS[name][0]
+        config = AutoConfig.for_model(model_type, tie_word_embeddings=_HEAD_WEIGHT not in self._tensors, **settings)
+        rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+        head_dim = config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads
+        rope |= self._scaled_rope(rope, head_dim, config.max_position_embeddings)
+        return config
+
+    @cached_property
+    def spec(self) -> ModelSpec:
+        return ModelSpec.of(self.config)
+
+    def _derived(self) -> dict[str, Any]:
+        """Values of config.json that the header has in another form."""
+        name, of = self._architecture, {key.partition(".")[2]: value for key, value in self._values.items()}
+        if name == "lfm2":
+            kv_heads = of["attention.head_count_kv"]  # of each layer
+            kinds = ["full_attention" if heads else "conv" for heads in kv_heads]
+            return {"num_key_value_heads": max(kv_heads), "layer_types": kinds, "block_auto_adjust_ff_dim": False}
+        if name == "qwen3moe":  # as llama.cpp runs it
+            return {"norm_topk_prob": True}
+        if name not in ("qwen35", "gpt-oss", "gemma4"):
+            return {}
+        rope = {"rope_type": "default", "rope_theta": of["rope.freq_base"]}
+        if name == "gemma4":
+            return self._of_gemma4(of, rope)
+        if name == "gpt-oss":
+            return {"rope_parameters": rope}
+        layers = of["block_count"] - of.get("nextn_predict_layers", 0)  # without those that draft
+        share = {"partial_rotary_factor": of["rope.dimension_count"] / of["attention.key_length"]}
+        sections = [section for section in of.get("rope.dimension_sections", ()) if section]  # alike for text
+        share |= {"mrope_section": sections, "mrope_interleaved": True} if sections else {}
+        value_dim = of["ssm.inner_size"] // of["ssm.time_step_rank"]
+        return {"num_hidden_layers": layers, "linear_value_head_dim": value_dim, "rope_parameters": rope | share}
+
+    def _of_gemma4(self, of: Mapping[str, Any], rope: dict[str, Any]) -> dict[str, Any]:
+        """Values of Gemma 4, whose rope factors say which dimensions rotate. Raises CheckpointError for other layers."""
+        if isinstance(of["attention.head_count_kv"], list) or of.get("expert_count"):
+            raise CheckpointError("of Gemma 4, GGUF files of E2B and E4B can be read, found experts or key heads by layer")
+        widths, table = of["feed_forward_length"], self._tensors.get("per_layer_token_embd.weight")
+        first, *others = widths if isinstance(widths, list) else [widths]
+        rotating = (np.array(self._tensors[_ROPE_FACTORS].data) == 1).mean() if _ROPE_FACTORS in self._tensors else 1.0
+        full = {**rope, "rope_type": "proportional", "partial_rotary_factor": float(rotating)}
+        slides = of["attention.sliding_window_pattern"]
+        return {
+            **{"intermediate_size": first, "use_double_wide_mlp": any(width != first for width in others)},
+            "layer_types": ["sliding_attention" if sliding else "full_attention" for sliding in slides],
+            "rope_parameters": {
+                "full_attention": full,
+                "sliding_attention": {**rope, "rope_theta": of.get("rope.freq_base_swa", 1e4)},
+            },
+            **({} if table is None else {"vocab_size_per_layer_input": _shape(table)[0]}),
+        }
+
+    def _scaled_rope(self, rope: Mapping[str, Any], head_dim: int, context: int) -> dict[str, Any]:
+        """The changes to `rope`, which is not scaled. Raises CheckpointError for a scaling of another kind.
+
+        Linear and YaRN are named in the header. Of Llama 3's the file has the divisors of the frequencies only.
+        """
+        prefix = f"{self._architecture}.rope."
+        named = {key.removeprefix(prefix): value for key, value in self._values.items() if key.startswith(prefix)}
+        found = str(named.get("scaling.type", "linear"))
+        factor = float(named.get("scaling.factor", named.get("scale_linear", 1.0)) or 1.0)
+        unusual = [key for key, value in _YARN.items() if named.get(f"scaling.{key}", value) != value]
+        if unusual:
+            found = unusual[0]
+        elif found in ("none", "linear", "yarn") and self._tensors.keys().isdisjoint(_LONG_ROPES):
+            if _ROPE_FACTORS not in self._tensors or self._architecture == "gemma4":
+                original = {"original_max_position_embeddings": int(named.get("scaling.original_context_length", context))}
+                scaled = {"rope_type": found, "factor": factor} | (original if found == "yarn" else {})
+                scaled |= {"truncate": False} if self._architecture == "gpt-oss" else {}
+                return {} if found == "none" or factor == 1.0 else scaled
+            factors = torch.from_numpy(np.array(self._tensors[_ROPE_FACTORS].data, np.float64))
+            if (factors == 1).all():
+                return {}
+            # All of Llama 3 has these further factors, and so far 8192 as the original context.
+            llama3 = {"rope_type": "llama3", "factor": float(factors.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+            for exponent in (13, *range(3, context.bit_length())):
+                scaled = {**llama3, "original_max_position_embeddings": 2**exponent}
+                expected = llama3_factors({**rope, **scaled}, head_dim)
+                if expected.shape == factors.shape and torch.allclose(expected, factors, rtol=1e-4, atol=0):
+                    return scaled
+            found = f"{_ROPE_FACTORS} with other factors than those of Llama 3"
+        known = "plain, or scaled as linear, yarn or llama3"
+        raise CheckpointError(f"{self._path.name}: its rope must be {known}; found {found}; use the original checkpoint")
+
+    def tokenizer(self) -> Any:
+        """transformers' tokenizer. Raises CheckpointError for a file without one."""
+        import transformers
+
+        if self.tokens is None:
+            raise CheckpointError(f"{self._path.name} has no tokenizer: {_VOCABULARY} is missing")
+        kind = getattr(transformers, _FORMS[self._architecture][1])
+        return kind.from_pretrained(self._path.parent, gguf_file=self._path.name)
+
+    def model(self) -> Any:
+        """A transformers model in fp32. Raises CheckpointError as `weights` does."""
+        return dense_model(str(self._path), self.config, self.weights())
+
+    def weights(self) -> dict[str, Tensor]:
+        """All weights in fp32 by their names in transformers. Raises CheckpointError for missing or unreadable ones."""
+        return {name: self.weight(name) for name in self._stored}
+
+    def weight(self, name: str) -> Tensor:
+        """In fp32, by its name in transformers. Raises CheckpointError as `weights` does."""
+        return self._dense(name, self._stored[name]).reshape(self.spec.shapes[name])
+
+    def _dense(self, name: str, tensors: list[Any]) -> Tensor:
+        from gguf import dequantize
+
+        try:
+            values = [np.array(dequantize(tensor.data, tensor.tensor_type), np.float32) for tensor in tensors]
+        except (ValueError, NotImplementedError) as error:
+            raise CheckpointError(f"{name} is stored in a way that the library gguf does not read: {error}") from None
+        parts = [torch.from_numpy(part.reshape(_shape(tensor))) for part, tensor in zip(values, tensors, strict=True)]
+        weight = from_gguf(name, parts, self.spec, self._neighbours)
+        assert weight is not None
+        if name.endswith(".A_log"):
+            return weight.neg().log()
+        added = self.spec.architecture.norm == "rms_plus_one" and name.endswith("norm.weight") and ".linear_attn." not in name
+        return weight - 1 if added else weight
+
+    def table(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A large weight, in a precision, without a copy of all of it in fp32."""
+        from gguf import dequantize
+
+        [tensor] = self._stored[name]
+        found = torch.empty(_shape(tensor), dtype=dtype)
+        for start in range(0, len(found), 1024):
+            rows = dequantize(tensor.data[start : start + 1024], tensor.tensor_type)
+            found[start : start + 1024] = torch.from_numpy(np.array(rows, np.float32)).view(len(rows), -1)
+        return found
+
+    def rows(self, name: str) -> Tensor | None:
+        """A weight as the rows of blocks that the file has, if kernels read its type."""
+        tensors, mixer = self._stored.get(name, ()), self.spec.architecture.mixer
+        types = {tensor.tensor_type.name for tensor in tensors}
+        if len(types) != 1 or types.isdisjoint(FORMS) or (mixer and any(f".{part}." in name for part in mixer.steps)):
+            return None
+        parts = [torch.from_numpy(tensor.data) for tensor in tensors]
+        rows = from_gguf(name, parts, self.spec, self._neighbours, FORMS[min(types)])
+        return None if rows is None else block_rows(rows, min(types))
+
+    @cached_property
+    def drafter(self) -> ExitBlocks | None:
+        """What its checkpoint ships, in the layer after the last (`nextn`); dequantised when taken."""
+        found, layers, known = dict[str, tuple[str, str]](), self.spec.layers, self._names
+        for name in MTP.shapes(self.spec):
+            full = f"model.{MTP_LAYOUTS[1].stored(name, layers)}"
+            part = full.removeprefix(f"model.layers.{layers}.").replace("head.norm", "head_norm")
+            of_layer = name.startswith(f"{MTP.prefix}layer.")
+            stored = str(known.get_name(full, (".weight", ".bias"))) if of_layer else f"blk.{layers}.nextn.{part}"
+            found[name] = full, stored
+        if not self._tensors.keys() >= {stored for _, stored in found.values()}:
+            return None
+        return ExitBlocks((MTP,), lambda name: self._dense(found[name][0], [self._tensors[found[name][1]]]))
+
+    @cached_property
+    def _names(self) -> Any:
+        from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+        kinds = {name: kind for kind, name in MODEL_ARCH_NAMES.items()}
+        return get_tensor_name_map(kinds[self._architecture], self.spec.layers + 1)
+
+    @cached_property
+    def _stored(self) -> dict[str, list[Any]]:
+        """The file's tensors, by the names of their weights in transformers, of which some are stored in two parts."""
+        tensors, known = {}, self._names
+        for name in self.spec.shapes:
+            found = [str(known.get_name(part, try_suffixes=(".weight", ".bias"))) for part in gguf_parts(name)]
+            together = [found[0].replace("ffn_gate_exps", "ffn_gate_up_exps")]  # --fuse-gate-up-exps
+            found = together if together[0] in self._tensors else found
+            if self._tensors.keys() >= {*found}:
+                tensors[name] = [self._tensors[part] for part in found]
+        shapes = {name: from_gguf_shape(name, list(map(_shape, found)), self.spec) for name, found in tensors.items()}
+        self.spec.check_weights(shapes)
+        return tensors
+
+
+def dense_model(path: str, config: Any, weights: dict[str, Tensor], dtype: torch.dtype | str = torch.float32) -> Any:
+    """A transformers model of these weights."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    how = {"config": config, "dtype": dtype, "attn_implementation": attention_for(config)}
+    model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(None, state_dict=weights, **how)
+    model.name_or_path = model.config.name_or_path = path  # which adapters name as their base
+    return model
+
+
+def _shape(tensor: Any) -> tuple[int, ...]:
+    return tuple(int(size) for size in reversed(tensor.shape))
