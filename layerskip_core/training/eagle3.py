@@ -193,5 +193,5 @@ def unrolled(layer: Eagle3Layer, embedded: Tensor, feature: Tensor, drafts: int,
         scores = (queries * scale) @ seen.transpose(2, 3)
         weights = scores.masked_fill(~torch.cat(visible, dim=1), -torch.inf).softmax(-1)
         outputs.append(layer.finish(residual, weights @ values))
-        feature = torch.cat((feature[:, :1], outputs[-1][:, :-1]), dim=1)
+        feature = torch.cat((feature[:, :1], layer.own_feature(outputs[-1][:, :-1])), dim=1)
     return outputs
