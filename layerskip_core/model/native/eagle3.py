@@ -98,7 +98,8 @@ class NativeEagle3:
     ) -> tuple[Tensor, dict[int, Tensor], list[float]]:
         """A `DraftKernel`."""
         layer = replace(submodel, block=None, beyond=((self._place, self._place + 1),))
-        return draft(self._layers, self._spec, head, token, layer, places.moved(-1), ends, feature, runs_last, self._form.norm_output)
+        entries, norms = places.moved(-1), self._form.norm_output
+        return draft(self._layers, self._spec, head, token, layer, entries, ends, feature, runs_last, norms)
 
 
 def _entries(states: Tensor, before: Tensor | None) -> Tensor:
