@@ -54,6 +54,7 @@ _METADATA = "__metadata__"  # safetensors' key of a header's further entries
 FINGERPRINT, _AGREEMENT = "fingerprint", "agreement"
 _OF_EAGLE = "midlayer."  # what the names of the layer's weights begin with in EAGLE's checkpoints
 _UNUSED = ("t2d", "embed_tokens.weight")  # which tokens are drafted, as `d2t` says; the target's own embedding
+_NORMS = "norm_before_fc", "fc_norm", "norm_output"  # of EAGLE-3.1
 _Share = Annotated[float, Meta(ge=0, le=1)] | None
 _Size = Annotated[int, Meta(ge=1, le=1 << 20)]
 _Ids = Annotated[list[Annotated[int, Meta(ge=1, le=1024)]], Meta(min_length=1, max_length=16)]
@@ -275,6 +276,7 @@ def eagle3_content(stored: Eagle3Weights, spec: AnySpec, verifier: str) -> dict[
         "architectures": architectures,
         "draft_vocab_size": form.vocab,
         "norm_before_residual": form.norm_before_residual,
+        **{name: getattr(form, name) for name in _NORMS},
         "eagle_aux_hidden_state_layer_ids": list(form.layers),
         "eagle_config": {
             "eagle_aux_hidden_state_layer_ids": [layer - (form.layers[0] == 2) for layer in form.layers],
@@ -339,8 +341,6 @@ def _form(values: _Values, own: _Layer, spec: AnySpec) -> Eagle3Form:
         needed = f"{spec.kv_heads} and {spec.head_dim}, as the model's"
         fits = (heads, size) == (spec.kv_heads, spec.head_dim)
         require(fits, "num_key_value_heads and head_dim", needed, f"{heads} and {size}")
-    for name in ("norm_before_fc", "fc_norm", "norm_output"):
-        require(not getattr(values, name), name, "false", "true")
     require(not own.attention_bias, "attention_bias", "false", "true")
     theta = {} if own.rope_theta is None else {"rope_theta": own.rope_theta}
     rope = own.rope_parameters or msgspec.convert(theta | (own.rope_scaling or {}), _Rope)
@@ -350,4 +350,5 @@ def _form(values: _Values, own: _Layer, spec: AnySpec) -> Eagle3Form:
         before = values.transformer_layer_config is not None
     sizes = own.hidden_size, own.num_attention_heads, heads, size, own.intermediate_size, values.draft_vocab_size
     kept = {name: value for name, value in msgspec.structs.asdict(rope).items() if value is not None}
-    return Eagle3Form(tuple(sorted(layers)), *sizes, own.rms_norm_eps, kept, before)
+    norms = {name: getattr(values, name) for name in _NORMS}
+    return Eagle3Form(tuple(sorted(layers)), *sizes, own.rms_norm_eps, kept, before, **norms)

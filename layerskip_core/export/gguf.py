@@ -90,6 +90,8 @@ def write_eagle3(drafter: Eagle3Weights, tokenizer: Any, spec: ModelSpec, path: 
         raise CheckpointError(f"llama.cpp runs a drafter of a {needed}, found one of a {spec.model_type}; name an `exit_layer`")
     if len(form.layers) != 3:
         raise CheckpointError(f"for GGUF a drafter must read the states after 3 layers, found {list(form.layers)}")
+    if form.fc_norm or form.norm_before_fc or form.norm_output:
+        raise CheckpointError("for GGUF a drafter must be of EAGLE-3, without the norms of EAGLE-3.1")
     with _writing(path, _EAGLE3, form, spec, RopeSpec(form.rope, None), tokenizer, kind) as (writer, add):
         writer.add_block_count(1)
         writer.add_array(f"{_EAGLE3}.target_layers", list(form.layers))

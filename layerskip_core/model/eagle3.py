@@ -7,6 +7,7 @@ and the feature g of the token before, and predicts the token at t+1:
 
 The feature is a projection of the model's own states after some of its layers, `fc [s_2; s_15; s_27]`, as far as the model has
 run. After the first draft of a round, h of the draft before stands for it. Keys and values of the entry stand at position t-1.
+EAGLE-3.1 norms the states before they are projected, and norm(h) stands for the feature.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -44,6 +45,7 @@ MATRICES = (FC, *_QKV, _OUT, *_GATE_UP, _DOWN)  # of the layer
 _INPUT_NORM, HIDDEN_NORM, _MLP_NORM = (
     f"{LAYER}{name}.weight" for name in ("input_layernorm", "hidden_norm", "post_attention_layernorm")
 )
+_STATES_NORM = "input_norm.weight"
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Eagle3Form:
         vocab: N tokens that its head scores.
         rope: `rope_parameters` in transformers' names.
         norm_before_residual: whether the residual is the normed feature.
+        fc_norm, norm_before_fc: whether the states that the feature is made of are normed, each or together.
+        norm_output: whether the feature of a draft is the normed output of the one before.
     """
 
     layers: tuple[int, ...]
@@ -69,6 +73,9 @@ class Eagle3Form:
     eps: float
     rope: Mapping[str, float | str]
     norm_before_residual: bool = False
+    fc_norm: bool = False
+    norm_before_fc: bool = False
+    norm_output: bool = False
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -81,8 +88,19 @@ class Eagle3Form:
             **dict.fromkeys(_GATE_UP, (self.inner, hidden)),
             _DOWN: (hidden, self.inner),
             **dict.fromkeys((_INPUT_NORM, HIDDEN_NORM, _MLP_NORM, NORM), (hidden,)),
+            **dict.fromkeys(self._state_norms, (hidden,)),
+            **({_STATES_NORM: (len(self.layers) * hidden,)} if self.norm_before_fc else {}),
             HEAD: (self.vocab, hidden),
         }
+
+    @property
+    def _state_norms(self) -> list[str]:
+        return [f"fc_norm.{place}.weight" for place in range(len(self.layers) * self.fc_norm)]
+
+    def fc_input(self, states: Sequence[Tensor], normed: Callable[[str, Tensor], Tensor]) -> Tensor:
+        """(..., X D) of the target's states (..., D) after each of the X layers. `normed`: by the name of a norm's weight."""
+        joined = torch.cat(tuple(map(normed, self._state_norms, states) if self.fc_norm else states), dim=-1)
+        return normed(_STATES_NORM, joined) if self.norm_before_fc else joined
 
 
 class Eagle3Layer:
@@ -100,7 +118,11 @@ class Eagle3Layer:
 
     def feature(self, states: Sequence[Tensor]) -> Tensor:
         """The feature (B, T, D) of tokens, of the target's states (B, T, D) after each of its layers."""
-        return self._fc(torch.cat(tuple(states), dim=-1))
+        return self._fc(self.form.fc_input(states, self._normed))
+
+    def own_feature(self, hidden: Tensor) -> Tensor:
+        """The feature (..., D) that the output of a draft gives the next."""
+        return self._normed(NORM, hidden) if self.form.norm_output else hidden
 
     def begin(self, embedded: Tensor, feature: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The residual (B, T, D), queries (B, H, T, head dim), and keys and values (B, kv heads, T, head dim) of entries.
@@ -197,7 +219,7 @@ class PlacedEagle3:
         )
         self._place, self.taps = place, (0, *stored.form.layers)
         self.vocabulary = DraftVocabulary(vocab, stored.form.vocab, stored.tokens.tolist())
-        self.head = self._layer.logits
+        self.head, self.own_feature = self._layer.logits, self._layer.own_feature
 
     def run(self, layers: "Layers", states: Tensor, before: Tensor | None, places: Places) -> Tensor:
         assert before is not None
@@ -221,6 +243,3 @@ class PlacedEagle3:
 
     def features(self, model: "Backend", states: Mapping[int, Tensor], finals: Tensor) -> Tensor | None:
         return self._layer.feature([states[tap] for tap in self.taps[1:]])
-
-    def own_feature(self, hidden: Tensor) -> Tensor | None:
-        return hidden

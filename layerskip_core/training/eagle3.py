@@ -143,7 +143,8 @@ def suits_engines(backend: TransformersBackend) -> bool:
 
 
 def _form(backend: TransformersBackend, vocab: int) -> Eagle3Form:
-    """A layer of the model's own widths, as far as its configuration says them in the usual names.
+    """A layer of the model's own widths, as far as its configuration says them in the usual names. Its residual is the normed
+    feature: the states of the model are much larger than what a new layer adds to them.
 
     Raises ConfigError for a model whose embedding or logits are scaled or capped.
     """
@@ -167,6 +168,7 @@ def _form(backend: TransformersBackend, vocab: int) -> Eagle3Form:
         min(vocab, spec.vocab),
         getattr(config, "rms_norm_eps", None) or 1e-5,
         {"rope_theta": 10_000.0} | {name: value for name, value in rope.items() if name in kept},
+        norm_before_residual=True,
     )
 
 
@@ -193,5 +195,5 @@ def unrolled(layer: Eagle3Layer, embedded: Tensor, feature: Tensor, drafts: int,
         scores = (queries * scale) @ seen.transpose(2, 3)
         weights = scores.masked_fill(~torch.cat(visible, dim=1), -torch.inf).softmax(-1)
         outputs.append(layer.finish(residual, weights @ values))
-        feature = torch.cat((feature[:, :1], outputs[-1][:, :-1]), dim=1)
+        feature = torch.cat((feature[:, :1], layer.own_feature(outputs[-1][:, :-1])), dim=1)
     return outputs

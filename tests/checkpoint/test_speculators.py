@@ -101,6 +101,17 @@ def test_a_drafter_of_all_tokens_has_no_list_of_them(folder):
     assert_same(read_eagle3(folder[0], SPEC), stored)
 
 
+def test_a_drafter_of_eagle_3_1_has_the_names_that_vllm_reads(folder):
+    norms = {"fc_norm": True, "norm_before_fc": True, "norm_output": True}
+    weights = {f"fc_norm.{place}.weight": torch.rand(SPEC.hidden) for place in range(3)}
+    weights["input_norm.weight"] = torch.rand(3 * SPEC.hidden)
+    changed(folder[0], lambda document: document.update(norms), lambda tensors: tensors.update(weights))
+    stored = replace(folder[1], form=replace(folder[1].form, **norms), weights=folder[1].weights | weights)
+    assert_same(read_eagle3(folder[0], SPEC), stored)
+    document = json.loads(eagle3_content(stored, SPEC, "the-target")["eagle3/config.json"])
+    assert {name: document[name] for name in norms} == norms
+
+
 def test_other_trainers_folders_are_read(folder):
     """Those of `speculators`, and those of EAGLE, which have everything at the top and no list of layers."""
     path, stored = folder
@@ -140,7 +151,7 @@ def test_other_trainers_folders_are_read(folder):
             {},
             "`num_attention_heads` must be a multiple of num_key_value_heads, 2, got 5",
         ),
-        ({"norm_output": True}, {}, "`norm_output` must be false, got true"),
+        ({"fc_norm": True}, {}, r"fc_norm.0.weight"),
         ({"target_hidden_size": 64}, {}, "`target_hidden_size` must be hidden_size, got 64"),
         ({}, {"fc.weight": torch.zeros(2, 2)}, r"fc.weight must be F32 or BF16 or F16 \["),
         ({}, {"fc.bias": torch.zeros(2)}, r"fc.bias must be left out"),

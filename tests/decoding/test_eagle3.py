@@ -32,7 +32,7 @@ def model_of(kind):
 
 
 @cache
-def drafter():
+def drafter(**norms):
     """With random weights and a head that scores every second token."""
     torch.manual_seed(0)
     model = model_of("native")
@@ -40,7 +40,7 @@ def drafter():
     tokens = torch.arange(1, config.vocab_size, 2)
     form = Eagle3Form(
         (1, 3, 5), config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim, 64, len(tokens),
-        1e-5, {"rope_theta": 10_000.0},
+        1e-5, {"rope_theta": 10_000.0}, **norms,
     )  # fmt: skip
     drafter = Eagle3(form, tokens)
     with torch.no_grad():
@@ -49,15 +49,16 @@ def drafter():
     return drafter
 
 
-def stored():
-    weights = {name: drafter().weight(name).detach() for name in drafter().form.shapes}
-    return ExitBlocks((), lambda name: None, Eagle3Weights(drafter().form, drafter().tokens, weights))
+def stored(**norms):
+    made = drafter(**norms)
+    weights = {name: made.weight(name).detach() for name in made.form.shapes}
+    return ExitBlocks((), lambda name: None, Eagle3Weights(made.form, made.tokens, weights))
 
 
 @cache
-def backend_of(kind, quantize=None):
+def backend_of(kind, quantize=None, **norms):
     packing = PackingConfig(quantize=quantize, rounds_drafter=False)
-    return backend_on(kind, packing, blocks_of=lambda model: stored(), **SHAPE)
+    return backend_on(kind, packing, blocks_of=lambda model: stored(**norms), **SHAPE)
 
 
 @pytest.mark.parametrize(("kind", "quantize"), [("native", None), ("native", "int8"), ("packed", None), ("generic", None)])
@@ -84,11 +85,12 @@ def test_rows_of_a_batch_too(kind, strategy):
         assert [answer.stats.accepted for answer in found] == [decoding.stats.accepted for decoding in alone]
 
 
+@pytest.mark.parametrize("norms", [{}, {"fc_norm": True, "norm_before_fc": True, "norm_output": True}])
 @pytest.mark.parametrize("kind", ["native", "packed", "generic"])
-def test_drafts_are_those_of_training(kind):
+def test_drafts_are_those_of_training(kind, norms):
     """Round by round, at each position of the draft: the features that the loss saw are those that drafts read."""
-    backend, model, prompt, rounds = backend_of(kind), model_of(kind), prompt_of(9), []
-    layer, form, tokens = drafter().layer, drafter().form, drafter().tokens
+    backend, model, prompt, rounds = backend_of(kind, **norms), model_of(kind), prompt_of(9), []
+    layer, form, tokens = (made := drafter(**norms)).layer, made.form, made.tokens
     loop = decode(backend, prompt, EAGLE3)
     draft = loop._drafter.draft
 
@@ -116,7 +118,7 @@ class OnKernels:
     FORMS = {  # noqa: RUF012
         "as the target": {},
         "imported": {
-            **{"heads": 6, "inner": 51, "eps": 1e-3, "norm_before_residual": True},
+            **{"heads": 6, "inner": 51, "eps": 1e-3, "norm_before_residual": True, "norm_output": True},
             "rope": {
                 **{"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "original_max_position_embeddings": 16},
                 **{"low_freq_factor": 1.0, "high_freq_factor": 4.0},

@@ -95,6 +95,9 @@ def test_a_model_and_its_drafter_in_the_eagle3_layout(checkpoint, tmp_path):
     odd = replace(drafter, form=replace(drafter.form, layers=(2, 5)))
     with pytest.raises(CheckpointError, match=r"must read the states after 3 layers, found \[2, 5\]"):
         write_eagle3(odd, tiny_loaded().tokenizer, ModelSpec.of(tiny("llama")[0].config), tmp_path / "odd.gguf", "f16")
+    newer = replace(drafter, form=replace(drafter.form, norm_output=True))
+    with pytest.raises(CheckpointError, match=r"without the norms of EAGLE-3\.1"):
+        write_eagle3(newer, tiny_loaded().tokenizer, ModelSpec.of(tiny("llama")[0].config), tmp_path / "newer.gguf", "f16")
 
 
 def test_a_model_and_its_draft_for_llama_cpp(checkpoint, tmp_path):

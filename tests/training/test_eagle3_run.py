@@ -55,7 +55,7 @@ def test_a_run_lowers_the_divergence_and_leaves_the_model_as_it_is(frozen, check
 
 def test_it_drafts_as_often_right_as_the_training_said(frozen, checkpoint):
     """Acceptance of first drafts while decoding the texts of the training, against the agreement on them."""
-    config = frozen(model=checkpoint, steps=60, lr=1e-2, eval_steps=60, validation="train", validation_samples=40)
+    config = frozen(model=checkpoint, steps=60, lr=0.02, eval_steps=60, validation="train", validation_samples=40)
     described, _, _ = train(config)
     decoder = for_decoding(config.output, "cpu")
     plan = prepare(replace(config, output=config.output + "-again"))

@@ -36,7 +36,7 @@ _CHEAP_ROWS = {"avx512_fma", *_OWN_BF16}  # whose arithmetic keeps up with the m
 _PROCESSORS = {("linux", "x86_64"): "x86_64", ("linux", "aarch64"): "aarch64", ("darwin", "arm64"): "aarch64"}
 _NEEDS = _CPU_FLAGS.get(_PROCESSORS.get((sys.platform, platform.machine()), ""), {})
 VARIANTS = tuple(_NEEDS)  # that can be built for this machine
-INTERFACE = 28  # of kernels.c: the version of its functions and structures that this file uses
+INTERFACE = 29  # of kernels.c: the version of its functions and structures that this file uses
 _OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 SWITCH = "LAYERSKIP_KERNELS"  # environment variable: a variant, or `torch` for none
 _FALLBACK = (
@@ -115,6 +115,7 @@ class CDraft(Structure):
         *_fields(c_void_p, "entry tokens states beyond logits"),
         *_fields(c_int32, "drafted guesses searched passes"),
         ("starts", c_int32 * 2),
+        *_fields(c_int32, "norms_output"),
         *_fields(c_void_p, "join"),
         ("input_norms", CNorm * 2),
     ]

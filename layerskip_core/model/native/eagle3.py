@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...config.model import Quantization
@@ -52,6 +53,7 @@ class NativeEagle3:
         layer_kind, head_kind = (kind if fits and kind is not None else unrounded for kind in low_bits)
         dtype = torch.bfloat16 if unrounded == "bf16" else torch.float32
         weights = {name: weight.to(dtype) for name, weight in stored.weights.items()}
+        self._form, self._norms = form, {name: weight.float() for name, weight in weights.items() if weight.dim() == 1}
         self._spec = spec = _layer_spec(form, spec)
         self._engine = engine = Engine(kernels, spec, embedding.dtype, lambda count: [_rotations(form, count)])
         engine.make_room(len(form.layers) * form.hidden)
@@ -76,10 +78,13 @@ class NativeEagle3:
         self._layers.write_kv(_entries(states[0], before), self._place, self._place + 1, places.moved(-1))
 
     def features(self, model: "Backend", states: Mapping[int, Tensor], finals: Tensor) -> Tensor | None:
-        return self._fc(torch.cat([states[tap] for tap in self.taps[1:]], dim=-1))
+        return self._fc(self._form.fc_input([states[tap] for tap in self.taps[1:]], self._normed))
 
     def own_feature(self, hidden: Tensor) -> Tensor | None:
-        return hidden
+        return self._normed(NORM, hidden) if self._form.norm_output else hidden
+
+    def _normed(self, name: str, hidden: Tensor) -> Tensor:
+        return F.rms_norm(hidden.float(), hidden.shape[-1:], self._norms[name], self._form.eps)
 
     def kernel(
         self,
@@ -93,7 +98,8 @@ class NativeEagle3:
     ) -> tuple[Tensor, dict[int, Tensor], list[float]]:
         """A `DraftKernel`."""
         layer = replace(submodel, block=None, beyond=((self._place, self._place + 1),))
-        return draft(self._layers, self._spec, head, token, layer, places.moved(-1), ends, feature, runs_last)
+        entries, norms = places.moved(-1), self._form.norm_output
+        return draft(self._layers, self._spec, head, token, layer, entries, ends, feature, runs_last, norms)
 
 
 def _entries(states: Tensor, before: Tensor | None) -> Tensor:

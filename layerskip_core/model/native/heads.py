@@ -64,8 +64,9 @@ def draft(
     ends: DraftEnds,
     feature: Tensor | None,
     runs_last: bool,
+    norms_output: bool = False,
 ) -> tuple[Tensor, dict[int, Tensor], list[float]]:
-    """A `DraftKernel`, after the arguments that stay the same."""
+    """A `DraftKernel`, after the arguments that stay the same. `norms_output`: as a drafter's."""
     exit_layer, beyond, stops, (head, vocabulary) = submodel.exit_layer, submodel.beyond, submodel.stops, chosen_by
     entry = None if feature is None else torch.cat((feature, feature)).to(torch.float32)
     if (block := submodel.block) is not None:
@@ -89,6 +90,7 @@ def draft(
         *(len(order), len(stops), len(end_ids), most, runs_last, ends.power),
         *(1 / spec.logits_divisor, spec.logits_cap or 0.0, ends.confidence, ends.survival, ends.doubt),
         *map(_address, (entry, tokens, states, after_exit, logits)),
+        norms_output=norms_output or isinstance(block, PlacedMtp),
     )
     if isinstance(block, PlacedMtp):
         assert isinstance(block.join, NativeLinear)

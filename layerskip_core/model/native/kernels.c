@@ -146,14 +146,15 @@ typedef struct {
     float confidence;          /* a less probable token is not drafted */
     float survival;            /* drafting ends where the probability that all drafts are accepted is less, */
     float doubt;               /* which for a draft of probability p is 1 - doubt * (1 - p)^power */
-    float *entry;              /* (2 * hidden), of a drafter's layer, whose output, of MTP normed, is the next feature: the
-                                * second half is the feature, the first token's is given; NULL without such a layer */
+    float *entry;              /* (2 * hidden), of a drafter's layer, whose output is the next feature: the second half is
+                                * the feature, the first token's is given; NULL without such a layer */
     int64_t *tokens;           /* (1 + most): the first is given */
     float *states;             /* (stop_count, 1 + most, hidden) */
     float *beyond, *logits;    /* one hidden state, if layers follow the exit; logits of a pass */
     int32_t drafted;           /* number of drafts made */
     int32_t guesses, searched; /* of a pass, at most so many, looked up in the text that has `searched` tokens before the first */
     int32_t passes, starts[2]; /* how many ran; see Call */
+    int32_t norms_output;      /* whether the next feature is normed as for the head */
     const Matrix *join;        /* of MTP: from an entry to the input of its layer; else NULL */
     Norm input_norms[2];       /* of both halves of what `join` reads */
 } Draft;
@@ -826,7 +827,7 @@ static void draft(Work *work, int thread, int threads) {
         if (thread == 0) {
             const Shape *s = work->shape;
             size_t n = (size_t)s->hidden;
-            if (draft->join) normed(draft->beyond, work->head_norm, s->hidden, s->eps, draft->entry + n);
+            if (draft->entry && draft->norms_output) normed(draft->beyond, work->head_norm, s->hidden, s->eps, draft->entry + n);
             else if (draft->entry) memcpy(draft->entry + n, draft->beyond, sizeof(float) * n);
             int before = draft->drafted;
             work->ended = choose_next(work, &survival);
@@ -892,7 +893,7 @@ void layerskip_use_openmp(void *parallel_, void *number, void *count) {
 }
 
 /* Version of the functions and structures that compiled.py uses: raise it whenever they change. */
-int layerskip_interface(void) { return 28; }
+int layerskip_interface(void) { return 29; }
 
 /* Bytes of a structure, by its place in compiled.STRUCTURES; then that of a Passage. */
 int layerskip_size_of(int structure) {
