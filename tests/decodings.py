@@ -32,7 +32,7 @@ def rounds_of(backend, prompt, config):
 
     def recorded(context, limits):
         found = draft(context, limits)
-        rounds.append((list(context.ids[0]), found.drafts.tolist()))
+        rounds.append((list(context.ids[0]), found.tokens[1:].tolist()))
         return found
 
     loop._drafter.draft = recorded

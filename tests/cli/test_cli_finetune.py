@@ -101,7 +101,7 @@ def test_a_short_run_writes_a_checkpoint_and_names_the_next_command(finetune):
     assert (result.code, result.out) == (0, "")
     *_, progress, exits, _, saved = [line for line in result.err.splitlines() if not line.startswith("to keep more")]
     assert re.fullmatch(
-        r"training 2/2 loss [\d.]+ exits 1:[\d.]+ 3:[\d.]+ 4:[\d.]+ 6:[\d.]+ "
+        r"training 2/2 loss [\d.]+ exits 2:[\d.]+ 3:[\d.]+ 5:[\d.]+ 6:[\d.]+ "
         r"lr \d\.\de-\d\d \d+ tokens/s 0 s left",
         progress,
     )

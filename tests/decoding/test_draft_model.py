@@ -260,5 +260,5 @@ def test_requests_are_answered_while_long_prompts_are_read(config, monkeypatch):
         aside = max(aside, sum(request._row is not None for request in scheduler._waiting))
     assert [client.text for client in clients] == expected and aside
     assert all(sum(counts) <= 256 for counts in passes if len(counts) > 1)
-    assert sum(client.request.stats.drafted for client in clients) > 100
+    assert sum(client.request.stats.drafted for client in clients) > (100 if config.strategy == DRAFTED.strategy else 0)
     assert backend.draft_model._pool.used <= 13 and sum(lengths) > PAGE * 13

@@ -142,10 +142,10 @@ def _stale_turns(monkeypatch):
 def _biased_sampling(monkeypatch):
     honest = Sampler.verify
 
-    def careless(self, draft_ids, counts, draft_probs, logits, rows):
-        if self.is_greedy or not len(draft_ids):
-            return honest(self, draft_ids, counts, draft_probs, logits, rows)
-        return [[*own.tolist(), 5] for own in torch.split(draft_ids, list(counts))]
+    def careless(self, tokens, counts, draft_probs, logits, rows):
+        if self.is_greedy or max(counts) == 1:
+            return honest(self, tokens, counts, draft_probs, logits, rows)
+        return [[*own[1:].tolist(), 5] for own in torch.split(tokens, list(counts))]
 
     monkeypatch.setattr(Sampler, "verify", careless)
     return {DISTRIBUTION}

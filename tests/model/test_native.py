@@ -253,8 +253,9 @@ def test_guesses_save_passes_of_a_copy_and_change_no_draft(variant, model_type, 
         passes.append(arguments[5].passes)
 
     def drafted(text, most=9):
-        places = context_after(model, prompt).places([most + 1], [0])
-        submodel, ends = Submodel(side.num_layers), DraftEnds(survival=1e-30)
+        context = context_after(model, prompt)
+        context.cache.steps_back = most
+        places, submodel, ends = context.places([most + 1], [0]), Submodel(side.num_layers), DraftEnds(survival=1e-30)
         with torch.inference_mode():
             tokens, _, probs = side.kernel(side.whole, torch.tensor(text), submodel, places, ends, None, False)
         return tokens.tolist(), probs
