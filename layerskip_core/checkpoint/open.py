@@ -24,7 +24,6 @@ from ..model.torch_layer import missing_feature
 from ..model.transformers_backend import TransformersBackend
 from ..model.vocabulary import ORDER_FILE, token_order
 from ..model.weights import Take, named_int4, named_weights, taken_from
-from .assistant import assistant_content, is_assistant, read_assistant
 from .folder import (
     CONFIG_FILE,
     EXIT_BLOCKS_FILE,
@@ -43,7 +42,15 @@ from .loaded import Decoder, Trainable, decoder, decoder_of, pick_device, pick_d
 from .locate import Location, adapters_of, fetched, is_adapter, present, reading
 from .packed_file import PackedFile
 from .save import read_whole, save_checkpoint
-from .shipped import read_exit_blocks, shipped_by, shipped_files, with_drafters
+from .shipped import (
+    assistant_content,
+    is_assistant,
+    read_assistant,
+    read_exit_blocks,
+    shipped_by,
+    shipped_files,
+    with_drafters,
+)
 from .sidecars import EAGLE3_FOLDER, eagle3_content, fingerprint, read_eagle3, read_int4
 from .transformers_read import (
     configured_spec,

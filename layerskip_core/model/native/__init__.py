@@ -22,9 +22,8 @@ from ..torch_layer import missing_feature
 from ..torch_linear import Norm
 from ..vocabulary import DraftVocabulary
 from ..weights import GROUP_SIZE, Affine, Take, Weights, head_weights, norm_weights
-from .assistant import NativeAssistant
 from .compiled import MOST_ROPES, kernels
-from .eagle3 import NativeEagle3
+from .drafters import NativeAssistant, NativeEagle3
 from .heads import NativeLinear, choose, draft
 from .layers import KEPT_ROWS, Engine, NativeLayer, NativeLayers, NativeNorm, NativeTokenInputs
 from .matrix import PANEL, HugePages, MatrixForm, NativeMatrix, PackMatrix
