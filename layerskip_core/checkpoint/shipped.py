@@ -28,6 +28,7 @@ from ..model.configuration import LayerSizes
 from ..model.exit_blocks import MTP, MTP_LAYOUTS, NO_BLOCKS, ExitBlock, ExitBlocks, MtpLayout, blocks_named
 from ..model.native.drafters import INPUT, ORDER, Assistant
 from ..model.spec import AnySpec, ModelSpec
+from . import sidecars
 from .folder import (
     CONFIG_FILE,
     EXIT_BLOCKS_FILE,
@@ -42,17 +43,6 @@ from .folder import (
 from .gguf_read import GgufFile
 from .loaded import Trainable
 from .locate import adapters_of, present
-from .sidecars import (
-    BLOCKS,
-    FINGERPRINT,
-    check_entries,
-    check_fingerprint,
-    content_of,
-    eagle3_sidecar,
-    fingerprint,
-    naming,
-    open_formed,
-)
 
 _INPUT = f"{MTP.prefix}input.weight"
 _COPIED = r"^layers\.\d+\.(embed_tokens|shared_head\.head)\."  # of the model's embedding and head
@@ -75,12 +65,12 @@ def read_exit_blocks(folder: str | Path, spec: AnySpec, weight_of: Callable[[str
     """A folder's blocks, read when taken, and its drafters. Raises CheckpointError if blocks are not this model's."""
     path, blocks = Path(folder) / EXIT_BLOCKS_FILE, NO_BLOCKS
     if path.is_file():
-        with naming(path):
-            file = open_formed(path, BLOCKS)
+        with sidecars.naming(path):
+            file = sidecars.open_formed(path, sidecars.BLOCKS)
             found = blocks_named(file.entries, spec.layers)
             blocks = ExitBlocks(found, lambda name: file.read(name) if name in file.entries else None)
-            check_fingerprint(file, spec, weight_of)
-            check_entries(file.entries, blocks.shapes(spec), FLOATS)
+            sidecars.check_fingerprint(file, spec, weight_of)
+            sidecars.check_entries(file.entries, blocks.shapes(spec), FLOATS)
     return with_drafters(blocks, folder, spec, weight_of)
 
 
@@ -90,9 +80,9 @@ def with_drafters(
     """With the drafters of a folder. `weight_of`: its model, None if that is packed."""
 
     def is_other(known: str | None) -> bool:
-        return bool(known) and (known == OTHERS or (weight_of is not None and known != fingerprint(spec, weight_of)))
+        return bool(known) and (known == OTHERS or (weight_of is not None and known != sidecars.fingerprint(spec, weight_of)))
 
-    eagle3, found = eagle3_sidecar(folder, spec), _shipped_beside(folder, spec, is_other)
+    eagle3, found = sidecars.eagle3_sidecar(folder, spec), _shipped_beside(folder, spec, is_other)
     if found is NO_BLOCKS and not eagle3:
         return blocks
     return replace(blocks, eagle3=eagle3, mtp=found.mtp, assistant=found.assistant, notes=found.notes)
@@ -124,14 +114,14 @@ def mtp_sidecar(folder: str | Path, spec: AnySpec) -> tuple[ExitBlocks | None, t
     weights = JoinedWeights(files, stored, shapes)
     others = {name: files[full].entries[full] for name, full in found.items() if full not in weights.joined}
     try:
-        check_entries(others | weights.entries, shapes, FLOATS)
+        sidecars.check_entries(others | weights.entries, shapes, FLOATS)
     except ValueError as error:
         return None, (f"its drafter is left aside, whose layout is not known here: {error}",)
 
     def take(name: str) -> Tensor:
         return _turned(name, weights.read(layout.stored(name, spec.layers)), layout)
 
-    model_fingerprint = files[found[layout.stored(_INPUT, spec.layers)]].metadata.get(FINGERPRINT)
+    model_fingerprint = files[found[layout.stored(_INPUT, spec.layers)]].metadata.get(sidecars.FINGERPRINT)
     return ExitBlocks((block,), take, layout=layout, model_fingerprint=model_fingerprint), ()
 
 
@@ -159,10 +149,10 @@ def _turned(name: str, weight: Tensor, layout: MtpLayout) -> Tensor:
 
 def mtp_content(spec: AnySpec, mtp: ExitBlocks, weight_of: Callable[[str], Tensor]) -> bytes:
     """mtp.safetensors, with the names of the checkpoint. `weight_of`: the model that it was made for, unless it says so."""
-    weights, layout, known = mtp.weights(spec), mtp.layout, mtp.model_fingerprint or fingerprint(spec, weight_of)
+    weights, layout, known = mtp.weights(spec), mtp.layout, mtp.model_fingerprint or sidecars.fingerprint(spec, weight_of)
     names = [name for name in weights.shapes if not (layout.shares_norm and name.startswith(f"{MTP.prefix}norm."))]
     content = {layout.prefix + layout.stored(name, spec.layers): _turned(name, weights.of(name), layout) for name in names}
-    return content_of(content, known, {"format": "pt"})
+    return sidecars.content_of(content, known, {"format": "pt"})
 
 
 def shipped_files(name: str, loaded: Trainable) -> dict[str, bytes]:
@@ -174,7 +164,7 @@ def shipped_files(name: str, loaded: Trainable) -> dict[str, bytes]:
 def files_of_shipped(blocks: ExitBlocks, spec: AnySpec, weight_of: Callable[[str], Tensor]) -> dict[str, bytes]:
     files = {} if blocks.mtp is None else {MTP_FILE: mtp_content(spec, blocks.mtp, weight_of)}
     if (assistant := blocks.assistant) is not None:
-        files |= assistant_content(assistant, assistant.model_fingerprint or fingerprint(spec, weight_of))
+        files |= assistant_content(assistant, assistant.model_fingerprint or sidecars.fingerprint(spec, weight_of))
     return files
 
 
@@ -208,7 +198,7 @@ def assistant_beside(folder: str | Path, spec: AnySpec) -> tuple[Assistant | Non
 
 def read_assistant(folder: str | Path, target: ModelSpec) -> Assistant:
     """The assistant in a folder, read when taken. Raises CheckpointError if it is not one for this model."""
-    with naming(f"the assistant {folder}", "give that of this model"):
+    with sidecars.naming(f"the assistant {folder}", "give that of this model"):
         settings = read_json(Path(folder) / CONFIG_FILE, CheckpointError)
         values = msgspec.convert(settings, _Values)
         if not is_complete(text := values.text_config):
@@ -222,12 +212,12 @@ def read_assistant(folder: str | Path, target: ModelSpec) -> Assistant:
         require(hidden == target.hidden, "backbone_hidden_size", str(target.hidden), hidden)
         chosen, settings = values.centroid_intermediate_top_k, settings | {"text_config": text}
         made = Assistant(spec, hidden, clusters, chosen, settings, lambda name: files[name].read(name))
-        check_entries({name: files[name].entries[name] for name in made.shapes if name in files}, made.shapes, FLOATS)
+        sidecars.check_entries({name: files[name].entries[name] for name in made.shapes if name in files}, made.shapes, FLOATS)
         if clusters:
             require(spec.vocab % clusters == 0 and chosen <= clusters, "num_centroids", "a divisor of vocab_size", clusters)
             ids = made.take(ORDER).long().sort().values if ORDER in files else None
             require(ids is not None and torch.equal(ids, torch.arange(spec.vocab)), ORDER, f"ids below {spec.vocab}", "others")
-        return replace(made, model_fingerprint=files[INPUT].metadata.get(FINGERPRINT))
+        return replace(made, model_fingerprint=files[INPUT].metadata.get(sidecars.FINGERPRINT))
 
 
 def _beside(text: dict[str, Any], target: ModelSpec) -> ModelSpec:
@@ -245,8 +235,20 @@ def _beside(text: dict[str, Any], target: ModelSpec) -> ModelSpec:
     return replace(spec, kv_heads=heads, sizes=tuple(sizes))
 
 
+def drafter_files(folder: str, loaded: Trainable, verifier: str) -> dict[str, bytes]:
+    """The files that a model gets of a drafter in a folder, in the EAGLE-3 layout or an assistant. Raises CheckpointError.
+
+    `verifier`: the model's folder.
+    """
+    spec = loaded.backend.spec
+    if is_assistant(folder):
+        made_for = sidecars.fingerprint(spec, loaded.model.get_parameter)
+        return assistant_content(read_assistant(folder, loaded.backend.own_spec), made_for)
+    return sidecars.eagle3_content(sidecars.read_eagle3(folder, spec), spec, verifier)
+
+
 def assistant_content(assistant: Assistant, model_fingerprint: str) -> dict[str, bytes]:
     """The files of its folder in a model's. `model_fingerprint`: of the model that it was made for."""
     names, text = (*assistant.shapes, *([ORDER] if assistant.clusters else [])), json.dumps(assistant.settings, indent=2) + "\n"
-    weights = content_of({name: assistant.take(name) for name in names}, model_fingerprint, {"format": "pt"})
+    weights = sidecars.content_of({name: assistant.take(name) for name in names}, model_fingerprint, {"format": "pt"})
     return dict(zip(ASSISTANT_FILES, (text.encode(), weights), strict=True))
