@@ -24,7 +24,6 @@ from ..model.torch_layer import missing_feature
 from ..model.transformers_backend import TransformersBackend
 from ..model.vocabulary import ORDER_FILE, token_order
 from ..model.weights import Take, named_int4, named_weights, taken_from
-from .assistant import assistant_content, is_assistant, read_assistant
 from .folder import (
     CONFIG_FILE,
     EXIT_BLOCKS_FILE,
@@ -43,8 +42,8 @@ from .loaded import Decoder, Trainable, decoder, decoder_of, pick_device, pick_d
 from .locate import Location, adapters_of, fetched, is_adapter, present, reading
 from .packed_file import PackedFile
 from .save import read_whole, save_checkpoint
-from .shipped import read_exit_blocks, shipped_by, shipped_files, with_drafters
-from .sidecars import EAGLE3_FOLDER, eagle3_content, fingerprint, read_eagle3, read_int4
+from .shipped import drafter_files, is_assistant, read_exit_blocks, shipped_by, shipped_files, with_drafters
+from .sidecars import EAGLE3_FOLDER, read_int4
 from .transformers_read import (
     configured_spec,
     merge_adapters,
@@ -173,19 +172,18 @@ def import_checkpoint(name: str, output: str, dtype: str, drafter: str | None = 
             except CheckpointError as error:
                 left_out.append(str(error))
     sidecars |= shipped_files(name, loaded)
-    given, eagle3 = drafter and fetched(drafter), folder and f"{folder}/{EAGLE3_FOLDER}"
-    if given is not None and is_assistant(given):
-        sidecars |= assistant_content(read_assistant(given, loaded.backend.own_spec), fingerprint(spec, weight_of))
-        given = None
-    if (eagle3 := given or eagle3) is not None and Path(eagle3).is_dir():
-        sidecars |= eagle3_content(read_eagle3(eagle3, spec), spec, str(Path(output).resolve()))
+    given = drafter and fetched(drafter)
+    replaces = given is not None and not is_assistant(given)  # the model's own in the EAGLE-3 layout
+    own = None if folder is None or replaces else f"{folder}/{EAGLE3_FOLDER}"
+    for source in filter(None, (own, given)):
+        sidecars |= drafter_files(source, loaded, str(Path(output).resolve())) if Path(source).is_dir() else {}
     if (order := Path(present(name).path) / ORDER_FILE).is_file():
         sidecars[ORDER_FILE] = order.read_bytes()
     details = {**loaded.info.details, "imported_from": name}
     described = {
         trained: how
         for trained, how in details.pop(EXIT_BLOCKS, {}).items()
-        if (given is None if trained == EAGLE3_FOLDER else EXIT_BLOCKS_FILE in sidecars)
+        if (not replaces if trained == EAGLE3_FOLDER else EXIT_BLOCKS_FILE in sidecars)
     }
     info = replace(loaded.info, details=details | ({EXIT_BLOCKS: described} if described else {}))
     save_checkpoint(loaded.model, loaded.tokenizer, info, output, precision, sidecars)

@@ -1,53 +1,76 @@
-"""The drafter that a checkpoint ships (MTP), and the other blocks and drafters beside a model, when they are read.
+"""The drafters that a model ships (MTP, Gemma 4's assistant), and the blocks and drafters beside one, when they are read.
 
 It is found by its tensors (MTP_LAYOUTS) in any of the model's safetensors files; mtp.safetensors holds one that was copied or
 trained on, in place of theirs. Its header has the fingerprint of the model that it was made for: with others it drafts too, but
 the user is told.
+
+An assistant is the folder `assistant` in the model's own, where `import --drafter` puts it, or the folder NAME-assistant beside
+NAME.
 """
 
+import json
 import re
 from collections.abc import Callable, Container, Iterable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Any
 
+import msgspec
+import torch
+from msgspec import Meta
 from torch import Tensor
 
+from ..errors import CheckpointError, require
+from ..files import read_json
+from ..model.architectures import is_complete
+from ..model.configuration import LayerSizes
 from ..model.exit_blocks import MTP, MTP_LAYOUTS, NO_BLOCKS, ExitBlock, ExitBlocks, MtpLayout, blocks_named
-from ..model.spec import AnySpec
-from .assistant import assistant_beside, assistant_content
-from .folder import EXIT_BLOCKS_FILE, FLOATS, MTP_FILE, JoinedWeights, WeightFile, weight_files
+from ..model.native.drafters import INPUT, ORDER, Assistant
+from ..model.spec import AnySpec, ModelSpec
+from . import sidecars
+from .folder import (
+    CONFIG_FILE,
+    EXIT_BLOCKS_FILE,
+    FLOATS,
+    MTP_FILE,
+    JoinedWeights,
+    WeightFile,
+    quiet_transformers,
+    read_settings,
+    weight_files,
+)
 from .gguf_read import GgufFile
 from .loaded import Trainable
 from .locate import adapters_of, present
-from .sidecars import (
-    BLOCKS,
-    FINGERPRINT,
-    check_entries,
-    check_fingerprint,
-    content_of,
-    eagle3_sidecar,
-    fingerprint,
-    naming,
-    open_formed,
-)
 
 _INPUT = f"{MTP.prefix}input.weight"
 _COPIED = r"^layers\.\d+\.(embed_tokens|shared_head\.head)\."  # of the model's embedding and head
 OTHERS = "other weights"  # in the place of a fingerprint
 STALE = "its drafter (mtp) was made for other weights; `layerskip train-drafter --start-from shipped` trains it for these"
 STALE_ASSISTANT = "its assistant (mtp) was made for other weights: fewer of its drafts may be right"
+ASSISTANT_FILES = f"assistant/{CONFIG_FILE}", "assistant/model.safetensors"
+_Size = Annotated[int, Meta(ge=1, le=1 << 20)]
+
+
+class _Values(msgspec.Struct):
+    text_config: dict[str, Any]
+    backbone_hidden_size: _Size = 1536
+    use_ordered_embeddings: bool = False
+    num_centroids: _Size = 2048
+    centroid_intermediate_top_k: _Size = 32
 
 
 def read_exit_blocks(folder: str | Path, spec: AnySpec, weight_of: Callable[[str], Tensor]) -> ExitBlocks:
     """A folder's blocks, read when taken, and its drafters. Raises CheckpointError if blocks are not this model's."""
     path, blocks = Path(folder) / EXIT_BLOCKS_FILE, NO_BLOCKS
     if path.is_file():
-        with naming(path):
-            file = open_formed(path, BLOCKS)
+        with sidecars.naming(path):
+            file = sidecars.open_formed(path, sidecars.BLOCKS)
             found = blocks_named(file.entries, spec.layers)
             blocks = ExitBlocks(found, lambda name: file.read(name) if name in file.entries else None)
-            check_fingerprint(file, spec, weight_of)
-            check_entries(file.entries, blocks.shapes(spec), FLOATS)
+            sidecars.check_fingerprint(file, spec, weight_of)
+            sidecars.check_entries(file.entries, blocks.shapes(spec), FLOATS)
     return with_drafters(blocks, folder, spec, weight_of)
 
 
@@ -57,9 +80,9 @@ def with_drafters(
     """With the drafters of a folder. `weight_of`: its model, None if that is packed."""
 
     def is_other(known: str | None) -> bool:
-        return bool(known) and (known == OTHERS or (weight_of is not None and known != fingerprint(spec, weight_of)))
+        return bool(known) and (known == OTHERS or (weight_of is not None and known != sidecars.fingerprint(spec, weight_of)))
 
-    eagle3, found = eagle3_sidecar(folder, spec), _shipped_beside(folder, spec, is_other)
+    eagle3, found = sidecars.eagle3_sidecar(folder, spec), _shipped_beside(folder, spec, is_other)
     if found is NO_BLOCKS and not eagle3:
         return blocks
     return replace(blocks, eagle3=eagle3, mtp=found.mtp, assistant=found.assistant, notes=found.notes)
@@ -91,14 +114,14 @@ def mtp_sidecar(folder: str | Path, spec: AnySpec) -> tuple[ExitBlocks | None, t
     weights = JoinedWeights(files, stored, shapes)
     others = {name: files[full].entries[full] for name, full in found.items() if full not in weights.joined}
     try:
-        check_entries(others | weights.entries, shapes, FLOATS)
+        sidecars.check_entries(others | weights.entries, shapes, FLOATS)
     except ValueError as error:
         return None, (f"its drafter is left aside, whose layout is not known here: {error}",)
 
     def take(name: str) -> Tensor:
         return _turned(name, weights.read(layout.stored(name, spec.layers)), layout)
 
-    model_fingerprint = files[found[layout.stored(_INPUT, spec.layers)]].metadata.get(FINGERPRINT)
+    model_fingerprint = files[found[layout.stored(_INPUT, spec.layers)]].metadata.get(sidecars.FINGERPRINT)
     return ExitBlocks((block,), take, layout=layout, model_fingerprint=model_fingerprint), ()
 
 
@@ -126,10 +149,10 @@ def _turned(name: str, weight: Tensor, layout: MtpLayout) -> Tensor:
 
 def mtp_content(spec: AnySpec, mtp: ExitBlocks, weight_of: Callable[[str], Tensor]) -> bytes:
     """mtp.safetensors, with the names of the checkpoint. `weight_of`: the model that it was made for, unless it says so."""
-    weights, layout, known = mtp.weights(spec), mtp.layout, mtp.model_fingerprint or fingerprint(spec, weight_of)
+    weights, layout, known = mtp.weights(spec), mtp.layout, mtp.model_fingerprint or sidecars.fingerprint(spec, weight_of)
     names = [name for name in weights.shapes if not (layout.shares_norm and name.startswith(f"{MTP.prefix}norm."))]
     content = {layout.prefix + layout.stored(name, spec.layers): _turned(name, weights.of(name), layout) for name in names}
-    return content_of(content, known, {"format": "pt"})
+    return sidecars.content_of(content, known, {"format": "pt"})
 
 
 def shipped_files(name: str, loaded: Trainable) -> dict[str, bytes]:
@@ -141,7 +164,7 @@ def shipped_files(name: str, loaded: Trainable) -> dict[str, bytes]:
 def files_of_shipped(blocks: ExitBlocks, spec: AnySpec, weight_of: Callable[[str], Tensor]) -> dict[str, bytes]:
     files = {} if blocks.mtp is None else {MTP_FILE: mtp_content(spec, blocks.mtp, weight_of)}
     if (assistant := blocks.assistant) is not None:
-        files |= assistant_content(assistant, assistant.model_fingerprint or fingerprint(spec, weight_of))
+        files |= assistant_content(assistant, assistant.model_fingerprint or sidecars.fingerprint(spec, weight_of))
     return files
 
 
@@ -156,3 +179,76 @@ def shipped_by(name: str, spec: AnySpec) -> ExitBlocks:
         return NO_BLOCKS
     changed = replace(mtp, model_fingerprint=OTHERS) if adapters else mtp
     return replace(NO_BLOCKS, mtp=changed, notes=(STALE,) if adapters else ())
+
+
+def is_assistant(folder: str | Path) -> bool:
+    return read_settings(folder, CONFIG_FILE).get("model_type") == "gemma4_assistant"
+
+
+def assistant_beside(folder: str | Path, spec: AnySpec) -> tuple[Assistant | None, tuple[str, ...]]:
+    """That of a model's folder; a note if there is one that cannot be used."""
+    try:
+        for path in (Path(folder) / "assistant", Path(f"{Path(folder)}-assistant")):
+            if isinstance(spec, ModelSpec) and is_assistant(path):
+                return read_assistant(path, spec), ()
+    except CheckpointError as error:
+        return None, (str(error),)
+    return None, ()
+
+
+def read_assistant(folder: str | Path, target: ModelSpec) -> Assistant:
+    """The assistant in a folder, read when taken. Raises CheckpointError if it is not one for this model."""
+    with sidecars.naming(f"the assistant {folder}", "give that of this model"):
+        settings = read_json(Path(folder) / CONFIG_FILE, CheckpointError)
+        values = msgspec.convert(settings, _Values)
+        if not is_complete(text := values.text_config):
+            from transformers import AutoConfig
+
+            with quiet_transformers():
+                text = AutoConfig.for_model(**text).to_dict()
+        files = {name: file for file in map(WeightFile, weight_files(folder)) for name in file.entries}
+        spec = replace(_beside(text, target), tied="lm_head.weight" not in files)
+        hidden, clusters = values.backbone_hidden_size, values.num_centroids * values.use_ordered_embeddings
+        require(hidden == target.hidden, "backbone_hidden_size", str(target.hidden), hidden)
+        chosen, settings = values.centroid_intermediate_top_k, settings | {"text_config": text}
+        made = Assistant(spec, hidden, clusters, chosen, settings, lambda name: files[name].read(name))
+        sidecars.check_entries({name: files[name].entries[name] for name in made.shapes if name in files}, made.shapes, FLOATS)
+        if clusters:
+            require(spec.vocab % clusters == 0 and chosen <= clusters, "num_centroids", "a divisor of vocab_size", clusters)
+            ids = made.take(ORDER).long().sort().values if ORDER in files else None
+            require(ids is not None and torch.equal(ids, torch.arange(spec.vocab)), ORDER, f"ids below {spec.vocab}", "others")
+        return replace(made, model_fingerprint=files[INPUT].metadata.get(sidecars.FINGERPRINT))
+
+
+def _beside(text: dict[str, Any], target: ModelSpec) -> ModelSpec:
+    """The spec of an assistant beside its model. Raises ConfigError for a value that does not fit."""
+    unread = {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": None}  # of an assistant all of them, and 0
+    spec = ModelSpec.of(SimpleNamespace(**text | unread))
+    sources = {target.kinds[layer]: layer for layer in target.attending}
+    require({*spec.kinds} <= sources.keys(), "layer_types", f"among {', '.join(sources)}", spec.kinds)
+    sizes = [LayerSizes(size.head_dim, spec.inner, sources[kind]) for size, kind in zip(spec.sizes, spec.kinds, strict=True)]
+    needed = [target.of_layer(sources[kind]).head_dim for kind in spec.kinds]
+    require([size.head_dim for size in sizes] == needed, "head_dim", f"{needed}, as the model's", sizes)
+    heads = target.kv_heads
+    require(spec.heads % heads == 0, "num_attention_heads", f"a multiple of the model's key heads, {heads}", spec.heads)
+    require(spec.vocab == target.vocab, "vocab_size", str(target.vocab), spec.vocab)
+    return replace(spec, kv_heads=heads, sizes=tuple(sizes))
+
+
+def drafter_files(folder: str, loaded: Trainable, verifier: str) -> dict[str, bytes]:
+    """The files that a model gets of a drafter in a folder, in the EAGLE-3 layout or an assistant. Raises CheckpointError.
+
+    `verifier`: the model's folder.
+    """
+    spec = loaded.backend.spec
+    if is_assistant(folder):
+        made_for = sidecars.fingerprint(spec, loaded.model.get_parameter)
+        return assistant_content(read_assistant(folder, loaded.backend.own_spec), made_for)
+    return sidecars.eagle3_content(sidecars.read_eagle3(folder, spec), spec, verifier)
+
+
+def assistant_content(assistant: Assistant, model_fingerprint: str) -> dict[str, bytes]:
+    """The files of its folder in a model's. `model_fingerprint`: of the model that it was made for."""
+    names, text = (*assistant.shapes, *([ORDER] if assistant.clusters else [])), json.dumps(assistant.settings, indent=2) + "\n"
+    weights = sidecars.content_of({name: assistant.take(name) for name in names}, model_fingerprint, {"format": "pt"})
+    return dict(zip(ASSISTANT_FILES, (text.encode(), weights), strict=True))

@@ -225,8 +225,8 @@ class DecodingLoop:
         elif output.logits is not None:
             verified = self._sampler.verify(tokens, counts, draft.probs, output.logits, rows)
         draft_time = seconds_between(*instants) if instants else 0.0
-        fills = len(drafting) < len(self.active) and any(row.fills and row.runs for row in self.active)
-        self._seconds["prefill_seconds" if fills else "verify_seconds"] += time.perf_counter() - started - draft_time
+        if not any(row.fills and row.runs for row in self.active):
+            self._seconds["verify_seconds"] += time.perf_counter() - started - draft_time
         self._seconds["draft_seconds"] += draft_time
         steps = self._committed(draft, output, dict(zip(rows, verified, strict=True)), bounds)
         self._seconds["total_seconds"] += time.perf_counter() - started

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..config.decoding import DecodingConfig
 from ..errors import require
-from .processing import LogitsProcessor
+from .sampling import LogitsProcessor
 
 StopReason = Literal["eos", "stop", "length", "context"]
 Detokenize = Callable[[list[int]], str]
@@ -29,9 +29,8 @@ class DecodeStats:
     drafted: int = 0  # drafts that the target verified
     accepted: int = 0  # those in the output: not drafts after an EOS, a stop string or the last token allowed
     rounds: int = 0  # passes that verified drafts
-    prefill_seconds: float = 0.0  # the first token comes from the prefill
     draft_seconds: float = 0.0
-    verify_seconds: float = 0.0  # of steps without drafts, too
+    verify_seconds: float = 0.0  # of steps without drafts, too, but not of prompts
     total_seconds: float = 0.0
     tested_by_position: tuple[int, ...] = ()  # rounds that compared draft j+1, as all before it were accepted and none was last
     accepted_by_position: tuple[int, ...] = ()  # those of them that accepted it

@@ -4,24 +4,13 @@ Shape letters, used everywhere: B batch rows, T tokens of this call, S key posit
 E exit layer (a count, 1..L), K drafted tokens per round.
 """
 
-from .backend import Backend, DraftEnds, Submodel
-from .cache import KVCache
-from .native import NativeBackend, can_run_native, suits_kernels
-from .spec import ModelSpec
-from .torch_backend import TorchBackend
-from .torch_layer import missing_feature
-from .transformers_backend import TransformersBackend
-
-__all__ = [
-    "Backend",
-    "DraftEnds",
-    "KVCache",
-    "ModelSpec",
-    "NativeBackend",
-    "Submodel",
-    "TorchBackend",
-    "TransformersBackend",
-    "can_run_native",
-    "missing_feature",
-    "suits_kernels",
-]
+from .backend import Backend as Backend
+from .backend import DraftEnds as DraftEnds
+from .backend import Submodel as Submodel
+from .cache import KVCache as KVCache
+from .native import NativeBackend as NativeBackend
+from .native import can_run_native as can_run_native
+from .spec import ModelSpec as ModelSpec
+from .torch_backend import TorchBackend as TorchBackend
+from .torch_layer import missing_feature as missing_feature
+from .transformers_backend import TransformersBackend as TransformersBackend

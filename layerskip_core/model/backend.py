@@ -50,13 +50,6 @@ def states_at(layers: Layers, hidden: Tensor, stops: Iterable[int], places: Plac
     return states
 
 
-def run_spans(layers: Layers, hidden: Tensor, spans: Spans, places: Places) -> Tensor:
-    """Several spans of layers, one after the other; arguments as for `Layers.run_layers`."""
-    for start, stop in spans:
-        hidden = layers.run_layers(hidden, start, stop, places)
-    return hidden
-
-
 @dataclass(frozen=True)
 class Submodel:
     """What drafts: layers 0..exit_layer-1 and what follows them (a sub-model: Elhoushi et al., 2024).
@@ -177,7 +170,9 @@ def beyond_exit(
     if block is not None:
         hidden = block.run(side.layers, states, feature, places)
         return block.head(hidden), block.own_feature(hidden)
-    return side.head(submodel).unembed(run_spans(side.layers, states, submodel.beyond, places)), None
+    for start, stop in submodel.beyond:
+        states = side.layers.run_layers(states, start, stop, places)
+    return side.head(submodel).unembed(states), None
 
 
 class Backend(Layers, Protocol):

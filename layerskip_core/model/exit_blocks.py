@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .assistant import Assistant
 from .cache import Places
 from .eagle3 import Eagle3Weights, PlacedEagle3
 from .spec import AnySpec, ModelSpec, Shapes, TransformersSpec
@@ -28,8 +27,7 @@ from .weights import Take, Weights, checked
 
 if TYPE_CHECKING:
     from .backend import Backend, DraftKernel, Layers
-    from .native.assistant import NativeAssistant
-    from .native.eagle3 import NativeEagle3
+    from .native.drafters import Assistant, NativeAssistant, NativeEagle3
     from .repacked import RepackedLayers
 
 
@@ -125,7 +123,7 @@ class ExitBlocks:
     eagle3: Eagle3Weights | None = None
     mtp: "ExitBlocks | None" = None
     layout: MtpLayout = MTP_LAYOUTS[0]
-    assistant: Assistant | None = None
+    assistant: "Assistant | None" = None
     model_fingerprint: str | None = None
     notes: tuple[str, ...] = ()
 

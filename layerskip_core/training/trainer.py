@@ -23,18 +23,8 @@ from ..errors import CheckpointError, ConfigError, LayerSkipError, TrainingError
 from ..interruption import Interruption
 from ..losses import IGNORED
 from ..model import ModelSpec
+from . import progress
 from .data import collate
-from .progress import (
-    KEPT,
-    LossHistory,
-    StepLosses,
-    StepReport,
-    checkpoints_folder,
-    discard_after,
-    discard_oldest,
-    newest_first,
-    seal,
-)
 from .recipe import RunStep
 from .sharding import process_index, read_shard, use_fsdp, write_shard
 
@@ -56,11 +46,11 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
     lr_scheduler: Any
 
     def __init__(
-        self, plan: "Plan", rows: Any, held_out: Any, on_step: Callable[[StepReport], None], interruption: Interruption
+        self, plan: "Plan", rows: Any, held_out: Any, on_step: Callable[[progress.StepReport], None], interruption: Interruption
     ) -> None:
         """`rows`: a data set in the order of the run."""
-        self.plan, self.on_step, self.interruption, self.history = plan, on_step, interruption, LossHistory()
-        self.checkpoints = checkpoints_folder(plan.config.output)
+        self.plan, self.on_step, self.interruption, self.history = plan, on_step, interruption, progress.LossHistory()
+        self.checkpoints = progress.checkpoints_folder(plan.config.output)
         self.phase: Literal["loading", "training", "saving"] = "loading"  # to explain errors
         self.sums: Any = None  # of tokens of a step, and the losses of its exits; on the device
         self.micro_batches, self.exit_layers = 0, tuple[int, ...]()
@@ -72,14 +62,14 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
         self.remove_callback(PrinterCallback)  # it writes to stdout
         self.add_callback(self)
 
-    def run(self) -> LossHistory:
+    def run(self) -> progress.LossHistory:
         """Trains to the end, or raises what stopped it."""
         folder, resume = self.checkpoints, self.plan.resume
         if process_index() == 0:  # what an earlier run left there must never be what a later `resume` finds
-            discard_after(folder, resume)
+            progress.discard_after(folder, resume)
         try:
             if resume is not None:
-                self.history = LossHistory.read(resume)
+                self.history = progress.LossHistory.read(resume)
             self.train(resume_from_checkpoint=resume and str(resume))
         except LayerSkipError:
             raise
@@ -92,7 +82,7 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
             raise
         step, steps = self.state.global_step, self.plan.steps
         if step < steps:
-            saved = f"interrupted after step {step} of {steps}; saved {newest_first(folder)[0]}"
+            saved = f"interrupted after step {step} of {steps}; saved {progress.newest_first(folder)[0]}"
             raise TrainingInterrupted(saved, self.interruption.signal or 0, step)
         return self.history
 
@@ -156,7 +146,7 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
         """Begins a checkpoint with the module's own files."""
         self.phase, folder = "saving", Path(output_dir or self.args.output_dir)
         if self.args.should_save:
-            seal(folder, self.plan.sealed, self.history)
+            progress.seal(folder, self.plan.sealed, self.history)
             if not self.is_fsdp_enabled:  # shards are written with the optimizer's
                 self.accelerator.unwrap_model(self.model).save(folder)
 
@@ -201,7 +191,7 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
         self.sums, self.micro_batches, targets = None, 0, float(self.targets)
         stops, tokens, *per_exit = sums
         exits = {layer: part / targets for layer, part in zip(self.exit_layers, per_exit, strict=True)}
-        losses = StepLosses(state.global_step, logs["loss"], exits)
+        losses = progress.StepLosses(state.global_step, logs["loss"], exits)
         first = (history.steps or [losses])[0].final
         for what, value in (("loss", losses.loss), ("norm of the gradient", logs["grad_norm"])):
             if not math.isfinite(value):
@@ -222,10 +212,10 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.phase = "training"
         if process_index() == 0:
-            discard_oldest(self.checkpoints, self.kept)
+            progress.discard_oldest(self.checkpoints, self.kept)
 
     def _failure(self, what: str) -> TrainingError:
-        saved = newest_first(self.checkpoints)
+        saved = progress.newest_first(self.checkpoints)
         if not saved:
             return TrainingError(f"{what}; no checkpoint was written before it (`save_steps` N). Try a lower `lr`")
         again = "" if self.is_fsdp_enabled else f": start from it with `model` {saved[0]} and a lower `lr`"
@@ -274,7 +264,7 @@ def training_arguments(plan: "Plan") -> TrainingArguments:
     rests = recipe is not None and recipe.exit_reader != "none" and recipe.curriculum != "all"
     unused = rests or not isinstance(plan.module.backend.spec, ModelSpec)
     given: dict[str, Any] = dict(
-        output_dir=str(checkpoints_folder(config.output)),
+        output_dir=str(progress.checkpoints_folder(config.output)),
         max_steps=plan.steps,
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulation,
@@ -295,7 +285,7 @@ def training_arguments(plan: "Plan") -> TrainingArguments:
         dataloader_pin_memory=plan.device.startswith("cuda"),
         save_strategy="steps" if config.save_steps else "no",
         save_steps=config.save_steps or 500,
-        save_total_limit=KEPT,
+        save_total_limit=progress.KEPT,
         accelerator_config={
             "dispatch_batches": False,  # each process reads a stream, whose batches have different lengths
             # Otherwise FSDP would keep whole gradients between the micro-batches of a step.

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from layerskip_core import load
-from layerskip_core.calibration.model import damped, fitted, gptq, nearest, quantize
+from layerskip_core.calibration import damped, fitted, gptq, nearest, quantize
 from layerskip_core.checkpoint import sidecars
 from layerskip_core.checkpoint.folder import INT4_FILE
 from layerskip_core.checkpoint.sidecars import matrix_names

@@ -12,11 +12,10 @@ from evaluating import tiny_loaded
 from safetensors.torch import load_file, save_file
 from transformers import Gemma4AssistantConfig, Gemma4AssistantForCausalLM
 
-from layerskip_core.checkpoint.assistant import ASSISTANT_FILES
 from layerskip_core.checkpoint.info import CheckpointInfo, read_info
 from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.checkpoint.save import save_checkpoint
-from layerskip_core.checkpoint.shipped import STALE_ASSISTANT
+from layerskip_core.checkpoint.shipped import ASSISTANT_FILES, STALE_ASSISTANT
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import decode, decode_batch

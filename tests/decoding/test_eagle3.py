@@ -18,7 +18,7 @@ from layerskip_core.model import Submodel
 from layerskip_core.model.eagle3 import Eagle3, Eagle3Form, Eagle3Weights, PlacedEagle3
 from layerskip_core.model.exit_blocks import ExitBlocks
 from layerskip_core.model.native import compiled
-from layerskip_core.model.native.eagle3 import NativeEagle3
+from layerskip_core.model.native.drafters import NativeEagle3
 from layerskip_core.model.row_cache import RowCache
 from layerskip_core.training.eagle3 import unrolled
 

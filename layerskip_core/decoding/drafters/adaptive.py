@@ -7,7 +7,6 @@ that of the drafts that were verified: nothing is computed for the choice alone.
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from math import inf
 from weakref import WeakKeyDictionary
 
@@ -32,14 +31,6 @@ _COPY_COST = {"int8": 0.5, "int4": 0.33}  # of a pass, over one by bf16 weights
 _CALIBRATIONS = {"": (1.0, 1), "int8": (0.15, 3), "int4": (0.8, 3), DRAFT_MODEL: (1.0, 1)}
 
 
-@dataclass(frozen=True)
-class Found:
-    """A continuation that was found for a row."""
-
-    tokens: list[int]
-    acceptance: Acceptance  # of those with as much evidence
-
-
 class AdaptiveDrafter:
     """Drafts by lookups, exits, low-bit copies or a draft model, or not at all, whichever promises the most tokens per second.
 
@@ -54,7 +45,8 @@ class AdaptiveDrafter:
         self._by_clock = self._reads_probs and setup.model.batch_invariant
         self.bandit = bandit_of(setup, drafters, remembered=self._by_clock)
         self._lookup = LookupDrafter(setup.config.lookup or SHORTEST, setup.eos_ids, earlier=setup.earlier)
-        self._found: dict[Row, list[Found]] = {}  # in this round
+        # By row, what was found in this round: tokens, and the acceptance of those with as much evidence.
+        self._found: dict[Row, list[tuple[list[int], Acceptance]]] = {}
         self._source = "lookup"  # or grammar
         self._step, self._draft, self._rows = Step(0), Draft(torch.tensor([]), ()), list[Row]()  # the last step
         self._is_timed = False
@@ -85,10 +77,10 @@ class AdaptiveDrafter:
             if self._is_timed:
                 self.bandit.observe(step, self._verified - last, passed)
         step.speed.tokens += len(verified)
-        for found in self._found.pop(row, ()):  # the target's choice judges them whether they were drafted or not
-            pairs = list(zip(found.tokens, verified, strict=False))
+        for tokens, acceptance in self._found.pop(row, ()):  # the target's choice judges them, drafted or not
+            pairs = list(zip(tokens, verified, strict=False))
             right = next((place for place, (token, chosen) in enumerate(pairs) if token != chosen), len(pairs))
-            found.acceptance.observe(min(right + 1, len(pairs)), right)
+            acceptance.observe(min(right + 1, len(pairs)), right)
         if step.arm is not None:
             step.arm.acceptance.observe(drafted, len(verified) - 1)
             self._drafters[step.arm.name].observe(row, drafted, verified)
@@ -104,8 +96,7 @@ class AdaptiveDrafter:
         lookups = zip(self._lookup.find(context, limits), self._lookup.recall(context, limits), strict=True)
         for row, must, found in zip(context.rows, forced, lookups, strict=True):
             by_kind = [(tokens, self.bandit.lookup_acceptance(kind, evidence)) for kind, (tokens, evidence) in enumerate(found)]
-            candidates = [(must, self.bandit.forced)] if must else by_kind
-            self._found[row] = [Found(tokens, acceptance) for tokens, acceptance in candidates if tokens]
+            self._found[row] = [found for found in ([(must, self.bandit.forced)] if must else by_kind) if found[0]]
 
     def _best_draft(self, context: Context, limits: Sequence[int], step: Step) -> Draft:
         plan = self.bandit.plan(len(limits), min(map(len, context.ids)))
@@ -129,13 +120,13 @@ class AdaptiveDrafter:
         least = rate * passes.slope(len(rows))  # probability of a token that is worth its time
         for row in rows:
             draft, most = list[int](), 0.0
-            for found in self._found.get(row, ()):
-                probability, later = found.acceptance.means()
+            for tokens, acceptance in self._found.get(row, ()):
+                probability, later = acceptance.means()
                 count, accepted = 0, 0.0
-                while count < len(found.tokens) and probability > least:
+                while count < len(tokens) and probability > least:
                     count, accepted, probability = count + 1, accepted + probability, probability * later
                 if accepted > most:
-                    draft, most = found.tokens[:count], accepted
+                    draft, most = tokens[:count], accepted
             drafts.append(draft)
             expected += most
         return drafts, expected / (passes.of(len(rows) + sum(map(len, drafts))) + self.bandit.rest)

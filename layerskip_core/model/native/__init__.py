@@ -22,9 +22,8 @@ from ..torch_layer import missing_feature
 from ..torch_linear import Norm
 from ..vocabulary import DraftVocabulary
 from ..weights import GROUP_SIZE, Affine, Take, Weights, head_weights, norm_weights
-from .assistant import NativeAssistant
 from .compiled import MOST_ROPES, kernels
-from .eagle3 import NativeEagle3
+from .drafters import NativeAssistant, NativeEagle3
 from .heads import NativeLinear, choose, draft
 from .layers import KEPT_ROWS, Engine, NativeLayer, NativeLayers, NativeNorm, NativeTokenInputs
 from .matrix import PANEL, HugePages, MatrixForm, NativeMatrix, PackMatrix
@@ -130,7 +129,8 @@ class NativeBackend(RepackedBackend):
         return f"native ({', '.join(filter(None, (self._kernels.variant, precision)))}){packing.drafting}"
 
     def _layer(self, weights: Weights, index: int, low_bits: Quantization | None, exact: bool) -> NativeLayer:
-        made = NativeLayer(self._packs(weights), weights, self._chain_spec, index, low_bits or self._unrounded)
+        pack = self._packed if weights.prefix.startswith(MTP.prefix) else self._pack  # packed files have no drafters
+        made = NativeLayer(pack, weights, self._chain_spec, index, low_bits or self._unrounded)
         like = index if index < self.spec.layers else self.spec.attending[-1]
         if like == index and (name := self.spec.architecture.layer_scale):
             self._scales[index] = float(weights.of(name))
@@ -150,10 +150,6 @@ class NativeBackend(RepackedBackend):
         join = NativeLinear(self._engine, self._packed("mtp.input", form, lambda: [Affine(weights.of("input.weight"), None)]))
         join.input_norms = [NativeNorm(norm_weights(weights, of, self.spec)) for of in INPUT_NORMS]
         return join
-
-    def _packs(self, weights: Weights) -> PackMatrix:
-        """Packed files have no drafters."""
-        return self._packed if weights.prefix.startswith(MTP.prefix) else self._pack
 
     def _drafter_kinds(self, packing: PackingConfig) -> tuple[Quantization | None, Quantization | None]:
         kind, of_head = packing.drafter

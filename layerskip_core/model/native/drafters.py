@@ -1,0 +1,270 @@
+"""Drafters beside a model on the C kernels: in the EAGLE-3 layout, and the assistant of a Gemma 4 model.
+
+An assistant is a small decoder that was trained to draft for its model (google/gemma-4-E2B-it-assistant). Its layers have
+queries only: each reads the keys and values of the model's last layer of its kind that has some. With the model's embedding e
+of a token and its state s, after the final norm, for the token before:
+
+    x = W_in [e; s], h = norm(layers(x)), logits = head(h), and s of the next draft is W_out h
+
+All drafts of a round stand at the position of the model's last token with KV entries, as in vLLM and mlx-vlm; transformers
+rotates queries for the position after it.
+
+A head with clusters scores only the tokens of the `chosen` ones whose centroids h scores highest.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...config.model import Quantization
+from ..architectures import ARCHITECTURES
+from ..backend import Backend, DraftEnds, DraftHead, Layers, Submodel
+from ..cache import Places
+from ..configuration import FULL
+from ..eagle3 import FC, HEAD, HIDDEN_NORM, LAYER, NORM, Eagle3Form, Eagle3Weights, frequencies
+from ..pages import PagePool
+from ..spec import ModelSpec
+from ..torch_linear import Norm
+from ..vocabulary import DraftVocabulary
+from ..weights import GROUP_SIZE, Affine, Weights, checked, norm_weights
+from .compiled import Kernels
+from .heads import NativeLinear, draft
+from .layers import Engine, EntryLayers, NativeLayer, NativeLayers, keys_at
+from .matrix import MatrixForm, PackMatrix
+
+INPUT, OUTPUT, CENTROIDS = "pre_projection.weight", "post_projection.weight", "masked_embedding.centroids.weight"
+ORDER = "masked_embedding.token_ordering"  # token ids, cluster by cluster
+
+LowBits = tuple[Quantization | None, Quantization | None]
+"""Of a drafter's layers and of its head, where the kernels have these for its widths; else weights are as the embedding, or in
+fp32. A head with clusters has none."""
+
+
+class _Matrices:
+    """How a drafter's weights are stored, whose matrices have these widths."""
+
+    def __init__(self, pack: PackMatrix, embedding: Tensor, widths: Sequence[int], low_bits: LowBits) -> None:
+        is_bf16 = embedding.dtype == torch.bfloat16 and not any(width % 2 for width in widths)
+        self.dtype, unrounded = (torch.bfloat16, "bf16") if is_bf16 else (torch.float32, "fp32")
+        fits = not any(width % GROUP_SIZE for width in widths)
+        self.layers, self.head = (kind if fits and kind is not None else unrounded for kind in low_bits)
+        self._pack = pack
+
+    def linear(self, engine: Engine, weights: Weights, name: str, kind: str, norm: Affine | None = None) -> NativeLinear:
+        outputs, inputs = weights.shapes[name]
+        matrix = self._pack(name, MatrixForm(kind, inputs, outputs), lambda: [Affine(weights.of(name), None)])
+        return NativeLinear(engine, matrix, norm)
+
+
+class NativeEagle3:
+    """As PlacedEagle3, of a NativeBackend."""
+
+    needs_feature = True
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        pack: PackMatrix,
+        stored: Eagle3Weights,
+        spec: ModelSpec,
+        embedding: Tensor,
+        pool: PagePool,
+        place: int,
+        low_bits: LowBits,
+    ) -> None:
+        """`spec`, `embedding`, `pool`: the target's."""
+        form = stored.form
+        made = _Matrices(pack, embedding, (form.hidden, form.inner, form.heads * form.head_dim), low_bits)
+        rounded = {name: weight.to(made.dtype) for name, weight in stored.weights.items()}
+        self._form, self._norms = form, {name: weight.float() for name, weight in rounded.items() if weight.dim() == 1}
+        weights = Weights(rounded.get, form.shapes)
+        self._spec = spec = _layer_spec(form, spec)
+        engine = Engine(kernels, spec, embedding.dtype, lambda count: [_rotations(form, count)])
+        engine.make_room(len(form.layers) * form.hidden)
+        engine.shape.norms_residual = form.norm_before_residual
+        layer = NativeLayer(pack, weights.below(LAYER), spec, place, made.layers, Affine(weights.of(HIDDEN_NORM), None))
+        self._layers = EntryLayers(engine, spec, embedding, None, [None] * place + [layer], pool)
+        self._fc = made.linear(engine, weights, FC, made.layers)
+        self.head = made.linear(engine, weights, HEAD, made.head, Affine(weights.of(NORM), None))
+        self._place, self.taps = place, (0, *form.layers)
+        self.vocabulary = DraftVocabulary(spec.vocab, form.vocab, stored.tokens.tolist())
+
+    def run(self, layers: Layers, states: Tensor, before: Tensor | None, places: Places) -> Tensor:
+        return self._layers.run_layers(_entries(states, before), self._place, self._place + 1, places.moved(-1))
+
+    def write(self, model: Backend, states: Mapping[int, Tensor], before: Tensor | None, places: Places) -> None:
+        self._layers.write_kv(_entries(states[0], before), self._place, self._place + 1, places.moved(-1))
+
+    def features(self, model: Backend, states: Mapping[int, Tensor], finals: Tensor) -> Tensor | None:
+        return self._fc(self._form.fc_input([states[tap] for tap in self.taps[1:]], self._normed))
+
+    def own_feature(self, hidden: Tensor) -> Tensor | None:
+        return self._normed(NORM, hidden) if self._form.norm_output else hidden
+
+    def _normed(self, name: str, hidden: Tensor) -> Tensor:
+        return F.rms_norm(hidden.float(), hidden.shape[-1:], self._norms[name], self._form.eps)
+
+    def kernel(
+        self,
+        head: DraftHead,
+        token: Tensor,
+        submodel: Submodel,
+        places: Places,
+        ends: DraftEnds,
+        feature: Tensor | None,
+        runs_last: bool,
+    ) -> tuple[Tensor, dict[int, Tensor], list[float]]:
+        """A `DraftKernel`."""
+        layer = replace(submodel, block=None, beyond=((self._place, self._place + 1),))
+        entries, norms = places.moved(-1), self._form.norm_output
+        return draft(self._layers, self._spec, head, token, layer, entries, ends, feature, runs_last, norms)
+
+
+def _entries(states: Tensor, before: Tensor | None) -> Tensor:
+    assert before is not None
+    return torch.cat((states, before), dim=-1)
+
+
+def _layer_spec(form: Eagle3Form, spec: ModelSpec) -> ModelSpec:
+    """Of the drafter's layer, a layer of Llama beside a target."""
+    count = spec.layers
+    return replace(
+        spec,
+        architecture=ARCHITECTURES["llama"],
+        heads=form.heads,
+        kv_heads=form.kv_heads,
+        head_dim=form.head_dim,
+        inner=form.inner,
+        experts=None,
+        recurrence=None,
+        eps=form.eps,
+        activation="silu",
+        kinds=(*spec.kinds[:-1], FULL),
+        window=None,
+        rope_of=(0,) * count,
+        rotary=form.head_dim,
+        parallel=False,
+        query_bias=False,
+        output_bias=False,
+        mlp_bias=False,
+        attention_scale=form.head_dim**-0.5,
+        residual_scale=1.0,
+        logits_divisor=1.0,
+        score_cap=None,
+        logits_cap=None,
+        clip=None,
+    )
+
+
+def _rotations(form: Eagle3Form, count: int) -> tuple[Tensor, Tensor]:
+    angles = torch.outer(torch.arange(count, dtype=torch.float32), frequencies(form))
+    return angles.cos(), angles.sin()
+
+
+@dataclass(frozen=True)
+class Assistant:
+    """A stored assistant.
+
+    Attributes:
+        spec: its own; the `source` of each of its layers is a layer of its model, and so are its key heads.
+        hidden: D of its model.
+        clusters: of its head; 0 for none. `chosen`: how many are scored.
+        settings: its config.json.
+        take: weights by the names of `shapes`, and the ids of ORDER.
+        model_fingerprint: of the model that it was made for, if its file has one.
+    """
+
+    spec: ModelSpec
+    hidden: int
+    clusters: int
+    chosen: int
+    settings: Mapping[str, Any]
+    take: Callable[[str], Tensor]
+    model_fingerprint: str | None = None
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        spec, width = self.spec, self.spec.hidden
+        own = {name: shape for name, shape in spec.shapes.items() if spec.tied or name != spec.embedding_name}
+        own |= {INPUT: (width, 2 * self.hidden), OUTPUT: (self.hidden, width)}
+        return own | ({CENTROIDS: (self.clusters, width)} if self.clusters else {})
+
+
+class NativeAssistant:
+    """As a PlacedBlock, of a NativeBackend; it has no KV entries. What `run` gives is the state after its last layer."""
+
+    needs_feature, kernel, vocabulary = True, None, None
+    taps: tuple[int, ...] = ()  # it needs no states of the target but the last
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        pack: PackMatrix,
+        stored: Assistant,
+        target: ModelSpec,
+        embedding: Tensor,
+        pool: PagePool,
+        low_bits: LowBits,
+    ) -> None:
+        """`target`, `embedding`, `pool`: of its model."""
+        spec, self._hidden = stored.spec, target.hidden
+        of_layers = [spec.of_layer(layer) for layer in range(spec.layers)]
+        widths = 2 * target.hidden, spec.hidden, spec.inner, *(of_layer.queries for of_layer in of_layers)
+        made = _Matrices(pack, embedding, widths, low_bits)
+        weights = Weights(checked(lambda name: stored.take(name).to(made.dtype), stored.shapes), stored.shapes)
+        engine = Engine(kernels, spec, embedding.dtype)
+        engine.make_room(2 * target.hidden)
+        layers = list[NativeLayer | None]()
+        for index, of_layer in enumerate(of_layers):
+            own = weights.below(spec.layer_prefix(index))
+            layer = NativeLayer(pack, own, spec, index, made.layers)
+            assert of_layer.source is not None and spec.architecture.layer_scale is not None
+            layer.structure.keys = keys_at(target, of_layer.source)
+            layer.structure.scale = float(own.of(spec.architecture.layer_scale))
+            layers.append(layer)
+        self._layers = NativeLayers(engine, spec, embedding, None, layers, pool)
+        norm = norm_weights(weights, spec.names.norm, spec)
+        self._join = made.linear(engine, weights, INPUT, made.layers)
+        self._next = made.linear(engine, weights, OUTPUT, made.layers, norm)
+        if stored.clusters:
+            parts = weights.of(CENTROIDS), weights.of(spec.head_name), stored.take(ORDER).long()
+            own_norm = Norm(Affine(norm.weight.float(), None), spec.eps)
+            self.head: NativeLinear | ClusteredHead = ClusteredHead(own_norm, *parts, stored.chosen)
+        else:
+            self.head = made.linear(engine, weights, spec.head_name, made.head, norm)
+
+    def run(self, layers: Layers, states: Tensor, before: Tensor | None, places: Places) -> Tensor:
+        entered = self._join(_entries(states[..., : self._hidden], before))
+        last = Places(places.cache, [max(0, start - 1) for start in places.origins], places.counts)
+        return self._layers.run_layers(entered, 0, self._layers.num_layers, last)
+
+    def write(self, model: Backend, states: Mapping[int, Tensor], before: Tensor | None, places: Places) -> None:
+        pass
+
+    def features(self, model: Backend, states: Mapping[int, Tensor], finals: Tensor) -> Tensor | None:
+        return model.normed(finals)
+
+    def own_feature(self, hidden: Tensor) -> Tensor | None:
+        return self._next(hidden)
+
+
+class ClusteredHead:
+    """The logits (N, V) of states (N, D), -inf for the tokens of clusters that are not chosen."""
+
+    def __init__(self, norm: Norm, centroids: Tensor, table: Tensor, order: Tensor, chosen: int) -> None:
+        """`centroids` (C, D); `table` (V, D) by token; `order` (V,): token ids, cluster by cluster."""
+        self._norm, self._centroids, self._chosen = norm, centroids.float(), chosen
+        self._ids = order.view(len(centroids), -1)
+        self._rows = table[self._ids].flatten(1)  # (C, V/C * D)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        normed = self._norm(hidden)
+        best = (normed @ self._centroids.T).topk(self._chosen).indices
+        rows = torch.embedding(self._rows, best).view(len(normed), -1, normed.shape[1])  # an index takes five times as long
+        found = rows.float() @ normed[..., None]
+        logits = normed.new_full((len(normed), self._ids.numel()), -torch.inf)
+        return logits.scatter_(1, self._ids[best].flatten(1), found[..., 0])
