@@ -39,14 +39,14 @@ DRAFTERS = {
     "draft-and-verify": "layerskip_core.decoding.drafters.exit",
     "draft-model": "layerskip_core.decoding.drafters.exit",
 }
-BESIDE = "mtp", "eagle3"  # those of a drafter beside the model
+WITH_DRAFTER = "mtp", "eagle3"  # strategies: a drafter beside the model
 STRATEGIES = (*DRAFTERS, "early-exit", "autoregressive")
 KEY = "LAYERSKIP_API_KEY"  # environment variable of a server
 # The strategies that use an option; other options are used by all.
 _USERS: dict[str, Sequence[str]] = {
     "exit_layer": ("self-speculative", "early-exit"),
     "num_draft_tokens": tuple(DRAFTERS),
-    "draft_confidence": ("adaptive", "self-speculative", *BESIDE, "draft-and-verify", "draft-model"),
+    "draft_confidence": ("adaptive", "self-speculative", *WITH_DRAFTER, "draft-and-verify", "draft-model"),
     "draft_model": ("adaptive", "draft-model"),
     "lookup": tuple(DRAFTERS),
     "exit_confidence": ("early-exit",),

@@ -66,7 +66,7 @@ class Request:
     reused: int = 0  # the prompt's first tokens that needed no pass
     _number: int = field(default_factory=count().__next__)  # the older, the less
     _row: Row | None = None  # once it is being decoded
-    _told: int = 0  # tokens of the answer that were delivered
+    _delivered: int = 0  # tokens of the answer that were delivered
 
     @property
     def stats(self) -> DecodeStats:
@@ -75,12 +75,12 @@ class Request:
 
     def update(self, step: RowStep) -> Update:
         """Adds a step to the answer."""
-        finished, row, told = step.finish_reason is not None, step.row, self._told
+        finished, row, known = step.finish_reason is not None, step.row, self._delivered
         if not (self.streams or finished):
             return Update("")
-        self._told = len(row.ids) - row.prompt_tokens
-        text = row.text.add(row.ids[row.prompt_tokens + told :], finished)
-        return Update(text, step.finish_reason, None, row.logprobs[told:], () if told else row.prompt_logprobs)
+        self._delivered = len(row.ids) - row.prompt_tokens
+        text = row.text.add(row.ids[row.prompt_tokens + known :], finished)
+        return Update(text, step.finish_reason, None, row.logprobs[known:], () if known else row.prompt_logprobs)
 
 
 @dataclass(eq=False)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...config.decoding import BESIDE, DecodingConfig
+from ...config.decoding import WITH_DRAFTER, DecodingConfig
 from ...config.model import Quantization
 from ...errors import ConfigError, require
 from ...model.backend import DraftEnds, Spans, Submodel, beyond_exit, states_at
@@ -372,7 +372,7 @@ def drafter(setup: DrafterSetup) -> ExitDrafter | ModelDrafter:
     config, model, weights = setup.config, setup.model, setup.config.draft_weights
     if config.strategy == "draft-model":
         return ModelDrafter(setup)
-    if (name := config.strategy) in BESIDE:
+    if (name := config.strategy) in WITH_DRAFTER:
         if name not in model.drafters:
             raise ConfigError(f"`strategy` {name}: {NO_DRAFTER.format(name)}", "strategy")
         return ExitDrafter(setup, None, Submodel(0, block=model.drafters[name]), name)

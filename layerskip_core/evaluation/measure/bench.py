@@ -19,7 +19,7 @@ from ...checkpoint.gguf_read import GgufFile
 from ...checkpoint.loaded import Decoder, Trainable
 from ...checkpoint.locate import files_digest
 from ...checkpoint.open import for_training
-from ...config.decoding import BESIDE, DRAFTERS, DecodingConfig
+from ...config.decoding import DRAFTERS, WITH_DRAFTER, DecodingConfig
 from ...config.evaluation import TRANSFORMERS_BASELINES, BenchConfig
 from ...config.resolution import Recommended, resolve_as
 from ...decoding.output import DecodeStats, StopScanner, step_counts
@@ -88,7 +88,7 @@ def strategies_of(loaded: Decoder, config: BenchConfig, recommended: Recommended
     """The strategies in the order of the tables; self-speculative decoding with each low-bit copy. Raises ConfigError."""
     skipping = ["draft-and-verify"] if config.generation.get("skip") else []
     chosen = {*(config.strategies or suiting_strategies(loaded, config)), *skipping}
-    for name in chosen & set(BESIDE) - loaded.backend.drafters.keys():
+    for name in chosen & set(WITH_DRAFTER) - loaded.backend.drafters.keys():
         require(False, "strategies", f"a list without {name} for a model without such a drafter", name)
     settings = []
     for name in ("autoregressive", "early-exit", *DRAFTERS):
