@@ -78,12 +78,13 @@ class _Passes:
         ids = torch.zeros(_LONGEST, dtype=torch.long, device=backend.device)
         self.backend, self._cache, self.hidden = backend, backend.new_cache(1, _LONGEST), backend.embed(ids)
 
-    def timed(self, run: Callable[[Tensor, Places], Tensor], tokens: int) -> float:
-        """Seconds of a run over the first tokens' embeddings (T, D), at their places, after one that is not counted."""
+    def timed(self, run: Callable[[Tensor, Places], Tensor], tokens: int, start: int = 0) -> float:
+        """Seconds of a run over the first tokens' states (T, D) before layer `start`, after one that is not counted."""
+        hidden = self.backend.run_layers(self.hidden, 0, start, self._cache.span(0, _LONGEST)) if start else self.hidden
         places, times = self._cache.span(0, tokens), []
         for _ in range(1 + _TIMES):
             started = time.perf_counter()
-            float(run(self.hidden[:tokens], places).sum())  # waits for a device
+            float(run(hidden[:tokens], places).sum())  # waits for a device
             times.append(time.perf_counter() - started)
         return median(times[1:])
 
@@ -92,7 +93,7 @@ class _Passes:
             hidden = self.backend.run_layers(hidden, start, stop, places)
             return hidden if head is None else head(hidden)
 
-        return self.timed(run, tokens)
+        return self.timed(run, tokens, start)
 
 
 def _estimate(run: _Passes, draft: float, shared: float) -> SpeedEstimate:
