@@ -1,11 +1,13 @@
 """packed.safetensors: a model's weights as the compiled kernels read them; loading maps the file and packs nothing.
 
 It has the embedding, norms and routers by their names in a checkpoint, and the tensors of each matrix (model/native/matrix.py)
-as `KIND.MATRIX.PART`: `int4.layers.0.qkv.weight`. fp32 weights that bf16 holds are `widened`, for kernels that widen bf16.
+as `KIND.MATRIX.PART`: `int4.layers.0.qkv.weight`. fp32 weights that bf16 holds are `widened`, for kernels that widen bf16. The
+header has a fingerprint of a few bytes of every tensor, against incomplete copies.
 """
 
+import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -25,7 +27,7 @@ from .folder import PACKED_FILE
 from .sidecars import naming, open_formed
 
 _FORM = {"format": "layerskip packed 1", "layout": str(LAYOUT)}
-_CONTENT, _METADATA = "content", "__metadata__"
+_CONTENT, _FINGERPRINT, _METADATA = "content", "fingerprint", "__metadata__"
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}  # of types, in safetensors
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _ADVICE = "export the model again with `--format packed`"
@@ -65,11 +67,14 @@ class PackedFile:
     """The file of a folder, whose matrices are parts of the mapped file."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Reads the header. Raises CheckpointError for a file that is foreign, or shorter than the header says."""
+        """Reads header and fingerprint. Raises CheckpointError for a damaged or foreign file."""
         self._path = Path(folder) / PACKED_FILE
         with naming(self._path, _ADVICE):
             self._file = open_formed(self._path, _FORM)
             self.content: Content = msgspec.json.decode(self._file.metadata.get(_CONTENT, "null"), type=Content)
+            samples = {name: _sample(self._file.mapped(name)) for name in self._file.entries}
+            if self._file.metadata.get(_FINGERPRINT) != _fingerprint(samples):
+                raise ValueError("its content is damaged or missing, as when it was copied in part")
         self.dtype = _DTYPES[self.content.dtype]
         exits = {int(name.split(".")[1]) for name in self._file.entries if name.startswith("exits.")}
         self.exit_blocks = ExitBlocks(tuple(map(ExitBlock, sorted(exits))), self.unpacked)  # only norms are unpacked
@@ -109,8 +114,10 @@ class PackedWriter:
         self._start = self._end = -(-(most + 16) * _ENTRY // _PAGE) * _PAGE  # of what follows the header
         self._file.seek(self._start)
         self._entries: dict[str, object] = {}
+        self._samples: dict[str, bytes] = {}
 
     def add(self, name: str, tensor: Tensor) -> None:
+        self._samples[name] = _sample(tensor)
         self._file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
         begin, self._end = self._end - self._start, self._end + tensor.nbytes
         offsets = [begin, self._end - self._start]
@@ -128,7 +135,7 @@ class PackedWriter:
 
     def finish(self, content: Content) -> None:
         """Writes the header. Without it the file is none of safetensors."""
-        described = {**_FORM, _CONTENT: json.dumps(asdict(content))}
+        described = {**_FORM, _CONTENT: json.dumps(asdict(content)), _FINGERPRINT: _fingerprint(self._samples)}
         header = json.dumps({_METADATA: described, **self._entries}, separators=(",", ":")).encode()
         size = self._start - 8
         assert len(header) <= size
@@ -146,3 +153,17 @@ def unpacked_names(spec: ModelSpec, shapes: Shapes) -> list[str]:
     whole |= {name for name in shapes if name.endswith(routers)}
     sizes = {name: len(shapes.get(f"{name.rpartition('.')[0]}.weight", shape)) for name, shape in shapes.items()}
     return [name for name, dimensions in sizes.items() if name in whole or dimensions == 1]
+
+
+def _sample(tensor: Tensor) -> bytes:
+    """The first, middle and last bytes."""
+    content = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    middle = len(content) // 2
+    return b"".join(part.tobytes() for part in (content[:64], content[middle : middle + 64], content[-64:]))
+
+
+def _fingerprint(samples: Mapping[str, bytes]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(samples):
+        digest.update(name.encode() + samples[name])
+    return digest.hexdigest()
