@@ -145,7 +145,7 @@ class LowBitWeights:
 
     def __init__(self, folder: str | Path, spec: ModelSpec, quantization: Mapping[str, Any]) -> None:
         """Raises CheckpointError for a weight that is missing."""
-        self._files = _files_by_name(folder, _TEXT_PART)
+        self._files = files_by_name(folder, _TEXT_PART)
         self._spec, self._parts, self._method = spec, spec.stored_parts, str(quantization["quant_method"])
         self._least_zero = 0 if quantization.get("checkpoint_format") == "gptq_v2" else 1
         self._dequantised: set[str] = set()
@@ -232,7 +232,8 @@ def weight_files(folder: str | Path) -> list[Path]:
     return sorted(set(Path(folder).glob("*.safetensors")) - others)
 
 
-def _files_by_name(folder: str | Path, left_out: str = "") -> dict[str, WeightFile]:
+def files_by_name(folder: str | Path, left_out: str = "") -> dict[str, WeightFile]:
+    """The weights of a folder. `left_out`: as of WeightFile."""
     files = (WeightFile(path, left_out) for path in weight_files(folder))
     return {name: file for file in files for name in file.entries}
 
@@ -255,8 +256,8 @@ def open_weights(folder: str | Path, spec: ModelSpec | None = None) -> dict[str,
     Raises CheckpointError for a wrong or missing weight; not if no name is known: transformers knows older names.
     """
     if spec is None:
-        return dict(_files_by_name(folder))
-    files = _files_by_name(folder, _TEXT_PART)
+        return dict(files_by_name(folder))
+    files = files_by_name(folder, _TEXT_PART)
     joined = JoinedWeights(files, spec.stored_parts, spec.shapes)
     known = {name: file for name, file in files.items() if name not in joined.joined} | dict.fromkeys(joined.entries, joined)
     entries = {name: known[name].entries[name] for name in spec.shapes if name in known}

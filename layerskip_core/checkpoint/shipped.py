@@ -36,9 +36,9 @@ from .folder import (
     MTP_FILE,
     JoinedWeights,
     WeightFile,
+    files_by_name,
     quiet_transformers,
     read_settings,
-    weight_files,
 )
 from .gguf_read import GgufFile
 from .loaded import Trainable
@@ -101,9 +101,9 @@ def _shipped_beside(folder: str | Path, spec: AnySpec, is_other: Callable[[str |
 
 def mtp_sidecar(folder: str | Path, spec: AnySpec) -> tuple[ExitBlocks | None, tuple[str, ...]]:
     """The drafter that a folder's checkpoint ships, read when taken; a note if it has one that is not read here."""
-    own, files = Path(folder) / MTP_FILE, dict[str, WeightFile]()
-    for file in map(WeightFile, [*weight_files(folder), *([own] if own.is_file() else [])]):
-        files |= dict.fromkeys(file.entries, file)
+    files = files_by_name(folder)
+    if (own := Path(folder) / MTP_FILE).is_file():
+        files |= dict.fromkeys((file := WeightFile(own)).entries, file)
     held = {layout: _names(layout, spec.layers, files) for layout in MTP_LAYOUTS}
     layout = next((each for each in MTP_LAYOUTS if each.stored(_INPUT, spec.layers) in held[each]), MTP_LAYOUTS[0])
     if not (found := held[layout]):
@@ -206,7 +206,7 @@ def read_assistant(folder: str | Path, target: ModelSpec) -> Assistant:
 
             with quiet_transformers():
                 text = AutoConfig.for_model(**text).to_dict()
-        files = {name: file for file in map(WeightFile, weight_files(folder)) for name in file.entries}
+        files = files_by_name(folder)
         spec = replace(_beside(text, target), tied="lm_head.weight" not in files)
         hidden, clusters = values.backbone_hidden_size, values.num_centroids * values.use_ordered_embeddings
         require(hidden == target.hidden, "backbone_hidden_size", str(target.hidden), hidden)

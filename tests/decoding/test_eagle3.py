@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_model
-from decodings import WIDE, backend_on, draft_of, ids_of, native_or_skip, prompt_of
+from decodings import WIDE, backend_on, draft_of, ids_of, native_or_skip, prompt_of, rounds_of
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
@@ -89,21 +89,12 @@ def test_rows_of_a_batch_too(kind, strategy):
 @pytest.mark.parametrize("kind", ["native", "packed", "generic"])
 def test_drafts_are_those_of_training(kind, norms):
     """Round by round, at each position of the draft: the features that the loss saw are those that drafts read."""
-    backend, model, prompt, rounds = backend_of(kind, **norms), model_of(kind), prompt_of(9), []
+    backend, model, prompt = backend_of(kind, **norms), model_of(kind), prompt_of(9)
     layer, form, tokens = (made := drafter(**norms)).layer, made.form, made.tokens
-    loop = decode(backend, prompt, EAGLE3)
-    draft = loop._drafter.draft
-
-    def recorded(context, limits):
-        found = draft(context, limits)
-        rounds.append((len(context.ids[0]), found.tokens[1:].tolist()))
-        return found
-
-    loop._drafter.draft = recorded
-    ids = [*prompt, *ids_of(loop)]
+    _, rounds = rounds_of(backend, prompt, EAGLE3)
     assert len(rounds) > 3
-    for known, drafts in rounds:
-        text = torch.tensor([[*ids[:known], *drafts]])
+    for ids, drafts in rounds:
+        known, text = len(ids), torch.tensor([[*ids, *drafts]])
         with torch.no_grad():
             states = model(text, output_hidden_states=True).hidden_states
             feature = layer.feature([states[tap][:, :-1].float() for tap in form.layers])
