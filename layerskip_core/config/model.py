@@ -41,7 +41,7 @@ class PackingConfig:
     `quantize`: low-bit linear layers and head. `draft_weights`: low-bit copies of the first `draft_layers` (0: all), with a
     head in `draft_head` (an int4 head costs most of the agreement). `draft_vocab`: the most frequent tokens, by
     token_order.json, else the tokenizer's first. `adaptive`: adds a low-bit copy if nothing else drafts and a kernel is
-    there. `rounds_drafter`: an EAGLE-3 drafter gets low bits by default.
+    there.
     """
 
     quantize: Annotated[Quantization | None, Flag("Low-bit weights (CPU only).", default="none", panel="Weights")] = None
@@ -52,7 +52,6 @@ class PackingConfig:
     draft_model: DraftModel = None
     exact: Annotated[bool, Flag("Bit-for-bit the output of autoregressive decoding; slower.")] = False
     adaptive: bool = False
-    rounds_drafter: bool = True
 
     def __post_init__(self) -> None:
         used = self.draft_head is None or bool(self.draft_weights)
@@ -70,9 +69,8 @@ class PackingConfig:
 
     @property
     def drafter(self) -> tuple[Quantization | None, Quantization | None]:
-        """The precision of layer and head of a drafter in the EAGLE-3 layout; int8 is accepted as often."""
-        usual: Quantization | None = "int8" if self.rounds_drafter else None
-        return next(iter(self.draft_weights), self.quantize or usual), self.draft_head or usual
+        """The precision of layer and head of a drafter (EAGLE-3, MTP), by default int8: its acceptance rate stays the same."""
+        return next(iter(self.draft_weights), self.quantize or "int8"), self.draft_head or "int8"
 
     @property
     def drafting(self) -> str:
