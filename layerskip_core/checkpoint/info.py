@@ -24,13 +24,7 @@ CONFIG_FILES = ("config.json", ADAPTER_FILE)  # a complete model has one of them
 _TOP = ("prompt_template", "files", "system", "policies", "profile")  # the keys that are fields of CheckpointInfo too
 
 
-class _Recipe(msgspec.Struct, frozen=True):
-    curriculum: str = "none"
-    exits: tuple[int, ...] = ()
-
-
 class _Config(msgspec.Struct, frozen=True):
-    recipe: _Recipe | None = None
     data: DataConfig | None = None
     validation: str | None = None
 
@@ -58,10 +52,10 @@ class Cost(msgspec.Struct, frozen=True):
 
 
 class _Training(msgspec.Struct, frozen=True):
-    """The details of a training that are read; losses, agreement and blocks by exit. Older versions lack some."""
+    """The details of a training that are read; losses, agreement and blocks by exit."""
 
     config: _Config = _Config()
-    trained_exits: tuple[int, ...] | None = None
+    trained_exits: tuple[int, ...] = ()
     cost: Cost | None = None
     final_losses: dict[str, float | None] = {}
     agreement: dict[str, float] = {}
@@ -103,14 +97,10 @@ class CheckpointInfo:
         """The template that the checkpoint names."""
         return None if self.prompt_template is None else PromptTemplate(self.prompt_template, self.system)
 
-    def trained_exits(self, num_layers: int) -> tuple[int, ...]:
-        """The exits before the last layer that `finetune` trained: the recipe's, or all."""
-        if self._training.trained_exits is not None:
-            return self._training.trained_exits
-        recipe = self._training.config.recipe or _Recipe()
-        if recipe.curriculum == "none":
-            return ()
-        return tuple(exit_layer for exit_layer in range(1, num_layers) if not recipe.exits or exit_layer in recipe.exits)
+    @property
+    def trained_exits(self) -> tuple[int, ...]:
+        """The exits before the last layer that `finetune` trained."""
+        return self._training.trained_exits
 
     @property
     def agreement(self) -> dict[str, float]:
@@ -139,7 +129,7 @@ class CheckpointInfo:
         known, training = self.profile, self._training
         agreement = {f"exit {name}" if name.isdigit() else name: share for name, share in self.agreement.items()}
         if not agreement and (last := training.final_losses.get(str(num_layers))) is not None:
-            losses = {layer: training.final_losses.get(str(layer)) for layer in self.trained_exits(num_layers)}
+            losses = {layer: training.final_losses.get(str(layer)) for layer in self.trained_exits}
             agreement = {f"exit {layer}": exp(-max(loss - last, 0.0) / 2) for layer, loss in losses.items() if loss is not None}
         if known is not None and (known.draft_head, known.draft_vocab) == (packing.draft_head, packing.draft_vocab):
             return replace(known, acceptance=agreement | known.acceptance)

@@ -125,7 +125,7 @@ class Decoder:
         """From layerskip.json, else an exit block, else as published, else a quarter of the layers and 6 drafts."""
         exit_layer, drafts = PUBLISHED.get(self.name, (max(1, self.backend.num_layers // 4), _USUAL_DRAFTS))
         info, blocks = self.info, tuple(self.backend.exit_blocks)
-        exits = blocks or info.trained_exits(self.backend.num_layers)
+        exits = blocks or info.trained_exits
         if not exits and self.name in PUBLISHED:
             exits = (exit_layer,)
         strategy = "self-speculative" if info.exit_layer is not None and not exits else None
