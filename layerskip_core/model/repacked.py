@@ -1,9 +1,9 @@
 """The base of both backends on repacked weights: makes layers, heads and low-bit copies, and splits large calls."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -81,8 +81,7 @@ class RepackedLayers(ABC):
 
 @dataclass
 class _Chain:
-    """Layers in one precision, the first `depth` of the model's own and those of exit blocks; None where this copy lacks one.
-    That of depth 0 has the layer of MTP alone.
+    """The first `depth` layers of the model and those of exit blocks, in one precision; None where this copy lacks one.
 
     `whole` and `at_exits` are heads that draft. `blocks`: by exit.
     """
@@ -133,8 +132,7 @@ class RepackedBackend(ABC):
         """
         packing = packing or PackingConfig()
         self.spec, self._chain_spec = spec, with_blocks(spec, exit_blocks)
-        self._calibrated = None if int4 is None else checked(int4, spec.shapes)
-        self._stored = None if stored is None else checked(stored, spec.shapes)
+        self._calibrated, self._stored = int4, None if stored is None else checked(stored, spec.shapes)
         weights = Weights(checked(take, spec.shapes, spec.mapped), spec.shapes)
         with torch.inference_mode():
             self._embedding = embedding = weights.of(spec.embedding_name) if embedding is None else embedding
@@ -143,7 +141,8 @@ class RepackedBackend(ABC):
             self._has_blocks = bool(exit_blocks.blocks or exit_blocks.mtp)  # whose norms come before the head too
             self._prepare(packing, weights)
             norm = norm_weights(weights, spec.names.norm, spec)
-            self._head, chains = self._headed_chains(weights, norm, packing, token_order, exit_blocks.mtp is not None)
+            mtp = exit_blocks.mtp
+            self._head, chains, drafting = self._headed_chains(weights, norm, packing, token_order, mtp is not None)
             self.exit_blocks: dict[int, PlacedBlock] = {}
             self._add_layers(chains, weights, exit_blocks)
             runners = [self._layers_of(chain.layers, chain.exact) for chain in chains]
@@ -151,12 +150,11 @@ class RepackedBackend(ABC):
             self.embed, self.run_layers, self.write_kv = layers.embed, layers.run_layers, layers.write_kv
             self.normed = self._norm(norm)
             self.drafters = self._drafters(exit_blocks, packing)
+            if mtp is not None:
+                self.drafters["mtp"] = self._placed_mtp(mtp, layers.num_layers, self._drafter_kinds(packing)[0], drafting)
         self.draft_sides: dict[Quantization | None, DraftSide] = {}
         for chain, layers in zip(chains, runners, strict=True):
             own, kernel = layers is self._layers, self._draft_kernel(layers)
-            if isinstance(mtp := chain.blocks.get(0), PlacedMtp):
-                self.drafters["mtp"] = replace(mtp, layers=layers, kernel=kernel)
-                continue
             side = DraftSide(layers, chain.depth, chain.whole, chain.at_exits, chain.blocks, own, kernel)
             self.draft_sides[None if own else chain.low_bits] = side
         self.num_layers, self.device, self.dtype = spec.layers, embedding.device, embedding.dtype
@@ -179,14 +177,10 @@ class RepackedBackend(ABC):
         logits: Tensor = self._head(hidden)
         return logits
 
-    def choose(
-        self, tokens: Tensor, states: Tensor | None, start: int, stop: int, kept: Sequence[int], places: Places
-    ) -> tuple[Tensor, dict[int, Tensor]]:
-        return choose_by_head(self, tokens, states, start, stop, kept, places)
+    choose = choose_by_head
 
     # What the kernels of a backend do. A head is a norm and a matrix, (..., D) to logits (..., N), and its `with_norm(norm)` is
-    # the same matrix after another norm. Matrices have the precision of the weights, or `low_bits`. Weights are read when they
-    # are needed. `exact`: rows keep the bits that they have alone.
+    # the same matrix after another norm. Matrices have the precision of the weights, or `low_bits`. `exact`: batch-invariant.
 
     @abstractmethod
     def _prepare(self, packing: PackingConfig, weights: Weights) -> None:
@@ -208,11 +202,11 @@ class RepackedBackend(ABC):
     def _join(self, weights: Weights, low_bits: Quantization | None) -> Callable[[Tensor], Tensor]: ...
 
     def _drafter_kinds(self, packing: PackingConfig) -> tuple[Quantization | None, Quantization | None]:
-        """The precision of the layer of MTP, and of the head that drafts after it."""
+        """The precision of MTP's layer and of the head after it."""
         return (packing.quantize,) * 2
 
     def _drafters(self, exit_blocks: ExitBlocks, packing: PackingConfig) -> dict[str, DraftBlock]:
-        """Those beside the chain of layers."""
+        """The drafters outside the chain of layers, but for MTP."""
         drafter = exit_blocks.eagle3
         return {} if drafter is None else {"eagle3": self.placed_eagle3(drafter, self._chain_spec.layers - 1, packing)}
 
@@ -231,8 +225,8 @@ class RepackedBackend(ABC):
 
     def _headed_chains(
         self, weights: Weights, norm: Affine, packing: PackingConfig, order: list[int] | None, has_mtp: bool
-    ) -> tuple[Any, list[_Chain]]:
-        """The head that verifies; the model's own chain and those that draft, with their heads and without layers."""
+    ) -> tuple[Any, list[_Chain], DraftHead]:
+        """The head that verifies; the model's own chain and its copies, with heads and still without layers; MTP's head."""
         quantize, exact, layers, count = packing.quantize, packing.exact, self.spec.layers, packing.draft_vocab
         weights = weights.remembered().after({self.spec.embedding_name: self._embedding}.get)
         few = DraftVocabulary(self.spec.vocab, count or EXIT_VOCABULARY, order)
@@ -248,19 +242,17 @@ class RepackedBackend(ABC):
 
         verifying = head(quantize, exact=exact)
         chains = [_Chain(quantize, exact, layers, *drafting(quantize, lambda: verifying))]
+        at_exits = {quantize: chains[0].at_exits}
         if packing.draft_weights:
             kind = packing.draft_head or "int8"
             shared = kind == quantize and not exact
             heads = (chains[0].whole, chains[0].at_exits) if shared else drafting(kind, lambda: head(kind))
-            depth = packing.draft_layers or layers
+            depth, at_exits[kind] = packing.draft_layers or layers, heads[1]
             chains += [_Chain(copy, False, depth, heads[depth < layers], heads[1]) for copy in packing.draft_weights]
-        if has_mtp:
-            of_layer, of_head = self._drafter_kinds(packing)
-            of_copies = (packing.draft_head or "int8") if packing.draft_weights else quantize
-            known = {quantize: chains[0], of_copies: chains[-1]}
-            there = known[of_head].at_exits if of_head in known else drafting(of_head, lambda: head(of_head))[1]
-            chains.append(_Chain(of_layer, False, 0, there, there))
-        return verifying, chains
+        of_mtp = self._drafter_kinds(packing)[1] if has_mtp else quantize
+        if of_mtp not in at_exits:
+            at_exits[of_mtp] = drafting(of_mtp, lambda: head(of_mtp))[1]
+        return verifying, chains, at_exits[of_mtp]
 
     def _add_layers(self, chains: list[_Chain], weights: Weights, exit_blocks: ExitBlocks) -> None:
         """Takes every weight once. A second copy exists of one matrix at most, of one layer where there are several chains."""
@@ -269,31 +261,36 @@ class RepackedBackend(ABC):
             *((index + 1, weights.below(self.spec.layer_prefix(index)), None) for index in range(self.spec.layers)),
             *((block.exit_layer, of_blocks.below(block.prefix), block) for block in exit_blocks.blocks),
         ]
-        if (mtp := exit_blocks.mtp) is not None:
-            parts.append((0, mtp.weights(self.spec, self._embedding).below(MTP.prefix), MTP))
         for place, (depth, stored, block) in enumerate(parts):
-            own = stored.remembered() if block or sum(chain.depth > 0 for chain in chains) > 1 else stored
+            own = stored.remembered() if block or len(chains) > 1 else stored
             for chain in chains:
-                if depth > chain.depth or (depth == 0) != (chain.depth == 0):
+                if depth > chain.depth:
                     chain.layers.append(None)
                     continue
-                of_layer = self._source(own.below("layer.") if block else own, chain.low_bits)
+                of_layer = own.below("layer.") if block else self._source(own, chain.low_bits)
                 chain.layers.append(self._layer(of_layer, place, chain.low_bits, chain.exact))
                 if block:
-                    norm = norm_weights(own, "norm", self.spec)
-                    head: Any = chain.at_exits.unembed
-                    few = chain.at_exits.vocabulary
-                    placed = PlacedBlock(block, place, head.with_norm(norm), few)
-                    if block == MTP:
-                        norms = [self._norm(norm_weights(own, of, self.spec)) for of in ("norm", *INPUT_NORMS)]
-                        join = self._join(own, chain.low_bits)
-                        placed = PlacedMtp(block, place, placed.head, few, norm=norms[0], join=join, input_norms=norms[1:])
+                    norm, head = norm_weights(own, "norm", self.spec), cast(Any, chain.at_exits.unembed)
+                    placed = PlacedBlock(block, place, head.with_norm(norm), chain.at_exits.vocabulary)
                     chain.blocks[depth] = placed
                     if chain is chains[0]:
-                        whole = self._head.with_norm(norm)
-                        self.exit_blocks[depth] = replace(chain.blocks[depth], head=whole, vocabulary=None)
+                        self.exit_blocks[depth] = replace(placed, head=self._head.with_norm(norm), vocabulary=None)
+
+    def _placed_mtp(self, mtp: ExitBlocks, place: int, low_bits: Quantization | None, head: DraftHead) -> PlacedMtp:
+        """The drafter that the checkpoint ships: layer `place`, in a chain of its own."""
+        own, matrix = mtp.weights(self.spec, self._embedding).below(MTP.prefix), cast(Any, head.unembed)
+        layer = self._layer(own.below("layer."), place, low_bits, False)
+        layers = self._layers_of([*[None] * place, layer], False)
+        norm, *inputs = (norm_weights(own, name, self.spec) for name in ("norm", *INPUT_NORMS))
+        return PlacedMtp(
+            *(MTP, place, matrix.with_norm(norm), head.vocabulary, self._draft_kernel(layers)),
+            norm=self._norm(norm),
+            join=self._join(own, low_bits),
+            input_norms=list(map(self._norm, inputs)),
+            layers=layers,
+        )
 
     def _source(self, weights: Weights, kind: Quantization | None) -> Weights:
-        """With weights as they are stored, where there are any: calibrated ones for int4, rows of blocks without low bits."""
+        """With calibrated rows for int4; without low bits with the rows of blocks of the file."""
         stored = {"int4": self._calibrated, None: self._stored}.get(kind)
         return weights if stored is None else weights.after(stored)
