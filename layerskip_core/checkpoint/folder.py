@@ -60,7 +60,7 @@ def lean_spec(folder: str) -> ModelSpec | None:
         return None
     spec = ModelSpec.of(SimpleNamespace(**config))
     simple = all(rope.type in ("default", "proportional") and "rope_theta" in rope.parameters for rope in spec.ropes)
-    return spec if simple and missing_feature(spec, recurrent=True) is None else None
+    return spec if simple and missing_feature(spec, native=True) is None else None
 
 
 def generation_config(folder: str) -> SimpleNamespace:

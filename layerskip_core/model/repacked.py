@@ -132,7 +132,7 @@ class RepackedBackend(ABC):
         """
         packing = packing or PackingConfig()
         self.spec, self._chain_spec = spec, with_blocks(spec, exit_blocks)
-        self._calibrated, self._stored = int4, None if stored is None else checked(stored, spec.shapes)
+        self._calibrated, self._stored = int4, stored and checked(stored, spec.shapes)
         weights = Weights(checked(take, spec.shapes, spec.mapped), spec.shapes)
         with torch.inference_mode():
             self._embedding = embedding = weights.of(spec.embedding_name) if embedding is None else embedding

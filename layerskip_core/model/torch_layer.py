@@ -48,8 +48,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 _STATIC_ROPES = ("default", "linear", "llama3", "yarn", "dynamic", "longrope", "proportional")
 
 
-def missing_feature(spec: AnySpec, recurrent: bool = False) -> str | None:
-    """The feature of an architecture that these layers lack; None if they have all. `recurrent`: other layers are the same."""
+def missing_feature(spec: AnySpec, native: bool = False) -> str | None:
+    """A feature of the architecture that these layers lack, or the `native` ones, which have more; None if they have all."""
     if not isinstance(spec, ModelSpec):
         return "layers that only transformers has"
     if spec.activation not in ACTIVATIONS and spec.swiglu is None:
@@ -63,7 +63,7 @@ def missing_feature(spec: AnySpec, recurrent: bool = False) -> str | None:
         "shared experts": spec.experts is not None and spec.experts.shared_inner,
         "different sizes of layers": spec.sizes,
     }
-    if not recurrent and any(features.values()):
+    if not native and any(features.values()):
         return next(name for name, present in features.items() if present)
     for rope in spec.ropes:
         if rope.type not in _STATIC_ROPES:

@@ -67,8 +67,6 @@ def checked(take: Take, shapes: Shapes, mapped: Collection[str] = ()) -> Take:
         weight = take(name)
         if isinstance(weight, BlockRows):
             check_finite(name, weight.scales)
-        elif weight is not None and is_stored(weight):
-            check_shape(name, stored_shape(*shapes[name]), tuple(weight.shape))
         elif weight is not None:
             check_shape(name, shapes[name], tuple(weight.shape))
             if name not in mapped:

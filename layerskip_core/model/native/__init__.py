@@ -17,7 +17,7 @@ from ..eagle3 import UNSUITED, Eagle3Weights
 from ..exit_blocks import INPUT_NORMS, MTP, DraftBlock, ExitBlocks
 from ..pages import PAGE, PagePool
 from ..repacked import RepackedBackend
-from ..spec import ModelSpec
+from ..spec import AnySpec, ModelSpec
 from ..torch_layer import missing_feature
 from ..torch_linear import Norm
 from ..vocabulary import DraftVocabulary
@@ -34,14 +34,14 @@ _LARGEST_HEAD = 512
 _ROW_COSTS = {"fp32": 0.15, "bf16": 0.25, "widened": 0.25, "int8": 0.3, "int4": 0.3, "stored": 0.4}
 
 
-def can_run_native(spec: ModelSpec, dtype: torch.dtype, device: torch.device, packing: PackingConfig | None) -> bool:
-    """Whether kernels are here for every part of this architecture in this precision."""
+def can_run_native(spec: AnySpec, dtype: torch.dtype, device: torch.device, packing: PackingConfig | None) -> bool:
+    """Whether compiled kernels are here and run this architecture in this precision."""
     return suits_kernels(spec, dtype, device, packing) and kernels() is not None
 
 
-def suits_kernels(spec: ModelSpec, dtype: torch.dtype, device: torch.device, packing: PackingConfig | None) -> bool:
-    """Whether the kernels, if there are any, support this architecture, its widths and this precision."""
-    if missing_feature(spec, recurrent=True) is not None or not spec.attending:
+def suits_kernels(spec: AnySpec, dtype: torch.dtype, device: torch.device, packing: PackingConfig | None) -> bool:
+    """Whether the kernels, if built, run this architecture, its widths and this precision."""
+    if not isinstance(spec, ModelSpec) or missing_feature(spec, native=True) is not None or not spec.attending:
         return False
     if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return False
@@ -50,9 +50,8 @@ def suits_kernels(spec: ModelSpec, dtype: torch.dtype, device: torch.device, pac
     low_bit = packing is not None and bool(packing.quantize or packing.draft_weights)
     divisor = GROUP_SIZE if low_bit else 2
     layers = [spec.of_layer(layer) for layer in range(spec.layers)] if spec.sizes else [spec]
-    if any(of_layer.head_dim > _LARGEST_HEAD or of_layer.head_dim % 2 for of_layer in layers):  # a bf16 cache keeps pairs
-        return False
-    if spec.token_width > spec.hidden:
+    odd_or_large = (of_layer.head_dim > _LARGEST_HEAD or of_layer.head_dim % 2 for of_layer in layers)  # bf16 comes in pairs
+    if any(odd_or_large) or spec.token_width > spec.hidden:
         return False
     widths = [spec.hidden, spec.token_width, spec.experts.inner if spec.experts else spec.inner]
     widths += [width for of_layer in layers for width in (of_layer.inner, of_layer.queries)]
