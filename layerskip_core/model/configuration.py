@@ -122,7 +122,7 @@ class Values:
         return (self.swiglu_alpha or 1.702, self.swiglu_limit or 7.0) if clamped else None
 
     def layers(self, architecture: Architecture) -> tuple[tuple[str, ...], int | None, list[bool]]:
-        """By layer its kind, and whether it has rotary positions; between them the window of the sliding ones."""
+        """(kind of each layer, window of the sliding ones, whether each layer has rotary positions)."""
         layers, window, listed, mixer = self.num_hidden_layers, self.sliding_window, self.layer_types, architecture.mixer
         if mixer is not None and "attn_layer_indices" in architecture.uses:
             listed = [FULL if layer in (self.attn_layer_indices or ()) else mixer.kind for layer in range(layers)]
