@@ -1,15 +1,13 @@
 """Drafters beside a model on the C kernels: in the EAGLE-3 layout, and the assistant of a Gemma 4 model.
 
-An assistant is a small decoder that was trained to draft for its model (google/gemma-4-E2B-it-assistant). Its layers have
-queries only: each reads the keys and values of the model's last layer of its kind that has some. With the model's embedding e
-of a token and its state s, after the final norm, for the token before:
+An assistant is a small decoder trained to draft for its model (google/gemma-4-E2B-it-assistant). Its layers have queries only:
+each reads the keys and values of the model's last attending layer of its kind. Let e be the model's embedding of a token, and s
+the model's output of the final norm for the token before:
 
-    x = W_in [e; s], h = norm(layers(x)), logits = head(h), and s of the next draft is W_out h
+    x = W_in [e; s], h = norm(layers(x)), logits = head(h); for the next draft s = W_out h
 
-All drafts of a round stand at the position of the model's last token with KV entries, as in vLLM and mlx-vlm; transformers
-rotates queries for the position after it.
-
-A head with clusters scores only the tokens of the `chosen` ones whose centroids h scores highest.
+All drafts of a round have the position of the model's last KV entry, as in vLLM and mlx-vlm; transformers rotates queries for
+the position after it. A head with clusters scores only the tokens of the `chosen` clusters with the best centroids.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -40,12 +38,11 @@ INPUT, OUTPUT, CENTROIDS = "pre_projection.weight", "post_projection.weight", "m
 ORDER = "masked_embedding.token_ordering"  # token ids, cluster by cluster
 
 LowBits = tuple[Quantization | None, Quantization | None]
-"""Of a drafter's layers and of its head, where the kernels have these for its widths; else weights are as the embedding, or in
-fp32. A head with clusters has none."""
+"""Precisions of a drafter's layers and of its head, if its widths allow; None: that of the embedding, or fp32."""
 
 
 class _Matrices:
-    """How a drafter's weights are stored, whose matrices have these widths."""
+    """Makes a drafter's matrices, which have the given widths."""
 
     def __init__(self, pack: PackMatrix, embedding: Tensor, widths: Sequence[int], low_bits: LowBits) -> None:
         is_bf16 = embedding.dtype == torch.bfloat16 and not any(width % 2 for width in widths)
@@ -61,7 +58,7 @@ class _Matrices:
 
 
 class NativeEagle3:
-    """As PlacedEagle3, of a NativeBackend."""
+    """PlacedEagle3 of a NativeBackend."""
 
     needs_feature = True
 
@@ -130,8 +127,7 @@ def _entries(states: Tensor, before: Tensor | None) -> Tensor:
 
 
 def _layer_spec(form: Eagle3Form, spec: ModelSpec) -> ModelSpec:
-    """Of the drafter's layer, a layer of Llama beside a target."""
-    count = spec.layers
+    """The target's spec with the drafter's layer, a layer of Llama, as the last."""
     return replace(
         spec,
         architecture=ARCHITECTURES["llama"],
@@ -144,8 +140,7 @@ def _layer_spec(form: Eagle3Form, spec: ModelSpec) -> ModelSpec:
         eps=form.eps,
         activation="silu",
         kinds=(*spec.kinds[:-1], FULL),
-        window=None,
-        rope_of=(0,) * count,
+        rope_of=(0,) * spec.layers,
         rotary=form.head_dim,
         parallel=False,
         query_bias=False,
@@ -156,7 +151,6 @@ def _layer_spec(form: Eagle3Form, spec: ModelSpec) -> ModelSpec:
         logits_divisor=1.0,
         score_cap=None,
         logits_cap=None,
-        clip=None,
     )
 
 
@@ -167,24 +161,15 @@ def _rotations(form: Eagle3Form, count: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Assistant:
-    """A stored assistant.
+    """A stored assistant."""
 
-    Attributes:
-        spec: its own; the `source` of each of its layers is a layer of its model, and so are its key heads.
-        hidden: D of its model.
-        clusters: of its head; 0 for none. `chosen`: how many are scored.
-        settings: its config.json.
-        take: weights by the names of `shapes`, and the ids of ORDER.
-        model_fingerprint: of the model that it was made for, if its file has one.
-    """
-
-    spec: ModelSpec
-    hidden: int
-    clusters: int
-    chosen: int
-    settings: Mapping[str, Any]
-    take: Callable[[str], Tensor]
-    model_fingerprint: str | None = None
+    spec: ModelSpec  # its own, but `kv_heads` and each layer's `source` are the model's
+    hidden: int  # D of the model
+    clusters: int  # of the head; 0 for none
+    chosen: int  # clusters that are scored
+    settings: Mapping[str, Any]  # config.json
+    take: Callable[[str], Tensor]  # weights by the names of `shapes`, and the ids of ORDER
+    model_fingerprint: str | None = None  # of the model that it was made for, if the file has one
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -195,10 +180,10 @@ class Assistant:
 
 
 class NativeAssistant:
-    """As a PlacedBlock, of a NativeBackend; it has no KV entries. What `run` gives is the state after its last layer."""
+    """An assistant of a NativeBackend, as a PlacedBlock. It has no KV entries; `run` returns states after its last layer."""
 
     needs_feature, kernel, vocabulary = True, None, None
-    taps: tuple[int, ...] = ()  # it needs no states of the target but the last
+    taps: tuple[int, ...] = ()
 
     def __init__(
         self,
@@ -210,7 +195,7 @@ class NativeAssistant:
         pool: PagePool,
         low_bits: LowBits,
     ) -> None:
-        """`target`, `embedding`, `pool`: of its model."""
+        """`target`, `embedding`, `pool`: the model's."""
         spec, self._hidden = stored.spec, target.hidden
         of_layers = [spec.of_layer(layer) for layer in range(spec.layers)]
         widths = 2 * target.hidden, spec.hidden, spec.inner, *(of_layer.queries for of_layer in of_layers)
@@ -253,7 +238,7 @@ class NativeAssistant:
 
 
 class ClusteredHead:
-    """The logits (N, V) of states (N, D), -inf for the tokens of clusters that are not chosen."""
+    """Logits (N, V) of states (N, D), -inf outside the chosen clusters."""
 
     def __init__(self, norm: Norm, centroids: Tensor, table: Tensor, order: Tensor, chosen: int) -> None:
         """`centroids` (C, D); `table` (V, D) by token; `order` (V,): token ids, cluster by cluster."""
