@@ -181,10 +181,12 @@ def decoder_of(trainable: Trainable) -> Decoder:
     return decoder(trainable.name, backend, trainable.tokenizer, trainable.info, model.config, model.generation_config)
 
 
-def decoder(name: str, backend: Backend, tokenizer: Any, info: CheckpointInfo, config: object, generation: object) -> Decoder:
+def decoder(
+    name: str, backend: Backend, tokenizer: Any, info: CheckpointInfo, config: object, generation: object, *notes: str
+) -> Decoder:
     """A Decoder with the template and end tokens of the model's files. `config`, `generation`: as transformers has them."""
     eos_ids, template = end_ids(generation, config, tokenizer), resolve_template(None, None, info.template, tokenizer)
-    return Decoder(name, backend, tokenizer, info, eos_ids, template, generation=generation)
+    return Decoder(name, backend, tokenizer, info, eos_ids, template, notes, generation)
 
 
 def end_ids(*sources: object) -> frozenset[int]:

@@ -114,8 +114,7 @@ def for_decoding(
                 return _mapped(name, folder, info, on, dtype, used)
             if (source := _lean_source(folder, on, dtype, used)) is not None:
                 source = _with_sidecars(replace(source, info=info), folder, most)
-                backend, notes = _backend(source, folder)
-                return replace(_decoder(name, folder, source.info, backend), notes=notes)
+                return _decoder(name, folder, source.info, *_backend(source, folder))
         low_bits = location.gguf_file is not None or (folder and "quantization_config" in read_settings(folder, CONFIG_FILE))
         if low_bits and (stored := _as_stored(name, location, target, dtype, used, most)) is not None:
             return stored
@@ -271,8 +270,8 @@ def _as_stored(
     source = replace(source, exit_blocks=replace(NO_BLOCKS, mtp=files.drafter)) if isinstance(files, GgufFile) else source
     backend, notes = _backend(_with_sidecars(source, location.folder, memory), location.path)
     generation = None if isinstance(files, GgufFile) else generation_config(location.path)
-    made = decoder(name, backend, tokenizer_of(files), read_info(location.path), files.config, generation)
-    return replace(made, notes=(*notes, *weights.notes))
+    found = read_info(location.path), files.config, generation
+    return decoder(name, backend, tokenizer_of(files), *found, *notes, *weights.notes)
 
 
 def _model_source(trainable: Trainable, packing: PackingConfig) -> Source:
@@ -348,12 +347,12 @@ def _mapped(name: str, folder: str, info: CheckpointInfo, device: torch.device, 
     blocks = with_drafters(file.exit_blocks, folder, spec)
     backend = NativeBackend(spec, file.unpacked, packing, order, None, blocks, file.embedding(spec), pack=file.matrix)
     backend.implementation = named_int4(backend.implementation, file.content.calibrated)
-    return replace(_decoder(name, folder, info, backend), notes=blocks.notes)
+    return _decoder(name, folder, info, backend, blocks.notes)
 
 
-def _decoder(name: str, folder: str, info: CheckpointInfo, backend: Backend) -> Decoder:
+def _decoder(name: str, folder: str, info: CheckpointInfo, backend: Backend, notes: tuple[str, ...]) -> Decoder:
     spec = backend.spec
-    return decoder(name, backend, tokenizer_in(folder, spec.vocab), info, spec.config, generation_config(folder))
+    return decoder(name, backend, tokenizer_in(folder, spec.vocab), info, spec.config, generation_config(folder), *notes)
 
 
 def _repacked(trainable: Trainable, location: Location, packing: PackingConfig, memory: float) -> Decoder:

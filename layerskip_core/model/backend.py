@@ -105,9 +105,8 @@ class DraftHead(NamedTuple):
         return chosen if self.vocabulary is None else self.vocabulary.tokens(chosen)
 
 
-DraftKernel = Callable[
-    [DraftHead, Tensor, Submodel, Places, DraftEnds, Tensor | None, bool], tuple[Tensor, dict[int, Tensor], list[float]]
-]
+Drafted = tuple[Tensor, dict[int, Tensor], list[float]]
+DraftKernel = Callable[[DraftHead, Tensor, Submodel, Places, DraftEnds, Tensor | None, bool], Drafted]
 """Drafts greedily for one row: at most d tokens after the newest, the last of a text (n,); the places are those of all d + 1.
 
 If n > 1, guesses are looked up in the text and verified in the newest token's pass (only without `taps`). The last arguments:

@@ -1,4 +1,4 @@
-"""The base of both backends on repacked weights: makes layers, heads and low-bit copies, and splits large calls."""
+"""The base of both backends on repacked weights: makes layers, heads and low-bit copies."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -17,26 +17,26 @@ from .spec import ModelSpec
 from .vocabulary import EXIT_VOCABULARY, DraftVocabulary
 from .weights import Affine, Take, Weights, checked, named_int4, norm_weights, taken_from
 
-CHUNK = 256  # tokens of a prompt per part, which bounds the attention mask
-MOST_BYTES = 1 << 28  # of activations, where a call has several prompts: its parts then have fewer tokens of each
+CHUNK = 256  # tokens of a prompt per part of a call, which bounds the attention mask
+MOST_BYTES = 1 << 28  # of activations in a part with several prompts
 
 
 def rows_at_once(rows: int, row_bytes: Callable[[], int]) -> int:
-    """Rows per part of a call. `row_bytes`: approximate size of a row's activations."""
+    """Tokens per part of a call. `row_bytes`: approximate size of a token's activations."""
     return CHUNK if rows <= CHUNK else max(CHUNK, MOST_BYTES // row_bytes())
 
 
 class RepackedLayers(ABC):
-    """`Layers` by kernels that run a span of layers, for inference only. Not for two threads at once.
+    """`Layers` by kernels that run a span of layers, for inference only; not thread-safe.
 
-    A call is split into parts whose activations take about 256 MB, and which have 256 tokens at least.
+    Large calls are split into parts of at least 256 tokens and about 256 MB of activations.
     """
 
     def __init__(
         self, spec: ModelSpec, embedding: Tensor, learned: Tensor | None, layers: list[Any], dtype: torch.dtype
     ) -> None:
-        """`learned`: positions (context, D), which the first layer's input has besides the embedding. `layers`: the model's and
-        the exit blocks'; None where this copy lacks the layer. `dtype`: of hidden states.
+        """`learned`: positions (context, D), added to the embedding. `layers`: the model's, then the exit blocks'; None if this
+        copy lacks the layer. `dtype`: of hidden states.
         """
         self.learned = None if learned is None else learned.to(dtype)
         self.num_layers, self.device, self.embedding = len(layers), embedding.device, embedding
@@ -44,13 +44,11 @@ class RepackedLayers(ABC):
         self._scale = float(torch.tensor(spec.embedding_scale).to(embedding.dtype))  # as transformers rounds it
 
     def embed(self, ids: Tensor) -> Tensor:
-        hidden = torch.embedding(self.embedding, ids)
-        if self.dtype != hidden.dtype:
-            hidden = hidden.to(self.dtype)
+        hidden = torch.embedding(self.embedding, ids).to(self.dtype)
         return hidden if self._scale == 1 else hidden * self._scale
 
     def placed(self, hidden: Tensor, places: Places) -> Tensor:
-        """The first layer's input, from embedded tokens (N, D)."""
+        """Adds learned positions, if the model has these, to embedded tokens (N, D)."""
         return hidden if self.learned is None else hidden + self.learned[places.positions.to(self.device, non_blocking=True)]
 
     @abstractmethod
@@ -96,7 +94,7 @@ class _Chain:
 
 
 class RepackedBackend(ABC):
-    """The operations and results of `TransformersBackend`, for inference only. Not for two threads at once."""
+    """`Backend` on repacked weights, with the results of `TransformersBackend`, for inference only; not thread-safe."""
 
     exact = batch_invariant = recordable = False
     draft_model: Backend | None = None
@@ -118,17 +116,17 @@ class RepackedBackend(ABC):
         Args:
             spec: of the model.
             take: gives its weights by their names in a checkpoint; each is taken once.
-            packing: low bits, and what drafts.
-            token_order: ids, the most frequent first, which `draft_vocab` counts; None for the tokenizer's order. Exits draft
-                among the first EXIT_VOCABULARY of an order unless `draft_vocab` says otherwise.
-            int4: calibrated weights as rows of bytes, for int4 layers and heads; the others are rounded to nearest.
-            exit_blocks: those of the model's exits.
-            embedding: instead of the one that `take` gives.
-            stored: rows of blocks of a GGUF file, for layers and heads without other low bits; of the compiled kernels only.
+            packing: low bits and drafts.
+            token_order: ids, the most frequent first, for `draft_vocab`; None: the tokenizer's order. With an order, exits
+                draft among its first EXIT_VOCABULARY tokens by default.
+            int4: calibrated weights as rows of bytes, for int4 layers and heads; without them weights are rounded to nearest.
+            exit_blocks: the model's blocks and drafters.
+            embedding: in place of the one from `take`.
+            stored: rows of blocks of a GGUF file, for layers and heads without other low bits (compiled kernels only).
 
         Raises:
             CheckpointError: a weight is missing, has another shape, or is not finite.
-            ConfigError: no kernel does what `packing` asks for.
+            ConfigError: no kernel supports `packing`.
         """
         packing = packing or PackingConfig()
         self.spec, self._chain_spec = spec, with_blocks(spec, exit_blocks)
@@ -138,7 +136,7 @@ class RepackedBackend(ABC):
             self._embedding = embedding = weights.of(spec.embedding_name) if embedding is None else embedding
             positions = spec.names.positions
             self._learned = None if positions is None else weights.of(f"{positions}.weight")
-            self._has_blocks = bool(exit_blocks.blocks or exit_blocks.mtp)  # whose norms come before the head too
+            self._has_blocks = bool(exit_blocks.blocks or exit_blocks.mtp)  # then the head follows several norms
             self._prepare(packing, weights)
             norm = norm_weights(weights, spec.names.norm, spec)
             mtp = exit_blocks.mtp
@@ -162,7 +160,7 @@ class RepackedBackend(ABC):
 
     @classmethod
     def of(cls, model: nn.Module, *args: Any, **options: Any) -> Self:
-        """Takes the weights of a transformers model, which can no longer run afterwards."""
+        """Takes the weights out of a transformers model, which can no longer run."""
         return cls(ModelSpec.of(model.config), taken_from(model), *args, **options)
 
     @property
@@ -179,16 +177,16 @@ class RepackedBackend(ABC):
 
     choose = choose_by_head
 
-    # What the kernels of a backend do. A head is a norm and a matrix, (..., D) to logits (..., N), and its `with_norm(norm)` is
-    # the same matrix after another norm. Matrices have the precision of the weights, or `low_bits`. `exact`: batch-invariant.
+    # The parts by kernels. A head is a norm and a matrix, (..., D) to logits (..., N); `with_norm(norm)` is the same matrix
+    # after another norm. Matrices have the precision of the weights, or `low_bits`. `exact`: batch-invariant.
 
     @abstractmethod
     def _prepare(self, packing: PackingConfig, weights: Weights) -> None:
-        """Sets the shared values, once the embedding is there."""
+        """Sets values that the parts share, after the embedding."""
 
     @abstractmethod
     def _described(self, packing: PackingConfig) -> str:
-        """Which kernels run, once there are layers."""
+        """The implementation, after the layers."""
 
     @abstractmethod
     def _layer(self, weights: Weights, index: int, low_bits: Quantization | None, exact: bool) -> Any: ...
@@ -220,7 +218,7 @@ class RepackedBackend(ABC):
     def _layers_of(self, layers: list[Any], exact: bool) -> RepackedLayers: ...
 
     def _draft_kernel(self, layers: Any) -> DraftKernel | None:
-        """The function that writes a whole draft in one call, or None."""
+        """The function that makes a whole draft in one call, if there is one."""
         return None
 
     def _headed_chains(
@@ -255,7 +253,7 @@ class RepackedBackend(ABC):
         return verifying, chains, at_exits[of_mtp]
 
     def _add_layers(self, chains: list[_Chain], weights: Weights, exit_blocks: ExitBlocks) -> None:
-        """Takes every weight once. A second copy exists of one matrix at most, of one layer where there are several chains."""
+        """Fills the chains. Takes every weight once; memory holds twice at most one matrix, or a layer if there are copies."""
         of_blocks = exit_blocks.weights(self.spec, self._embedding)
         parts: list[tuple[int, Weights, ExitBlock | None]] = [
             *((index + 1, weights.below(self.spec.layer_prefix(index)), None) for index in range(self.spec.layers)),

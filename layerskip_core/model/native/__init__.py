@@ -23,7 +23,7 @@ from ..torch_linear import Norm
 from ..vocabulary import DraftVocabulary
 from ..weights import GROUP_SIZE, Affine, Take, Weights, head_weights, norm_weights
 from .compiled import MOST_ROPES, kernels
-from .drafters import NativeAssistant, NativeEagle3
+from .drafters import NativeAssistant, NativeEagle3, Target
 from .heads import NativeLinear, choose, draft
 from .layers import KEPT_ROWS, Engine, NativeLayer, NativeLayers, NativeNorm, NativeTokenInputs
 from .matrix import PANEL, HugePages, MatrixForm, NativeMatrix, PackMatrix
@@ -157,15 +157,17 @@ class NativeBackend(RepackedBackend):
     def _drafters(self, exit_blocks: ExitBlocks, packing: PackingConfig) -> dict[str, DraftBlock]:
         found = super()._drafters(exit_blocks, packing)
         if (assistant := exit_blocks.assistant) is not None:
-            own = self.spec, self._embedding, self._pool, packing.drafter
-            found["mtp"] = NativeAssistant(self._kernels, self._packed, assistant, *own)
+            found["mtp"] = NativeAssistant(self._target(self.spec, packing), assistant)
         return found
+
+    def _target(self, spec: ModelSpec, packing: PackingConfig) -> Target:
+        return Target(self._kernels, self._packed, spec, self._embedding, self._pool, packing.drafter)
 
     def placed_eagle3(self, stored: Eagle3Weights, place: int, packing: PackingConfig) -> NativeEagle3:
         if self._inputs is not None:
             raise CheckpointError(UNSUITED.format(self.spec.model_type))
-        own, self._pool.window = (self._chain_spec, self._embedding, self._pool), None  # its attention has no window
-        return NativeEagle3(self._kernels, self._packed, stored, *own, place, packing.drafter)
+        self._pool.window = None  # its attention has none
+        return NativeEagle3(self._target(self._chain_spec, packing), stored, place)
 
     def _norm(self, weights: Affine) -> Callable[[Tensor], Tensor]:
         """Of fp32 hidden states."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backend import DraftEnds, DraftHead, Submodel
+from ..backend import Drafted, DraftEnds, DraftHead, Submodel
 from ..cache import Places
 from ..exit_blocks import PlacedBlock, PlacedMtp
 from ..repacked import rows_at_once
@@ -65,7 +65,7 @@ def draft(
     feature: Tensor | None,
     runs_last: bool,
     norms_output: bool = False,
-) -> tuple[Tensor, dict[int, Tensor], list[float]]:
+) -> Drafted:
     """A `DraftKernel`, after constant arguments. `norms_output`: as in Eagle3Form."""
     exit_layer, beyond, stops, (head, vocabulary) = submodel.exit_layer, submodel.beyond, submodel.stops, chosen_by
     entry = None if feature is None else torch.cat((feature, feature)).to(torch.float32)
