@@ -366,7 +366,7 @@ def _repacked(trainable: Trainable, location: Location, packing: PackingConfig, 
         source = _with_sidecars(source, folder, memory)
         backend, notes = _backend(source, location.path)
         return replace(generic, backend=backend, notes=notes, info=source.info)
-    if not packing.is_plain:
+    if packing.quantize or packing.draft_weights or packing.draft_vocab or packing.exact:
         raise ConfigError(
             f"low-bit, draft and exact weights need a model that can be repacked, got {spec.model_type} with {missing}"
         )

@@ -61,11 +61,6 @@ class PackingConfig:
         return bool(self.draft_weights or self.draft_vocab or self.draft_model)
 
     @property
-    def is_plain(self) -> bool:
-        """Whether weights stay unchanged, as in a model that is not repacked."""
-        return not (self.quantize or self.draft_weights or self.draft_vocab or self.exact)
-
-    @property
     def drafter(self) -> tuple[Quantization | None, Quantization | None]:
         """The precision of layer and head of a drafter (EAGLE-3, MTP), by default int8: its acceptance rate stays the same."""
         return next(iter(self.draft_weights), self.quantize or "int8"), self.draft_head or "int8"

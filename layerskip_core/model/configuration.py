@@ -299,11 +299,6 @@ class RecurrenceSpec:
             return self.outputs, self.channels, self.heads
         return (self.channels, self.outputs) if self.key_heads else (3 * self.channels,)
 
-    @property
-    def steps(self) -> int:
-        """The number of a token's steps and decays."""
-        return 2 * self.heads if self.key_heads else 0
-
     def shapes(self, mixer: Mixer, hidden: int) -> dict[str, tuple[int, ...]]:
         """Names and shapes of a layer's weights between its projections."""
         shapes: dict[str, tuple[int, ...]] = {f"{mixer.convolution}.weight": (self.channels, 1, self.taps)}

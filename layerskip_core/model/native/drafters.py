@@ -77,7 +77,12 @@ class NativeEagle3:
         self._form, self._norms = form, {name: weight.float() for name, weight in rounded.items() if weight.dim() == 1}
         weights = Weights(rounded.get, form.shapes)
         self._spec = spec = _layer_spec(form, target.spec)
-        engine = Engine(target.kernels, spec, embedding.dtype, lambda count: [_rotations(form, count)])
+
+        def ropes(count: int) -> list[tuple[Tensor, Tensor]]:
+            angles = torch.outer(torch.arange(count, dtype=torch.float32), frequencies(form))
+            return [(angles.cos(), angles.sin())]
+
+        engine = Engine(target.kernels, spec, embedding.dtype, ropes)
         engine.make_room(len(form.layers) * form.hidden)
         engine.shape.norms_residual = form.norm_before_residual
         layer = NativeLayer(pack, weights.below(LAYER), spec, place, made.layers, Affine(weights.of(HIDDEN_NORM), None))
@@ -140,11 +145,6 @@ def _layer_spec(form: Eagle3Form, spec: ModelSpec) -> ModelSpec:
         score_cap=None,
         logits_cap=None,
     )
-
-
-def _rotations(form: Eagle3Form, count: int) -> tuple[Tensor, Tensor]:
-    angles = torch.outer(torch.arange(count, dtype=torch.float32), frequencies(form))
-    return angles.cos(), angles.sin()
 
 
 @dataclass(frozen=True)

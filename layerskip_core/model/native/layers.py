@@ -58,7 +58,8 @@ class Engine:
             sum(of_layer.projections("attention").widths) for of_layer in (spec, *map(spec.of_layer, range(spec.layers)))
         )
         if (recurrence := spec.recurrence) is not None:
-            read, mixed, steps = max(read, sum(recurrence.widths)), max(mixed, recurrence.outputs), recurrence.steps
+            read, mixed = max(read, sum(recurrence.widths)), max(mixed, recurrence.outputs)
+            steps = 2 * recurrence.heads if recurrence.key_heads else 0  # and decays
         slices = spec.layers * spec.token_width if spec.token_inputs else 0
         self.widths = (read, mixed, inside, block_output, steps, slices)  # of rows that threads share
         self.formed_bytes = 0  # of a row in the layout that the kernel of a matrix reads, at most
