@@ -31,7 +31,8 @@ INT4_FILE = "int4.safetensors"  # beside the weights, see sidecars.py
 EXIT_BLOCKS_FILE = "exit_blocks.safetensors"  # beside the weights, see sidecars.py
 MTP_FILE = "mtp.safetensors"  # beside the weights, see shipped.py
 PACKED_FILE = "packed.safetensors"  # in place of the weights, see packed_file.py
-FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
+FLOATS = ("F64", "F32", "F16", "BF16")  # in safetensors
+METADATA = "__metadata__"  # key of a safetensors header's further entries
 _LOW_BITS: dict[str, tuple[Any, ...]] = {  # the values of quantization_config for LowBitWeights, if given
     "quant_method": ("mxfp4", "gptq", "awq", "compressed-tensors", "fp8"),
     "format": ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized"),
@@ -81,7 +82,7 @@ class WeightFile:
         length = int.from_bytes(self._bytes.read(8), "little")
         self._header = json.loads(self._bytes.read(length))
         self._start = 8 + length
-        self.metadata: dict[str, str] = self._header.pop("__metadata__", {})
+        self.metadata: dict[str, str] = self._header.pop(METADATA, {})
         self._stored = {name.replace(left_out, "", 1): name for name in self._header}
         entries = {name: self._header[stored] for name, stored in self._stored.items()}
         self.entries = {name: (str(entry["dtype"]), tuple(entry["shape"])) for name, entry in entries.items()}

@@ -20,6 +20,7 @@ from .locate import PUBLISHED
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _LARGE_MODEL = 50_000_000  # parameters from which bf16 is faster on a CPU with AVX-512
 _USUAL_DRAFTS = 6  # draft tokens without a recommendation
 
@@ -42,7 +43,7 @@ def pick_dtype(dtype: str, device: torch.device, parameters: int) -> torch.dtype
     """`auto`: bf16 on CUDA, and on a CPU with AVX-512 for 50M parameters or more; else fp32. Raises ConfigError."""
     require_choice(dtype, "dtype", DTYPES)
     if dtype != "auto":
-        return {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+        return TORCH_DTYPES[dtype]
     fast = device.type == "cuda" or "AVX512" in torch.backends.cpu.get_cpu_capability()
     return torch.bfloat16 if fast and (device.type == "cuda" or parameters >= _LARGE_MODEL) else torch.float32
 

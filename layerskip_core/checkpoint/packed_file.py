@@ -23,13 +23,13 @@ from ..model.native.compiled import Kernels
 from ..model.native.matrix import LAYOUT, MatrixForm, NativeMatrix
 from ..model.spec import ModelSpec, Shapes
 from ..model.weights import Affine
-from .folder import PACKED_FILE
-from .sidecars import naming, open_formed
+from .folder import METADATA, PACKED_FILE
+from .loaded import TORCH_DTYPES
+from .sidecars import FINGERPRINT, naming, open_formed
 
 _FORM = {"format": "layerskip packed 1", "layout": str(LAYOUT)}
-_CONTENT, _FINGERPRINT, _METADATA = "content", "fingerprint", "__metadata__"
+_CONTENT = "content"  # key of the header
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}  # in safetensors
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _ADVICE = "export the model again with `--format packed`"
 _PAGE = 4096
 _ENTRY = 256  # most bytes of an entry of the header
@@ -73,9 +73,9 @@ class PackedFile:
             self._file = open_formed(self._path, _FORM)
             self.content: Content = msgspec.json.decode(self._file.metadata.get(_CONTENT, "null"), type=Content)
             samples = {name: _sample(self._file.mapped(name)) for name in self._file.entries}
-            if self._file.metadata.get(_FINGERPRINT) != _fingerprint(samples):
+            if self._file.metadata.get(FINGERPRINT) != _fingerprint(samples):
                 raise ValueError("its content is damaged or missing, as when it was copied in part")
-        self.dtype = _DTYPES[self.content.dtype]
+        self.dtype = TORCH_DTYPES[self.content.dtype]
         exits = {int(name.split(".")[1]) for name in self._file.entries if name.startswith("exits.")}
         self.exit_blocks = ExitBlocks(tuple(map(ExitBlock, sorted(exits))), self.unpacked)  # only norms are unpacked
 
@@ -135,8 +135,8 @@ class PackedWriter:
 
     def finish(self, content: Content) -> None:
         """Writes the header, which makes the file valid."""
-        described = {**_FORM, _CONTENT: json.dumps(asdict(content)), _FINGERPRINT: _fingerprint(self._samples)}
-        header = json.dumps({_METADATA: described, **self._entries}, separators=(",", ":")).encode()
+        described = {**_FORM, _CONTENT: json.dumps(asdict(content)), FINGERPRINT: _fingerprint(self._samples)}
+        header = json.dumps({METADATA: described, **self._entries}, separators=(",", ":")).encode()
         size = self._start - 8
         assert len(header) <= size
         self._file.seek(0)

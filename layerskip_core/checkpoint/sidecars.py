@@ -35,7 +35,7 @@ from ..model.eagle3 import LAYER, ROPES, TOKENS, Eagle3Form, Eagle3Weights
 from ..model.exit_blocks import NO_BLOCKS, ExitBlocks, blocks_named
 from ..model.spec import AnySpec, ModelSpec, Shapes
 from ..model.weights import GROUP_SIZE, Take, stored_shape
-from .folder import CONFIG_FILE, INT4_FILE, WeightFile
+from .folder import CONFIG_FILE, INT4_FILE, METADATA, WeightFile
 
 EAGLE3_FOLDER = "eagle3"
 EAGLE3_FILES = f"{EAGLE3_FOLDER}/{CONFIG_FILE}", f"{EAGLE3_FOLDER}/model.safetensors"
@@ -46,7 +46,6 @@ _CACHED = 10 << 30  # its largest size in bytes; the oldest files go
 
 _INT4 = {"format": "1", "group_size": str(GROUP_SIZE)}
 BLOCKS = {"format": "1"}
-_METADATA = "__metadata__"  # safetensors' key of a header's further entries
 FINGERPRINT, _AGREEMENT = "fingerprint", "agreement"
 _OF_EAGLE = "midlayer."  # prefix of the layer's weights in EAGLE's checkpoints
 _UNUSED = ("t2d", "embed_tokens.weight")  # the inverse of `d2t`; the target's embedding
@@ -181,7 +180,7 @@ def content_of(weights: Mapping[str, Tensor], model_fingerprint: str, form: Mapp
     written: bytes = save(dict(weights), metadata={**form, FINGERPRINT: model_fingerprint})
     end = 8 + int.from_bytes(written[:8], "little")  # of the header, which is padded with spaces
     header = json.loads(written[8:end])
-    header[_METADATA] = dict(sorted(header[_METADATA].items()))
+    header[METADATA] = dict(sorted(header[METADATA].items()))
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     return b"".join((written[:8], text.ljust(end - 8), memoryview(written)[end:]))
 

@@ -26,7 +26,7 @@ from .folder import (
 )
 from .gguf_read import GgufFile, dense_model
 from .info import read_info
-from .loaded import Trainable, pick_dtype
+from .loaded import TORCH_DTYPES, Trainable, pick_dtype
 from .locate import Location, adapters_of, is_adapter, locate, present, reading
 
 _NO_FOREIGN_CODE = {"trust_remote_code": False}  # the default asks on standard input
@@ -186,7 +186,7 @@ def stored_dtype(name: str) -> torch.dtype:
 def written_dtype(loaded: Trainable, asked: str) -> torch.dtype:
     """The precision to write weights in. `auto`: as stored; for GGUF the narrowest exact one."""
     if asked != "auto":
-        return {"fp32": torch.float32, "bf16": torch.bfloat16}[asked]
+        return TORCH_DTYPES[asked]
     if is_adapter(loaded.name) or locate(loaded.name).gguf_file is None:
         return stored_dtype(loaded.name)
     weights = [weight.detach() for weight in loaded.model.parameters()]
