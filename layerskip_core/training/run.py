@@ -16,7 +16,7 @@ from torch.utils.data import Subset
 
 from ..checkpoint.folder import EXIT_BLOCKS_FILE, MTP_FILE, weight_files
 from ..checkpoint.info import EXIT_BLOCKS, CheckpointInfo
-from ..checkpoint.loaded import Decoder, pick_device
+from ..checkpoint.loaded import Decoder, Trainable, pick_device
 from ..checkpoint.locate import EMBEDDED, adapters_of, downloaded, locate
 from ..checkpoint.open import for_decoding, for_training
 from ..checkpoint.save import RUN_FILES, copy_checkpoint, refuse_overwrite, save_checkpoint, save_sidecar
@@ -184,13 +184,14 @@ class FrozenModel(Plan):
 
     config: DrafterConfig
     module: FrozenExits | FrozenEagle3
+    kept: ExitBlocks  # that the model has already, with its drafters
+    decoder: Decoder  # the model, for answers and states
+    model_fingerprint: str
     answers: Answers
 
-    def __init__(
-        self, config: DrafterConfig, module: FrozenExits | FrozenEagle3, kept: ExitBlocks, decoder: Decoder, original: str
-    ) -> None:
-        """`kept`: the blocks and drafters that the model has. `decoder`, `original`: the model to decode, its fingerprint."""
-        self.config, self.module, self.kept, self.decoder, self.model_fingerprint = config, module, kept, decoder, original
+    def __init__(self, config: DrafterConfig, device: torch.device, trainable: Trainable) -> None:
+        self.config = config
+        self.place(config, device, trainable)
 
     @cached_property
     def estimate(self) -> SpeedEstimate:
@@ -276,23 +277,22 @@ def plan_drafter(config: DrafterConfig, device: torch.device, resume: Path | Non
     refuse_overwrite(config.output, config.overwrite or config.in_place)
     answers = config.answers or ("model" if has_prompts(config.data) else "data")
     trainable = for_training(config.model, str(device), config.dtype)
-    backend, weight_of = trainable.backend, trainable.model.get_parameter
+    plan, backend, weight_of = FrozenModel(config, device, trainable), trainable.backend, trainable.model.get_parameter
     require(backend.num_layers > 1, "model", "a model of at least 2 layers", backend.num_layers)
     layout = config.implied_layout or ("eagle3" if suits_engines(backend) else "exit")
     module = (FrozenEagle3 if layout == "eagle3" else FrozenExits).of(backend, replace(config, layout=layout))
     exits = module.layers if layout == "exit" else None
-    config = replace(config, lr=config.lr or MUON_LR, layout=layout, answers=answers, exits=exits)
-    kept = read_exit_blocks(source, backend.spec, weight_of)
+    plan.module, plan.config = module, replace(config, lr=config.lr or MUON_LR, layout=layout, answers=answers, exits=exits)
+    plan.kept = kept = read_exit_blocks(source, backend.spec, weight_of)
     held = {str(block.exit_layer): f"a block at exit {block.exit_layer}" for block in kept.blocks}
     held |= {} if kept.eagle3 is None else {"eagle3": "a drafter"}
     held |= {} if kept.mtp is None or config.start_from else {"mtp": "a drafter"}
     there = [held[name] for name in module.names.values() if name in held]
     if there and config.in_place and not (config.overwrite or resume):
         raise ConfigError(f"`output` {config.output} already has {there[0]}; give `overwrite` to replace it")
-    decoder = for_decoding(config.model, str(device), config.dtype)
-    module.decoder = decoder.backend
-    plan = FrozenModel(config, module, kept, decoder, fingerprint(backend.spec, weight_of))
-    plan.place(config, device, trainable)
+    plan.decoder = for_decoding(config.model, str(device), config.dtype)
+    plan.model_fingerprint = fingerprint(backend.spec, weight_of)
+    module.decoder = plan.decoder.backend
     plan.encode()
     plan.resolve(resume)
     return plan
