@@ -33,14 +33,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExitBlock:
-    """The block of an exit."""
+    """The block of an exit after `exit_layer` layers, 1..L-1; MTP: 0. Names of its weights begin with `prefix`.
 
-    exit_layer: int  # 1..L-1; MTP: 0
-    dense: bool = field(default=False, compare=False)  # it copies the MLP of the model's first layer, not the last's experts
+    `dense`: its layer has the MLP of the model's first layer, where the last has experts; on transformers' layers only.
+    """
+
+    exit_layer: int
+    dense: bool = field(default=False, compare=False)
 
     @property
     def prefix(self) -> str:
-        """The beginning of its weights' names."""
         return f"exits.{self.exit_layer}."
 
     def shapes(self, spec: AnySpec) -> dict[str, tuple[int, ...]]:
@@ -62,21 +64,24 @@ MTP = ExitBlock(0)
 
 
 class MtpLayout(NamedTuple):
-    """How checkpoints name the parts of MTP, after `prefix`; {} stands for the model's number of layers."""
+    """How checkpoints name the parts of MTP, after `prefix`; {} stands for the model's number of layers.
 
-    root: str  # the beginning of all its names
+    `root`: the beginning of all its names. `state_first`: W reads [norm(s); norm(e)]. `shares_norm`: `norm` is the model's own.
+    """
+
+    root: str
     layer: str
     norm: str
     input: str
     embedding_norm: str
     feature_norm: str
     prefix: str = "model."
-    state_first: bool = False  # W reads [norm(s); norm(e)]
-    shares_norm: bool = False  # `norm` is the model's own
-    dense: bool = False  # see ExitBlock
+    state_first: bool = False
+    shares_norm: bool = False
+    dense: bool = False
 
     def stored(self, name: str, layers: int) -> str:
-        """The stored name of a weight of MTP."""
+        """The name there of a weight of MTP."""
         part, dot, rest = name.removeprefix(MTP.prefix).partition(".")
         return str(getattr(self, part)).format(layers) + dot + rest
 

@@ -53,8 +53,8 @@ class TransformersSpec:
     context: int  # positions
     tied: bool  # whether the head is the embedding
     parameters: int
-    shapes: Shapes = field(repr=False)  # of all weights by name; a tied head has none
-    block_shapes: Shapes = field(repr=False)  # of an exit block's weights; empty if exits can have no blocks
+    shapes: Shapes = field(repr=False)  # of all weights, by their names; a tied head has none
+    block_shapes: Shapes = field(repr=False)  # of an exit block's weights; none where it can have no exit blocks
     config: Any = field(repr=False, compare=False)  # the configuration itself
 
     def weights_read(self, rows: int) -> float:
