@@ -168,7 +168,7 @@ class LowBitWeights:
         return weight
 
     def rows(self, name: str) -> Tensor | None:
-        """A low-bit weight as rows of blocks, if that is possible. Raises as `weight` does."""
+        """Rows of blocks that stand for a weight in low bits; None where there are none. Raises as `weight` does."""
         rows = self._joined(name, self._rows)
         if rows is None:
             return None

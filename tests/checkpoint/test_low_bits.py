@@ -7,14 +7,12 @@ import torch
 from command_line import run
 from conftest import edit_json, logits_of, tiny_model
 from evaluating import tiny_loaded
-from exit_block_models import add_blocks
 from safetensors.torch import load_file, save_file
 
 from layerskip_core.checkpoint.info import CheckpointInfo
 from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.checkpoint.save import save_checkpoint
 from layerskip_core.errors import CheckpointError
-from layerskip_core.model.exit_blocks import ExitBlock
 from layerskip_core.model.native.compiled import kernels
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
@@ -161,13 +159,6 @@ def test_weights_are_those_that_are_stored(form, tmp_path):
     assert types == ({kind} if kind else set())
     note = f"{42} weights in {method} were dequantised: the kernels have no form for them"
     assert decoder.notes == (() if kind else (note,))
-
-
-def test_an_exit_block_beside_weights_in_low_bits(tmp_path):
-    """Its weights are not looked for among those of the model's files."""
-    path = folder_of(tiny_model("llama", torch.float32, vocab_size=300, **WIDE), tmp_path, *FORMS["GPTQ"][:2])
-    add_blocks(path, ExitBlock(2))
-    assert list(for_decoding(path, "cpu", "fp32").backend.exit_blocks) == [2]
 
 
 def test_gpt_oss_as_it_is_published(tmp_path):
