@@ -136,10 +136,7 @@ class TransformersBackend:
     def run_layers(self, hidden: Tensor, start: int, stop: int, places: Places) -> Tensor:
         return hidden if start == stop else self._run(hidden, start, stop, places)
 
-    def choose(
-        self, tokens: Tensor, states: Tensor | None, start: int, stop: int, kept: Sequence[int], places: Places
-    ) -> tuple[Tensor, dict[int, Tensor]]:
-        return choose_by_head(self, tokens, states, start, stop, kept, places)
+    choose = choose_by_head
 
     def write_kv(self, hidden: Tensor, start: int, stop: int, places: Places) -> None:
         """As `Backend.write_kv`. Each layer ends where its attention has given its last entry to the cache."""

@@ -17,6 +17,7 @@ import pytest
 import torch
 from command_line import fails, run
 from conftest import ATTENTION, CHANGES, run_texts, tiny_model
+from decodings import UnroundedDrafter
 from exit_block_models import add_blocks, add_eagle3, random_blocks
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -27,7 +28,7 @@ from layerskip_core.checkpoint.info import CheckpointInfo, read_info
 from layerskip_core.checkpoint.loaded import Trainable
 from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.config.decoding import DecodingConfig
-from layerskip_core.config.model import Engine, PackingConfig
+from layerskip_core.config.model import Engine
 from layerskip_core.decoding import decode
 from layerskip_core.export.run import cut_config, cut_to_exit, instructions
 from layerskip_core.model import TransformersBackend
@@ -241,7 +242,7 @@ def test_a_drafter_in_the_eagle3_layout_accepts_as_often_as_here(tmp_path):
     target = str(tmp_path / "target")
     flags = ("--model", "embedded-base", "--answers", "data", "--samples", "96", "--steps", "24", "--draft-vocab", "512")
     assert not run("train-drafter", "--layout", "eagle3", *flags, "--threads", "1", "--output", target).code
-    decoder = for_decoding(target, "cpu", "fp32", PackingConfig(rounds_drafter=False))
+    decoder = for_decoding(target, "cpu", "fp32", UnroundedDrafter())
     prompts = [decoder.encode_prompt(prompt) for prompt in PROMPTS]
     setting = DecodingConfig("eagle3", num_draft_tokens=4, max_new_tokens=64)
     here = [[step.ids for [step] in decode(decoder.backend, prompt, setting, decoder.eos_ids)] for prompt in prompts]

@@ -97,7 +97,7 @@ def _resolved(loaded: Decoder, task: Task, config: SweepConfig, copies: Sequence
 def usual_exits(loaded: Decoder) -> tuple[int, ...]:
     """The exits with a block, else the trained ones (at most six), else `default_exits`."""
     layers = loaded.backend.num_layers
-    trained = tuple(loaded.backend.exit_blocks) or spread_exits(loaded.info.trained_exits(layers), layers)
+    trained = tuple(loaded.backend.exit_blocks) or spread_exits(loaded.info.trained_exits, layers)
     return trained or default_exits(layers)
 
 
