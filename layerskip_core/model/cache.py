@@ -22,6 +22,7 @@ from ..errors import ConfigError
 if TYPE_CHECKING:
     from .backend import Layers
 
+Indices = Sequence[int]
 _FEW = 16  # tokens of a row that run with other rows' in one grid, whatever the padding
 
 
@@ -74,9 +75,7 @@ class KVCache(ABC):
         self.features = self.features + other.features
 
     @abstractmethod
-    def branch(
-        self, rows: Sequence[int], starts: Sequence[int], stops: Sequence[int] | None = None, end: int | None = None
-    ) -> "KVCache":
+    def branch(self, rows: Indices, starts: Indices, stops: Indices | None = None, end: int | None = None) -> "KVCache":
         """Another cache with these rows, each as far as its stop, where each goes on from its start; without stops from there.
 
         A row may be there several times. What the one cache writes later changes nothing in the other. `end`: instead of

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LayerSkipError
-from .cache import KVCache, Places
+from .cache import Indices, KVCache, Places
 
 Sizes = tuple[int, int, int]
 PAGE = 64  # positions; as in attention.h
@@ -167,9 +167,7 @@ class PagedCache(KVCache):
         super().join(other)
         self._set(self._pages + other._pages, self._memories + other._memories)
 
-    def branch(
-        self, rows: Sequence[int], starts: Sequence[int], stops: Sequence[int] | None = None, end: int | None = None
-    ) -> "PagedCache":
+    def branch(self, rows: Indices, starts: Indices, stops: Indices | None = None, end: int | None = None) -> "PagedCache":
         branch = PagedCache(self._pool, len(rows), end or self.max_positions)
         branch.steps_back = self.steps_back
         with torch.inference_mode():
