@@ -104,12 +104,11 @@ def run_training(settings: TrainingConfig, dry_run: bool, threads: int) -> None:
 
 def _run(plan: "Plan") -> "CheckpointInfo":
     with stage_bars() as show:
-
-        def report_step(report: "StepReport") -> None:
-            show("training", report.step, report.total_steps, report_text(report))
-
         try:
-            return plan.run(report_step, lambda stage, done, total: show(stage, done, total, ""))
+            return plan.run(
+                lambda report: show("training", report.step, report.total_steps, report_text(report)),
+                lambda stage, done, total: show(stage, done, total, ""),
+            )
         except TrainingInterrupted as interrupted:
             again = shlex.join(["layerskip", *(flag for flag in sys.argv[1:] if flag != "--resume"), "--resume"])
             where = " (under torchrun, as before)" if "WORLD_SIZE" in os.environ else ""

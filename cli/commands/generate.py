@@ -94,9 +94,10 @@ def generate(
 
 
 def _narrate_stats(loaded: "Decoder", usual: DecodingConfig, total: "DecodeStats", batch_size: int) -> None:
-    from layerskip_core.evaluation.measure.cost_model import plain_bandwidth, speed_of
+    from layerskip_core.evaluation.measure.cost_model import bandwidth, plain_step, speed_of
+    from layerskip_core.evaluation.results import bandwidth_text
 
-    narrate(plain_bandwidth(loaded))
+    narrate(bandwidth_text(bandwidth(loaded, plain_step(loaded))))
     narrate(stats_text(total, loaded, usual.policy))
     by_exit = usual.strategy == "self-speculative" and usual.policy is None and total.rounds and batch_size == 1
     if by_exit and (speed := speed_of(loaded, total)) < 1:
@@ -228,11 +229,11 @@ def _together(
 
 def _logprob_document(one: "TokenLogprobs", text_of: Callable[[int], str]) -> dict[str, Any]:
     """A token with its log probability, and the best ones in its place, as an object."""
-
-    def entry(token: int, logprob: float) -> dict[str, Any]:
-        return {"id": token, "token": text_of(token), "logprob": round(logprob, 6)}
-
-    return {**entry(one.id, one.logprob), "top": [entry(*other) for other in one.top]}
+    own, *top = (
+        {"id": token, "token": text_of(token), "logprob": round(logprob, 6)}
+        for token, logprob in ((one.id, one.logprob), *one.top)
+    )
+    return {**own, "top": top}
 
 
 def _write(text: str) -> None:

@@ -3,8 +3,7 @@
 import os
 import signal
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -70,7 +69,8 @@ def serve(serving: ServeConfig, prompting: PromptingConfig, packing: PackingConf
             )
             host, port = listener.getsockname()[:2]
             address = f"[{host}]" if ":" in host else host
-            with _until_a_signal():
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+            with suppress(KeyboardInterrupt):  # uvicorn finishes its work after either signal, and raises it again
                 listener.listen(_BACKLOG)  # now, so that whoever reads the next line can connect
                 with_key = "" if key is None else f", with the key of {'`api_key`' if serving.api_key else KEY}"
                 narrate(f"{name} at http://{address}:{port}/v1{with_key}; Ctrl-C stops it")
@@ -79,18 +79,6 @@ def serve(serving: ServeConfig, prompting: PromptingConfig, packing: PackingConf
                 uvicorn.Server(config).run([listener])
         finally:
             engine.stop()
-
-
-@contextmanager
-def _until_a_signal() -> Iterator[None]:
-    """SIGINT and SIGTERM end the server without an error; uvicorn finishes its work and raises them again."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    except KeyboardInterrupt:
-        pass
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _bound(host: str, port: int) -> socket.socket:

@@ -178,7 +178,8 @@ class Service:
             jobs.append(Job(ids, config, partial(deliver, number), isolated, request.stream))
         if family == "responses":
             return jobs, ResponseDocument(self.name, jobs[0], finder, body)
-        echoes = [self._echo(prompt) for prompt in request.prompts for _ in range(request.n)] if request.echo else []
+        texts = (str(decoder.tokenizer.decode(each) if isinstance(each, list) else each) for each in request.prompts)
+        echoes = [text for text in texts for _ in range(request.n)] if request.echo else []
         return jobs, Document(family == "chat", self.name, jobs, echoes, finder, request.include_usage)
 
     async def texts(self, jobs: Sequence[Job | Embedding], updates: Iterable[Update]) -> dict[int, str]:
@@ -188,9 +189,6 @@ class Service:
         if ids:  # and perhaps the first ones of prompts
             ids |= {job.ids[0] for job in jobs}
         return await self.in_encoding(lambda: {token: self._decoder.token_text(token) for token in ids}) if ids else {}
-
-    def _echo(self, prompt: Prompt) -> str:
-        return str(self._decoder.tokenizer.decode(prompt)) if isinstance(prompt, list) else str(prompt)
 
     def cancel(self, jobs: Sequence[Job | Embedding]) -> None:
         """Finished ones stay as they are."""

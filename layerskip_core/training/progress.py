@@ -91,11 +91,11 @@ def checkpoints_folder(output: str) -> Path:
 
 def newest_first(folder: Path) -> list[Path]:
     """A run's whole checkpoints: those whose state, which is written last, has content."""
-    states = ((path, path / _STATE) for path in _checkpoints(folder))
+    states = ((path, path / _STATE) for path in checkpoints(folder))
     return [path for path, state in states if state.is_file() and state.stat().st_size]
 
 
-def _checkpoints(folder: Path) -> list[Path]:
+def checkpoints(folder: Path) -> list[Path]:
     """All, the newest first, by their names."""
     return sorted((path for path in folder.glob("*") if re.fullmatch(f"{_PREFIX}[0-9]{{1,18}}", path.name)), key=_step)[::-1]
 
@@ -108,7 +108,7 @@ def resume_point(config: TrainingConfig) -> Path | None:
     """
     folder = checkpoints_folder(config.output)
     there = newest_first(folder)
-    for path in [folder] if os.path.lexists(folder) and not folder.is_dir() else _checkpoints(folder):
+    for path in [folder] if os.path.lexists(folder) and not folder.is_dir() else checkpoints(folder):
         # A process that was killed before it wrote the seal leaves an empty folder.
         if path.is_symlink() or not path.is_dir() or (any(path.iterdir()) and not (path / SEAL).is_file()):
             raise ConfigError(f"`output`: {path} is in the way: not written by layerskip; move it away, or give another folder")
@@ -132,17 +132,12 @@ def seal(checkpoint: Path, settings: Mapping[str, Any], history: LossHistory) ->
 
 def discard_after(folder: Path, kept: Path | None) -> None:
     """Removes checkpoints of later steps than that of the one kept, and the folder if nothing else is there."""
-    _discard(folder, [each for each in _checkpoints(folder) if kept is None or _step(each) > _step(kept)])
+    discard(folder, [each for each in checkpoints(folder) if kept is None or _step(each) > _step(kept)])
     with suppress(OSError):
         folder.rmdir()
 
 
-def discard_oldest(folder: Path, kept: int | None) -> None:
-    """Removes all but so many of the newest checkpoints; None: keeps all."""
-    _discard(folder, _checkpoints(folder)[kept:] if kept else [])
-
-
-def _discard(folder: Path, checkpoints: Iterable[Path]) -> None:
+def discard(folder: Path, checkpoints: Iterable[Path]) -> None:
     """Renames checkpoints before it removes them: a process that is killed meanwhile leaves none in part."""
     shutil.rmtree(discarded := folder / "discarded", ignore_errors=True)  # what such a process left
     for checkpoint in checkpoints:

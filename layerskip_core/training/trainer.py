@@ -211,8 +211,8 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.phase = "training"
-        if process_index() == 0:
-            progress.discard_oldest(self.checkpoints, self.kept)
+        if process_index() == 0 and self.kept:
+            progress.discard(self.checkpoints, progress.checkpoints(self.checkpoints)[self.kept :])
 
     def _failure(self, what: str) -> TrainingError:
         saved = progress.newest_first(self.checkpoints)

@@ -22,7 +22,7 @@ from ...model import ModelSpec
 from ...model.backend import Submodel, beyond_exit, states_at
 from ...model.configuration import LAYER_KINDS
 from ...model.vocabulary import most_probable
-from ..results import Output, Result, bandwidth_text, require_outputs
+from ..results import Output, Result, require_outputs
 from . import Progress, measure_prompt
 
 # Answers along which every setting is timed; more of them, within about 10 s, where passes are short, whose times vary more.
@@ -90,7 +90,7 @@ def _steps(loaded: Decoder, part: Part, setting: DecodingConfig, most: int) -> l
     return steps[1:]
 
 
-def _plain_step(loaded: Decoder) -> float:
+def plain_step(loaded: Decoder) -> float:
     """Seconds of a plain step: the mean of a few after a short prompt."""
     part = loaded.encode_prompt("a"), _FEW_STEPS
     return fmean(total for *_, total in _steps(loaded, part, DecodingConfig("autoregressive"), _FEW_STEPS))
@@ -98,12 +98,7 @@ def _plain_step(loaded: Decoder) -> float:
 
 def speed_of(loaded: Decoder, stats: DecodeStats) -> float:
     """Estimated speedup of rounds with drafts over plain decoding, of which a few steps are timed."""
-    return _plain_step(loaded) * (stats.accepted + stats.rounds) / (stats.draft_seconds + stats.verify_seconds)
-
-
-def plain_bandwidth(loaded: Decoder) -> str:
-    """The bandwidth of plain decoding, of which a few steps are timed, in words."""
-    return bandwidth_text(bandwidth(loaded, _plain_step(loaded)))
+    return plain_step(loaded) * (stats.accepted + stats.rounds) / (stats.draft_seconds + stats.verify_seconds)
 
 
 def bandwidth(loaded: Decoder, step: float, positions: float = 0.0) -> dict[str, float]:

@@ -125,8 +125,7 @@ def report_page(record: RunRecord, figures: Mapping[str, str], findings: Sequenc
     if by_category := [row for row in rows if "category" in row]:
         columns = [("strategy", "strategy", ""), ("category", "category", ""), *columns[3:]]
         tables.append(_table("By category", by_category, columns))
-    parts = [str(machine[part]) for part in ("dtype", "device_name", "implementation") if part in machine]
-    parts += [plural(machine["threads"], "thread")] if "threads" in machine else []
+    parts = machine["dtype"], machine["device_name"], machine["implementation"], plural(machine["threads"], "thread")
     return _template("report").render(
         title=title(record),
         machine=", ".join(parts),
