@@ -46,10 +46,7 @@ class Run:
 
 
 def labelled(arguments: Sequence[str]) -> dict[str, list[str]]:
-    """Label -> paths, in the order given, from `LABEL=PATH,PATH` and `PATH`, whose label is its name without `-seed3`.
-
-    Raises ConfigError for an empty label or path, and for a run given twice.
-    """
+    """Paths by label, from `LABEL=PATH,PATH`, or `PATH`, whose label is its name without `-seed3`. Raises ConfigError."""
     named: list[tuple[str, str]] = []  # label, empty for none, and path
     for argument in arguments:
         whole = bool(argument) and Path(argument).exists()  # the name of a file may have commas and equals signs

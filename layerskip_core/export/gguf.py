@@ -51,11 +51,7 @@ def refuse_gguf(output: str, overwrite: bool, readme: str) -> None:
 
 
 def write_gguf(model: Any, tokenizer: Any, spec: ModelSpec, path: Path, kind: str) -> None:
-    """Writes a transformers model in fp32, its matrices as `kind`: f16, q8_0 or q4_0 (with the embedding and head in q8_0).
-
-    Raises CheckpointError for a model or tokenizer that llama.cpp would treat differently, ConfigError without the library
-    `gguf`.
-    """
+    """Writes a model in fp32, matrices as `kind`: f16, q8_0, q4_0 (head: q8_0). CheckpointError if llama.cpp would differ."""
     name = _ARCHITECTURES.get(spec.model_type)
     if name is None:
         raise CheckpointError(f"for GGUF model_type must be one of {', '.join(_ARCHITECTURES)}, found {spec.model_type}")

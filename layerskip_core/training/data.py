@@ -111,16 +111,12 @@ def _template(config: TrainingConfig, trainable: Trainable, rows: Sequence[Row])
 
 @dataclass(frozen=True)
 class EncodedData:
-    """Encoded rows with a target: input_ids, labels, truncated, and documents of packed rows.
-
-    `seen`: all of them, or the first of a stream. `left_out`: rows whose prompts leave no room for a target. `digest`: of all
-    tokens and labels.
-    """
+    """Encoded rows with a target: input_ids, labels, truncated, and documents of packed rows."""
 
     rows: "list[dict[str, Any]] | StreamedRows"
-    seen: list[dict[str, Any]]
-    left_out: int
-    digest: str | None = None  # of a stream none
+    seen: list[dict[str, Any]]  # all of them, or the first of a stream
+    left_out: int  # rows whose prompts leave no room for a target
+    digest: str | None = None  # of all tokens and labels; None of a stream
 
     @property
     def tokens(self) -> int:

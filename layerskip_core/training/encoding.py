@@ -98,13 +98,11 @@ def _naming(row: Row) -> Iterator[None]:
 
 
 def packed(documents: Iterable[list[int]], length: int) -> Iterator[dict[str, Any]]:
-    """Rows of exactly `length` tokens (the last may be shorter) with all documents in sequence, cut where a row ends.
-
-    `documents` numbers the documents of a row. The first token of each has no label, because nothing predicts it.
-    """
+    """Rows of `length` tokens (the last may be shorter) of all documents in sequence. `documents` numbers those of a row."""
     tokens = ((number, token) for number, document in enumerate(filter(None, documents)) for token in document)
     while row := list(islice(tokens, length)):
         numbers, ids = [number - row[0][0] for number, _ in row], [token for _, token in row]
+        # Nothing predicts the first token of a document.
         labels = [token if at and numbers[at - 1] == numbers[at] else IGNORED for at, token in enumerate(ids)]
         if len(ids) == length or any(label != IGNORED for label in labels):
             yield {"input_ids": ids, "labels": labels, "documents": numbers}

@@ -35,16 +35,12 @@ class RecipeModule(nn.Module):
     def __init__(
         self, model: Any, recipe: Recipe, seed: int = 0, recompute: bool = False, readers: nn.ModuleDict | None = None
     ) -> None:
-        """`model`: a transformers causal LM, or a peft model around one. `recompute`: the backward pass runs layers again.
-
-        `readers`: by exits, see `new_readers`. The attribute `tokenizer` is saved with the model; `by_muon`: Muon trains the
-        matrices of the layers.
-        """
+        """`model`: of transformers or peft. `recompute`: the backward pass runs layers again. `readers`: see `new_readers`."""
         super().__init__()
         self.model, self.config = model, model.config
         self.recipe, self.seed, self.recompute = recipe, seed, recompute
-        self.by_muon = False
-        self.tokenizer: Any = None
+        self.by_muon = False  # Muon trains the matrices of the layers
+        self.tokenizer: Any = None  # saved with the model
         self.backend = TransformersBackend(model.get_base_model() if hasattr(model, "get_base_model") else model)
         self.texts = self.backend.texts
         layers = self.backend.num_layers

@@ -113,10 +113,7 @@ def suiting_strategies(loaded: Decoder, config: BenchConfig) -> set[str]:
 
 
 def load_baselines(loaded: Decoder, config: BenchConfig, speculative: DecodingConfig) -> dict[str, Baseline]:
-    """The config's baselines by name, with exit and draft length of the `speculative` setting.
-
-    If `loaded` has repacked weights, transformers reads the model again. Raises ConfigError and CheckpointError.
-    """
+    """The config's baselines by name, with exit and draft length of `speculative`. Raises ConfigError and CheckpointError."""
 
     def transformers_model(name: str) -> Trainable:
         return for_training(name, str(loaded.backend.device), _DTYPE_NAMES.get(loaded.backend.dtype, "auto"))
@@ -260,10 +257,7 @@ class StepTimer(BaseStreamer):  # type: ignore[misc]
 
 
 def llama_cpp(loaded: Decoder, gguf: str) -> Baseline:
-    """llama.cpp (package xllamacpp) on a GGUF file: greedy, without drafts, with this process's threads.
-
-    Raises ConfigError if the package or the file is missing or does not suit, CheckpointError for a damaged file.
-    """
+    """llama.cpp on a GGUF file: greedy, without drafts, with this process's threads. Raises ConfigError and CheckpointError."""
     try:
         import xllamacpp
     except ImportError:

@@ -159,10 +159,7 @@ def agreement(
     exit_layers: Sequence[int],
     weights: Quantization | None = None,
 ) -> dict[int, list[int]]:
-    """For each exit, its greedy choice at each position of the output, given the prompt and the output before it.
-
-    Approximate for low-bit drafts (`weights`), which attend to their own KV entries of the whole output here.
-    """
+    """Each exit's greedy choice at each position of the output; approximate for low-bit drafts, which see their own entries."""
     model, drafting = loaded.backend, loaded.backend.draft_sides[weights]
     ids, first = [*prompt_ids, *output_ids], len(prompt_ids) - 1
     tokens, cache = torch.tensor(ids[:-1], device=model.device), model.new_cache(1, len(ids))

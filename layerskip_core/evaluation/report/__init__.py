@@ -89,10 +89,7 @@ def report_files(record: RunRecord, table: TextTable) -> dict[str, bytes | None]
 def output_folder(
     folder: str | None, command: str, names: Sequence[str] = REPORT, overwrite: bool = False, resume: bool = False
 ) -> Iterator[Path | None]:
-    """The folder (None if `folder` is None) for files of these `names`, created and locked by `command`.
-
-    Raises ConfigError if an earlier result there may not be replaced, LayerSkipError if it cannot be written or is locked.
-    """
+    """The folder for files of these `names`, created and locked by `command`. Raises ConfigError and LayerSkipError."""
     if folder is None:
         yield None
         return
