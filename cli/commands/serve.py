@@ -10,7 +10,7 @@ from pathlib import Path
 from layerskip_core.config.decoding import KEY, ServeConfig
 from layerskip_core.config.model import MachineConfig, PackingConfig, PromptingConfig
 from layerskip_core.config.resolution import require_exit_layer
-from layerskip_core.errors import LayerSkipError, refused, require
+from layerskip_core.errors import LayerSkipError, require
 
 from ..console import narrate
 from ..loading import DecoderFlags, load_to_decode, of_answers
@@ -31,8 +31,7 @@ def serve(serving: ServeConfig, prompting: PromptingConfig, packing: PackingConf
     Example: layerskip serve --port 8000
     """
     key = serving.api_key or os.environ.get(KEY)
-    if key == "":
-        raise refused(KEY, "a text that is not empty", "an empty one")
+    require(key != "", KEY, "a text that is not empty", "an empty one")
     try:
         import uvicorn
 

@@ -32,7 +32,7 @@ from layerskip_core.serving.engine import Engine, Updates
 
 from ..console import narrate, tell_error
 from .answers import Document, ResponseDocument, Vectors, usage_of
-from .bodies import ApiError, Asked, Family, Prompt, api_error, invalid, parsed, request_of, text_of
+from .bodies import ApiError, Asked, Family, Prompt, api_error, demand, invalid, parsed, request_of, text_of
 from .tools import Calls, Tools, as_texts, format_of, grammar
 
 Result = TypeVar("Result")
@@ -123,8 +123,7 @@ class Service:
             async with asyncio.timeout(_BODY_SECONDS):
                 async for part in request.stream():
                     body += part
-                    if len(body) > limit:
-                        raise invalid(f"the body must be at most {limit} bytes", code="body_too_large", status=413)
+                    demand(len(body) <= limit, f"the body must be at most {limit} bytes", code="body_too_large", status=413)
         except TimeoutError:
             raise invalid(f"the body did not arrive within {_BODY_SECONDS:g} seconds", status=408) from None
         return bytes(body)
@@ -227,8 +226,7 @@ class Service:
         name = request.path_params.get("model")
         if name is None:
             return JSONResponse({"object": "list", "data": [self._listed]})
-        if name != self.name:
-            raise invalid(f"this server has no such model, only {self.name}", "model", "model_not_found", 404)
+        demand(name == self.name, f"this server has no such model, only {self.name}", "model", "model_not_found", 404)
         return JSONResponse(self._listed)
 
     async def _metrics(self, request: Request) -> Response:

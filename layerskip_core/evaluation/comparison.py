@@ -10,7 +10,7 @@ from statistics import fmean, variance
 from typing import Any
 
 from ..checkpoint.info import read_info
-from ..errors import ConfigError, LayerSkipError, refused
+from ..errors import ConfigError, LayerSkipError, require
 from ..files import parse_json, read_bytes
 from .metrics import MOST_NATS, bounds_of, is_share, lower_is_better
 from .results import RunRecord, drafts_name, read_record, result_name
@@ -52,8 +52,7 @@ def labelled(arguments: Sequence[str]) -> dict[str, list[str]]:
         whole = bool(argument) and Path(argument).exists()  # the name of a file may have commas and equals signs
         label, equals, paths = argument.partition("=") if "=" in argument and not whole else ("", "", argument)
         listed = [argument] if whole else paths.split(",")
-        if (equals and not label) or not all(listed):
-            raise refused("RUNS", "[LABEL=]PATH[,PATH...]", repr(argument))
+        require(all(listed) and bool(label or not equals), "RUNS", "[LABEL=]PATH[,PATH...]", repr(argument))
         named += [(label, path) for path in listed]
     seen = [Path(path).absolute() for _, path in named]
     if twice := [run for run in seen if seen.count(run) > 1]:
