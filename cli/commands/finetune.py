@@ -196,9 +196,9 @@ def _drafter_lines(plan: "FrozenModel") -> list[str]:
         "eagle3": f"a drafter in the EAGLE-3 layout, at most {config.draft_vocab} tokens",
         "mtp": "the drafter that the checkpoint ships" if config.start_from else "a drafter as Qwen3.5 ships it",
     }
-    what = kinds[config.layout or "exit"]
+    what, trained = kinds[config.layout or "exit"], sum(each.numel() for each in plan.module.parameters() if each.requires_grad)
     return [
-        f"{what}, {plan.trained / 1e6:.1f}M parameters; the model stays as it is; answers of the {config.answers}",
+        f"{what}, {trained / 1e6:.1f}M parameters; the model stays as it is; answers of the {config.answers}",
         f"drafts here would take {estimate.draft:.2f} of a step ({estimate.step * 1e3:.3g} ms) each, so by drafts accepted "
         f"about {speeds} of plain decoding; without training, low-bit copies and lookups draft: "
         f"layerskip bench --model {shlex.quote(config.model)}",

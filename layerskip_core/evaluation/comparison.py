@@ -123,16 +123,13 @@ class Interval:
 def interval_of(
     values: Sequence[float], others: Sequence[float] = (), paired: bool = False, logarithmic: bool = False, share: bool = False
 ) -> Interval:
-    """The mean of one value per run, less that of `others` (`paired` or by Welch), with Student's t interval.
-
-    `logarithmic`: on logarithms, so a geometric mean or a ratio. `share`: values in 0..1, to which intervals are clipped.
-    """
+    """The mean of one value per run, less that of `others` (`paired` or by Welch). `logarithmic`: geometric, or a ratio."""
     samples = [[math.log(value) if logarithmic else value for value in sample] for sample in (values, others) if sample]
     if paired and others:
         samples = [[value - other for value, other in zip(*samples, strict=True)]]
     mean, known = fmean(samples[0]) - sum(map(fmean, samples[1:])), min(map(len, samples)) >= _FEWEST_RUNS
     parts = [(variance(sample) / len(sample), len(sample) - 1) for sample in samples if known]
-    limits = (-1.0 if others else 0.0, 1.0) if share else (-math.inf, math.inf)
+    limits = (-1.0 if others else 0.0, 1.0) if share else (-math.inf, math.inf)  # a share is in 0..1
     ends = bounds_of(mean, parts, limits, logarithmic) or ()
     return Interval(math.exp(min(mean, MOST_NATS)) if logarithmic else mean, *ends)
 

@@ -146,7 +146,7 @@ class RunRecord:
     """One run."""
 
     config: dict[str, Any]  # complete: with the value that each default took
-    environment: dict[str, Any]  # the machine and the software; older versions wrote fewer of its keys
+    environment: dict[str, Any]  # the machine and the software
     results: tuple[Result, ...]
     recommendation: Recommendation | None = None  # of a sweep
     profile: DraftProfile | None = None  # of a sweep

@@ -203,11 +203,7 @@ def _write_pair(
 
 @torch.no_grad()
 def cut_to_exit(loaded: Trainable, exit_layer: int, blocks: ExitBlocks) -> Any:
-    """The model of exit 1..L, which takes its weights from `loaded.model`.
-
-    A block becomes the layer after the exit's, its norm the final one. Raises CheckpointError if the configuration with fewer
-    layers does not give the exit's logits.
-    """
+    """The model of an exit and its block, with `loaded`'s weights. Raises CheckpointError if it has not the exit's logits."""
     model: Any = loaded.model
     block = next((block for block in blocks.blocks if block.exit_layer == exit_layer), None)
     backend = loaded.backend if block is None else TransformersBackend(model, ExitBlocks((block,), blocks.take))

@@ -147,11 +147,6 @@ class Plan:
         return gains
 
     @property
-    def trained(self) -> int:
-        """Parameters."""
-        return sum(weight.numel() for weight in self.module.parameters() if weight.requires_grad)
-
-    @property
     def dtype(self) -> str:
         return "bf16 autocast" if self.autocast else "fp32"
 

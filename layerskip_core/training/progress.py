@@ -101,15 +101,11 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def resume_point(config: TrainingConfig) -> Path | None:
-    """The checkpoint that `resume` continues from; None where a run has left only texts.
-
-    Raises CheckpointError if there is nothing to continue, ConfigError if there is a run to lose or files in the way that this
-    program did not write: its checkpoints have a seal.
-    """
+    """The checkpoint to `resume` from; None where a run has left only texts. Raises CheckpointError, and ConfigError."""
     folder = checkpoints_folder(config.output)
     there = newest_first(folder)
     for path in [folder] if os.path.lexists(folder) and not folder.is_dir() else checkpoints(folder):
-        # A process that was killed before it wrote the seal leaves an empty folder.
+        # Ours have a seal; a process that was killed before it wrote one leaves an empty folder.
         if path.is_symlink() or not path.is_dir() or (any(path.iterdir()) and not (path / SEAL).is_file()):
             raise ConfigError(f"`output`: {path} is in the way: not written by layerskip; move it away, or give another folder")
     if config.resume and there:

@@ -36,11 +36,7 @@ _EXPLODED = 2.0  # times the loss of knowing nothing, ln V, and times the run's 
 
 
 class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
-    """Trains a module through a run; its own callback.
-
-    The summed loss is divided by the target tokens of the whole optimizer step. Checkpoints have the module's own files, under
-    FSDP2 a file per process. Raises TrainingError for a gradient that is not finite and for a loss that explodes.
-    """
+    """Trains a module through a run, as its own callback. Raises TrainingError for a loss that explodes or is not finite."""
 
     control: Any
     lr_scheduler: Any

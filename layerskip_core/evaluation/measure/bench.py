@@ -39,11 +39,7 @@ _DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 def bench(
     loaded: Decoder, task: Task, config: BenchConfig, folder: Path | None = None, resume: bool = False
 ) -> Iterator[Progress | RunRecord]:
-    """Yields progress, then the record. A `folder` keeps a journal, for `resume` with the same files and versions.
-
-    Raises ConfigError for an exit or baseline that does not suit, CheckpointError for a baseline's model, LayerSkipError if no
-    prompt could be answered or the journal is of other settings.
-    """
+    """Yields progress, then the record. A `folder` keeps a journal, for `resume` with the same files. Raises LayerSkipError."""
     (task, generation), layers = task.asked(config.generation), loaded.backend.num_layers
     loaded, recommended = task.prepared(loaded), loaded.recommended(config.packing)
     config = replace(config, task=task.config, generation=generation)
@@ -152,11 +148,8 @@ def without_reuse(loaded: Decoder, prompt_ids: list[int], setting: DecodingConfi
 
 
 def transformers_generate(model: Any, options: Mapping[str, Any] | None = None, assistant: Any = None) -> Baseline:
-    """transformers' greedy `generate`, with `options` of its generation config, or with an assistant that drafts.
-
-    Every round drafts `num_draft_tokens`. The config replaces the models' own (penalties, sampling).
-    """
-    models = [each for each in (model, assistant) if each is not None]
+    """transformers' greedy `generate`, with `options` of its generation config, or with an assistant that drafts."""
+    models = [each for each in (model, assistant) if each is not None]  # whose own configs could ask for penalties, or sample
 
     def generate(loaded: Decoder, prompt_ids: list[int], setting: DecodingConfig) -> Output:
         """Raises LayerSkipError when transformers fails."""

@@ -124,10 +124,7 @@ def bandwidth(loaded: Decoder, step: float, positions: float = 0.0) -> dict[str,
 def timed_visits(
     loaded: Decoder, parts: Iterable[Part], settings: Sequence[DecodingConfig]
 ) -> Iterator[dict[DecodingConfig, PassTimes]]:
-    """Times rounds of each setting along each part that has room for a round, grouped by drafter.
-
-    Plain steps are timed beside each group and averaged over all, so that their noise does not rank the drafters.
-    """
+    """Times rounds of each setting along each part that has room for one, and plain steps beside those of each drafter."""
     for visit, part in enumerate(parts):
         timed: dict[DecodingConfig, PassTimes] = {}
         for _, alike in groupby(settings[:: -1 if visit % 2 else 1], key=side_of):
@@ -135,7 +132,7 @@ def timed_visits(
             for setting in alike if steps else ():
                 if passes := pass_times(loaded, part, setting, fmean(total for *_, total in steps)):
                     timed[setting] = passes
-        plain = fmean(each.plain for each in timed.values()) if timed else 0.0
+        plain = fmean(each.plain for each in timed.values()) if timed else 0.0  # whose noise must not rank drafters
         yield {setting: passes._replace(plain=plain) for setting, passes in timed.items()}
 
 
