@@ -36,8 +36,8 @@ class _Commands(TyperGroup):
 _HELP = """Turn a causal language model into a LayerSkip model and decode faster with the same output.
 
 \b
-convert or attach  finetune trains the model's own exits, train-drafter something beside it
-measure            sweep-exits finds the fastest setting, bench compares, verify proves
+convert or attach  finetune trains the model's own exits, train-drafter a drafter beside it
+measure            sweep-exits finds the fastest setting, bench compares, verify checks outputs
 generate           generate and chat decode with it
 serve              serve answers programs, over an OpenAI-compatible API
 """

@@ -56,7 +56,7 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
 
 
 DryRun = Annotated[bool, Flag("Print what would be done, and stop.", panel="Run")]
-TrainingThreads = Annotated[Threads, Flag("CPU threads; 0: torch's choice, but none for a busy core.", panel="Machine")]
+TrainingThreads = Annotated[Threads, Flag("CPU threads; 0: torch's choice, less busy cores.", panel="Machine")]
 ConfigFile = Annotated[
     Path | None,
     typer.Option(
@@ -74,9 +74,9 @@ def finetune(
 ) -> None:
     """Convert a checkpoint by the LayerSkip recipe: layer dropout, and a loss of early exits through the one shared head.
 
-    --recipe auto trains a few exits, each with a reader, and ends with what their drafts gain here and what the training cost
-    the model. The paper's own recipes are finetune, continual, scratch and code. With --recipe none it is an ordinary training.
-    To leave the model as it is, and only train what drafts for it: layerskip train-drafter.
+    --recipe auto trains a few exits, each with a reader, and reports at the end how fast they draft on this machine and how
+    much quality the training cost. The paper's own recipes are finetune, continual, scratch and code; --recipe none is ordinary
+    training. To train a drafter and leave the model as it is: layerskip train-drafter.
 
     Example: layerskip finetune --model HuggingFaceTB/SmolLM2-135M --data rows.jsonl --output my-model --save-steps 200
     """

@@ -53,8 +53,8 @@ def generate(
 ) -> None:
     """Generate text with self-speculative decoding: the same text as autoregressive decoding, in fewer full passes.
 
-    Without --exit, --spec or --strategy it drafts adaptively: by lookups in the text, by the exits of a model that `finetune`
-    trained or by an int8 copy of any other, or not at all, whichever is fastest at the moment.
+    Without --exit, --spec or --strategy every round uses the fastest of lookups in the text, trained exits, an int8 copy of the
+    model, other drafters, and none.
 
     Example: printf 'remind me to call mom at 5' | layerskip generate --exit 8 --spec 6
     """

@@ -25,8 +25,7 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 def serve(serving: ServeConfig, prompting: PromptingConfig, packing: PackingConfig, machine: MachineConfig) -> None:
     """Serve one model over an OpenAI-compatible API: completions, chat completions and responses, with streaming.
 
-    For one machine. The flags about decoding are for what a request does not say itself. Needs the extra `serve`:
-    pip install 'layerskip[serve]'.
+    Flags of decoding are defaults of requests. Needs the extra `serve`: pip install 'layerskip[serve]'.
 
     Example: layerskip serve --port 8000
     """
