@@ -104,12 +104,8 @@ class Document:
         tops = [
             one and {texts[token]: logprob for token, logprob in (*one.top[::-1], (one.id, one.logprob))} for one in entries
         ]
-        return {
-            "tokens": tokens,
-            "token_logprobs": [one and one.logprob for one in entries],
-            "top_logprobs": tops,
-            "text_offset": ends[:-1],
-        }
+        logprobs = [one and one.logprob for one in entries]
+        return {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": ends[:-1]}
 
 
 def event(document: dict[str, Any]) -> bytes:
@@ -283,8 +279,5 @@ class ResponseDocument:
         counts = {f"{of}_tokens": usage[f"{name}_tokens"] for of, name in (("input", "prompt"), ("output", "completion"))}
         details = {"input_tokens_details": {"cache_write_tokens": 0, **usage["prompt_tokens_details"]}}
         details["output_tokens_details"] = usage["completion_tokens_details"]
-        return {
-            **made,
-            "status": "incomplete" if self._is_cut else "completed",
-            "usage": {**counts, **details, "total_tokens": usage["total_tokens"]},
-        }
+        made["status"] = "incomplete" if self._is_cut else "completed"
+        return {**made, "usage": {**counts, **details, "total_tokens": usage["total_tokens"]}}

@@ -69,11 +69,8 @@ def report_files(record: RunRecord, table: TextTable) -> dict[str, bytes | None]
     notes = table.note.replace(PARETO_NOTE, "Green rows are on the Pareto frontier of quality and speed.").splitlines()
     found = [line for line in table.findings[::-1] if not line.startswith(f"Policy {FAST}: none")]
     pictures = {str(figure.get_label()): to_svg(figure) for figure in drawn.values()}
-    texts = {
-        "report.html": report_page(record, pictures, found, notes),
-        "results.json": to_json(record),
-        "results.csv": to_csv(record),
-    }
+    page = report_page(record, pictures, found, notes)
+    texts = {"report.html": page, "results.json": to_json(record), "results.csv": to_csv(record)}
     if record.answered:
         texts |= {ANSWERS_PAGE: answers_page(record), ANSWERS_FILE: to_jsonl(record.answered)}
     if record.samples:
@@ -144,12 +141,8 @@ def title(record: RunRecord) -> str:
 def _table(caption: str, rows: Sequence[Row], columns: Sequence[Column], links: bool = False) -> dict[str, Any]:
     """A table for the template. With `links` rows of results lead to their answers."""
     cells = [[{"text": cell(row, name, form), "value": row.get(name)} for _, name, form in columns] for row in rows]
-    return {
-        "caption": caption,
-        "columns": [header for header, _, _ in columns],
-        "rows": [{"cells": own, "pareto": row["pareto"]} for own, row in zip(cells, rows, strict=True)],
-        "links": links,
-    }
+    lines = [{"cells": own, "pareto": row["pareto"]} for own, row in zip(cells, rows, strict=True)]
+    return {"caption": caption, "columns": [header for header, _, _ in columns], "rows": lines, "links": links}
 
 
 def answers_page(record: RunRecord) -> str:
