@@ -116,18 +116,13 @@ def event(document: dict[str, Any]) -> bytes:
 def usage_of(jobs: Sequence[Request | Embedding], n: int) -> dict[str, Any]:
     """The tokens of `n` answers to each prompt. OpenAI calls drafts predictions."""
     stats, prompt_tokens = sum((job.stats for job in jobs), DecodeStats()), sum(len(job.ids) for job in jobs[::n])
-    details = {
-        "accepted_prediction_tokens": stats.accepted,
-        "rejected_prediction_tokens": stats.drafted - stats.accepted,
-        "reasoning_tokens": 0,
-        "audio_tokens": 0,
-    }
+    drafts = {"accepted_prediction_tokens": stats.accepted, "rejected_prediction_tokens": stats.drafted - stats.accepted}
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": stats.new_tokens,
         "total_tokens": prompt_tokens + stats.new_tokens,
         "prompt_tokens_details": {"cached_tokens": sum(job.reused for job in jobs[::n]), "audio_tokens": 0},
-        "completion_tokens_details": details,
+        "completion_tokens_details": {**drafts, "reasoning_tokens": 0, "audio_tokens": 0},
     }
 
 

@@ -78,13 +78,9 @@ class RecipeModule(nn.Module):
         share = recipe.distill if self.training else 1.0  # measured without gradients, where only agreement needs it
         scales = exit_weights(exits, layers, recipe.e_scale, recipe.exit_weights)  # the paper's first exit weighs nothing
         weights = [((1 - share) * scale, share * scale) for scale in scales[:-1]]
-        loss, sums = summed_losses(
-            [self.backend.head if str(layer) in self.readers else self.backend.unembed for layer in exits],
-            [hidden for hidden, _ in rows],
-            rows[-1][1],
-            self.backend.spec.vocab,
-            [*weights, (scales[-1], 0.0)],
-        )
+        heads = [self.backend.head if str(layer) in self.readers else self.backend.unembed for layer in exits]
+        read, weights, vocab = [hidden for hidden, _ in rows], [*weights, (scales[-1], 0.0)], self.backend.spec.vocab
+        loss, sums = summed_losses(heads, read, rows[-1][1], vocab, weights)
         output: dict[str, Tensor | tuple[int, ...]] = {"loss": loss, "per_exit": sums[:, 0], "exit_layers": exits}
         return output if self.training else output | {"agreeing": sums[:, 2]}
 
