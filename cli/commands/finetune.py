@@ -206,7 +206,7 @@ def _drafter_lines(plan: "FrozenModel") -> list[str]:
 
 
 def report_text(report: "StepReport") -> str:
-    """How a step is shown: its loss or, of what drafts, its divergence; a drafter in the EAGLE-3 layout is exit 0."""
+    """A step's loss, or a drafter's divergence, as shown; a drafter in the EAGLE-3 layout is exit 0."""
     shown = (
         ("exits", report.exit_losses, ".3f"),
         ("held-out", report.validation_losses, ".3f"),
@@ -218,7 +218,7 @@ def report_text(report: "StepReport") -> str:
 
 
 def result_text(info: "CheckpointInfo", plan: "Plan", verdicts: "list[Verdict]") -> str:
-    """The last losses, or divergences of what drafts; what drafts give; what the training cost the model."""
+    """The last losses or divergences, the gain by drafts, and the cost of the training in quality."""
     details = info.details
     kinds = {"loss by exit": details.get("final_losses"), "on held-out rows": details.get("validation_losses")}
     if plan.recipe is None:

@@ -61,7 +61,7 @@ class Document:
             text, calls = self._calls[number].add(update.text, update.is_last)
             contents = [{"delta": {**role, "content": text} if text or role else {}}]
             contents += [{"delta": {"tool_calls": [delta]}} for delta in deltas(calls, first)]
-        # The last one says why the answer ended; log probabilities are those of all.
+        # The last one has the finish reason, and the log probabilities of all.
         partial = [self._choice(number, content, Update(""), {}) for content in contents[:-1]]
         choice = self._choice(number, contents[-1], update, texts)
         self._begun.add(number)

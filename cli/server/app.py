@@ -243,7 +243,7 @@ def _ids(decoder: Decoder, prompt: Prompt) -> list[int]:
 
 
 def _teller(tokenizer: Tokenizer) -> str:
-    """The role whose messages a chat template shows first: many refuse or drop those of the system."""
+    """The role that can describe tools: `system`, or `user` where the chat template refuses or drops system messages."""
     with suppress(CheckpointError):
         if "?!" in render_chat(tokenizer, [{"role": "system", "content": "?!"}, {"role": "user", "content": "a"}], True):
             return "system"

@@ -159,8 +159,8 @@ class Comparison:
 
     paths: dict[str, tuple[str, ...]]  # label -> its runs
     lines: tuple[Line, ...]
-    paired: bool  # whether differences are those of run and run, in the order of the paths
-    notes: tuple[str, ...]  # what makes the figures hard to compare
+    paired: bool  # whether differences are by run, in the order of the paths
+    notes: tuple[str, ...]  # reasons why figures are hard to compare
 
 
 def compare(groups: Mapping[str, Sequence[Run]], only: Sequence[str] = (), exits: Sequence[int] = ()) -> Comparison:

@@ -64,7 +64,7 @@ class Plan:
     sealed: Mapping[str, Any]  # a run is resumed with the same values only
     resume: Path | None  # a checkpoint
     held_out: int  # rows
-    notes: tuple[str, ...] = ()  # what the user should know before it starts
+    notes: tuple[str, ...] = ()  # for the user, before it starts
     answers: Answers | None = None  # of the model, or texts of a replay
     recipe: Recipe | None = None
     exit_steps: Mapping[int, int]  # of a model: that train each exit, the last layer included

@@ -90,7 +90,7 @@ def checkpoints_folder(output: str) -> Path:
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """A run's whole checkpoints: those whose state, which is written last, has content."""
+    """A run's complete checkpoints: their state, which is written last, has content."""
     states = ((path, path / _STATE) for path in checkpoints(folder))
     return [path for path, state in states if state.is_file() and state.stat().st_size]
 
@@ -120,14 +120,14 @@ def resume_point(config: TrainingConfig) -> Path | None:
 
 
 def seal(checkpoint: Path, settings: Mapping[str, Any], history: LossHistory) -> None:
-    """Begins a checkpoint with what a run needs beside Trainer's files."""
+    """Begins a checkpoint with the files that Trainer does not write."""
     checkpoint.mkdir(parents=True, exist_ok=True)
     (checkpoint / SEAL).write_text(json.dumps(settings, indent=2), encoding="utf-8")
     (checkpoint / LOSSES).write_bytes(history.to_jsonl())
 
 
 def discard_after(folder: Path, kept: Path | None) -> None:
-    """Removes checkpoints of later steps than that of the one kept, and the folder if nothing else is there."""
+    """Removes checkpoints of later steps than `kept` (None: all), and the folder if it is empty then."""
     discard(folder, [each for each in checkpoints(folder) if kept is None or _step(each) > _step(kept)])
     with suppress(OSError):
         folder.rmdir()
@@ -135,7 +135,7 @@ def discard_after(folder: Path, kept: Path | None) -> None:
 
 def discard(folder: Path, checkpoints: Iterable[Path]) -> None:
     """Renames checkpoints before it removes them: a process that is killed meanwhile leaves none in part."""
-    shutil.rmtree(discarded := folder / "discarded", ignore_errors=True)  # what such a process left
+    shutil.rmtree(discarded := folder / "discarded", ignore_errors=True)  # of such a process
     for checkpoint in checkpoints:
         checkpoint.rename(discarded)
         shutil.rmtree(discarded)

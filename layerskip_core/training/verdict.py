@@ -1,4 +1,4 @@
-"""What drafts gain on this machine, by how many of them are accepted, and what a training costs the model."""
+"""The speedup by drafts on this machine at an acceptance rate, and the cost of a training in quality."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence

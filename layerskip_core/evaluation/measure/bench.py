@@ -194,7 +194,7 @@ def require_early_exit(model: Any) -> None:
         states = model(ids, use_cache=False, output_hidden_states=True).hidden_states
     finally:
         model.config.num_hidden_layers = layers
-    if len(states) != 2:  # the embedding, and what the layer made of it
+    if len(states) != 2:  # embedding and output of the layer
         reason = f"transformers ignores the early exit of {model.config.model_type} models; leave that baseline out"
         raise ConfigError(f"`baselines` assistant-early-exit: {reason}")
 

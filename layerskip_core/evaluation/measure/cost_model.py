@@ -97,7 +97,7 @@ def plain_step(loaded: Decoder) -> float:
 
 
 def speed_of(loaded: Decoder, stats: DecodeStats) -> float:
-    """Estimated speedup of rounds with drafts over plain decoding, of which a few steps are timed."""
+    """Estimated speedup of rounds with drafts over a few timed steps of plain decoding."""
     return plain_step(loaded) * (stats.accepted + stats.rounds) / (stats.draft_seconds + stats.verify_seconds)
 
 

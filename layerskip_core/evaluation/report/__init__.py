@@ -27,7 +27,7 @@ ANSWERS_PAGE = "answers.html"
 SAMPLES_FILE = "samples.jsonl"
 REPORT = ("results.json", "results.csv", "report.html", ANSWERS_PAGE, ANSWERS_FILE, SAMPLES_FILE, OUTPUTS, JOURNAL)
 _REPORT_BYTES = 1 << 20  # more than any report takes
-_PIECE = re.compile(r"\s+|\w+|[^\w\s]")  # what an answer is compared by
+_PIECE = re.compile(r"\s+|\w+|[^\w\s]")  # the units by which answers are compared
 
 
 def to_json(record: Any) -> str:
@@ -62,7 +62,7 @@ def to_jsonl(answered: Sequence[Answered]) -> str:
 
 
 def report_files(record: RunRecord, table: TextTable) -> dict[str, bytes | None]:
-    """All report files by name; None for those that an earlier report may have left and this one lacks."""
+    """All report files by name; None for files that only an earlier report had."""
     from .plots import FIGURES, figures, to_png, to_svg  # matplotlib takes a while to import
 
     drawn = figures(record)
