@@ -177,8 +177,8 @@ class Service:
             jobs.append(Job(ids, config, partial(deliver, number), isolated, request.stream))
         if family == "responses":
             return jobs, ResponseDocument(self.name, jobs[0], finder, body)
-        texts = (str(decoder.tokenizer.decode(each) if isinstance(each, list) else each) for each in request.prompts)
-        echoes = [text for text in texts for _ in range(request.n)] if request.echo else []
+        echoed = (str(decoder.tokenizer.decode(each) if isinstance(each, list) else each) for each in request.prompts)
+        echoes = [text for text in echoed for _ in range(request.n)] if request.echo else []
         return jobs, Document(family == "chat", self.name, jobs, echoes, finder, request.include_usage)
 
     async def texts(self, jobs: Sequence[Job | Embedding], updates: Iterable[Update]) -> dict[int, str]:

@@ -54,11 +54,11 @@ def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress
     near_tie, again = NEAR_TIE[loaded.backend.dtype], None
     if places := finalists(results, near_tie):
         again = yield from _once_more(loaded, task, settings, places, _ONCE_MORE * (time.perf_counter() - started))
-    made = asdict(config) | {"quality_metric": name, "prompt_template": loaded.template.name}
+    named = asdict(config) | {"quality_metric": name, "prompt_template": loaded.template.name}
     advice = recommend(results, near_tie, name, config, measured, again)
     profile = draft_profile(loaded, results, config.packing, context)
     answered = task.answered([each.texts for each in measured])
-    yield RunRecord(made, machine, tuple(results), advice, profile, answered)
+    yield RunRecord(named, machine, tuple(results), advice, profile, answered)
 
 
 def _once_more(
