@@ -125,7 +125,7 @@ class WholeModel(Plan):
         return module
 
     def data_sets(self, progress: Callable[[str, int, int], None]) -> tuple[Any, Any]:
-        """Batches have rows of similar length, with those of a replay among them; a stream is taken as it comes."""
+        """Batches have rows of similar length, replayed texts among them; a stream keeps its order."""
         rows: Any = self.data.rows
         held_out = None if self.held_out_data is None else self.held_out_data.rows
         if process_index() == 0 and not self.scratch:
@@ -246,7 +246,7 @@ class FrozenModel(Plan):
         return Subset(texts, order), texts[trained:] or None
 
     def save(self, history: LossHistory) -> CheckpointInfo:
-        """Adds what was trained to the model's own folder, or to a copy of it. The info has how each was trained."""
+        """Adds the drafter or blocks, and how they were trained, to the model's own folder or to a copy of it."""
         config, info = self.config, self.trainable.info
         how = {"data": asdict(config.data), "validation": config.validation, "versions": _VERSIONS}
         shared = json.loads(json.dumps({**self.sealed, **self.module.details, **how}))  # as it is read back
