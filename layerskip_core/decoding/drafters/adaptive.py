@@ -68,6 +68,8 @@ class AdaptiveDrafter:
     def observe(self, row: Row, drafted: int, verified: Sequence[int]) -> None:
         """Learns from the acceptance of a row's drafts."""
         step = self._step
+        if not step.looks:
+            return
         step.tokens += len(verified)
         for tokens, acceptance in self._found.pop(row, ()):  # the target's choice judges them, drafted or not
             pairs = list(zip(tokens, verified, strict=False))
@@ -140,13 +142,12 @@ def bandit_of(setup: DrafterSetup, drafters: Mapping[str, Drafting], remembered:
     if key not in by_drafters:
         known = config.profile.passes
         passes = PassTimes.measured(known) if known else PassTimes.usual(model.row_cost, model.spec)
-        tries = 0.0 if remembered else inf  # where nothing is measured, nothing is tried to be measured
-        arms = {name: _arm(name, each, model, config.profile, passes, tries) for name, each in drafters.items()}
+        arms = {name: _arm(name, each, model, config.profile, passes) for name, each in drafters.items()}
         by_drafters[key] = Bandit(passes, arms, config.num_draft_tokens)
     return by_drafters[key]
 
 
-def _arm(name: str, drafter: Drafting, model: Backend, profile: DraftProfile, passes: PassTimes, tries: float) -> Arm:
+def _arm(name: str, drafter: Drafting, model: Backend, profile: DraftProfile, passes: PassTimes) -> Arm:
     """With priors from the profile, and from the weights that a step reads."""
     spec = model.spec
     head = spec.vocab * spec.hidden / spec.weights_read(1)  # its share of the weights that a pass reads
@@ -167,7 +168,7 @@ def _arm(name: str, drafter: Drafting, model: Backend, profile: DraftProfile, pa
         prior, strength = of_exit * _COPY_ACCEPTANCE.get(kind, 1.0), GUESS
     share = 1.0 if kind else 1 - exit_layer * layer  # the target goes on from the exit
     calibration = Calibration(*_CALIBRATIONS["" if is_exit else kind])
-    return Arm(name, Acceptance(prior, prior, strength), step, part, share, calibration, reach, not is_exit, tries)
+    return Arm(name, Acceptance(prior, prior, strength), step, part, share, calibration, reach, not is_exit)
 
 
 def drafter(setup: DrafterSetup) -> AdaptiveDrafter:

@@ -1,7 +1,7 @@
 """What adaptive drafting chooses by: a table of measured times, averages of acceptance, and expected tokens per second by both.
 
-Drafters are the arms of a bandit. An arm is judged by the upper end of what its acceptance may be (UCB: Auer et al., 2002), and
-by a shorter time the less it was tried, so that it is tried.
+Drafters are the arms of a bandit. An arm is judged by the upper end of what its acceptance may be (UCB: Auer et al., 2002), so
+that it is tried.
 """
 
 from collections import defaultdict
@@ -16,19 +16,19 @@ from ...model.spec import AnySpec
 
 GUESS = 4.0  # drafts that a guessed acceptance counts as
 _MEMORY = 0.995  # weight of what was known of acceptance, per new draft
-_UNUSED = 0.999  # weight of what is known of an arm, per step without it
+_UNUSED = 0.999  # weight of what is known of an arm, per step without it; its times are forgotten after some 2,000
 _RECENT = 0.97  # weight of the steps that were known, per new one
 _LEAST_WEIGHT = 0.07  # of a new time in a table
 _OUTLIER_FACTOR = 2.0  # a time that is longer than expected by more was disturbed, and counts as this much
-_UNTRIED = 0.5  # by so much more than 1 an arm that was never tried may be faster than expected; by less after each try
 _GUESSED = 0.7  # of its time takes a copy, where what it looks up may be right, until that is measured
-_EXPLORED = 0.01  # what steps that look for drafts, or plain ones, may cost where the others give more
+_EXPLORED = 0.005  # what steps that look for drafts, or plain ones, may cost where the others give more
 _FEW = 8  # steps or tries that say nothing of later ones
 _COMPARED = 8  # arms are compared in one of so many choices, at first in each
-_LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)  # of drafts, that are compared
+_LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # of drafts, that are compared
 _POWERS = 11  # of 2, whose passes have known times
-_MISSED = 0.7, 0.85  # share of lookups without evidence that are wrong: in the row's own text, in earlier answers
-_BY_EVIDENCE = 0.62  # of this share, per doubling of the evidence
+# Acceptance of what is looked up, by the binary digits of its evidence: in the row's own text, and in earlier answers. A text that
+# follows one of them for 64 tokens repeats it.
+_LOOKUPS = (0.3, 0.3, 0.4, 0.5, 0.6, 0.7), (0.15, 0.4, 0.7, 0.7, 0.85, 0.95, 0.95, 0.97)
 _LOOKUP_STRENGTH = 2.0  # of these priors: texts differ so much that they count little
 _FORCED = 0.97, 0.99  # what a grammar forces can be spelled by other tokens
 _AHEAD = 8  # tokens over which the time of one more is averaged
@@ -157,7 +157,7 @@ class Arm:
     calibration: Calibration
     reach: float = inf  # it drafts for texts of fewer tokens
     guesses: bool = False  # whether it verifies what it looks up while it drafts for one row
-    tries: float = 0.0
+    tries: float = 0.0  # less, the longer ago they were
     pace: float = 1.0  # its times over their prior, in those of the target's
 
 
@@ -196,7 +196,7 @@ class Step:
     arm: Arm | None = None  # that drafted
     drafts: int = 0  # of each row
     verified: int = 0  # tokens of the target's pass
-    tokens: int = 0  # that it gave
+    tokens: int = 0  # that it gave, if it looked
 
 
 class Bandit:
@@ -205,22 +205,19 @@ class Bandit:
     def __init__(self, passes: PassTimes, arms: Mapping[str, Arm], most: int) -> None:
         """`passes`: of the target, and of steps without an arm. `most`: drafts of a row."""
         self.passes, self.arms = passes, arms
-        self._lookups: dict[tuple[bool, int], Acceptance] = {}
+        self._lookups = [[Acceptance(prior, prior, _LOOKUP_STRENGTH) for prior in priors] for priors in _LOOKUPS]
         self.forced = Acceptance(*_FORCED)  # of what a grammar forces
         self._lengths = (*(length for length in _LENGTHS if length < most), most)
         # By the number of binary digits of the rows, and whether steps look for drafts.
         self._speeds = defaultdict[tuple[int, bool], Speed](Speed)
         self._times: dict[tuple[Arm, int], PassTimes] = {}  # of steps by drafts and one, see `times`
         self._plans: dict[tuple[int, bool], Plan] = {}  # by rows, and whether something was found for the only one
-        self._choices = self._compared = 0
+        self._choices = self._steps = self._compared = 0
 
     def lookup_acceptance(self, recalled: bool, evidence: int) -> Acceptance:
         """Of continuations with about so much evidence, see `History.continuation`, in the row's text or in earlier ones."""
-        key = recalled, min(evidence.bit_length(), 7 if recalled else 5)
-        if key not in self._lookups:
-            prior = 1 - _MISSED[recalled] * _BY_EVIDENCE ** key[1]
-            self._lookups[key] = Acceptance(prior, prior, _LOOKUP_STRENGTH)
-        return self._lookups[key]
+        by_evidence = self._lookups[recalled]
+        return by_evidence[min(evidence.bit_length(), len(by_evidence) - 1)]
 
     def times(self, arm: Arm, rows: int, found: bool) -> PassTimes:
         """Of its steps by the drafts of a row, and one; in units of the target's prior until they are measured."""
@@ -237,13 +234,14 @@ class Bandit:
 
     def next_step(self, rows: int) -> Step:
         """One that looks for drafts or does not: what is faster, or now and then the other, to find out whether it is."""
+        self._steps += 1
         looking, plain = (self._speeds[rows.bit_length(), looks] for looks in (True, False))
         if not plain.steps:
             return Step(rows, False)
         if looking.steps < _FEW:
             return Step(rows)
         gain = looking.tokens * plain.seconds / (looking.seconds * plain.tokens)
-        every = min(max((gain - 1 if gain > 1 else 1 / gain - 1) / _EXPLORED, 4), 128)
+        every = min(max((max(gain, 1 / gain) - 1) / _EXPLORED, 16), 256)
         slower = looking if gain < 1 else plain
         slower.since = (slower.since + 1) % ceil(every)
         return Step(rows, (gain < 1) == (slower.since == 0))
@@ -258,10 +256,10 @@ class Bandit:
                 times, pace = self.times(arm, step.rows, step.found), self.passes.pace
                 times.observe(step.drafts + 1, seconds, arm.pace * pace)
                 arm.pace = times.pace / pace
-            arm.tries += 1
+            arm.tries = min(arm.tries + 1, _FEW)
         if not step.looks:
-            plain.add(step.tokens, seconds)
-        elif arm is None or arm.tries > _FEW:
+            plain.add(step.rows, seconds)
+        elif arm is None or arm.tries >= _FEW:
             looking.add(step.tokens, seconds)
             if step.tokens * plain.seconds > seconds * plain.tokens:
                 looking.since = -1  # what gains goes on
@@ -280,11 +278,14 @@ class Bandit:
         for arm in self.arms.values():
             if shortest < arm.reach and (bound := self.best_length(arm, rows, found, at_best=True)[0]) > rate:
                 best, rate = arm, bound
-        kept, self._compared = _UNUSED ** (self._choices - self._compared), self._choices
+        kept, self._compared = _UNUSED ** (self._steps - self._compared), self._steps
         for arm in self.arms.values():  # others' text may be another one, and their times may have been disturbed
             if arm is not best:
                 arm.acceptance.fade(kept)
                 arm.tries *= kept
+                if 0 < arm.tries < 1:
+                    arm.tries, arm.pace = 0.0, 1.0
+                    self._times = {key: times for key, times in self._times.items() if key[0] is not arm}
         if best is None:
             return Plan(None, 0, DraftEnds(), rate, self._choices)
         expected, length = self.best_length(best, rows, found)
@@ -298,8 +299,7 @@ class Bandit:
             if rate <= best:
                 break
             best, length = rate, drafts
-        best /= self.unit(arm, times)
-        return best * (1 + _UNTRIED / (1 + arm.tries)) if at_best else best, length
+        return best / self.unit(arm, times), length
 
     def _ends(self, arm: Arm, found: bool, rate: float, length: int) -> DraftEnds:
         """Where the probability that all drafts are accepted is so low that one more does not pay at this rate. For one row."""
