@@ -19,6 +19,8 @@ from .graphs import Recorder
 if TYPE_CHECKING:
     from .drafters import Draft
 
+_MOST_LATE = 64  # passes, whose states are kept
+
 
 class TargetOutput(NamedTuple):
     """One pass of the target over N tokens, of which S are scored."""
@@ -110,7 +112,7 @@ class FixedTarget:
             reached = states_at(self._model, states[start], kept or (self._layers,), places, start)
         hidden = reached.get(self._layers, tokens)  # which a choice without blocks does not keep
         if blocks is not None:
-            blocks.write({**states, **reached}, hidden, places)
+            blocks.put_off({**states, **reached}, hidden, places)
         if self._block is not None:
             hidden = self._model.run_layers(hidden, self._block.layer, self._block.layer + 1, places)
         return hidden, choices
@@ -185,7 +187,7 @@ class CalmTarget:
 
 
 class ExitBlockCache:
-    """The KV entries of blocks that draft: after each pass of the target they are written from its own states.
+    """The KV entries of blocks that draft, written from the target's own states: of steps without drafts when they are needed.
 
     A pass has stops at `taps` on its way, and one `write` at its end. What blocks read of the token before is left by one pass
     to the next in the cache's `features`, if any `needs_feature`.
@@ -196,6 +198,28 @@ class ExitBlockCache:
         self._model, self._blocks = model, blocks
         self.taps = tuple(sorted({tap for block in blocks.values() for tap in block.taps}))
         self._of_pass: dict[int | str, Tensor] = {}  # by block, (N, D): of the tokens of the last pass
+        self._late: list[tuple[Mapping[int, Tensor], Tensor, Places]] = []  # passes that were put off
+
+    def put_off(self, states: Mapping[int, Tensor], finals: Tensor, places: Places) -> None:
+        """As `write`, which passes of one token of each row do together when a block drafts or the rows change."""
+        cache = places.cache
+        if {*places.counts} != {1} or places.recorded is not None:
+            return self.write(states, finals, places)
+        if cache.late is None:
+            self._late, cache.late = [], self._write_late
+        self._late.append(({tap: states[tap] for tap in self.taps}, finals, places))
+        self._of_pass = {}
+        if len(self._late) == _MOST_LATE:
+            cache.settle()
+
+    def _write_late(self) -> None:
+        passes, of_pass, self._of_pass = self._late, self._of_pass, {}
+        (_, _, first), count, rows = passes[0], len(passes), len(passes[0][1])
+        states = {tap: torch.stack([kept[tap] for kept, _, _ in passes], 1).flatten(0, 1) for tap in self.taps}
+        finals = torch.stack([own for _, own, _ in passes], 1).flatten(0, 1)
+        self.write(states, finals, Places(first.cache, first.starts, [count] * rows))
+        self.go_on(first.cache, {row: (row + 1) * count - 1 for row in range(rows)})
+        self._of_pass = of_pass
 
     def write(self, states: Mapping[int, Tensor], finals: Tensor, places: Places) -> None:
         """Writes the blocks' KV entries of the tokens of a pass.
@@ -298,6 +322,7 @@ class Prefixes:
         while cache.spare() < cache.branch_pages:
             if not self.drop():
                 return
+        cache.settle()
         first, branch = min(cache.first(row), len(ids)), cache.branch([row], [len(ids)])  # a recurrent state is one at the end
         # Without those that the new text begins with.
         self._texts = [text for text in self._texts if common.get(text) != len(text.ids) or len(text.ids) < first]

@@ -32,7 +32,7 @@ class KVCache(ABC):
     row that leaves is forgotten.
 
     Attributes:
-        features: by row, by exit or drafter: what blocks that draft read of the token before the row's next, (D,).
+        late: writes the entries of blocks that draft, which the last passes have put off.
     """
 
     steps_back = 8  # how far before the end of a pass its rows may go on
@@ -40,7 +40,23 @@ class KVCache(ABC):
     def __init__(self, batch_size: int, max_positions: int) -> None:
         """`max_positions`: a token beyond it is refused. It is the context, or the end of the text where that is known."""
         self.rows, self.max_positions = batch_size, max_positions
-        self.features = [dict[int | str, Tensor]() for _ in range(batch_size)]
+        self._features = [dict[int | str, Tensor]() for _ in range(batch_size)]
+        self.late: Callable[[], None] | None = None
+
+    @property
+    def features(self) -> list[dict[int | str, Tensor]]:
+        """By row, by exit or drafter: what blocks that draft read of the token before the row's next, (D,)."""
+        self.settle()
+        return self._features
+
+    @features.setter
+    def features(self, features: list[dict[int | str, Tensor]]) -> None:
+        self._features = features
+
+    def settle(self) -> None:
+        if self.late is not None:
+            late, self.late = self.late, None
+            late()
 
     def span(self, start: int, stop: int, settled: bool = False) -> "Places":
         """The positions start..stop-1 of every row. `settled`: see Places."""

@@ -49,6 +49,7 @@ class RowCache(KVCache):
 
     @torch.inference_mode()
     def keep_rows(self, rows: Sequence[int]) -> None:
+        self.settle()
         if any(row < slot for slot, row in enumerate(rows)):  # in another order
             self._hold(self.storage[:, :, rows])
         else:
@@ -163,6 +164,7 @@ class MixedCache(KVCache):
 
     def join(self, other: KVCache) -> None:
         assert isinstance(other, MixedCache)
+        self.settle()
         for shape, part in {**other.parts, **self.parts}.items():
             self._part(shape, part.storage).join(other._part(shape, part.storage))
         for state in {*self.states, *other.states}:

@@ -176,10 +176,10 @@ def test_a_copy_has_other_times_where_it_looks_up_what_may_be_right():
 def test_a_disturbance_does_not_end_drafting_for_good():
     known, seconds = bandit((1.0, 1.05), 8, a=(0.8, 0.2, 0.8), b=(0.8, 0.4, 0.6)), {"a": 0.2, "b": 0.4}
     right = {"a": 0.8, "b": 0.8}
-    assert None not in drafted(known, 4, right, seconds)
+    assert None not in drafted(known, 4, right, seconds)[1:]  # the first gives the unit of times
     drafted(known, 100, right, seconds, slowness=5.0)
     assert drafted(known, 40, right, seconds, slowness=5.0).count(None) > 25  # few are tried again
-    drafted(known, 1000, right, seconds)
+    drafted(known, 2500, right, seconds)
     assert drafted(known, 100, right, seconds).count(None) < 10
 
 
