@@ -1,7 +1,9 @@
 """The target: the layers that verify drafts and choose tokens, a fixed number or as many as a token needs; and their caches."""
 
+from collections import defaultdict
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from math import inf
 from typing import TYPE_CHECKING, NamedTuple
@@ -186,6 +188,15 @@ class CalmTarget:
         return TargetOutput(self._model.unembed(hidden) if block is None else block.head(hidden), layers)
 
 
+class _Late(NamedTuple):
+    """A pass of one token of each row, whose blocks' entries are not written. `rows`: the features of each."""
+
+    states: Mapping[int, Tensor]
+    finals: Tensor
+    starts: Sequence[int]
+    rows: Sequence[dict[int | str, Tensor]]
+
+
 class ExitBlockCache:
     """The KV entries of blocks that draft, written from the target's own states: of steps without drafts when they are needed.
 
@@ -198,27 +209,34 @@ class ExitBlockCache:
         self._model, self._blocks = model, blocks
         self.taps = tuple(sorted({tap for block in blocks.values() for tap in block.taps}))
         self._of_pass: dict[int | str, Tensor] = {}  # by block, (N, D): of the tokens of the last pass
-        self._late: list[tuple[Mapping[int, Tensor], Tensor, Places]] = []  # passes that were put off
+        self._late: list[_Late] = []
 
     def put_off(self, states: Mapping[int, Tensor], finals: Tensor, places: Places) -> None:
-        """As `write`, which passes of one token of each row do together when a block drafts or the rows change."""
+        """As `write`, which passes of one token of each row do together, before a block drafts or a row is kept."""
         cache = places.cache
         if {*places.counts} != {1} or places.recorded is not None:
             return self.write(states, finals, places)
         if cache.late is None:
-            self._late, cache.late = [], self._write_late
-        self._late.append(({tap: states[tap] for tap in self.taps}, finals, places))
+            self._late, cache.late = [], partial(self._write_late, cache)
+        self._late.append(_Late({tap: states[tap] for tap in self.taps}, finals, places.starts, cache.row_features))
         self._of_pass = {}
         if len(self._late) == _MOST_LATE:
             cache.settle()
 
-    def _write_late(self) -> None:
+    def _write_late(self, cache: KVCache) -> None:
         passes, of_pass, self._of_pass = self._late, self._of_pass, {}
-        (_, _, first), count, rows = passes[0], len(passes), len(passes[0][1])
-        states = {tap: torch.stack([kept[tap] for kept, _, _ in passes], 1).flatten(0, 1) for tap in self.taps}
-        finals = torch.stack([own for _, own, _ in passes], 1).flatten(0, 1)
-        self.write(states, finals, Places(first.cache, first.starts, [count] * rows))
-        self.go_on(first.cache, {row: (row + 1) * count - 1 for row in range(rows)})
+        by_row, tokens = defaultdict[int, list[tuple[int, int]]](list), 0  # by its features: of its tokens place and position
+        for late in passes:
+            for index, (start, features) in enumerate(zip(late.starts, late.rows, strict=True)):
+                by_row[id(features)].append((tokens + index, start))
+            tokens += len(late.rows)
+        rows = [by_row[id(features)] for features in cache.row_features]
+        counts, order = [*map(len, rows)], [place for row in rows for place, _ in row]
+        if order:
+            states = {tap: torch.cat([late.states[tap] for late in passes])[order] for tap in self.taps}
+            places = Places(cache, [row[0][1] if row else 0 for row in rows], counts)
+            self.write(states, torch.cat([late.finals for late in passes])[order], places)
+            self.go_on(cache, {row: end - 1 for row, end in enumerate(places.bounds[1:]) if counts[row]})
         self._of_pass = of_pass
 
     def write(self, states: Mapping[int, Tensor], finals: Tensor, places: Places) -> None:

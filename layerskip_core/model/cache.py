@@ -33,6 +33,7 @@ class KVCache(ABC):
 
     Attributes:
         late: writes the entries of blocks that draft, which the last passes have put off.
+        row_features: `features` without these.
     """
 
     steps_back = 8  # how far before the end of a pass its rows may go on
@@ -40,18 +41,14 @@ class KVCache(ABC):
     def __init__(self, batch_size: int, max_positions: int) -> None:
         """`max_positions`: a token beyond it is refused. It is the context, or the end of the text where that is known."""
         self.rows, self.max_positions = batch_size, max_positions
-        self._features = [dict[int | str, Tensor]() for _ in range(batch_size)]
+        self.row_features = [dict[int | str, Tensor]() for _ in range(batch_size)]
         self.late: Callable[[], None] | None = None
 
     @property
     def features(self) -> list[dict[int | str, Tensor]]:
         """By row, by exit or drafter: what blocks that draft read of the token before the row's next, (D,)."""
         self.settle()
-        return self._features
-
-    @features.setter
-    def features(self, features: list[dict[int | str, Tensor]]) -> None:
-        self._features = features
+        return self.row_features
 
     def settle(self) -> None:
         if self.late is not None:
@@ -83,13 +80,13 @@ class KVCache(ABC):
     @abstractmethod
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Keeps only the rows at the indices `rows`, which differ, in that order."""
-        self.rows, self.features = len(rows), [self.features[row] for row in rows]
+        self.rows, self.row_features = len(rows), [self.row_features[row] for row in rows]
 
     @abstractmethod
     def join(self, other: "KVCache") -> None:
         """Adds the rows of another cache of the same model after its own."""
         self.max_positions, self.rows = max(self.max_positions, other.max_positions), self.rows + other.rows
-        self.features = self.features + other.features
+        self.row_features = self.row_features + other.row_features
 
     @abstractmethod
     def branch(

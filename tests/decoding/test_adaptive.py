@@ -269,7 +269,7 @@ def test_lookups_learn_without_being_used():
 def test_a_lookup_counts_little_where_the_text_went_on_in_several_ways():
     backend = backend_of("generic")
     known = {"acceptance": {"exit 2": 0.7, "exit 4": 0.1}, "drafts": {"exit 2": 0.1, "exit 4": 0.2}, "passes": (1.0, 1.06)}
-    frame = [5, 6, 7, 8, 9]
+    frame = [*range(5, 20)]
     assert source_of(knowing(backend, **known), backend, [*frame, 20, 21, *frame, 20, 21, *frame]) == "lookup"
     assert source_of(knowing(backend, **known), backend, [*frame, 30, 31, *frame, 20, 21, *frame]) == "exit 2"
 

@@ -27,7 +27,7 @@ _COMPARED = 8  # arms are compared in one of so many choices, at first in each
 _LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # of drafts, that are compared
 _POWERS = 11  # of 2, whose passes have known times
 # Acceptance of lookups by the binary digits of their evidence: in the row's own text, and in earlier answers.
-_LOOKUPS = (0.3, 0.3, 0.4, 0.5, 0.6, 0.7), (0.15, 0.4, 0.7, 0.7, 0.85, 0.95, 0.95, 0.97)
+_LOOKUPS = (0.3, 0.3, 0.4, 0.55, 0.75, 0.9), (0.15, 0.4, 0.7, 0.7, 0.85, 0.95, 0.95, 0.97)
 _LOOKUP_STRENGTH = 2.0  # of these priors: texts differ so much that they count little
 _FORCED = 0.97, 0.99  # what a grammar forces can be spelled by other tokens
 _AHEAD = 8  # tokens over which the time of one more is averaged
