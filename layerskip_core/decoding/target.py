@@ -1,9 +1,7 @@
 """The target: the layers that verify drafts and choose tokens, a fixed number or as many as a token needs; and their caches."""
 
-from collections import defaultdict
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from math import inf
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,8 +18,6 @@ from .graphs import Recorder
 
 if TYPE_CHECKING:
     from .drafters import Draft
-
-_MOST_LATE = 64  # passes, whose states are kept
 
 
 class TargetOutput(NamedTuple):
@@ -114,7 +110,7 @@ class FixedTarget:
             reached = states_at(self._model, states[start], kept or (self._layers,), places, start)
         hidden = reached.get(self._layers, tokens)  # which a choice without blocks does not keep
         if blocks is not None:
-            blocks.put_off({**states, **reached}, hidden, places)
+            blocks.write({**states, **reached}, hidden, places)
         if self._block is not None:
             hidden = self._model.run_layers(hidden, self._block.layer, self._block.layer + 1, places)
         return hidden, choices
@@ -188,17 +184,8 @@ class CalmTarget:
         return TargetOutput(self._model.unembed(hidden) if block is None else block.head(hidden), layers)
 
 
-class _Late(NamedTuple):
-    """A pass of one token of each row, whose blocks' entries are not written. `rows`: the features of each."""
-
-    states: Mapping[int, Tensor]
-    finals: Tensor
-    starts: Sequence[int]
-    rows: Sequence[dict[int | str, Tensor]]
-
-
 class ExitBlockCache:
-    """The KV entries of blocks that draft, written from the target's own states: of steps without drafts when they are needed.
+    """The KV entries of blocks that draft: after each pass of the target they are written from its own states.
 
     A pass has stops at `taps` on its way, and one `write` at its end. What blocks read of the token before is left by one pass
     to the next in the cache's `features`, if any `needs_feature`.
@@ -209,35 +196,6 @@ class ExitBlockCache:
         self._model, self._blocks = model, blocks
         self.taps = tuple(sorted({tap for block in blocks.values() for tap in block.taps}))
         self._of_pass: dict[int | str, Tensor] = {}  # by block, (N, D): of the tokens of the last pass
-        self._late: list[_Late] = []
-
-    def put_off(self, states: Mapping[int, Tensor], finals: Tensor, places: Places) -> None:
-        """As `write`, which passes of one token of each row do together, before a block drafts or a row is kept."""
-        cache = places.cache
-        if {*places.counts} != {1} or places.recorded is not None:
-            return self.write(states, finals, places)
-        if cache.late is None:
-            self._late, cache.late = [], partial(self._write_late, cache)
-        self._late.append(_Late({tap: states[tap] for tap in self.taps}, finals, places.starts, cache.row_features))
-        self._of_pass = {}
-        if len(self._late) == _MOST_LATE:
-            cache.settle()
-
-    def _write_late(self, cache: KVCache) -> None:
-        passes, of_pass, self._of_pass = self._late, self._of_pass, {}
-        by_row, tokens = defaultdict[int, list[tuple[int, int]]](list), 0  # by its features: of its tokens place and position
-        for late in passes:
-            for index, (start, features) in enumerate(zip(late.starts, late.rows, strict=True)):
-                by_row[id(features)].append((tokens + index, start))
-            tokens += len(late.rows)
-        rows = [by_row[id(features)] for features in cache.row_features]
-        counts, order = [*map(len, rows)], [place for row in rows for place, _ in row]
-        if order:
-            states = {tap: torch.cat([late.states[tap] for late in passes])[order] for tap in self.taps}
-            places = Places(cache, [row[0][1] if row else 0 for row in rows], counts)
-            self.write(states, torch.cat([late.finals for late in passes])[order], places)
-            self.go_on(cache, {row: end - 1 for row, end in enumerate(places.bounds[1:]) if counts[row]})
-        self._of_pass = of_pass
 
     def write(self, states: Mapping[int, Tensor], finals: Tensor, places: Places) -> None:
         """Writes the blocks' KV entries of the tokens of a pass.
@@ -340,7 +298,6 @@ class Prefixes:
         while cache.spare() < cache.branch_pages:
             if not self.drop():
                 return
-        cache.settle()
         first, branch = min(cache.first(row), len(ids)), cache.branch([row], [len(ids)])  # a recurrent state is one at the end
         # Without those that the new text begins with.
         self._texts = [text for text in self._texts if common.get(text) != len(text.ids) or len(text.ids) < first]

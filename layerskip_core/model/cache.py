@@ -32,8 +32,7 @@ class KVCache(ABC):
     row that leaves is forgotten.
 
     Attributes:
-        late: writes the entries of blocks that draft, which the last passes have put off.
-        row_features: `features` without these.
+        features: by row, by exit or drafter: what blocks that draft read of the token before the row's next, (D,).
     """
 
     steps_back = 8  # how far before the end of a pass its rows may go on
@@ -41,19 +40,7 @@ class KVCache(ABC):
     def __init__(self, batch_size: int, max_positions: int) -> None:
         """`max_positions`: a token beyond it is refused. It is the context, or the end of the text where that is known."""
         self.rows, self.max_positions = batch_size, max_positions
-        self.row_features = [dict[int | str, Tensor]() for _ in range(batch_size)]
-        self.late: Callable[[], None] | None = None
-
-    @property
-    def features(self) -> list[dict[int | str, Tensor]]:
-        """By row, by exit or drafter: what blocks that draft read of the token before the row's next, (D,)."""
-        self.settle()
-        return self.row_features
-
-    def settle(self) -> None:
-        if self.late is not None:
-            late, self.late = self.late, None
-            late()
+        self.features = [dict[int | str, Tensor]() for _ in range(batch_size)]
 
     def span(self, start: int, stop: int, settled: bool = False) -> "Places":
         """The positions start..stop-1 of every row. `settled`: see Places."""
@@ -80,13 +67,13 @@ class KVCache(ABC):
     @abstractmethod
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Keeps only the rows at the indices `rows`, which differ, in that order."""
-        self.rows, self.row_features = len(rows), [self.row_features[row] for row in rows]
+        self.rows, self.features = len(rows), [self.features[row] for row in rows]
 
     @abstractmethod
     def join(self, other: "KVCache") -> None:
         """Adds the rows of another cache of the same model after its own."""
         self.max_positions, self.rows = max(self.max_positions, other.max_positions), self.rows + other.rows
-        self.row_features = self.row_features + other.row_features
+        self.features = self.features + other.features
 
     @abstractmethod
     def branch(

@@ -71,7 +71,7 @@ class RowCache(KVCache):
         self, rows: Sequence[int], starts: Sequence[int], stops: Sequence[int] | None = None, end: int | None = None
     ) -> "RowCache":
         branch, stops = copy(self), stops or starts
-        branch.rows, branch.max_positions, branch.row_features = len(rows), end or self.max_positions, [{} for _ in rows]
+        branch.rows, branch.max_positions, branch.features = len(rows), end or self.max_positions, [{} for _ in rows]
         branch.written = min(_in_blocks(max(stops)), self.capacity)
         with torch.inference_mode():  # which it may have been written in
             held = branch._hold(self.storage[:, :, list(rows), :, : branch.written])
@@ -177,7 +177,7 @@ class MixedCache(KVCache):
     ) -> "MixedCache":
         """Without stops only the states before the starts are kept."""
         branch = copy(self)
-        branch.rows, branch.max_positions, branch.row_features = len(rows), end or self.max_positions, [{} for _ in rows]
+        branch.rows, branch.max_positions, branch.features = len(rows), end or self.max_positions, [{} for _ in rows]
         branch.states = {}
         branch.parts = {shape: part.branch(rows, starts, stops, end) for shape, part in self.parts.items()}
         with torch.inference_mode():

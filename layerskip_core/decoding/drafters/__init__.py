@@ -47,12 +47,9 @@ class Context:
         """By row: prompt and output so far, the newest token last; not to be changed."""
         return [row.ids for row in self.rows]
 
-    def feature(self, block: int | str | None) -> Tensor | None:
+    def feature(self, block: int | str) -> Tensor | None:
         """(B, D): what the block of an exit, or a drafter, reads of the token before."""
-        if block is None:
-            return None
-        features = self.cache.features
-        found = [feature for index in self.indices if (feature := features[index].get(block)) is not None]
+        found = [feature for index in self.indices if (feature := self.cache.features[index].get(block)) is not None]
         return torch.stack(found) if found else None
 
     def places(self, counts: Sequence[int], after: Sequence[int]) -> Places:

@@ -80,7 +80,7 @@ class Cascade:
                 first += 1 + len(guessed)
             if self._entries is not None:
                 self._entries.go_on(context.cache, last)
-        context.cache.row_features = features  # what the target's pass goes on from
+        context.cache.features = features  # what the target's pass goes on from
         tokens = torch.tensor([token for ids, own in zip(context.ids, drafts, strict=True) for token in (ids[-1], *own)])
         kept, counts = [part for own in probs for part in own], tuple(map(len, drafts))
         confidence = likely[0][: counts[0]] if len(counts) == 1 else ()

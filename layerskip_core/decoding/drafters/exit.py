@@ -120,13 +120,13 @@ class ExitDrafter:
         self.source, self.weights = source, weights
         self._side, self._sampler, self.submodel = side, Sampler(config), submodel
         self._exit = submodel.exit_layer
+        self._fed_by = self._exit or source  # the key of its features
         self._confidence = config.draft_confidence  # a row drafts no further if its most probable token has less
         # On other devices a look at a draft waits for it, which costs more than a few drafts too many.
         self._looks = side.layers.device.type == "cpu"
         self._eos_ids = setup.eos_ids if self._looks else frozenset()
         # A draft side with other weights has other states than the target.
         block = submodel.block
-        self._fed_by = None if block is None else self._exit or source  # the key of its features
         runs_layers = block is None or self._exit > 0
         self._reuses = setup.reuse_exit_states and side.shares_states and runs_layers
         self._kernel = side.kernel if block is None or self._exit > 0 else block.kernel
