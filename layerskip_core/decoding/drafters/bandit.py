@@ -16,7 +16,7 @@ from ...model.spec import AnySpec
 
 GUESS = 4.0  # drafts that a guessed acceptance counts as
 _MEMORY = 0.995  # weight of what was known of acceptance, per new draft
-_UNUSED = 0.999  # weight of what is known of an arm, per step without it; its times are forgotten after some 2,000
+_UNUSED, _FORGOTTEN = 0.999, 0.5  # weight of what is known of an arm, per step without it; tries whose times are forgotten
 _RECENT = 0.97  # weight of the steps that were known, per new one
 _LEAST_WEIGHT = 0.07  # of a new time in a table
 _OUTLIER_FACTOR = 2.0  # a time that is longer than expected by more was disturbed, and counts as this much
@@ -211,7 +211,7 @@ class Bandit:
         self._speeds = defaultdict[tuple[int, bool], Speed](Speed)
         self._times: dict[tuple[Arm, int], PassTimes] = {}  # of steps by drafts and one, see `times`
         self._plans: dict[tuple[int, bool], Plan] = {}  # by rows, and whether something was found for the only one
-        self._choices = self._steps = self._compared = 0
+        self._choices = self._compared = 0  # plain steps are choices, too
 
     def lookup_acceptance(self, recalled: bool, evidence: int) -> Acceptance:
         """Of continuations with about so much evidence, see `History.continuation`, in the row's text or in earlier ones."""
@@ -233,17 +233,15 @@ class Bandit:
 
     def next_step(self, rows: int) -> Step:
         """One that looks for drafts or does not: what is faster, or now and then the other, to find out whether it is."""
-        self._steps += 1
         looking, plain = (self._speeds[rows.bit_length(), looks] for looks in (True, False))
-        if not plain.steps:
-            return Step(rows, False)
-        if looking.steps < _FEW:
-            return Step(rows)
-        gain = looking.tokens * plain.seconds / (looking.seconds * plain.tokens)
-        every = min(max((max(gain, 1 / gain) - 1) / _EXPLORED, 16), 256)
-        slower = looking if gain < 1 else plain
-        slower.since = (slower.since + 1) % ceil(every)
-        return Step(rows, (gain < 1) == (slower.since == 0))
+        looks = plain.steps > 0  # the first gives the unit of times
+        if looks and looking.steps >= _FEW:
+            gain = looking.tokens * plain.seconds / (looking.seconds * plain.tokens)
+            slower, every = looking if gain < 1 else plain, (max(gain, 1 / gain) - 1) / _EXPLORED
+            slower.since = (slower.since + 1) % ceil(min(max(every, 16), 256))  # the next text may be another one
+            looks = (gain < 1) == (slower.since == 0)
+        self._choices += not looks
+        return Step(rows, looks)
 
     def observe(self, step: Step, seconds: float) -> None:
         """How long a step took."""
@@ -277,12 +275,12 @@ class Bandit:
         for arm in self.arms.values():
             if shortest < arm.reach and (bound := self.best_length(arm, rows, found, at_best=True)[0]) > rate:
                 best, rate = arm, bound
-        kept, self._compared = _UNUSED ** (self._steps - self._compared), self._steps
+        kept, self._compared = _UNUSED ** (self._choices - self._compared), self._choices
         for arm in self.arms.values():  # others' text may be another one, and their times may have been disturbed
             if arm is not best:
                 arm.acceptance.fade(kept)
                 arm.tries *= kept
-                if 0 < arm.tries < 1:
+                if 0 < arm.tries < _FORGOTTEN:
                     arm.tries, arm.pace = 0.0, 1.0
                     self._times = {key: times for key, times in self._times.items() if key[0] is not arm}
         if best is None:
