@@ -179,7 +179,7 @@ def test_a_disturbance_does_not_end_drafting_for_good():
     assert None not in drafted(known, 4, right, seconds)[1:]  # the first gives the unit of times
     drafted(known, 100, right, seconds, slowness=5.0)
     assert drafted(known, 40, right, seconds, slowness=5.0).count(None) > 25  # few are tried again
-    drafted(known, 2500, right, seconds)
+    drafted(known, 3500, right, seconds)
     assert drafted(known, 100, right, seconds).count(None) < 10
 
 
