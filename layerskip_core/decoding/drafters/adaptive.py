@@ -7,7 +7,6 @@ that of the drafts that were verified: nothing is computed for the choice alone.
 
 from collections.abc import Mapping, Sequence
 from math import inf
-from time import perf_counter
 from weakref import WeakKeyDictionary
 
 from ...config.decoding import DraftProfile
@@ -21,6 +20,7 @@ from .lookup import SHORTEST, LookupDrafter, copied
 
 Drafting = ExitDrafter | ModelDrafter
 
+_FORCED = 64  # evidence of what a grammar forces, which can be spelled by other tokens
 _STORED = 8.0  # drafts that a stored acceptance counts as, which was measured on other texts
 _EXIT_ACCEPTANCE = 0.85  # of a trained exit of which nothing is known
 _COPY_ACCEPTANCE = {"int8": 0.95, "int4": 0.92, DRAFT_MODEL: 0.75}  # of calibrated int4 weights
@@ -89,8 +89,10 @@ class AdaptiveDrafter:
         self._source = "grammar" if any(forced) else "lookup"
         lookups = zip(self._lookup.find(context, limits), self._lookup.recall(context, limits), strict=True)
         for row, must, found in zip(context.rows, forced, lookups, strict=True):
-            by_kind = [(ids, self.bandit.lookup_acceptance(kind > 0, evidence)) for kind, (ids, evidence) in enumerate(found)]
-            self._found[row] = [found for found in ([(must, self.bandit.forced)] if must else by_kind) if found[0]]
+            if must:
+                found = ([], 0), (must, _FORCED)  # as an earlier answer
+            acceptance = self.bandit.lookup_acceptance
+            self._found[row] = [(ids, acceptance(kind > 0, evidence)) for kind, (ids, evidence) in enumerate(found) if ids]
 
     def _best_draft(self, context: Context, limits: Sequence[int], step: Step) -> Draft:
         step.found = len(limits) == 1 and self._reads_probs and any(map(any, self._found.values()))
@@ -100,11 +102,7 @@ class AdaptiveDrafter:
             return copied(context, looked_up, self._source)
         step.arm, by_ends = plan.arm, self._reads_probs and len(limits) == 1
         limits = limits if by_ends else [min(plan.length, limit) for limit in limits]
-        if isinstance(drafter := self._drafters[plan.arm.name], ModelDrafter):
-            started = perf_counter()
-            limits = drafter.follow(context, limits)
-            self._begun += perf_counter() - started  # which takes its time once for a text
-        draft = drafter.draft(context, limits, plan.ends if by_ends else DraftEnds())
+        draft = self._drafters[plan.arm.name].draft(context, limits, plan.ends if by_ends else DraftEnds())
         step.drafts = max(draft.counts)
         return draft
 

@@ -18,7 +18,7 @@ GUESS = 4.0  # drafts that a guessed acceptance counts as
 _MEMORY = 0.995  # weight of what was known of acceptance, per new draft
 _UNUSED, _FORGOTTEN = 0.999, 0.5  # weight of what is known of an arm, per step without it; tries whose times are forgotten
 _RECENT = 0.97  # weight of the steps that were known, per new one
-_LEAST_WEIGHT = 0.07  # of a new time in a table
+_NEW = 0.15  # weight of a new time in a table
 _OUTLIER_FACTOR = 2.0  # a time that is longer than expected by more was disturbed, and counts as this much
 _GUESSED = 0.7  # of its time takes a copy, where what it looks up may be right, until that is measured
 _EXPLORED = 0.005  # what steps that look for drafts, or plain ones, may cost where the others give more
@@ -29,7 +29,6 @@ _POWERS = 11  # of 2, whose passes have known times
 # Acceptance of lookups by the binary digits of their evidence: in the row's own text, and in earlier answers.
 _LOOKUPS = (0.3, 0.3, 0.4, 0.55, 0.75, 0.9), (0.15, 0.4, 0.7, 0.7, 0.85, 0.95, 0.95, 0.97)
 _LOOKUP_STRENGTH = 2.0  # of these priors: texts differ so much that they count little
-_FORCED = 0.97, 0.99  # what a grammar forces can be spelled by other tokens
 _AHEAD = 8  # tokens over which the time of one more is averaged
 
 
@@ -83,7 +82,7 @@ class PassTimes:
 
     def __init__(self, prior: Callable[[int], float]) -> None:
         self._prior = list(accumulate((prior(1 << power) for power in range(_POWERS)), max))
-        self._times, self._weights, self.is_measured = list(self._prior), [0.0] * _POWERS, False
+        self._times, self.is_measured = list(self._prior), False
 
     @classmethod
     def measured(cls, times: Sequence[float]) -> "PassTimes":
@@ -118,9 +117,7 @@ class PassTimes:
             self._times, self.is_measured = [unit * time for time in self._prior], True
         error, longest = min(seconds / self.of(n), _OUTLIER_FACTOR) - 1, 0.0
         for place, near in enumerate(_nearness(n)):
-            self._weights[place] += near
-            weight = near * max(_LEAST_WEIGHT, 1 / (1 + self._weights[place]))
-            self._times[place] = longest = max(longest, self._times[place] * (1 + error * weight))
+            self._times[place] = longest = max(longest, self._times[place] * (1 + error * _NEW * near))
 
 
 @lru_cache(256)
@@ -205,7 +202,6 @@ class Bandit:
         """`passes`: of the target, and of steps without an arm. `most`: drafts of a row."""
         self.passes, self.arms = passes, arms
         self._lookups = [[Acceptance(prior, prior, _LOOKUP_STRENGTH) for prior in priors] for priors in _LOOKUPS]
-        self.forced = Acceptance(*_FORCED)  # of what a grammar forces
         self._lengths = (*(length for length in _LENGTHS if length < most), most)
         # By the number of binary digits of the rows, and whether steps look for drafts.
         self._speeds = defaultdict[tuple[int, bool], Speed](Speed)
