@@ -101,7 +101,7 @@ class Scheduled(AdaptiveDrafter):
         choice, length = self.schedule.pop(0) if self.schedule else (0, 0)
         arms = [None, *self.bandit.arms.values()]
         arm = arms[choice % len(arms)] if length else None
-        self.bandit.plan = lambda rows, shortest: Plan(arm, length, DraftEnds(), inf if arm else 0.0, 0)
+        self.bandit.plan = lambda rows, shortest, found: Plan(arm, length, DraftEnds(), inf if arm else 0.0, 0)
         return super()._best_draft(context, [min(length, limit) for limit in limits] if arm else limits, step)
 
 

@@ -5,24 +5,22 @@ probably be rejected follows SpecDec++ (Huang et al., 2024). Instead of layers, 
 that of the drafts that were verified: nothing is computed for the choice alone.
 """
 
-import time
 from collections.abc import Mapping, Sequence
 from math import inf
 from weakref import WeakKeyDictionary
-
-import torch
 
 from ...config.decoding import DraftProfile
 from ...model.backend import Backend, DraftEnds, Submodel
 from ...model.exit_blocks import DraftBlock
 from ..output import Row
 from . import Context, Draft, DrafterSetup
-from .bandit import GUESS, Acceptance, Arm, Bandit, Calibration, DraftTimes, PassTimes, Speed, Step
+from .bandit import GUESS, Acceptance, Arm, Bandit, Calibration, PassTimes, Step
 from .exit import DRAFT_MODEL, ExitDrafter, ModelDrafter, drafter_name
 from .lookup import SHORTEST, LookupDrafter, copied
 
 Drafting = ExitDrafter | ModelDrafter
 
+_FORCED = 64  # evidence of what a grammar forces, which can be spelled by other tokens
 _STORED = 8.0  # drafts that a stored acceptance counts as, which was measured on other texts
 _EXIT_ACCEPTANCE = 0.85  # of a trained exit of which nothing is known
 _COPY_ACCEPTANCE = {"int8": 0.95, "int4": 0.92, DRAFT_MODEL: 0.75}  # of calibrated int4 weights
@@ -48,35 +46,31 @@ class AdaptiveDrafter:
         # By row, what was found in this round: tokens, and the acceptance of those with as much evidence.
         self._found: dict[Row, list[tuple[list[int], Acceptance]]] = {}
         self._source = "lookup"  # or grammar
-        self._step, self._draft, self._rows = Step(0), Draft(torch.tensor([]), ()), list[Row]()  # the last step
-        self._is_timed = False
-        self._drafted = 0.0  # when its draft was done; 0 after its pass
-        # The loop's seconds do not count the caller's time: less those of the clock, and when the last pass was done.
-        self._offset = self._verified = 0.0
+        self._step, self._rows = Step(0), list[Row]()  # the last
+        self._confidence: Sequence[float] = ()  # of its drafts
+        self._begun = -inf  # when, by the loop's seconds, which leave out the caller's time; if it is to be timed
 
     def draft(self, context: Context, limits: Sequence[int]) -> Draft:
-        rows, self._offset = len(limits), context.seconds - time.perf_counter()
-        if context.rows[0] not in self._rows:  # there were other steps between
-            self._verified = context.seconds
-        step, self._is_timed = self.bandit.next_step(rows) if self._by_clock else Step(rows), self._by_clock
-        if rows < len(context.filled):  # the pass reads prompts too
-            step.speed, self._is_timed = Speed(), False
-        self._step, self._draft, self._rows = step, Draft(context.newest, (0,) * rows), [*context.rows]
+        rows, last = len(limits), context.seconds - self._begun
+        if last < inf and context.rows[0] in self._rows:  # else there were other steps between
+            self.bandit.observe(self._step, last)
+        step = self._step = self.bandit.next_step(rows) if self._by_clock else Step(rows)
+        self._rows = [*context.rows]
+        reads_prompts = rows < len(context.filled)
+        self._begun = context.seconds if self._by_clock and not reads_prompts else -inf
+        draft = Draft(context.newest, (0,) * rows)
         if step.looks:
             self._find(context, limits)
-            self._draft = self._best_draft(context, limits, step)
-        step.verified, self._drafted = len(self._draft.tokens), time.perf_counter()
-        return self._draft
+            draft = self._best_draft(context, limits, step)
+        step.verified, self._confidence = len(draft.tokens), draft.confidence
+        return draft
 
     def observe(self, row: Row, drafted: int, verified: Sequence[int]) -> None:
-        """Learns from the acceptance of a row's drafts, and from the first row of a round how long the round took."""
+        """Learns from the acceptance of a row's drafts."""
         step = self._step
-        if self._drafted:
-            now, last = time.perf_counter(), self._verified
-            self._verified, passed, self._drafted = now + self._offset, now - self._drafted, 0.0
-            if self._is_timed:
-                self.bandit.observe(step, self._verified - last, passed)
-        step.speed.tokens += len(verified)
+        if not step.looks:
+            return
+        step.tokens += len(verified)
         for tokens, acceptance in self._found.pop(row, ()):  # the target's choice judges them, drafted or not
             pairs = list(zip(tokens, verified, strict=False))
             right = next((place for place, (token, chosen) in enumerate(pairs) if token != chosen), len(pairs))
@@ -84,8 +78,8 @@ class AdaptiveDrafter:
         if step.arm is not None:
             step.arm.acceptance.observe(drafted, len(verified) - 1)
             self._drafters[step.arm.name].observe(row, drafted, verified)
-            if self._draft.confidence:
-                step.arm.calibration.observe(len(verified) - 1, self._draft.confidence)
+            if self._confidence:
+                step.arm.calibration.observe(len(verified) - 1, self._confidence)
 
     def _find(self, context: Context, limits: Sequence[int]) -> None:
         """What a grammar forces, else what followed in the row's own text and in earlier answers."""
@@ -95,23 +89,21 @@ class AdaptiveDrafter:
         self._source = "grammar" if any(forced) else "lookup"
         lookups = zip(self._lookup.find(context, limits), self._lookup.recall(context, limits), strict=True)
         for row, must, found in zip(context.rows, forced, lookups, strict=True):
-            by_kind = [(tokens, self.bandit.lookup_acceptance(kind, evidence)) for kind, (tokens, evidence) in enumerate(found)]
-            self._found[row] = [found for found in ([(must, self.bandit.forced)] if must else by_kind) if found[0]]
+            if must:
+                found = ([], 0), (must, _FORCED)  # as an earlier answer
+            acceptance = self.bandit.lookup_acceptance
+            self._found[row] = [(ids, acceptance(kind > 0, evidence)) for kind, (ids, evidence) in enumerate(found) if ids]
 
     def _best_draft(self, context: Context, limits: Sequence[int], step: Step) -> Draft:
-        plan = self.bandit.plan(len(limits), min(map(len, context.ids)))
+        step.found = len(limits) == 1 and self._reads_probs and any(map(any, self._found.values()))
+        plan = self.bandit.plan(len(limits), min(map(len, context.ids)), step.found)
         looked_up, rate = self._looked_up(context.rows, plan.rate)
         if plan.arm is None or rate > plan.rate:
             return copied(context, looked_up, self._source)
         step.arm, by_ends = plan.arm, self._reads_probs and len(limits) == 1
         limits = limits if by_ends else [min(plan.length, limit) for limit in limits]
-        started = time.perf_counter()
-        if isinstance(drafter := self._drafters[plan.arm.name], ModelDrafter):
-            limits = drafter.follow(context, limits)
-            followed = time.perf_counter()  # which takes its time once for a text
-            self._verified, started = self._verified + followed - started, followed
-        draft = drafter.draft(context, limits, plan.ends if by_ends else DraftEnds())
-        step.drafts, step.draft_seconds = max(draft.counts), time.perf_counter() - started
+        draft = self._drafters[plan.arm.name].draft(context, limits, plan.ends if by_ends else DraftEnds())
+        step.drafts = max(draft.counts)
         return draft
 
     def _looked_up(self, rows: Sequence[Row], rate: float) -> tuple[list[list[int]], float]:
@@ -129,7 +121,7 @@ class AdaptiveDrafter:
                     draft, most = tokens[:count], accepted
             drafts.append(draft)
             expected += most
-        return drafts, expected / (passes.of(len(rows) + sum(map(len, drafts))) + self.bandit.rest)
+        return drafts, expected / passes.of(len(rows) + sum(map(len, drafts)))
 
 
 _REMEMBERED: WeakKeyDictionary[Backend, dict[str, Bandit]] = WeakKeyDictionary()
@@ -146,17 +138,14 @@ def bandit_of(setup: DrafterSetup, drafters: Mapping[str, Drafting], remembered:
     # Where logits are changed, drafts are no single calls of a kernel.
     key = f"{config.changes_logits} {config.num_draft_tokens} {', '.join(drafters)}"
     if key not in by_drafters:
-        known, times = config.profile.passes, DraftTimes()
+        known = config.profile.passes
         passes = PassTimes.measured(known) if known else PassTimes.usual(model.row_cost, model.spec)
-        tries = 0.0 if remembered else 1e9  # where nothing is measured, nothing is tried to be measured
-        arms = {name: _arm(name, each, model, config.profile, passes, times, tries) for name, each in drafters.items()}
+        arms = {name: _arm(name, each, model, config.profile, passes) for name, each in drafters.items()}
         by_drafters[key] = Bandit(passes, arms, config.num_draft_tokens)
     return by_drafters[key]
 
 
-def _arm(
-    name: str, drafter: Drafting, model: Backend, profile: DraftProfile, passes: PassTimes, times: DraftTimes, tries: float
-) -> Arm:
+def _arm(name: str, drafter: Drafting, model: Backend, profile: DraftProfile, passes: PassTimes) -> Arm:
     """With priors from the profile, and from the weights that a step reads."""
     spec = model.spec
     head = spec.vocab * spec.hidden / spec.weights_read(1)  # its share of the weights that a pass reads
@@ -170,14 +159,14 @@ def _arm(
         part = (exit_layer + (drafter.submodel.block is not None)) * layer + head * scored
     is_exit = exit_layer < spec.layers
     known = profile.drafts if profile.passes else {}  # without both the units would differ
-    steps = passes.part(known.get(name, part * passes.of(1) * _COPY_COST.get(kind, 1.0)), part)
+    step = known.get(name, part * passes.of(1) * _COPY_COST.get(kind, 1.0))
     prior, strength = profile.acceptance.get(name), _STORED
     if prior is None:
         of_exit = profile.acceptance.get(f"exit {exit_layer}", _EXIT_ACCEPTANCE) if is_exit else 1.0
         prior, strength = of_exit * _COPY_ACCEPTANCE.get(kind, 1.0), GUESS
     share = 1.0 if kind else 1 - exit_layer * layer  # the target goes on from the exit
     calibration = Calibration(*_CALIBRATIONS["" if is_exit else kind])
-    return Arm(name, Acceptance(prior, prior, strength), steps, times, share, calibration, tries, reach)
+    return Arm(name, Acceptance(prior, prior, strength), step, part, share, calibration, reach, not is_exit)
 
 
 def drafter(setup: DrafterSetup) -> AdaptiveDrafter:

@@ -1,12 +1,12 @@
-"""What adaptive drafting chooses by: averages of acceptance, a table of measured times, and expected tokens per second by both.
+"""What adaptive drafting chooses by: a table of measured times, averages of acceptance, and expected tokens per second by both.
 
-Drafters are the arms of a bandit. An arm is judged by the upper end of what its acceptance may be (UCB: Auer et al., 2002), and
-by a shorter time the less it was tried, so that it is tried.
+Drafters are the arms of a bandit. An arm is judged by the upper end of what its acceptance may be (UCB: Auer et al., 2002), so
+that it is tried.
 """
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from math import ceil, hypot, inf, log2, sqrt
@@ -16,24 +16,19 @@ from ...model.spec import AnySpec
 
 GUESS = 4.0  # drafts that a guessed acceptance counts as
 _MEMORY = 0.995  # weight of what was known of acceptance, per new draft
-_UNUSED = 0.999  # weight of what is known of an arm, per step without it
-_RECENT = 0.97  # weight of the times and steps that were known, per new one
-_LEAST_WEIGHT = 0.07  # of a new time in the table of passes
+_UNUSED, _FORGOTTEN = 0.999, 0.5  # weight of what is known of an arm, per step without it; tries whose times are forgotten
+_RECENT = 0.97  # weight of the steps that were known, per new one
+_NEW = 0.1  # weight of a new time in a table
 _OUTLIER_FACTOR = 2.0  # a time that is longer than expected by more was disturbed, and counts as this much
-_LEAST_STEPS = 0.25  # share of a draft's time that its steps take at least
-_UNTRIED = 0.5  # by so much more than 1 an arm that was never tried may be faster than expected; by less after each try
-_EXPLORED = 0.01  # what steps that look for drafts, or plain ones, may cost where the others give more
-_SETTLED, _COMPARED = 64, 8  # after so many choices, arms are compared in one of so many
-# Of fewer steps that look for drafts the speed is not known; until then one step of so many is plain.
-_FEW, _EVERY_AT_FIRST = 16, 16.0
-_LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)  # of drafts, that are compared
+_GUESSED = 0.7  # of its time takes a copy, where what it looks up may be right, until that is measured
+_EXPLORED = 0.005  # what steps that look for drafts, or plain ones, may cost where the others give more
+_FEW = 8  # steps or tries that say nothing of later ones
+_COMPARED = 8  # arms are compared in one of so many choices, at first in each
+_LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # of drafts, that are compared
 _POWERS = 11  # of 2, whose passes have known times
-# Least evidence of a lookup in the row's own text; acceptance of its first token, and of further ones.
-_LOOKUPS = ((16, 0.95, 0.95), (8, 0.9, 0.9), (4, 0.75, 0.8), (3, 0.6, 0.7), (2, 0.5, 0.7), (0, 0.3, 0.5))
-# The same in earlier answers. A text that follows one of them for 64 tokens repeats it.
-_RECALLED = ((64, 0.97, 0.97), (16, 0.95, 0.85), (8, 0.85, 0.75), (3, 0.7, 0.6), (1, 0.4, 0.6), (0, 0.15, 0.6))
+# Acceptance of lookups by the binary digits of their evidence: in the row's own text, and in earlier answers.
+_LOOKUPS = (0.3, 0.3, 0.4, 0.55, 0.75, 0.9), (0.15, 0.4, 0.7, 0.7, 0.85, 0.95, 0.95, 0.97)
 _LOOKUP_STRENGTH = 2.0  # of these priors: texts differ so much that they count little
-_FORCED = 0.97, 0.99  # what a grammar forces can be spelled by other tokens
 _AHEAD = 8  # tokens over which the time of one more is averaged
 
 
@@ -78,7 +73,7 @@ def expected_accepted(means: tuple[float, float], drafts: float) -> float:
 
 
 class PassTimes:
-    """Times of passes by their number of tokens: a table at powers of 2, linear between them, that never falls.
+    """Times of steps by a number of tokens: a table at powers of 2, linear between them, that never falls.
 
     A pass of few tokens waits for memory and one of many for arithmetic, so that no one line fits. The first measurement sets
     the unit. Each moves all entries by its relative error, the less the further they are: what was not measured keeps the shape
@@ -87,7 +82,7 @@ class PassTimes:
 
     def __init__(self, prior: Callable[[int], float]) -> None:
         self._prior = list(accumulate((prior(1 << power) for power in range(_POWERS)), max))
-        self._times, self._weights = list(self._prior), [0.0] * _POWERS
+        self._times, self.is_measured = list(self._prior), False
 
     @classmethod
     def measured(cls, times: Sequence[float]) -> "PassTimes":
@@ -101,67 +96,34 @@ class PassTimes:
         one = hypot(1.0, row_cost)
         return cls(lambda n: hypot(spec.weights_read(n) / spec.weights_read(1), row_cost * n) / one)
 
-    def part(self, of_one: float, share: float) -> "PassTimes":
-        """Of other passes: `of_one` token, and for each token more this share of what it takes here."""
-        return PassTimes(lambda n: of_one + share * (self.of(n) - self.of(1)))
-
-    def of(self, n: int, prior: bool = False) -> float:
-        times = self._prior if prior else self._times
+    def of(self, n: int) -> float:
         below = min((n - 1).bit_length() - 1 if n > 1 else 0, _POWERS - 2)
-        low, start = times[below], 1 << below
-        return low + (times[below + 1] - low) * (n - start) / start
+        low, start = self._times[below], 1 << below
+        return low + (self._times[below + 1] - low) * (n - start) / start
 
     def slope(self, n: int) -> float:
         """Of one more token."""
         return (self.of(n + _AHEAD) - self.of(n)) / _AHEAD
 
     @property
-    def is_measured(self) -> bool:
-        return any(self._weights)
-
-    @property
     def pace(self) -> float:
         """The time of one token over its prior."""
         return self._times[0] / self._prior[0]
 
-    def observe(self, n: int, seconds: float) -> None:
+    def observe(self, n: int, seconds: float, usual: float = inf) -> None:
+        """`usual`: the unit, as far as it is known."""
         if not self.is_measured:
-            self._times = [time * seconds / self.of(n) for time in self._prior]
+            unit = min(seconds / self.of(n), _OUTLIER_FACTOR * usual)
+            self._times, self.is_measured = [unit * time for time in self._prior], True
         error, longest = min(seconds / self.of(n), _OUTLIER_FACTOR) - 1, 0.0
         for place, near in enumerate(_nearness(n)):
-            self._weights[place] += near
-            weight = near * max(_LEAST_WEIGHT, 1 / (1 + self._weights[place]))
-            self._times[place] = longest = max(longest, self._times[place] * (1 + error * weight))
+            self._times[place] = longest = max(longest, self._times[place] * (1 + error * _NEW * near))
 
 
 @lru_cache(256)
 def _nearness(n: int) -> list[float]:
     """How much a measurement of n tokens says of each power of 2."""
     return [2.0 ** (-abs(log2(n) - power) / 2) for power in range(_POWERS)]
-
-
-class DraftTimes:
-    """Of all drafters: a draft takes `overhead` and `pace` x the prior time of its steps, by least squares.
-
-    Newer drafts count more, and a draft without steps that takes no time counts half.
-    """
-
-    def __init__(self) -> None:
-        self.overhead, self.pace, self.tries = 0.0, 1.0, 0
-        self._sums = [0.0] * 5
-
-    def observe(self, steps: float, seconds: float) -> None:
-        """`steps`: the prior time of its steps."""
-        if self.tries:
-            seconds = min(seconds, _OUTLIER_FACTOR * (self.overhead + self.pace * steps))
-        self.tries += 1
-        terms = 1.0, steps, seconds, steps * steps, steps * seconds
-        self._sums = [_RECENT * known + new for known, new in zip(self._sums, terms, strict=True)]
-        count, x, y, xx, xy = self._sums
-        self.pace = max(((count + 0.5) * xy - x * y) / ((count + 0.5) * xx - x * x), _LEAST_STEPS * xy / xx)
-        self.overhead = (y - self.pace * x) / (count + 0.5)
-        if self.overhead < 0:
-            self.overhead, self.pace = 0.0, xy / xx
 
 
 class Calibration:
@@ -185,32 +147,14 @@ class Arm:
 
     name: str
     acceptance: Acceptance
-    steps: PassTimes  # of its layers, by the number of rows
-    draft_times: DraftTimes
+    step: float  # prior time of a draft of one row
+    part: float  # of what more rows cost the target, that they cost it
     share: float  # of a pass of the target that is left to verify its drafts
     calibration: Calibration
-    tries: float  # measured drafts
-    reach: float  # it drafts for texts of fewer tokens
-
-    def __post_init__(self) -> None:
-        self.ahead = int(self.share < 1)  # steps besides one per draft: 1 where the target needs the last draft's state
-
-    def step(self, rows: int, pace: float) -> float:
-        """The time of a step; as far as it was not tried, by the pace of other drafters, or the target's if that is less."""
-        trust, others = self.tries / (self.tries + GUESS), self.draft_times
-        usual = min(others.pace, pace) if others.tries else pace
-        return trust * self.steps.of(rows) + (1 - trust) * usual * self.steps.of(rows, prior=True)
-
-    def observe(self, rows: int, drafts: int, seconds: float) -> None:
-        count = drafts + self.ahead
-        self.tries += 1
-        self.draft_times.observe(count * self.steps.of(rows, prior=True), seconds)
-        self.steps.observe(rows, max(seconds - self.draft_times.overhead, _LEAST_STEPS * seconds) / count)
-
-    def fade(self, kept: float) -> None:
-        """Without it for some steps: their text may be another one, and the times before may have been disturbed."""
-        self.acceptance.fade(kept)
-        self.tries *= kept
+    reach: float = inf  # it drafts for texts of fewer tokens
+    guesses: bool = False  # whether it verifies what it looks up while it drafts for one row
+    tries: float = 0.0  # less, the longer ago they were
+    pace: float = 1.0  # its times over their prior, in those of the target's
 
 
 @dataclass(frozen=True)
@@ -233,10 +177,9 @@ class Speed:
     seconds: float = 0.0
     since: int = 0  # steps of the other kind since this one, the slower, was tried
 
-    def add(self, seconds: float) -> None:
-        """A step, whose tokens are added to `tokens`."""
-        self.steps, self.seconds = _RECENT * self.steps + 1, _RECENT * self.seconds + seconds
-        self.tokens *= _RECENT
+    def add(self, tokens: int, seconds: float) -> None:
+        self.steps, self.tokens = _RECENT * self.steps + 1, _RECENT * self.tokens + tokens
+        self.seconds = _RECENT * self.seconds + seconds
 
 
 @dataclass
@@ -245,102 +188,115 @@ class Step:
 
     rows: int
     looks: bool = True  # for drafts
-    speed: Speed = field(default_factory=Speed)  # of such steps
-    arm: Arm | None = None  # that gave each row so many
-    drafts: int = 0
+    found: bool = False  # in the only row's text
+    arm: Arm | None = None  # that drafted
+    drafts: int = 0  # of each row
     verified: int = 0  # tokens of the target's pass
-    draft_seconds: float = 0.0  # of the arm
+    tokens: int = 0  # that it gave, if it looked
 
 
 class Bandit:
     """What is known of a model and its drafters, and the choice between them."""
 
     def __init__(self, passes: PassTimes, arms: Mapping[str, Arm], most: int) -> None:
-        """`passes`: of the target. `most`: drafts of a row."""
-        self.passes, self.arms, self.rest = passes, arms, 0.0  # of a step that looks for drafts: what is neither draft nor pass
-        self._lookups = [
-            [(least, Acceptance(first, later, _LOOKUP_STRENGTH)) for least, first, later in priors]
-            for priors in (_LOOKUPS, _RECALLED)
-        ]
-        self.forced = Acceptance(*_FORCED)  # of what a grammar forces
+        """`passes`: of the target, and of steps without an arm. `most`: drafts of a row."""
+        self.passes, self.arms = passes, arms
+        self._lookups = [[Acceptance(prior, prior, _LOOKUP_STRENGTH) for prior in priors] for priors in _LOOKUPS]
         self._lengths = (*(length for length in _LENGTHS if length < most), most)
         # By the number of binary digits of the rows, and whether steps look for drafts.
         self._speeds = defaultdict[tuple[int, bool], Speed](Speed)
-        self._plans: dict[int, Plan] = {}  # by rows
-        self._choices = self._compared = 0
+        self._times: dict[tuple[Arm, int], PassTimes] = {}  # of steps by drafts and one, see `times`
+        self._plans: dict[tuple[int, bool], Plan] = {}  # by rows, and whether something was found for the only one
+        self._choices = self._compared = 0  # plain steps are choices, too
 
-    def lookup_acceptance(self, recalled: int, evidence: int) -> Acceptance:
-        """Of continuations with so much evidence, see `History.continuation`, in the row's text; with 1, in earlier ones."""
-        return next(acceptance for least, acceptance in self._lookups[recalled] if evidence >= least)
+    def lookup_acceptance(self, recalled: bool, evidence: int) -> Acceptance:
+        """Of continuations with about so much evidence, see `History.continuation`, in the row's text or in earlier ones."""
+        by_evidence = self._lookups[recalled]
+        return by_evidence[min(evidence.bit_length(), len(by_evidence) - 1)]
+
+    def times(self, arm: Arm, rows: int, found: bool) -> PassTimes:
+        """Of its steps by the drafts of a row, and one; in units of the target's prior until they are measured."""
+        guesses = found and arm.guesses
+        key = arm, 0 if guesses else rows.bit_length()
+        if (known := self._times.get(key)) is None:
+            passes, pace, ahead = self.passes, self.passes.pace, int(arm.share < 1)
+            step = (arm.step + arm.part * (passes.of(rows) - passes.of(1)) / pace) * (_GUESSED if guesses else 1.0)
+            known = self._times[key] = PassTimes(lambda n: (n - 1 + ahead) * step + arm.share * passes.of(rows * n) / pace)
+        return known
+
+    def unit(self, arm: Arm, times: PassTimes) -> float:
+        return 1.0 if times.is_measured else arm.pace * self.passes.pace
 
     def next_step(self, rows: int) -> Step:
         """One that looks for drafts or does not: what is faster, or now and then the other, to find out whether it is."""
         looking, plain = (self._speeds[rows.bit_length(), looks] for looks in (True, False))
-        gain, every = inf, _EVERY_AT_FIRST
-        if looking.steps >= _FEW and plain.steps:
+        looks = plain.steps > 0  # the first gives the unit of times
+        if looks and looking.steps >= _FEW:
             gain = looking.tokens * plain.seconds / (looking.seconds * plain.tokens)
-            every = min(max(abs(gain - 1) / _EXPLORED, 4), 16 if gain < 1 else 128)  # the next text may be another one
-        slower = looking if gain < 1 else plain
-        slower.since = (slower.since + 1) % ceil(every)
-        if (gain < 1) == (slower.since > 0):
-            return Step(rows, False, plain)
-        return Step(rows, True, looking if self._choices > _SETTLED else Speed())  # first tries say nothing of later ones
+            slower, every = looking if gain < 1 else plain, (max(gain, 1 / gain) - 1) / _EXPLORED
+            slower.since = (slower.since + 1) % ceil(min(max(every, 16), 256))  # the next text may be another one
+            looks = (gain < 1) == (slower.since == 0)
+        self._choices += not looks
+        return Step(rows, looks)
 
-    def observe(self, step: Step, seconds: float, verify_seconds: float) -> None:
-        """How long a step took, from the pass before until its own was done, and how long its own."""
-        arm = step.arm
-        step.speed.add(seconds)
-        if arm is None or arm.share == 1 or not self.passes.is_measured:
-            self.passes.observe(step.verified, verify_seconds / (arm.share if arm else 1.0))
+    def observe(self, step: Step, seconds: float) -> None:
+        """How long a step took."""
+        arm, looking, plain = step.arm, *(self._speeds[step.rows.bit_length(), looks] for looks in (True, False))
+        if arm is None:
+            self.passes.observe(step.verified, seconds)
         else:
-            arm.share += _LEAST_WEIGHT * (min(verify_seconds / self.passes.of(step.verified), 1.0) - arm.share)
-        if arm is not None and step.drafts:
-            arm.observe(step.rows, step.drafts, step.draft_seconds)
-        if step.looks:
-            most = _OUTLIER_FACTOR * self.rest + 0.1 * self.passes.of(1)  # what took longer was disturbed
-            self.rest += _LEAST_WEIGHT * (min(seconds - step.draft_seconds - verify_seconds, most) - self.rest)
+            if arm.tries:  # the first draft of all may be a slow one
+                times, pace = self.times(arm, step.rows, step.found), self.passes.pace
+                times.observe(step.drafts + 1, seconds, arm.pace * pace)
+                arm.pace = times.pace / pace
+            arm.tries = min(arm.tries + 1, _FEW)
+        if not step.looks:
+            plain.add(step.rows, seconds)
+        elif arm is None or arm.tries >= _FEW:
+            looking.add(step.tokens, seconds)
+            if step.tokens * plain.seconds > seconds * plain.tokens:
+                looking.since = -1  # what gains goes on
 
-    def plan(self, rows: int, shortest: int) -> Plan:
-        """For so many rows, the shortest text of which has so many tokens."""
+    def plan(self, rows: int, shortest: int, found: bool) -> Plan:
+        """For so many rows, the shortest text of which has so many tokens. `found`: something in the text of the only row."""
         self._choices += 1
-        plan = self._plans.get(rows)
-        due = plan is None or self._choices <= _SETTLED or self._choices - plan.made >= _COMPARED
+        plan = self._plans.get((rows, found))
+        due = plan is None or self._choices - plan.made >= min(_COMPARED, plan.made // _COMPARED)
         if plan is None or due or (plan.arm is not None and shortest >= plan.arm.reach):
-            plan = self._plans[rows] = self._best_plan(rows, shortest)
+            plan = self._plans[rows, found] = self._best_plan(rows, shortest, found)
         return plan
 
-    def _best_plan(self, rows: int, shortest: int) -> Plan:
-        best, rate = None, rows / (self.passes.of(rows) + self.rest)
+    def _best_plan(self, rows: int, shortest: int, found: bool) -> Plan:
+        best, rate = None, rows / self.passes.of(rows)
         for arm in self.arms.values():
-            if shortest < arm.reach and (bound := self.best_length(arm, rows, at_best=True)[0]) > rate:
+            if shortest < arm.reach and (bound := self.best_length(arm, rows, found, at_best=True)[0]) > rate:
                 best, rate = arm, bound
         kept, self._compared = _UNUSED ** (self._choices - self._compared), self._choices
-        for arm in self.arms.values():
+        for arm in self.arms.values():  # others' text may be another one, and their times may have been disturbed
             if arm is not best:
-                arm.fade(kept)
+                arm.acceptance.fade(kept)
+                arm.tries *= kept
+                if 0 < arm.tries < _FORGOTTEN:
+                    arm.tries, arm.pace = 0.0, 1.0
+                    self._times = {key: times for key, times in self._times.items() if key[0] is not arm}
         if best is None:
             return Plan(None, 0, DraftEnds(), rate, self._choices)
-        expected, length = self.best_length(best, rows)
-        return Plan(best, length, self._ends(best, expected, length), rate, self._choices)
+        expected, length = self.best_length(best, rows, found)
+        return Plan(best, length, self._ends(best, found, expected, length), rate, self._choices)
 
-    def best_length(self, arm: Arm, rows: int, at_best: bool = False) -> tuple[float, int]:
+    def best_length(self, arm: Arm, rows: int, found: bool = False, at_best: bool = False) -> tuple[float, int]:
         """The most tokens per second that this arm is expected to give, or gives `at_best`, and the drafts that give them."""
-        means, best, length = arm.acceptance.means(at_best), 0.0, 0
-        step = arm.step(rows, self.passes.pace)
-        if at_best:
-            step /= 1 + _UNTRIED / (1 + arm.tries + arm.draft_times.tries / GUESS)
-        other = self.rest + arm.draft_times.overhead
+        means, times, best, length = arm.acceptance.means(at_best), self.times(arm, rows, found), 0.0, 0
         for drafts in self._lengths:
-            seconds = other + (drafts + arm.ahead) * step + arm.share * self.passes.of(rows * (drafts + 1))
-            rate = rows * (1 + expected_accepted(means, drafts)) / seconds
+            rate = rows * (1 + expected_accepted(means, drafts)) / times.of(drafts + 1)
             if rate <= best:
                 break
             best, length = rate, drafts
-        return best, length
+        return best / self.unit(arm, times), length
 
-    def _ends(self, arm: Arm, rate: float, length: int) -> DraftEnds:
+    def _ends(self, arm: Arm, found: bool, rate: float, length: int) -> DraftEnds:
         """Where the probability that all drafts are accepted is so low that one more does not pay at this rate. For one row."""
-        cost = rate * (arm.step(1, self.passes.pace) + arm.share * self.passes.slope(length + 1))  # in tokens
-        gain = arm.acceptance.means()[1]
+        times, gain = self.times(arm, 1, found), arm.acceptance.means()[1]
+        cost = rate * self.unit(arm, times) * times.slope(length + 1)  # in tokens
         survival = cost / gain if cost < gain else 1.0
         return DraftEnds(survival=survival, doubt=arm.calibration.doubt, power=arm.calibration.power)
