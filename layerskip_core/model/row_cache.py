@@ -229,6 +229,7 @@ class EntryWriter:
         self.start, self.stop, self.contiguous = _places(positions)
         self._cache, self._positions, self._row, self._shift = cache, positions, row, shift
         self._firsts: list[int] = positions[:, 0].tolist()
+        self._lent: dict[State, Tensor] = {}  # the cache's own states, which layers change
         self._indices: tuple[Tensor, slice, Tensor] | None = None  # of all tokens, where they do not stand in one slice
         self.first_kept = max(positions.shape[1] - 1 - (0 if settled else cache.steps_back), 0)
         self.begins = not any(self._firsts)  # whether no row has an earlier token
@@ -258,22 +259,25 @@ class EntryWriter:
         if self.begins or held is None:
             return None
         found = self._rows_of(held)[self._places([first - 1 for first in self._firsts], len(held))]
-        found = found if len(held) == self._count == 1 else found.clone()
+        if len(held) == self._count == 1:
+            self._lent[state] = found
+        else:
+            found = found.clone()
         if 0 in self._firsts:
             found[[row for row, first in enumerate(self._firsts) if first == 0]] = 0
         return found
 
     def keep(self, state: State, column: int, new: Tensor) -> None:
         """The state (B, ...) after the tokens in a column of the positions."""
+        if self._lent.get(state) is new:
+            return
         state, count = self._shifted(state), self._count
         held = self._cache.states.get(state)
         if held is None or len(held) != count:
             if held is None or len(held) > 1:  # the only one is of rows that go on from a kept text, perhaps after this call
                 held = new.new_zeros(1, self._cache.rows, *new.shape[1:])
             held = self._cache.states[state] = held.repeat_interleave(count, 0)
-        held = self._rows_of(held)
-        if count > 1 or not new.is_set_to(held[0]):  # that of `before`, changed
-            held[self._places(self._positions[:, column].tolist(), count)] = new.to(held.dtype)
+        self._rows_of(held)[self._places(self._positions[:, column].tolist(), count)] = new.to(held.dtype)
 
     @property
     def _count(self) -> int:
