@@ -106,7 +106,7 @@ class PositionCache:
         self._states.clear()
         first = self.writer.first_kept if whole or not self._has_past else 0
         pieces, outputs, inputs = [*pairwise((0, *range(first + 1, hidden.shape[1] + 1)))], [], list[Tensor]()
-        parts = module.modules() if len(pieces) > 1 else ()
+        parts = module.modules() if len(pieces) > 1 else iter(())
         known: dict[Callable[[Tensor], Tensor], Tensor] = {}
         piece, bounds = hidden, slice(None)
 
