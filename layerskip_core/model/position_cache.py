@@ -77,8 +77,8 @@ class PositionCache:
         self.update_recurrent_state(new, layer_idx)
 
     def is_recording_past(self, layer_idx: int) -> bool:
-        """Then convolutions give their inputs to `update_conv_state` in calls of one token too."""
-        return True
+        """Then convolutions give their inputs to `update_conv_state` in calls of one token too; else they change the state."""
+        return self._column is None
 
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
         return self._has_past
@@ -105,7 +105,8 @@ class PositionCache:
         hidden: Tensor = args[0] if args else keywords["hidden_states"]
         self._states.clear()
         first = self.writer.first_kept if whole or not self._has_past else 0
-        pieces, outputs, inputs = pairwise((0, *range(first + 1, hidden.shape[1] + 1))), [], list[Tensor]()
+        pieces, outputs, inputs = [*pairwise((0, *range(first + 1, hidden.shape[1] + 1)))], [], list[Tensor]()
+        parts = module.modules() if len(pieces) > 1 else iter(())
         known: dict[Callable[[Tensor], Tensor], Tensor] = {}
         piece, bounds = hidden, slice(None)
 
@@ -120,7 +121,7 @@ class PositionCache:
             inputs.append(given)
             return given.new_empty(*given.shape[:-1], 0)
 
-        linears = [part for part in module.modules() if isinstance(part, nn.Linear)]
+        linears = [part for part in parts if isinstance(part, nn.Linear)]
         changes = [(part, postponed if part is last else partial(projected, part.forward)) for part in linears]
         with replaced(changes):
             for start, stop in pieces:
@@ -134,6 +135,8 @@ class PositionCache:
                         self.writer.keep(state, self._column, new)
                 self._has_past = True
         self._column, self._has_past = None, not self.writer.begins
+        if len(pieces) == 1:
+            return outputs[0]
         output = last(torch.cat(inputs, dim=1)) if last else torch.cat([hidden_of(output) for output in outputs], dim=1)
         return output if isinstance(outputs[0], Tensor) else (output, *outputs[-1][1:])
 

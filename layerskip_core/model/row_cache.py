@@ -128,7 +128,7 @@ class MixedCache(KVCache):
     Entries of one shape lie in one RowCache, in pairs: a layer's keys and values, where all have one shape.
 
     No length rolls a recurrent state back. So the states after the last tokens of a pass are kept: after each from which a row
-    may go on, by `steps_back`, and after the token before the pass.
+    may go on, by `steps_back`, and after the token before the pass. Without drafts there is one, which layers may change.
     """
 
     def __init__(
@@ -224,9 +224,11 @@ class EntryWriter:
     ) -> None:
         self.start, self.stop, self.contiguous = _places(positions)
         self._cache, self._positions, self._row, self._shift = cache, positions, row, shift
+        self._firsts: list[int] = positions[:, 0].tolist()
+        self._lent: dict[State, Tensor] = {}  # the cache's own states, which layers change
         self._indices: tuple[Tensor, slice, Tensor] | None = None  # of all tokens, where they do not stand in one slice
         self.first_kept = max(positions.shape[1] - 1 - (0 if settled else cache.steps_back), 0)
-        self.begins = not positions[:, 0].any()  # whether no row has an earlier token
+        self.begins = not any(self._firsts)  # whether no row has an earlier token
 
     def put(self, entry: Entry, new: Tensor) -> Tensor:
         """Writes (B, heads, T, width); returns what all positions before `stop` have, (B, heads, S, width)."""
@@ -245,25 +247,38 @@ class EntryWriter:
         return self._held(entry, like)[:, :, : self.stop]
 
     def before(self, state: State) -> Tensor | None:
-        """A copy of the state (B, ...) after the tokens before the call; None if there are none, 0 in rows without any."""
+        """The state (B, ...) after the tokens before the call; None if there are none, 0 in rows without any.
+
+        It is a copy, unless nobody needs it after the call.
+        """
         held = self._cache.states.get(self._shifted(state))
         if self.begins or held is None:
             return None
-        begin = self._positions[:, 0] == 0
-        found = self._rows_of(held)[self._places(self._positions[:, 0] - 1, len(held))].clone()
-        if begin.any():
-            found[begin.to(found.device)] = 0
+        found = self._rows_of(held)[self._places([first - 1 for first in self._firsts], len(held))]
+        if len(held) == self._count == 1:
+            self._lent[state] = found
+        else:
+            found = found.clone()
+        if 0 in self._firsts:
+            found[[row for row, first in enumerate(self._firsts) if first == 0]] = 0
         return found
 
     def keep(self, state: State, column: int, new: Tensor) -> None:
         """The state (B, ...) after the tokens in a column of the positions."""
-        state, count = self._shifted(state), self._cache.steps_back + 2
+        if self._lent.get(state) is new:
+            return
+        state, count = self._shifted(state), self._count
         held = self._cache.states.get(state)
         if held is None or len(held) != count:
             if held is None or len(held) > 1:  # the only one is of rows that go on from a kept text, perhaps after this call
                 held = new.new_zeros(1, self._cache.rows, *new.shape[1:])
             held = self._cache.states[state] = held.repeat_interleave(count, 0)
-        self._rows_of(held)[self._places(self._positions[:, column], count)] = new.to(held.dtype)
+        self._rows_of(held)[self._places(self._positions[:, column].tolist(), count)] = new.to(held.dtype)
+
+    @property
+    def _count(self) -> int:
+        """How many states of a row are kept."""
+        return self._cache.steps_back + 2 if self._cache.steps_back else 1
 
     def _shifted(self, state: State) -> State:
         return state[0] + self._shift, *state[1:]
@@ -271,9 +286,9 @@ class EntryWriter:
     def _rows_of(self, held: Tensor) -> Tensor:
         return held if self._row is None else held[:, self._row : self._row + 1]
 
-    def _places(self, positions: Tensor, count: int) -> Any:
-        """The index of the states after positions (B,), among so many of each row."""
-        places = (positions % count).tolist()
+    def _places(self, positions: Sequence[int], count: int) -> Any:
+        """The index of the states after a position of each row, among so many of each row."""
+        places = [position % count for position in positions]
         return places[0] if len(set(places)) == 1 else (places, list(range(len(places))))
 
     def _held(self, entry: Entry, like: Tensor) -> Tensor:
