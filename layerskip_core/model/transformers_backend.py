@@ -61,7 +61,8 @@ class TransformersBackend:
         else:
             self.layers = self._cut.form.layers
             self.num_layers = len(self.layers)
-            self.spec = TransformersSpec.of(self.model, self.num_layers, self.block_originals())
+            parts = self.block_originals()
+            self.spec = TransformersSpec.of(self.model, self.num_layers, parts and parts | self._originals_of_kinds())
         self._blocks: list[tuple[nn.Module, int]] = []
         self.exit_blocks: dict[int, PlacedBlock] = {}
         for block in exit_blocks.blocks:
@@ -181,8 +182,10 @@ class TransformersBackend:
             why = "no layer with keys and values, or more before its head than hidden states and a norm"
             raise CheckpointError(f"exits of model_type {self.spec.model_type} can have no blocks: it has {why}")
         layer, norm = map(deepcopy, parts.values())
-        if block.dense:
+        if block.kind == "dense":
             layer.mlp = deepcopy(self.layers[0].mlp)
+        if block.kind == "pair":
+            layer = _Pair(layer, deepcopy(self._originals_of_kinds()["pair.layer.1"]))
         return layer, norm
 
     def run_block(self, layer: nn.Module, hidden: Tensor, ids: Tensor) -> Tensor:
@@ -200,6 +203,12 @@ class TransformersBackend:
             return {}
         return {"layer": form.layers[form.attending], "norm": form.norm}
 
+    def _originals_of_kinds(self) -> dict[str, Any]:
+        """The same of what only blocks of a kind have, by kind and name."""
+        experts = (layer for layer in reversed(self.layers) if hasattr(getattr(layer, "mixer", None), "experts"))
+        found = {"dense.layer.mlp": getattr(self.layers[0], "mlp", None), "pair.layer.1": next(experts, None)}
+        return {name: part for name, part in found.items() if part is not None}
+
     def _placed(self, block: ExitBlock, blocks: ExitBlocks) -> PlacedBlock:
         weights, like = blocks.weights(self.spec), self.model.get_input_embeddings().weight
         layer, norm = self.block_parts(block)
@@ -214,6 +223,14 @@ class TransformersBackend:
             return PlacedBlock(block, place, head)
         join = partial(F.linear, weight=weights.of(f"{block.prefix}input.weight").to(like))
         return PlacedMtp(block, place, head, norm=norm, join=join, input_norms=[parts[name] for name in INPUT_NORMS])
+
+
+class _Pair(nn.Sequential):
+    """A layer of attention and the next, as one."""
+
+    def forward(self, *args: Any, **keywords: Any) -> Any:
+        first, second = self
+        return second(hidden_of(first(*args, **keywords)))
 
 
 class WholeTexts:
