@@ -63,7 +63,8 @@ class Formula:
         width = model.config.hidden_size
         self.map = torch.randn(width, 2 * width, dtype=torch.float64) / (2 * width) ** 0.5
         self.of_embedding, self.of_state, norm = (0.5 + torch.rand(3, width, dtype=torch.float64)).unbind()
-        self.norm, self.eps = norm if own_norm else self.model.model.norm.weight.detach(), getattr(model.config, "rms_norm_eps", 1e-5)
+        self.norm = norm if own_norm else self.model.model.norm.weight.detach()
+        self.eps = getattr(model.config, "rms_norm_eps", 1e-5)
 
     def tensors(self, begins):
         """In fp32, as a checkpoint has them: experts one by one."""
