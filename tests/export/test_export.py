@@ -232,6 +232,7 @@ for number, prompt in enumerate(prompts):
     answers.append(steps)
 print("RESULT", json.dumps(answers))
 """
+NEEDS_VISION = pytest.mark.skipif(find_spec("torchvision") is None, reason="vLLM's Qwen3.5 imports torchvision")
 ENVIRONMENT = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
@@ -255,7 +256,7 @@ def qwen_with_mtp(folder):
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed")
-@pytest.mark.parametrize("method", ["eagle3", "mtp"])
+@pytest.mark.parametrize("method", ["eagle3", pytest.param("mtp", marks=NEEDS_VISION)])
 def test_a_drafter_accepts_as_often_as_here(method, tmp_path):
     """Draft for draft: vLLM as it is reads the folder, and accepts what we accept, round by round, but for the last ones."""
     target, speculative = str(tmp_path / "target"), {"method": method, "num_speculative_tokens": 4}
