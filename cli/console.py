@@ -86,14 +86,12 @@ def stage_bars() -> Iterator[Callable[[str, int, int, str], None]]:
         description, text = TextColumn("{task.description}"), TextColumn("{task.fields[text]}")
         columns = (SpinnerColumn(), description, BarColumn(bar_width=None), MofNCompleteColumn(), TimeRemainingColumn(), text)
         with Progress(*columns, console=stderr_console(), transient=True) as bar:
+            task = bar.add_task("", visible=False, text="")
 
             def show(stage: str, done: int, total: int, text: str) -> None:
-                if not bar.tasks or bar.tasks[0].description != stage:
-                    for task in bar.task_ids:
-                        bar.remove_task(task)
-                    # A resumed run begins in the middle, which says nothing about its speed.
-                    bar.add_task(stage, total=total, completed=max(done - 1, 0), text=text)
-                bar.update(bar.task_ids[0], completed=done, text=text)
+                if bar.tasks[0].description != stage:  # a resumed run begins in the middle, which says nothing about its speed
+                    bar.reset(task, total=total, completed=max(done - 1, 0), visible=True, description=stage, text=text)
+                bar.update(task, completed=done, text=text)
 
             yield show
 

@@ -53,11 +53,9 @@ def watch(events: "Iterator[Progress | Found]") -> "Found":
     from layerskip_core.evaluation.measure import Progress
 
     with stage_bars() as show:
-        for event in events:
-            if not isinstance(event, Progress):
-                return event
+        while isinstance(event := next(events), Progress):
             show(event.phase, event.done, event.total, "")
-    raise RuntimeError("a measurement ended without its record")
+    return event
 
 
 def deliver_report(

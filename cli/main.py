@@ -36,8 +36,8 @@ class _Commands(TyperGroup):
 _HELP = """Turn a causal language model into a LayerSkip model and decode faster with the same output.
 
 \b
-convert or attach  finetune trains the model's own exits, train-drafter something beside it
-measure            sweep-exits finds the fastest setting, bench compares, verify proves
+convert or attach  finetune trains the model's own exits, train-drafter a drafter beside it
+measure            sweep-exits finds the fastest setting, bench compares, verify checks outputs
 generate           generate and chat decode with it
 serve              serve answers programs, over an OpenAI-compatible API
 """
@@ -76,32 +76,25 @@ def _root(
 def main() -> None:
     """Runs the command line and exits: 0 done, 1 an error in one line, 2 wrong usage, 130 interrupted."""
     take()
-    sys.exit(_run(*_without_debug(sys.argv[1:])))
-
-
-def _run(arguments: list[str], debug: bool) -> str | int | None:
-    """The exit status."""
+    arguments = sys.argv[1:]
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    kept = [argument for argument in arguments[:end] if argument != "--debug"]
+    debug = len(kept) < end or os.environ.get("LAYERSKIP_DEBUG", "0") not in ("", "0")
+    status: str | int | None = 0
     try:
         try:
-            app(arguments)
-        except SystemExit as end:
-            sys.stdout.flush()
-            return end.code
-        return 0  # unreachable: Typer always exits
+            app(kept + arguments[end:])
+        except SystemExit as ended:
+            status = ended.code
+        sys.stdout.flush()
     except BrokenPipeError:
         give_up()
-        return 0
+        status = 0
     except KeyboardInterrupt:
         give_up()
-        return 130
+        status = 130
     except BaseException as error:  # including panics of the tokenizers library, which are not Exceptions
         tell_error(error, debug)
         give_up()
-        return 1
-
-
-def _without_debug(arguments: list[str]) -> tuple[list[str], bool]:
-    """The arguments without --debug (anywhere before `--`), and whether it was given, or LAYERSKIP_DEBUG set."""
-    end = arguments.index("--") if "--" in arguments else len(arguments)
-    kept = [argument for argument in arguments[:end] if argument != "--debug"]
-    return kept + arguments[end:], len(kept) < end or os.environ.get("LAYERSKIP_DEBUG", "0") not in ("", "0")
+        status = 1
+    sys.exit(status)

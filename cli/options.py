@@ -29,7 +29,7 @@ _MEANT = {
     "--revision": "--model ID@REVISION",
     "--num-speculative-tokens": "--spec",
 }
-_FIRST = {  # of commands with many flags: those that people use first
+_FIRST = {  # flags that people use first, in commands with many
     "finetune": ("model", "name", "output", "preset", "p_max", "exits", "steps", "batch_size", "lr", "lora_rank", "dry_run"),
     "train-drafter": ("model", "name", "output", "layout", "exits", "steps", "batch_size", "start_from", "dry_run"),
 }
@@ -53,7 +53,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     hints, given = get_type_hints(function, include_extras=True), inspect.signature(function).parameters
     defaults = {name: None if each.default is each.empty else each.default for name, each in given.items()}
     parameters: dict[str, inspect.Parameter] = {}
-    read = dict[str, str]()  # by field: what it names; a missing one is reported before torch is imported
+    read = dict[str, str]()  # the kind of thing that a field names: if it is missing, the error comes before torch is imported
     for name in given:
         for field, hint, default, panel in _flags(name, hints[name], defaults[name]):
             parameters.setdefault(field, _parameter(field, hint, default, panel))

@@ -91,7 +91,7 @@ def _texts(config: CalibrationConfig, report: Report) -> tuple[Tensor, Tensor, T
     """Texts (N, T), halves of others, and greedy answers to these. Raises ConfigError where no int4 kernel runs the model."""
     decoder = for_decoding(config.model, "cpu")
     spec = decoder.backend.spec
-    if (missing := missing_feature(spec, recurrent=True)) or not isinstance(spec, ModelSpec):
+    if (missing := missing_feature(spec, native=True)) or not isinstance(spec, ModelSpec):
         raise ConfigError(f"int4 weights need a `model` that can be repacked, got {spec.model_type} with {missing}")
     if spec.experts is not None:
         raise ConfigError(f"calibration needs a `model` without experts, got {spec.model_type}")

@@ -5,6 +5,7 @@ import torch
 from conftest import tiny_model
 
 from layerskip_core.config.decoding import DecodingConfig
+from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.decoding.drafters import Context, DrafterSetup
 from layerskip_core.decoding.drafters.exit import ExitDrafter
@@ -119,6 +120,14 @@ def silent_layers(*layers, **changes):
             model.model.layers[layer - 1].self_attn.o_proj.weight.zero_()
             model.model.layers[layer - 1].mlp.down_proj.weight.zero_()
     return TransformersBackend(model)
+
+
+class UnroundedDrafter(PackingConfig):
+    """A drafter in the precision of its file, to compare with a formula."""
+
+    @property
+    def drafter(self):
+        return self.quantize, self.draft_head
 
 
 def native_or_skip(model, packing=None, **options):

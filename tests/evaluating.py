@@ -41,7 +41,7 @@ def tiny_loaded(dtype: torch.dtype = torch.float64, **changes: object) -> Decode
     return decoder_of(Trainable("tiny", model, TransformersBackend(model), tokenizer, CheckpointInfo(PARSING_TEMPLATE)))
 
 
-TRAINED = CheckpointInfo(PARSING_TEMPLATE, details={"config": {"recipe": {"curriculum": "all", "exits": [2, 4]}}})
+TRAINED = CheckpointInfo(PARSING_TEMPLATE, details={"trained_exits": [2, 4]})
 
 
 def repacked(packing: PackingConfig, **changes: object) -> Decoder:

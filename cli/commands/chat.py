@@ -41,8 +41,8 @@ def chat(
 ) -> None:
     """Talk with a model, which sees the whole conversation; earlier turns are not computed again.
 
-    Turns follow each other in a chat template. With any other, as that of the embedded model, every message is a prompt of
-    its own. /help lists the commands. From a pipe every line is a turn, and empty lines are none.
+    Models without a chat template, such as the embedded ones, answer every message by itself. /help lists the commands. Over a
+    pipe every line is a message; empty lines are skipped.
 
     Example: layerskip chat --show-drafts
     """

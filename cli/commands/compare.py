@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from layerskip_core.config.options import Flag, Layer, Text
-from layerskip_core.errors import refused, require_choice
+from layerskip_core.errors import require, require_choice
 
 from .. import evaluation
 from ..console import narrate
@@ -54,10 +54,9 @@ def compare(
         for name in only:
             require_choice(name, "only", figures_of(groups))
         comparison = compare_runs(groups, only, exits)
-        if not comparison.lines and exits:
-            raise refused("exits", "exits that all runs of a label have", ",".join(map(str, exits)))
-        if not comparison.lines:
-            raise refused("RUNS", "runs that share their settings under one label", "no figure in common")
+        found = bool(comparison.lines)
+        require(found or not exits, "exits", "exits that all runs of a label have", ",".join(map(str, exits)))
+        require(found, "RUNS", "runs that share their settings under one label", "no figure in common")
         for note in comparison.notes:
             narrate(note)
         files = {} if folder is None else plots(comparison, folder)

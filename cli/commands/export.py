@@ -13,11 +13,10 @@ from ..options import ModelArgument, command
 
 @command
 def export(model: ModelArgument = "embedded", *, config: ExportConfig) -> None:
-    """Write the first layers of a model as a model of its own, which drafts for the whole model in another engine.
+    """Write an exit of a model as a plain checkpoint, which drafts for the model in another engine.
 
-    It has the exit's block if there is one, the norm and the head, and gives the logits of this exit. --format gguf writes
-    the whole model and the draft for llama.cpp. --format packed writes the whole model as the compiled kernels read it, so
-    that commands that decode start at once.
+    It has the first layers, the exit's block if there is one, the norm and the head. --format gguf writes model and draft for
+    llama.cpp. --format packed writes the whole model in the layout of our kernels, so that decoding starts at once.
 
     Example: layerskip export embedded --exit 4 --output draft-model --engine vllm
     """

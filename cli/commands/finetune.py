@@ -56,7 +56,7 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
 
 
 DryRun = Annotated[bool, Flag("Print what would be done, and stop.", panel="Run")]
-TrainingThreads = Annotated[Threads, Flag("CPU threads; 0: torch's choice, but none for a busy core.", panel="Machine")]
+TrainingThreads = Annotated[Threads, Flag("CPU threads; 0: torch's choice, less busy cores.", panel="Machine")]
 ConfigFile = Annotated[
     Path | None,
     typer.Option(
@@ -74,9 +74,9 @@ def finetune(
 ) -> None:
     """Convert a checkpoint by the LayerSkip recipe: layer dropout, and a loss of early exits through the one shared head.
 
-    --recipe auto trains a few exits, each with a reader, and ends with what their drafts gain here and what the training cost
-    the model. The paper's own recipes are finetune, continual, scratch and code. With --recipe none it is an ordinary training.
-    To leave the model as it is, and only train what drafts for it: layerskip train-drafter.
+    --recipe auto trains a few exits, each with a reader, and reports at the end how fast they draft on this machine and how
+    much quality the training cost. The paper's own recipes are finetune, continual, scratch and code; --recipe none is ordinary
+    training. To train a drafter and leave the model as it is: layerskip train-drafter.
 
     Example: layerskip finetune --model HuggingFaceTB/SmolLM2-135M --data rows.jsonl --output my-model --save-steps 200
     """
@@ -104,12 +104,11 @@ def run_training(settings: TrainingConfig, dry_run: bool, threads: int) -> None:
 
 def _run(plan: "Plan") -> "CheckpointInfo":
     with stage_bars() as show:
-
-        def report_step(report: "StepReport") -> None:
-            show("training", report.step, report.total_steps, report_text(report))
-
         try:
-            return plan.run(report_step, lambda stage, done, total: show(stage, done, total, ""))
+            return plan.run(
+                lambda report: show("training", report.step, report.total_steps, report_text(report)),
+                lambda stage, done, total: show(stage, done, total, ""),
+            )
         except TrainingInterrupted as interrupted:
             again = shlex.join(["layerskip", *(flag for flag in sys.argv[1:] if flag != "--resume"), "--resume"])
             where = " (under torchrun, as before)" if "WORLD_SIZE" in os.environ else ""
@@ -197,9 +196,9 @@ def _drafter_lines(plan: "FrozenModel") -> list[str]:
         "eagle3": f"a drafter in the EAGLE-3 layout, at most {config.draft_vocab} tokens",
         "mtp": "the drafter that the checkpoint ships" if config.start_from else "a drafter as Qwen3.5 ships it",
     }
-    what = kinds[config.layout or "exit"]
+    what, trained = kinds[config.layout or "exit"], sum(each.numel() for each in plan.module.parameters() if each.requires_grad)
     return [
-        f"{what}, {plan.trained / 1e6:.1f}M parameters; the model stays as it is; answers of the {config.answers}",
+        f"{what}, {trained / 1e6:.1f}M parameters; the model stays as it is; answers of the {config.answers}",
         f"drafts here would take {estimate.draft:.2f} of a step ({estimate.step * 1e3:.3g} ms) each, so by drafts accepted "
         f"about {speeds} of plain decoding; without training, low-bit copies and lookups draft: "
         f"layerskip bench --model {shlex.quote(config.model)}",
@@ -207,7 +206,7 @@ def _drafter_lines(plan: "FrozenModel") -> list[str]:
 
 
 def report_text(report: "StepReport") -> str:
-    """How a step is shown: its loss or, of what drafts, its divergence; a drafter in the EAGLE-3 layout is exit 0."""
+    """A step's loss, or a drafter's divergence, as shown; a drafter in the EAGLE-3 layout is exit 0."""
     shown = (
         ("exits", report.exit_losses, ".3f"),
         ("held-out", report.validation_losses, ".3f"),
@@ -219,7 +218,7 @@ def report_text(report: "StepReport") -> str:
 
 
 def result_text(info: "CheckpointInfo", plan: "Plan", verdicts: "list[Verdict]") -> str:
-    """The last losses, or divergences of what drafts; what drafts give; what the training cost the model."""
+    """The last losses or divergences, the gain by drafts, and the cost of the training in quality."""
     details = info.details
     kinds = {"loss by exit": details.get("final_losses"), "on held-out rows": details.get("validation_losses")}
     if plan.recipe is None:

@@ -53,8 +53,8 @@ def generate(
 ) -> None:
     """Generate text with self-speculative decoding: the same text as autoregressive decoding, in fewer full passes.
 
-    Without --exit, --spec or --strategy it drafts adaptively: by lookups in the text, by the exits of a model that `finetune`
-    trained or by an int8 copy of any other, or not at all, whichever is fastest at the moment.
+    Without --exit, --spec or --strategy every round uses the fastest of lookups in the text, trained exits, an int8 copy of the
+    model, other drafters, and none.
 
     Example: printf 'remind me to call mom at 5' | layerskip generate --exit 8 --spec 6
     """
@@ -94,9 +94,10 @@ def generate(
 
 
 def _narrate_stats(loaded: "Decoder", usual: DecodingConfig, total: "DecodeStats", batch_size: int) -> None:
-    from layerskip_core.evaluation.measure.cost_model import plain_bandwidth, speed_of
+    from layerskip_core.evaluation.measure.cost_model import bandwidth, plain_step, speed_of
+    from layerskip_core.evaluation.results import bandwidth_text
 
-    narrate(plain_bandwidth(loaded))
+    narrate(bandwidth_text(bandwidth(loaded, plain_step(loaded))))
     narrate(stats_text(total, loaded, usual.policy))
     by_exit = usual.strategy == "self-speculative" and usual.policy is None and total.rounds and batch_size == 1
     if by_exit and (speed := speed_of(loaded, total)) < 1:
@@ -228,11 +229,11 @@ def _together(
 
 def _logprob_document(one: "TokenLogprobs", text_of: Callable[[int], str]) -> dict[str, Any]:
     """A token with its log probability, and the best ones in its place, as an object."""
-
-    def entry(token: int, logprob: float) -> dict[str, Any]:
-        return {"id": token, "token": text_of(token), "logprob": round(logprob, 6)}
-
-    return {**entry(one.id, one.logprob), "top": [entry(*other) for other in one.top]}
+    own, *top = (
+        {"id": token, "token": text_of(token), "logprob": round(logprob, 6)}
+        for token, logprob in ((one.id, one.logprob), *one.top)
+    )
+    return {**own, "top": top}
 
 
 def _write(text: str) -> None:

@@ -3,15 +3,14 @@
 import os
 import signal
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from layerskip_core.config.decoding import KEY, ServeConfig
 from layerskip_core.config.model import MachineConfig, PackingConfig, PromptingConfig
 from layerskip_core.config.resolution import require_exit_layer
-from layerskip_core.errors import LayerSkipError, refused, require
+from layerskip_core.errors import LayerSkipError, require
 
 from ..console import narrate
 from ..loading import DecoderFlags, load_to_decode, of_answers
@@ -26,14 +25,12 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 def serve(serving: ServeConfig, prompting: PromptingConfig, packing: PackingConfig, machine: MachineConfig) -> None:
     """Serve one model over an OpenAI-compatible API: completions, chat completions and responses, with streaming.
 
-    For one machine. The flags about decoding are for what a request does not say itself. Needs the extra `serve`:
-    pip install 'layerskip[serve]'.
+    Flags of decoding are defaults of requests. Needs the extra `serve`: pip install 'layerskip[serve]'.
 
     Example: layerskip serve --port 8000
     """
     key = serving.api_key or os.environ.get(KEY)
-    if key == "":
-        raise refused(KEY, "a text that is not empty", "an empty one")
+    require(key != "", KEY, "a text that is not empty", "an empty one")
     try:
         import uvicorn
 
@@ -70,7 +67,8 @@ def serve(serving: ServeConfig, prompting: PromptingConfig, packing: PackingConf
             )
             host, port = listener.getsockname()[:2]
             address = f"[{host}]" if ":" in host else host
-            with _until_a_signal():
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+            with suppress(KeyboardInterrupt):  # uvicorn finishes its work after either signal, and raises it again
                 listener.listen(_BACKLOG)  # now, so that whoever reads the next line can connect
                 with_key = "" if key is None else f", with the key of {'`api_key`' if serving.api_key else KEY}"
                 narrate(f"{name} at http://{address}:{port}/v1{with_key}; Ctrl-C stops it")
@@ -79,18 +77,6 @@ def serve(serving: ServeConfig, prompting: PromptingConfig, packing: PackingConf
                 uvicorn.Server(config).run([listener])
         finally:
             engine.stop()
-
-
-@contextmanager
-def _until_a_signal() -> Iterator[None]:
-    """SIGINT and SIGTERM end the server without an error; uvicorn finishes its work and raises them again."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    except KeyboardInterrupt:
-        pass
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _bound(host: str, port: int) -> socket.socket:

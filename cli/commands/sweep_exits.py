@@ -41,7 +41,7 @@ def sweep_exits(
         bool, Flag("Write the recommendation and the policies exact and fast into the model's layerskip.json.", panel="Output")
     ] = False,
 ) -> None:
-    """Measure every exit, alone and as the draft of self-speculative decoding, predict its speed, and recommend one.
+    """Measure every exit, alone and as the draft of self-speculative decoding, predict its speed, and recommend a setting.
 
     Example: layerskip sweep-exits --model layerskip-model --exits 4:12:2 --specs 4,8 --save
     """

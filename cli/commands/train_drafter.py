@@ -1,4 +1,4 @@
-"""Train what drafts for a model that stays as it is."""
+"""Train a drafter for a model that stays as it is."""
 
 from layerskip_core.config.training import DrafterConfig
 
@@ -10,10 +10,10 @@ from .finetune import ConfigFile, DryRun, TrainingThreads, run_training
 def train_drafter(
     settings: DrafterConfig, dry_run: DryRun = False, threads: TrainingThreads = 0, config: ConfigFile = None
 ) -> None:
-    """Train what drafts for a model, which stays as it is, byte for byte: in minutes, on its own answers.
+    """Train a drafter for a model, in minutes, on the model's own answers. The model stays as it is, byte for byte.
 
-    By default a drafter in the EAGLE-3 layout, which vLLM, SGLang and llama.cpp read too; with --exits a block at each exit;
-    with --start-from shipped the checkpoint's own, on.
+    By default the drafter has the EAGLE-3 layout, which vLLM, SGLang and llama.cpp read, too. --exits trains a block at each
+    exit instead, --start-from shipped goes on with the checkpoint's own drafter.
 
     Example: layerskip train-drafter --model my-model --output my-model --data rows.jsonl
     """

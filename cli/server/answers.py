@@ -61,7 +61,7 @@ class Document:
             text, calls = self._calls[number].add(update.text, update.is_last)
             contents = [{"delta": {**role, "content": text} if text or role else {}}]
             contents += [{"delta": {"tool_calls": [delta]}} for delta in deltas(calls, first)]
-        # The last one says why the answer ended; log probabilities are those of all.
+        # The last one has the finish reason, and the log probabilities of all.
         partial = [self._choice(number, content, Update(""), {}) for content in contents[:-1]]
         choice = self._choice(number, contents[-1], update, texts)
         self._begun.add(number)
@@ -104,12 +104,8 @@ class Document:
         tops = [
             one and {texts[token]: logprob for token, logprob in (*one.top[::-1], (one.id, one.logprob))} for one in entries
         ]
-        return {
-            "tokens": tokens,
-            "token_logprobs": [one and one.logprob for one in entries],
-            "top_logprobs": tops,
-            "text_offset": ends[:-1],
-        }
+        logprobs = [one and one.logprob for one in entries]
+        return {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": ends[:-1]}
 
 
 def event(document: dict[str, Any]) -> bytes:
@@ -120,18 +116,13 @@ def event(document: dict[str, Any]) -> bytes:
 def usage_of(jobs: Sequence[Request | Embedding], n: int) -> dict[str, Any]:
     """The tokens of `n` answers to each prompt. OpenAI calls drafts predictions."""
     stats, prompt_tokens = sum((job.stats for job in jobs), DecodeStats()), sum(len(job.ids) for job in jobs[::n])
-    details = {
-        "accepted_prediction_tokens": stats.accepted,
-        "rejected_prediction_tokens": stats.drafted - stats.accepted,
-        "reasoning_tokens": 0,
-        "audio_tokens": 0,
-    }
+    drafts = {"accepted_prediction_tokens": stats.accepted, "rejected_prediction_tokens": stats.drafted - stats.accepted}
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": stats.new_tokens,
         "total_tokens": prompt_tokens + stats.new_tokens,
         "prompt_tokens_details": {"cached_tokens": sum(job.reused for job in jobs[::n]), "audio_tokens": 0},
-        "completion_tokens_details": details,
+        "completion_tokens_details": {**drafts, "reasoning_tokens": 0, "audio_tokens": 0},
     }
 
 
@@ -283,8 +274,5 @@ class ResponseDocument:
         counts = {f"{of}_tokens": usage[f"{name}_tokens"] for of, name in (("input", "prompt"), ("output", "completion"))}
         details = {"input_tokens_details": {"cache_write_tokens": 0, **usage["prompt_tokens_details"]}}
         details["output_tokens_details"] = usage["completion_tokens_details"]
-        return {
-            **made,
-            "status": "incomplete" if self._is_cut else "completed",
-            "usage": {**counts, **details, "total_tokens": usage["total_tokens"]},
-        }
+        made["status"] = "incomplete" if self._is_cut else "completed"
+        return {**made, "usage": {**counts, **details, "total_tokens": usage["total_tokens"]}}

@@ -32,7 +32,7 @@ from layerskip_core.serving.engine import Engine, Updates
 
 from ..console import narrate, tell_error
 from .answers import Document, ResponseDocument, Vectors, usage_of
-from .bodies import ApiError, Asked, Family, Prompt, api_error, invalid, parsed, request_of, text_of
+from .bodies import ApiError, Asked, Family, Prompt, api_error, demand, invalid, parsed, request_of, text_of
 from .tools import Calls, Tools, as_texts, format_of, grammar
 
 Result = TypeVar("Result")
@@ -123,8 +123,7 @@ class Service:
             async with asyncio.timeout(_BODY_SECONDS):
                 async for part in request.stream():
                     body += part
-                    if len(body) > limit:
-                        raise invalid(f"the body must be at most {limit} bytes", code="body_too_large", status=413)
+                    demand(len(body) <= limit, f"the body must be at most {limit} bytes", code="body_too_large", status=413)
         except TimeoutError:
             raise invalid(f"the body did not arrive within {_BODY_SECONDS:g} seconds", status=408) from None
         return bytes(body)
@@ -178,7 +177,8 @@ class Service:
             jobs.append(Job(ids, config, partial(deliver, number), isolated, request.stream))
         if family == "responses":
             return jobs, ResponseDocument(self.name, jobs[0], finder, body)
-        echoes = [self._echo(prompt) for prompt in request.prompts for _ in range(request.n)] if request.echo else []
+        echoed = (str(decoder.tokenizer.decode(each) if isinstance(each, list) else each) for each in request.prompts)
+        echoes = [text for text in echoed for _ in range(request.n)] if request.echo else []
         return jobs, Document(family == "chat", self.name, jobs, echoes, finder, request.include_usage)
 
     async def texts(self, jobs: Sequence[Job | Embedding], updates: Iterable[Update]) -> dict[int, str]:
@@ -188,9 +188,6 @@ class Service:
         if ids:  # and perhaps the first ones of prompts
             ids |= {job.ids[0] for job in jobs}
         return await self.in_encoding(lambda: {token: self._decoder.token_text(token) for token in ids}) if ids else {}
-
-    def _echo(self, prompt: Prompt) -> str:
-        return str(self._decoder.tokenizer.decode(prompt)) if isinstance(prompt, list) else str(prompt)
 
     def cancel(self, jobs: Sequence[Job | Embedding]) -> None:
         """Finished ones stay as they are."""
@@ -229,8 +226,7 @@ class Service:
         name = request.path_params.get("model")
         if name is None:
             return JSONResponse({"object": "list", "data": [self._listed]})
-        if name != self.name:
-            raise invalid(f"this server has no such model, only {self.name}", "model", "model_not_found", 404)
+        demand(name == self.name, f"this server has no such model, only {self.name}", "model", "model_not_found", 404)
         return JSONResponse(self._listed)
 
     async def _metrics(self, request: Request) -> Response:
@@ -247,7 +243,7 @@ def _ids(decoder: Decoder, prompt: Prompt) -> list[int]:
 
 
 def _teller(tokenizer: Tokenizer) -> str:
-    """The role whose messages a chat template shows first: many refuse or drop those of the system."""
+    """The role that can describe tools: `system`, or `user` where the chat template refuses or drops system messages."""
     with suppress(CheckpointError):
         if "?!" in render_chat(tokenizer, [{"role": "system", "content": "?!"}, {"role": "user", "content": "a"}], True):
             return "system"

@@ -69,6 +69,12 @@ def invalid(message: str, param: str | None = None, code: str | None = None, sta
     return ApiError(status, message, "invalid_request_error", param, code)
 
 
+def demand(condition: bool, message: str, param: str | None = None, code: str | None = None, status: int = 400) -> None:
+    """Raises `invalid` unless the condition holds."""
+    if not condition:
+        raise invalid(message, param, code, status)
+
+
 def api_error(error: BaseException) -> ApiError:
     """The response for an exception; an unexpected one reveals nothing."""
     if isinstance(error, ApiError):
@@ -160,8 +166,7 @@ def text_of(document: Mapping[str, Any], model: str) -> Prompt:
     """A text or conversation to encode only."""
     _require_model(document.get("model", model), model)
     prompts = _conversation(document["messages"]) if "messages" in document else _prompts(document.get("prompt"))
-    if len(prompts) > 1:
-        raise invalid(f"prompt must be one text, got {len(prompts)}", "prompt")
+    demand(len(prompts) == 1, f"prompt must be one text, got {len(prompts)}", "prompt")
     return prompts[0]
 
 
@@ -186,39 +191,31 @@ def _refuse_unsupported(document: Mapping[str, Any], unsupported: Mapping[str, A
             raise invalid(f"{key} is not supported by this server{why}", key, "unsupported_parameter")
 
 
+def _embedded(document: Mapping[str, Any], model: str, most: int) -> Asked:
+    """The texts to embed."""
+    form = document.get("encoding_format", "float")
+    demand(form in ("float", "base64"), f"encoding_format must be float or base64, got {form!r:.50}", "encoding_format")
+    _refuse_unsupported(document, {"dimensions": None})
+    _require_model(document.get("model", model), model)
+    prompts = _prompts(document.get("input"), "input")
+    demand(len(prompts) <= most, f"input must be at most {most} texts, got {len(prompts)}", "input")
+    return Asked(prompts, [{} for _ in prompts])
+
+
 def request_of(document: Mapping[str, Any], family: Family, model: str, config: ServeConfig) -> Asked:
     """The request in a body, for the model of this name. Raises ApiError, and ConfigError for an option out of range."""
     most = min(_MOST_ANSWERS, config.batch_size + config.queue_size)  # answers or texts, which the queue has to take whole
     if family == "embeddings":
         return _embedded(document, model, most)
-    document = _as_conversation(document) if family == "responses" else document
-    return _asked(document, family != "completions", model, most, config)
-
-
-def _embedded(document: Mapping[str, Any], model: str, most: int) -> Asked:
-    """The texts to embed."""
-    form = document.get("encoding_format", "float")
-    if form not in ("float", "base64"):
-        raise invalid(f"encoding_format must be float or base64, got {form!r:.50}", "encoding_format")
-    _refuse_unsupported(document, {"dimensions": None})
-    _require_model(document.get("model", model), model)
-    prompts = _prompts(document.get("input"), "input")
-    if len(prompts) > most:
-        raise invalid(f"input must be at most {most} texts, got {len(prompts)}", "input")
-    return Asked(prompts, [{} for _ in prompts])
-
-
-def _asked(document: Mapping[str, Any], is_chat: bool, model: str, most: int, config: ServeConfig) -> Asked:
-    """A conversation or texts to continue; `config` has the options for what the body leaves out."""
+    document, is_chat = _as_conversation(document) if family == "responses" else document, family != "completions"
     _refuse_unsupported(document, _UNSUPPORTED | ({"echo": False} if is_chat else _NOT_IN_COMPLETIONS))
     prompts = _conversation(document.get("messages")) if is_chat else _prompts(document.get("prompt"))
     given = checked(_Body, {key: document[key] for key in _Body.__annotations__ if key in document})
-    if "model" not in given:
-        raise invalid(f"model is missing; this server has {model}", "model")
+    demand("model" in given, f"model is missing; this server has {model}", "model")
     _require_model(given["model"], model)
     n = given.get("n", 1)
-    if not 1 <= n * len(prompts) <= most:
-        raise invalid(f"n times the number of prompts must be in 1..{most}, got {n * len(prompts)}", "n")
+    count = n * len(prompts)
+    demand(1 <= count <= most, f"n times the number of prompts must be in 1..{most}, got {count}", "n")
     options = {name: document[name] for name in _OPTIONS if name in document}
     flags, limit = config.decoding, config.token_limit or UNLIMITED
     usual = flags.get("max_new_tokens", UNLIMITED)
@@ -227,7 +224,7 @@ def _asked(document: Mapping[str, Any], is_chat: bool, model: str, most: int, co
     decoding = cast(RequestOptions, checked(RequestOptions, options))
     decoding["max_new_tokens"] = min(decoding["max_new_tokens"], limit)
     seed = given.get("seed")
-    seeds = ((secrets.randbelow(_SEEDS) if seed is None else seed + number) % _SEEDS for number in range(n * len(prompts)))
+    seeds = ((secrets.randbelow(_SEEDS) if seed is None else seed + number) % _SEEDS for number in range(count))
     of_answers: list[RequestOptions] = [{**changed(flags, decoding), "seed": each} for each in seeds]
     include_usage, stream = bool(given.get("stream_options", {}).get("include_usage")), given.get("stream", False)
     tools = _tools(document, given.get("parallel_tool_calls", True)) if is_chat else None
@@ -282,8 +279,7 @@ def _logprobs(given: Mapping[str, Any], is_chat: bool) -> dict[str, Any]:
         raise invalid(f"logprobs must be {'true or false' if is_chat else 'a number in 0..20'}, got {wanted}", "logprobs")
     if not is_chat:
         return {} if wanted is None else {"logprobs": wanted, "prompt_logprobs": given.get("echo", False)}
-    if given.get("top_logprobs") and not wanted:
-        raise invalid("top_logprobs must be used with logprobs: true", "top_logprobs")
+    demand(wanted or not given.get("top_logprobs"), "top_logprobs must be used with logprobs: true", "top_logprobs")
     return {"logprobs": given.get("top_logprobs", 0)} if wanted else {}
 
 
@@ -296,9 +292,7 @@ def parsed(body: bytes) -> dict[str, Any]:
 
 
 def _require_model(named: Any, model: str) -> None:
-    if named != model:
-        message = f"the model {named!r:.200} does not exist; this server has {model}"
-        raise invalid(message, "model", "model_not_found", 404)
+    demand(named == model, f"the model {named!r:.200} does not exist; this server has {model}", "model", "model_not_found", 404)
 
 
 def _conversation(messages: Any) -> tuple[Prompt, ...]:

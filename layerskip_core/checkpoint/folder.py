@@ -1,6 +1,6 @@
-"""A model's folder, read without transformers, which takes seconds to import: settings, weights and tokenizer.
+"""A model's folder, read without the import of transformers (seconds): settings, weights and tokenizer.
 
-`lean_spec` and `lean_tokenizer` read folders of transformers 5, whose files hold every default, and return None for others.
+`lean_spec` and `lean_tokenizer` read folders of transformers 5, whose files hold every default; they return None for others.
 """
 
 import json
@@ -30,26 +30,27 @@ TOKENIZER_FILE = "tokenizer_config.json"
 INT4_FILE = "int4.safetensors"  # beside the weights, see sidecars.py
 EXIT_BLOCKS_FILE = "exit_blocks.safetensors"  # beside the weights, see sidecars.py
 MTP_FILE = "mtp.safetensors"  # beside the weights, see shipped.py
-PACKED_FILE = "packed.safetensors"  # in the place of the weights, see packed_file.py
-FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
-_LOW_BITS: dict[str, tuple[Any, ...]] = {  # values of quantization_config that LowBitWeights reads, or which are absent
+PACKED_FILE = "packed.safetensors"  # in place of the weights, see packed_file.py
+FLOATS = ("F64", "F32", "F16", "BF16")  # in safetensors
+METADATA = "__metadata__"  # key of a safetensors header's further entries
+_LOW_BITS: dict[str, tuple[Any, ...]] = {  # the values of quantization_config for LowBitWeights, if given
     "quant_method": ("mxfp4", "gptq", "awq", "compressed-tensors", "fp8"),
     "format": ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized"),
     "bits": (4, 8),
     "version": ("gemm",),
 }
-_TEXT_PART = "language_model."  # in names of the text part of a multimodal model
-_TOKENIZER_CLASS = "TokenizersBackend"  # of a tokenizer without code of its own
+_TEXT_PART = "language_model."  # in names of a multimodal model's text part
+_TOKENIZER_CLASS = "TokenizersBackend"  # of tokenizers without code of their own
 
 
 def read_settings(folder: str | Path, name: str) -> dict[str, Any]:
-    """The JSON object in a file of a folder, empty if there is none. Raises CheckpointError."""
+    """The JSON object in a folder's file, empty if there is none. Raises CheckpointError."""
     path = Path(folder) / name
     return read_json(path, CheckpointError) if path.is_file() else {}
 
 
 def lean_spec(folder: str) -> ModelSpec | None:
-    """The spec of a folder's model that needs no transformers and that kernels run; else None. Raises CheckpointError."""
+    """The spec of a folder's model, if our kernels run it and it needs no transformers. Raises CheckpointError."""
     config = read_settings(folder, CONFIG_FILE)
     major = str(config.get("transformers_version", "")).split(".")[0]
     recent = major.isdecimal() and int(major) >= 5
@@ -60,7 +61,7 @@ def lean_spec(folder: str) -> ModelSpec | None:
         return None
     spec = ModelSpec.of(SimpleNamespace(**config))
     simple = all(rope.type in ("default", "proportional") and "rope_theta" in rope.parameters for rope in spec.ropes)
-    return spec if simple and missing_feature(spec, recurrent=True) is None else None
+    return spec if simple and missing_feature(spec, native=True) is None else None
 
 
 def generation_config(folder: str) -> SimpleNamespace:
@@ -72,7 +73,7 @@ class WeightFile:
     """An open safetensors file. `entries`: the type (as in safetensors) and shape of each weight."""
 
     def __init__(self, path: str | Path, left_out: str = "") -> None:
-        """`left_out`: of names. Raises the errors of safetensors for a damaged or unreadable file."""
+        """`left_out`: a part to be left out of names. Raises the errors of safetensors for a damaged file."""
         from safetensors import safe_open
 
         self._bytes = open(path, "rb")  # noqa: SIM115
@@ -81,13 +82,13 @@ class WeightFile:
         length = int.from_bytes(self._bytes.read(8), "little")
         self._header = json.loads(self._bytes.read(length))
         self._start = 8 + length
-        self.metadata: dict[str, str] = self._header.pop("__metadata__", {})
+        self.metadata: dict[str, str] = self._header.pop(METADATA, {})
         self._stored = {name.replace(left_out, "", 1): name for name in self._header}
         entries = {name: self._header[stored] for name, stored in self._stored.items()}
         self.entries = {name: (str(entry["dtype"]), tuple(entry["shape"])) for name, entry in entries.items()}
 
     def mapped(self, name: str) -> Tensor:
-        """A weight as a view of the mapped file: only the pages used are read."""
+        """A weight as a view of the mapped file: only used pages are read."""
         tensor: Tensor = self._file.get_tensor(self._stored[name])
         return tensor
 
@@ -105,14 +106,14 @@ class JoinedWeights:
     """Weights stored under other names or in parts (see `ModelSpec.stored_parts`), with the methods of `WeightFile`."""
 
     def __init__(self, files: Mapping[str, WeightFile], parts_of: Mapping[str, list[list[str]]], shapes: Shapes) -> None:
-        """`files` by the names of the weights in them. A weight is left out if any of its parts is."""
+        """`files` by the names of their weights. A weight is left out if one of its parts is missing."""
         self._files = files
         self._parts = {name: parts for name, parts in parts_of.items() if files.keys() >= {*chain(*parts)}}
         self.entries = {name: self._entry(parts, len(shapes[name])) for name, parts in self._parts.items()}
         self.joined = {part for parts in self._parts.values() for part in chain(*parts)}
 
     def _entry(self, parts: list[list[str]], dimensions: int) -> tuple[str, tuple[int, ...]]:
-        """Of parts that all have the form of the first; reading others raises an error."""
+        """Type and shape, if all parts are like the first; else reading raises an error."""
         forms = [self._files[part].entries[part] for part in parts[0]]
         kind, (_, *inputs) = forms[0]
         shape = (sum(shape[0] for _, shape in forms), *inputs)
@@ -135,16 +136,16 @@ class JoinedWeights:
 
 
 def has_low_bits(quantization: Mapping[str, Any]) -> bool:
-    """Whether a folder with this quantization_config is one of LowBitWeights."""
+    """Whether LowBitWeights reads a folder with this quantization_config."""
     known = all(quantization[name] in values for name, values in _LOW_BITS.items() if name in quantization)
     return "quant_method" in quantization and known
 
 
 class LowBitWeights:
-    """A folder's weights of which some are in low bits, by their names in memory. Nothing is read before it is asked for."""
+    """A folder's weights, some in low bits, by their names in memory. Each is read when it is asked for."""
 
     def __init__(self, folder: str | Path, spec: ModelSpec, quantization: Mapping[str, Any]) -> None:
-        """Raises CheckpointError for a weight that is missing."""
+        """Raises CheckpointError for a missing weight."""
         self._files = files_by_name(folder, _TEXT_PART)
         self._spec, self._parts, self._method = spec, spec.stored_parts, str(quantization["quant_method"])
         self._least_zero = 0 if quantization.get("checkpoint_format") == "gptq_v2" else 1
@@ -154,12 +155,12 @@ class LowBitWeights:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """For the user, once the weights have been taken."""
+        """For the user, after the weights were taken."""
         count = len(self._dequantised)
         return (f"{count} weights in {self._method} were dequantised: the kernels have no form for them",) if count else ()
 
     def weight(self, name: str) -> Tensor:
-        """In fp32 if it was in low bits. Raises CheckpointError for another shape than the model needs."""
+        """A weight, dequantised to fp32 if in low bits. Raises CheckpointError for a wrong shape."""
         weight = self._joined(name, lambda part: plain(self._read(part)))
         assert weight is not None
         weight = weight.transpose(1, 2) if self._is_turned(name) else weight
@@ -179,7 +180,7 @@ class LowBitWeights:
         return rows
 
     def _joined(self, name: str, read: Callable[[str], Tensor | None]) -> Tensor | None:
-        """The parts of a weight as one; None if one of them is None, or they are of several types."""
+        """A weight's parts joined; None if one is None, or if they are of different types."""
         found: list[list[Any]] = [[read(part) for part in parts] for parts in self._parts_of(name)]
         if len(types := {*map(type, chain(*found))}) > 1 or type(None) in types:
             return None
@@ -187,7 +188,7 @@ class LowBitWeights:
         return torch.stack(experts) if len(experts) > 1 else experts[0]
 
     def _is_turned(self, name: str) -> bool:
-        """Whether a weight has its inputs first in memory, not in the file."""
+        """Whether a weight is (inputs, outputs) in memory, but not in the file (gpt-oss)."""
         return f"{name}_blocks" in self._files
 
     def _parts_of(self, name: str) -> list[list[str]]:
@@ -206,7 +207,7 @@ class LowBitWeights:
         return rows if isinstance(rows, BlockRows) else None
 
     def _read(self, part: str) -> Tensor | Levels:
-        """As it is stored: floats, rows of blocks, or other levels."""
+        """A part as stored: floats, rows of blocks, or levels."""
         module = part.removesuffix(".weight")
 
         def get(end: str, needed: bool = True) -> Any:
@@ -227,13 +228,13 @@ class LowBitWeights:
 
 
 def weight_files(folder: str | Path) -> list[Path]:
-    """The safetensors files of a folder that hold the model's own weights."""
+    """A folder's safetensors files with the model's own weights."""
     others = {Path(folder) / name for name in (INT4_FILE, EXIT_BLOCKS_FILE, MTP_FILE, PACKED_FILE)}
     return sorted(set(Path(folder).glob("*.safetensors")) - others)
 
 
 def files_by_name(folder: str | Path, left_out: str = "") -> dict[str, WeightFile]:
-    """The weights of a folder. `left_out`: as of WeightFile."""
+    """The open file of each weight of a folder. `left_out`: as for WeightFile."""
     files = (WeightFile(path, left_out) for path in weight_files(folder))
     return {name: file for file in files for name in file.entries}
 
@@ -244,16 +245,16 @@ def is_packed(folder: str | Path) -> bool:
 
 
 def refuse_packed(folder: str | Path) -> None:
-    """Raises CheckpointError for such a folder."""
+    """Raises CheckpointError for a folder with packed weights."""
     if is_packed(folder):
         found = f"found {PACKED_FILE}, which only decoding can use"
         raise CheckpointError(f"needed the weights of a model, {found}: give the model that it was packed from")
 
 
 def open_weights(folder: str | Path, spec: ModelSpec | None = None) -> dict[str, WeightFile | JoinedWeights]:
-    """Readers of the model's own weights in a folder by name, as stored or as `spec` has them.
+    """Readers of the model's own weights in a folder, by stored names or by those of `spec`.
 
-    Raises CheckpointError for a wrong or missing weight; not if no name is known: transformers knows older names.
+    Raises CheckpointError for a wrong or missing weight, but not if all names are unknown: transformers maps legacy names.
     """
     if spec is None:
         return dict(files_by_name(folder))
@@ -269,14 +270,14 @@ def open_weights(folder: str | Path, spec: ModelSpec | None = None) -> dict[str,
 
 
 def lean_tokenizer(folder: str) -> Tokenizer | None:
-    """The tokenizer of a folder if tokenizer.json is all of it; None if it needs transformers."""
+    """A folder's tokenizer, if tokenizer.json describes it completely; None if it needs transformers."""
     settings = read_settings(folder, TOKENIZER_FILE)
     whole = settings.get("tokenizer_class") == _TOKENIZER_CLASS and (Path(folder) / "tokenizer.json").is_file()
     return Tokenizer(folder, settings) if whole else None
 
 
 def checked_tokenizer(tokenizer: Any, vocab_size: int) -> Any:
-    """The tokenizer. Raises CheckpointError without a vocabulary, or for words beyond `vocab_size` that are not special."""
+    """The tokenizer. Raises CheckpointError for an empty vocabulary, or words beyond `vocab_size` that are not special."""
     if tokenizer.vocab_size == 0:
         raise CheckpointError("the tokenizer has no vocabulary")
     if len(tokenizer) <= vocab_size:

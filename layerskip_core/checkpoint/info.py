@@ -1,4 +1,4 @@
-"""layerskip.json: the prompt template, recommended settings, how the model was made, and the files written with it."""
+"""layerskip.json: a model's prompt template, recommended settings, training and list of files."""
 
 import json
 from collections.abc import Mapping
@@ -19,18 +19,12 @@ from ..prompting import PromptTemplate
 
 INFO_FILE = "layerskip.json"
 ADAPTER_FILE = "adapter_config.json"
-EXIT_BLOCKS = "exit_blocks"  # the key that says how each exit's block was trained
-CONFIG_FILES = ("config.json", ADAPTER_FILE)  # a complete model has one of them
-_TOP = ("prompt_template", "files", "system", "policies", "profile")  # the keys that are fields of CheckpointInfo too
-
-
-class _Recipe(msgspec.Struct, frozen=True):
-    curriculum: str = "none"
-    exits: tuple[int, ...] = ()
+EXIT_BLOCKS = "exit_blocks"  # key of the training of each exit's block
+CONFIG_FILES = ("config.json", ADAPTER_FILE)  # a complete model has one of these
+_TOP = ("prompt_template", "files", "system", "policies", "profile")  # keys that are also fields of CheckpointInfo
 
 
 class _Config(msgspec.Struct, frozen=True):
-    recipe: _Recipe | None = None
     data: DataConfig | None = None
     validation: str | None = None
 
@@ -42,26 +36,22 @@ class _Block(msgspec.Struct, frozen=True):
 
 
 class Cost(msgspec.Struct, frozen=True):
-    """The change at full depth by a training.
+    """The change of the full model by a training, on text that the original wrote and on held-out rows."""
 
-    Over `tokens` of the original's own text: `agreement` of argmax tokens, perplexity before and after. On held-out rows,
-    before and after: `task` (nats) and `exact_match` of `answered` ones.
-    """
-
-    tokens: int
-    agreement: float
-    before: float
+    tokens: int  # of the original's text
+    agreement: float  # of argmax tokens
+    before: float  # perplexity
     after: float
-    task: tuple[float, float] | None = None
-    exact_match: tuple[float, float] | None = None
+    task: tuple[float, float] | None = None  # loss on held-out rows in nats, before and after
+    exact_match: tuple[float, float] | None = None  # on `answered` of these rows
     answered: int = 0
 
 
 class _Training(msgspec.Struct, frozen=True):
-    """The details of a training that are read; losses, agreement and blocks by exit. Older versions lack some."""
+    """The values of `CheckpointInfo.details` that are read; losses, agreement and blocks by exit."""
 
     config: _Config = _Config()
-    trained_exits: tuple[int, ...] | None = None
+    trained_exits: tuple[int, ...] = ()
     cost: Cost | None = None
     final_losses: dict[str, float | None] = {}
     agreement: dict[str, float] = {}
@@ -70,21 +60,17 @@ class _Training(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """The content of layerskip.json.
-
-    A sweep's recommendation: `exit_layer`, `num_draft_tokens`, `strategy` ("autoregressive": no exit pays), `policies` by
-    name, and the `profile` of drafting. `files`: of the model, relative. `details`: other keys.
-    """
+    """The content of layerskip.json. The recommendation, `policies` and `profile` are those of a sweep."""
 
     prompt_template: Annotated[str, msgspec.Meta(pattern=r"\A(chat|raw)\Z|\{prompt\}")] | None = None
-    exit_layer: Layer | None = None
+    exit_layer: Layer | None = None  # recommended
     num_draft_tokens: Drafts | None = None
-    details: dict[str, Any] = field(default_factory=dict)
-    strategy: Literal[STRATEGIES] | None = None  # type: ignore[valid-type]
-    files: tuple[str, ...] = field(default=(), compare=False)
+    details: dict[str, Any] = field(default_factory=dict)  # other keys
+    strategy: Literal[STRATEGIES] | None = None  # type: ignore[valid-type]  # "autoregressive": no exit pays
+    files: tuple[str, ...] = field(default=(), compare=False)  # of the model, relative
     system: str | None = None
-    policies: dict[str, Policy] = field(default_factory=dict)
-    profile: DraftProfile | None = None  # of drafting, where a sweep measured it
+    policies: dict[str, Policy] = field(default_factory=dict)  # by name
+    profile: DraftProfile | None = None
 
     def to_json(self) -> str:
         recommended: dict[str, Any] = {"exit_layer": self.exit_layer, "num_draft_tokens": self.num_draft_tokens}
@@ -100,46 +86,42 @@ class CheckpointInfo:
 
     @property
     def template(self) -> PromptTemplate | None:
-        """The template that the checkpoint names."""
+        """The checkpoint's own template, if it has one."""
         return None if self.prompt_template is None else PromptTemplate(self.prompt_template, self.system)
 
-    def trained_exits(self, num_layers: int) -> tuple[int, ...]:
-        """The exits before the last layer that `finetune` trained: the recipe's, or all."""
-        if self._training.trained_exits is not None:
-            return self._training.trained_exits
-        recipe = self._training.config.recipe or _Recipe()
-        if recipe.curriculum == "none":
-            return ()
-        return tuple(exit_layer for exit_layer in range(1, num_layers) if not recipe.exits or exit_layer in recipe.exits)
+    @property
+    def trained_exits(self) -> tuple[int, ...]:
+        """The exits before the last layer that `finetune` trained."""
+        return self._training.trained_exits
 
     @property
     def agreement(self) -> dict[str, float]:
-        """By exit layer, or `eagle3`: the share of right first drafts on held-out rows of the training."""
+        """The share of right first drafts on held-out rows of the training, by exit layer or `eagle3`."""
         measured = {name: block.agreement for name, block in self._training.exit_blocks.items() if block.agreement is not None}
         return self._training.agreement | measured
 
     @property
     def cost(self) -> Cost | None:
-        """Of the latest training by `finetune`, unless from scratch."""
+        """The cost of the latest training by `finetune`, unless from scratch."""
         return self._training.cost
 
     @property
     def trained_on(self) -> tuple[DataConfig | None, str | None]:
-        """The data of the latest training, and that of its held-out losses: other data, or one of its splits."""
+        """The data of the latest training, and its `validation` setting."""
         for block in reversed(self._training.exit_blocks.values()):
             if isinstance(block.data, DataConfig):
                 return block.data, block.validation
         return self._training.config.data, self._training.config.validation
 
     def draft_profile(self, num_layers: int, packing: PackingConfig = PLAIN) -> DraftProfile:
-        """A sweep's measurements of drafts in this packing, and of the target's passes.
+        """A sweep's measurements, of drafts only if they were packed in the same way.
 
-        Unmeasured exits have the agreement of their training, else exp(-gap / 2) by the gap in nats to the last layer's loss.
+        Other exits have the agreement of their training, else exp(-gap / 2) for a gap in nats to the last layer's loss.
         """
         known, training = self.profile, self._training
         agreement = {f"exit {name}" if name.isdigit() else name: share for name, share in self.agreement.items()}
         if not agreement and (last := training.final_losses.get(str(num_layers))) is not None:
-            losses = {layer: training.final_losses.get(str(layer)) for layer in self.trained_exits(num_layers)}
+            losses = {layer: training.final_losses.get(str(layer)) for layer in self.trained_exits}
             agreement = {f"exit {layer}": exp(-max(loss - last, 0.0) / 2) for layer, loss in losses.items() if loss is not None}
         if known is not None and (known.draft_head, known.draft_vocab) == (packing.draft_head, packing.draft_vocab):
             return replace(known, acceptance=agreement | known.acceptance)
@@ -147,12 +129,12 @@ class CheckpointInfo:
 
     @property
     def advice(self) -> tuple[str, ...]:
-        """The saved settings to decode with, by name: the policies, else the recommended exit or strategy."""
+        """The names of saved settings: the policies, else the recommended exit or strategy."""
         recommended = self.strategy if self.exit_layer is None else f"exit {self.exit_layer}"
         return tuple(f"policy {name}" for name in self.policies) or ((recommended,) if recommended else ())
 
     def with_exit_blocks(self, trained: Mapping[str, Any]) -> "CheckpointInfo":
-        """With new blocks, by exit; without `advice` and a sweep's measurements of these exits."""
+        """With new blocks, by exit, and without saved settings and a sweep's measurements of these exits."""
         names, profile = tuple(f"exit {exit_layer}" for exit_layer in trained), self.profile
 
         def others(measured: Mapping[str, float]) -> dict[str, float]:
@@ -165,16 +147,16 @@ class CheckpointInfo:
         return replace(kept, policies={}, profile=profile, details=details)
 
     def without_int4(self) -> "CheckpointInfo":
-        """Without a sweep's measurements of other int4 weights."""
+        """Without a sweep's acceptance rates of int4 weights, which are replaced."""
         if self.profile is None:
             return self
         acceptance = {name: share for name, share in self.profile.acceptance.items() if not name.startswith("int4")}
         return replace(self, profile=replace(self.profile, acceptance=acceptance))
 
     def with_int4(self, agreement: float) -> "CheckpointInfo":
-        """With the agreement that is stored with int4 weights, where no sweep measured their drafts."""
+        """With the `agreement` of int4 weights, unless a sweep measured their drafts."""
         known = self.profile or DraftProfile()
-        if (known.draft_head, known.draft_vocab) != (None, 0):  # other drafts than those whose agreement it is
+        if (known.draft_head, known.draft_vocab) != (None, 0):  # the profile is of other drafts
             return self
         return replace(self, profile=replace(known, acceptance={"int4": agreement} | known.acceptance))
 
@@ -184,7 +166,7 @@ class CheckpointInfo:
 
 
 def read_info(path: str | Path) -> CheckpointInfo:
-    """layerskip.json of a folder, empty if there is none. Raises CheckpointError for content that `to_json` would not write."""
+    """A folder's layerskip.json, empty if there is none. Raises CheckpointError for invalid content."""
     file = Path(path) / INFO_FILE
     if not file.is_file():
         return CheckpointInfo()
@@ -207,5 +189,5 @@ def read_info(path: str | Path) -> CheckpointInfo:
 
 
 def holds_model(path: str | Path) -> bool:
-    """Whether a folder holds a complete model or adapter, whose config is written last."""
+    """Whether a folder holds a complete model or adapter: its config is written last."""
     return any((Path(path) / name).is_file() for name in CONFIG_FILES)

@@ -1,4 +1,4 @@
-"""A model in memory: a Decoder generates text; a Trainable is a transformers model that can be trained and saved."""
+"""A model in memory: a Decoder generates text, a Trainable is a transformers model that can be trained and saved."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +20,9 @@ from .locate import PUBLISHED
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_LARGE_MODEL = 50_000_000  # parameters; from this size on bf16 is faster on a CPU that has it
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_LARGE_MODEL = 50_000_000  # parameters from which bf16 is faster on a CPU with AVX-512
+_USUAL_DRAFTS = 6  # draft tokens without a recommendation
 
 
 def pick_device(device: str) -> torch.device:
@@ -41,17 +43,14 @@ def pick_dtype(dtype: str, device: torch.device, parameters: int) -> torch.dtype
     """`auto`: bf16 on CUDA, and on a CPU with AVX-512 for 50M parameters or more; else fp32. Raises ConfigError."""
     require_choice(dtype, "dtype", DTYPES)
     if dtype != "auto":
-        return {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+        return TORCH_DTYPES[dtype]
     fast = device.type == "cuda" or "AVX512" in torch.backends.cpu.get_cpu_capability()
     return torch.bfloat16 if fast and (device.type == "cuda" or parameters >= _LARGE_MODEL) else torch.float32
 
 
-_USUAL_DRAFTS = 6  # draft tokens where nothing recommends a number
-
-
 @dataclass(frozen=True)
 class Decoder:
-    """A model that generates text. `notes` are for the user. `generation`: generation_config.json as attributes."""
+    """A model that generates text."""
 
     name: str
     backend: Backend
@@ -59,8 +58,8 @@ class Decoder:
     info: CheckpointInfo
     eos_ids: frozenset[int]
     template: PromptTemplate
-    notes: tuple[str, ...] = ()
-    generation: object = None
+    notes: tuple[str, ...] = ()  # for the user
+    generation: object = None  # generation_config.json as attributes
 
     def with_template(self, asked: str | None, system: str | None) -> "Decoder":
         """The same model with another template; see `resolve_template`."""
@@ -77,7 +76,7 @@ class Decoder:
         return self.known_ids(encode_prompt(self.tokenizer, self.template, prompt, turns))
 
     def known_ids(self, ids: list[int]) -> list[int]:
-        """The ids. Raises ConfigError for one that the model has no embedding for."""
+        """The ids. Raises ConfigError for one without an embedding."""
         last, known = max(ids, default=0), self.backend.spec.vocab
         if last >= known:
             token = self.tokenizer.decode([last])
@@ -85,7 +84,7 @@ class Decoder:
         return ids
 
     def prompt_start(self) -> list[int]:
-        """The common first tokens of all prompts."""
+        """The tokens with which all prompts begin."""
         one, other = self.encode_prompt("a"), self.encode_prompt("1")
         return [token for token, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))]
 
@@ -94,14 +93,14 @@ class Decoder:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def ends(self, stop: Sequence[str]) -> frozenset[int]:
-        """The ids that end an answer with these stop strings; a special token has no text, so it stops as a token."""
+        """The ids that end an answer: EOS, and special tokens among the stop strings, which have no text."""
         if not stop:
             return self.eos_ids
         special = special_ids(self.tokenizer)
         return self.eos_ids | {special[text] for text in stop if text in special}
 
     def ends_of(self, config: DecodingConfig) -> frozenset[int]:
-        """The ids that end an answer: `ends` (without EOS under `ignore_eos`) and `stop_token_ids`."""
+        """All ids that end an answer: `ends` (without EOS if `ignore_eos`) and `stop_token_ids`."""
         usual = self.ends(config.stop) - (self.eos_ids if config.ignore_eos else frozenset())
         return usual | set(config.stop_token_ids)
 
@@ -122,10 +121,10 @@ class Decoder:
             raise CheckpointError(f"generation_config.json of {self.name}: {error}") from None
 
     def recommended(self, packing: PackingConfig = PLAIN) -> Recommended:
-        """From layerskip.json, else an exit block, else as published, else a quarter of the layers and 6 drafts."""
+        """The recommendation: of layerskip.json, else an exit block, else as published, else a quarter of the layers."""
         exit_layer, drafts = PUBLISHED.get(self.name, (max(1, self.backend.num_layers // 4), _USUAL_DRAFTS))
         info, blocks = self.info, tuple(self.backend.exit_blocks)
-        exits = blocks or info.trained_exits(self.backend.num_layers)
+        exits = blocks or info.trained_exits
         if not exits and self.name in PUBLISHED:
             exits = (exit_layer,)
         strategy = "self-speculative" if info.exit_layer is not None and not exits else None
@@ -134,10 +133,10 @@ class Decoder:
         return Recommended(exit_layer, drafts, info.strategy or strategy, exits, profile)
 
     def resolve(self, options: DecodingOptions, packing: PackingConfig = PLAIN) -> DecodingConfig:
-        """The requested options, completed by this checkpoint. `packing`: as requested.
+        """The requested options, completed by this checkpoint; by default the policy `exact`, if saved.
 
-        Without any choice the policy `exact` decodes, if it is saved. Raises ConfigError for a policy that is not saved or
-        lacks its low-bit copies, and as `resolve` does.
+        `packing`: as requested. Raises ConfigError for a policy that is not saved or lacks its low-bit copies, and as `resolve`
+        in config/resolution.py.
         """
         name, policies = options.get("policy"), self.info.policies
         if name is None and EXACT in policies and not choices(options) and not packing.drafts_apart:
@@ -178,19 +177,21 @@ class Trainable:
 
 
 def decoder_of(trainable: Trainable) -> Decoder:
-    """Decodes with transformers' own layers and shared weights, so that training can go on."""
+    """Decodes with transformers' layers, on the weights of the model in training."""
     model, backend = trainable.model, trainable.backend
     return decoder(trainable.name, backend, trainable.tokenizer, trainable.info, model.config, model.generation_config)
 
 
-def decoder(name: str, backend: Backend, tokenizer: Any, info: CheckpointInfo, config: object, generation: object) -> Decoder:
-    """With the template and end tokens of the model's files; `config` and `generation` are those of transformers."""
+def decoder(
+    name: str, backend: Backend, tokenizer: Any, info: CheckpointInfo, config: object, generation: object, *notes: str
+) -> Decoder:
+    """A Decoder with the template and end tokens of the model's files. `config`, `generation`: as transformers has them."""
     eos_ids, template = end_ids(generation, config, tokenizer), resolve_template(None, None, info.template, tokenizer)
-    return Decoder(name, backend, tokenizer, info, eos_ids, template, generation=generation)
+    return Decoder(name, backend, tokenizer, info, eos_ids, template, notes, generation)
 
 
 def end_ids(*sources: object) -> frozenset[int]:
-    """Every `eos_token_id` of a generation config, a config and a tokenizer. Raises CheckpointError for one that is no id."""
+    """Every `eos_token_id` of generation config, config and tokenizer. Raises CheckpointError for one that is no id."""
     stored = [getattr(source, "eos_token_id", None) for source in sources]
     ids = frozenset(token for ids in stored if ids is not None for token in (ids if isinstance(ids, list) else [ids]))
     if wrong := [token for token in ids if type(token) is not int]:

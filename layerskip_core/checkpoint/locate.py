@@ -14,7 +14,7 @@ from .info import ADAPTER_FILE, holds_model
 
 EMBEDDED = {"embedded": "commands-layerskip", "embedded-base": "commands-base"}
 
-# (exit layer, draft tokens) of the published checkpoints: LayerSkip tables 3-5; for Llama 3 those of the model cards.
+# (exit layer, draft tokens) of the published checkpoints: by LayerSkip's tables 3-5, of Llama 3 by the model cards.
 PUBLISHED = {
     "facebook/layerskip-llama2-7B": (8, 12),
     "facebook/layerskip-llama2-13B": (15, 12),
@@ -25,7 +25,7 @@ PUBLISHED = {
     "facebook/layerskip-codellama-34B": (8, 12),
 }
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-_NOT_OURS = ["consolidated*", "original/*", "checkpoint*/*"]  # the same weights in other forms, and those of steps
+_NOT_OURS = ["consolidated*", "original/*", "checkpoint*/*"]  # the same weights in other forms, and training checkpoints
 _RUST_PANIC = "PanicException"  # raised by libraries written in Rust; not a subclass of Exception
 
 Result = TypeVar("Result")
@@ -33,20 +33,20 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Location:
-    """A folder or a hub id, and the file in that folder if it is a GGUF file."""
+    """A folder or hub id, or a GGUF file in a folder."""
 
     path: str
-    gguf_file: str | None = None
+    gguf_file: str | None = None  # its name in the folder
 
     @property
     def folder(self) -> str | None:
-        """The folder of a whole model in transformers' layout; None for a GGUF file, a hub id and an adapter."""
+        """The folder of a model with config.json; None for a GGUF file, a hub id and an adapter."""
         whole = self.gguf_file is None and is_folder(self.path) and not is_adapter(self.path)
         return self.path if whole else None
 
 
 def require_model(name: str) -> None:
-    """Raises CheckpointError for a name of none of the four kinds. Reads nothing, and imports no torch."""
+    """Raises CheckpointError unless a name is of one of the four kinds. Reads nothing and imports no torch."""
     path = Path(name)
     if not (name in EMBEDDED or path.is_dir() or (path.suffix == ".gguf" and path.is_file()) or _may_be_hub_id(name)):
         names = ", ".join(EMBEDDED)
@@ -56,12 +56,12 @@ def require_model(name: str) -> None:
 
 
 def is_folder(name: str) -> bool:
-    """Whether a name is a folder's; not that of an empty one named like a hub id, which a command made for its output."""
+    """Whether a name is a folder's; an empty folder named like a hub id (made for a command's output) does not count."""
     return Path(name).is_dir() and not (is_empty(Path(name)) and _may_be_hub_id(name))
 
 
 def locate(name: str) -> Location:
-    """Raises CheckpointError for a name of none of the four kinds, and for a folder without a model."""
+    """Where a model is. Raises CheckpointError as `require_model`, and for a folder without a model."""
     require_model(name)
     if name in EMBEDDED:
         return Location(str(resources.files("layerskip_core.embedded") / EMBEDDED[name]))
@@ -76,9 +76,9 @@ def locate(name: str) -> Location:
 
 
 def present(name: str) -> Location:
-    """As `locate`, but for a hub id the folder of its files, fetched if need be. Raises CheckpointError.
+    """As `locate`, with a hub id's files fetched into a folder. Raises CheckpointError.
 
-    A hub id stays one where it has no safetensors; transformers may know what to read.
+    A hub id without safetensors stays one: transformers may read it.
     """
     location = locate(name)
     if is_folder(location.path):
@@ -91,12 +91,12 @@ def present(name: str) -> Location:
 
 
 def own_folder(name: str) -> str | None:
-    """The folder of a whole model, where files can be added; None for everything else, and for an embedded model."""
+    """The folder of a model to which files can be added; None for all other kinds of models."""
     return None if name in EMBEDDED else locate(name).folder
 
 
 def downloaded(name: str) -> str:
-    """The folder of a whole model, fetched if it is a hub id. Raises CheckpointError for everything else."""
+    """The folder of a whole model, fetched from the hub if need be. Raises CheckpointError for other kinds."""
     location = locate(name)
     if location.gguf_file is not None or is_adapter(location.path):
         found = "an adapter" if location.gguf_file is None else "a GGUF file"
@@ -109,7 +109,7 @@ def downloaded(name: str) -> str:
 
 
 def fetched(name: str) -> str:
-    """A folder as it is, or that of the files of a hub id. Raises CheckpointError."""
+    """A folder, or the folder of a hub id's fetched files. Raises CheckpointError."""
     if is_folder(name):
         return name
     from huggingface_hub import snapshot_download
@@ -130,12 +130,12 @@ def _may_be_hub_id(name: str) -> bool:
 
 
 def reading(name: str, read: Callable[[], Result]) -> Result:
-    """Calls `read`. Errors but ConfigError become a CheckpointError of one line that names the model."""
+    """Calls `read`; errors other than ConfigError become a CheckpointError of one line that names the model."""
     try:
         return read()
     except (ConfigError, LockedError):
         raise
-    except BaseException as error:  # OSError, ValueError, RuntimeError, SafetensorError, JSON errors: all mean "cannot be read"
+    except BaseException as error:  # libraries raise OSError, ValueError, RuntimeError, SafetensorError and others
         if not isinstance(error, Exception) and type(error).__name__ != _RUST_PANIC:
             raise
         known = isinstance(error, CheckpointError) or Path(name).exists() or name in EMBEDDED
@@ -144,7 +144,7 @@ def reading(name: str, read: Callable[[], Result]) -> Result:
 
 
 def files_digest(name: str) -> str:
-    """A digest of names, sizes and times of all files of a model, and of those of an adapter's base."""
+    """A digest of the names, sizes and times of a model's files, and of its base's if it is an adapter."""
     from .save import model_files
 
     digest, (adapters, base) = hashlib.sha256(), adapters_of(name)
@@ -162,7 +162,7 @@ def is_adapter(folder: str) -> bool:
 
 
 def adapters_of(name: str) -> tuple[list[str], str]:
-    """Folders of stacked adapters, and the base model of the last one. Raises CheckpointError, also for a circle."""
+    """Folders of stacked adapters, and the base model of the last. Raises CheckpointError, also for a cycle."""
     adapters: list[str] = []
     while is_adapter(name):
         file = Path(name) / ADAPTER_FILE
@@ -173,7 +173,7 @@ def adapters_of(name: str) -> tuple[list[str], str]:
         base = config.get("base_model_name_or_path")
         if not isinstance(base, str) or not base:
             raise CheckpointError(f"{file}: base_model_name_or_path must be the name of a model, got {base!r}")
-        if config.get("megatron_config") is not None:  # peft would import the module that megatron_core names
+        if config.get("megatron_config") is not None:  # peft would import the module named by megatron_core
             raise CheckpointError(f"{file}: an adapter's own modules are never imported, as megatron_config asks for")
         name = base
     return adapters, name

@@ -1,4 +1,4 @@
-"""Loads a model: `for_decoding` for the fastest kernels here, `for_training` as a transformers model; and imports any."""
+"""Loads a model: `for_decoding` on the fastest kernels here, `for_training` as transformers does; `import_checkpoint`."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
@@ -55,15 +55,15 @@ from .transformers_read import (
 )
 
 _CPU = torch.device("cpu")
-# Of a copy of all layers: the share of its drafts that are accepted (int4: calibrated), and a draft's time in passes.
+# Usual values of a copy of all layers: acceptance rate (int4: calibrated) and a draft's time, in passes of the target.
 _COPIES: dict[Quantization, tuple[float, float]] = {"int8": (0.97, 0.55), "int4": (0.93, 0.4)}
-_VERIFICATION = 1.12  # passes
+_VERIFICATION = 1.12  # its time, in passes of one token
 _NO_KERNELS = "drafting without its assistant, which only the compiled kernels run"
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model to repack. `take` gives weights in `dtype`; `weight_of` in any precision, until `take` is called."""
+    """A model to repack. `take()` gives its weights in `dtype`; before that, `weight_of` reads one in its own precision."""
 
     spec: ModelSpec
     dtype: torch.dtype
@@ -73,7 +73,7 @@ class Source:
     packing: PackingConfig
     int4: Take | None = None
     exit_blocks: ExitBlocks = NO_BLOCKS
-    stored: Take | None = None  # weights as a GGUF file has them, for kernels that read them so
+    stored: Take | None = None  # rows of blocks as in a GGUF file, which the compiled kernels read
     info: CheckpointInfo = field(default_factory=CheckpointInfo)
     notes: tuple[str, ...] = ()  # for the user
 
@@ -92,13 +92,13 @@ def for_decoding(
         name: an embedded model, a folder, a GGUF file or a hub id.
         device: auto, cpu, cuda, cuda:N or mps.
         dtype: auto, fp32 or bf16.
-        packing: how weights are stored; unset drafts take the head and vocabulary of the policies.
-        policies: saved ones whose low-bit copies are made too, on the CPU; None: all.
-        memory: bytes for weights with a copy for adaptive drafting; None: by `memory_budget`.
+        packing: how weights are stored; without drafts of its own it takes those of the policies.
+        policies: saved policies whose low-bit copies are made too (on the CPU); None: all.
+        memory: bytes for the weights and a copy for adaptive drafting; None: by `memory_budget`.
 
     Raises:
-        CheckpointError: a model that is absent, damaged or unsupported.
-        ConfigError: an absent device, an impossible packing, a draft model of another vocabulary, unknown kernels.
+        CheckpointError: the model is absent, damaged or unsupported.
+        ConfigError: the device is absent, the packing impossible, the draft model's vocabulary another, or kernels unknown.
     """
     target, location = pick_device(device), present(name)
     requested_variant()
@@ -114,8 +114,7 @@ def for_decoding(
                 return _mapped(name, folder, info, on, dtype, used)
             if (source := _lean_source(folder, on, dtype, used)) is not None:
                 source = _with_sidecars(replace(source, info=info), folder, most)
-                backend, notes = _backend(source, folder)
-                return replace(_decoder(name, folder, source.info, backend), notes=notes)
+                return _decoder(name, folder, source.info, *_backend(source, folder))
         low_bits = location.gguf_file is not None or (folder and "quantization_config" in read_settings(folder, CONFIG_FILE))
         if low_bits and (stored := _as_stored(name, location, target, dtype, used, most)) is not None:
             return stored
@@ -128,7 +127,7 @@ def for_decoding(
 
 
 def for_packing(folder: str, dtype: str, packing: PackingConfig) -> Source:
-    """A folder's model as `for_decoding` packs it on the CPU, with the copies of all policies. Raises the same errors."""
+    """A folder's model as `for_decoding` repacks it on the CPU, with the copies of all policies. Raises the same errors."""
 
     def read() -> Source:
         info = read_info(folder)
@@ -138,13 +137,13 @@ def for_packing(folder: str, dtype: str, packing: PackingConfig) -> Source:
             trainable = _trainable(folder, Location(folder), _CPU, dtype)
             weights = named_weights(trainable.model)
             source = replace(_model_source(trainable, used), take=lambda: weights.get)
-        return _with_sidecars(replace(source, info=info), folder, inf)  # weights are packed one by one
+        return _with_sidecars(replace(source, info=info), folder, inf)  # the writer keeps no weight in memory
 
     return reading(folder, read)
 
 
 def for_training(name: str, device: str = "auto", dtype: str = "auto") -> Trainable:
-    """Loads a model as transformers does, in evaluation mode; args and errors are those of `for_decoding`."""
+    """Loads a model as transformers does, in evaluation mode; arguments and errors as for `for_decoding`."""
     target, location = pick_device(device), present(name)
     requested_variant()
     return reading(name, lambda: read_whole(location.path, lambda: _trainable(name, location, target, dtype)))
@@ -153,8 +152,8 @@ def for_training(name: str, device: str = "auto", dtype: str = "auto") -> Traina
 def import_checkpoint(name: str, output: str, dtype: str, drafter: str | None = None) -> tuple[torch.dtype, list[str]]:
     """Writes any model that can be loaded to `output`, with its sidecars. GGUF is dequantised, adapters are merged.
 
-    `drafter`: one (folder or hub id) in the EAGLE-3 layout, or a Gemma 4 model's assistant, instead of the model's own.
-    `dtype`: as in `written_dtype`. Returns the precision, and why files were left out.
+    `drafter`: a folder or hub id in the EAGLE-3 layout, or of a Gemma 4 model's assistant, in place of the model's own.
+    `dtype`: as for `written_dtype`. Returns the precision, and the reasons for left-out files.
     """
     loaded = for_training(name, "cpu", "fp32")
     precision = written_dtype(loaded, dtype)
@@ -173,7 +172,7 @@ def import_checkpoint(name: str, output: str, dtype: str, drafter: str | None = 
                 left_out.append(str(error))
     sidecars |= shipped_files(name, loaded)
     given = drafter and fetched(drafter)
-    replaces = given is not None and not is_assistant(given)  # the model's own in the EAGLE-3 layout
+    replaces = given is not None and not is_assistant(given)  # the model's own drafter in the EAGLE-3 layout
     own = None if folder is None or replaces else f"{folder}/{EAGLE3_FOLDER}"
     for source in filter(None, (own, given)):
         sidecars |= drafter_files(source, loaded, str(Path(output).resolve())) if Path(source).is_dir() else {}
@@ -200,7 +199,7 @@ def _trainable(name: str, location: Location, device: torch.device, dtype: str) 
 
 
 def _draft_model(name: str, target: Decoder, dtype: str, packing: PackingConfig) -> Backend:
-    """Raises ConfigError for another vocabulary than the target's."""
+    """Loads a draft model. Raises ConfigError unless it has the target's vocabulary."""
     packing = PackingConfig(packing.quantize, draft_vocab=packing.draft_vocab)
     draft = for_decoding(name, str(target.backend.device), dtype, packing)
     vocab, size = target.backend.spec.vocab, draft.backend.spec.vocab
@@ -215,32 +214,32 @@ def _draft_model(name: str, target: Decoder, dtype: str, packing: PackingConfig)
 def _with_policies(
     packing: PackingConfig, info: CheckpointInfo, names: Collection[str] | None, device: torch.device
 ) -> PackingConfig:
-    """`packing` with the low-bit copies (whole, on the CPU only) and the head that these saved policies draft with."""
+    """`packing` with the low-bit copies (of all layers, on the CPU only) and the draft head of the named policies."""
     used = [policy for name, policy in info.policies.items() if names is None or name in names]
     used = [policy for policy in used if device.type == "cpu" or not policy_packing(policy).draft_weights]
-    if used and names is not None:  # a policy says how to decode
+    if used and names is not None:  # the policy decides the strategy
         packing = replace(packing, adaptive=any(policy["strategy"] == "adaptive" for policy in used))
     drafting = [stored for stored in map(policy_packing, used) if stored.drafts_apart]
     copies = tuple(dict.fromkeys(chain(packing.draft_weights, *(known.draft_weights for known in drafting))))
-    if drafting and not packing.drafts_apart:  # one sweep measured them, so that they agree
+    if drafting and not packing.drafts_apart:  # all are of one sweep, with one head
         packing = replace(packing, draft_weights=copies, draft_head=drafting[0].draft_head, draft_vocab=drafting[0].draft_vocab)
     whole = any(known.draft_weights for known in drafting)
     return replace(packing, draft_weights=copies, draft_layers=0) if whole else packing
 
 
 def _lean_source(folder: str, device: torch.device, dtype: str, packing: PackingConfig) -> Source | None:
-    """A folder whose weights are read one by one; None where transformers has to read them."""
+    """A folder whose weights can be read one by one; None if only transformers can read it."""
     if (spec := lean_spec(folder) or configured_spec(folder)) is None:
         return None
     precision = pick_dtype(dtype, device, spec.parameters)
     if missing_feature(spec) and not can_run_native(spec, precision, device, packing):
         return None
     files = open_weights(folder, spec)
-    if not files.keys() >= spec.shapes.keys():  # older names, which transformers knows
+    if not files.keys() >= spec.shapes.keys():  # legacy names, which transformers maps
         return None
 
     def take(name: str) -> Tensor | None:
-        """Reads a weight into memory of its own: there is never a second copy of all."""
+        """Reads one weight; a `mapped` table stays in its file."""
         if name in spec.mapped and name in files:
             table = files[name].mapped(name)
             return table if table.dtype in (torch.float32, torch.bfloat16) else table.float()
@@ -253,7 +252,7 @@ def _lean_source(folder: str, device: torch.device, dtype: str, packing: Packing
 def _as_stored(
     name: str, location: Location, device: torch.device, dtype: str, packing: PackingConfig, memory: float
 ) -> Decoder | None:
-    """A GGUF file, or a folder in low bits, for kernels that read its weights as they are stored; None where they cannot."""
+    """A GGUF file or a low-bit folder on kernels that read the stored blocks; None if they cannot run it."""
     files = open_model(location)
     weights, spec = files if isinstance(files, GgufFile) else files.low_bits, files.spec
     if weights is None or spec is None:
@@ -271,12 +270,12 @@ def _as_stored(
     source = replace(source, exit_blocks=replace(NO_BLOCKS, mtp=files.drafter)) if isinstance(files, GgufFile) else source
     backend, notes = _backend(_with_sidecars(source, location.folder, memory), location.path)
     generation = None if isinstance(files, GgufFile) else generation_config(location.path)
-    made = decoder(name, backend, tokenizer_of(files), read_info(location.path), files.config, generation)
-    return replace(made, notes=(*notes, *weights.notes))
+    found = read_info(location.path), files.config, generation
+    return decoder(name, backend, tokenizer_of(files), *found, *notes, *weights.notes)
 
 
 def _model_source(trainable: Trainable, packing: PackingConfig) -> Source:
-    """A model that transformers has read; `take` moves its weights out of it."""
+    """A model that transformers has read; `take()` moves its weights out of it."""
     model, weight = trainable.model, trainable.model.get_input_embeddings().weight
     return Source(
         trainable.backend.own_spec, weight.dtype, weight.device, model.get_parameter, lambda: taken_from(model), packing
@@ -284,7 +283,7 @@ def _model_source(trainable: Trainable, packing: PackingConfig) -> Source:
 
 
 def _with_sidecars(source: Source, folder: str | None, memory: float) -> Source:
-    """With the files of `folder`, and a copy for adaptive drafting where it is fast and fits in `memory` (bytes)."""
+    """Adds the sidecars of `folder`, and a copy for adaptive drafting if kernels are here and it fits in `memory` (bytes)."""
     spec, packing, info, int4 = source.spec, source.packing, source.info, None
     copies = packing.adaptive and not (packing.draft_weights or packing.quantize or packing.exact or source.stored)
     if copies or _uses_int4(packing):
@@ -310,7 +309,7 @@ def _uses_int4(packing: PackingConfig) -> bool:
 
 
 def _faster_copy(profile: DraftProfile) -> Quantization:
-    """The copy with the most tokens per time of a pass: by what a sweep measured, else by usual values."""
+    """The copy with the most tokens per second, by a sweep's measurements, else by usual values."""
 
     def rate(kind: Quantization) -> float:
         accepted, step = profile.acceptance.get(kind, _COPIES[kind][0]), _COPIES[kind][1]
@@ -322,7 +321,7 @@ def _faster_copy(profile: DraftProfile) -> Quantization:
 
 
 def _backend(source: Source, path: str) -> tuple[Backend, tuple[str, ...]]:
-    """The fastest backend for repacked weights on this machine, and notes for the user."""
+    """The fastest repacked backend on this machine, and notes for the user."""
     spec, how = source.spec, (source.spec, source.dtype, source.device, source.packing)
     note = kernel_note() if suits_kernels(*how) else None
     kind = NativeBackend if can_run_native(*how) else TorchBackend
@@ -332,7 +331,7 @@ def _backend(source: Source, path: str) -> tuple[Backend, tuple[str, ...]]:
 
 
 def _mapped(name: str, folder: str, info: CheckpointInfo, device: torch.device, dtype: str, packing: PackingConfig) -> Decoder:
-    """A model that `layerskip export --format packed` wrote, on the CPU."""
+    """A model that `layerskip export --format packed` wrote; on the CPU."""
     if device.type != "cpu":
         raise ConfigError(f"`device` must be cpu for a model that was packed for the compiled kernels, got {device}")
     file = PackedFile(folder)
@@ -348,30 +347,30 @@ def _mapped(name: str, folder: str, info: CheckpointInfo, device: torch.device, 
     blocks = with_drafters(file.exit_blocks, folder, spec)
     backend = NativeBackend(spec, file.unpacked, packing, order, None, blocks, file.embedding(spec), pack=file.matrix)
     backend.implementation = named_int4(backend.implementation, file.content.calibrated)
-    return replace(_decoder(name, folder, info, backend), notes=blocks.notes)
+    return _decoder(name, folder, info, backend, blocks.notes)
 
 
-def _decoder(name: str, folder: str, info: CheckpointInfo, backend: Backend) -> Decoder:
+def _decoder(name: str, folder: str, info: CheckpointInfo, backend: Backend, notes: tuple[str, ...]) -> Decoder:
     spec = backend.spec
-    return decoder(name, backend, tokenizer_in(folder, spec.vocab), info, spec.config, generation_config(folder))
+    return decoder(name, backend, tokenizer_in(folder, spec.vocab), info, spec.config, generation_config(folder), *notes)
 
 
 def _repacked(trainable: Trainable, location: Location, packing: PackingConfig, memory: float) -> Decoder:
-    """The fastest decoder for a model that transformers has read. A repacked `trainable` loses its weights."""
+    """The fastest decoder for a model that transformers has read. Repacking takes the weights out of `trainable`."""
     generic, spec, folder = decoder_of(trainable), trainable.backend.spec, location.folder
     dtype, device = trainable.backend.dtype, trainable.backend.device
     ships = is_adapter(location.path) or location.gguf_file is not None
     missing, blocks = missing_feature(spec), shipped_by(trainable.name, spec) if ships else NO_BLOCKS
-    if missing is None or (isinstance(spec, ModelSpec) and can_run_native(spec, dtype, device, packing)):
+    if missing is None or can_run_native(spec, dtype, device, packing):
         source = replace(_model_source(trainable, packing), info=generic.info, exit_blocks=blocks)
         source = _with_sidecars(source, folder, memory)
         backend, notes = _backend(source, location.path)
         return replace(generic, backend=backend, notes=notes, info=source.info)
-    if not packing.is_plain:
+    if packing.quantize or packing.draft_weights or packing.draft_vocab or packing.exact:
         raise ConfigError(
             f"low-bit, draft and exact weights need a model that can be repacked, got {spec.model_type} with {missing}"
         )
-    if isinstance(spec, ModelSpec) and suits_kernels(spec, dtype, device, packing) and (note := kernel_note()):
+    if suits_kernels(spec, dtype, device, packing) and (note := kernel_note()):
         generic = replace(generic, notes=(note,))
     blocks = blocks if folder is None else read_exit_blocks(folder, spec, trainable.model.get_parameter)
     if blocks is NO_BLOCKS:

@@ -1,8 +1,8 @@
-"""packed.safetensors: a model's weights as the compiled kernels read them; loading maps the file and packs nothing.
+"""packed.safetensors: a model's weights in the layout of the compiled kernels, which map the file.
 
-It has the embedding, norms and routers by their names in a checkpoint, and the tensors of each matrix (model/native/matrix.py)
-as `KIND.MATRIX.PART`: `int4.layers.0.qkv.weight`. fp32 weights that bf16 holds are `widened`, for kernels that widen bf16. The
-header has a fingerprint of a few bytes of every tensor, against incomplete copies.
+It holds the embedding, norms and routers by their names in a checkpoint, and the parts of each matrix (model/native/matrix.py)
+as `KIND.MATRIX.PART`: `int4.layers.0.qkv.weight`. fp32 weights that bf16 holds exactly are `widened`, for kernels that widen
+bf16. The header has a fingerprint of a few bytes of every tensor, to detect incomplete copies.
 """
 
 import hashlib
@@ -23,30 +23,30 @@ from ..model.native.compiled import Kernels
 from ..model.native.matrix import LAYOUT, MatrixForm, NativeMatrix
 from ..model.spec import ModelSpec, Shapes
 from ..model.weights import Affine
-from .folder import PACKED_FILE
-from .sidecars import naming, open_formed
+from .folder import METADATA, PACKED_FILE
+from .loaded import TORCH_DTYPES
+from .sidecars import FINGERPRINT, naming, open_formed
 
 _FORM = {"format": "layerskip packed 1", "layout": str(LAYOUT)}
-_CONTENT, _FINGERPRINT, _METADATA = "content", "fingerprint", "__metadata__"
-_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}  # of types, in safetensors
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_CONTENT = "content"  # key of the header
+_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}  # in safetensors
 _ADVICE = "export the model again with `--format packed`"
 _PAGE = 4096
-_ENTRY = 256  # bytes of the header that an entry takes at most
+_ENTRY = 256  # most bytes of an entry of the header
 
 
 @dataclass(frozen=True)
 class Content:
-    """The packed content. `dtype`: of the embedding and unquantized weights."""
+    """The packings that a file holds."""
 
-    dtype: Literal["fp32", "bf16"]
+    dtype: Literal["fp32", "bf16"]  # of the embedding and unquantized weights
     quantize: Quantization | None
     draft_weights: tuple[Quantization, ...]
     draft_head: Quantization | None
     calibrated: bool
 
     def packing(self, asked: PackingConfig, dtype: str) -> PackingConfig:
-        """The requested part of the content. Raises ConfigError for anything that was not packed."""
+        """The requested packing. Raises ConfigError if the file does not hold it."""
         copies, head = asked.draft_weights, asked.draft_head or "int8"
         if asked.adaptive and not copies and self.quantize is None and not asked.exact:
             usual: Quantization = "int4" if self.calibrated else "int8"
@@ -73,14 +73,14 @@ class PackedFile:
             self._file = open_formed(self._path, _FORM)
             self.content: Content = msgspec.json.decode(self._file.metadata.get(_CONTENT, "null"), type=Content)
             samples = {name: _sample(self._file.mapped(name)) for name in self._file.entries}
-            if self._file.metadata.get(_FINGERPRINT) != _fingerprint(samples):
+            if self._file.metadata.get(FINGERPRINT) != _fingerprint(samples):
                 raise ValueError("its content is damaged or missing, as when it was copied in part")
-        self.dtype = _DTYPES[self.content.dtype]
+        self.dtype = TORCH_DTYPES[self.content.dtype]
         exits = {int(name.split(".")[1]) for name in self._file.entries if name.startswith("exits.")}
         self.exit_blocks = ExitBlocks(tuple(map(ExitBlock, sorted(exits))), self.unpacked)  # only norms are unpacked
 
     def unpacked(self, name: str) -> Tensor | None:
-        """A weight outside of matrices, by its name in a checkpoint."""
+        """A weight that is no matrix, by its name in a checkpoint."""
         return self._file.mapped(name) if name in self._file.entries else None
 
     def embedding(self, spec: ModelSpec) -> Tensor:
@@ -106,7 +106,7 @@ class PackedFile:
 
 
 class PackedWriter:
-    """Writes the file while a backend is built, matrix by matrix, keeping none in memory."""
+    """Writes the file matrix by matrix while a backend is built, and keeps none in memory."""
 
     def __init__(self, file: BinaryIO, kernels: Kernels, most: int) -> None:
         """`file` is open and empty. The header has room for `most` tensors."""
@@ -124,7 +124,7 @@ class PackedWriter:
         self._entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
 
     def matrix(self, name: str, form: MatrixForm, read: Callable[[], Iterable[Affine]]) -> NativeMatrix:
-        """A matrix without memory: the backend cannot run."""
+        """Writes a matrix; the returned one has no memory, so the backend cannot run."""
         kinds = (form.kind, "widened") if form.kind == "fp32" else (form.kind,)
         if not any(f"{kind}.{name}.weight" in self._entries for kind in kinds):
             matrix = NativeMatrix.packed(self._kernels, name, form, read, narrows=self._kernels.widens_bf16)
@@ -134,9 +134,9 @@ class PackedWriter:
         return NativeMatrix(form, empty)
 
     def finish(self, content: Content) -> None:
-        """Writes the header. Without it the file is none of safetensors."""
-        described = {**_FORM, _CONTENT: json.dumps(asdict(content)), _FINGERPRINT: _fingerprint(self._samples)}
-        header = json.dumps({_METADATA: described, **self._entries}, separators=(",", ":")).encode()
+        """Writes the header, which makes the file valid."""
+        described = {**_FORM, _CONTENT: json.dumps(asdict(content)), FINGERPRINT: _fingerprint(self._samples)}
+        header = json.dumps({METADATA: described, **self._entries}, separators=(",", ":")).encode()
         size = self._start - 8
         assert len(header) <= size
         self._file.seek(0)
@@ -144,7 +144,7 @@ class PackedWriter:
 
 
 def unpacked_names(spec: ModelSpec, shapes: Shapes) -> list[str]:
-    """The names of the weights of norms, activations, learned positions, convolutions and routers, among all of a model."""
+    """The names of weights that are no matrices: norms, activations, learned positions, convolutions and routers."""
     experts, mixer, whole = spec.architecture.experts, spec.architecture.mixer, {f"{spec.names.positions}.weight", *spec.mapped}
     if mixer is not None:
         whole |= {name for name in shapes if any(f".{part}." in name for part in (mixer.convolution, *mixer.steps))}

@@ -1,23 +1,19 @@
-"""Files of further weights beside a model's: calibrated int4 weights, exit blocks, and a drafter in the EAGLE-3 layout.
+"""Sidecar files of a model: calibrated int4 weights, exit blocks, and a drafter in the EAGLE-3 layout.
 
-The header of the first two says which format they have, and has a fingerprint of the weights that they were made for, so that
-they are not used with others.
+The headers of the first two name their format and a fingerprint of the model's weights: other weights are refused.
 
-int4.safetensors, which `layerskip calibrate` writes, holds rows of bytes (see model/weights.py) for each weight of a layer's
-projections and of the head, by the weight's name. That of a model whose folder cannot be written is in a cache, named by the
-fingerprint.
+int4.safetensors, by `layerskip calibrate`, holds rows of bytes (see model/weights.py) for each projection of the layers and for
+the head, by the weight's name. If the model's folder is read-only, the file is in a cache instead, named by the fingerprint.
 
-exit_blocks.safetensors, which `layerskip train-drafter` and `finetune` write, holds weights whose names say which exits have a
-block (see model/exit_blocks.py). layerskip.json says how a drafter's training made them: `exit_blocks` has
-an object for each exit, whose `agreement` is the share of first drafts that were right on held-out rows.
+exit_blocks.safetensors, by `layerskip train-drafter` and `finetune`, holds the weights of blocks (see model/exit_blocks.py).
+`exit_blocks` in layerskip.json describes their training by exit; `agreement` is the share of right first drafts on held-out
+rows.
 
-eagle3/ is the folder of the drafter, as vLLM, SGLang and llama.cpp read it. Its config.json has what the library `speculators`
-writes (vLLM reads `speculators_config` and `transformer_layer_config`), and the same values at its top, where SGLang and
-EAGLE's own checkpoints have them. The weights have the names of EAGLE's checkpoints (`midlayer.*`), which all three know;
-`layers.0.*`, of `speculators`, is read too. `d2t` has, for each output of the head, the target's token less the number of the
-output. vLLM reads `eagle_aux_hidden_state_layer_ids` at the top: after how many layers states are taken. SGLang, and SpecForge,
-which trains for it, read that in `eagle_config`, where a list that begins with 1 has the layers by index: [1, 14, 26] is after
-2, 15 and 27.
+eagle3/ is a drafter that vLLM, SGLang and llama.cpp read, too. Its config.json has the values twice: as the library
+`speculators` writes them (for vLLM), and at the top (for SGLang and EAGLE's own checkpoints). Weights have EAGLE's names
+(`midlayer.*`); those of `speculators` (`layers.0.*`) are read, too. `d2t`: for each output of the head, its token id minus its
+index. `eagle_aux_hidden_state_layer_ids` counts layers at the top; in `eagle_config` (SGLang, SpecForge) a list that begins
+with 1 has indices: [1, 14, 26] means after 2, 15 and 27 layers.
 """
 
 import hashlib
@@ -38,22 +34,21 @@ from ..files import read_json, write_file
 from ..model.eagle3 import LAYER, ROPES, TOKENS, Eagle3Form, Eagle3Weights
 from ..model.exit_blocks import NO_BLOCKS, ExitBlocks, blocks_named
 from ..model.spec import AnySpec, ModelSpec, Shapes
-from ..model.weights import GROUP_SIZE, Take, int4_of, stored_shape
-from .folder import CONFIG_FILE, INT4_FILE, WeightFile
+from ..model.weights import GROUP_SIZE, Take, stored_shape
+from .folder import CONFIG_FILE, INT4_FILE, METADATA, WeightFile
 
 EAGLE3_FOLDER = "eagle3"
 EAGLE3_FILES = f"{EAGLE3_FOLDER}/{CONFIG_FILE}", f"{EAGLE3_FOLDER}/model.safetensors"
-PROPOSED = 4  # drafts of a round, unless whoever serves it says another number
+PROPOSED = 4  # drafts per round by default in other engines
 
-CACHE = "LAYERSKIP_CACHE"  # environment variable: the folder of int4 weights of models whose folders cannot be written
-_CACHED = 10 << 30  # bytes there; the oldest files go
+CACHE = "LAYERSKIP_CACHE"  # environment variable: the folder for int4 weights of models in read-only folders
+_CACHED = 10 << 30  # its largest size in bytes; the oldest files go
 
 _INT4 = {"format": "1", "group_size": str(GROUP_SIZE)}
 BLOCKS = {"format": "1"}
-_METADATA = "__metadata__"  # safetensors' key of a header's further entries
 FINGERPRINT, _AGREEMENT = "fingerprint", "agreement"
-_OF_EAGLE = "midlayer."  # what the names of the layer's weights begin with in EAGLE's checkpoints
-_UNUSED = ("t2d", "embed_tokens.weight")  # which tokens are drafted, as `d2t` says; the target's own embedding
+_OF_EAGLE = "midlayer."  # prefix of the layer's weights in EAGLE's checkpoints
+_UNUSED = ("t2d", "embed_tokens.weight")  # the inverse of `d2t`; the target's embedding
 _NORMS = "norm_before_fc", "fc_norm", "norm_output"  # of EAGLE-3.1
 _Share = Annotated[float, Meta(ge=0, le=1)] | None
 _Size = Annotated[int, Meta(ge=1, le=1 << 20)]
@@ -61,25 +56,25 @@ _Ids = Annotated[list[Annotated[int, Meta(ge=1, le=1024)]], Meta(min_length=1, m
 
 
 def matrix_names(spec: ModelSpec) -> list[str]:
-    """Every projection that kernels have in low bits, in the order of the layers, and the head."""
+    """The weights that may be low-bit: the projections, in the order of the layers, and the head."""
     of_layers = (name for name, shape in spec.shapes.items() if name.startswith(f"{spec.names.layers}.") and len(shape) == 2)
     others = () if spec.architecture.mixer is None else spec.architecture.mixer.steps
     return [*(name for name in of_layers if not any(f".{step}." in name for step in others)), spec.head_name]
 
 
 def fingerprint(spec: AnySpec, weight_of: Callable[[str], Tensor]) -> str:
-    """Of three rows of each matrix, in bf16: changed by training, not by a change of precision."""
+    """A digest of three rows of each matrix in bf16: training changes it, a change of precision does not."""
     digest = hashlib.sha256()
     others = [name for name, shape in spec.shapes.items() if len(shape) > 1]
     for name in matrix_names(spec) if isinstance(spec, ModelSpec) else others:
-        weight = weight_of(name).detach().flatten(0, -2)  # where it is more than a matrix
+        weight = weight_of(name).detach().flatten(0, -2)  # experts stand in one tensor of three dimensions
         rows = weight[[0, len(weight) // 2, -1]].to("cpu", torch.bfloat16).contiguous()
         digest.update(rows.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
 def open_formed(path: Path, form: Mapping[str, str]) -> WeightFile:
-    """The open file. Raises ValueError if its header lacks the entries of `form`."""
+    """Opens a file. Raises ValueError if its header lacks the entries of `form`."""
     file = WeightFile(path)
     for name, needed in form.items():
         if file.metadata.get(name) != needed:
@@ -96,7 +91,7 @@ def cached_int4(model_fingerprint: str) -> Path:
 
 
 def keep_in_cache(model_fingerprint: str, content: bytes) -> None:
-    """Needs the lock of the folder. Raises CheckpointError."""
+    """Writes a file of the cache, whose lock the caller holds, and drops the oldest beyond _CACHED. Raises CheckpointError."""
     write_file(cached_int4(model_fingerprint), content, CheckpointError)
     room = _CACHED
     for path in sorted(cache_folder().glob(f"*.{INT4_FILE}"), key=lambda path: path.stat().st_mtime, reverse=True):
@@ -106,7 +101,7 @@ def keep_in_cache(model_fingerprint: str, content: bytes) -> None:
 
 
 def clear_cache() -> int:
-    """Returns the number of files that are gone. Needs the lock of the folder."""
+    """Removes all files of the cache, whose lock the caller holds; returns their number."""
     paths = list(cache_folder().glob(f"*.{INT4_FILE}"))
     for path in paths:
         path.unlink()
@@ -114,14 +109,14 @@ def clear_cache() -> int:
 
 
 class StoredInt4(NamedTuple):
-    """Calibrated weights as rows of bytes, read when taken, and the share of places where the model chooses the same token."""
+    """Calibrated weights as rows of bytes, read when taken, and how often they choose the token of the unquantised model."""
 
     take: Take
     agreement: float | None
 
 
 def read_int4(folder: str | Path | None, spec: ModelSpec, weight_of: Callable[[str], Tensor]) -> StoredInt4 | None:
-    """A model's calibrated weights from its folder, else from the cache. Raises CheckpointError if they are another model's."""
+    """A model's calibrated weights, from its folder or the cache. Raises CheckpointError if they belong to other weights."""
     path = Path(folder or "") / INT4_FILE
     if folder is None or not path.is_file():
         if not cache_folder().is_dir():
@@ -135,28 +130,18 @@ def read_int4(folder: str | Path | None, spec: ModelSpec, weight_of: Callable[[s
         check_fingerprint(file, spec, weight_of)
         check_entries(file.entries, shapes, ("U8",))
         agreement = msgspec.convert(file.metadata.get(_AGREEMENT), _Share, strict=False)
-
-    def take(name: str) -> Tensor | None:
-        if name not in shapes:
-            return None
-        with naming(path):
-            rows = file.read(name)
-            if not bool(int4_of(rows).scale.isfinite().all() and int4_of(rows).low.isfinite().all()):
-                raise ValueError(f"{name} is not finite")
-        return rows
-
-    return StoredInt4(take, agreement)
+    return StoredInt4(lambda name: file.read(name) if name in shapes else None, agreement)
 
 
 def int4_content(rows: Mapping[str, Tensor], model_fingerprint: str, details: Mapping[str, str]) -> bytes:
-    """int4.safetensors, of rows of bytes by name; `details` go into the header."""
+    """The bytes of int4.safetensors with rows by name; `details` go into the header."""
     return content_of(rows, model_fingerprint, {**details, **_INT4})
 
 
 def exit_blocks_content(
     spec: AnySpec, weights: Mapping[str, Tensor], model_fingerprint: str, kept: ExitBlocks = NO_BLOCKS
 ) -> bytes:
-    """exit_blocks.safetensors, of weights by the names of `ExitBlock.shapes`, and of `kept` blocks at other exits."""
+    """The bytes of exit_blocks.safetensors: `weights` by the names of `ExitBlock.shapes`, and `kept` blocks at other exits."""
     content = dict(weights)
     trained = {block.exit_layer for block in blocks_named(weights, spec.layers)}
     for block in kept.blocks:
@@ -181,7 +166,7 @@ def check_entries(entries: Mapping[str, tuple[str, tuple[int, ...]]], shapes: Sh
 
 @contextmanager
 def naming(what: object, advice: str = "remove it, or make it again") -> Iterator[None]:
-    """Any error becomes a CheckpointError that names the file or folder."""
+    """Turns any error into a CheckpointError that names a file or folder."""
     try:
         yield
     except Exception as error:
@@ -189,13 +174,13 @@ def naming(what: object, advice: str = "remove it, or make it again") -> Iterato
 
 
 def content_of(weights: Mapping[str, Tensor], model_fingerprint: str, form: Mapping[str, str]) -> bytes:
-    """A safetensors file, the same bytes for the same weights: the library writes the header in a random order."""
+    """The bytes of a safetensors file, with a sorted header: the library's order is random."""
     from safetensors.torch import save
 
     written: bytes = save(dict(weights), metadata={**form, FINGERPRINT: model_fingerprint})
-    end = 8 + int.from_bytes(written[:8], "little")  # of the header, which JSON's white space fills up
+    end = 8 + int.from_bytes(written[:8], "little")  # of the header, which is padded with spaces
     header = json.loads(written[8:end])
-    header[_METADATA] = dict(sorted(header[_METADATA].items()))
+    header[METADATA] = dict(sorted(header[METADATA].items()))
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     return b"".join((written[:8], text.ljust(end - 8), memoryview(written)[end:]))
 
@@ -210,7 +195,7 @@ class _Rope(msgspec.Struct):
 
 
 class _Layer(msgspec.Struct):
-    """The values of `transformer_layer_config`, or of the top of config.json, that are read here."""
+    """Values read from `transformer_layer_config`, else from the top of config.json."""
 
     hidden_size: _Size
     intermediate_size: _Size
@@ -243,12 +228,12 @@ class _Values(msgspec.Struct):
 
 
 def default_layers(num_layers: int) -> tuple[int, ...]:
-    """2, L/2 and L-3, or the nearest different ones: whose states engines take unless config.json says otherwise."""
+    """The layers of engines where config.json names none: 2, L/2 and L-3, within 1..L-1."""
     return tuple(sorted({min(max(layer, 1), num_layers - 1) for layer in (2, num_layers // 2, num_layers - 3)}))
 
 
 def eagle3_content(stored: Eagle3Weights, spec: AnySpec, verifier: str) -> dict[str, bytes]:
-    """The files of a drafter's folder. `spec`: of the target. `verifier`: its folder or hub id, for engines."""
+    """The files of a drafter's folder. `spec`: the target's. `verifier`: the target's folder or hub id, for engines."""
     from safetensors.torch import save
 
     form, architectures = stored.form, ["LlamaForCausalLMEagle3"]
@@ -293,20 +278,20 @@ def eagle3_content(stored: Eagle3Weights, spec: AnySpec, verifier: str) -> dict[
         "transformer_layer_config": layer,
     }
     weights = {name.replace(LAYER, _OF_EAGLE): weight.contiguous() for name, weight in stored.weights.items()}
-    if form.vocab < spec.vocab:  # else vLLM knows no such tensor
+    if form.vocab < spec.vocab:  # for a whole vocabulary vLLM refuses the tensor
         weights[TOKENS] = stored.tokens.long() - torch.arange(form.vocab)
     text = json.dumps(document, indent=2) + "\n"
     return dict(zip(EAGLE3_FILES, (text.encode(), save(weights, {"format": "pt"})), strict=True))
 
 
 def eagle3_sidecar(folder: str | Path, spec: AnySpec) -> Eagle3Weights | None:
-    """The drafter of a model's folder, if its config.json, which is written last, is there. Raises as `read_eagle3`."""
+    """The drafter of a model's folder; None without its config.json, which is written last. Raises as `read_eagle3`."""
     drafter = Path(folder) / EAGLE3_FOLDER
     return read_eagle3(drafter, spec) if (drafter / CONFIG_FILE).is_file() else None
 
 
 def read_eagle3(folder: str | Path, spec: AnySpec) -> Eagle3Weights:
-    """The drafter in a folder, for a model. Raises CheckpointError with the first unsuitable value or missing weight."""
+    """The drafter in a folder, for a model. Raises CheckpointError for the first unsuitable value or missing weight."""
     path = Path(folder)
     with naming(f"the drafter {folder}"):
         values = msgspec.convert(document := read_json(path / CONFIG_FILE, CheckpointError), _Values)
@@ -325,7 +310,7 @@ def read_eagle3(folder: str | Path, spec: AnySpec) -> Eagle3Weights:
 
 
 def _form(values: _Values, own: _Layer, spec: AnySpec) -> Eagle3Form:
-    """Raises ConfigError for a value that is not supported."""
+    """The drafter's sizes. Raises ConfigError for an unsupported value."""
     named = values.eagle_config.eagle_aux_hidden_state_layer_ids if values.eagle_config else []
     by_index = bool(named) and named[0] == 1
     layers = values.eagle_aux_hidden_state_layer_ids or [layer + by_index for layer in named] or default_layers(spec.layers)
@@ -337,7 +322,7 @@ def _form(values: _Values, own: _Layer, spec: AnySpec) -> Eagle3Form:
     heads, size = own.num_key_value_heads or own.num_attention_heads, own.head_dim or own.hidden_size // own.num_attention_heads
     needed = f"a multiple of num_key_value_heads, {heads}"
     require(own.num_attention_heads % heads == 0, "num_attention_heads", needed, own.num_attention_heads)
-    if isinstance(spec, ModelSpec):  # whose cache has entries of one shape
+    if isinstance(spec, ModelSpec):  # the cache of our kernels has entries of one shape
         needed = f"{spec.kv_heads} and {spec.head_dim}, as the model's"
         fits = (heads, size) == (spec.kv_heads, spec.head_dim)
         require(fits, "num_key_value_heads and head_dim", needed, f"{heads} and {size}")
@@ -346,7 +331,7 @@ def _form(values: _Values, own: _Layer, spec: AnySpec) -> Eagle3Form:
     rope = own.rope_parameters or msgspec.convert(theta | (own.rope_scaling or {}), _Rope)
     require(rope.rope_type in ROPES, "rope_type", " or ".join(ROPES), rope.rope_type)
     before = values.norm_before_residual
-    if before is None:  # `speculators` has another default than EAGLE's own checkpoints
+    if before is None:  # the default of `speculators` is true, that of EAGLE's own checkpoints false
         before = values.transformer_layer_config is not None
     sizes = own.hidden_size, own.num_attention_heads, heads, size, own.intermediate_size, values.draft_vocab_size
     kept = {name: value for name, value in msgspec.structs.asdict(rope).items() if value is not None}

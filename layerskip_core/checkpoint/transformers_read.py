@@ -1,4 +1,4 @@
-"""Reads models with transformers and peft, also from GGUF files. Code of a checkpoint never runs."""
+"""Reads models with transformers and peft, also from GGUF files. Code in a checkpoint never runs."""
 
 from pathlib import Path
 from typing import Any
@@ -26,16 +26,16 @@ from .folder import (
 )
 from .gguf_read import GgufFile, dense_model
 from .info import read_info
-from .loaded import Trainable, pick_dtype
+from .loaded import TORCH_DTYPES, Trainable, pick_dtype
 from .locate import Location, adapters_of, is_adapter, locate, present, reading
 
-_NO_FOREIGN_CODE = {"trust_remote_code": False}  # otherwise transformers would ask on standard input
+_NO_FOREIGN_CODE = {"trust_remote_code": False}  # the default asks on standard input
 _SAME = {"mimo": "qwen2"}  # types that transformers has under another name
-_OWN = ("model_type", "auto_map", "architectures")  # values of config.json that name it
+_OWN = ("model_type", "auto_map", "architectures")  # values of config.json that name the type
 
 
 class PretrainedModel:
-    """A model in a folder or on the hub; only its configuration is read yet. Of a multimodal one the text part, if known."""
+    """A model in a folder or on the hub, by its configuration; of a multimodal model the text part, if known."""
 
     def __init__(self, path: str) -> None:
         from transformers import AutoConfig
@@ -66,10 +66,10 @@ class PretrainedModel:
         from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-        generation_config(self._path)  # transformers would go on without a damaged one
+        generation_config(self._path)  # transformers ignores a damaged one
         if self.low_bits is not None and self.spec is not None:
             return self._dense({name: self.low_bits.weight(name).float() for name in self.spec.shapes}, torch.float32)
-        files = open_weights(self._path, self.spec)  # which checks them
+        files = open_weights(self._path, self.spec)  # checks them
         if self.is_part and self.spec is not None:
             return self._dense({name: files[name].mapped(name) for name in self.spec.shapes}, "auto")
         kind = AutoModelForCausalLM if type(self.config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
@@ -90,7 +90,7 @@ class PretrainedModel:
 
 
 def open_model(location: Location) -> PretrainedModel | GgufFile:
-    """Raises CheckpointError for files that do not describe a supported model."""
+    """The model at a location, by its configuration. Raises CheckpointError for an unsupported one."""
     if location.gguf_file is None:
         return PretrainedModel(location.path)
     return GgufFile(Path(location.path) / location.gguf_file)
@@ -98,37 +98,37 @@ def open_model(location: Location) -> PretrainedModel | GgufFile:
 
 @quiet_transformers()
 def configured_spec(folder: str) -> ModelSpec | None:
-    """The spec of a folder that only transformers' configuration completes; None if its weights are not plain safetensors."""
+    """The spec of a folder with transformers' defaults; None if its weights are not plain safetensors."""
     plain = weight_files(folder) and "quantization_config" not in read_settings(folder, CONFIG_FILE)
     return PretrainedModel(folder).spec if plain else None
 
 
 def tokenizer_in(folder: str, vocab_size: int) -> Any:
-    """A folder's tokenizer; transformers' only where there is no other way. Raises as `checked_tokenizer` does."""
+    """A folder's tokenizer, without transformers if possible. Raises as `checked_tokenizer` does."""
     return checked_tokenizer(lean_tokenizer(folder) or read_tokenizer(folder), vocab_size)
 
 
 def tokenizer_of(files: PretrainedModel | GgufFile) -> Any:
-    """transformers' tokenizer. Raises CheckpointError for one that does not suit the vocabulary."""
+    """transformers' tokenizer of a model. Raises as `checked_tokenizer` does."""
     return checked_tokenizer(files.tokenizer(), files.config.get_text_config(decoder=True).vocab_size)
 
 
 @quiet_transformers()
 def read_model(name: str, location: Location, device: torch.device, dtype: str) -> Trainable:
-    """A model that is not an adapter, in evaluation mode."""
+    """Reads a model that is no adapter, in evaluation mode."""
     files = open_model(location)
     spec, tokenizer, model = files.spec, tokenizer_of(files), files.model()
     check_model(model, spec)
     precision, stored = pick_dtype(dtype, device, model.num_parameters()), model.dtype
-    for parameter in model.to(device).parameters():  # model.to(dtype) would round the rotary frequencies too, a buffer in fp32
-        if parameter.dtype == stored:  # transformers keeps the others in the precision that they need
+    for parameter in model.to(device).parameters():  # model.to(dtype) would also round buffers, such as rotary frequencies
+        if parameter.dtype == stored:  # transformers keeps some in fp32
             parameter.data = parameter.data.to(precision)
     return Trainable(name, model.eval(), TransformersBackend(model, spec=spec), tokenizer, read_info(location.path))
 
 
 @quiet_transformers()
 def blank(name: str, seed: int, tokenizer: Any = None) -> Trainable:
-    """The architecture of a checkpoint with random weights, in fp32 on the CPU; its vocabulary is that of `tokenizer`."""
+    """A checkpoint's architecture with random weights, in fp32 on the CPU, with the vocabulary of `tokenizer`."""
     location = locate(name)
     from transformers import AutoModelForCausalLM
 
@@ -149,7 +149,7 @@ def blank(name: str, seed: int, tokenizer: Any = None) -> Trainable:
 
 @quiet_transformers()
 def merge_adapters(adapters: list[str], base: Trainable) -> Trainable:
-    """Merges adapters into `base`, the last one first, with the first one's tokenizer. Raises CheckpointError."""
+    """Merges adapters into `base`, from the last to the first, and takes the first one's tokenizer. Raises CheckpointError."""
     from peft import PeftModel, get_peft_model_state_dict
 
     model, spec = base.model, base.backend.spec
@@ -158,7 +158,7 @@ def merge_adapters(adapters: list[str], base: Trainable) -> Trainable:
         adapted = PeftModel.from_pretrained(model, adapter)
         stored, needed = open_weights(adapter), get_peft_model_state_dict(adapted, save_embedding_layers=False)
         missing = sorted(needed.keys() - stored.keys()) if stored else []
-        if missing:  # peft would leave them at their initial values
+        if missing:  # peft leaves these at their initial values
             raise CheckpointError(f"the adapter is incomplete: {len(missing)} weights are missing, {missing[0]} the first")
         model = adapted.merge_and_unload().eval()
     model.requires_grad_(True)  # peft froze the base
@@ -175,7 +175,7 @@ def read_tokenizer(path: str) -> Any:
 
 
 def stored_dtype(name: str) -> torch.dtype:
-    """The precision of a checkpoint's weights by its config; fp32 if it names none, and for GGUF."""
+    """The precision of a checkpoint's weights by its config; fp32 by default, and for GGUF."""
     location = present(adapters_of(name)[1])
     if location.gguf_file is not None:
         return torch.float32
@@ -184,9 +184,9 @@ def stored_dtype(name: str) -> torch.dtype:
 
 
 def written_dtype(loaded: Trainable, asked: str) -> torch.dtype:
-    """The precision to write weights in: fp32, bf16, or auto: as stored; for GGUF the narrowest that is exact."""
+    """The precision to write weights in. `auto`: as stored; for GGUF the narrowest exact one."""
     if asked != "auto":
-        return {"fp32": torch.float32, "bf16": torch.bfloat16}[asked]
+        return TORCH_DTYPES[asked]
     if is_adapter(loaded.name) or locate(loaded.name).gguf_file is None:
         return stored_dtype(loaded.name)
     weights = [weight.detach() for weight in loaded.model.parameters()]

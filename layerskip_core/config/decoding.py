@@ -1,4 +1,4 @@
-"""How tokens are decoded: options as requested (DecodingOptions), and a strategy with all that it needs (DecodingConfig)."""
+"""How tokens are decoded: requested options (DecodingOptions), and a strategy with all of its settings (DecodingConfig)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,7 +29,7 @@ from .options import (
 if TYPE_CHECKING:
     from ..grammar import Matcher
 
-# Each strategy that drafts, and the module whose `drafter(setup)` drafts for it.
+# The strategies that draft, with the modules of their `drafter(setup)`.
 DRAFTERS = {
     "adaptive": "layerskip_core.decoding.drafters.adaptive",
     "self-speculative": "layerskip_core.decoding.drafters.exit",
@@ -39,7 +39,7 @@ DRAFTERS = {
     "draft-and-verify": "layerskip_core.decoding.drafters.exit",
     "draft-model": "layerskip_core.decoding.drafters.exit",
 }
-WITH_DRAFTER = "mtp", "eagle3"  # strategies: a drafter beside the model
+WITH_DRAFTER = "mtp", "eagle3"  # strategies with a drafter beside the model
 STRATEGIES = (*DRAFTERS, "early-exit", "autoregressive")
 KEY = "LAYERSKIP_API_KEY"  # environment variable of a server
 # The strategies that use an option; other options are used by all.
@@ -51,22 +51,22 @@ _USERS: dict[str, Sequence[str]] = {
     "lookup": tuple(DRAFTERS),
     "exit_confidence": ("early-exit",),
     "skip": ("draft-and-verify",),
-    "exits": ("early-exit", "adaptive"),  # which takes the trained ones
+    "exits": ("early-exit", "adaptive"),
 }
 GUIDES = ("schema", "regex", "grammar", "choice")
 MAX_NEW_TOKENS = 256
-UNLIMITED = 10_000_000  # new tokens: an answer may take all that is left of the context
+UNLIMITED = 10_000_000  # new tokens: an answer may fill the context
 REMEMBERED = 131_072
 
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
-Milliseconds = Annotated[float, Meta(ge=1e-4, le=1e9)]  # of a pass; differences of such times keep digits enough
+Milliseconds = Annotated[float, Meta(ge=1e-4, le=1e9)]  # differences of these stay precise
 Remember = Annotated[
     CountOrNone, Flag("Tokens of earlier answers (of all clients) that lookups search too; 0: none.", panel="Decoding")
 ]
 
 
 class DecodingOptions(TypedDict, total=False):
-    """Requested decoding options; the checkpoint decides the others. Layers are counts: exit E is after layer E."""
+    """Requested decoding options; the checkpoint completes them. Layers are counts: exit E is after E layers."""
 
     strategy: Annotated[str, one_of(*STRATEGIES), Flag("Decoding strategy.", None, "adaptive, or by other flags", "Decoding")]
     exit_layer: Annotated[Layer, Flag("Draft with (or exit after) this many layers.", "--exit", "the checkpoint's")]
@@ -91,7 +91,7 @@ class DecodingOptions(TypedDict, total=False):
 
 
 class RequestOptions(DecodingOptions, total=False):
-    """Options of answers that are not measured."""
+    """Options of a request; those of DecodingOptions can be measured too."""
 
     min_p: Annotated[Ratio, Flag("Sample from tokens with this share of the best one's probability.", None, "0", "Sampling")]
     frequency_penalty: Annotated[Penalty, Flag("Subtract this from a token's logit per occurrence in the answer.", None, "0")]
@@ -121,36 +121,25 @@ class RequestOptions(DecodingOptions, total=False):
     prompt_logprobs: Annotated[bool, Flag("The same of the prompt's tokens.", default="no")]
 
 
-# What a policy does not set.
+# The options that no policy sets.
 _OF_A_REQUEST = RequestOptions.__annotations__.keys() - DecodingOptions.__annotations__.keys()
 _OF_A_REQUEST |= {"max_new_tokens", "stop", "temperature", "top_k", "top_p", "seed"}
 
 
 @dataclass(frozen=True)
 class DraftProfile:
-    """Measurements that adaptive drafting starts from, by drafter: `exit 8`, `int8`.
+    """Measurements that adaptive drafting starts from; `acceptance` and `drafts` by drafter: `exit 8`, `int8`."""
 
-    `acceptance`: of a draft after accepted ones. `passes`: milliseconds of a pass of the target by its rows, from 1 on.
-    `drafts`: milliseconds of a draft token. `draft_head`, `draft_vocab`: as in PackingConfig.
-    """
-
-    acceptance: dict[str, Ratio] = field(default_factory=dict)
-    passes: tuple[Milliseconds, ...] = ()
-    drafts: dict[str, Milliseconds] = field(default_factory=dict)
-    draft_head: Quantization | None = None
+    acceptance: dict[str, Ratio] = field(default_factory=dict)  # rate of a draft after accepted ones
+    passes: tuple[Milliseconds, ...] = ()  # of the target over 1, 2, ... tokens
+    drafts: dict[str, Milliseconds] = field(default_factory=dict)  # per draft token
+    draft_head: Quantization | None = None  # as in PackingConfig
     draft_vocab: CountOrNone = 0
-
-
-_UNKNOWN = DraftProfile()
 
 
 @dataclass(frozen=True)
 class DecodingConfig:
-    """A strategy with all its options: DecodingOptions, completed for a checkpoint.
-
-    `draft_weights`: the low-bit copy that drafts (None: the model's own weights). `policy`: the saved one that this is.
-    `guided`: one of GUIDES and its text (JSON except for `regex` and `grammar`); `guide`: compiled for the tokenizer.
-    """
+    """A strategy with all its options: DecodingOptions, completed for a checkpoint."""
 
     strategy: str = "self-speculative"
     exit_layer: int | None = None  # of self-speculative decoding and early exit
@@ -158,7 +147,7 @@ class DecodingConfig:
     max_new_tokens: int = MAX_NEW_TOKENS
     draft_confidence: float = 0.0
     stop: tuple[str, ...] = ()
-    draft_weights: Quantization | None = None
+    draft_weights: Quantization | None = None  # the low-bit copy that drafts; None: the model's own weights
     lookup: int = 0
     exits: tuple[int, ...] = ()
     exit_confidence: float = 0.0
@@ -175,12 +164,12 @@ class DecodingConfig:
     min_tokens: int = 0
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
-    guided: tuple[str, str] | None = None
-    guide: "Matcher | None" = field(default=None, compare=False)
+    guided: tuple[str, str] | None = None  # one of GUIDES and its text, JSON except for `regex` and `grammar`
+    guide: "Matcher | None" = field(default=None, compare=False)  # the same, compiled for the tokenizer
     logprobs: int | None = None
     prompt_logprobs: bool = False
-    profile: DraftProfile = field(default=_UNKNOWN, hash=False)
-    policy: str | None = field(default=None, compare=False)
+    profile: DraftProfile = field(default_factory=DraftProfile, hash=False)
+    policy: str | None = field(default=None, compare=False)  # the saved policy that it comes from
 
     @property
     def penalises(self) -> bool:
@@ -188,12 +177,12 @@ class DecodingConfig:
 
     @property
     def changes_logits(self) -> bool:
-        """Whether a row's own options change its logits."""
+        """Whether options of a row change its logits."""
         return self.penalises or bool(self.logit_bias or self.min_tokens or self.guided)
 
     @property
     def shared(self) -> "DecodingConfig":
-        """The part that rows of one loop share: limits, stops, seeds and changes of logits are each row's own."""
+        """The options that all rows of a loop share; those of _OF_A_ROW have their defaults."""
         return replace(self, **{name: getattr(_ROWS_OWN, name) for name in _OF_A_ROW})
 
 
@@ -205,18 +194,18 @@ _OF_A_ROW = (
 
 
 def decoding(strategy: str, options: DecodingOptions | None = None, **fields: Any) -> DecodingConfig:
-    """A strategy with the options that it uses and further fields of DecodingConfig."""
+    """A strategy with those of the options that it uses, and further fields of DecodingConfig."""
     used = {name: value for name, value in normalized(options or {}).items() if strategy in used_by(name)}
     return DecodingConfig(**used | fields | {"strategy": strategy})
 
 
 def choices(options: DecodingOptions) -> dict[str, Any]:
-    """The requested policy, or the requested options that a policy sets. Empty: the checkpoint chooses."""
+    """The requested options that a policy sets, or the policy itself. Empty: the checkpoint chooses."""
     return {name: value for name, value in normalized(options).items() if value and name not in _OF_A_REQUEST}
 
 
 def changed(options: DecodingOptions, changes: DecodingOptions) -> RequestOptions:
-    """Options with `changes`. A policy replaces all that it sets, and is dropped for any of these."""
+    """Options with `changes`. A policy replaces all options that it sets; one of these drops a policy."""
     replaced = set() if changes.keys().isdisjoint(GUIDES) else set(GUIDES)
     if "policy" in changes:
         replaced |= options.keys() - _OF_A_REQUEST
@@ -231,7 +220,7 @@ def used_by(option: str) -> Sequence[str]:
 
 
 def normalized(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options with tuples for lists and objects, without None and empty ones."""
+    """Options with tuples for lists and objects, without empty ones."""
     stop, bias = options.get("stop"), dict(options.get("logit_bias") or {})
     listed = {**options, "stop": [stop] if isinstance(stop, str) else stop, "logit_bias": sorted(bias.items())}
     tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in listed.items()}
@@ -240,7 +229,7 @@ def normalized(options: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """`decoding`: the options that a request leaves out."""
+    """Settings of a server. `decoding`: defaults of requests."""
 
     model: ModelName = "embedded"
     host: Annotated[Text, Flag("Address to listen on; 0.0.0.0 is all of this machine's.", panel="Server")] = "127.0.0.1"

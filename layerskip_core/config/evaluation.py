@@ -10,7 +10,7 @@ from .decoding import REMEMBERED, STRATEGIES, DecodingOptions, Remember
 from .model import DraftModel, MachineConfig, PackingConfig, PromptingConfig
 from .options import BatchSize, Count, CountOrNone, Drafts, Flag, Layer, ModelName, Seed, Share, Text, Without, one_of
 
-# Each task, and the TaskLoader that loads it. It is imported when the task is used.
+# The tasks with their TaskLoaders, which are imported when they are used.
 TASKS = {
     "commands": "layerskip_core.evaluation.tasks.texts:COMMANDS",
     "topv2": "layerskip_core.evaluation.tasks.texts:TOPV2",
@@ -32,12 +32,12 @@ HARNESS = "lm-eval:"  # before the names of tasks of lm-evaluation-harness
 PRECISIONS = ("fp32", "bf16", "int8", "int4")  # of the weights
 
 _TIMED = 8  # prompts whose speed is measured, with batches
-_OF_THE_TASK = ("max_new_tokens", "seed")  # and its flags serve decoding too
+_OF_THE_TASK = ("max_new_tokens", "seed")  # options that TaskConfig has
 
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """The task and its rows. A template with {prompt} in it is also the form of each prompt."""
+    """The task and its rows. `prompting.template` with {prompt} in it is also the form of each prompt."""
 
     task: Annotated[
         Text | None,
@@ -119,7 +119,7 @@ class MeasurementConfig:
 
 @dataclass(frozen=True)
 class BenchConfig(MeasurementConfig):
-    """Strategies (default: see `suiting_strategies`) and baselines side by side. Given layers to skip add draft-and-verify."""
+    """A comparison of strategies (default: see `suiting_strategies`) and baselines. `skip` adds draft-and-verify."""
 
     task: TaskConfig = field(default_factory=lambda: TaskConfig(samples=20))
     remember: Remember = REMEMBERED
@@ -151,7 +151,7 @@ class BenchConfig(MeasurementConfig):
 
 @dataclass(frozen=True)
 class SweepConfig(MeasurementConfig):
-    """Every exit, and every drafter with these draft lengths, or with those of the best predictions."""
+    """A sweep over exits, and over drafters with given draft lengths, or those that predictions favour."""
 
     exits: Annotated[
         tuple[Layer, ...], Flag("Exits: 3,6,8 or A:B:STEP.", None, "the trained, at most six, and the low-bit copy", "Decoding")
@@ -177,7 +177,7 @@ class SweepConfig(MeasurementConfig):
 
 @dataclass(frozen=True)
 class VerifyConfig:
-    """Half of the `samples` prompts come from `data`, the others are random token ids."""
+    """A verification. Half of the `samples` prompts come from `data`, the others are random token ids."""
 
     model: Text = "embedded"
     data: Annotated[Text, Flag("Real prompts: commands, a file or hub id.", panel="Data", reads="data")] = "commands"

@@ -16,7 +16,7 @@ DTYPES: tuple[str, ...] = get_args(DType)
 GGUF_DTYPES = ("auto", "f16", "q8_0", "q4_0")
 PROMPT_COLUMNS = ("prompt", "instruction", "question", "input")  # the usual names; the first one present counts
 COMPLETION_COLUMNS = ("completion", "response", "answer", "output", "text")
-EXACT_TOKENS = 64  # the most in an exact call; longer calls are prompts, which every strategy runs in the same way
+EXACT_TOKENS = 64  # in an exact call, at most; longer calls are prompts, which are the same for every strategy
 _Unicode = Annotated[str, Meta(pattern="^[^\ud800-\udfff]*$", description="valid Unicode")]
 
 
@@ -36,23 +36,20 @@ DraftModel = Annotated[
 
 @dataclass(frozen=True)
 class PackingConfig:
-    """How the weights of a model that only decodes are stored, and what drafts for it; the embedding keeps its precision.
+    """How the weights of a model that only decodes are stored, and what drafts for it.
 
-    `quantize`: low-bit linear layers and head. `draft_weights`: low-bit copies of the first `draft_layers` (0: all), with a
-    head in `draft_head` (an int4 head costs most of the agreement). `draft_vocab`: the most frequent tokens, by
-    token_order.json, else the tokenizer's first. `adaptive`: adds a low-bit copy if nothing else drafts and a kernel is
-    there. `rounds_drafter`: an EAGLE-3 drafter gets low bits by default.
+    `quantize`: linear layers and head; the embedding keeps its precision. `draft_weights`: low-bit copies that draft, with a
+    head in `draft_head` (int4 costs much acceptance). `draft_vocab`: by token_order.json, else the tokenizer's first tokens.
     """
 
     quantize: Annotated[Quantization | None, Flag("Low-bit weights (CPU only).", default="none", panel="Weights")] = None
     draft_weights: Annotated[tuple[Quantization, ...], Flag("Draft with low-bit copies of the weights; the same output.")] = ()
-    draft_layers: int = 0
+    draft_layers: int = 0  # the first ones, of these copies; 0: all
     draft_head: Annotated[Quantization | None, Flag("Precision of the head of these copies.", default="int8")] = None
     draft_vocab: Annotated[CountOrNone, Flag("Draft the N most frequent tokens only.", None, "all; 4096 at trained exits")] = 0
     draft_model: DraftModel = None
     exact: Annotated[bool, Flag("Bit-for-bit the output of autoregressive decoding; slower.")] = False
-    adaptive: bool = False
-    rounds_drafter: bool = True
+    adaptive: bool = False  # adds a low-bit copy if kernels are here and nothing else drafts
 
     def __post_init__(self) -> None:
         used = self.draft_head is None or bool(self.draft_weights)
@@ -60,19 +57,13 @@ class PackingConfig:
 
     @property
     def drafts_apart(self) -> bool:
-        """Whether drafts have a head, layers or a model of their own."""
+        """Whether drafts use a head, layers or a model of their own."""
         return bool(self.draft_weights or self.draft_vocab or self.draft_model)
 
     @property
-    def is_plain(self) -> bool:
-        """Whether weights stay unchanged, which is all that a model supports that is not repacked."""
-        return not (self.quantize or self.draft_weights or self.draft_vocab or self.exact)
-
-    @property
     def drafter(self) -> tuple[Quantization | None, Quantization | None]:
-        """The precision of layer and head of a drafter in the EAGLE-3 layout; int8 is accepted as often."""
-        usual: Quantization | None = "int8" if self.rounds_drafter else None
-        return next(iter(self.draft_weights), self.quantize or usual), self.draft_head or usual
+        """The precision of layer and head of a drafter (EAGLE-3, MTP), by default int8: its acceptance rate stays the same."""
+        return next(iter(self.draft_weights), self.quantize or "int8"), self.draft_head or "int8"
 
     @property
     def drafting(self) -> str:
@@ -85,7 +76,7 @@ PLAIN = PackingConfig()
 
 @dataclass(frozen=True)
 class PromptingConfig:
-    """The requested template; None: the checkpoint's own, else the tokenizer's chat template, if any."""
+    """The requested prompt template; None: the checkpoint's, else the tokenizer's chat template, if any."""
 
     template: Annotated[
         _Unicode | None,
@@ -125,13 +116,13 @@ class DataConfig:
 
     @property
     def is_endless(self) -> bool:
-        """Whether a generator draws the rows, as many as a run will see, so that none repeats."""
+        """Whether a generator makes as many rows as a run will see."""
         return self.name == "commands" and not self.limit
 
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """`samples` texts that the model writes."""
+    """A calibration with texts that the model writes."""
 
     model: ModelName = "embedded"
     samples: Annotated[Count, Flag("Number of texts that the model writes, of 256 tokens each.")] = 24
@@ -140,7 +131,7 @@ class CalibrationConfig:
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """The first `exit_layer` layers with their exit block (None: the recommended exit); `packed`: the whole model."""
+    """An export of the first `exit_layer` layers with their exit block (None: the recommended exit); `packed`: of all."""
 
     model: Text = "embedded"
     exit_layer: Annotated[int | None, Flag("Layers of the draft model.", "--exit", "the checkpoint's", "Output")] = None

@@ -1,8 +1,8 @@
-"""Declares settings: type, range and flag stand together in one annotation.
+"""Declares settings: one annotation has the type, range and flag of a field.
 
   num_draft_tokens: Annotated[int, Meta(ge=1, le=10_000), Flag("Most draft tokens per round.", "--spec")]
 
-The command line makes a flag of it. `checked` validates what users give (flags, Python options, JSON, TOML), not our own.
+`checked` validates values that users give (flags, Python options, JSON, TOML).
 """
 
 import os
@@ -23,38 +23,33 @@ Panel = Literal[
     "Input", "Model", "Server", "Recipe", "Retention", "Drafter", "Optimisation", "Task", "Data", "Decoding", "Sampling",
     "Prompting", "Adapters", "Run", "Measurement", "Weights", "Machine", "Output",
 ]  # the headings of --help, in their order  # fmt: skip
-_MOST_COUNTS = 10_000  # in a list or range of counts
+_MOST_COUNTS = 10_000  # in a list of counts
 _KINDS = {str: "a text", bool: "true or false", int: "a whole number", float: "a number", dict: "an object"}
 
 
 @dataclass(frozen=True)
 class Flag:
-    """How the command line gives a field.
-
-    `flag`: its spelling (several with slashes) if not the field's name. `panel`: the heading of --help, else that of the
-    field before. `optional`: a value that may follow; without one the field is True. `reads`: a file with the value, or data
-    or a model, whose absence is reported before torch is imported.
-    """
+    """A field's flag on the command line."""
 
     help: str
-    flag: str | None = None
-    default: str | None = None
-    panel: Panel | None = None
+    flag: str | None = None  # its spellings, with slashes between them; None: the field's name
+    default: str | None = None  # in --help
+    panel: Panel | None = None  # heading of --help; None: that of the field before
     repeated: bool = False
-    optional: str | None = None
-    reads: Literal["file", "data", "perhaps data", "model"] | None = None
+    optional: str | None = None  # a value that may follow; without it the field is True
+    reads: Literal["file", "data", "perhaps data", "model"] | None = None  # its absence is reported before torch is imported
 
 
 class Without(tuple[str, ...]):
-    """In the annotation of a group of settings: names of settings without a flag in this command."""
+    """In the annotation of a group of settings: those without a flag in this command."""
 
 
 def one_of(*names: str) -> Meta:
-    """The constraint of a text that names one of a few things."""
+    """The constraint of a text that is one of these names."""
     return Meta(pattern=rf"\A({'|'.join(map(re.escape, names))})\Z", description=f"one of {', '.join(names)}")
 
 
-# Text without lone surrogates, which stand for the bytes of an argument that is not valid UTF-8.
+# Text without lone surrogates, by which Python represents invalid UTF-8 in arguments.
 _UNICODE = "a text of valid Unicode that is not empty"
 Text = Annotated[str, Meta(min_length=1, pattern="^[^\ud800-\udfff]*$", description=_UNICODE)]
 # msgspec 0.22 crashes on a pattern next to a list.
@@ -76,7 +71,7 @@ ModelName = Annotated[Text, Flag(_MODELS, panel="Model", reads="model")]
 
 
 def checked(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """User-given values, converted to the types of `kind`'s fields. Raises TypeError for an unknown name, ConfigError."""
+    """User-given values as the types of `kind`'s fields. Raises TypeError for an unknown name, ConfigError for a value."""
     hints = hints_of(kind)
     for name in values:
         if name not in hints:
@@ -85,7 +80,7 @@ def checked(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check(field: str, hint: Any, value: Any) -> Any:
-    """The value by its annotation; numbers and arrays of NumPy count as Python's. Raises ConfigError."""
+    """The value by its annotation; NumPy's numbers and arrays count as Python's. Raises ConfigError."""
     try:
         return msgspec.convert(_plain(value), hint, str_keys=True)
     except (msgspec.ValidationError, UnicodeEncodeError) as error:  # the latter for lone surrogates among choices

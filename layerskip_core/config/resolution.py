@@ -1,4 +1,4 @@
-"""Recommendations, saved policies and exits of a checkpoint, and options completed by these."""
+"""Recommendations, saved policies and exits of a checkpoint, which complete requested options."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,10 +10,10 @@ from .decoding import GUIDES, DecodingConfig, DecodingOptions, DraftProfile, cha
 from .model import PLAIN, PackingConfig, Quantization
 from .options import CountOrNone, counts_text
 
-EXACT = "exact"  # the policy with the fastest setting that has the outputs of plain decoding; the default
+EXACT = "exact"  # the policy with the fastest setting whose outputs equal plain decoding; the default
 FAST = "fast"  # the policy with the fastest early exit that keeps a share of the quality
-_MOST_DRAFTS = 32  # of a round of adaptive drafting
-# The strategies that options imply, the first one that is given.
+_MOST_DRAFTS = 32  # per round of adaptive drafting
+# The strategies that options imply; the first given option counts.
 _IMPLIED = {
     **{"exit_confidence": "early-exit", "skip": "draft-and-verify"},
     **dict.fromkeys(("exit_layer", "num_draft_tokens", "draft_confidence"), "self-speculative"),
@@ -21,7 +21,7 @@ _IMPLIED = {
 
 
 class Measured(TypedDict):
-    """A policy's measurement by a sweep: the task's metric, also at full depth, and the speedup over plain decoding."""
+    """A sweep's measurement of a policy: the task's metric, also at full depth, and the speedup over plain decoding."""
 
     task: str
     metric: str
@@ -31,37 +31,33 @@ class Measured(TypedDict):
 
 
 class Policy(DecodingOptions, total=False):
-    """Options that a sweep saved with a model, and their measurement. Limit, stop strings and sampling are the request's.
+    """Options that a sweep saved with a model, and their measurement. Limit, stop strings and sampling are the request's."""
 
-    `draft_weights`: the copy that drafts. `draft_copies`, `draft_head`, `draft_vocab`: how drafts were stored, as in
-    PackingConfig; no `draft_copies`: the default copy of adaptive drafting.
-    """
-
-    draft_weights: Quantization
-    draft_copies: Sequence[Quantization]
-    draft_head: Quantization
+    draft_weights: Quantization  # the copy that drafts
+    draft_copies: Sequence[Quantization]  # `draft_weights` of PackingConfig; without it the default of adaptive drafting
+    draft_head: Quantization  # as in PackingConfig
     draft_vocab: CountOrNone
     measured: Measured
 
 
 @dataclass(frozen=True)
 class Recommended:
-    """A checkpoint's recommendation; no `strategy`: its exits (`exits`: the trained ones) were not measured."""
+    """A checkpoint's recommendation."""
 
     exit_layer: int
     num_draft_tokens: int
-    strategy: str | None = None
-    exits: tuple[int, ...] = ()
+    strategy: str | None = None  # None: no sweep measured its exits
+    exits: tuple[int, ...] = ()  # the trained ones
     profile: DraftProfile = field(default_factory=DraftProfile)
 
 
 def implied_strategy(options: DecodingOptions) -> str | None:
-    """The named strategy, or the one that another option implies; None if open."""
+    """The named strategy, or the one that another option implies."""
     return options.get("strategy") or next((strategy for name, strategy in _IMPLIED.items() if options.get(name)), None)
 
 
 def resolve(options: DecodingOptions, known: Recommended, num_layers: int, packing: PackingConfig = PLAIN) -> DecodingConfig:
-    """The requested options, completed by the checkpoint's recommendation. Raises ConfigError for contradictory ones."""
+    """The requested options, completed by the checkpoint's recommendation. Raises ConfigError for contradictions."""
     strategy, given, asked = implied_strategy(options), choices(options), normalized(options)
     if strategy == "self-speculative" and packing.draft_model and given.keys().isdisjoint(("strategy", "exit_layer")):
         strategy = "draft-model"
@@ -86,7 +82,7 @@ def resolve(options: DecodingOptions, known: Recommended, num_layers: int, packi
 def resolve_as(
     strategy: str, options: DecodingOptions, known: Recommended, num_layers: int, packing: PackingConfig = PLAIN
 ) -> DecodingConfig:
-    """The same for one strategy, whatever its options. The first low-bit copy drafts, with all its layers by default."""
+    """The same for a given strategy, without the check for contradictions. Of several low-bit copies the first drafts."""
     asked = normalized(options)
     completed: dict[str, Any] = {"num_draft_tokens": known.num_draft_tokens, "guided": _guided(asked)}
     if strategy in ("self-speculative", "draft-and-verify") and packing.draft_weights:
@@ -117,7 +113,7 @@ def resolve_as(
 
 
 def _guided(asked: dict[str, Any]) -> tuple[str, str] | None:
-    """Takes the option that constrains the answer. Raises ConfigError for two of these, and for options that exclude it."""
+    """Removes and returns the constraint of the answer. Raises ConfigError for two, and for options that exclude it."""
     given = {name: asked.pop(name) for name in GUIDES if name in asked}
     if not given:
         return None
@@ -136,7 +132,7 @@ def policy_named(policies: Mapping[str, Policy], name: str) -> Policy:
 
 
 def policy_options(policy: Policy, request: DecodingOptions) -> DecodingOptions:
-    """A policy for a request, whose limit, stop strings and sampling stay. Raises ConfigError for other options."""
+    """A policy with the request's limit, stop strings and sampling. Raises ConfigError for other options."""
     for name, value in choices(request).items():
         if name != "policy":
             text = counts_text(value) if isinstance(value, tuple) else value
@@ -146,13 +142,13 @@ def policy_options(policy: Policy, request: DecodingOptions) -> DecodingOptions:
 
 
 def policy_packing(policy: Policy) -> PackingConfig:
-    """How the weights that a policy drafts with are stored."""
+    """The packing of a policy's drafts."""
     copies = (policy["draft_weights"],) if "draft_weights" in policy else tuple(policy.get("draft_copies", ()))
     return PackingConfig(draft_weights=copies, draft_head=policy.get("draft_head"), draft_vocab=policy.get("draft_vocab", 0))
 
 
 def policy_text(policy: Policy) -> str:
-    """`exit 8 with 6 draft tokens`, as reports name it."""
+    """A policy in reports: `exit 8 with 6 draft tokens`."""
     strategy, exit_layer, drafts = policy["strategy"], policy.get("exit_layer"), policy.get("num_draft_tokens")
     if strategy == "early-exit":
         confidence = policy.get("exit_confidence")
@@ -170,13 +166,13 @@ def default_exits(num_layers: int) -> tuple[int, ...]:
 
 
 def spread_exits(exits: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
-    """At most six exits, the nearest to `default_exits`: each tested exit costs a pass of the head."""
+    """At most six exits, the nearest to `default_exits`: each costs a pass of the head."""
     if len(exits) <= 6:
         return exits
     return tuple(sorted({min(exits, key=lambda known: abs(known - wanted)) for wanted in default_exits(num_layers)}))
 
 
 def require_exit_layer(exit_layer: int, num_layers: int, may_be_last: bool = False, field: str = "exit_layer") -> None:
-    """1..L for an early exit and for drafts by a low-bit copy; 1..L-1 for drafts that the layers above must verify."""
+    """Raises ConfigError unless in 1..L-1, or in 1..L for an early exit and for drafts by a low-bit copy."""
     last = num_layers if may_be_last else num_layers - 1
     require(1 <= exit_layer <= last, field, f"in 1..{last}", f"{exit_layer} (model has {num_layers} layers)")

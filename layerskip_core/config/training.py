@@ -8,7 +8,7 @@ from msgspec import Meta
 
 from ..errors import require
 from .model import DataConfig, DType, PromptingConfig
-from .options import BatchSize, Count, CountOrNone, Flag, Fraction, Layer, Seed, Steps, Text
+from .options import BatchSize, Count, CountOrNone, Flag, Fraction, Layer, Ratio, Seed, Steps, Text
 
 Preset = Literal["auto", "finetune", "continual", "scratch", "code", "none"]
 Curriculum = Literal["rotational", "gradual", "all", "none"]
@@ -21,7 +21,6 @@ OptimizerName = Literal["adamw", "muon"]
 Answers = Literal["model", "data"]
 BlockLayout = Literal["exit", "eagle3", "mtp"]
 _Weight = Annotated[float, Meta(ge=0, le=1_000_000)]
-_Share = Annotated[float, Meta(ge=0, le=1)]
 _Rate = Annotated[float, Meta(gt=0, le=100)]
 _Epochs = Annotated[float, Meta(gt=0, le=1_000_000)]
 _RunSteps = Annotated[int, Meta(ge=1, le=1_000_000_000)]
@@ -35,7 +34,7 @@ _LAYOUTS: dict[str, BlockLayout] = {"exits": "exit", "draft_vocab": "eagle3", "s
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """What both trainings have. None: the model and the data decide."""
+    """The settings of both trainings. None: the model and the data decide."""
 
     model: Annotated[Text, Flag("A folder, .gguf file, hub id or embedded name.", panel="Model", reads="model")] = (
         "embedded-base"
@@ -43,7 +42,7 @@ class TrainingSettings:
     data: DataConfig = field(default_factory=DataConfig)
     prompting: PromptingConfig = field(default_factory=PromptingConfig)
     usual_epochs, commands_steps = 1.0, 300  # about three minutes on two cores
-    streaming = fsdp = False  # which a model's training alone can turn on
+    streaming = fsdp = False  # settings of FinetuneConfig
     steps: Annotated[_RunSteps | None, Flag("Steps; overrides --epochs.", None, "300 on `commands`", "Optimisation")] = None
     epochs: Annotated[_Epochs | None, Flag("Passes over the data.", default="1")] = None
     batch_size: Annotated[BatchSize, Flag("Rows per forward pass.")] = 16
@@ -95,7 +94,7 @@ class RecipeSettings:
     exit_weights: Annotated[ExitWeights | None, Flag("Weights of the exits' losses.", default=_BY_PRESET)] = None
     curriculum: Annotated[Curriculum | None, Flag("Which exits a step trains.", default=_BY_PRESET)] = None
     rotation: Annotated[_Rotation | None, Flag("R: rotational trains each exit every R steps.", None, _BY_PRESET)] = None
-    distill: Annotated[_Share | None, Flag("Share of KL from the last layer in the exits' loss.", None, _BY_PRESET)] = None
+    distill: Annotated[Ratio | None, Flag("Share of KL from the last layer in the exits' loss.", None, _BY_PRESET)] = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items() if self.preset == "none" else ():
@@ -144,7 +143,7 @@ class FinetuneConfig(TrainingSettings):
 
 @dataclass(frozen=True)
 class DrafterConfig(TrainingSettings):
-    """One training for a frozen model: of exit blocks (model/exit_blocks.py), or of a drafter (MTP there, model/eagle3.py)."""
+    """One training of exit blocks or a drafter (model/exit_blocks.py, model/eagle3.py) for a frozen model."""
 
     layout: Annotated[BlockLayout | None, Flag("eagle3: also for vLLM; mtp: Qwen3.5's.", None, "by --exits", "Drafter")] = None
     exits: Annotated[tuple[Layer, ...] | None, Flag("Exits with a block: 3,6,8 or A:B:STEP.", None, "a third of depth")] = None
@@ -165,18 +164,18 @@ class DrafterConfig(TrainingSettings):
 
     @property
     def implied_layout(self) -> BlockLayout | None:
-        """The layout that was asked for, or that other settings belong to."""
+        """The requested layout, or the one that other settings belong to."""
         return self.layout or next(iter(self._of_one_layout.values()), None)
 
     @property
     def _of_one_layout(self) -> dict[str, BlockLayout]:
-        """The layout of each setting given that only one has."""
+        """The layouts of given settings that belong to one layout."""
         layouts = _LAYOUTS | ({"start_from": "mtp"} if self.start_from == SHIPPED else {})
         return {name: layout for name, layout in layouts.items() if not self._is_usual(name)}
 
     @property
     def in_place(self) -> bool:
-        """Whether the model gets its drafter in its own folder."""
+        """Whether the drafter is written into the model's own folder."""
         return os.path.isdir(self.model) and os.path.realpath(self.output) == os.path.realpath(self.model)
 
 

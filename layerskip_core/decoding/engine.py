@@ -40,13 +40,8 @@ def decode(
     """Decode a prompt by the config's strategy: `[step.ids for [step] in decode(...)]` are the ids of each step.
 
     Greedy self-speculative decoding gives the tokens of autoregressive decoding; sampled, it gives their distribution.
-
-    Args:
-        detokenize: ids to text; needed for stop strings only.
-        options: DecodingLoop's `prefixes`, `earlier` and `reuse_exit_states`.
-
-    Raises:
-        ConfigError: the prompt does not fit, or its drafts need weights that were not loaded.
+    `detokenize`: ids to text, for stop strings only. `options`: DecodingLoop's. Raises ConfigError for a prompt that does not
+    fit, and for drafts by weights that were not loaded.
     """
     return DecodingLoop(model, [prompt_ids], config, eos_ids, detokenize, **options)
 
@@ -62,17 +57,9 @@ def decode_batch(
 ) -> Iterator[Answer]:
     """Decode prompts together by the config's strategy; yield each answer when it is complete.
 
-    In fp32 and above a row's greedy output is the one that `decode` gives for its prompt alone, near-ties excepted. Rows stand
-    at different positions, because a key's place in the cache is its token's position.
-
-    Args:
-        detokenize: ids to text; without it answers have ids only.
-        seeds: of each sampled row; None: the config's for all.
-        earlier: as for DecodingLoop.
-
-    Raises:
-        ConfigError: as `decode`, and for several prompts with exact weights or with an `exit_confidence`, with which the rows
-            would leave at different exits.
+    In fp32 and above a row's greedy output is the one that `decode` gives for its prompt alone, near-ties excepted. Without
+    `detokenize` answers have ids only. `seeds`: of each sampled row; None: the config's for all. Raises ConfigError as
+    `decode`, and for several prompts with exact weights or an `exit_confidence`: rows would leave at different exits.
     """
     single = len(prompts) == 1
     require(single or not model.exact, "batch_size", "1 with `exact`", len(prompts))
@@ -90,14 +77,6 @@ class DecodingLoop:
     """Iterates over steps: the new tokens of the rows that are not finished yet.
 
     A loop can be abandoned between any two steps. As in a generator, an exception in a step, such as Ctrl-C, ends it.
-
-    Attributes:
-        rows: those that it was made with.
-        active: those that are not finished yet, also of others that were added.
-        piece: how many tokens of prompts a step runs at most, those of the oldest rows first. A prompt gives no new tokens
-            before its end has run.
-        left: how many of these the last step did not need.
-        reused_tokens: of the first prompt, that need no pass.
     """
 
     def __init__(
@@ -116,16 +95,15 @@ class DecodingLoop:
     ) -> None:
         """Arguments and errors as for `decode` and `decode_batch`.
 
-        Args:
-            reuse_exit_states: False makes the target recompute the layers below the exit, to measure what reuse saves.
-            prefixes: texts, as one of which a row begins; those of all rows are added.
-            earlier: answers that lookups search too, if rows are greedy and drafts change no bit; those of all rows are added.
-            drafter: instead of the config's.
+        `reuse_exit_states`: False makes the target recompute the layers below the exit, to measure what reuse saves.
+        `prefixes`: texts, as one of which a row begins; those of all rows are added. `earlier`: answers that lookups search
+        too, if rows are greedy and drafts change no bit; those of all rows are added. `drafter`: instead of the config's.
         """
         self._target, self._sampler = target_of(model, config), Sampler(config)
         self._prefixes = NO_PREFIXES if prefixes is None else prefixes
         self._model, self._earlier, self._detokenize = model, earlier, detokenize
-        self.piece = self.left = inf
+        self.piece = inf  # tokens of prompts that a step runs at most, of the oldest rows first
+        self.left = inf  # of these, how many the last step did not need
         # Only for greedy decoding on batch-invariant kernels: else remembered answers would change random draws or rounding.
         searched = earlier if self._sampler.is_greedy and model.batch_invariant else None
         if drafter is None and config.strategy in DRAFTERS:
@@ -133,11 +111,11 @@ class DecodingLoop:
         self._drafter, self._num_draft_tokens = drafter, 0 if drafter is None else config.num_draft_tokens
         self._recorder: Recorder | None = None  # once there are passes over drafts, if they are recorded
         self._seconds = defaultdict[str, Any](int)  # of DecodeStats
-        self.active, self._cache = list[Row](), model.new_cache(0)
+        self.active, self._cache = list[Row](), model.new_cache(0)  # rows that are not finished, also others that were added
         self.rows = tuple(map(self.row, prompts, repeat(config), repeat(eos_ids), seeds or repeat(config.seed)))
         for row in self.rows:
             self.add(row)
-        self.reused_tokens = self.rows[0].filled if self.rows else 0
+        self.reused_tokens = self.rows[0].filled if self.rows else 0  # of the first prompt, that need no pass
 
     def __iter__(self) -> Iterator[list[RowStep]]:
         return self

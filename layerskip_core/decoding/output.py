@@ -71,11 +71,7 @@ class DecodeStats:
 
 @lru_cache  # most steps are alike
 def step_counts(
-    drafted: int,
-    accepted: int,
-    new_tokens: int,
-    drafter: str | None = None,
-    layers: int | None = None,
+    drafted: int, accepted: int, new_tokens: int, drafter: str | None = None, layers: int | None = None
 ) -> DecodeStats:
     """The counts of a step that added `new_tokens` to the output, when `accepted` of its drafts agreed with the target.
 
@@ -111,39 +107,26 @@ class TokenLogprobs(NamedTuple):
 
 @dataclass(frozen=True)
 class Answer:
-    """A whole answer.
+    """A whole answer. Log probabilities are there if options ask for them."""
 
-    Attributes:
-        text: the answer, without the EOS token or the stop string that ended it.
-        finish_reason: `eos`, `stop` (a stop string), `length` (max_new_tokens) or `context` (the model's context is full).
-        stats: counts, and seconds unless it was decoded together with others.
-        ids: the new tokens, with those that ended the answer.
-        row: its number among the prompts that were decoded together.
-        logprobs: of `ids`, if the option `logprobs` asks for them.
-        prompt_logprobs: of the prompt's tokens after the first, if `prompt_logprobs` asks for them.
-    """
-
-    text: str
-    finish_reason: StopReason
-    stats: DecodeStats
-    ids: list[int] = field(default_factory=list)
-    row: int = 0
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    text: str  # without the EOS token or the stop string that ended it
+    finish_reason: StopReason  # `stop`: a stop string; `length`: max_new_tokens; `context`: the model's context is full
+    stats: DecodeStats  # counts, and seconds unless it was decoded together with others
+    ids: list[int] = field(default_factory=list)  # the new tokens, with those that ended the answer
+    row: int = 0  # its number among the prompts that were decoded together
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # of `ids`
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the prompt's tokens after the first
 
 
 class OutputText:
     """The text of an output that grows token by token.
 
     Only its end is decoded again for each token, whose text can depend on the one before it.
-
-    Attributes:
-        decoded: the text of all tokens so far, without an incomplete character at its end.
-        text: what may be shown of it: nothing from a stop string on. Each text extends the one before.
     """
 
     def __init__(self, detokenize: Detokenize, eos_ids: frozenset[int] = frozenset(), stop: Sequence[str] = ()) -> None:
-        self.text = self.decoded = ""
+        self.decoded = ""  # the text of all tokens so far, without an incomplete character at its end
+        self.text = ""  # what may be shown of it: nothing from a stop string on; each text extends the one before
         self._detokenize, self._eos_ids, self._stop = detokenize, eos_ids, stop
         self._ids: list[int] = []  # the last settled chunk (context), then unsettled ids
         self._settled = 0  # ids[:settled] are in `decoded`
@@ -243,14 +226,10 @@ class RowStep(NamedTuple):
 
 
 class Row:
-    """One prompt that is being decoded. `filled`: how many of its tokens have KV entries, its newest one never.
+    """One prompt that is being decoded. It draws from a `generator` of its own."""
 
-    It draws from a `generator` of its own, and a `processor` changes its logits, if its options do.
-
-    Of the present step: `fills`, whether tokens run that the row lacks; `runs`, how many of its tokens are in the pass;
-    `drafts`, how many of these were drafted, by `source`, which is None in a prefill; `chooses`, whether it gets new tokens.
-    """
-
+    # Of the present step: whether tokens run that it lacks; whether it gets new ones; how many of its tokens are in the pass,
+    # and how many of these were drafted, by what, which is None in a prefill.
     fills, chooses, runs, drafts = False, False, 0, 0
     source: str | None = None
 
@@ -260,7 +239,7 @@ class Row:
         """`text`: others add the output to it."""
         self.config, self.text, self.generator = config, text, generator
         self.ids = list(prompt)  # and the output
-        self.filled = 0
+        self.filled = 0  # how many of its tokens have KV entries, its newest one never
         self.stop = 0  # how many tokens other prompts may begin with too: a piece ends there
         self.scanner = scanner
         self.prompt_tokens = len(prompt)

@@ -10,7 +10,7 @@ from statistics import fmean, variance
 from typing import Any
 
 from ..checkpoint.info import read_info
-from ..errors import ConfigError, LayerSkipError, refused
+from ..errors import ConfigError, LayerSkipError, require
 from ..files import parse_json, read_bytes
 from .metrics import MOST_NATS, bounds_of, is_share, lower_is_better
 from .results import RunRecord, drafts_name, read_record, result_name
@@ -46,17 +46,13 @@ class Run:
 
 
 def labelled(arguments: Sequence[str]) -> dict[str, list[str]]:
-    """Label -> paths, in the order given, from `LABEL=PATH,PATH` and `PATH`, whose label is its name without `-seed3`.
-
-    Raises ConfigError for an empty label or path, and for a run given twice.
-    """
+    """Paths by label, from `LABEL=PATH,PATH`, or `PATH`, whose label is its name without `-seed3`. Raises ConfigError."""
     named: list[tuple[str, str]] = []  # label, empty for none, and path
     for argument in arguments:
         whole = bool(argument) and Path(argument).exists()  # the name of a file may have commas and equals signs
         label, equals, paths = argument.partition("=") if "=" in argument and not whole else ("", "", argument)
         listed = [argument] if whole else paths.split(",")
-        if (equals and not label) or not all(listed):
-            raise refused("RUNS", "[LABEL=]PATH[,PATH...]", repr(argument))
+        require(all(listed) and bool(label or not equals), "RUNS", "[LABEL=]PATH[,PATH...]", repr(argument))
         named += [(label, path) for path in listed]
     seen = [Path(path).absolute() for _, path in named]
     if twice := [run for run in seen if seen.count(run) > 1]:
@@ -127,16 +123,13 @@ class Interval:
 def interval_of(
     values: Sequence[float], others: Sequence[float] = (), paired: bool = False, logarithmic: bool = False, share: bool = False
 ) -> Interval:
-    """The mean of one value per run, less that of `others` (`paired` or by Welch), with Student's t interval.
-
-    `logarithmic`: on logarithms, so a geometric mean or a ratio. `share`: values in 0..1, to which intervals are clipped.
-    """
+    """The mean of one value per run, less that of `others` (`paired` or by Welch). `logarithmic`: geometric, or a ratio."""
     samples = [[math.log(value) if logarithmic else value for value in sample] for sample in (values, others) if sample]
     if paired and others:
         samples = [[value - other for value, other in zip(*samples, strict=True)]]
     mean, known = fmean(samples[0]) - sum(map(fmean, samples[1:])), min(map(len, samples)) >= _FEWEST_RUNS
     parts = [(variance(sample) / len(sample), len(sample) - 1) for sample in samples if known]
-    limits = (-1.0 if others else 0.0, 1.0) if share else (-math.inf, math.inf)
+    limits = (-1.0 if others else 0.0, 1.0) if share else (-math.inf, math.inf)  # a share is in 0..1
     ends = bounds_of(mean, parts, limits, logarithmic) or ()
     return Interval(math.exp(min(mean, MOST_NATS)) if logarithmic else mean, *ends)
 
@@ -166,8 +159,8 @@ class Comparison:
 
     paths: dict[str, tuple[str, ...]]  # label -> its runs
     lines: tuple[Line, ...]
-    paired: bool  # whether differences are those of run and run, in the order of the paths
-    notes: tuple[str, ...]  # what makes the figures hard to compare
+    paired: bool  # whether differences are by run, in the order of the paths
+    notes: tuple[str, ...]  # reasons why figures are hard to compare
 
 
 def compare(groups: Mapping[str, Sequence[Run]], only: Sequence[str] = (), exits: Sequence[int] = ()) -> Comparison:

@@ -93,11 +93,11 @@ class Result:
     predicted_speedup: float | None = None  # by the cost model, from `pass_times_ms`, over the plain steps timed with them
     pass_times_ms: dict[str, float] = field(default_factory=dict)
     agreement: float | None = None  # the share of the autoregressive tokens that the exit or the low-bit copy chooses too
-    acceptance_by_position: tuple[float, ...] | None = None  # the share accepted at each position of a round, of those compared
+    acceptance_by_position: tuple[float, ...] | None = None  # accepted share of compared drafts, by position in the round
     differences: tuple[Difference, ...] = ()  # where a strategy that drafts departs from the autoregressive tokens
     failures: tuple[Failure, ...] = ()
     draft_weights: Quantization | None = None  # of the copy whose first `exit_layer` layers draft; None: the model's own
-    steps_by_drafter: dict[str, int] = field(default_factory=dict)  # `plain` are those without drafts
+    steps_by_drafter: dict[str, int] = field(default_factory=dict)  # `plain`: steps without drafts
     exit_confidence: float | None = None  # each token leaves at the first of `exits` with this confidence
     exits: tuple[int, ...] = ()
     mean_layers: float | None = None  # after which a token left
@@ -146,7 +146,7 @@ class RunRecord:
     """One run."""
 
     config: dict[str, Any]  # complete: with the value that each default took
-    environment: dict[str, Any]  # the machine and the software; older versions wrote fewer of its keys
+    environment: dict[str, Any]  # the machine and the software
     results: tuple[Result, ...]
     recommendation: Recommendation | None = None  # of a sweep
     profile: DraftProfile | None = None  # of a sweep
@@ -188,7 +188,7 @@ def drafts_name(result: Result) -> str:
 
 
 def read_record(file: str, command: Literal["sweep-exits", "bench"] | None = None, named: str = "`saved`") -> RunRecord:
-    """Reads a results.json, for a `command` with its answers. Raises LayerSkipError for what no command wrote."""
+    """Reads a results.json, for a `command` with its answers. Raises LayerSkipError for other files."""
     data, kind = read_bytes(Path(file), f"{named} {file}", LayerSkipError), "a results.json"
     try:
         record = msgspec.json.decode(data, type=RunRecord)

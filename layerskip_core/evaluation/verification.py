@@ -116,12 +116,12 @@ def tables(record: VerifyRecord) -> list[TextTable]:
     """A table for each precision (checks by kernels), then the mismatches that break a promise."""
     results, machine, shown = record.results, record.environment, []
     for precision in dict.fromkeys(result.precision for result in results):
-        by_check: dict[str, dict[str, list[CheckResult]]] = {}  # and by kernels
-        kernels = dict.fromkeys(result.kernels for result in results if result.precision == precision)
-        for result in results:
-            if result.precision == precision:
-                by_check.setdefault(result.check, {name: [] for name in kernels})[result.kernels].append(result)
-        rows = tuple((check, *map(_cell, own.values())) for check, own in by_check.items())
+        own = [result for result in results if result.precision == precision]
+        kernels = dict.fromkeys(result.kernels for result in own)
+        rows = tuple(
+            (check, *(_cell([each for each in own if (each.check, each.kernels) == (check, name)]) for name in kernels))
+            for check in dict.fromkeys(result.check for result in own)
+        )
         shown.append(TextTable((precision, *kernels), rows, ""))
     broken = [result for result in results if not result.passed]
     prompts, tokens = max(result.prompts for result in results), sum(result.tokens for result in results)

@@ -31,7 +31,7 @@ _BLOCK = 32  # numbers of a row that share a scale in q8_0 and q4_0
 _ROPES = ("default", "linear", "llama3")
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-SPLITS = {  # llama.cpp's name of what comes before byte-level BPE, by the steps of a pre-tokenizer
+SPLITS = {  # llama.cpp's name of a pre-tokenizer before byte-level BPE, by its steps
     ("ByteLevel",): "gpt-2",
     ("Digits", "ByteLevel"): "smollm",
     (rf"{_CONTRACTIONS}\p{{N}}{{1,3}}{_REST}", "bytes"): "llama-bpe",
@@ -42,7 +42,7 @@ _SPACE = "\u2581"
 
 
 def refuse_gguf(output: str, overwrite: bool, readme: str) -> None:
-    """Raises ConfigError if `output` holds such files that may not be replaced, or a readme without them."""
+    """Raises ConfigError if `output` holds GGUF files of an export that may not be replaced, or another readme."""
     folder = Path(output)
     ours = [name for name in (TARGET, DRAFT) if os.path.lexists(folder / name)]
     require_overwrite(output, "".join(ours[:1]), overwrite)
@@ -51,11 +51,7 @@ def refuse_gguf(output: str, overwrite: bool, readme: str) -> None:
 
 
 def write_gguf(model: Any, tokenizer: Any, spec: ModelSpec, path: Path, kind: str) -> None:
-    """Writes a transformers model in fp32, its matrices as `kind`: f16, q8_0 or q4_0 (with the embedding and head in q8_0).
-
-    Raises CheckpointError for a model or tokenizer that llama.cpp would treat differently, ConfigError without the library
-    `gguf`.
-    """
+    """Writes a model in fp32, matrices as `kind`: f16, q8_0, q4_0 (head: q8_0). CheckpointError if llama.cpp would differ."""
     name = _ARCHITECTURES.get(spec.model_type)
     if name is None:
         raise CheckpointError(f"for GGUF model_type must be one of {', '.join(_ARCHITECTURES)}, found {spec.model_type}")

@@ -45,16 +45,13 @@ _TOLERANCE = 1e-3  # of its logits in fp32, relative to their spread
 
 @dataclass(frozen=True)
 class Exported:
-    """The written model (`exit_layer` None: a drafter in the EAGLE-3 layout), and the README's text if an engine was named.
+    """The written model."""
 
-    `lost`: whether the checkpoint ships a drafter (mtp), which GGUF files leave out.
-    """
-
-    exit_layer: int | None
+    exit_layer: int | None  # None: a drafter in the EAGLE-3 layout
     layers: int
     trained: bool
-    readme: str | None
-    lost: bool
+    readme: str | None  # if an engine was named
+    lost: bool  # whether the checkpoint ships a drafter (mtp), which GGUF files leave out
 
 
 def export(config: ExportConfig) -> Exported:
@@ -106,10 +103,7 @@ def export(config: ExportConfig) -> Exported:
 
 
 def export_packed(config: ExportConfig) -> tuple[str, int]:
-    """Writes a model to `output`, whose lock the caller holds, with its weights packed for the compiled kernels.
-
-    Returns the format in words (`bf16 with int8 for drafts`) and the bytes of the weights. Raises as `export` does.
-    """
+    """As `export`, the whole model with weights packed for the compiled kernels. Returns the format in words, and bytes."""
     _refuse_own_folder(config)
     source = downloaded(config.model)
     refuse_overwrite(config.output, config.overwrite)
@@ -182,10 +176,7 @@ def _write_pair(
     kind: str,
     files: Mapping[str, bytes],
 ) -> None:
-    """Writes target.gguf, draft.gguf (`drafter`, else the exit unless it is the last layer), and `files`.
-
-    `loaded`, in fp32, loses the layers that the draft lacks. A killed process leaves no draft beside another's target.
-    """
+    """Writes `files`, target.gguf, and draft.gguf: the `drafter`, else the exit, to which `loaded` is cut."""
     folder = Path(output)
     try:
         staging = new_staging(folder)
@@ -201,7 +192,7 @@ def _write_pair(
             written = sorted(staging.iterdir(), key=lambda path: path.name == DRAFT)
             for path in written:
                 synchronise(path)
-            (folder / DRAFT).unlink(missing_ok=True)
+            (folder / DRAFT).unlink(missing_ok=True)  # so that a killed process leaves no draft beside another's target
             for path in written:
                 os.replace(path, folder / path.name)
         finally:
@@ -212,11 +203,7 @@ def _write_pair(
 
 @torch.no_grad()
 def cut_to_exit(loaded: Trainable, exit_layer: int, blocks: ExitBlocks) -> Any:
-    """The model of exit 1..L, which takes its weights from `loaded.model`.
-
-    A block becomes the layer after the exit's, its norm the final one. Raises CheckpointError if the configuration with fewer
-    layers does not give the exit's logits.
-    """
+    """The model of an exit and its block, with `loaded`'s weights. Raises CheckpointError if it has not the exit's logits."""
     model: Any = loaded.model
     block = next((block for block in blocks.blocks if block.exit_layer == exit_layer), None)
     backend = loaded.backend if block is None else TransformersBackend(model, ExitBlocks((block,), blocks.take))

@@ -88,19 +88,15 @@ def exported_exit(draft: ModelConfig, target: Any) -> int:
 def share_all_but_attention(mine: nn.Module, theirs: nn.Module) -> None:
     """vLLM's attention keeps a name of its own, by which it finds its part of the cache."""
     for name, child in theirs.named_children():
-        if isinstance(child, Attention):
-            share_cache(getattr(mine, name), child)
+        if isinstance(child, Attention):  # layers of vLLM that share a cache only read it; drafted tokens must be written, too
+            own: Any = getattr(mine, name)
+            own.kv_sharing_target_layer_name = child.layer_name
+            if not own.attn_backend.forward_includes_kv_cache_update:
+                own.impl.__class__ = writing(type(own.impl))
         elif any(isinstance(module, Attention) for module in child.modules()):
             share_all_but_attention(getattr(mine, name), child)
         else:
             setattr(mine, name, child)
-
-
-def share_cache(mine: Any, theirs: Any) -> None:
-    """vLLM's layers that share a cache only read it; drafted tokens must be written too, for the next drafts."""
-    mine.kv_sharing_target_layer_name = theirs.layer_name
-    if not mine.attn_backend.forward_includes_kv_cache_update:
-        mine.impl.__class__ = writing(type(mine.impl))
 
 
 def writing(attention: type[Any]) -> type[Any]:

@@ -31,10 +31,7 @@ class Likelihood(NamedTuple):
 def likelihoods(
     model: Backend, pairs: Sequence[Pair], exits: Sequence[int], batch_size: int
 ) -> Iterator[tuple[int, dict[int, Likelihood]]]:
-    """Yields (index in `pairs`, its likelihood by exit), in the order of computation; about `batch_size` pairs share a pass.
-
-    Contexts that are too long lose their beginning. Raises ContextError for a continuation longer than the model's context.
-    """
+    """Yields (index in `pairs`, likelihood by exit). Long contexts lose their beginning; ContextError for a continuation."""
     limit, of_context = model.spec.context, defaultdict[tuple[int, ...], list[int]](list)
     for place, (context, continuation) in enumerate(pairs):
         if not continuation:

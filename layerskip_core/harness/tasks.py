@@ -194,7 +194,7 @@ def sweep_scores(loaded: Decoder, tasks: HarnessTasks, config: SweepConfig) -> I
 
 
 def bench_scores(loaded: Decoder, tasks: HarnessTasks, config: BenchConfig) -> Iterator[Progress | RunRecord]:
-    """Yields progress, then the record of the strategies; those that draft need a task that generates. Raises likewise."""
+    """Yields progress, then the record of the strategies; drafters run on tasks that generate. Raises likewise."""
     require(not config.baselines, "baselines", f"{_HERE}; lm-eval has the model type hf", ",".join(config.baselines))
     methods = strategies_of(loaded, config, loaded.recommended(config.packing))
     config = replace(config, strategies=tuple(dict.fromkeys(method.strategy for method in methods)))

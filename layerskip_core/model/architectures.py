@@ -1,4 +1,4 @@
-"""How architectures differ: one entry of ARCHITECTURES each. `ModelSpec.of` in spec.py reads a configuration by them."""
+"""The architectures of our kernels, one entry of ARCHITECTURES each, by which `ModelSpec.of` reads a configuration."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -157,7 +157,7 @@ _GRANITE_MOE_HYBRID = replace(
 
 
 def _with_rope(hybrid: Architecture, otherwise: Architecture | None = None) -> Architecture:
-    """Where the configuration says so; else without."""
+    """With rotary positions if the configuration says so, else without."""
     needs = {**hybrid.needs, "position_embedding_type": "rope"}
     return replace(hybrid, needs=needs, rope="all", otherwise=replace(hybrid, otherwise=otherwise))
 
@@ -372,12 +372,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
 }
 SUPPORTED = tuple(ARCHITECTURES)
-# With images or sound; without these the text part alone, `text_config`, gives the same logits.
+# Types with images or sound. For text their text part alone (`text_config`) gives the same logits.
 MULTIMODAL = ("gemma3", "gemma4", "lfm2_vl", "llava", "mistral3", "qwen3_5", "qwen3_5_moe")
 
 
 def known_architecture(config: Any) -> Architecture | None:
-    """That of a configuration; None for one that our kernels do not run."""
+    """The architecture of a configuration; None if our kernels do not run it."""
     found = ARCHITECTURES.get(str(config.model_type))
     while found is not None and not all(_suits(getattr(config, name, None), value) for name, value in found.needs.items()):
         found = found.otherwise
@@ -389,7 +389,7 @@ def _suits(found: object, needed: object) -> bool:
 
 
 def is_complete(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json leaves no default to transformers, so that `ModelSpec.of` can read it."""
+    """Whether a config.json holds all values that `ModelSpec.of` reads, without transformers' defaults."""
     architecture = known_architecture(SimpleNamespace(**{"model_type": None, **config}))
     if architecture is None or (architecture.experts is not None and config.keys().isdisjoint(EXPERT_COUNTS)):
         return False

@@ -1,8 +1,7 @@
-"""Weights as GGUF files store them: rows of blocks, which stay as they are until a kernel packs them.
+"""Weights as GGUF files store them: rows of blocks, kept unchanged until a kernel packs them.
 
-A block has levels of some bits, and fp16 scales. A weight is (level - offset) * scale, plus a minimum where there is one. In K
-types the scale and the minimum of a group are its steps times those of the block. Of MXFP4 the levels stand in a table, and the
-scales are powers of two.
+A block has levels and fp16 scales. A weight is (level - offset) * scale, plus a minimum in some types. In K types the scale and
+the minimum of a group are its steps times those of the block. In MXFP4 levels index a table, and scales are powers of two.
 """
 
 import re
@@ -16,23 +15,24 @@ from .spec import ModelSpec
 
 
 class BlockForm(NamedTuple):
-    """A type of blocks: how many inputs it has and bytes, and what a kernel reads of it (see StoredPanel in kernels.c)."""
+    """A type of blocks (see StoredPanel in kernels.c)."""
 
     code: int  # in pack.c
     inputs: int
     bytes: int
     bits: int
-    offset: int  # 0 where there are minima, -1 where a byte after the scale is the block's
-    scales_at: int = 0  # byte of the fp16 scale, which that of the minimum follows
-    by_table: bool = False  # MXFP4, whose first byte is the exponent of the scale
+    offset: int  # 0: the type has minima; -1: the byte after the scale
+    scales_at: int = 0  # byte of the fp16 scale; that of the minimum follows
+    by_table: bool = False  # MXFP4: the first byte is the exponent of the scale
 
     @property
     def factors(self) -> int:
+        """The fp16 numbers of a block: scale, and minimum."""
         return 1 if self.offset else 2
 
     @property
     def step_inputs(self) -> int:
-        """Inputs that share a step, 0 where there are none."""
+        """Inputs that share a step; 0: the type has no steps."""
         return 0 if self.inputs == 32 and not self.by_table and self.offset >= 0 else 16 if self.bits == 6 else 32
 
 
@@ -43,14 +43,14 @@ FORMS = {
     "Q5_1": BlockForm(19, 32, 24, 5, 0),
     "Q8_0": BlockForm(20, 32, 34, 8, 128),
     "MXFP4": BlockForm(21, 32, 17, 4, 12, by_table=True),
-    "Q4_Z": BlockForm(22, 32, 19, 4, -1),  # of AWQ and others with zeros, which no GGUF file has
+    "Q4_Z": BlockForm(22, 32, 19, 4, -1),  # ours, for AWQ and others with zero points
     "Q4_K": BlockForm(23, 256, 144, 4, 0),
     "Q5_K": BlockForm(24, 256, 176, 5, 0),
     "Q6_K": BlockForm(25, 256, 210, 6, 32, 208),
 }
 
-_MXFP4 = torch.tensor([0.0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12])  # twice its levels
-_RENAMED = (  # weights in transformers, and as the library gguf knows them
+_MXFP4 = torch.tensor([0.0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12])  # twice the values
+_RENAMED = (  # names in transformers, and in the library gguf
     (r"\.dt_bias$", ".dt_proj.bias"),
     (r"\.(sinks|layer_scalar)$", r".\1.weight"),
     (r"experts\.(\w+_proj)_bias$", r"experts.\1.bias"),
@@ -59,7 +59,7 @@ _RENAMED = (  # weights in transformers, and as the library gguf knows them
 
 
 class BlockRows(Tensor):
-    """A weight as bytes (out, bytes of a row). Its class says which type: rows that are chosen, split or joined keep it."""
+    """A weight as bytes (out, bytes of a row). Its class names the type, which chosen, split and joined rows keep."""
 
     type_name: ClassVar[str]
 
@@ -69,7 +69,7 @@ class BlockRows(Tensor):
 
     @property
     def scales(self) -> Tensor:
-        """All scales of blocks and of their minima."""
+        """The scales of all blocks and minima."""
         form = self.form
         blocks = self.as_subclass(Tensor).reshape(-1, form.bytes)
         if form.by_table:
@@ -81,18 +81,18 @@ _TYPES: dict[str, type[BlockRows]] = {name: type(name, (BlockRows,), {"type_name
 
 
 def block_rows(rows: Tensor, type_name: str) -> BlockRows:
-    """`rows`: of a type in FORMS."""
+    """Marks bytes as rows of a type in FORMS."""
     return rows.as_subclass(_TYPES[type_name])
 
 
 def plain(weight: "Tensor | Levels") -> Tensor:
-    """Rows of blocks, or levels, as the weight (out, in) that they stand for, in fp32; another weight as it is."""
+    """Dequantises rows of blocks or levels to a weight (out, in) in fp32; returns another weight unchanged."""
     if isinstance(weight, Levels):
         return weight.weight
     if not isinstance(weight, BlockRows):
         return weight
     form, rows = weight.form, weight.as_subclass(Tensor)
-    if form.inputs == 32 and form.offset and form.bits != 5:  # as checkpoints of the hub have them, without the library gguf
+    if form.inputs == 32 and form.offset and form.bits != 5:  # the types of hub checkpoints: without the library gguf
         blocks = rows.reshape(*rows.shape[:-1], -1, form.bytes)
         own = blocks[..., form.bytes - 4 * form.bits :]
         levels = own.view(torch.int8).int() + 128 if form.bits == 8 else torch.cat([own & 15, own >> 4], -1).int()
@@ -105,23 +105,23 @@ def plain(weight: "Tensor | Levels") -> Tensor:
     return torch.from_numpy(dequantize(rows.numpy(), GGMLQuantizationType[weight.type_name]))
 
 
-# Weights in low bits as checkpoints of the hub store them.
+# Low-bit weights as hub checkpoints store them.
 
-_AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # which of a number's eight levels each output has
+_AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # of eight outputs, the index of each one's level in an int32
 
 
 class Levels(NamedTuple):
-    """A weight (level - zero) * scale; zeros and scales are of groups of inputs."""
+    """A weight (level - zero) * scale, with zeros and scales by group of inputs."""
 
     levels: Tensor  # (out, in), int32
     zero: Tensor  # (out, groups), int32
     scale: Tensor  # (out, groups)
     bits: int
-    groups: Tensor | None = None  # (in,): of each input, where they may be in another order
+    groups: Tensor | None = None  # (in,): each input's group, if stored
 
     @property
     def ordered(self) -> Tensor:
-        """`groups` of inputs in order."""
+        """`groups` of consecutive inputs."""
         return torch.arange(self.levels.shape[1]) // (self.levels.shape[1] // self.scale.shape[1])
 
     @property
@@ -132,7 +132,7 @@ class Levels(NamedTuple):
 
     @property
     def rows(self) -> BlockRows | None:
-        """As blocks; None where these lack such scales, groups or zeros."""
+        """As rows of blocks; None if these cannot hold its scales, groups or zeros."""
         (outputs, inputs), half = self.levels.shape, self.scale.half()
         size, middle = inputs // self.scale.shape[1], bool((self.zero == 1 << self.bits - 1).all())
         known = half.float().equal(self.scale.float()) and (self.bits == 4 or (self.bits == 8 and middle))
@@ -149,23 +149,23 @@ class Levels(NamedTuple):
 
 
 def mxfp4_rows(blocks: Tensor, scales: Tensor) -> BlockRows:
-    """Levels (..., out, groups, 16), two inputs that follow one another in a byte, and exponents (..., out, groups)."""
+    """From levels (..., out, groups, 16), two neighbouring inputs per byte, and exponents (..., out, groups)."""
     levels = torch.stack([blocks & 15, blocks >> 4], -1).flatten(-2)
     halves = levels[..., :16] | levels[..., 16:] << 4
     return block_rows(torch.cat([scales[..., None], halves], -1).flatten(-2), "MXFP4")
 
 
 def unpacked(numbers: Tensor, bits: int) -> Tensor:
-    """int32 (rows, columns) as the levels that each holds, (rows, columns * 32 / bits)."""
+    """The levels in int32 numbers (rows, columns), as (rows, columns * 32 / bits)."""
     return (numbers[..., None] >> torch.arange(0, 32, bits, dtype=torch.int32) & (1 << bits) - 1).flatten(1)
 
 
 def levels_of(get: Callable[..., Any], least: int) -> Levels | None:
-    """A projection by the ends of its tensors' names; None where it has no levels. `least`: of GPTQ's zeros. `get` raises for a
-    tensor that is missing, or returns None if it is not needed (False).
+    """A projection in low bits; None if it has none. `get`: a tensor by the end of its name, which raises if a needed one is
+    missing. `least`: added to GPTQ's zeros.
 
     GPTQ and AWQ: scales (groups, out), zeros (groups, out / n), and levels (in / n, out) or (in, out / 8). compressed-tensors:
-    levels (out, in / n), scales (out, groups or 1), and zeros (out / n, groups), or signed ones by group, or none.
+    levels (out, in / n), scales (out, groups or 1), and zeros (out / n, groups), or signed by group, or none.
     """
     if (packed := get(".qweight", False)) is not None:
         scale, zeros = get(".scales").T.contiguous(), get(".qzeros")
@@ -193,7 +193,7 @@ def levels_of(get: Callable[..., Any], least: int) -> Levels | None:
 
 
 def scaled_blocks(weight: Tensor, scale: Tensor) -> Tensor:
-    """FP8 (out, in) times the scale of a block, of a row or of all, in fp32."""
+    """FP8 (out, in) times the scales of blocks, of rows or of the tensor, in fp32."""
     wide = scale.float() if scale.dim() > 1 else scale.float().view(-1, 1)
     for dimension, size in enumerate(weight.shape):
         each = -(-size // wide.shape[dimension])
@@ -201,18 +201,18 @@ def scaled_blocks(weight: Tensor, scale: Tensor) -> Tensor:
     return weight.float() * wide
 
 
-# How GGUF files lay out weights, where it is otherwise than in transformers.
+# Where GGUF files lay out weights differently from transformers.
 
 
 def gguf_parts(name: str) -> list[str]:
-    """The tensors that a weight is stored in, by the names that the library gguf maps: one, or gate and up of experts."""
+    """A weight's tensors in GGUF files, by names that the library gguf maps: one, or gate and up of experts."""
     for pattern, other in _RENAMED:
         name = re.sub(pattern, other, name)
     return [name.replace("gate_up", part) for part in ("gate", "up")] if ".experts.gate_up" in name else [name]
 
 
 def from_gguf_shape(name: str, shapes: list[tuple[int, ...]], spec: ModelSpec) -> tuple[int, ...]:
-    """A weight's shape in transformers, by those of its parts."""
+    """A weight's shape in transformers, from those of its parts."""
     experts, mixer, shape = spec.architecture.experts, spec.architecture.mixer, shapes[0]
     if mixer is not None and name.endswith(f".{mixer.convolution}.weight"):
         return shape[0], 1, *shape[1:]
@@ -225,8 +225,9 @@ def from_gguf_shape(name: str, shapes: list[tuple[int, ...]], spec: ModelSpec) -
 def from_gguf(
     name: str, parts: list[Tensor], spec: ModelSpec, neighbours: bool, form: BlockForm | None = None
 ) -> Tensor | None:
-    """A weight in transformers' order. `neighbours`: rotate together in queries and keys. `form`: of rows of blocks, of which
-    experts keep (experts, outputs, bytes); None where blocks would have to be divided.
+    """A weight in transformers' order; None if that would divide blocks.
+
+    `neighbours`: rotate together in queries and keys. `form`: of rows of blocks; experts stay (experts, outputs, bytes).
     """
     experts, sizes, weight, kind = spec.architecture.experts, spec.recurrence, parts[0], name.split(".")[-2]
     if experts is not None and experts.block in name:
@@ -242,11 +243,11 @@ def from_gguf(
         return weight
 
     def by_key_head(rows: Tensor) -> Tensor:
-        """Rows of all value heads, which the file has by turns of the key heads."""
+        """Rows of value heads, grouped by key head; the file has them in turns of the key heads."""
         turns = rows.reshape(sizes.heads // sizes.key_heads, sizes.key_heads, -1, *rows.shape[1:])
         return turns.transpose(0, 1).reshape(rows.shape)
 
-    if kind == "out_proj":  # whose inputs these are
+    if kind == "out_proj":  # its inputs are the value heads
         divides = form is not None and sizes.value_dim % form.inputs
         return None if divides else by_key_head(weight.T).T.contiguous()
     before = 2 * sizes.keys if kind in ("in_proj_qkv", "conv1d") else 0

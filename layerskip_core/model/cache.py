@@ -22,6 +22,7 @@ from ..errors import ConfigError
 if TYPE_CHECKING:
     from .backend import Layers
 
+Indices = Sequence[int]
 _FEW = 16  # tokens of a row that run with other rows' in one grid, whatever the padding
 
 
@@ -30,9 +31,6 @@ class KVCache(ABC):
 
     So a query at position p sees exactly the indices 0..p. What stands after them (rejected drafts, padding) has weight 0. A
     row that leaves is forgotten.
-
-    Attributes:
-        features: by row, by exit or drafter: what blocks that draft read of the token before the row's next, (D,).
     """
 
     steps_back = 8  # how far before the end of a pass its rows may go on
@@ -40,6 +38,7 @@ class KVCache(ABC):
     def __init__(self, batch_size: int, max_positions: int) -> None:
         """`max_positions`: a token beyond it is refused. It is the context, or the end of the text where that is known."""
         self.rows, self.max_positions = batch_size, max_positions
+        # By row, by exit or drafter: what blocks that draft read of the token before the row's next, (D,).
         self.features = [dict[int | str, Tensor]() for _ in range(batch_size)]
 
     def span(self, start: int, stop: int, settled: bool = False) -> "Places":
@@ -76,9 +75,7 @@ class KVCache(ABC):
         self.features = self.features + other.features
 
     @abstractmethod
-    def branch(
-        self, rows: Sequence[int], starts: Sequence[int], stops: Sequence[int] | None = None, end: int | None = None
-    ) -> "KVCache":
+    def branch(self, rows: Indices, starts: Indices, stops: Indices | None = None, end: int | None = None) -> "KVCache":
         """Another cache with these rows, each as far as its stop, where each goes on from its start; without stops from there.
 
         A row may be there several times. What the one cache writes later changes nothing in the other. `end`: instead of
@@ -87,16 +84,7 @@ class KVCache(ABC):
 
 
 class Places:
-    """Where the N tokens of a pass stand: some consecutive ones of each row of a cache, row by row.
-
-    Attributes:
-        starts: by row, the position of its first token in the pass; of a row that has none, of its next token.
-        origins: the same for the whole pass or draft, of which these may be a part.
-        counts: by row, how many tokens are in the pass.
-        settled: whether rows will go on from the end of this pass alone; else from any token in it, as far as the cache's
-            `steps_back` allows.
-        recorded: (B, T) on the device, the positions of a pass that is recorded, in the first slots of a RowCache.
-    """
+    """Where the N tokens of a pass stand: some consecutive ones of each row of a cache, row by row."""
 
     def __init__(
         self,
@@ -106,9 +94,13 @@ class Places:
         settled: bool = False,
         recorded: Tensor | None = None,
     ) -> None:
-        """Raises ConfigError for a token beyond the cache's `max_positions`."""
+        """`starts`: by row, the position of its first token in the pass; of a row that has none, of its next token. `counts`:
+        by row, how many tokens are in the pass. `settled`: whether rows will go on from the end of this pass alone; else from
+        any token in it, as far as the cache's `steps_back` allows. `recorded`: (B, T) on the device, the positions of a pass
+        that is recorded, in the first slots of a RowCache. Raises ConfigError for a token beyond the cache's `max_positions`.
+        """
         self.cache, self.starts, self.counts, self.settled, self.recorded = cache, starts, counts, settled, recorded
-        self.origins = starts
+        self.origins = starts  # of the whole pass or draft, of which these may be a part
         self.stop = max((start + count for start, count in zip(starts, counts, strict=True) if count), default=0)
         if self.stop > cache.max_positions:
             last = self.stop - 1

@@ -1,4 +1,4 @@
-"""config.json: the values that a model is read from, with their types and ranges, and what follows from them for its layers."""
+"""config.json: the values that are read, with their types and ranges, and the layers that they describe."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -13,18 +13,18 @@ from ..errors import CheckpointError, shown
 from .variants import EXPERT_COUNTS, Architecture, Mixer
 
 LAYER_KINDS = FULL, SLIDING = "full_attention", "sliding_attention"
-MLP = "mlp"  # the kind of a layer without anything else
-_MOST_WIDTH = 1 << 20  # of hidden states, all heads together and the MLP: the kernels count in 32 bits
+MLP = "mlp"  # the kind of a layer that is an MLP alone
+_MOST_WIDTH = 1 << 20  # of hidden states, of all heads together, and of the MLP: the kernels count in 32 bits
 _Width = Annotated[int, Meta(ge=1, le=_MOST_WIDTH)]
 _Positions = Annotated[int, Meta(ge=1, le=1 << 27)]
 _Window = Annotated[int, Meta(ge=0, le=1 << 31)]
 _TokenId = Annotated[int, Meta(ge=0, lt=1 << 24)]
-_MOST_EXPERTS = 1024  # as the kernels have room for
+_MOST_EXPERTS = 1024  # in the kernels
 _ExpertCount = Annotated[int, Meta(ge=1, le=_MOST_EXPERTS)]
-_Positive = Annotated[float, Meta(ge=1e-6, le=1e6)]  # what is computed from it is finite in fp32
+_Positive = Annotated[float, Meta(ge=1e-6, le=1e6)]  # results stay finite in fp32
 _Epsilon = Annotated[float, Meta(ge=1e-30, le=1)]
 _Limit = Annotated[float, Meta(ge=0)]
-_Number = Annotated[str, Meta(pattern=r"^\d+$")]  # perhaps with zeros before
+_Number = Annotated[str, Meta(pattern=r"^\d+$")]  # perhaps with leading zeros
 _HeadDim = Annotated[int, Meta(ge=2, le=1024, multiple_of=2, description="an even number in 2..1024")]
 
 
@@ -35,16 +35,16 @@ class _OfLayer(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class LayerSizes(NamedTuple):
-    """Of one layer, where layers differ."""
+    """The sizes of one layer, where layers differ."""
 
     head_dim: int
     inner: int  # width of the MLP
-    source: int | None  # the layer whose keys and values it reads, if it has none of its own
+    source: int | None  # the layer with the keys and values that it reads; None: it has its own
 
 
 @dataclass(frozen=True)
 class Values:
-    """The values of config.json that are read here, with their types and ranges. Null stands for the architecture's default."""
+    """The values of config.json, with their types and ranges. Null stands for the architecture's default."""
 
     num_hidden_layers: Annotated[int, Meta(ge=1, le=1024)]
     vocab_size: Annotated[int, Meta(ge=1, le=1 << 24)]
@@ -61,7 +61,7 @@ class Values:
     sliding_window: Annotated[int, Meta(ge=1, le=1 << 31)] | None
     max_window_layers: _Window | None
     layer_types: list[str] | None
-    no_rope_layers: list[Annotated[int, Meta(ge=0, le=1)]] | None  # 1 where a layer does rotate, whatever the name says
+    no_rope_layers: list[Annotated[int, Meta(ge=0, le=1)]] | None  # despite the name, 1 where a layer rotates
     no_rope_layer_interval: Annotated[int, Meta(ge=1)] | None
     num_experts: _ExpertCount | None
     num_local_experts: _ExpertCount | None
@@ -71,30 +71,28 @@ class Values:
     decoder_sparse_step: Annotated[int, Meta(ge=1)] | None
     mlp_only_layers: list[Annotated[int, Meta(ge=0)]] | None
     eos_token_id: _TokenId | list[_TokenId] | None
-    # Where an architecture uses them.
-    query_pre_attn_scalar: _Positive | None = None  # scores are scaled by this^-0.5, not by head_dim^-0.5
-    attention_multiplier: _Positive | None = None  # Granite's scale of scores
+    # Read only by architectures that name them in `uses`.
+    query_pre_attn_scalar: _Positive | None = None  # attention scale is this^-0.5, not head_dim^-0.5
+    attention_multiplier: _Positive | None = None  # Granite's attention scale
     embedding_multiplier: _Positive | None = None
     residual_multiplier: _Positive | None = None
     logits_scaling: _Positive | None = None  # a divisor
     logit_scale: _Positive | None = None
     attn_logit_softcapping: _Positive | None = None
     final_logit_softcapping: _Positive | None = None
-    clip_qkv: _Positive | None = None  # which no kernel of ours has
-    swiglu_alpha: _Positive | None = None  # of SwiGLU within bounds
+    clip_qkv: _Positive | None = None  # not in our kernels
+    swiglu_alpha: _Positive | None = None  # of the clamped SwiGLU
     swiglu_limit: _Positive | None = None
-    block_auto_adjust_ff_dim: bool | None = None  # LFM2's: the MLP has about two thirds of `intermediate_size`
+    block_auto_adjust_ff_dim: bool | None = None  # LFM2: the MLP's width is about two thirds of `intermediate_size`
     block_ffn_dim_multiplier: _Positive | None = None
     block_multiple_of: _Width | None = None
-    shared_intermediate_size: _Width | None = None  # of experts that all tokens have
+    shared_intermediate_size: _Width | None = None  # of shared experts
     shared_expert_intermediate_size: _Width | None = None
     attn_layer_indices: list[Annotated[int, Meta(ge=0)]] | None = None  # Bamba's layers with attention
-    per_layer_config: dict[Annotated[str, Meta(pattern=r"^\d+$")], _OfLayer] | None = (
-        None  # by layers' numbers, with zeros before
-    )
-    num_kv_shared_layers: Annotated[int, Meta(ge=0)] | None = None  # the last ones, which read keys and values of others
+    per_layer_config: dict[_Number, _OfLayer] | None = None  # by layer index
+    num_kv_shared_layers: Annotated[int, Meta(ge=0)] | None = None  # the last layers, which read other layers' keys and values
     use_double_wide_mlp: bool | None = None  # in these
-    hidden_size_per_layer_input: Annotated[int, Meta(ge=0, le=_MOST_WIDTH)] | None = None  # by token; 0 for none
+    hidden_size_per_layer_input: Annotated[int, Meta(ge=0, le=_MOST_WIDTH)] | None = None  # 0 for none
     vocab_size_per_layer_input: Annotated[int, Meta(ge=1, le=1 << 24)] | None = None
 
     @property
@@ -124,7 +122,7 @@ class Values:
         return (self.swiglu_alpha or 1.702, self.swiglu_limit or 7.0) if clamped else None
 
     def layers(self, architecture: Architecture) -> tuple[tuple[str, ...], int | None, list[bool]]:
-        """The kind of each layer, how many positions the sliding ones see, and which layers have rotary positions."""
+        """(kind of each layer, window of the sliding ones, whether each layer has rotary positions)."""
         layers, window, listed, mixer = self.num_hidden_layers, self.sliding_window, self.layer_types, architecture.mixer
         if mixer is not None and "attn_layer_indices" in architecture.uses:
             listed = [FULL if layer in (self.attn_layer_indices or ()) else mixer.kind for layer in range(layers)]
@@ -158,7 +156,7 @@ class Values:
         return tuple(SLIDING if sliding else FULL for sliding in slides), window, rotates
 
     def layer_sizes(self, architecture: Architecture, kinds: tuple[str, ...]) -> tuple[LayerSizes, ...]:
-        """Of each layer; empty where all are alike."""
+        """By layer; empty if all are alike."""
         if "per_layer_config" not in architecture.uses:
             return ()
         own, usual = len(kinds) - (self.num_kv_shared_layers or 0), self.head_sizes[1]
@@ -184,8 +182,7 @@ class Values:
         projections, convolution = (is_on(switch, config) for switch in mixer.biased)
         if not mixer.sizes:
             return RecurrenceSpec(taps, 0, 1, 0, self.hidden_size, projections, convolution)
-        sized = (_checked(getattr(config, name, None), _Width, name) for name in mixer.sizes)
-        key_heads, heads, key_dim, value_dim = sized
+        key_heads, heads, key_dim, value_dim = (_checked(getattr(config, name, None), _Width, name) for name in mixer.sizes)
         _require(heads % key_heads == 0, mixer.sizes[1], f"a multiple of {mixer.sizes[0]}, {key_heads}", heads)
         limits = None if mixer.limits is None else _limits(config, mixer.limits)
         sizes = RecurrenceSpec(taps, key_heads, heads, key_dim, value_dim, projections, convolution, limits)
@@ -209,7 +206,7 @@ class Values:
         return ExpertsSpec(tuple(layers), count, chosen, inner, normalised, shared, experts.shared_gate is not None)
 
 
-# The values of rope_parameters that are checked here; transformers computes the rarer types and reads the others.
+# The checked values of rope_parameters; transformers reads those of rarer types.
 _ROPE_VALUES: dict[str, Any] = {
     **dict.fromkeys(("rope_type", "type"), str | None),
     **dict.fromkeys(("factor", "alpha"), _Positive | None),
@@ -224,7 +221,7 @@ class RopeSpec:
     """A rotary embedding, by rope_parameters of config.json."""
 
     parameters: Mapping[str, Any]
-    kind: str | None  # of the layers that use it, where config.json has parameters for each kind
+    kind: str | None  # of its layers, if config.json has parameters by kind
 
     @property
     def type(self) -> str:
@@ -233,35 +230,35 @@ class RopeSpec:
 
     @property
     def share(self) -> float:
-        """Of a head that rotates; of a proportional rope all does, some of it by nothing."""
+        """The share of a head that rotates; in a proportional rope all of it, partly by frequency 0."""
         return 1.0 if self.type == "proportional" else float(self.parameters.get("partial_rotary_factor") or 1.0)
 
 
 @dataclass(frozen=True)
 class ExpertsSpec:
-    """The experts of a model, in the layers that have them."""
+    """The experts of a model."""
 
     layers: tuple[bool, ...]  # whether each layer has experts
     count: int
     chosen: int  # by each token
     inner: int  # width of an expert
     normalised: bool  # whether the weights of a token's experts sum to 1
-    shared_inner: int  # width of an MLP that all tokens have too
-    gates_shared: bool  # whether it has a weight, too
+    shared_inner: int  # width of the shared MLP, which runs for every token; 0 for none
+    gates_shared: bool  # whether the shared MLP has a gate
 
     @property
     def shared(self) -> int:
-        """How many experts it is."""
+        """The shared MLP's number of experts."""
         return self.shared_inner // self.inner
 
     @property
     def choices(self) -> int:
-        """How many experts run for a token."""
+        """The number of experts that run for a token."""
         return self.chosen + self.shared
 
     @property
     def are_equal(self) -> bool:
-        """Whether the shared MLP is a few experts."""
+        """Whether the shared MLP divides into experts."""
         return self.shared_inner % self.inner == 0 and self.count + self.shared <= _MOST_EXPERTS
 
 
@@ -280,35 +277,30 @@ class RecurrenceSpec:
 
     @property
     def keys(self) -> int:
-        """Width of all heads of keys."""
+        """Width of all key heads together."""
         return self.key_heads * self.key_dim
 
     @property
     def outputs(self) -> int:
-        """Width of what the last projection reads."""
+        """Width of the last projection's input."""
         return self.heads * self.value_dim
 
     @property
     def channels(self) -> int:
-        """Of the convolution."""
+        """Channels of the convolution."""
         return 2 * self.keys + self.outputs
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Of a row of projections: queries, keys, values, and gates; of Mamba-2 gates, values, keys, queries, and steps; of a
-        convolution alone, what multiplies its inputs, its outputs, and the inputs.
+        """Widths of the projections: (queries, keys, values; gates); of Mamba-2 (gates; values, keys, queries; steps); of a
+        convolution alone (gates of its inputs, gates of its outputs, inputs).
         """
         if self.limits is not None:
             return self.outputs, self.channels, self.heads
         return (self.channels, self.outputs) if self.key_heads else (3 * self.channels,)
 
-    @property
-    def steps(self) -> int:
-        """How many numbers a recurrence computes of a row: steps and decays."""
-        return 2 * self.heads if self.key_heads else 0
-
     def shapes(self, mixer: Mixer, hidden: int) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the weights between the projections of a layer."""
+        """Names and shapes of a layer's weights between its projections."""
         shapes: dict[str, tuple[int, ...]] = {f"{mixer.convolution}.weight": (self.channels, 1, self.taps)}
         shapes |= {f"{mixer.convolution}.bias": (self.channels,)} if self.biased_convolution else {}
         shapes |= {f"{name}.weight": (2 * self.heads // len(mixer.steps), hidden) for name in mixer.steps}
@@ -318,12 +310,12 @@ class RecurrenceSpec:
 
 
 def read_values(config: Any, architecture: Architecture) -> Values:
-    """Of a configuration object. Raises CheckpointError for the first one of another type or out of range."""
+    """Reads a configuration object. Raises CheckpointError for the first value of another type or out of range."""
     names = {**architecture.values, "norm_eps": architecture.norm_eps, "activation": architecture.activation}
     hints, values = hints_of(Values), dict[str, Any]()
     for field in fields(Values):
         name = names.get(field.name, field.name)
-        if not isinstance(name, str):  # a value that is not read
+        if not isinstance(name, str):  # a fixed value
             values[field.name] = name
         elif field.default is not None or field.name in architecture.uses:
             found = getattr(config, name, None)
@@ -337,12 +329,12 @@ def read_values(config: Any, architecture: Architecture) -> Values:
 
 
 def is_on(switch: str | bool, config: Any) -> bool:
-    """A field of Architecture that holds always, never, or where a value of the configuration says so."""
+    """A field of Architecture that holds always, never, or by a value of the configuration."""
     return switch if isinstance(switch, bool) else bool(_checked(getattr(config, switch, None), bool | None, switch))
 
 
 def _limits(config: Any, name: str) -> tuple[float, float]:
-    """The least and the most; a number is the least."""
+    """The least and the greatest step; a single number is the least."""
     found = getattr(config, name, None)
     least, most = found if isinstance(found, list | tuple) and len(found) == 2 else (found, inf)
     most = inf if most == {"__float__": "Infinity"} else most  # as transformers writes it
@@ -357,7 +349,7 @@ def _checked(value: Any, hint: Any, name: str) -> Any:
 
 
 def ropes_of(config: Any, architecture: Architecture, kinds: tuple[str, ...]) -> tuple[RopeSpec, ...]:
-    """One rotary embedding for all layers, or one for each kind of layer (as in Gemma 3)."""
+    """The rotary embeddings: one for all layers, or one by kind of layer (Gemma 3)."""
     if architecture.rope == "none":
         return ()
     parameters = getattr(config, "rope_parameters", None) or {}
@@ -373,7 +365,7 @@ def ropes_of(config: Any, architecture: Architecture, kinds: tuple[str, ...]) ->
 
 
 def rotary_size(head_dim: int, ropes: Sequence[RopeSpec], architecture: Architecture) -> int:
-    """How many dimensions of a head rotate."""
+    """The number of a head's dimensions that rotate."""
     rotary = int(head_dim * min(rope.share for rope in ropes)) if architecture.partial_rope else head_dim
     _require(rotary > 0 and rotary % 2 == 0, "head_dim * partial_rotary_factor", "an even number above 0", rotary)
     return rotary

@@ -1,9 +1,8 @@
 """Any decoder of transformers, cut at its layers by its own forward.
 
-In a call that runs some of the layers, those before them get a `forward` of ours, which passes on what it is given; the first
-layer that runs takes the states of the call, and the last one ends the forward with an exception. So masks, rotary embeddings
-and everything else that a model computes around its layers stay transformers' own. Which modules are the layers, and what they
-return and write to the cache, `probe` learns from forwards of a few tokens.
+A call of some layers is a forward of the whole model in which earlier layers pass their input on, the first layer of the span
+takes the states of the call, and the last one ends the forward with an exception. So masks, rotary embeddings and everything
+else around the layers stay transformers'. `probe` finds the layers, their outputs and their cache entries.
 """
 
 import inspect
@@ -22,14 +21,14 @@ from .position_cache import Forward, PositionCache, Writer, Written, hidden_of, 
 from .row_cache import Entry, EntryWriter, MixedCache
 
 _CACHES = ("cache", "past_key_values", "cache_params")  # names of a forward's argument
-_BASE = 256  # of the digits of token ids, which every precision holds exactly
-SHARED = "shared_kv_states"  # through which a layer gives its keys and values to later layers (Gemma 3n and 4)
+_BASE = 256  # token ids in states have digits of this base, which every precision holds exactly
+SHARED = "shared_kv_states"  # the argument that hands keys and values to later layers (Gemma 3n and 4)
 
-_POSITIONS: ContextVar[Tensor | None] = ContextVar("positions", default=None)  # (B, T) in calls of rows at different ones
+_POSITIONS: ContextVar[Tensor | None] = ContextVar("positions", default=None)  # (B, T), if they differ between rows
 
 
 class _Reached(Exception):
-    """Ends a forward with what was wanted of it."""
+    """Ends a forward with a result."""
 
     def __init__(self, wanted: Any) -> None:
         self.wanted = wanted
@@ -37,33 +36,33 @@ class _Reached(Exception):
 
 @dataclass(frozen=True)
 class Form:
-    """What the forwards of a model show."""
+    """The form of a model, as its forwards show it."""
 
     layers: nn.ModuleList  # the chain of layers, in the module `owner`
     owner: Any
-    norm: Any  # the module between the last layer and the owner's output; None if something else is there
+    norm: Any  # the module between the last layer and the owner's output; None if there is something else
     output: Any  # type of the owner's output
-    container: tuple[Any, int] | None  # type and length of what a layer returns, if that is no tensor but begins with one
+    container: tuple[Any, int] | None  # type and length of a layer's output; None if it is a tensor
     leading: bool  # whether hidden states have a dimension before those of rows and tokens
     shape: tuple[int, ...]  # their other dimensions
-    shares: Mapping[int, Any]  # by layer, the key under which it gives its keys and values to later ones
-    shapes: Mapping[Entry, tuple[int, int]] = field(default_factory=dict)  # number and width of the heads of each cache entry
+    shares: Mapping[int, Any]  # by layer, the key under which it hands its keys and values to later ones
+    shapes: Mapping[Entry, tuple[int, int]] = field(default_factory=dict)  # number and width of each cache entry's heads
     written: Mapping[int, Sequence[Entry]] = field(default_factory=dict)  # the entries that each layer writes, in order
-    reads_ids: bool = False  # whether later layers read the tokens too, so that states carry them
-    by_position: bool = True  # whether rows at different positions can be in one call
-    # The layers that keep states, and in each the modules whose states only they can compute, with the linear layer that gives
-    # a module's output. Others keep the inputs of a convolution.
+    reads_ids: bool = False  # whether later layers read token ids; states then carry them
+    by_position: bool = True  # whether rows at different positions can share a call
+    # By recurrent layer its modules with a recurrence, and the linear layer that gives a module's output. Other states are the
+    # inputs of convolutions.
     recurrent: Mapping[int, Mapping[nn.Module, nn.Linear | None]] = field(default_factory=dict)
     continues: bool = True  # whether these modules take several tokens after a state
 
     @property
     def width(self) -> int:
-        """Of a state without its token."""
+        """Width of a state without its token id."""
         return torch.Size(self.shape).numel()
 
     @property
     def attending(self) -> int | None:
-        """The last layer that has keys and values of its own; exit blocks are copies of it."""
+        """The last layer with keys and values of its own, which exit blocks copy."""
         return max((index for index, entries in self.written.items() if entries), default=None)
 
     def state(self, hidden: Tensor, ids: Tensor) -> Tensor:
@@ -82,7 +81,7 @@ class Form:
         return hidden.movedim(2, 0) if self.leading else hidden
 
     def ids(self, state: Tensor) -> Tensor:
-        """The tokens (B, T) of states. Where these carry none, any will do."""
+        """The token ids (B, T) of states; zeros if states carry none."""
         if not self.reads_ids:
             return torch.zeros(state.shape[:2], dtype=torch.long, device=state.device)
         low, middle, high = state[..., self.width :].long().unbind(-1)
@@ -94,6 +93,13 @@ class Form:
             return hidden
         kind, length = self.container
         return kind((hidden, *[None] * (length - 1)))
+
+
+class LayerPair(nn.Sequential):
+    """Two layers as one, of which the first has keys and values."""
+
+    def forward(self, *args: Any, **keywords: Any) -> Any:
+        return self[1](hidden_of(self[0](*args, **keywords)))
 
 
 class CutModel:
@@ -110,7 +116,7 @@ class CutModel:
         self.cache_keyword = next((name for name in _CACHES if name in parameters), None)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """The states (B, T, D) of tokens before layer 0; the tokens themselves, (B, T, 1), where later layers read them too."""
+        """The states (B, T, D) of tokens before layer 0; the ids themselves, (B, T, 1), if later layers read them."""
         embedded: Tensor = ids[..., None] if self.form.reads_ids else self.model.get_input_embeddings()(ids)
         return embedded
 
@@ -126,8 +132,8 @@ class CutModel:
     ) -> Tensor:
         """Layers start..stop-1 over states (..., D) of the tokens at `places`; see `embed` for those before layer 0.
 
-        `only_writes`: each layer gets `state` and writes its entries. `block`: an exit block that runs instead of these layers,
-        in the place of its original, and its `shift_of_block`.
+        `only_writes`: each layer gets `state` and writes its entries. `block`: an exit block that runs in place of its original
+        (and of the span), and its `shift_of_block`.
         """
         shift, cache = 0, places.cache
         assert isinstance(cache, MixedCache)
@@ -139,13 +145,13 @@ class CutModel:
             writer = EntryWriter(cache, positions, row, shift, places.settled)
             return self.run_span(state, start, stop, positions, writer, only_writes, block)
 
-        # Not together: rows at different positions in some models, and padding after a recurrent state.
+        # Separate grids: for rows at different positions in some models, and to keep padding out of recurrent states.
         ragged = len(set(places.counts)) > 1
         differ = ragged or len(set(places.starts)) > 1
         return places.in_grids(state, run, not ((differ and not self.form.by_position) or (ragged and not cache.rolls_back)))
 
     def normed(self, state: Tensor) -> Tensor:
-        """The owner's output, which the head reads, for the states (..., D) after any layer."""
+        """The owner's output, which the head reads, for states (..., D) after any layer."""
         form = self.form
         if form.norm is not None:
             normed: Tensor = form.norm(state[..., : form.width])
@@ -170,10 +176,7 @@ class CutModel:
     def new_cache(
         self, batch_size: int, max_positions: int, blocks: int = 0, others: Mapping[Entry, tuple[int, int]] | None = None
     ) -> MixedCache:
-        """An empty cache. `blocks`: how many exit blocks write what their original writes, see `shift_of_block`.
-
-        `others`: number and width of the heads of further entries.
-        """
+        """An empty cache, with the entries of so many exit `blocks`. `others`: number and width of further entries' heads."""
         shapes = {**self.form.shapes, **(others or {})}
         for block in range(blocks):
             shift = self.shift_of_block(block)
@@ -182,17 +185,17 @@ class CutModel:
         return MixedCache(shapes, batch_size, max_positions, rolls_back=not self.form.recurrent)
 
     def place_of_block(self, block: int) -> int:
-        """The first index of the cache for what an exit block writes, after those of layers and earlier blocks."""
+        """The first cache index of an exit block, after those of layers and earlier blocks."""
         last = max([len(self.form.layers) - 1, *(index for index, _ in self.form.shapes)])
         return 1 + last + block * len({index for index, _ in self._of_original})
 
     def shift_of_block(self, block: int) -> int:
-        """How far after the indices of its original are those of an exit block."""
+        """The distance from the cache indices of the original to those of an exit block."""
         return self.place_of_block(block) - self._of_original[0][0]
 
     @property
     def _of_original(self) -> Sequence[Entry]:
-        """The entries that the original of exit blocks writes, at two indices in LongCat-Flash."""
+        """The entries of the layer that exit blocks copy (at two indices in LongCat-Flash)."""
         attending = self.form.attending
         return () if attending is None else self.form.written[attending]
 
@@ -211,7 +214,7 @@ class CutModel:
         ids = state[..., 0] if first and form.reads_ids else form.ids(state)
         inputs = {"inputs_embeds": state} if first and not form.reads_ids else {"input_ids": ids}
         ends = set[Entry]()
-        if only_writes:  # a layer with a state has to run to its end
+        if only_writes:  # a recurrent layer runs to its end
             writing = (index for index in range(start, stop) if form.written[index] and index not in form.recurrent)
             ends = {form.written[index][-1] for index in writing}
         cache = None if writer is None else self._cache_class(writer, ends)
@@ -219,7 +222,7 @@ class CutModel:
         running = range(start, stop) if only_writes else {start, stop - 1} if start else {stop - 1}
 
         def run_layer(index: int, forward: Forward, /, *args: Any, **keywords: Any) -> Any:
-            """The forward of the first and the last layer that run, and of all that only write."""
+            """The forward of the first and the last layer of the span, and of all that only write."""
             if given is not None and index == start:
                 args, keywords = with_hidden(given, args, keywords)
             try:
@@ -245,7 +248,7 @@ class CutModel:
         return form.state(hidden, ids)
 
     def _pass(self, index: int, cache: PositionCache | None, /, *args: Any, **keywords: Any) -> Any:
-        """The forward of a layer that does not run."""
+        """The forward of a layer outside the span."""
         hidden = args[0] if args else keywords["hidden_states"]
         if cache is not None and index in self.form.shares:
             keys, values = self.form.written[index][:2]
@@ -254,8 +257,8 @@ class CutModel:
         return self.form.returned(hidden)
 
     def _tail(self, state: Tensor, *changes: tuple[nn.Module, Forward]) -> Tensor:
-        """What the forward makes of states (..., D) after the last layer: its logits, or what `changes` end it with."""
-        form, flat = self.form, state.reshape(-1, 1, state.shape[-1])  # rows of one token, for which any position is one
+        """The forward after the last layer, from states (..., D): logits, or the result with which `changes` end it."""
+        form, flat = self.form, state.reshape(-1, 1, state.shape[-1])  # rows of one token, at any position
         last = form.returned(form.hidden(flat))
         skipped = [(layer, partial(self._pass, index, None)) for index, layer in enumerate(form.layers[:-1])]
         ended: list[tuple[Any, Forward]] = [*skipped, (form.layers[-1], lambda *_, **__: last), *changes]
@@ -270,7 +273,7 @@ class CutModel:
         changes: Sequence[tuple[Any, Forward]],
         cache: PositionCache | None = None,
     ) -> Any:
-        """The model's forward while modules have other forwards: its output, or what one of them ended it with."""
+        """The model's forward with replaced forwards of modules: its output, or the result with which one of them ends it."""
         keywords: dict[str, Any] = {"use_cache": cache is not None}
         if positions is not None and self.takes_positions:
             positions = positions.to(next(iter(inputs.values())).device, non_blocking=True)
@@ -291,7 +294,7 @@ class CutModel:
 
 
 def _cache_class(model: Any) -> type[PositionCache]:
-    """PositionCache; of a class of the model's own, too, if it takes no other (MiniMax)."""
+    """PositionCache, derived also from the model's own cache class if it takes no other (MiniMax)."""
     parameters = inspect.signature(type(model.base_model).forward).parameters
     own = (kind for name in _CACHES if name in parameters for kind in getattr(parameters[name].annotation, "__args__", ()))
     kinds = [kind for kind in own if getattr(kind, "__module__", None) == type(model).__module__]
@@ -303,7 +306,7 @@ def _reach(wanted: Any) -> NoReturn:
 
 
 def _know_positions(attention: str) -> None:
-    """Makes transformers' masks for this attention see the positions of a call whose rows stand at different ones."""
+    """Makes transformers' masks for this attention use the positions of a call whose rows are at different ones."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
     stock = ALL_MASK_ATTENTION_FUNCTIONS[attention]

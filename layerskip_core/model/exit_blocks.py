@@ -1,13 +1,13 @@
-"""Exit blocks: layers that are trained at exits of a model whose own weights stay as they are.
+"""Exit blocks: layers trained at exits of a model whose own weights stay unchanged.
 
-At exit E a block is a decoder layer of the model's own class and a norm, followed by the model's own head. The layer reads the
-state after E layers.
+At exit E a block is a decoder layer of the model's class, which reads the state after E layers, and a norm, followed by the
+model's head.
 
-At exit 0 such a block is the drafter that checkpoints ship for multi-token prediction (MTP: DeepSeek-V3, 2024): its layer reads
-W [norm(e); norm(s)] of a token's embedding e and the output s of the final norm for the token before: the target's own for the
-first draft of a round, the block's own for later ones. Its entry stands where the token before stands, so the first token of a
-text has none. The state before the final norm, in its place, costs acceptance (examples/drafters.md). Families store it under
-different names (MTP_LAYOUTS).
+The block at exit 0 is the drafter that checkpoints ship for multi-token prediction (MTP: DeepSeek-V3, 2024). Its layer reads
+W [norm(e); norm(s)], where e is a token's embedding and s the output of the final norm for the token before: the target's for
+the first draft of a round, then the block's own. (The state before the final norm lowers acceptance, see examples/drafters.md.)
+The KV entry is at the position of the token before; the first token of a text has none. Families store MTP under different
+names (MTP_LAYOUTS).
 """
 
 import re
@@ -66,10 +66,9 @@ MTP = ExitBlock(0)
 
 
 class MtpLayout(NamedTuple):
-    """How checkpoints store MTP: what the names of its parts begin with after `model.` or another prefix; {}: how many layers
-    the model has.
+    """How checkpoints name the parts of MTP, after `prefix`; {} stands for the model's number of layers.
 
-    `root`: what all of them begin with. `state_first`: W reads [norm(s); norm(e)]. `shares_norm`: `norm` is the model's own.
+    `root`: the beginning of all its names. `state_first`: W reads [norm(s); norm(e)]. `shares_norm`: `norm` is the model's own.
     """
 
     root: str
@@ -114,31 +113,22 @@ MTP_LAYOUTS = (  # as vLLM and SGLang read them, ERNIE 4.5's as FastDeploy does
 
 @dataclass(frozen=True)
 class ExitBlocks:
-    """The blocks of a model, by ascending exits, and their weights; and its drafters.
+    """The exit blocks of a model with their weights, and its drafters."""
 
-    Attributes:
-        take: weights by the names of `ExitBlock.shapes`.
-        eagle3: its drafter in the EAGLE-3 layout. `mtp`: the one that its checkpoint ships, which has the block MTP alone.
-        layout: of that, where it is stored.
-        assistant: the one that was shipped beside it.
-        model_fingerprint: of the model that they were made for, if their file has one.
-        notes: for the user.
-    """
-
-    blocks: tuple[ExitBlock, ...]
-    take: Take
-    eagle3: Eagle3Weights | None = None
-    mtp: "ExitBlocks | None" = None
-    layout: MtpLayout = MTP_LAYOUTS[0]
-    assistant: "Assistant | None" = None
-    model_fingerprint: str | None = None
-    notes: tuple[str, ...] = ()
+    blocks: tuple[ExitBlock, ...]  # by ascending exits
+    take: Take  # weights by the names of `ExitBlock.shapes`
+    eagle3: Eagle3Weights | None = None  # the drafter in the EAGLE-3 layout
+    mtp: "ExitBlocks | None" = None  # the drafter that the checkpoint ships, with the block MTP alone
+    layout: MtpLayout = MTP_LAYOUTS[0]  # of the file of `mtp`
+    assistant: "Assistant | None" = None  # the drafter that is shipped beside the model
+    model_fingerprint: str | None = None  # of the model that they were made for, if the file has one
+    notes: tuple[str, ...] = ()  # for the user
 
     def shapes(self, spec: AnySpec) -> Shapes:
         return {name: shape for block in self.blocks for name, shape in block.shapes(spec).items()}
 
     def weights(self, spec: AnySpec, like: Tensor | None = None) -> Weights:
-        """In the precision and on the device of `like`; as they are stored without it."""
+        """In the precision and on the device of `like`; without it as stored."""
 
         def take(name: str) -> Tensor | None:
             weight = self.take(name)
@@ -152,56 +142,46 @@ NO_BLOCKS = ExitBlocks((), lambda name: None)
 
 @dataclass(frozen=True)
 class PlacedBlock:
-    """Layer `layer` of a backend's chain of layers, which drafts. Hidden states are (..., D), of a pass's tokens.
-
-    Attributes:
-        head: the block's norm and the head, to logits (..., N).
-        vocabulary: the tokens that its head scores; None for all.
-        taps: after which layers it reads states of the target, ascending; 0: the embedding. Its drafts start at the last.
-        needs_feature: whether it also reads a feature of the token before, so that a text's first token has no entry.
-        kernel: makes a whole greedy draft in one call, where its drafts start at the embedding; None: its draft side's does.
-    """
+    """An exit block of a backend, which drafts. Hidden states are (..., D), of a pass's tokens."""
 
     block: ExitBlock
-    layer: int
-    head: Callable[[Tensor], Tensor]
-    vocabulary: DraftVocabulary | None = None
-    kernel: "DraftKernel | None" = None
+    layer: int  # its index in the chain of layers
+    head: Callable[[Tensor], Tensor]  # norm and head, to logits (..., N)
+    vocabulary: DraftVocabulary | None = None  # the N scored tokens; None for all
+    kernel: "DraftKernel | None" = None  # makes a whole greedy draft in one call; None: the draft side's does
 
-    needs_feature = False
+    needs_feature = False  # it also reads a feature of the token before, so a text's first token has no KV entry
 
     @property
     def taps(self) -> tuple[int, ...]:
+        """The layers of the target after which it reads states, ascending; 0: the embedding. Drafts start from the last."""
         return (self.block.exit_layer,)
 
     def run(self, layers: "Layers", states: Tensor, before: Tensor | None, places: Places) -> Tensor:
-        """What its head reads, for tokens with these states where drafts start, and features of the tokens before them."""
+        """The head's input, from states of tokens at the last tap and the features of the tokens before them."""
         return layers.run_layers(states, self.layer, self.layer + 1, places)
 
     def write(self, model: "Backend", states: Mapping[int, Tensor], before: Tensor | None, places: Places) -> None:
-        """Writes its KV entries, of the target's states by `taps`."""
+        """Writes its KV entries from the target's states by `taps`."""
         model.write_kv(states[self.block.exit_layer], self.layer, self.layer + 1, places)
 
     def features(self, model: "Backend", states: Mapping[int, Tensor], finals: Tensor) -> Tensor | None:
-        """The features (..., D) of tokens, of the target's states by `taps` and after the last layer."""
+        """The features (..., D) of verified tokens, from the target's states by `taps` and after the last layer."""
         return None
 
     def own_feature(self, hidden: Tensor) -> Tensor | None:
-        """The feature of a drafted token, from what `run` gave for the token."""
+        """The feature of a drafted token, from the output of `run` for it."""
         return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlacedMtp(PlacedBlock):
-    """The block MTP, after the map W `join` from (..., 2D).
+    """The block MTP."""
 
-    `norm`: its own alone. `input_norms`: as INPUT_NORMS. `layers`: the chain that has its layer, if not its draft side's.
-    """
-
-    norm: Callable[[Tensor], Tensor]
-    join: Callable[[Tensor], Tensor]
-    input_norms: Sequence[Callable[[Tensor], Tensor]]
-    layers: "RepackedLayers | None" = None
+    norm: Callable[[Tensor], Tensor]  # without the head
+    join: Callable[[Tensor], Tensor]  # the map W, (..., 2D) to (..., D)
+    input_norms: Sequence[Callable[[Tensor], Tensor]]  # as INPUT_NORMS
+    layers: "RepackedLayers | None" = None  # the chain with its layer; None: the draft side's
 
     needs_feature = True
 
@@ -229,7 +209,7 @@ DraftBlock: TypeAlias = "PlacedBlock | PlacedEagle3 | NativeEagle3 | NativeAssis
 
 
 def blocks_named(names: Iterable[str], num_layers: int) -> tuple[ExitBlock, ...]:
-    """The blocks that weights of these names belong to. Raises CheckpointError for a name that is none of a block's."""
+    """The blocks with weights of these names. Raises CheckpointError for a name that is not a block's."""
     exits: set[int] = set()
     for name in names:
         known = re.fullmatch(r"exits\.([1-9]\d{0,3})\.(layer|norm)\..*", name)
@@ -240,10 +220,9 @@ def blocks_named(names: Iterable[str], num_layers: int) -> tuple[ExitBlock, ...]
 
 
 def with_blocks(spec: ModelSpec, blocks: ExitBlocks) -> ModelSpec:
-    """The chain of layers in which the blocks' follow the model's own: block k is layer L+k, of the kind of the last that
-    has keys and values.
+    """The model's chain of layers with those of its blocks (block k is layer L+k), then one for each drafter, MTP first.
 
-    Drafters follow, MTP first: each has the keys and values of a further layer.
+    The further layers are like the last one that has keys and values.
     """
     count = len(blocks.blocks) + (blocks.mtp is not None) + (blocks.eagle3 is not None)
     experts, last = spec.experts, max(spec.attending, default=0)

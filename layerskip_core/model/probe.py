@@ -1,4 +1,4 @@
-"""Learns from forwards where a model can be cut, and checks that the cut model reproduces the logits of the whole one."""
+"""Finds where a model can be cut, by forwards of a few tokens, and checks the cut model's logits."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -17,15 +17,15 @@ from .cut import SHARED, CutModel, Form
 from .position_cache import Forward, PositionCache, hidden_of, replaced
 from .row_cache import Entry, EntryWriter, MixedCache, State
 
-_TOKENS, _KNOWN = 7, 4  # of the probe's two rows; how many are prefilled
-_STARTS, _AGAIN = (2, 4), (3, 5)  # where each row goes on, and where it does so once more after a recurrent state
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # of a token's logits, relative to their spread
-_LEAST = 1e-9  # spread: padding, whose embedding is 0, may have none
-_LOW_TOLERANCE = 0.1  # in bf16 and fp16, where two experts may be almost equally likely
+_TOKENS, _KNOWN = 7, 4  # of each of the two rows; prefilled ones
+_STARTS, _AGAIN = (2, 4), (3, 5)  # the positions at which rows go on; and once more after a recurrent state
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # error of a token's logits, relative to their spread
+_LEAST = 1e-9  # spread; that of padding, whose embedding is 0, may be 0
+_LOW_TOLERANCE = 0.1  # in bf16 and fp16: rounding may choose another expert
 
 
 def cut_at_layers(model: Any) -> CutModel:
-    """A causal language model of transformers, cut. Raises CheckpointError, which says why, for one that cannot be cut."""
+    """Cuts a causal language model of transformers at its layers. Raises CheckpointError if that is impossible, with why."""
     cut, was_training = CutModel(model), model.training
     model.eval()
     try:
@@ -39,17 +39,17 @@ def cut_at_layers(model: Any) -> CutModel:
 
 
 class Recorder:
-    """An EntryWriter of a prefill, for a model whose entries are not known yet: keeps them all."""
+    """In place of an EntryWriter in the first prefill: records all entries that layers write."""
 
     begins, contiguous, first_kept = True, True, 0
 
     def __init__(self, count: int) -> None:
         self.start, self.stop = 0, count
         self.kept: dict[Entry, Tensor] = {}
-        self.running: list[nn.Module] = []  # modules whose forwards run, the innermost last
-        self.linear: tuple[nn.Linear, Tensor] | None = None  # the linear layer that ran last, and its output
-        self.last: dict[nn.Module, nn.Linear] = {}  # by module, the linear layer that gave its output
-        self.recurrent: list[nn.Module | None] = []  # modules that wrote a state; None for one of convolutions
+        self.running: list[nn.Module] = []  # modules in their forwards, the innermost last
+        self.linear: tuple[nn.Linear, Tensor] | None = None  # the last linear layer, and its output
+        self.last: dict[nn.Module, nn.Linear] = {}  # by module, the linear layer whose output it returns
+        self.recurrent: list[nn.Module | None] = []  # modules that wrote a recurrent state; None: of a convolution
 
     def put(self, entry: Entry, new: Tensor) -> Tensor:
         self.kept[entry] = new
@@ -74,7 +74,7 @@ class Recorder:
 
 
 def _check(cut: CutModel) -> None:
-    """Learns the form in three passes: the whole model, layer by layer, and rows that go on at different positions."""
+    """Finds the form in three passes: the whole model, layer by layer, and rows that go on at different positions."""
     model = cut.model
     if cut.cache_keyword is None:
         raise _Different("it has no KV cache")
@@ -111,7 +111,7 @@ def _check(cut: CutModel) -> None:
 
 
 def _step_by_step(cut: CutModel, ids: Tensor) -> Tensor:
-    """The model's own logits (2, T, V) for one token at a time, for which recurrent layers have other kernels (Nemotron-H)."""
+    """The model's logits (2, T, V) token by token: some recurrent layers have other kernels for these (Nemotron-H)."""
     logits, keywords = [], dict[str, Any]()
     with _reasons():
         for position, token in enumerate(torch.split(ids, 1, dim=1)):
@@ -124,7 +124,7 @@ def _step_by_step(cut: CutModel, ids: Tensor) -> Tensor:
 
 
 def _check_pieces(cut: CutModel, ids: Tensor, expected: Tensor) -> None:
-    """Learns whether recurrent layers take several tokens after a state."""
+    """Finds whether recurrent layers take several tokens after a state."""
     cache = cut.new_cache(2, _TOKENS)
     cache.steps_back = 0
     try:
@@ -138,7 +138,7 @@ def _check_pieces(cut: CutModel, ids: Tensor, expected: Tensor) -> None:
 
 
 def _layer_by_layer(cut: CutModel, ids: Tensor, expected: Tensor, reads_ids: bool) -> dict[Entry, Tensor]:
-    """The first layer, then the others, which hand on hidden states and nothing else. Returns what they write."""
+    """Runs the first layer, then the others, which pass on hidden states only. Returns the entries that they write."""
     positions, recorder = torch.arange(ids.shape[1]).expand(2, -1), Recorder(ids.shape[1])
     written, recurrent = dict[int, list[Entry]](), dict[int, dict[nn.Module, nn.Linear | None]]()
     cut.form = form = replace(cut.form, reads_ids=reads_ids, written=written, recurrent=recurrent)
@@ -165,7 +165,7 @@ def _layer_by_layer(cut: CutModel, ids: Tensor, expected: Tensor, reads_ids: boo
 
 
 def _go_on(cut: CutModel, ids: Tensor, expected: Tensor, cache: MixedCache, starts: Sequence[int]) -> None:
-    """Drafts of the first layers and their verification, after a prefix of which one row has more than the other."""
+    """Runs the first layers over drafts, then the others, after prefixes of different lengths."""
     rows, count, tokens = torch.arange(2)[:, None], len(cut.form.layers), _TOKENS - max(starts)
     columns, places = torch.tensor(starts)[:, None] + torch.arange(tokens), Places(cache, starts, [tokens] * 2)
     exit_layer = max(cut.form.shares, default=(count - 1) // 2) + 1
@@ -178,7 +178,7 @@ def _go_on(cut: CutModel, ids: Tensor, expected: Tensor, cache: MixedCache, star
 
 
 def _see(cut: CutModel, ids: Tensor) -> Tensor:
-    """The logits (2, T, V) of the whole model, and the form as far as its forward shows it."""
+    """The logits (2, T, V) of the whole model; sets the form as far as its forward shows it."""
     model, lists = cut.model, _outermost_lists(cut.model)
     seen: dict[str, list[tuple[int, Any, Any]]] = defaultdict(list)
     shares: dict[str, dict[int, Any]] = defaultdict(dict)
@@ -232,7 +232,7 @@ def _outermost_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
 
 
 def _compare(found: Tensor, expected: Tensor, when: str) -> None:
-    """Raises _Different for logits (B, T, V) of which a token's differ. Those that are not finite are not compared."""
+    """Raises _Different if logits (B, T, V) of a token differ; ignores those that are not finite."""
     counted, precision = expected.isfinite().all(-1), expected.dtype
     found, expected = found[counted].cpu().double(), expected[counted].cpu().double()  # mps has no fp64
     spread = (expected - expected.mean(-1, keepdim=True)).norm(dim=-1)
@@ -248,7 +248,7 @@ class _Different(Exception):
 
 @contextmanager
 def _reasons() -> Iterator[None]:
-    """Any error becomes the reason why a model cannot be cut."""
+    """Turns any error into the reason why a model cannot be cut."""
     try:
         yield
     except AttributeError as error:

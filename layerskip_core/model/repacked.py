@@ -1,9 +1,9 @@
-"""The base of both backends on repacked weights: makes layers, heads and low-bit copies, and splits large calls."""
+"""The base of both backends on repacked weights: makes layers, heads and low-bit copies."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,26 +17,26 @@ from .spec import ModelSpec
 from .vocabulary import EXIT_VOCABULARY, DraftVocabulary
 from .weights import Affine, Take, Weights, checked, named_int4, norm_weights, taken_from
 
-CHUNK = 256  # tokens of a prompt per part, which bounds the attention mask
-MOST_BYTES = 1 << 28  # of activations, where a call has several prompts: its parts then have fewer tokens of each
+CHUNK = 256  # tokens of a prompt per part of a call, which bounds the attention mask
+MOST_BYTES = 1 << 28  # of activations in a part with several prompts
 
 
 def rows_at_once(rows: int, row_bytes: Callable[[], int]) -> int:
-    """Rows per part of a call. `row_bytes`: approximate size of a row's activations."""
+    """Tokens per part of a call. `row_bytes`: approximate size of a token's activations."""
     return CHUNK if rows <= CHUNK else max(CHUNK, MOST_BYTES // row_bytes())
 
 
 class RepackedLayers(ABC):
-    """`Layers` by kernels that run a span of layers, for inference only. Not for two threads at once.
+    """`Layers` by kernels that run a span of layers, for inference only; not thread-safe.
 
-    A call is split into parts whose activations take about 256 MB, and which have 256 tokens at least.
+    Large calls are split into parts of at least 256 tokens and about 256 MB of activations.
     """
 
     def __init__(
         self, spec: ModelSpec, embedding: Tensor, learned: Tensor | None, layers: list[Any], dtype: torch.dtype
     ) -> None:
-        """`learned`: positions (context, D), which the first layer's input has besides the embedding. `layers`: the model's and
-        the exit blocks'; None where this copy lacks the layer. `dtype`: of hidden states.
+        """`learned`: positions (context, D), added to the embedding. `layers`: the model's, then the exit blocks'; None if this
+        copy lacks the layer. `dtype`: of hidden states.
         """
         self.learned = None if learned is None else learned.to(dtype)
         self.num_layers, self.device, self.embedding = len(layers), embedding.device, embedding
@@ -44,13 +44,11 @@ class RepackedLayers(ABC):
         self._scale = float(torch.tensor(spec.embedding_scale).to(embedding.dtype))  # as transformers rounds it
 
     def embed(self, ids: Tensor) -> Tensor:
-        hidden = torch.embedding(self.embedding, ids)
-        if self.dtype != hidden.dtype:
-            hidden = hidden.to(self.dtype)
+        hidden = torch.embedding(self.embedding, ids).to(self.dtype)
         return hidden if self._scale == 1 else hidden * self._scale
 
     def placed(self, hidden: Tensor, places: Places) -> Tensor:
-        """The first layer's input, from embedded tokens (N, D)."""
+        """Adds learned positions, if the model has these, to embedded tokens (N, D)."""
         return hidden if self.learned is None else hidden + self.learned[places.positions.to(self.device, non_blocking=True)]
 
     @abstractmethod
@@ -81,8 +79,7 @@ class RepackedLayers(ABC):
 
 @dataclass
 class _Chain:
-    """Layers in one precision, the first `depth` of the model's own and those of exit blocks; None where this copy lacks one.
-    That of depth 0 has the layer of MTP alone.
+    """The first `depth` layers of the model and those of exit blocks, in one precision; None where this copy lacks one.
 
     `whole` and `at_exits` are heads that draft. `blocks`: by exit.
     """
@@ -97,7 +94,7 @@ class _Chain:
 
 
 class RepackedBackend(ABC):
-    """The operations and results of `TransformersBackend`, for inference only. Not for two threads at once."""
+    """`Backend` on repacked weights, with the results of `TransformersBackend`, for inference only; not thread-safe."""
 
     exact = batch_invariant = recordable = False
     draft_model: Backend | None = None
@@ -119,31 +116,31 @@ class RepackedBackend(ABC):
         Args:
             spec: of the model.
             take: gives its weights by their names in a checkpoint; each is taken once.
-            packing: low bits, and what drafts.
-            token_order: ids, the most frequent first, which `draft_vocab` counts; None for the tokenizer's order. Exits draft
-                among the first EXIT_VOCABULARY of an order unless `draft_vocab` says otherwise.
-            int4: calibrated weights as rows of bytes, for int4 layers and heads; the others are rounded to nearest.
-            exit_blocks: those of the model's exits.
-            embedding: instead of the one that `take` gives.
-            stored: rows of blocks of a GGUF file, for layers and heads without other low bits; of the compiled kernels only.
+            packing: low bits and drafts.
+            token_order: ids, the most frequent first, for `draft_vocab`; None: the tokenizer's order. With an order, exits
+                draft among its first EXIT_VOCABULARY tokens by default.
+            int4: calibrated weights as rows of bytes, for int4 layers and heads; without them weights are rounded to nearest.
+            exit_blocks: the model's blocks and drafters.
+            embedding: in place of the one from `take`.
+            stored: rows of blocks of a GGUF file, for layers and heads without other low bits (compiled kernels only).
 
         Raises:
             CheckpointError: a weight is missing, has another shape, or is not finite.
-            ConfigError: no kernel does what `packing` asks for.
+            ConfigError: no kernel supports `packing`.
         """
         packing = packing or PackingConfig()
         self.spec, self._chain_spec = spec, with_blocks(spec, exit_blocks)
-        self._calibrated = None if int4 is None else checked(int4, spec.shapes)
-        self._stored = None if stored is None else checked(stored, spec.shapes)
+        self._calibrated, self._stored = int4, stored and checked(stored, spec.shapes)
         weights = Weights(checked(take, spec.shapes, spec.mapped), spec.shapes)
         with torch.inference_mode():
             self._embedding = embedding = weights.of(spec.embedding_name) if embedding is None else embedding
             positions = spec.names.positions
             self._learned = None if positions is None else weights.of(f"{positions}.weight")
-            self._has_blocks = bool(exit_blocks.blocks or exit_blocks.mtp)  # whose norms come before the head too
+            self._has_blocks = bool(exit_blocks.blocks or exit_blocks.mtp)  # then the head follows several norms
             self._prepare(packing, weights)
             norm = norm_weights(weights, spec.names.norm, spec)
-            self._head, chains = self._headed_chains(weights, norm, packing, token_order, exit_blocks.mtp is not None)
+            mtp = exit_blocks.mtp
+            self._head, chains, drafting = self._headed_chains(weights, norm, packing, token_order, mtp is not None)
             self.exit_blocks: dict[int, PlacedBlock] = {}
             self._add_layers(chains, weights, exit_blocks)
             runners = [self._layers_of(chain.layers, chain.exact) for chain in chains]
@@ -151,12 +148,11 @@ class RepackedBackend(ABC):
             self.embed, self.run_layers, self.write_kv = layers.embed, layers.run_layers, layers.write_kv
             self.normed = self._norm(norm)
             self.drafters = self._drafters(exit_blocks, packing)
+            if mtp is not None:
+                self.drafters["mtp"] = self._placed_mtp(mtp, layers.num_layers, self._drafter_kinds(packing)[0], drafting)
         self.draft_sides: dict[Quantization | None, DraftSide] = {}
         for chain, layers in zip(chains, runners, strict=True):
             own, kernel = layers is self._layers, self._draft_kernel(layers)
-            if isinstance(mtp := chain.blocks.get(0), PlacedMtp):
-                self.drafters["mtp"] = replace(mtp, layers=layers, kernel=kernel)
-                continue
             side = DraftSide(layers, chain.depth, chain.whole, chain.at_exits, chain.blocks, own, kernel)
             self.draft_sides[None if own else chain.low_bits] = side
         self.num_layers, self.device, self.dtype = spec.layers, embedding.device, embedding.dtype
@@ -164,7 +160,7 @@ class RepackedBackend(ABC):
 
     @classmethod
     def of(cls, model: nn.Module, *args: Any, **options: Any) -> Self:
-        """Takes the weights of a transformers model, which can no longer run afterwards."""
+        """Takes the weights out of a transformers model, which can no longer run."""
         return cls(ModelSpec.of(model.config), taken_from(model), *args, **options)
 
     @property
@@ -179,22 +175,18 @@ class RepackedBackend(ABC):
         logits: Tensor = self._head(hidden)
         return logits
 
-    def choose(
-        self, tokens: Tensor, states: Tensor | None, start: int, stop: int, kept: Sequence[int], places: Places
-    ) -> tuple[Tensor, dict[int, Tensor]]:
-        return choose_by_head(self, tokens, states, start, stop, kept, places)
+    choose = choose_by_head
 
-    # What the kernels of a backend do. A head is a norm and a matrix, (..., D) to logits (..., N), and its `with_norm(norm)` is
-    # the same matrix after another norm. Matrices have the precision of the weights, or `low_bits`. Weights are read when they
-    # are needed. `exact`: rows keep the bits that they have alone.
+    # The parts by kernels. A head is a norm and a matrix, (..., D) to logits (..., N); `with_norm(norm)` is the same matrix
+    # after another norm. Matrices have the precision of the weights, or `low_bits`. `exact`: batch-invariant.
 
     @abstractmethod
     def _prepare(self, packing: PackingConfig, weights: Weights) -> None:
-        """Sets the shared values, once the embedding is there."""
+        """Sets values that the parts share, after the embedding."""
 
     @abstractmethod
     def _described(self, packing: PackingConfig) -> str:
-        """Which kernels run, once there are layers."""
+        """The implementation, after the layers."""
 
     @abstractmethod
     def _layer(self, weights: Weights, index: int, low_bits: Quantization | None, exact: bool) -> Any: ...
@@ -208,11 +200,11 @@ class RepackedBackend(ABC):
     def _join(self, weights: Weights, low_bits: Quantization | None) -> Callable[[Tensor], Tensor]: ...
 
     def _drafter_kinds(self, packing: PackingConfig) -> tuple[Quantization | None, Quantization | None]:
-        """The precision of the layer of MTP, and of the head that drafts after it."""
+        """The precision of MTP's layer and of the head after it."""
         return (packing.quantize,) * 2
 
     def _drafters(self, exit_blocks: ExitBlocks, packing: PackingConfig) -> dict[str, DraftBlock]:
-        """Those beside the chain of layers."""
+        """The drafters outside the chain of layers, but for MTP."""
         drafter = exit_blocks.eagle3
         return {} if drafter is None else {"eagle3": self.placed_eagle3(drafter, self._chain_spec.layers - 1, packing)}
 
@@ -226,13 +218,13 @@ class RepackedBackend(ABC):
     def _layers_of(self, layers: list[Any], exact: bool) -> RepackedLayers: ...
 
     def _draft_kernel(self, layers: Any) -> DraftKernel | None:
-        """The function that writes a whole draft in one call, or None."""
+        """The function that makes a whole draft in one call, if there is one."""
         return None
 
     def _headed_chains(
         self, weights: Weights, norm: Affine, packing: PackingConfig, order: list[int] | None, has_mtp: bool
-    ) -> tuple[Any, list[_Chain]]:
-        """The head that verifies; the model's own chain and those that draft, with their heads and without layers."""
+    ) -> tuple[Any, list[_Chain], DraftHead]:
+        """The head that verifies; the model's own chain and its copies, with heads and still without layers; MTP's head."""
         quantize, exact, layers, count = packing.quantize, packing.exact, self.spec.layers, packing.draft_vocab
         weights = weights.remembered().after({self.spec.embedding_name: self._embedding}.get)
         few = DraftVocabulary(self.spec.vocab, count or EXIT_VOCABULARY, order)
@@ -248,52 +240,55 @@ class RepackedBackend(ABC):
 
         verifying = head(quantize, exact=exact)
         chains = [_Chain(quantize, exact, layers, *drafting(quantize, lambda: verifying))]
+        at_exits = {quantize: chains[0].at_exits}
         if packing.draft_weights:
             kind = packing.draft_head or "int8"
             shared = kind == quantize and not exact
             heads = (chains[0].whole, chains[0].at_exits) if shared else drafting(kind, lambda: head(kind))
-            depth = packing.draft_layers or layers
+            depth, at_exits[kind] = packing.draft_layers or layers, heads[1]
             chains += [_Chain(copy, False, depth, heads[depth < layers], heads[1]) for copy in packing.draft_weights]
-        if has_mtp:
-            of_layer, of_head = self._drafter_kinds(packing)
-            of_copies = (packing.draft_head or "int8") if packing.draft_weights else quantize
-            known = {quantize: chains[0], of_copies: chains[-1]}
-            there = known[of_head].at_exits if of_head in known else drafting(of_head, lambda: head(of_head))[1]
-            chains.append(_Chain(of_layer, False, 0, there, there))
-        return verifying, chains
+        of_mtp = self._drafter_kinds(packing)[1] if has_mtp else quantize
+        if of_mtp not in at_exits:
+            at_exits[of_mtp] = drafting(of_mtp, lambda: head(of_mtp))[1]
+        return verifying, chains, at_exits[of_mtp]
 
     def _add_layers(self, chains: list[_Chain], weights: Weights, exit_blocks: ExitBlocks) -> None:
-        """Takes every weight once. A second copy exists of one matrix at most, of one layer where there are several chains."""
+        """Fills the chains. Takes every weight once; memory holds twice at most one matrix, or a layer if there are copies."""
         of_blocks = exit_blocks.weights(self.spec, self._embedding)
         parts: list[tuple[int, Weights, ExitBlock | None]] = [
             *((index + 1, weights.below(self.spec.layer_prefix(index)), None) for index in range(self.spec.layers)),
             *((block.exit_layer, of_blocks.below(block.prefix), block) for block in exit_blocks.blocks),
         ]
-        if (mtp := exit_blocks.mtp) is not None:
-            parts.append((0, mtp.weights(self.spec, self._embedding).below(MTP.prefix), MTP))
         for place, (depth, stored, block) in enumerate(parts):
-            own = stored.remembered() if block or sum(chain.depth > 0 for chain in chains) > 1 else stored
+            own = stored.remembered() if block or len(chains) > 1 else stored
             for chain in chains:
-                if depth > chain.depth or (depth == 0) != (chain.depth == 0):
+                if depth > chain.depth:
                     chain.layers.append(None)
                     continue
-                of_layer = self._source(own.below("layer.") if block else own, chain.low_bits)
+                of_layer = own.below("layer.") if block else self._source(own, chain.low_bits)
                 chain.layers.append(self._layer(of_layer, place, chain.low_bits, chain.exact))
                 if block:
-                    norm = norm_weights(own, "norm", self.spec)
-                    head: Any = chain.at_exits.unembed
-                    few = chain.at_exits.vocabulary
-                    placed = PlacedBlock(block, place, head.with_norm(norm), few)
-                    if block == MTP:
-                        norms = [self._norm(norm_weights(own, of, self.spec)) for of in ("norm", *INPUT_NORMS)]
-                        join = self._join(own, chain.low_bits)
-                        placed = PlacedMtp(block, place, placed.head, few, norm=norms[0], join=join, input_norms=norms[1:])
+                    norm, head = norm_weights(own, "norm", self.spec), cast(Any, chain.at_exits.unembed)
+                    placed = PlacedBlock(block, place, head.with_norm(norm), chain.at_exits.vocabulary)
                     chain.blocks[depth] = placed
                     if chain is chains[0]:
-                        whole = self._head.with_norm(norm)
-                        self.exit_blocks[depth] = replace(chain.blocks[depth], head=whole, vocabulary=None)
+                        self.exit_blocks[depth] = replace(placed, head=self._head.with_norm(norm), vocabulary=None)
+
+    def _placed_mtp(self, mtp: ExitBlocks, place: int, low_bits: Quantization | None, head: DraftHead) -> PlacedMtp:
+        """The drafter that the checkpoint ships: layer `place`, in a chain of its own."""
+        own, matrix = mtp.weights(self.spec, self._embedding).below(MTP.prefix), cast(Any, head.unembed)
+        layer = self._layer(own.below("layer."), place, low_bits, False)
+        layers = self._layers_of([*[None] * place, layer], False)
+        norm, *inputs = (norm_weights(own, name, self.spec) for name in ("norm", *INPUT_NORMS))
+        return PlacedMtp(
+            *(MTP, place, matrix.with_norm(norm), head.vocabulary, self._draft_kernel(layers)),
+            norm=self._norm(norm),
+            join=self._join(own, low_bits),
+            input_norms=list(map(self._norm, inputs)),
+            layers=layers,
+        )
 
     def _source(self, weights: Weights, kind: Quantization | None) -> Weights:
-        """With weights as they are stored, where there are any: calibrated ones for int4, rows of blocks without low bits."""
+        """With calibrated rows for int4; without low bits with the rows of blocks of the file."""
         stored = {"int4": self._calibrated, None: self._stored}.get(kind)
         return weights if stored is None else weights.after(stored)

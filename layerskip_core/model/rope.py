@@ -1,4 +1,4 @@
-"""Rotary position embeddings, in the forms that the layers on PyTorch's and on our own kernels take."""
+"""Rotary position embeddings, for the layers on PyTorch's and on our own kernels."""
 
 import math
 from collections.abc import Mapping
@@ -15,8 +15,8 @@ from .spec import ModelSpec
 class Rope:
     """Rotations by position as complex numbers, for the slots of a key head: its G queries, the key and the value.
 
-    Queries also get the scale of attention. Values stay as they are, and so does the part of a head that does not rotate. There
-    is one table for each of `spec.ropes`; it grows with the text.
+    Those of queries include the attention scale; those of values and of the unrotated part of a head are 1. There is one table
+    for each of `spec.ropes`; it grows with the text.
     """
 
     def __init__(self, spec: ModelSpec, like: Tensor) -> None:
@@ -24,9 +24,9 @@ class Rope:
         self._like = like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32))
         self._lengths = self._like.new_tensor([spec.attention_scale] * spec.groups + [1.0])[:, None]
         ones = torch.ones(1, spec.head_dim // 2, dtype=self._lengths.dtype.to_complex(), device=like.device)
-        self.still = self._slots(ones)  # (T = 1, 1, G+2, half a head), of layers without rope
+        self.still = self._slots(ones)  # (T = 1, 1, G+2, half a head), for layers without rope
         self._length, self._tables = 0, self._grown(0)
-        self._outgrown: list[list[Tensor]] = []  # recorded passes go on reading them
+        self._outgrown: list[list[Tensor]] = []  # recorded passes still read them
 
     def at(self, writer: SpanWriter, positions: Tensor) -> list[Tensor]:
         """By rotary embedding, (B, T, 1, G+2, half a head), without B for rows at the same positions."""
@@ -50,7 +50,7 @@ class Rope:
 
 
 def cosines_and_sines(spec: ModelSpec, count: int, like: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Of the first positions, each (positions, rotary / 2) in the precision of `like`, for each of `spec.ropes`."""
+    """Of positions 0..count-1, each (count, rotary / 2) in the precision of `like`, by `spec.ropes`."""
     tables = []
     for rope in spec.ropes:
         of_layer = spec if rope.kind is None else spec.of_layer(spec.kinds.index(rope.kind))
@@ -63,9 +63,9 @@ def cosines_and_sines(spec: ModelSpec, count: int, like: Tensor) -> list[tuple[T
 
 def rope_frequencies(spec: ModelSpec, rope: RopeSpec) -> tuple[Tensor, float]:
     """Radians per position of each rotating pair of a head, (rotary / 2,) in fp32, and the factor of cosine and sine."""
-    if rope.type in ("default", "proportional"):  # in transformers, in each model's own module: seconds to import
+    if rope.type in ("default", "proportional"):  # without the import of transformers, which takes seconds
         base, alpha, size = float(rope.parameters["rope_theta"]), rope.parameters.get("alpha"), spec.rotary
-        if alpha:  # Hunyuan's, which stretches it (NTK-aware scaling)
+        if alpha:  # Hunyuan's NTK-aware scaling
             base *= alpha ** (size / (size - 2))
         found = 1.0 / (base ** (torch.arange(0, size, 2, dtype=torch.int64).float() / size))
         if rope.type == "proportional":
@@ -80,14 +80,14 @@ def rope_frequencies(spec: ModelSpec, rope: RopeSpec) -> tuple[Tensor, float]:
 
 
 def llama3_factors(values: Mapping[str, Any], head_dim: int) -> Tensor:
-    """What the rope `llama3` divides the frequencies by, (head_dim / 2,) in fp64: those of long waves by `factor`.
+    """The divisors (head_dim / 2,) of the frequencies in the rope `llama3`, in fp64: `factor` for long waves, 1 for short ones.
 
-    `values`: its rope parameters in transformers' names.
+    `values`: rope parameters in transformers' names.
     """
     factor, original = float(values["factor"]), float(values["original_max_position_embeddings"])
     low, high = float(values["low_freq_factor"]), float(values["high_freq_factor"])
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
-    turns = original / (2 * math.pi * float(values["rope_theta"]) ** exponents)  # of each frequency over the original context
+    turns = original / (2 * math.pi * float(values["rope_theta"]) ** exponents)  # within the original context
     smooth = ((turns - low) / (high - low)).clamp(0, 1)
     factors: Tensor = 1 / ((1 - smooth) / factor + smooth)
     return factors

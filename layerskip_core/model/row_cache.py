@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .cache import KVCache, Places
+from .cache import Indices, KVCache, Places
 
 _BLOCK = 64  # positions that are added together, and read together: a multiple of the kernels' tiles
 _AHEAD = 256  # positions that get room before they are needed, at least, unless the text ends earlier
@@ -67,9 +67,7 @@ class RowCache(KVCache):
         held[..., :theirs, :] = other.storage[:, :, : other.rows, :, :theirs]
         self.written = max(self.written, theirs)
 
-    def branch(
-        self, rows: Sequence[int], starts: Sequence[int], stops: Sequence[int] | None = None, end: int | None = None
-    ) -> "RowCache":
+    def branch(self, rows: Indices, starts: Indices, stops: Indices | None = None, end: int | None = None) -> "RowCache":
         branch, stops = copy(self), stops or starts
         branch.rows, branch.max_positions, branch.features = len(rows), end or self.max_positions, [{} for _ in rows]
         branch.written = min(_in_blocks(max(stops)), self.capacity)
@@ -172,9 +170,7 @@ class MixedCache(KVCache):
             self.states[state] = torch.cat([held.repeat_interleave(len(like) // len(held), 0) for held in both], dim=1)
         super().join(other)
 
-    def branch(
-        self, rows: Sequence[int], starts: Sequence[int], stops: Sequence[int] | None = None, end: int | None = None
-    ) -> "MixedCache":
+    def branch(self, rows: Indices, starts: Indices, stops: Indices | None = None, end: int | None = None) -> "MixedCache":
         """Without stops only the states before the starts are kept."""
         branch = copy(self)
         branch.rows, branch.max_positions, branch.features = len(rows), end or self.max_positions, [{} for _ in rows]

@@ -1,6 +1,4 @@
-"""What a model is: this module turns a configuration into sizes, norms, biases, windows and the names of weights. Every
-backend is built from its ModelSpec.
-"""
+"""ModelSpec: a model's sizes, norms, biases, windows and names of weights, by its configuration. Backends are built from it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -29,24 +27,24 @@ from .variants import Architecture, Names, TokenInputs
 if TYPE_CHECKING:
     from torch import Tensor
 
-Block = Literal["attention", "mlp", "mixer"]  # mixer: in the place of attention
+Block = Literal["attention", "mlp", "mixer"]  # mixer: in place of attention
 Shapes = Mapping[str, tuple[int, ...]]
 _CONTEXTS = ("max_position_embeddings", "max_seq_len", "n_positions", "n_ctx", "context_length", "seq_length")
 _USUAL_CONTEXT = 2048  # of a model without a limit of its own, such as BLOOM
 
 
 class Projections(NamedTuple):
-    """Of a block in a layer: the names of the linear maps, of which the last one reads what comes of the others."""
+    """The linear maps of a block: inward ones, which read the hidden states, and the last, which gives the block's output."""
 
     names: tuple[str, ...]
-    widths: tuple[int, ...]  # outputs of the others, whatever is stored as one
+    widths: tuple[int, ...]  # outputs of each inward map, even if several are stored as one
     inputs: int  # of the last
-    biases: tuple[bool, bool]  # of the others, and of the last
+    biases: tuple[bool, bool]  # of the inward maps, and of the last
 
 
 @dataclass(frozen=True)
 class TransformersSpec:
-    """What is known of a model that only transformers runs."""
+    """The sizes of a model that only transformers runs."""
 
     model_type: str
     layers: int
@@ -60,12 +58,12 @@ class TransformersSpec:
     config: Any = field(repr=False, compare=False)  # the configuration itself
 
     def weights_read(self, rows: int) -> float:
-        """How many weights a pass over so many tokens reads: those of the layers and of the head."""
+        """The number of weights that a pass over so many tokens reads: of the layers and of the head."""
         return self.parameters - (0 if self.tied else self.vocab * self.hidden)
 
     @classmethod
     def of(cls, model: Any, layers: int, block_parts: Mapping[str, Any]) -> "TransformersSpec":
-        """Of a transformers model with so many layers, and the modules that its exit blocks copy, by name."""
+        """The spec of a transformers model. `block_parts`: the modules that its exit blocks copy, by name."""
         config, head = model.config.get_text_config(decoder=True), model.get_output_embeddings()
         context = next(filter(None, (getattr(config, name, None) for name in _CONTEXTS)), _USUAL_CONTEXT)
         tied = head is not None and head.weight is model.get_input_embeddings().weight
@@ -77,7 +75,7 @@ class TransformersSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """The sizes of a model that our kernels run and the variants of its layers, all checked."""
+    """The sizes and variants of a model that our kernels run, all checked."""
 
     model_type: str
     architecture: Architecture
@@ -87,8 +85,8 @@ class ModelSpec:
     kv_heads: int
     head_dim: int
     inner: int  # width of the MLP
-    sizes: tuple[LayerSizes, ...]  # by layer, where they differ: see `of_layer`
-    token_width: int  # of what each layer reads of a token; 0 for nothing
+    sizes: tuple[LayerSizes, ...]  # by layer, if layers differ: see `of_layer`
+    token_width: int  # of each layer's token input; 0 for none
     token_vocab: int
     experts: ExpertsSpec | None
     recurrence: RecurrenceSpec | None
@@ -99,30 +97,30 @@ class ModelSpec:
     kinds: tuple[str, ...]  # by layer: of LAYER_KINDS, that of the architecture's mixer, or MLP
     window: int | None  # positions that a sliding layer sees
     ropes: tuple[RopeSpec, ...]  # the different rotary embeddings
-    rope_of: tuple[int | None, ...]  # by layer: the index of its rotary embedding; None where it has no positions
-    rotary: int  # dimensions of a head that rotate, from the first on
+    rope_of: tuple[int | None, ...]  # by layer: the index of its rotary embedding; None for none
+    rotary: int  # the first dimensions of a head, which rotate
     parallel: bool  # attention and MLP read the same hidden states
-    query_bias: bool  # of keys and values too
-    output_bias: bool  # of the attention
+    query_bias: bool  # of queries, keys and values
+    output_bias: bool  # of attention's output
     mlp_bias: bool
     tied: bool  # whether the head is the embedding
     attention_scale: float
     embedding_scale: float
-    residual_scale: float  # of what a block adds
+    residual_scale: float  # of a block's output
     logits_divisor: float
     score_cap: float | None  # c of c * tanh(score / c)
     logits_cap: float | None
     clip: float | None  # largest magnitude of queries, keys and values
-    swiglu: tuple[float, float] | None  # of swiglu_clamped: what the gate is multiplied by before its logistic function; bound
+    swiglu: tuple[float, float] | None  # of swiglu_clamped: alpha of gate * sigmoid(alpha * gate), and the bound
     config: Any = field(repr=False, compare=False)  # the configuration itself
-    source: int | None = None  # of one layer: the layer whose keys and values it reads, if it has none
+    source: int | None = None  # see LayerSizes; None but in the spec of a layer
 
     @classmethod
     def of(cls, config: Any) -> "ModelSpec":
         """Reads a configuration object. Raises CheckpointError, naming the first value that is out of range."""
         if (architecture := known_architecture(config)) is None:
             raise CheckpointError(f"model_type must be one of {', '.join(SUPPORTED)}, got {config.model_type!r:.60}")
-        if "per_layer_config" in architecture.uses and hasattr(config, "to_dict"):  # which refuses values that differ by layer
+        if "per_layer_config" in architecture.uses and hasattr(config, "to_dict"):  # the object hides values by layer
             config = SimpleNamespace(**config.to_dict())
         values = read_values(config, architecture)
         kv_heads, head_dim = values.head_sizes
@@ -131,7 +129,7 @@ class ModelSpec:
         query_bias, output_bias, mlp_bias = (is_on(switch, config) for switch in architecture.biases)
         width_scale = sqrt(values.hidden_size) if architecture.scales_embeddings else 1.0
         indices = {rope.kind: index for index, rope in enumerate(ropes)}
-        # A longrope changes all frequencies after its original context: cached keys would no longer fit.
+        # A longrope changes all frequencies after its original context; keys in the cache have the old ones.
         ends = (rope.parameters.get("original_max_position_embeddings") for rope in ropes if rope.type == "longrope")
         return cls(
             model_type=config.model_type,
@@ -183,11 +181,11 @@ class ModelSpec:
 
     @property
     def head_name(self) -> str:
-        """The name of the head's weight; the embedding's where that is the head."""
+        """The name of the head's weight; if tied, the embedding's."""
         return self.embedding_name if self.tied else "lm_head.weight"
 
     def layer_prefix(self, layer: int) -> str:
-        """What the names of a layer's weights begin with."""
+        """The beginning of the names of a layer's weights."""
         return f"{self.names.layers}.{layer}."
 
     def of_layer(self, layer: int) -> "ModelSpec":
@@ -236,35 +234,32 @@ class ModelSpec:
 
     @property
     def mapped(self) -> tuple[str, ...]:
-        """The names of weights that stay in their file, because a token reads a row of them."""
+        """The names of weights that stay in their file: a token reads one row."""
         return () if self.token_inputs is None else (self.token_inputs.table,)
 
     @property
     def unread(self) -> int:
-        """How many numbers these have."""
+        """Their size."""
         return self.token_vocab * self.layers * self.token_width
 
     @cached_property
     def attending(self) -> tuple[int, ...]:
-        """The layers that have keys and values of their own."""
+        """The layers with keys and values of their own."""
         own = [size.source is None for size in self.sizes] or [True] * self.layers
         return tuple(index for index, kind in enumerate(self.kinds) if own[index] and kind in LAYER_KINDS)
 
     @property
     def block_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of an exit block's weights: of a layer, and of a norm."""
+        """Names and shapes of an exit block's weights: a layer like the last attending one, and a norm."""
         if not self.attending:
             return {}
-        last = self.shapes_of_layer(self.attending[-1])  # which the layers of exit blocks are like
-        last.pop(self.architecture.layer_scale or "", None)  # which stays that of the layer
+        last = self.shapes_of_layer(self.attending[-1])
+        last.pop(self.architecture.layer_scale or "", None)  # the block shares it
         return {f"layer.{name}": shape for name, shape in last.items()} | self.norm_shapes("norm", self.hidden)
 
     @property
     def stored_parts(self) -> dict[str, list[list[str]]]:
-        """By the name of a weight that checkpoints store under other names or in parts: these, of each expert.
-
-        A weight without a dimension of experts has one list.
-        """
+        """For each weight that checkpoints store under other names or in parts: lists of the parts' names, one by expert."""
         parts: dict[str, list[list[str]]] = {}
         if (head := self.names.stored_head) is not None and not self.tied:
             parts[self.head_name] = [[f"{head}.weight"]]
@@ -280,9 +275,9 @@ class ModelSpec:
         return parts
 
     def weights_read(self, rows: int) -> float:
-        """How many weights a pass over so many tokens reads: those of the layers and of the head.
+        """The number of weights that a pass over so many tokens reads: of the layers and of the head.
 
-        Of experts the mean number, if every token chooses any of them with the same probability.
+        Of experts the expected number, if all are equally likely.
         """
         read: float = self.parameters - self.unread - (0 if self.tied else self.vocab * self.hidden)
         if self.experts is not None:
@@ -309,21 +304,21 @@ class ModelSpec:
         return Projections(of.mixer.projections, mixer.widths, mixer.outputs, (mixer.biased,) * 2)
 
     def blocks_of(self, layer: int) -> tuple[Block, ...]:
-        """What a layer consists of, in order. Experts count as an MLP."""
+        """The blocks of a layer in order. Experts count as an MLP."""
         if self.kinds[layer] == MLP:
             return ("mlp",)
         first: Block = "attention" if self.kinds[layer] in LAYER_KINDS else "mixer"
         return (first,) if self.architecture.one_block else (first, "mlp")
 
     def norm_names(self, layer: int) -> tuple[str | None, ...]:
-        """Of a layer: before and after attention, before and after the MLP, of queries, of keys; None where there is none."""
+        """A layer's norms before and after attention, before and after the MLP, of queries, of keys; None for none."""
         names = self.names
         normed = self.architecture.query_key_norms != "none" and "attention" in self.blocks_of(layer)
         query, key = (names.attention + name if normed else None for name in (names.query_norm, names.key_norm))
         return *self.architecture.norms, query, None if self.of_layer(layer).source is not None else key
 
     def shapes_of_layer(self, index: int) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the weights of a layer, after its prefix."""
+        """Names, after the layer's prefix, and shapes of its weights."""
         shapes: dict[str, tuple[int, ...]] = {}
         experts, names, of_layer = self.experts_of(index), self.architecture.experts, self.of_layer(index)
         blocks = self.blocks_of(index)
@@ -365,7 +360,7 @@ class ModelSpec:
         return shapes
 
     def experts_of(self, layer: int) -> ExpertsSpec | None:
-        """The experts in the place of a layer's MLP; None where it has one."""
+        """The experts in place of a layer's MLP; None if it has an MLP."""
         return self.experts if self.experts is not None and self.experts.layers[layer] else None
 
     def norm_shapes(self, name: str, size: int) -> dict[str, tuple[int, ...]]:
@@ -374,17 +369,17 @@ class ModelSpec:
         return {f"{name}.{part}": (size,) for part in parts}
 
     def scaled_logits(self, logits: "Tensor") -> "Tensor":
-        """The output of the head after the division and the soft cap of an architecture, if it has them."""
+        """Logits after the architecture's division and soft cap."""
         if self.logits_divisor != 1:
             logits = logits / self.logits_divisor
         return logits if self.logits_cap is None else (logits / self.logits_cap).tanh() * self.logits_cap
 
     def window_of(self, kind: str) -> int | None:
-        """How many positions a layer of this kind sees; None for all."""
+        """The window of a layer of this kind, in positions; None: it sees all."""
         return self.window if kind == SLIDING else None
 
     def check_weights(self, stored: Shapes) -> None:
-        """Raises CheckpointError for a weight that is missing from the `stored` ones, or has another shape."""
+        """Raises CheckpointError for a weight that is missing in `stored` or has another shape."""
         if missing := sorted(name for name in self.shapes if name not in stored):
             raise CheckpointError(f"{len(missing)} weights are missing, {missing[0]} the first")
         for name, shape in self.shapes.items():
@@ -395,6 +390,6 @@ AnySpec = ModelSpec | TransformersSpec
 
 
 def check_shape(name: str, needed: tuple[int, ...], stored: tuple[int, ...]) -> None:
-    """Raises CheckpointError for a weight of another shape than is needed."""
+    """Raises CheckpointError for a weight of another shape."""
     if tuple(stored) != needed:
         raise CheckpointError(f"size mismatch of {name}: needed {list(needed)}, found {list(stored)}")

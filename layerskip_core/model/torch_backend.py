@@ -1,4 +1,4 @@
-"""`Backend` on repacked weights, by PyTorch's kernels: faster than transformers' layers, on every device."""
+"""`Backend` on repacked weights by PyTorch's kernels: faster than transformers' layers, on every device."""
 
 import os
 from collections.abc import Callable
@@ -20,14 +20,14 @@ from .torch_linear import KernelLinear, Linear, Norm, exact_rows, linear
 from .vocabulary import DraftVocabulary
 from .weights import Affine, Weights, head_weights
 
-GRAPHS = "LAYERSKIP_CUDA_GRAPHS"  # environment variable: whether decoding on a GPU records its passes
-_KEPT_ROWS = CHUNK // 2  # calls of up to this many rows keep their buffers
+GRAPHS = "LAYERSKIP_CUDA_GRAPHS"  # environment variable: on or off, CUDA graphs of passes
+_KEPT_ROWS = CHUNK // 2  # most rows of a call whose buffers are kept
 _KEPT = 16  # shapes of calls whose buffers are kept
-_PRODUCT_TOKENS = 16  # up to this many tokens per row attention is two matrix products; a prompt's mask would be large
+_PRODUCT_TOKENS = 16  # most tokens per row with attention as two matrix products; a prompt's mask would be large
 
 
 class TorchLayers(RepackedLayers):
-    """Layers whose hidden states have the precision of the weights."""
+    """Layers with hidden states in the precision of the weights."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class TorchLayers(RepackedLayers):
         layers: list[TorchLayer | None],
         exact: bool,
     ) -> None:
-        """`exact`: calls are split so that a token of a single row has the same bits alone as among others."""
+        """`exact`: calls are split to be batch-invariant, for one row."""
         super().__init__(spec, embedding, learned, layers, embedding.dtype)
         self._rope, self._masks = rope, Masks(spec, embedding)
         self._exact: dict[int, int] | None = {} if exact else None  # see `exact_rows`
@@ -68,7 +68,7 @@ class TorchLayers(RepackedLayers):
         positions: Tensor,
         row: int | None,
     ) -> Tensor:
-        """A grid of tokens, (B, T, D), so many columns at once that masks and activations stay small."""
+        """A grid of tokens, (B, T, D), in parts of few columns, which bounds masks and activations."""
         batch, count = positions.shape
         most = max(1, min(CHUNK, rows_at_once(batch * count, self.row_bytes) // batch))
         if self._exact is not None and 1 < count <= EXACT_TOKENS:
@@ -80,7 +80,7 @@ class TorchLayers(RepackedLayers):
     def _grid(
         self, layers: list[TorchLayer], start: int, only_kv: bool, writer: SpanWriter, hidden: Tensor, positions: Tensor
     ) -> Tensor:
-        # A pass that is recorded, which has positions on the device, has buffers of its own.
+        # A recorded pass, which has positions on the device, keeps its own buffers.
         keeps = positions.numel() <= _KEPT_ROWS and positions.device.type == "cpu"
         space, stop = (self._kept if keeps else self._workspace)(*positions.shape), start + len(layers)
         slots = writer.layers(start, stop)
@@ -106,7 +106,7 @@ class TorchLayers(RepackedLayers):
         return Step(ropes, still, masks, None, None if by_products else writer.stop)
 
     def _same_alone(self, count: int) -> bool:
-        """True if a layer's output for `count` random rows equals its outputs row by row. All layers have the same shapes."""
+        """Whether the first layer's output for `count` random rows equals its outputs row by row; all layers are alike."""
         generator = torch.Generator(self.device).manual_seed(count)
         size = self.embedding.shape[1]
         hidden = torch.randn(1, 24 + count, size, generator=generator, device=self.device).to(self.dtype)
@@ -122,10 +122,10 @@ class TorchLayers(RepackedLayers):
 
 
 class TorchHead:
-    """Norm and head (N, D)."""
+    """Norm and head."""
 
     def __init__(self, norm: Norm, linear: Linear, unfolded: Linear | None, spec: ModelSpec, exact: bool) -> None:
-        """`linear`: of the head with the norm folded into it; `unfolded`: the same without, for other norms."""
+        """`linear`: the head with the norm folded into it; `unfolded`: without, to follow other norms."""
         self._spec = spec
         self._norm, self.linear, self._unfolded = norm, linear, unfolded
         self._exact: dict[int, int] | None = {} if exact else None  # see `exact_rows`
@@ -157,7 +157,7 @@ class TorchHead:
 
 
 class TorchBackend(RepackedBackend):
-    """On PyTorch's kernels, for specs without a `missing_feature`. Hidden states have the precision of the weights."""
+    """Repacked weights on PyTorch's kernels, for specs without a `missing_feature`."""
 
     def _prepare(self, packing: PackingConfig, weights: Weights) -> None:
         """Raises ConfigError if GRAPHS is neither on nor off."""

@@ -1,4 +1,4 @@
-"""A decoder layer on PyTorch's kernels, in few operations: in a small model their number is most of the time."""
+"""A decoder layer on PyTorch's kernels, in few operations: their number decides the time of a small model."""
 
 import math
 from collections.abc import Callable
@@ -43,13 +43,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "xielu": xielu,
 }
 
-# Types of rope whose angles depend on the position only. Those of a dynamic rope or a longrope change where a text outgrows
-# the context that a ModelSpec allows.
+# Types of rope whose angles depend on the position only. (Dynamic ones and longropes change beyond ModelSpec.context.)
 _STATIC_ROPES = ("default", "linear", "llama3", "yarn", "dynamic", "longrope", "proportional")
 
 
-def missing_feature(spec: AnySpec, recurrent: bool = False) -> str | None:
-    """The feature of an architecture that these layers lack; None if they have all. `recurrent`: other layers are the same."""
+def missing_feature(spec: AnySpec, native: bool = False) -> str | None:
+    """A feature of the architecture that these layers lack, or the `native` ones, which have more; None if they have all."""
     if not isinstance(spec, ModelSpec):
         return "layers that only transformers has"
     if spec.activation not in ACTIVATIONS and spec.swiglu is None:
@@ -63,7 +62,7 @@ def missing_feature(spec: AnySpec, recurrent: bool = False) -> str | None:
         "shared experts": spec.experts is not None and spec.experts.shared_inner,
         "different sizes of layers": spec.sizes,
     }
-    if not recurrent and any(features.values()):
+    if not native and any(features.values()):
         return next(name for name, present in features.items() if present)
     for rope in spec.ropes:
         if rope.type not in _STATIC_ROPES:
@@ -74,17 +73,17 @@ def missing_feature(spec: AnySpec, recurrent: bool = False) -> str | None:
 
 
 class Step(NamedTuple):
-    """Tensors shared by all layers of a call. The dicts are by kind of layer."""
+    """Tensors that all layers of a call share. The dicts are by kind of layer."""
 
     ropes: list[Tensor]  # by index of the rotary embedding: (B, T, 1, G+2, half a head) complex, or without B
     still: Tensor  # the same for layers without rotary positions
-    masks: dict[str, Tensor | None]  # added to the scores, (B or 1, 1, T, 1, S) or (S,)
-    spans: dict[str, list[tuple[int, int]]] | None  # keys start..stop-1 that each token sees, to attend token by token
-    stop: int | None  # filled places of the cache; None to attend to all of them, as the masks say
+    masks: dict[str, Tensor | None]  # added to the scores, (B or 1, 1, T, 1, S)
+    spans: dict[str, list[tuple[int, int]]] | None  # exact: keys start..stop-1 of each token, which attends alone
+    stop: int | None  # filled positions of the cache; None: attention reads all, under masks
 
 
 class Workspace:
-    """Buffers of the layers for calls over B*T tokens, and their views, which are made once."""
+    """Buffers of layers for calls over B*T tokens, with their views."""
 
     def __init__(self, spec: ModelSpec, like: Tensor, batch: int, count: int) -> None:
         groups, heads, size = spec.groups, spec.kv_heads, spec.head_dim
@@ -96,7 +95,7 @@ class Workspace:
         self.rotating = slots[:, :, :, : groups + 1]  # queries and keys
         self.keys_values = slots[:, :, :, groups:].permute(3, 0, 2, 1, 4)  # (2, B, kv heads, T, head dim)
         self.rotated = slots[:, :, :, :groups].transpose(1, 2)  # queries, (B, kv heads, T, G, head dim)
-        self.queries = like.new_empty(self.rotated.shape)  # where they are copied, T*G rows per head
+        self.queries = like.new_empty(self.rotated.shape)  # a contiguous copy: T*G rows per head
         self.query_rows = self.queries.view(batch * heads, count * groups, size)
         self.scored = (batch, heads, count, groups, -1)  # the shape of their scores
         gated = spec.architecture.gated
@@ -108,10 +107,10 @@ class Workspace:
 class TorchLayer:
     """A decoder layer over rows (B*T, D).
 
-    Query, key and value are one matrix, gate and up another. Rows of the first are ordered (kv head, slot, head dim); the slots
-    are the G queries of a key's group, the key and the value. So the queries of T tokens are T*G rows of one attention call,
-    its output for one token needs no transposition, and the token's key and value are one copy into the cache. The two halves
-    of the rotating part of a head interleave as complex numbers, so that rope and the scale of attention are one product.
+    Query, key and value are one matrix, gate and up another. Rows of the first are ordered (kv head, slot, head dim), where the
+    slots are the G queries of a group, the key and the value. So queries of T tokens are T*G rows of one attention call, its
+    output for one token needs no transposition, and key and value are one copy into the cache. The halves of the rotating part
+    of a head interleave as complex numbers: rope and attention scale are one product.
     """
 
     def __init__(self, weights: Weights, spec: ModelSpec, index: int, quantization: Quantization | None, exact: bool) -> None:
@@ -200,10 +199,10 @@ class TorchLayer:
         """Attention of the workspace's queries, (B*T, heads * head dim)."""
         mask = step.masks[kind]
         if step.stop is None:
-            # In bf16 and at 2,048 keys two products take a third of the time of scaled_dot_product_attention.
+            # In bf16 at 2,048 keys this takes a third of the time of scaled_dot_product_attention.
             assert mask is not None
             scores = self._capped(torch.bmm(space.query_rows, held.keys))
-            (scores if mask.dim() == 1 else scores.view(space.scored)).add_(mask)
+            scores.view(space.scored).add_(mask)
             mixed = torch.bmm(scores.softmax(-1), held.values)
             if space.single:
                 return mixed.view(space.rows, -1)
@@ -235,7 +234,7 @@ class TorchExperts:
     """A mixture of experts: each multiplies the rows that chose it."""
 
     def __init__(self, spec: ModelSpec, scores: Linear, ups: list[Linear], downs: list[Linear]) -> None:
-        """`scores`: of all experts, for rows in at least fp32. `ups`: (2 * inner, D) each, gate and up; `downs`: (D, inner)."""
+        """`scores`: the router, for rows in fp32 or more. `ups`: gate and up, (2 * inner, D) each; `downs`: (D, inner)."""
         assert spec.experts is not None
         self._scores, self._ups, self._downs = scores, ups, downs
         self._chosen, self._normalised = spec.experts.chosen, spec.experts.normalised
@@ -256,9 +255,9 @@ class TorchExperts:
 
 
 def _slots(spec: ModelSpec, query: Tensor, key: Tensor, value: Tensor | None = None) -> Tensor:
-    """What belongs to the outputs of three projections, (heads * head dim, ...) each, as (kv heads, G+2 slots, head dim, ...).
+    """Joins tensors by output of three projections, (heads * head dim, ...) each, to (kv heads, G+2 slots, head dim, ...).
 
-    In queries and keys the two halves of the rotating part of a head alternate; the rest follows.
+    In queries and keys the two halves of the rotating part of a head interleave; the rest follows.
     """
     shape = (spec.kv_heads, -1, spec.head_dim, *query.shape[1:])
     both = torch.cat([query.view(shape), key.view(shape)], dim=1)
@@ -274,18 +273,17 @@ class Masks:
         """Masks have the precision and the device of `like`."""
         self.windows = {kind: spec.window_of(kind) for kind in spec.kinds}
         self._like = like.new_empty(0)
-        self._ahead = self._like  # as many zeros, then as many infinities
 
     def by_kind(self, writer: SpanWriter, positions: Tensor, keys: int, always: bool) -> dict[str, Tensor | None]:
-        """By kind of layer, (B or 1, 1, T, 1, S) over `keys` places of the cache, or (S,) for one token.
+        """By kind of layer, (B or 1, 1, T, 1, S) over `keys` positions of the cache.
 
-        None where every place may be seen, unless a mask is needed `always`. `positions` (B, T) are on the device.
+        None for one token that sees all, unless a mask is `always` needed. `positions` (B, T) are on the device.
         """
         return {kind: self._mask(window, writer, positions, keys, always) for kind, window in self.windows.items()}
 
     def _mask(self, window: int | None, writer: SpanWriter, positions: Tensor, keys: int, always: bool) -> Tensor | None:
-        if writer.contiguous and positions.shape[1] == 1 and (window is None or writer.stop <= window):
-            return self._after(writer.stop, keys) if always else None
+        if not always and writer.contiguous and positions.shape[1] == 1 and (window is None or writer.stop <= window):
+            return None
         queries = (positions[:1] if writer.contiguous else positions)[:, None, :, None, None]
         order = torch.arange(keys, device=positions.device)
         unseen = order > queries
@@ -293,12 +291,3 @@ class Masks:
             unseen |= order <= queries - window
         mask = torch.zeros(unseen.shape, dtype=self._like.dtype, device=positions.device)
         return mask.masked_fill_(unseen, -math.inf)
-
-    def _after(self, stop: int, keys: int) -> Tensor:
-        """(S,) that hides the places from `stop` on: a view, so that a single token costs no new tensor."""
-        half = len(self._ahead) // 2
-        if half < keys:
-            half = 2 * keys
-            self._ahead = self._like.new_zeros(2 * half)
-            self._ahead[half:] = -math.inf
-        return self._ahead[half - stop : half - stop + keys]

@@ -1,4 +1,4 @@
-"""Linear layers and norms of the backend on PyTorch's kernels."""
+"""Linear layers and norms on PyTorch's kernels."""
 
 import math
 from collections.abc import Callable
@@ -12,21 +12,21 @@ from ..config.model import Quantization
 from ..errors import ConfigError
 from .weights import GROUP_SIZE, Affine, inputs_of, int4_of, int8_levels
 
-_PREPACKED_SIZE = 1 << 18  # elements; a call of oneDNN costs 9 us, which a smaller fp32 matrix does not regain at one row
-_TYPICAL_ROWS = 8  # oneDNN chooses its layout for this row count: a round of speculation, and good at one row too
+_PREPACKED_SIZE = 1 << 18  # elements of an fp32 matrix from which oneDNN pays at one row, in spite of 9 us per call
+_TYPICAL_ROWS = 8  # oneDNN optimises its layout for this many rows: a round of speculation; good at one row too
 _MOST_EXACT_ROWS = 8
-_MANY_ROWS = 16  # from here on the bf16 kernel, on levels converted for the call, is faster than int8's: 2.4 times at 64
+_MANY_ROWS = 16  # from here the bf16 kernel on converted levels beats int8's: 2.4 times at 64
 _STEP = 16  # inputs per step of torch's int8 kernel, and outputs per step of the int4 kernel
 
 Multiply = Callable[[Tensor], Tensor]
-"""Rows (rows, in) to a new tensor (rows, out), whose precision may differ."""
+"""(rows, in) to a new tensor (rows, out), perhaps in another precision."""
 
 
 class PlainLinear:
     """A linear layer by torch.mm."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self._weight = weight.t().contiguous()  # (in, out) is about 10% faster than (out, in) for one row in fp32
+        self._weight = weight.t().contiguous()  # (in, out) is about 10% faster for one row in fp32
         self._bias = None if bias is None else bias.detach()
 
     def __call__(self, rows: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ class PlainLinear:
         return torch.mm(rows, self._weight) if self._bias is None else torch.addmm(self._bias, rows, self._weight)
 
     def write(self, rows: Tensor, out: Tensor) -> None:
-        """(rows, in) to `out` (rows, out), which may have another precision."""
+        """(rows, in) to `out` (rows, out), perhaps in another precision."""
         if out.dtype != rows.dtype:
             out.copy_(self(rows))
         elif self._bias is None:
@@ -50,7 +50,7 @@ class PlainLinear:
 
 
 class KernelLinear:
-    """The same operations by a kernel."""
+    """The operations of PlainLinear by a kernel."""
 
     def __init__(self, multiply: Multiply) -> None:
         self._multiply = multiply
@@ -71,7 +71,7 @@ Linear = PlainLinear | KernelLinear
 def linear(weight: Tensor, bias: Tensor | None, quantization: Quantization | None = None, exact: bool = False) -> Linear:
     """A linear layer (out, in) by the best kernel for its device, precision and size.
 
-    `exact` prefers a batch-invariant kernel, oneDNN's, at any size. Raises ConfigError if no low-bit kernel supports the layer.
+    `exact`: prefers oneDNN's, which is batch-invariant. Raises ConfigError if no low-bit kernel supports the layer.
     """
     if quantization is not None:
         return KernelLinear(quantized(weight, bias, quantization))
@@ -82,7 +82,7 @@ def linear(weight: Tensor, bias: Tensor | None, quantization: Quantization | Non
 
 
 def _one_dnn(weight: Tensor, bias: Tensor | None) -> Multiply:
-    """In oneDNN's blocked layout: bound by memory, and nearly as fast for several rows as for one."""
+    """In oneDNN's blocked layout, which is nearly as fast for several rows as for one."""
     pointwise: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.default  # not every build of torch has it
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _TYPICAL_ROWS)
     bias = None if bias is None else bias.detach()
@@ -91,7 +91,7 @@ def _one_dnn(weight: Tensor, bias: Tensor | None) -> Multiply:
 
 @cache
 def prepacks(dtype: torch.dtype) -> bool:
-    """Whether oneDNN has a prepacked kernel for this precision here: not for fp64, on ARM, or for bf16 without AVX-512."""
+    """Whether oneDNN has a prepacked kernel for this precision here: not on ARM, nor for bf16 without AVX-512."""
     if dtype not in (torch.float32, torch.bfloat16):
         return False
     try:
@@ -102,10 +102,8 @@ def prepacks(dtype: torch.dtype) -> bool:
 
 
 def quantized(weight: Tensor, bias: Tensor | None, quantization: Quantization) -> Multiply:
-    """Low-bit weights (out, in) over rows that are rounded to bf16: torch's kernels take ten times as long for fp32 rows
-    without AVX-512. Outputs are in bf16, or in the precision of the bias.
-
-    Raises ConfigError if no kernel supports them.
+    """A low-bit linear layer (out, in). Rows are rounded to bf16, which is ten times as fast as fp32 without AVX-512; outputs
+    are in bf16, or in the precision of the bias. Raises ConfigError if no kernel supports it.
     """
     if weight.device.type != "cpu":
         raise ConfigError(f"{quantization} weights need `device` cpu, got {weight.device.type}")
@@ -153,7 +151,7 @@ _LOW_BIT: dict[Quantization, Callable[[Tensor], Multiply]] = {"int8": _int8, "in
 
 @cache
 def _works(quantization: Quantization) -> bool:
-    """Whether the kernel exists and is correct: weights that are levels must come out unchanged."""
+    """Whether the kernel exists and is correct, on weights that equal their levels."""
     weight = (torch.arange(64 * 64).view(64, 64) * 7 % 16).float()
     weight[:, ::GROUP_SIZE], weight[:, 1::GROUP_SIZE] = 0, 15
     expected = weight.sum(1)
@@ -165,9 +163,9 @@ def _works(quantization: Quantization) -> bool:
 
 
 def exact_rows(known: dict[int, int], same_alone: Callable[[int], bool]) -> int:
-    """How many rows a kernel may take so that each has the bits that it has alone: measured once per number of threads.
+    """The most rows for which a kernel is batch-invariant, measured once per number of threads.
 
-    `known`: what was measured. `same_alone(n)`: whether n rows together give what each of them gives alone.
+    `known`: earlier measurements. `same_alone(n)`: whether n rows together have the results of each alone.
     """
     threads = torch.get_num_threads()
     if threads not in known:
@@ -176,11 +174,11 @@ def exact_rows(known: dict[int, int], same_alone: Callable[[int], bool]) -> int:
 
 
 class Norm:
-    """RMSNorm over the last dimension, for which torch.rms_norm takes some eight passes on the CPU; LayerNorm with a bias.
+    """RMSNorm over the last dimension, or LayerNorm if there is a bias. On the CPU torch.rms_norm takes some eight passes.
 
-    Where it `folds`, in fp32 and fp64, the weight becomes part of the linear layer after the norm, and three passes remain.
-    Otherwise, as in bf16, where that would round the weights of the layer again, layer_norm is one pass: over a row and its
-    negative, whose mean is 0 and whose mean square is the row's.
+    If it `folds` (fp32, fp64), the next linear layer includes the weight, and three passes remain. Otherwise (in bf16 folding
+    would round the layer's weights again) layer_norm is one pass, over a row and its negative: their mean is 0, their mean
+    square the row's.
     """
 
     def __init__(self, weights: Affine, eps: float, folds: bool = False) -> None:
@@ -192,7 +190,7 @@ class Norm:
         self._floor = self._weight.new_tensor(math.sqrt(size * eps))
 
     def folded_into(self, weight: Tensor) -> Tensor:
-        """`weight` (out, D) of the linear layer after this norm as another (out, D), to be used instead of it."""
+        """The `weight` (out, D) of the linear layer after this norm, with the norm's own if it folds."""
         return weight * (self._weight * math.sqrt(self._weight.numel())) if self._folds else weight
 
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -201,7 +199,7 @@ class Norm:
             # sqrt(mean(x^2) + eps) is hypot(|x|, sqrt(D eps)) / sqrt(D)
             length: Tensor = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
             return hidden / length.hypot_(self._floor)
-        wide = hidden if self._on_cpu else hidden.to(self._weight.dtype)  # elsewhere kernels take one precision
+        wide = hidden if self._on_cpu else hidden.to(self._weight.dtype)  # CUDA kernels take one precision
         if self._bias is not None:
             return F.layer_norm(wide, self._weight.shape, self._weight, self._bias, self._eps).to(hidden.dtype)
         if not self._on_cpu:
@@ -214,7 +212,7 @@ class SlotNorm:
     """RMSNorm of queries and keys, over each head or over all heads, in place over (B, T, kv heads, G+1, head dim)."""
 
     def __init__(self, weights: Tensor, eps: float, per_head: bool, scale: float = 1.0) -> None:
-        """`weights` (kv heads, G+1, head dim). `scale`: that the queries of each head have, and keep."""
+        """`weights` (kv heads, G+1, head dim). `scale`: a factor of the queries, which the norm preserves."""
         wide = weights.to(torch.promote_types(weights.dtype, torch.float32))
         self._groups = weights.shape[1] - 1
         kept = wide.new_tensor([scale] * self._groups + [1.0])[:, None] if per_head else 1.0

@@ -16,7 +16,7 @@ from ..errors import CheckpointError
 from .architectures import SUPPORTED, known_architecture
 from .backend import Backend, DraftHead, DraftSide, choose_by_head
 from .cache import Places
-from .cut import CutModel, Form
+from .cut import CutModel, Form, LayerPair
 from .eagle3 import UNSUITED, Eagle3Weights, PlacedEagle3
 from .exit_blocks import INPUT_NORMS, MTP, NO_BLOCKS, DraftBlock, ExitBlock, ExitBlocks, PlacedBlock, PlacedMtp
 from .position_cache import Forward, hidden_of, replaced, with_hidden
@@ -137,10 +137,7 @@ class TransformersBackend:
     def run_layers(self, hidden: Tensor, start: int, stop: int, places: Places) -> Tensor:
         return hidden if start == stop else self._run(hidden, start, stop, places)
 
-    def choose(
-        self, tokens: Tensor, states: Tensor | None, start: int, stop: int, kept: Sequence[int], places: Places
-    ) -> tuple[Tensor, dict[int, Tensor]]:
-        return choose_by_head(self, tokens, states, start, stop, kept, places)
+    choose = choose_by_head
 
     def write_kv(self, hidden: Tensor, start: int, stop: int, places: Places) -> None:
         """As `Backend.write_kv`. Each layer ends where its attention has given its last entry to the cache."""
@@ -185,7 +182,7 @@ class TransformersBackend:
         if block.kind == "dense":
             layer.mlp = deepcopy(self.layers[0].mlp)
         if block.kind == "pair":
-            layer = _Pair(layer, deepcopy(self._originals_of_kinds()["pair.layer.1"]))
+            layer = LayerPair(layer, deepcopy(self._originals_of_kinds()["pair.layer.1"]))
         return layer, norm
 
     def run_block(self, layer: nn.Module, hidden: Tensor, ids: Tensor) -> Tensor:
@@ -203,10 +200,10 @@ class TransformersBackend:
             return {}
         return {"layer": form.layers[form.attending], "norm": form.norm}
 
-    def _originals_of_kinds(self) -> dict[str, Any]:
-        """The same of what only blocks of a kind have, by kind and name."""
-        experts = (layer for layer in reversed(self.layers) if hasattr(getattr(layer, "mixer", None), "experts"))
-        found = {"dense.layer.mlp": getattr(self.layers[0], "mlp", None), "pair.layer.1": next(experts, None)}
+    def _originals_of_kinds(self) -> dict[str, nn.Module]:
+        """What else blocks of a kind are copies of, by kind and name."""
+        experts = [None, *(layer for layer in self.layers if hasattr(getattr(layer, "mixer", None), "experts"))]
+        found = {"dense.layer.mlp": getattr(self.layers[0], "mlp", None), "pair.layer.1": experts[-1]}
         return {name: part for name, part in found.items() if part is not None}
 
     def _placed(self, block: ExitBlock, blocks: ExitBlocks) -> PlacedBlock:
@@ -223,14 +220,6 @@ class TransformersBackend:
             return PlacedBlock(block, place, head)
         join = partial(F.linear, weight=weights.of(f"{block.prefix}input.weight").to(like))
         return PlacedMtp(block, place, head, norm=norm, join=join, input_norms=[parts[name] for name in INPUT_NORMS])
-
-
-class _Pair(nn.Sequential):
-    """A layer of attention and the next, as one."""
-
-    def forward(self, *args: Any, **keywords: Any) -> Any:
-        first, second = self
-        return second(hidden_of(first(*args, **keywords)))
 
 
 class WholeTexts:

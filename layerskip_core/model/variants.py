@@ -1,12 +1,12 @@
-"""In what decoders differ: the fields of an entry of ARCHITECTURES in architectures.py."""
+"""How decoders differ: the fields of an entry of ARCHITECTURES in architectures.py."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-EXPERT_COUNTS = ("num_local_experts", "num_experts")  # names of the number of experts, by the version of transformers too
+EXPERT_COUNTS = ("num_local_experts", "num_experts")  # by type, and by the version of transformers
 
-# The values of config.json that are always read, and those that say which layers have windows.
+# The values of config.json that are always read, and those by `Architecture.windows`.
 _ALWAYS_READ = (
     *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("max_position_embeddings", "tie_word_embeddings", "vocab_size"),
@@ -18,73 +18,63 @@ _READ_FOR_WINDOWS: dict[str, tuple[str, ...]] = {
     "listed": ("sliding_window", "layer_types"),
 }
 
-# Names of the norms before and after attention, and before and after the MLP; None where there is none. All act inside the
-# residual branch.
+# Names of the norms before and after attention, before and after the MLP; all act inside the residual branch.
 Norms = tuple[str | None, str | None, str | None, str | None]
 _BEFORE: Norms = ("input_layernorm", None, "post_attention_layernorm", None)
-# Biases of queries, keys and values, of the attention's output, and of the MLP: always, never, or where this value of
-# config.json says so.
+# Biases of queries, keys and values, of attention's output, and of the MLP: always, never, or by a value of config.json.
 Biases = tuple[str | bool, str | bool, str | bool]
 _IN_ATTENTION: Biases = ("attention_bias", "attention_bias", False)
 
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture of experts in the place of the MLP. Names of weights follow a layer's prefix; other strings name values of
-    config.json.
+    """A mixture of experts in place of the MLP. Names of weights follow a layer's prefix; others are values of config.json.
 
-    A router (experts, D) scores the experts for each token. The best `num_experts_per_tok` of them are added up, weighted by
-    the softmax of their scores: over these alone (`normalised`), or over all. `on_some_layers`: by `decoder_sparse_step` and
-    `mlp_only_layers`; the other layers have an MLP. `shared`: the projections of an MLP that all tokens have too, times the
-    logistic function of what `shared_gate` gives, if there is one. `stored`: the names in checkpoints where they differ from
-    those in memory, with {} for the index of an expert: the parts of a weight, which stand below each other. `by_inputs`:
-    weights are (inputs, outputs), outputs of gate and up in turns. Biases of the MLP are those of the router and each expert.
+    A router (experts, D) scores the experts for each token; the best `num_experts_per_tok` are summed, weighted by the softmax
+    of their scores. Biases of the MLP are those of the router and of each expert.
     """
 
-    stored: Mapping[str, tuple[str, ...]]
+    stored: Mapping[str, tuple[str, ...]]  # by name: the parts in checkpoints, stacked by rows; {} is an expert's index
     router: str = "mlp.gate"
     block: str = "mlp.experts."
     inner: str = "intermediate_size"
-    normalised: bool | str = True
-    on_some_layers: bool = False
-    shared: tuple[str, ...] = ()
-    shared_inner: str | None = None
-    shared_gate: str | None = None
-    by_inputs: bool = False
+    normalised: bool | str = True  # softmax over the chosen experts, else over all
+    on_some_layers: bool = False  # by `decoder_sparse_step` and `mlp_only_layers`; other layers have an MLP
+    shared: tuple[str, ...] = ()  # projections of an MLP that runs for every token
+    shared_inner: str | None = None  # its width
+    shared_gate: str | None = None  # its output is multiplied by the logistic function of this projection
+    by_inputs: bool = False  # weights are (inputs, outputs), with gate and up interleaved
 
 
 @dataclass(frozen=True)
 class Mixer:
-    """A short convolution in place of attention in some layers, and perhaps a recurrence after it: a gated delta rule (Yang et
-    al., 2024), or Mamba-2 (Dao and Gu, 2024) if its steps have `limits`.
+    """A short convolution in place of attention in some layers, perhaps with a recurrence: a gated delta rule (Yang et al.,
+    2024), or Mamba-2 (Dao and Gu, 2024).
 
-    `projections`: of the hidden states, and of the output. Steps and decays come from `rates` and `steps`, or from what Mamba-2
-    projects with the rest. `norm` is over each head, before its gate; of Mamba-2 over a group of heads, after it. `taps`,
-    `biased` (projections, the convolution), `sizes` (heads of keys and of values, dimensions) and `limits` name values of
-    config.json.
+    `taps`, `biased`, `sizes` and `limits` name values of config.json.
     """
 
     kind: str  # in layer_types
-    projections: tuple[str, ...]
+    projections: tuple[str, ...]  # of the hidden states, last of the output
     convolution: str
     taps: str
-    biased: tuple[str | bool, str | bool] = (False, False)
-    steps: tuple[str, ...] = ()
+    biased: tuple[str | bool, str | bool] = (False, False)  # projections, convolution
+    steps: tuple[str, ...] = ()  # projections of steps and decays; Mamba-2 projects them with the rest
     rates: tuple[str, ...] = ()
-    norm: str | None = None
-    sizes: tuple[str, ...] = ()
-    limits: str | None = None
-    by_head: bool = False  # projections, and steps, are stored as one each, for each key head its rows
+    norm: str | None = None  # over each head, before the gate; of Mamba-2 over a group of heads, after the gate
+    sizes: tuple[str, ...] = ()  # key heads, value heads, dimensions of keys and values
+    limits: str | None = None  # of Mamba-2's steps
+    by_head: bool = False  # projections are stored as one weight, and so are steps, grouped by key head
 
 
 @dataclass(frozen=True)
 class TokenInputs:
-    """A further input of each layer, by the token alone: act(gate(h)) times it is added to h, after a projection and a norm.
+    """Gemma 4's further input x of each layer: norm(output(act(gate(h)) * x)) is added to h. Names of weights.
 
-    It is the sum of a slice of the token's row in a table and of a projection of its embedding, after a norm. Names of weights.
+    x is the layer's slice of the token's row in a table, plus the layer's slice of a normed projection of the embedding.
     """
 
-    gate: str = "per_layer_input_gate"  # these in a layer
+    gate: str = "per_layer_input_gate"  # of a layer, as the next two
     output: str = "per_layer_projection"
     after: str = "post_per_layer_input_norm"
     table: str = "model.embed_tokens_per_layer.weight"
@@ -94,70 +84,69 @@ class TokenInputs:
 
 @dataclass(frozen=True)
 class Names:
-    """Under which names a checkpoint has the parts of a model. `attention` and `mlp` are prefixes within a layer."""
+    """The names of a model's parts. `attention` and `mlp` are prefixes within a layer."""
 
     embedding: str = "model.embed_tokens"
-    positions: str | None = None  # those that are learned, added to the embedding
+    positions: str | None = None  # learned, added to the embedding
     layers: str = "model.layers"
     norm: str = "model.norm"
     attention: str = "self_attn."
     mlp: str = "mlp."
     query_norm: str = "q_norm"
     key_norm: str = "k_norm"
-    stored_head: str | None = None  # in files, where it is another than lm_head in memory
-    stored_prefix: str | None = None  # of names in some files, in the place of "model."
+    stored_head: str | None = None  # in files, if not lm_head
+    stored_prefix: str | None = None  # in some files, in place of "model."
 
 
 @dataclass(frozen=True)
 class Architecture:
     """How a family of models differs from Llama, whose layers the defaults describe. Strings name values of config.json.
 
-    `norm`: the factors of "plus_one" are 1 + the stored weights; "layer" is LayerNorm, with biases. `query_key_norms`: over
-    each head, or over all heads together. Projections that read the hidden states come first; fewer names than matrices mean
-    that they are stored as one. A field of `str | bool` holds always, never, or where that value of config.json says so.
-    `needs` has a set where a list may have no other entries. `windows`, which layers have a sliding window: all if
-    `sliding_window` is set ("all"), those of `layer_types` if `use_sliding_window` says so ("optional"), or always those
-    ("listed"). `rope`, which layers have rotary positions: those of `no_rope_layers` ("listed"), or those with a window, and
-    all where no window is set ("sliding").
+    A `str | bool` field holds always, never, or by that value of config.json. Of projections, those that read the hidden states
+    come first; fewer names than matrices mean that some are stored as one weight.
+
+    `windows`, the layers with a sliding window: all if `sliding_window` is set ("all"), those of `layer_types` if
+    `use_sliding_window` is on ("optional") or always ("listed"). `rope`, the layers with rotary positions: by `no_rope_layers`
+    ("listed"), or those with a window, and all if none is set ("sliding").
     """
 
     names: Names = Names()
-    values: Mapping[str, str | int | None] = field(default_factory=dict)  # by Llama's names: other names, or what is not read
-    needs: Mapping[str, object] = field(default_factory=dict)  # values of config.json without which it is not this
-    otherwise: "Architecture | None" = None  # what it is then; None: nothing that our kernels run
+    values: Mapping[str, str | int | None] = field(default_factory=dict)  # other names of Llama's values, or a fixed value
+    needs: Mapping[str, object] = field(default_factory=dict)  # required values of config.json; of a list a set of entries
+    otherwise: "Architecture | None" = None  # if `needs` are not met; None: our kernels do not run it
     norms: Norms = _BEFORE
     parallel: str | bool = False  # attention and MLP read the same hidden states
-    norm: Literal["rms", "rms_plus_one", "layer", "layer_plus_one", "layer_without_bias"] = "rms"
+    norm: Literal["rms", "rms_plus_one", "layer", "layer_plus_one", "layer_without_bias"] = "rms"  # plus_one: of 1 + weight
     norm_eps: str = "rms_norm_eps"
-    query_key_norms: Literal["none", "head", "projection"] = "none"
-    norms_rotated: bool = False  # queries and keys are normed after their rotation
+    query_key_norms: Literal["none", "head", "projection"] = "none"  # over each head, or over all heads together
+    norms_rotated: bool = False  # queries and keys are normed after rotation
     attention_projections: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     mlp_projections: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
-    fused_by_head: bool = False  # stored as one: for each key head its queries, key and value; otherwise all queries first
+    fused_by_head: bool = False  # rows of the fused weight are grouped by key head; else all queries come first
     transposed: bool = False  # weights are stored as (inputs, outputs)
     biases: Biases = _IN_ATTENTION
     experts: Experts | None = None
     mixer: Mixer | None = None
-    one_block: bool = False  # in a layer: attention, the mixer, or an MLP
-    gated: bool = True  # act(gate) * up; otherwise the MLP is act(first projection)
+    one_block: bool = False  # a layer is attention, the mixer, or an MLP
+    gated: bool = True  # act(gate) * up; else act(first projection)
     activation: str | None = "hidden_act"
     default_activation: str = "silu"
     windows: Literal["none", "all", "optional", "listed"] = "none"
-    uses: tuple[str, ...] = ()  # further values: see `Values`; head_dim, if its default is another than for Llama
+    uses: tuple[str, ...] = ()  # further fields of `Values`; head_dim, if its default is not Llama's
     rope: Literal["all", "none", "listed", "sliding"] = "all"
     partial_rope: bool = False  # only `partial_rotary_factor` of a head rotates
-    sinks: bool = False  # queries have one more score each, whose value is 0
-    gates_attention: bool = False  # what a query gets, by numbers that are projected with it
-    interleaved_rope: bool = False  # neighbours rotate together, not one of each half
+    sinks: bool = False  # attention has a learned score more for each query, with value 0
+    gates_attention: bool = False  # attention's output is gated by numbers projected with the queries
+    interleaved_rope: bool = False  # pairs are neighbours, not one of each half
     scales_embeddings: bool = False  # by sqrt(hidden_size)
     norms_values: bool = False  # over each head, without factors
-    layer_scale: str | None = None  # the name, in a layer, of what multiplies its output
+    layer_scale: str | None = None  # name of the factor of a layer's output
     token_inputs: TokenInputs | None = None
     head_bias: bool = False
 
     @property
     def reads(self) -> set[str]:
-        """The values of config.json that a model is read from."""
+        """All values of config.json that are read."""
         read = {*_ALWAYS_READ, *_READ_FOR_WINDOWS[self.windows], *self.uses}
         read |= {"rope_parameters"} if self.rope != "none" else set()
         switches = [*self.biases, self.parallel, self.norm_eps, self.activation]

@@ -1,4 +1,4 @@
-"""The tokens that drafts are chosen from, and the choice of the most probable one."""
+"""Vocabularies of drafts, and the choice of the most probable token."""
 
 from pathlib import Path
 
@@ -10,19 +10,19 @@ from ..errors import CheckpointError
 from ..files import read_json
 
 ORDER_FILE = "token_order.json"
-EXIT_VOCABULARY = 4096  # tokens that exits draft among by default, where the vocabulary is more than four times as large
+EXIT_VOCABULARY = 4096  # size of exits' draft vocabulary, if the model's is more than four times as large
 _LARGE_VOCABULARY = 1 << 13
-_COLUMNS = 256  # a large vocabulary is searched as rows of this many tokens
+_COLUMNS = 256  # argmax searches a large vocabulary as rows of this many tokens
 
 
 class DraftVocabulary:
-    """The tokens that drafts are chosen from; the target scores all of them, so outputs stay the same.
+    """The N tokens (of V) that drafts are chosen from: the first in some order, such as the most frequent.
 
-    They are the first N of V tokens in some order, the most frequent first. Logits of drafts are in that order.
+    Logits of drafts are in that order. The target scores all tokens, so outputs stay the same.
     """
 
     def __init__(self, total: int, count: int, order: list[int] | None = None) -> None:
-        """`order`: distinct ids below V. Ids that it lacks follow in the order of their numbers, as they do without it."""
+        """`order`: distinct ids below V; missing ids follow in ascending order. None: all ascending."""
         self.count = min(total, count)
         self._left_out = total - self.count
         self.ids: Tensor | None = None  # of the N tokens; None for 0..N-1
@@ -35,14 +35,14 @@ class DraftVocabulary:
         return weight[: len(weight) - self._left_out] if self.ids is None else weight[self.ids.to(weight.device)]
 
     def tokens(self, indices: Tensor) -> Tensor:
-        """Token ids (...) of indices (...) into the N tokens."""
+        """Token ids (...) of indices (...) into the N tokens of drafts."""
         if self.ids is None:
             return indices
         self.ids = self.ids.to(indices.device, non_blocking=True)
         return self.ids[indices]
 
     def spread(self, scores: Tensor, other: float = 0.0) -> Tensor:
-        """Probabilities or logits (..., N) as (..., V), with `other` for all other tokens."""
+        """Probabilities or logits (..., N) as (..., V), with `other` elsewhere."""
         padded = F.pad(scores, (0, self._left_out), value=other)
         if self.ids is None:
             return padded
@@ -55,16 +55,16 @@ def most_probable(logits: Tensor) -> Tensor:
     vocabulary = logits.shape[-1]
     if logits.device.type != "cpu" or vocabulary < _LARGE_VOCABULARY or vocabulary % _COLUMNS:
         return logits.argmax(-1)
-    # On the CPU argmax takes five times as long as amax, so it searches only the row that has the maximum.
+    # On the CPU argmax takes five times as long as amax: it searches only the row with the maximum.
     rows = logits.view(*logits.shape[:-1], -1, _COLUMNS)
     row = rows.amax(-1).argmax(-1, keepdim=True)
     return row[..., 0] * _COLUMNS + rows.take_along_dim(row[..., None], -2).argmax(-1)[..., 0]
 
 
 def token_order(folder: str | Path, vocab_size: int) -> list[int] | None:
-    """The content of a checkpoint's ORDER_FILE: distinct token ids, the most frequent of its training data first.
+    """A checkpoint's ORDER_FILE, if any: distinct token ids, the most frequent of its training data first.
 
-    None if there is no such file. Raises CheckpointError if it holds anything else.
+    Raises CheckpointError for any other content.
     """
     path = Path(folder) / ORDER_FILE
     if not path.is_file():

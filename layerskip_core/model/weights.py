@@ -1,11 +1,11 @@
 """Weights: by name in a checkpoint, by role in a layer, and in 8 and 4 bits.
 
-Each is taken when it is repacked, so that two copies of all weights never exist. Only this module and spec.py know the names
-under which architectures store weights.
+A weight is taken when it is repacked, so memory never holds two copies of all. Only this module and spec.py know the names of
+weights in checkpoints.
 
-int4 weights have groups of inputs with 16 levels each. They are rounded from a weight, or stored by a calibration as rows of
-bytes: a byte tensor that takes the place of the weight until a kernel packs it. Its rows are reordered, joined and padded like
-those of the weight; a row of zero bytes is a row of zeros.
+int4 weights have 16 levels per group of inputs. They are rounded from a weight, or stored by a calibration as rows of bytes: a
+byte tensor in place of the weight until a kernel packs it. Its rows can be reordered, joined and padded like those of a weight;
+a row of zero bytes is a row of zeros.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -23,13 +23,13 @@ from .spec import Block, ModelSpec, Shapes, check_shape
 
 GROUP_SIZE = 32  # inputs that share a scale: 5 bits per weight, and a divisor of most widths
 LEVELS = 16
-_BYTES = GROUP_SIZE // 2 + 4  # of a group: two levels a byte, a scale and a lowest value in bf16
-Take = Callable[[str], Tensor | None]  # the weight of a name, or None
+_BYTES = GROUP_SIZE // 2 + 4  # of a group: two levels per byte, then scale and lowest value in bf16
+Take = Callable[[str], Tensor | None]  # gives a weight by name; None if there is none
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights by name after a prefix. `shapes`: what the architecture has; other weights of a checkpoint are ignored."""
+    """Weights by name after a prefix. `shapes`: those of the architecture; other weights of a checkpoint are ignored."""
 
     take: Take  # `checked`
     shapes: Shapes
@@ -39,11 +39,11 @@ class Weights:
         return Weights(self.take, self.shapes, self.prefix + prefix)
 
     def remembered(self) -> "Weights":
-        """For weights used twice: they are read and checked once, and stay in memory as long as this object."""
+        """For repeated use: each weight is read and checked once, and kept as long as this object."""
         return Weights(cache(self.take), self.shapes, self.prefix)
 
     def after(self, first: Take) -> "Weights":
-        """With the weights of `first` in place of weights of the same names."""
+        """With `first` taking precedence."""
 
         def take(name: str) -> Tensor | None:
             weight = first(name)
@@ -52,7 +52,7 @@ class Weights:
         return Weights(take, self.shapes, self.prefix)
 
     def of(self, name: str) -> Tensor:
-        """Raises CheckpointError if the weight is missing, and as `checked` does."""
+        """A weight by name. Raises CheckpointError if it is missing, and as `checked` does."""
         full = self.prefix + name
         weight = self.take(full)
         if weight is None:
@@ -61,14 +61,12 @@ class Weights:
 
 
 def checked(take: Take, shapes: Shapes, mapped: Collection[str] = ()) -> Take:
-    """`take`, raising CheckpointError for a weight of another shape than in `shapes`, or not finite (but `mapped` ones)."""
+    """`take` that raises CheckpointError for a weight of another shape than in `shapes` or, unless `mapped`, not finite."""
 
     def checked_take(name: str) -> Tensor | None:
         weight = take(name)
         if isinstance(weight, BlockRows):
             check_finite(name, weight.scales)
-        elif weight is not None and is_stored(weight):
-            check_shape(name, stored_shape(*shapes[name]), tuple(weight.shape))
         elif weight is not None:
             check_shape(name, shapes[name], tuple(weight.shape))
             if name not in mapped:
@@ -79,9 +77,9 @@ def checked(take: Take, shapes: Shapes, mapped: Collection[str] = ()) -> Take:
 
 
 def check_model(model: nn.Module, spec: ModelSpec | None) -> None:
-    """Raises CheckpointError for a weight that is not finite, or that is missing or has another shape by `spec`."""
+    """Raises CheckpointError for a weight that is not finite or, by `spec`, missing or of another shape."""
     named = named_weights(model).items()
-    weights = {name: weight for name, weight in named if weight.dtype.itemsize > 1}  # others are quantised
+    weights = {name: weight for name, weight in named if weight.dtype.itemsize > 1}  # not quantised
     if spec is not None:
         spec.check_weights({name: tuple(weight.shape) for name, weight in weights.items()})
     for name, weight in weights.items():
@@ -89,43 +87,39 @@ def check_model(model: nn.Module, spec: ModelSpec | None) -> None:
 
 
 def named_weights(model: nn.Module) -> dict[str, Tensor]:
-    """With what is no parameter but stands among them, as factors of layers."""
+    """A model's parameters, and buffers that checkpoints store with them (Gemma 4's factors of layers)."""
     stored = model.state_dict().keys()
     buffers = ((name, buffer) for name, buffer in model.named_buffers() if buffer.dim() and name in stored)
     return {name: weight.detach() for name, weight in (*model.named_parameters(), *buffers)}
 
 
 def taken_from(model: nn.Module) -> Take:
-    """The weights of a transformers model, which loses them and can no longer run."""
+    """Takes the weights out of a transformers model, which can no longer run."""
     weights = named_weights(model)
     model.to("meta")
     return lambda name: weights.pop(name, None)
 
 
 def check_finite(name: str, weight: Tensor) -> None:
-    """Raises CheckpointError for a weight with NaN or infinity, which would make every output meaningless."""
-    if not bool(torch.stack(weight.aminmax()).isfinite().all()):  # in bf16 far faster than a sum
+    """Raises CheckpointError for a weight with NaN or infinity."""
+    if not bool(torch.stack(weight.aminmax()).isfinite().all()):  # in bf16 much faster than a sum
         what = "NaN" if bool(weight.isnan().any()) else "infinity"
         raise CheckpointError(f"the weight {name} holds {what}: it is damaged, or its training diverged")
 
 
 class Affine(NamedTuple):
-    """A projection (out, in), or the factors (D,) of a norm; and what is added, if anything.
-
-    A norm with a bias is a LayerNorm, one without an RMSNorm.
-    """
+    """A projection (out, in) with its bias, or a norm's factors (D,): with a bias a LayerNorm, else an RMSNorm."""
 
     weight: Tensor
     bias: Tensor | None
 
 
-# In the functions below `weights` are those of a layer. They raise CheckpointError as `Weights.of` does, and read only what
-# they return, so that a layer's weights need not all be in memory at once.
+# The functions below get the `weights` of a layer, read only those that they return, and raise as `Weights.of` does.
 
 
 def block_inputs(weights: Weights, spec: ModelSpec, block: Block) -> Iterator[Affine]:
-    """Query, key, value and perhaps the query's gate, or gate and up, each read when it is its turn; up alone where the MLP is
-    act(up).
+    """The inward projections of a block, read one after the other: query, key, value (and gate of the query); gate and up, or
+    up alone in an ungated MLP.
     """
     (*names, _), outputs, *_ = spec.projections(block)
     parts: Iterable[Affine]
@@ -143,7 +137,7 @@ def block_inputs(weights: Weights, spec: ModelSpec, block: Block) -> Iterator[Af
 
 
 def _with_gates(part: Affine, spec: ModelSpec) -> list[Affine]:
-    """Queries, and their gates, which are stored after the query of each head."""
+    """Queries and their gates, which are stored head by head in turn."""
 
     def halves(rows: Tensor) -> Iterator[Tensor]:
         yield from (half.flatten(0, 1) for half in rows.view(spec.heads, 2, spec.head_dim, *rows.shape[1:]).unbind(1))
@@ -153,14 +147,14 @@ def _with_gates(part: Affine, spec: ModelSpec) -> list[Affine]:
 
 
 def by_key_head(rows: Tensor, spec: ModelSpec, *sizes: int) -> list[Tensor]:
-    """Of projections that are stored as one, so many rows of each of them for each key head of a recurrence."""
+    """Splits fused projections of a recurrence, which have `sizes` rows of each for every key head."""
     assert spec.recurrence is not None
     parts = torch.split(rows.view(spec.recurrence.key_heads, -1, *rows.shape[1:]), [*sizes], 1)
     return [part.flatten(0, 1) for part in parts]
 
 
 def _split(fused: Tensor | None, spec: ModelSpec, block: Block, outputs: tuple[int, ...]) -> Iterable[Tensor | None]:
-    """Of projections that are stored as one, (outputs, ...) each."""
+    """Splits fused projections into (outputs, ...) each."""
     mixer, sizes = spec.architecture.mixer, spec.recurrence
     if fused is None:
         return (None,) * len(outputs)
@@ -175,7 +169,7 @@ def _split(fused: Tensor | None, spec: ModelSpec, block: Block, outputs: tuple[i
 
 
 def _halved(part: Affine, spec: ModelSpec) -> Affine:
-    """Queries or keys (heads * head dim, ...) with a dimension of each half where neighbours rotate together."""
+    """Queries or keys (heads * head dim, ...), reordered if neighbours rotate together: pairs then stand in two halves."""
     if not spec.architecture.interleaved_rope:
         return part
     order = torch.arange(spec.head_dim)
@@ -192,14 +186,14 @@ def block_output(weights: Weights, spec: ModelSpec, block: Block) -> Affine:
 
 
 def router(weights: Weights, spec: ModelSpec) -> Affine:
-    """The scores (experts, D) of a layer with experts, and the gate of shared ones, if they have one."""
+    """The router (experts, D) of a layer, with the gate of the shared MLP as a last row, if it has one."""
     assert spec.architecture.experts is not None
     scores, gate = affine(weights, spec.architecture.experts.router, spec), spec.architecture.experts.shared_gate
     return scores if gate is None else Affine(torch.cat([scores.weight, weights.of(f"{gate}.weight")]), None)
 
 
 def expert_inputs(weights: Weights, spec: ModelSpec) -> Iterator[Affine]:
-    """Gate and up of each expert in turn, (inner, D) each. Shared ones are one wide MLP."""
+    """Gate and up of each expert in turn, (inner, D) each; the shared MLP is split into experts."""
     assert spec.architecture.experts is not None and spec.experts is not None
     inner = spec.experts.inner
     in_turns = spec.architecture.experts.by_inputs
@@ -213,7 +207,7 @@ def expert_inputs(weights: Weights, spec: ModelSpec) -> Iterator[Affine]:
 
 
 def expert_outputs(weights: Weights, spec: ModelSpec) -> Iterator[Affine]:
-    """(D, inner) of each expert."""
+    """The output projection (D, inner) of each expert."""
     assert spec.architecture.experts is not None and spec.experts is not None
     yield from _experts(weights, spec, "down_proj")
     if spec.experts.shared:
@@ -232,29 +226,26 @@ def _experts(weights: Weights, spec: ModelSpec, name: str) -> Iterator[Affine]:
 
 
 def sinks(weights: Weights, spec: ModelSpec) -> Tensor | None:
-    """The score of each query head that has no value (heads,)."""
+    """The attention sink's score for each query head (heads,)."""
     return weights.of(f"{spec.names.attention}sinks") if spec.architecture.sinks else None
 
 
 def convolution(weights: Weights, spec: ModelSpec) -> Affine:
-    """The filters (channels, taps) of a layer without attention."""
+    """The filters (channels, taps) of a layer's convolution."""
     assert spec.architecture.mixer is not None
     weight, bias = affine(weights, spec.architecture.mixer.convolution, spec)
     return Affine(weight[:, 0], bias)
 
 
 def layer_norms(weights: Weights, spec: ModelSpec, layer: int) -> list[Affine | None]:
-    """Those of `spec.norm_names`.
-
-    The last two are over each head (head dim,), or over all heads together (queries,) and (keys,).
-    """
+    """The norms of `spec.norm_names`. Those of queries and keys have (head dim,) factors, or one for each of their outputs."""
     names = spec.norm_names(layer)
     norms = {name: norm_weights(weights, name, spec) for name in dict.fromkeys(filter(None, names))}
     return [None if name is None else norms[name] for name in names]
 
 
 def norm_weights(weights: Weights, name: str, spec: ModelSpec) -> Affine:
-    """A norm's factors. Those that are stored as w for 1 + w are added up in fp32, because bf16 would round them again."""
+    """A norm's factors. 1 + w is computed in fp32, because bf16 would round it again."""
     weight, bias = affine(weights, name, spec)
     if spec.architecture.norm.endswith("plus_one"):
         weight = 1 + weight.to(torch.promote_types(weight.dtype, torch.float32))
@@ -271,7 +262,7 @@ def affine(weights: Weights, name: str, spec: ModelSpec) -> Affine:
 
 
 def activation_factors(weights: Weights, spec: ModelSpec) -> tuple[float, float]:
-    """Of xIELU, of what is positive and of what is negative (Huang and Schlag, 2024); `spec.swiglu`, or 0, of others."""
+    """Of xIELU (Huang and Schlag, 2024) the factors of positive and of negative inputs; else `spec.swiglu`, or zeros."""
     if spec.activation != "xielu":
         return spec.swiglu or (0.0, 0.0)
     above, below = (float(nn.functional.softplus(weights.of(f"{spec.names.mlp}act_fn.alpha_{part}").float())) for part in "pn")
@@ -284,13 +275,13 @@ def head_weights(weights: Weights, spec: ModelSpec) -> Affine:
 
 
 def joined(projections: Iterable[Affine], panel: int) -> list[Affine]:
-    """Several projections of the same input as they are, if all but the last fill panels; else as one."""
+    """Projections of the same input unchanged, if all but the last fill panels; else stacked."""
     parts = list(projections)
     return [stacked(parts)] if any(len(part.weight) % panel for part in parts[:-1]) else parts
 
 
 def stacked(projections: Iterable[Affine]) -> Affine:
-    """Several projections of the same input as one. Either all or none of them have a bias."""
+    """Projections of the same input as one. All or none have a bias."""
     weights, biases = zip(*projections, strict=True)
     if len(weights) == 1:
         return Affine(weights[0], biases[0])
@@ -312,7 +303,7 @@ class Int4(NamedTuple):
 
 
 def named_int4(implementation: str, calibrated: bool) -> str:
-    """How a model runs, as reports say it, with the kind of int4 where it has any."""
+    """The implementation as reports name it."""
     return implementation.replace("int4", "calibrated int4") if calibrated else implementation
 
 
@@ -327,12 +318,12 @@ def inputs_of(weight: Tensor) -> int:
 
 
 def stored_shape(outputs: int, inputs: int) -> tuple[int, int]:
-    """The shape of the rows of bytes of a weight (out, in)."""
+    """The shape of a weight (out, in) as rows of bytes."""
     return outputs, inputs // GROUP_SIZE * _BYTES
 
 
 def int4_of(weight: Tensor) -> Int4:
-    """Rows of bytes as they are; a weight rounded to nearest, between the smallest and the largest of each group."""
+    """Decodes rows of bytes, or rounds a weight to nearest levels between the least and the greatest of each group."""
     if is_stored(weight):
         packed, factors = torch.split(weight.view(len(weight), -1, _BYTES), [GROUP_SIZE // 2, 4], dim=-1)
         scale, low = factors.contiguous().view(torch.bfloat16).float().unbind(-1)
@@ -347,7 +338,7 @@ def int4_of(weight: Tensor) -> Int4:
 
 
 def stored(weight: Int4) -> Tensor:
-    """Rows of bytes, of `stored_shape`."""
+    """Encodes a weight as rows of bytes."""
     outputs, groups = weight.scale.shape
     halves = weight.levels.view(outputs, groups, 2, GROUP_SIZE // 2)
     factors = torch.stack([weight.scale, weight.low], dim=-1).to(torch.bfloat16).view(torch.uint8)
@@ -355,7 +346,7 @@ def stored(weight: Int4) -> Tensor:
 
 
 def int8_levels(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Levels -127..127 (out, in), int8, and the size of a step, (out,): an output's largest magnitude / 127."""
+    """Levels -127..127 (out, in) in int8, and scales (out,): an output's largest magnitude / 127."""
     wide = weight.float()
     scale = wide.abs().amax(1).clamp_min_(1e-12).div_(127)
     return (wide / scale[:, None]).round_().to(torch.int8), scale

@@ -247,7 +247,7 @@ class Scheduler:
             steps = next(loop)
             updates = [(step.row, self._decoding[step.row].update(step)) for step in steps if step.row in self._decoding]
         except BaseException as error:  # a panic of the tokenizers library is not an Exception
-            return self._fail(rows, error)
+            return _failed(self._taken_out(rows), error)
         done = []
         for row, update in updates:
             request = self._decoding[row]
@@ -256,9 +256,8 @@ class Scheduler:
             request.deliver(update)
         return done
 
-    def _fail(self, rows: Iterable[Row], error: BaseException) -> list[Request]:
-        """Ends the requests of rows."""
-        return _failed([self._decoding.pop(row) for row in rows if row in self._decoding], error)
+    def _taken_out(self, rows: Iterable[Row]) -> list[Request]:
+        return [self._decoding.pop(row) for row in rows if row in self._decoding]
 
     def _take_in(self) -> list[Request]:
         """The next request joins the loop with its settings. Returns the requests that an error ends."""
@@ -279,7 +278,7 @@ class Scheduler:
             loop.add(row)
         except BaseException as error:
             lost = [] if loop is not None and loop.active else others  # the loop is as before, or over
-            done = [*self._fail(lost, error), *_failed([request], error)]
+            done = _failed([*self._taken_out(lost), request], error)
             self._forget_empty()
             return done
         if request._row is None:

@@ -53,10 +53,7 @@ class Answers:
         self.known = self._read()
 
     def write(self, report: Callable[[int], None]) -> list[list[int]]:
-        """The answer to each prompt, with its EOS if it ends by itself; the first process writes, the others wait.
-
-        `report` gets the number of answers so far, and may raise to stop.
-        """
+        """The answers, an EOS at their end included; the first process writes, the others wait. `report` may raise to stop."""
         known = self._read()
         if process_index() == 0 and len(known) < len(self.prompts):
             decoder, how = self._decoder, self.how
@@ -95,10 +92,7 @@ def digest(*values: object) -> str:
 
 
 def plan_replay(config: FinetuneConfig, original: str, data: EncodedData, encoder: Encoder, device: str, steps: int) -> Answers:
-    """Texts of the original model to replay (as in Sun et al., LAMOL, ICLR 2020), sampled at temperature 1.
-
-    `original`: the model's fingerprint. Raises ConfigError as `step_rows`.
-    """
+    """Sampled texts of a model to replay (as in Sun et al., LAMOL, ICLR 2020); `original`: its fingerprint."""
     decoder = for_decoding(config.model, device, config.dtype)
     endless = replace(decoder, eos_ids=frozenset())  # a text goes on after the end of an answer
     count = min(steps * step_rows(config)[1], MOST_REPLAYED)

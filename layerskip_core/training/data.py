@@ -27,7 +27,7 @@ from .recipe import TEXT_PRESETS
 from .sharding import world_size
 
 _HELD_OUT, _SHARE = 64, 20  # rows that are held out without `validation`: at most so many, and one in so many
-FEWEST = 16  # of a model's training; fewer tell nothing of what it has learnt
+FEWEST = 16  # held-out rows of a model's training; fewer say nothing about its quality
 _LENGTH, _TEXT_LENGTH = 512, 2048  # tokens per row, of tasks and of plain text; the paper's table has none
 _VALIDATION_ROWS = 256
 _SHUFFLED = 10_000  # rows of a stream at a time
@@ -111,16 +111,12 @@ def _template(config: TrainingConfig, trainable: Trainable, rows: Sequence[Row])
 
 @dataclass(frozen=True)
 class EncodedData:
-    """Encoded rows with a target: input_ids, labels, truncated, and documents of packed rows.
-
-    `seen`: all of them, or the first of a stream. `left_out`: rows whose prompts leave no room for a target. `digest`: of all
-    tokens and labels.
-    """
+    """Encoded rows with a target: input_ids, labels, truncated, and documents of packed rows."""
 
     rows: "list[dict[str, Any]] | StreamedRows"
-    seen: list[dict[str, Any]]
-    left_out: int
-    digest: str | None = None  # of a stream none
+    seen: list[dict[str, Any]]  # all of them, or the first of a stream
+    left_out: int  # rows whose prompts leave no room for a target
+    digest: str | None = None  # of all tokens and labels; None of a stream
 
     @property
     def tokens(self) -> int:

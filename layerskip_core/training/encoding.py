@@ -10,7 +10,7 @@ from typing import Any
 from ..data import Conversation, Example, Row
 from ..errors import DataError, LayerSkipError, first_line
 from ..losses import IGNORED
-from ..prompting import RAW, PromptTemplate, encode_prompt, encoded, render_chat, special_text
+from ..prompting import RAW, PromptTemplate, encode_prompt, render_chat, special_text
 
 _LONGEST_WORD = 1000  # characters
 _ENDLESS = re.compile(rf"\S{{{_LONGEST_WORD + 1}}}|\s{{{_LONGEST_WORD + 1}}}")
@@ -66,15 +66,14 @@ class Encoder:
         if not self.tokenizer.chat_template:
             raise DataError("`data` holds conversations (messages), but the model's tokenizer has no chat template for them")
         special = special_text(self.tokenizer)
-        if special is not None and not any(special.found(text) for message in row.messages for text in message):
-            special = None
-        messages = [{"role": role, "content": content} for role, content in row.messages]
-        if special is not None:  # the text of a special token within a turn must not open another turn
-            messages = [{name: special.masked(text) for name, text in message.items()} for message in messages]
+        if special is None:
+            raise DataError("`data` holds conversations (messages), whose turns a tokenizer in Python cannot tell apart")
+        # The text of a special token within a turn must not open another turn.
+        messages = [{"role": special.masked(role), "content": special.masked(content)} for role, content in row.messages]
 
         def text_of(count: int, prompt: bool) -> str:
             text = render_chat(self.tokenizer, messages[:count], add_generation_prompt=prompt) if count else ""
-            return text if special is None else special.sealed(text)
+            return special.sealed(text)
 
         text = text_of(len(messages), False)
         spans = [
@@ -82,14 +81,9 @@ class Encoder:
         ]
         if not all(text.startswith(through) and through.startswith(before) for before, through in spans):
             raise DataError("the tokenizer's chat template rewrites earlier turns: the assistant's cannot be told apart")
-        if special is None:
-            encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-            ids, offsets = list(encoding["input_ids"]), encoding["offset_mapping"]
-        else:
-            encoding = encoded(lambda: special.encode(text, add_special_tokens=False))
-            ids, offsets = list(encoding.ids), encoding.offsets
-        targets = [any(len(before) <= start < len(through) for before, through in spans) for start, _ in offsets]
-        return ids, [token if target else IGNORED for token, target in zip(ids, targets, strict=True)]
+        encoding = special.encode(text, add_special_tokens=False)
+        targets = [any(len(before) <= start < len(through) for before, through in spans) for start, _ in encoding.offsets]
+        return encoding.ids, [token if target else IGNORED for token, target in zip(encoding.ids, targets, strict=True)]
 
 
 @contextmanager
@@ -104,13 +98,11 @@ def _naming(row: Row) -> Iterator[None]:
 
 
 def packed(documents: Iterable[list[int]], length: int) -> Iterator[dict[str, Any]]:
-    """Rows of exactly `length` tokens (the last may be shorter) with all documents in sequence, cut where a row ends.
-
-    `documents` numbers the documents of a row. The first token of each has no label, because nothing predicts it.
-    """
+    """Rows of `length` tokens (the last may be shorter) of all documents in sequence. `documents` numbers those of a row."""
     tokens = ((number, token) for number, document in enumerate(filter(None, documents)) for token in document)
     while row := list(islice(tokens, length)):
         numbers, ids = [number - row[0][0] for number, _ in row], [token for _, token in row]
+        # Nothing predicts the first token of a document.
         labels = [token if at and numbers[at - 1] == numbers[at] else IGNORED for at, token in enumerate(ids)]
         if len(ids) == length or any(label != IGNORED for label in labels):
             yield {"input_ids": ids, "labels": labels, "documents": numbers}

@@ -35,18 +35,13 @@ class RecipeModule(nn.Module):
     def __init__(
         self, model: Any, recipe: Recipe, seed: int = 0, recompute: bool = False, readers: nn.ModuleDict | None = None
     ) -> None:
-        """`model`: a transformers causal LM, or a peft model around one. `recompute`: the backward pass runs layers again.
-
-        `readers`: by exits, see `new_readers`. The attribute `tokenizer` is saved with the model; `by_muon`: Muon trains the
-        matrices of the layers.
-        """
+        """`model`: of transformers or peft. `recompute`: the backward pass runs layers again. `readers`: see `new_readers`."""
         super().__init__()
         self.model, self.config = model, model.config
         self.recipe, self.seed, self.recompute = recipe, seed, recompute
-        self.by_muon = False
-        self.tokenizer: Any = None
+        self.by_muon = False  # Muon trains the matrices of the layers
+        self.tokenizer: Any = None  # saved with the model
         self.backend = TransformersBackend(model.get_base_model() if hasattr(model, "get_base_model") else model)
-        self.texts = self.backend.texts
         layers = self.backend.num_layers
         early = recipe.exits or range(1, layers) if recipe.curriculum != "none" else ()
         self.names = {layer: str(layer) for layer in early}
@@ -78,18 +73,14 @@ class RecipeModule(nn.Module):
         def kept(layer: int) -> list[int]:
             return kept_rows(rates[layer], len(input_ids), self.seed, step.done, step.first_row, layer)
 
-        states = self.texts.states(input_ids, exits, documents, kept, self.recompute and self.training)
+        states = self.backend.texts.states(input_ids, exits, documents, kept, self.recompute and self.training)
         rows = [self._read(exit_layer, states[exit_layer], input_ids, labels, documents) for exit_layer in exits]
         share = recipe.distill if self.training else 1.0  # measured without gradients, where only agreement needs it
         scales = exit_weights(exits, layers, recipe.e_scale, recipe.exit_weights)  # the paper's first exit weighs nothing
         weights = [((1 - share) * scale, share * scale) for scale in scales[:-1]]
-        loss, sums = summed_losses(
-            [self.backend.head if str(layer) in self.readers else self.backend.unembed for layer in exits],
-            [hidden for hidden, _ in rows],
-            rows[-1][1],
-            self.backend.spec.vocab,
-            [*weights, (scales[-1], 0.0)],
-        )
+        heads = [self.backend.head if str(layer) in self.readers else self.backend.unembed for layer in exits]
+        read, weights, vocab = [hidden for hidden, _ in rows], [*weights, (scales[-1], 0.0)], self.backend.spec.vocab
+        loss, sums = summed_losses(heads, read, rows[-1][1], vocab, weights)
         output: dict[str, Tensor | tuple[int, ...]] = {"loss": loss, "per_exit": sums[:, 0], "exit_layers": exits}
         return output if self.training else output | {"agreeing": sums[:, 2]}
 

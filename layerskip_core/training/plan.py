@@ -39,20 +39,16 @@ _MMAP_MAX, _TRIM_THRESHOLD = -4, -1  # of glibc's mallopt
 
 @dataclass(frozen=True)
 class Verdict:
-    """`accepted`: share of first drafts on held-out rows. `speed`: over plain decoding, with the best number of `drafts`."""
+    """What an exit or a drafter gains."""
 
     name: str
-    accepted: float
-    drafts: int
-    speed: float
+    accepted: float  # share of first drafts on held-out rows
+    drafts: int  # the best number
+    speed: float  # with it, over plain decoding
 
 
 class Plan:
-    """A run, all defaults resolved, of a model under a `recipe` or of a drafter.
-
-    Of a stream `rows` is None, and counts are of its first rows; `tokens` has answers to be written at their full length. A
-    run is resumed with the same `sealed` values only.
-    """
+    """A run, all defaults resolved, of a model under a `recipe` or of a drafter. Of a stream counts are of its first rows."""
 
     config: TrainingConfig
     trainable: Trainable
@@ -60,15 +56,15 @@ class Plan:
     device: str
     autocast: bool
     steps: int
-    rows: int | None
-    tokens: int
+    rows: int | None  # None: a stream
+    tokens: int  # with answers to be written at their full length
     left_out: int  # rows whose prompt leaves no room for a token of the completion
     parameters: int
     num_layers: int
-    sealed: Mapping[str, Any]
+    sealed: Mapping[str, Any]  # a run is resumed with the same values only
     resume: Path | None  # a checkpoint
     held_out: int  # rows
-    notes: tuple[str, ...] = ()  # what the user should know before it starts
+    notes: tuple[str, ...] = ()  # for the user, before it starts
     answers: Answers | None = None  # of the model, or texts of a replay
     recipe: Recipe | None = None
     exit_steps: Mapping[int, int]  # of a model: that train each exit, the last layer included
@@ -149,11 +145,6 @@ class Plan:
             speed, drafts = self.module.estimated_speedup(backend, exit_layer).speed(share)
             gains.append(Verdict(f"exit {exit_layer}" if exit_layer else "the drafter", share, drafts, speed))
         return gains
-
-    @property
-    def trained(self) -> int:
-        """Parameters."""
-        return sum(weight.numel() for weight in self.module.parameters() if weight.requires_grad)
 
     @property
     def dtype(self) -> str:

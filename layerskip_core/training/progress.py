@@ -90,26 +90,22 @@ def checkpoints_folder(output: str) -> Path:
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """A run's whole checkpoints: those whose state, which is written last, has content."""
-    states = ((path, path / _STATE) for path in _checkpoints(folder))
+    """A run's complete checkpoints: their state, which is written last, has content."""
+    states = ((path, path / _STATE) for path in checkpoints(folder))
     return [path for path, state in states if state.is_file() and state.stat().st_size]
 
 
-def _checkpoints(folder: Path) -> list[Path]:
+def checkpoints(folder: Path) -> list[Path]:
     """All, the newest first, by their names."""
     return sorted((path for path in folder.glob("*") if re.fullmatch(f"{_PREFIX}[0-9]{{1,18}}", path.name)), key=_step)[::-1]
 
 
 def resume_point(config: TrainingConfig) -> Path | None:
-    """The checkpoint that `resume` continues from; None where a run has left only texts.
-
-    Raises CheckpointError if there is nothing to continue, ConfigError if there is a run to lose or files in the way that this
-    program did not write: its checkpoints have a seal.
-    """
+    """The checkpoint to `resume` from; None where a run has left only texts. Raises CheckpointError, and ConfigError."""
     folder = checkpoints_folder(config.output)
     there = newest_first(folder)
-    for path in [folder] if os.path.lexists(folder) and not folder.is_dir() else _checkpoints(folder):
-        # A process that was killed before it wrote the seal leaves an empty folder.
+    for path in [folder] if os.path.lexists(folder) and not folder.is_dir() else checkpoints(folder):
+        # Ours have a seal; a process that was killed before it wrote one leaves an empty folder.
         if path.is_symlink() or not path.is_dir() or (any(path.iterdir()) and not (path / SEAL).is_file()):
             raise ConfigError(f"`output`: {path} is in the way: not written by layerskip; move it away, or give another folder")
     if config.resume and there:
@@ -124,27 +120,22 @@ def resume_point(config: TrainingConfig) -> Path | None:
 
 
 def seal(checkpoint: Path, settings: Mapping[str, Any], history: LossHistory) -> None:
-    """Begins a checkpoint with what a run needs beside Trainer's files."""
+    """Begins a checkpoint with the files that Trainer does not write."""
     checkpoint.mkdir(parents=True, exist_ok=True)
     (checkpoint / SEAL).write_text(json.dumps(settings, indent=2), encoding="utf-8")
     (checkpoint / LOSSES).write_bytes(history.to_jsonl())
 
 
 def discard_after(folder: Path, kept: Path | None) -> None:
-    """Removes checkpoints of later steps than that of the one kept, and the folder if nothing else is there."""
-    _discard(folder, [each for each in _checkpoints(folder) if kept is None or _step(each) > _step(kept)])
+    """Removes checkpoints of later steps than `kept` (None: all), and the folder if it is empty then."""
+    discard(folder, [each for each in checkpoints(folder) if kept is None or _step(each) > _step(kept)])
     with suppress(OSError):
         folder.rmdir()
 
 
-def discard_oldest(folder: Path, kept: int | None) -> None:
-    """Removes all but so many of the newest checkpoints; None: keeps all."""
-    _discard(folder, _checkpoints(folder)[kept:] if kept else [])
-
-
-def _discard(folder: Path, checkpoints: Iterable[Path]) -> None:
+def discard(folder: Path, checkpoints: Iterable[Path]) -> None:
     """Renames checkpoints before it removes them: a process that is killed meanwhile leaves none in part."""
-    shutil.rmtree(discarded := folder / "discarded", ignore_errors=True)  # what such a process left
+    shutil.rmtree(discarded := folder / "discarded", ignore_errors=True)  # of such a process
     for checkpoint in checkpoints:
         checkpoint.rename(discarded)
         shutil.rmtree(discarded)

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch.utils.data import Subset
 
 from ..checkpoint.folder import EXIT_BLOCKS_FILE, MTP_FILE, weight_files
 from ..checkpoint.info import EXIT_BLOCKS, CheckpointInfo
-from ..checkpoint.loaded import pick_device
+from ..checkpoint.loaded import Decoder, Trainable, pick_device
 from ..checkpoint.locate import EMBEDDED, adapters_of, downloaded, locate
 from ..checkpoint.open import for_decoding, for_training
 from ..checkpoint.save import RUN_FILES, copy_checkpoint, refuse_overwrite, save_checkpoint, save_sidecar
@@ -27,7 +27,7 @@ from ..config.training import DrafterConfig, FinetuneConfig, TrainingConfig
 from ..data import has_prompts
 from ..errors import CheckpointError, ConfigError, DataError, require
 from ..losses import IGNORED
-from ..model.exit_blocks import NO_BLOCKS, ExitBlock
+from ..model.exit_blocks import NO_BLOCKS, ExitBlock, ExitBlocks
 from ..model.vocabulary import ORDER_FILE
 from . import data
 from .answers import Answers, Writing, answered, digest, plan_replay
@@ -125,7 +125,7 @@ class WholeModel(Plan):
         return module
 
     def data_sets(self, progress: Callable[[str, int, int], None]) -> tuple[Any, Any]:
-        """Batches have rows of similar length, with those of a replay among them; a stream is taken as it comes."""
+        """Batches have rows of similar length, replayed texts among them; a stream keeps its order."""
         rows: Any = self.data.rows
         held_out = None if self.held_out_data is None else self.held_out_data.rows
         if process_index() == 0 and not self.scratch:
@@ -184,43 +184,22 @@ class FrozenModel(Plan):
 
     config: DrafterConfig
     module: FrozenExits | FrozenEagle3
+    kept: ExitBlocks  # that the model has already, with its drafters
+    decoder: Decoder  # the model, for answers and states
+    model_fingerprint: str
     answers: Answers
-    estimate: SpeedEstimate  # of the first drafter that is trained
 
-    def __init__(self, config: DrafterConfig, device: torch.device, resume: Path | None) -> None:
-        if world_size() > 1:
-            raise ConfigError(f"a drafter is trained in one process, not in {world_size()} by torchrun")
-        source = downloaded(config.model)
-        if not weight_files(source):
-            raise CheckpointError(
-                f"`model` {config.model} has no safetensors, which are copied as they are: `layerskip import`"
-            )
-        refuse_overwrite(config.output, config.overwrite or config.in_place)
-        answers = config.answers or ("model" if has_prompts(config.data) else "data")
-        # The model twice: in transformers, to copy blocks from, and on the kernels of decoding, for answers and states.
-        self.place(config, device, for_training(config.model, str(device), config.dtype))
-        backend, weight_of = self.trainable.backend, self.trainable.model.get_parameter
-        require(backend.num_layers > 1, "model", "a model of at least 2 layers", backend.num_layers)
-        layout = config.implied_layout or ("eagle3" if suits_engines(backend) else "exit")
-        module = self.module = (FrozenEagle3 if layout == "eagle3" else FrozenExits).of(backend, replace(config, layout=layout))
-        exits = module.layers if layout == "exit" else None
-        self.config = config = replace(config, lr=config.lr or MUON_LR, layout=layout, answers=answers, exits=exits)
-        self.kept = read_exit_blocks(source, backend.spec, weight_of)  # that the model has already
-        held = {str(block.exit_layer): f"a block at exit {block.exit_layer}" for block in self.kept.blocks}
-        held |= {} if self.kept.eagle3 is None else {"eagle3": "a drafter"}
-        held |= {} if self.kept.mtp is None or config.start_from else {"mtp": "a drafter"}
-        there = [held[name] for name in module.names.values() if name in held]
-        if there and config.in_place and not (config.overwrite or resume):
-            raise ConfigError(f"`output` {config.output} already has {there[0]}; give `overwrite` to replace it")
-        self.decoder = for_decoding(config.model, str(device), config.dtype)
-        module.decoder = decoding = self.decoder.backend
-        self.model_fingerprint = fingerprint(backend.spec, weight_of)
-        self.estimate = module.estimated_speedup(decoding, min(module.names))
-        self._encode()
-        self._resolve(resume)
+    def __init__(self, config: DrafterConfig, device: torch.device, trainable: Trainable) -> None:
+        self.config = config
+        self.place(config, device, trainable)
 
-    def _encode(self) -> None:
-        """The rows, and the answers to them."""
+    @cached_property
+    def estimate(self) -> SpeedEstimate:
+        """Of the first drafter that is trained, timed on this machine."""
+        return self.module.estimated_speedup(self.decoder.backend, min(self.module.names))
+
+    def encode(self) -> None:
+        """Reads the rows, and plans the answers to them."""
         given = data.read_rows(self.config)
         encoder = data.make_encoder(self.config, self.trainable, given[0])
         first, longest, self.template = self.module.first_target, encoder.max_length, encoder.template
@@ -245,7 +224,8 @@ class FrozenModel(Plan):
         journal = f"answers-{digest(self.model_fingerprint, prompts, how, config.dtype)}.jsonl"
         self.answers = Answers(self.decoder, prompts, how, checkpoints_folder(config.output) / journal)
 
-    def _resolve(self, resume: Path | None) -> None:
+    def resolve(self, resume: Path | None) -> None:
+        """Counts tokens and steps, and seals the run."""
         config, answers = self.config, self.answers
         self.tokens = sum(len(text["input_ids"]) for text in self.texts)
         self.tokens += sum(len(prompt) + answers.how.room(len(prompt)) for prompt in answers.prompts)
@@ -266,7 +246,7 @@ class FrozenModel(Plan):
         return Subset(texts, order), texts[trained:] or None
 
     def save(self, history: LossHistory) -> CheckpointInfo:
-        """Adds what was trained to the model's own folder, or to a copy of it. The info has how each was trained."""
+        """Adds the drafter or blocks, and how they were trained, to the model's own folder or to a copy of it."""
         config, info = self.config, self.trainable.info
         how = {"data": asdict(config.data), "validation": config.validation, "versions": _VERSIONS}
         shared = json.loads(json.dumps({**self.sealed, **self.module.details, **how}))  # as it is read back
@@ -289,6 +269,37 @@ class FrozenModel(Plan):
         return info.with_exit_blocks(trained)
 
 
+def plan_drafter(config: DrafterConfig, device: torch.device, resume: Path | None) -> FrozenModel:
+    """Loads the model as transformers does, to copy blocks, and to decode, for answers and states; and plans the run."""
+    if world_size() > 1:
+        raise ConfigError(f"a drafter is trained in one process, not in {world_size()} by torchrun")
+    source = downloaded(config.model)
+    if not weight_files(source):
+        raise CheckpointError(f"`model` {config.model} has no safetensors, which are copied as they are: `layerskip import`")
+    refuse_overwrite(config.output, config.overwrite or config.in_place)
+    answers = config.answers or ("model" if has_prompts(config.data) else "data")
+    trainable = for_training(config.model, str(device), config.dtype)
+    plan, backend, weight_of = FrozenModel(config, device, trainable), trainable.backend, trainable.model.get_parameter
+    require(backend.num_layers > 1, "model", "a model of at least 2 layers", backend.num_layers)
+    layout = config.implied_layout or ("eagle3" if suits_engines(backend) else "exit")
+    module = (FrozenEagle3 if layout == "eagle3" else FrozenExits).of(backend, replace(config, layout=layout))
+    exits = module.layers if layout == "exit" else None
+    plan.module, plan.config = module, replace(config, lr=config.lr or MUON_LR, layout=layout, answers=answers, exits=exits)
+    plan.kept = kept = read_exit_blocks(source, backend.spec, weight_of)
+    held = {str(block.exit_layer): f"a block at exit {block.exit_layer}" for block in kept.blocks}
+    held |= {} if kept.eagle3 is None else {"eagle3": "a drafter"}
+    held |= {} if kept.mtp is None or config.start_from else {"mtp": "a drafter"}
+    there = [held[name] for name in module.names.values() if name in held]
+    if there and config.in_place and not (config.overwrite or resume):
+        raise ConfigError(f"`output` {config.output} already has {there[0]}; give `overwrite` to replace it")
+    plan.decoder = for_decoding(config.model, str(device), config.dtype)
+    plan.model_fingerprint = fingerprint(backend.spec, weight_of)
+    module.decoder = plan.decoder.backend
+    plan.encode()
+    plan.resolve(resume)
+    return plan
+
+
 def prepare(config: TrainingConfig) -> WholeModel | FrozenModel:
     """The run that `config` asks for. Raises LayerSkipError for whatever would make it fail."""
     require(config.output not in EMBEDDED, "output", "a name that no embedded model has", config.output)
@@ -297,7 +308,7 @@ def prepare(config: TrainingConfig) -> WholeModel | FrozenModel:
     resume = resume_point(config)
     plan: WholeModel | FrozenModel
     if isinstance(config, DrafterConfig):
-        plan = FrozenModel(config, device, resume)
+        plan = plan_drafter(config, device, resume)
     else:
         check_sharding(config, device)
         plan = WholeModel(config, device, resume)

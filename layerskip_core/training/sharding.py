@@ -79,10 +79,7 @@ def read_shard(module: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, 
 
 
 def gather_whole(module: nn.Module, keep: bool) -> None:
-    """Replaces shards by whole weights on the CPU where `keep`, else by empty ones. All processes call it.
-
-    Tied weights stay tied. The module cannot be trained afterwards.
-    """
+    """Ends a training: whole weights on the CPU replace shards where `keep`, else empty ones. All processes call it."""
     reshard(module)
     gathered: dict[Tensor, nn.Parameter] = {}
     for owner in list(module.modules()):

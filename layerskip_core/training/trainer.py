@@ -36,11 +36,7 @@ _EXPLODED = 2.0  # times the loss of knowing nothing, ln V, and times the run's 
 
 
 class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
-    """Trains a module through a run; its own callback.
-
-    The summed loss is divided by the target tokens of the whole optimizer step. Checkpoints have the module's own files, under
-    FSDP2 a file per process. Raises TrainingError for a gradient that is not finite and for a loss that explodes.
-    """
+    """Trains a module through a run, as its own callback. Raises TrainingError for a loss that explodes or is not finite."""
 
     control: Any
     lr_scheduler: Any
@@ -63,9 +59,9 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
         self.add_callback(self)
 
     def run(self) -> progress.LossHistory:
-        """Trains to the end, or raises what stopped it."""
+        """Trains to the end, or raises the error that stopped it."""
         folder, resume = self.checkpoints, self.plan.resume
-        if process_index() == 0:  # what an earlier run left there must never be what a later `resume` finds
+        if process_index() == 0:  # a later `resume` must not find checkpoints of an earlier run
             progress.discard_after(folder, resume)
         try:
             if resume is not None:
@@ -157,7 +153,7 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_fsdp_enabled:
             write_shard(self.model, self.optimizer, self.lr_scheduler, Path(output_dir))
-            self.accelerator.wait_for_everyone()  # what Trainer writes last says that all is there
+            self.accelerator.wait_for_everyone()  # the file that Trainer writes last means that the checkpoint is complete
         else:
             super()._save_optimizer_and_scheduler(output_dir)
 
@@ -168,7 +164,7 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        state.save_steps = args.save_steps  # a checkpoint brings those of the run that wrote it
+        state.save_steps = args.save_steps  # a checkpoint's state has the value of the run that wrote it
         self.started = time.perf_counter()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -178,7 +174,7 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
         control.should_log = True
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the exits' losses to Trainer's log of a step, reports the step, and decides what follows it."""
+        """Adds the exits' losses to Trainer's log of a step, reports the step, and decides about saving and evaluating."""
         if "grad_norm" in logs:
             self._end_step(logs)
         super().log(logs, start_time)
@@ -211,8 +207,8 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.phase = "training"
-        if process_index() == 0:
-            progress.discard_oldest(self.checkpoints, self.kept)
+        if process_index() == 0 and self.kept:
+            progress.discard(self.checkpoints, progress.checkpoints(self.checkpoints)[self.kept :])
 
     def _failure(self, what: str) -> TrainingError:
         saved = progress.newest_first(self.checkpoints)

@@ -1,4 +1,4 @@
-"""What drafts gain on this machine, by how many of them are accepted, and what a training costs the model."""
+"""The speedup by drafts on this machine at an acceptance rate, and the cost of a training in quality."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,14 +33,11 @@ _PER_ANSWERED = 40  # rows that are trained on, for each that is answered: so th
 
 @dataclass(frozen=True)
 class SpeedEstimate:
-    """`step`: seconds of a plain step. `draft`: the share of it that a draft takes.
+    """What drafts would gain."""
 
-    `speed`: from an acceptance rate to (speedup with the best number of drafts, this number).
-    """
-
-    step: float
-    draft: float
-    speed: Callable[[float], tuple[float, int]]
+    step: float  # seconds of a plain step
+    draft: float  # the share of it that a draft takes
+    speed: Callable[[float], tuple[float, int]]  # from an acceptance rate to (speedup with the best number of drafts, this)
 
 
 @torch.inference_mode()
@@ -113,10 +110,7 @@ def _estimate(run: _Passes, draft: float, shared: float) -> SpeedEstimate:
 
 
 class Original:
-    """A model before its training, in fp32: losses on its own texts and held-out rows, and exact match on some of these.
-
-    `cost` measures them again after the training.
-    """
+    """Measures losses on a model's own texts and held-out rows, and exact match: before its training, in fp32, and after."""
 
     def __init__(self, trainable: Trainable, held_out: Iterable[Any], seed: int, trained_rows: int) -> None:
         """`trained_rows`: over the whole run; a short run has fewer rows answered, or none."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 from command_line import run
 from conftest import tiny_model
-from decodings import WIDE, ids_of, native_or_skip, prompt_of
+from decodings import WIDE, UnroundedDrafter, ids_of, native_or_skip, prompt_of
 from evaluating import tiny_loaded
 from safetensors.torch import load_file, save_file
 from transformers import Gemma4AssistantConfig, Gemma4AssistantForCausalLM
@@ -96,7 +96,7 @@ def reference(target, assistant, ids, count):
 def test_logits_of_several_drafts_are_those_of_transformers(pair, length):
     """Texts shorter and longer than the window."""
     folder, target, assistant = pair
-    backend = for_decoding(str(folder), "cpu", "fp32", PackingConfig(rounds_drafter=False)).backend
+    backend = for_decoding(str(folder), "cpu", "fp32", UnroundedDrafter()).backend
     block, cache, ids = backend.drafters["mtp"], backend.new_cache(1), prompt_of(length)
     expected = reference(target, assistant, ids, 4)
     with torch.inference_mode():
@@ -114,7 +114,7 @@ def test_logits_of_several_drafts_are_those_of_transformers(pair, length):
 def test_drafts_of_every_round_are_those_of_transformers(pair, monkeypatch):
     """The state is that of the last accepted token, also where several rows draft at their own positions."""
     folder, target, assistant = pair
-    backend, rounds = for_decoding(str(folder), "cpu", "fp32", PackingConfig(rounds_drafter=False)).backend, []
+    backend, rounds = for_decoding(str(folder), "cpu", "fp32", UnroundedDrafter()).backend, []
     draft = ExitDrafter.draft
 
     def recorded(drafter, context, limits, *ends):

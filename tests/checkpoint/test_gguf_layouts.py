@@ -9,7 +9,7 @@ import pytest
 import torch
 from command_line import run
 from conftest import CHANGES, logits_of, random_rows, tiny_model
-from decodings import ids_of, rounds_of
+from decodings import UnroundedDrafter, ids_of, rounds_of
 from evaluating import tiny_loaded
 from exit_block_models import random_blocks
 from safetensors.torch import load_file
@@ -19,7 +19,6 @@ from layerskip_core.checkpoint.folder import MTP_FILE
 from layerskip_core.checkpoint.gguf_read import GgufFile
 from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.config.decoding import DecodingConfig
-from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.export.gguf import add_tokenizer
 from layerskip_core.model import ModelSpec, TransformersBackend
@@ -226,9 +225,7 @@ def test_the_drafter_in_the_layer_after_the_last(tmp_path):
     model = written(path := tmp_path / "model.gguf", "qwen3_5_text", drafter=weights, **sizes)
     config, prompt = DecodingConfig("mtp", num_draft_tokens=3, max_new_tokens=16), list(range(5, 25))
     right = rounds_of(TransformersBackend(model, replace(NO_BLOCKS, mtp=made)), prompt, config)
-    assert (
-        rounds_of(for_decoding(str(path), "cpu", "fp32", PackingConfig(rounds_drafter=False)).backend, prompt, config) == right
-    )
+    assert rounds_of(for_decoding(str(path), "cpu", "fp32", UnroundedDrafter()).backend, prompt, config) == right
     assert not run("import", str(path), "--output", str(tmp_path / "imported")).code
     kept = load_file(tmp_path / "imported" / MTP_FILE)
     for name, weight in weights.items():

@@ -69,7 +69,7 @@ PROFILE = DraftProfile({"exit 4": 0.9, "int8": 1.0}, (2.0, 2.5), {"exit 4": 0.25
 
 
 def test_what_a_sweep_measured_is_kept_and_holds_for_its_head_and_vocabulary(tmp_path):
-    details = {"config": {"recipe": {"curriculum": "all", "exits": [4]}}, "final_losses": {"4": 0.5, "12": 0.5}}
+    details = {"trained_exits": [4], "final_losses": {"4": 0.5, "12": 0.5}}
     measured = replace(PROFILE, draft_head="int4", draft_vocab=500)
     info = write(tmp_path, CheckpointInfo(details=details, profile=measured).to_json())
     assert info.draft_profile(12, PackingConfig(draft_weights=("int8",), draft_head="int4", draft_vocab=500)) == measured
@@ -81,7 +81,7 @@ def test_what_a_sweep_measured_is_kept_and_holds_for_its_head_and_vocabulary(tmp
 
 
 def test_without_a_sweep_the_losses_say_how_often_drafts_are_accepted():
-    details = {"config": {"recipe": {"curriculum": "all", "exits": [4, 8]}}, "final_losses": {"4": 0.75, "8": 0.5, "12": 0.25}}
+    details = {"trained_exits": [4, 8], "final_losses": {"4": 0.75, "8": 0.5, "12": 0.25}}
     profile = CheckpointInfo(details=details).draft_profile(12)
     assert profile.acceptance == {"exit 4": pytest.approx(exp(-0.25)), "exit 8": pytest.approx(exp(-0.125))}
     assert CheckpointInfo(details=details).draft_profile(24) == CheckpointInfo().draft_profile(12) == DraftProfile()
@@ -94,7 +94,7 @@ def test_the_agreement_stored_with_int4_weights_is_a_prior_where_no_sweep_measur
     assert CheckpointInfo().without_int4().with_int4(0.75).draft_profile(12) == DraftProfile({"int4": 0.75})
     other = replace(info, profile=replace(PROFILE, draft_head="int4"))  # of other drafts than those that were measured
     assert other.with_int4(0.75) == other
-    guessed = {"config": {"recipe": {"curriculum": "all", "exits": [4, 8]}}, "final_losses": {"4": 0.5, "8": 0.5, "12": 0.5}}
+    guessed = {"trained_exits": [4, 8], "final_losses": {"4": 0.5, "8": 0.5, "12": 0.5}}
     known = replace(info.without_int4().with_int4(0.75), details=guessed).draft_profile(12)
     assert known.acceptance == {"exit 4": 0.9, "exit 8": 1.0, "int4": 0.75}
 

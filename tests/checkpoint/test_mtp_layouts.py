@@ -8,7 +8,7 @@ import pytest
 import torch
 from command_line import run
 from conftest import tiny_model
-from decodings import WIDE, ids_of, rounds_of
+from decodings import WIDE, UnroundedDrafter, ids_of, rounds_of
 from evaluating import tiny_loaded
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -18,7 +18,6 @@ from layerskip_core.checkpoint.info import CheckpointInfo
 from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.checkpoint.save import save_checkpoint
 from layerskip_core.config.decoding import DecodingConfig
-from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import decode
 
 LAYERS = decoder_types.LAYERS
@@ -43,7 +42,7 @@ FAMILIES = {  # what names begin with of layers, the map, the norms of embedding
     ),
 }
 PROMPT = list(range(20, 32))
-EXACT = PackingConfig(rounds_drafter=False)
+EXACT = UnroundedDrafter()
 CONFIG = DecodingConfig("mtp", num_draft_tokens=3, max_new_tokens=10)
 
 

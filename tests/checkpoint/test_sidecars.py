@@ -111,7 +111,6 @@ def test_a_file_of_another_model_is_refused(wide, tmp_path):
         (lambda rows: rows.pop("lm_head.weight"), "lm_head.weight must be U8"),
         (lambda rows: rows.update({"lm_head.weight": rows["lm_head.weight"][:9].clone()}), "lm_head.weight must be U8"),
         (lambda rows: rows.update({"lm_head.weight": rows["lm_head.weight"].float()}), "lm_head.weight must be U8"),
-        (lambda rows: rows["lm_head.weight"].fill_(255), "lm_head.weight is not finite"),
     ],
 )
 def test_damaged_files_are_refused(wide, damage, found):

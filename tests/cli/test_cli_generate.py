@@ -214,7 +214,7 @@ def test_flags_that_exclude_each_other(generate, arguments, named):
     assert (result.code, result.out) == (2, "") and named in result.err
 
 
-EXITS = {"config": {"recipe": {"curriculum": "rotational", "exits": [2, 3]}}}
+EXITS = {"trained_exits": [2, 3]}
 NOTHING, COPY, OF_EXITS = (), ("lookup", "int8"), ("lookup", "exit 2", "exit 3")
 
 

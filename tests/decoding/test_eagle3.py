@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_model
-from decodings import WIDE, backend_on, draft_of, ids_of, native_or_skip, prompt_of, rounds_of
+from decodings import WIDE, UnroundedDrafter, backend_on, draft_of, ids_of, native_or_skip, prompt_of, rounds_of
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
@@ -57,8 +57,7 @@ def stored(**norms):
 
 @cache
 def backend_of(kind, quantize=None, **norms):
-    packing = PackingConfig(quantize=quantize, rounds_drafter=False)
-    return backend_on(kind, packing, blocks_of=lambda model: stored(**norms), **SHAPE)
+    return backend_on(kind, UnroundedDrafter(quantize), blocks_of=lambda model: stored(**norms), **SHAPE)
 
 
 @pytest.mark.parametrize(("kind", "quantize"), [("native", None), ("native", "int8"), ("packed", None), ("generic", None)])
@@ -124,7 +123,7 @@ class OnKernels:
         form = replace(drafter().form, **self.FORMS[form])
         weights = {name: (3 * torch.randn(shape) / shape[-1] ** 0.5).to(dtype) for name, shape in form.shapes.items()}
         stored = Eagle3Weights(form, drafter().tokens, weights)
-        packing = PackingConfig(rounds_drafter=precision == "int8")
+        packing = PackingConfig() if precision == "int8" else UnroundedDrafter()
         with compiled.requesting(variant):
             model = tiny_model("llama", dtype, **SHAPE)
             self.backend = native_or_skip(model, packing, exit_blocks=ExitBlocks((), lambda name: None, stored))
@@ -193,7 +192,6 @@ def test_drafts_in_one_call_are_those_of_single_calls(variant, form, precision, 
         ({"draft_weights": ("int4",)}, ("int4", "int8")),
         ({"draft_weights": ("int8",), "draft_head": "int4"}, ("int8", "int4")),
         ({"quantize": "int4"}, ("int4", "int8")),
-        ({"rounds_drafter": False}, ("fp32", "fp32")),
     ],
 )
 def test_its_precision_is_that_of_what_else_drafts(packing, kinds):

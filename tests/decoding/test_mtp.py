@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_model
-from decodings import WIDE, backend_on, draft_of, ids_of, prompt_of, rounds_of
+from decodings import WIDE, UnroundedDrafter, backend_on, draft_of, ids_of, prompt_of, rounds_of
 from exit_block_models import random_blocks
 
 from layerskip_core.config.decoding import DecodingConfig
@@ -38,7 +38,7 @@ def backend_of(kind, rounds=False, quantize=None):
     def beside(model):
         return replace(NO_BLOCKS, mtp=ExitBlocks((MTP,), lambda name: weights()[name].to(model.dtype)))
 
-    return backend_on(kind, PackingConfig(quantize, rounds_drafter=rounds), "qwen3_5_text", beside, **SHAPE)
+    return backend_on(kind, (PackingConfig if rounds else UnroundedDrafter)(quantize), "qwen3_5_text", beside, **SHAPE)
 
 
 class Formula:

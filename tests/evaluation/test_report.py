@@ -14,7 +14,7 @@ from layerskip_core.evaluation.report import output_folder, to_csv, to_json
 from layerskip_core.evaluation.report.tables import points_of, results_table
 from layerskip_core.evaluation.results import Bounds, Difference, Failure, Recommendation, Result, RunRecord, read_record
 
-MACHINE = {"dtype": "float32", "device_name": "a CPU", "threads": 2}
+MACHINE = {"dtype": "float32", "device_name": "a CPU", "implementation": "packed", "threads": 2}
 PLAIN = Result(
     "autoregressive", metrics={"exact_match": 0.875}, perplexity=1.25, tokens_per_second=100.0, speedup=1.0,
     identical_outputs=1.0,

@@ -17,6 +17,7 @@ import pytest
 import torch
 from command_line import fails, run
 from conftest import ATTENTION, CHANGES, edit_json, run_texts, tiny_model
+from decodings import UnroundedDrafter
 from evaluating import tiny_loaded
 from exit_block_models import add_blocks, add_eagle3, random_blocks
 from safetensors.torch import load_file, save_file
@@ -29,7 +30,7 @@ from layerskip_core.checkpoint.loaded import Trainable
 from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.checkpoint.save import save_checkpoint
 from layerskip_core.config.decoding import DecodingConfig
-from layerskip_core.config.model import Engine, PackingConfig
+from layerskip_core.config.model import Engine
 from layerskip_core.decoding import decode
 from layerskip_core.export.run import cut_config, cut_to_exit, instructions
 from layerskip_core.model import TransformersBackend
@@ -266,7 +267,7 @@ def test_a_drafter_accepts_as_often_as_here(method, tmp_path):
         assert not run("train-drafter", "--layout", "eagle3", *flags, "--threads", "1", "--output", target).code
     else:
         qwen_with_mtp(tmp_path / "target")
-    decoder = for_decoding(target, "cpu", "fp32", PackingConfig(rounds_drafter=False))
+    decoder = for_decoding(target, "cpu", "fp32", UnroundedDrafter())
     prompts = [decoder.encode_prompt(prompt) for prompt in PROMPTS]
     setting = DecodingConfig(method, num_draft_tokens=4, max_new_tokens=64)
     here = [[step.ids for [step] in decode(decoder.backend, prompt, setting, decoder.eos_ids)] for prompt in prompts]

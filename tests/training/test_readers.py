@@ -131,7 +131,7 @@ def test_the_reader_drafts_as_often_right_as_the_training_said(learnt):
             pass
         tested, accepted = tested + loop.stats.drafted, accepted + loop.stats.accepted
     assert abs(accepted / tested - info.agreement["2"]) < 0.25  # of decoded answers, and of the rows' own
-    assert info.trained_exits(6) == (2,) and info.draft_profile(6).acceptance == {"exit 2": info.agreement["2"]}
+    assert info.trained_exits == (2,) and info.draft_profile(6).acceptance == {"exit 2": info.agreement["2"]}
 
 
 class Passes:
@@ -169,7 +169,7 @@ def test_without_a_recipe_only_the_task_is_learnt_and_its_loss_told(settings, tm
     reports = train(settings(recipe=RecipeSettings("none")))
     assert all(list(report.exit_losses) == [4] for report in reports)
     info = read_info(tmp_path / "out")
-    assert info.trained_exits(4) == () and not (tmp_path / "out" / "exit_blocks.safetensors").exists()
+    assert info.trained_exits == () and not (tmp_path / "out" / "exit_blocks.safetensors").exists()
     assert (info.cost.tokens, info.cost.task, info.cost.exact_match) == (4 * 4, None, None)
     train(settings(data=replace(settings().data, limit=340), recipe=RecipeSettings("none"), steps=8, overwrite=True))
     info = read_info(tmp_path / "out")

@@ -56,22 +56,17 @@ class _ByRow:
 
 
 class _Unfinished:
-    """A draft that is made step by step.
-
-    Attributes:
-        rooms: by row, how many drafts there may be at most.
-        going: the rows that the next step runs, all of which have `step` drafts.
-        token: their tokens that did not run yet. `feature` (G, D): what the block reads of those before.
-        run: by row, how many tokens ran. `ids`, `likely`: its drafts and their probabilities, as far as they are read.
-        unread: rows, and probabilities on a device that is not waited for.
-    """
+    """A draft that is made step by step."""
 
     def __init__(self, context: Context, rooms: list[int], feature: Tensor | None) -> None:
-        self.context, self.rooms, self.step = context, rooms, 0
+        self.context, self.rooms, self.step = context, rooms, 0  # by row, how many drafts there may be at most
+        # The rows that the next step runs, all of which have `step` drafts; their tokens that did not run yet; what the block
+        # reads of those before, (G, D).
         self.going, self.token, self.feature = list(range(len(rooms))), context.newest, feature
         self.tokens, self.probs, self.states = _ByRow(), _ByRow(), defaultdict[int, _ByRow](_ByRow)
-        self.run, self.unread = [0] * len(rooms), list[tuple[list[int], Tensor]]()
-        self.ids, self.likely = [list[int]() for _ in rooms], [list[float]() for _ in rooms]
+        self.run = [0] * len(rooms)  # by row, how many tokens ran
+        self.ids, self.likely = [list[int]() for _ in rooms], [list[float]() for _ in rooms]  # drafts, if they are read
+        self.unread = list[tuple[list[int], Tensor]]()  # rows, and probabilities on a device that is not waited for
         self.tokens.add(context.newest, self.going)
         [self.token] = self.narrow(self.token)
 

@@ -167,10 +167,7 @@ def answer_prompts(
     baselines: Mapping[str, Baseline] | None = None,
     earlier: EarlierAnswers | None = None,
 ) -> list[Output]:
-    """One output per prompt, in the checkpoint's template; a single prompt is timed, without (de)tokenization.
-
-    A prompt that exceeds context or memory gives an Output with an error; of a failed batch every prompt is answered alone.
-    """
+    """One output per prompt, with an error where context or memory were exceeded. A single prompt is timed, by step."""
     model, alone = loaded.backend, len(prompts) == 1
     baseline = (baselines or {}).get(setting.strategy, partial(own_output, earlier=earlier) if alone else None)
     has_peak = alone and _reset_peak(model.device)
@@ -185,7 +182,7 @@ def answer_prompts(
             answers = sorted(batch, key=lambda answer: answer.row)
             outputs = [Output(tuple(each.ids), "", (), each.stats, each.finish_reason) for each in answers]
     except (LayerSkipError, torch.OutOfMemoryError) as error:
-        if alone:
+        if alone:  # else each prompt is tried by itself
             return [Output(error=str(error))]
         return [answer_prompts(loaded, [prompt], setting, baselines)[0] for prompt in prompts]
     peak, detokenized = _peak_mb(model.device) if has_peak else None, []

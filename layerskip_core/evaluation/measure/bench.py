@@ -39,11 +39,7 @@ _DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 def bench(
     loaded: Decoder, task: Task, config: BenchConfig, folder: Path | None = None, resume: bool = False
 ) -> Iterator[Progress | RunRecord]:
-    """Yields progress, then the record. A `folder` keeps a journal, for `resume` with the same files and versions.
-
-    Raises ConfigError for an exit or baseline that does not suit, CheckpointError for a baseline's model, LayerSkipError if no
-    prompt could be answered or the journal is of other settings.
-    """
+    """Yields progress, then the record. A `folder` keeps a journal, for `resume` with the same files. Raises LayerSkipError."""
     (task, generation), layers = task.asked(config.generation), loaded.backend.num_layers
     loaded, recommended = task.prepared(loaded), loaded.recommended(config.packing)
     config = replace(config, task=task.config, generation=generation)
@@ -113,10 +109,7 @@ def suiting_strategies(loaded: Decoder, config: BenchConfig) -> set[str]:
 
 
 def load_baselines(loaded: Decoder, config: BenchConfig, speculative: DecodingConfig) -> dict[str, Baseline]:
-    """The config's baselines by name, with exit and draft length of the `speculative` setting.
-
-    If `loaded` has repacked weights, transformers reads the model again. Raises ConfigError and CheckpointError.
-    """
+    """The config's baselines by name, with exit and draft length of `speculative`. Raises ConfigError and CheckpointError."""
 
     def transformers_model(name: str) -> Trainable:
         return for_training(name, str(loaded.backend.device), _DTYPE_NAMES.get(loaded.backend.dtype, "auto"))
@@ -155,11 +148,8 @@ def without_reuse(loaded: Decoder, prompt_ids: list[int], setting: DecodingConfi
 
 
 def transformers_generate(model: Any, options: Mapping[str, Any] | None = None, assistant: Any = None) -> Baseline:
-    """transformers' greedy `generate`, with `options` of its generation config, or with an assistant that drafts.
-
-    Every round drafts `num_draft_tokens`. The config replaces the models' own (penalties, sampling).
-    """
-    models = [each for each in (model, assistant) if each is not None]
+    """transformers' greedy `generate`, with `options` of its generation config, or with an assistant that drafts."""
+    models = [each for each in (model, assistant) if each is not None]  # whose own configs could ask for penalties, or sample
 
     def generate(loaded: Decoder, prompt_ids: list[int], setting: DecodingConfig) -> Output:
         """Raises LayerSkipError when transformers fails."""
@@ -204,7 +194,7 @@ def require_early_exit(model: Any) -> None:
         states = model(ids, use_cache=False, output_hidden_states=True).hidden_states
     finally:
         model.config.num_hidden_layers = layers
-    if len(states) != 2:  # the embedding, and what the layer made of it
+    if len(states) != 2:  # embedding and output of the layer
         reason = f"transformers ignores the early exit of {model.config.model_type} models; leave that baseline out"
         raise ConfigError(f"`baselines` assistant-early-exit: {reason}")
 
@@ -260,10 +250,7 @@ class StepTimer(BaseStreamer):  # type: ignore[misc]
 
 
 def llama_cpp(loaded: Decoder, gguf: str) -> Baseline:
-    """llama.cpp (package xllamacpp) on a GGUF file: greedy, without drafts, with this process's threads.
-
-    Raises ConfigError if the package or the file is missing or does not suit, CheckpointError for a damaged file.
-    """
+    """llama.cpp on a GGUF file: greedy, without drafts, with this process's threads. Raises ConfigError and CheckpointError."""
     try:
         import xllamacpp
     except ImportError:

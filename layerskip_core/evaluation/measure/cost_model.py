@@ -22,7 +22,7 @@ from ...model import ModelSpec
 from ...model.backend import Submodel, beyond_exit, states_at
 from ...model.configuration import LAYER_KINDS
 from ...model.vocabulary import most_probable
-from ..results import Output, Result, bandwidth_text, require_outputs
+from ..results import Output, Result, require_outputs
 from . import Progress, measure_prompt
 
 # Answers along which every setting is timed; more of them, within about 10 s, where passes are short, whose times vary more.
@@ -90,20 +90,15 @@ def _steps(loaded: Decoder, part: Part, setting: DecodingConfig, most: int) -> l
     return steps[1:]
 
 
-def _plain_step(loaded: Decoder) -> float:
+def plain_step(loaded: Decoder) -> float:
     """Seconds of a plain step: the mean of a few after a short prompt."""
     part = loaded.encode_prompt("a"), _FEW_STEPS
     return fmean(total for *_, total in _steps(loaded, part, DecodingConfig("autoregressive"), _FEW_STEPS))
 
 
 def speed_of(loaded: Decoder, stats: DecodeStats) -> float:
-    """Estimated speedup of rounds with drafts over plain decoding, of which a few steps are timed."""
-    return _plain_step(loaded) * (stats.accepted + stats.rounds) / (stats.draft_seconds + stats.verify_seconds)
-
-
-def plain_bandwidth(loaded: Decoder) -> str:
-    """The bandwidth of plain decoding, of which a few steps are timed, in words."""
-    return bandwidth_text(bandwidth(loaded, _plain_step(loaded)))
+    """Estimated speedup of rounds with drafts over a few timed steps of plain decoding."""
+    return plain_step(loaded) * (stats.accepted + stats.rounds) / (stats.draft_seconds + stats.verify_seconds)
 
 
 def bandwidth(loaded: Decoder, step: float, positions: float = 0.0) -> dict[str, float]:
@@ -129,10 +124,7 @@ def bandwidth(loaded: Decoder, step: float, positions: float = 0.0) -> dict[str,
 def timed_visits(
     loaded: Decoder, parts: Iterable[Part], settings: Sequence[DecodingConfig]
 ) -> Iterator[dict[DecodingConfig, PassTimes]]:
-    """Times rounds of each setting along each part that has room for a round, grouped by drafter.
-
-    Plain steps are timed beside each group and averaged over all, so that their noise does not rank the drafters.
-    """
+    """Times rounds of each setting along each part that has room for one, and plain steps beside those of each drafter."""
     for visit, part in enumerate(parts):
         timed: dict[DecodingConfig, PassTimes] = {}
         for _, alike in groupby(settings[:: -1 if visit % 2 else 1], key=side_of):
@@ -140,7 +132,7 @@ def timed_visits(
             for setting in alike if steps else ():
                 if passes := pass_times(loaded, part, setting, fmean(total for *_, total in steps)):
                     timed[setting] = passes
-        plain = fmean(each.plain for each in timed.values()) if timed else 0.0
+        plain = fmean(each.plain for each in timed.values()) if timed else 0.0  # whose noise must not rank drafters
         yield {setting: passes._replace(plain=plain) for setting, passes in timed.items()}
 
 
@@ -164,10 +156,7 @@ def agreement(
     exit_layers: Sequence[int],
     weights: Quantization | None = None,
 ) -> dict[int, list[int]]:
-    """For each exit, its greedy choice at each position of the output, given the prompt and the output before it.
-
-    Approximate for low-bit drafts (`weights`), which attend to their own KV entries of the whole output here.
-    """
+    """Each exit's greedy choice at each position of the output; approximate for low-bit drafts, which see their own entries."""
     model, drafting = loaded.backend, loaded.backend.draft_sides[weights]
     ids, first = [*prompt_ids, *output_ids], len(prompt_ids) - 1
     tokens, cache = torch.tensor(ids[:-1], device=model.device), model.new_cache(1, len(ids))

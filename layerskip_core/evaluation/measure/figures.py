@@ -232,14 +232,11 @@ def recommend(
             + (f" ({ties} {'differs at a near-tie' if ties == 1 else 'differ at near-ties'})" if ties else "")
         )
     tried = sum(result.strategy in DRAFTERS for result in results)
-    reason = (
-        verdict,
-        f"not significantly different from {', '.join(policy_text(policies[place]) for place in alike)}"
-        if pays and alike
-        else "",
-        f"{tried - len(known)} of {tried} settings changed the output and were excluded" if tried > len(known) else "",
-    )
-    chosen = best if pays else 0
+    reason, chosen = [verdict], best if pays else 0
+    if pays and alike:
+        reason.append(f"not significantly different from {', '.join(policy_text(policies[place]) for place in alike)}")
+    if tried > len(known):
+        reason.append(f"{tried - len(known)} of {tried} settings changed the output and were excluded")
     full = measured[0].scores.get(quality_metric)
     exits = [
         (policy, margin(each.scores[quality_metric], full, config.keep, quality_metric))
@@ -247,15 +244,9 @@ def recommend(
         if full and result.strategy == "early-exit" and quality_metric in each.scores
     ]
     fast, fast_reason = fast_policy(exits, policies[chosen], quality_metric, config.keep)
-    return Recommendation(
-        results[chosen].exit_layer,
-        results[chosen].num_draft_tokens,
-        speed if known else None,
-        "; ".join(filter(None, reason)),
-        fast_reason,
-        {EXACT: policies[chosen]} | ({} if fast is None else {FAST: fast}),
-        lower_end,
-    )
+    saved = {EXACT: policies[chosen]} | ({} if fast is None else {FAST: fast})
+    own, speed = results[chosen], speed if known else None
+    return Recommendation(own.exit_layer, own.num_draft_tokens, speed, "; ".join(reason), fast_reason, saved, lower_end)
 
 
 def policy_of(result: Result, plain: Result, quality_metric: str, config: SweepConfig) -> Policy:
@@ -270,13 +261,9 @@ def policy_of(result: Result, plain: Result, quality_metric: str, config: SweepC
         settings |= {"draft_copies": copies, "draft_vocab": config.packing.draft_vocab}
         settings["draft_head"] = config.packing.draft_head if copies or result.draft_weights else None
     policy = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items() if value}
-    policy["measured"] = {
-        "task": str(config.task.task),
-        "metric": quality_metric,
-        "value": result.metrics.get(quality_metric, 0.0),
-        "full_depth": plain.metrics.get(quality_metric, 0.0),
-        "speedup": result.speedup or 0.0,
-    }
+    value, full = (each.metrics.get(quality_metric, 0.0) for each in (result, plain))
+    figures = {"value": value, "full_depth": full, "speedup": result.speedup or 0.0}
+    policy["measured"] = {"task": str(config.task.task), "metric": quality_metric, **figures}
     return cast(Policy, policy)
 
 

@@ -54,14 +54,11 @@ def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress
     near_tie, again = NEAR_TIE[loaded.backend.dtype], None
     if places := finalists(results, near_tie):
         again = yield from _once_more(loaded, task, settings, places, _ONCE_MORE * (time.perf_counter() - started))
-    yield RunRecord(
-        asdict(config) | {"quality_metric": name, "prompt_template": loaded.template.name},
-        machine,
-        tuple(results),
-        recommend(results, near_tie, name, config, measured, again),
-        draft_profile(loaded, results, config.packing, context),
-        task.answered([each.texts for each in measured]),
-    )
+    named = asdict(config) | {"quality_metric": name, "prompt_template": loaded.template.name}
+    advice = recommend(results, near_tie, name, config, measured, again)
+    profile = draft_profile(loaded, results, config.packing, context)
+    answered = task.answered([each.texts for each in measured])
+    yield RunRecord(named, machine, tuple(results), advice, profile, answered)
 
 
 def _once_more(
@@ -97,7 +94,7 @@ def _resolved(loaded: Decoder, task: Task, config: SweepConfig, copies: Sequence
 def usual_exits(loaded: Decoder) -> tuple[int, ...]:
     """The exits with a block, else the trained ones (at most six), else `default_exits`."""
     layers = loaded.backend.num_layers
-    trained = tuple(loaded.backend.exit_blocks) or spread_exits(loaded.info.trained_exits(layers), layers)
+    trained = tuple(loaded.backend.exit_blocks) or spread_exits(loaded.info.trained_exits, layers)
     return trained or default_exits(layers)
 
 
@@ -148,10 +145,7 @@ def _results(
         losses = None if drafts_tokens(setting) else perplexity.get(depth_of(setting, num_layers) or 0)
         result = replace(result, agreement=agreement.get(setting), perplexity=None if losses is None else metric(losses).value)
         if (prediction := predictions.get(setting)) is not None:
-            result = replace(
-                result,
-                predicted_speedup=prediction.speedup,
-                pass_times_ms={name: 1000 * part for name, part in prediction.times._asdict().items() if name != "length"},
-            )
+            times = {name: 1000 * part for name, part in prediction.times._asdict().items() if name != "length"}
+            result = replace(result, predicted_speedup=prediction.speedup, pass_times_ms=times)
         results.append(result)
     return results

@@ -27,7 +27,7 @@ ANSWERS_PAGE = "answers.html"
 SAMPLES_FILE = "samples.jsonl"
 REPORT = ("results.json", "results.csv", "report.html", ANSWERS_PAGE, ANSWERS_FILE, SAMPLES_FILE, OUTPUTS, JOURNAL)
 _REPORT_BYTES = 1 << 20  # more than any report takes
-_PIECE = re.compile(r"\s+|\w+|[^\w\s]")  # what an answer is compared by
+_PIECE = re.compile(r"\s+|\w+|[^\w\s]")  # the units by which answers are compared
 
 
 def to_json(record: Any) -> str:
@@ -62,18 +62,15 @@ def to_jsonl(answered: Sequence[Answered]) -> str:
 
 
 def report_files(record: RunRecord, table: TextTable) -> dict[str, bytes | None]:
-    """All report files by name; None for those that an earlier report may have left and this one lacks."""
+    """All report files by name; None for files that only an earlier report had."""
     from .plots import FIGURES, figures, to_png, to_svg  # matplotlib takes a while to import
 
     drawn = figures(record)
     notes = table.note.replace(PARETO_NOTE, "Green rows are on the Pareto frontier of quality and speed.").splitlines()
     found = [line for line in table.findings[::-1] if not line.startswith(f"Policy {FAST}: none")]
     pictures = {str(figure.get_label()): to_svg(figure) for figure in drawn.values()}
-    texts = {
-        "report.html": report_page(record, pictures, found, notes),
-        "results.json": to_json(record),
-        "results.csv": to_csv(record),
-    }
+    page = report_page(record, pictures, found, notes)
+    texts = {"report.html": page, "results.json": to_json(record), "results.csv": to_csv(record)}
     if record.answered:
         texts |= {ANSWERS_PAGE: answers_page(record), ANSWERS_FILE: to_jsonl(record.answered)}
     if record.samples:
@@ -89,10 +86,7 @@ def report_files(record: RunRecord, table: TextTable) -> dict[str, bytes | None]
 def output_folder(
     folder: str | None, command: str, names: Sequence[str] = REPORT, overwrite: bool = False, resume: bool = False
 ) -> Iterator[Path | None]:
-    """The folder (None if `folder` is None) for files of these `names`, created and locked by `command`.
-
-    Raises ConfigError if an earlier result there may not be replaced, LayerSkipError if it cannot be written or is locked.
-    """
+    """The folder for files of these `names`, created and locked by `command`. Raises ConfigError and LayerSkipError."""
     if folder is None:
         yield None
         return
@@ -125,8 +119,7 @@ def report_page(record: RunRecord, figures: Mapping[str, str], findings: Sequenc
     if by_category := [row for row in rows if "category" in row]:
         columns = [("strategy", "strategy", ""), ("category", "category", ""), *columns[3:]]
         tables.append(_table("By category", by_category, columns))
-    parts = [str(machine[part]) for part in ("dtype", "device_name", "implementation") if part in machine]
-    parts += [plural(machine["threads"], "thread")] if "threads" in machine else []
+    parts = machine["dtype"], machine["device_name"], machine["implementation"], plural(machine["threads"], "thread")
     return _template("report").render(
         title=title(record),
         machine=", ".join(parts),
@@ -148,12 +141,8 @@ def title(record: RunRecord) -> str:
 def _table(caption: str, rows: Sequence[Row], columns: Sequence[Column], links: bool = False) -> dict[str, Any]:
     """A table for the template. With `links` rows of results lead to their answers."""
     cells = [[{"text": cell(row, name, form), "value": row.get(name)} for _, name, form in columns] for row in rows]
-    return {
-        "caption": caption,
-        "columns": [header for header, _, _ in columns],
-        "rows": [{"cells": own, "pareto": row["pareto"]} for own, row in zip(cells, rows, strict=True)],
-        "links": links,
-    }
+    lines = [{"cells": own, "pareto": row["pareto"]} for own, row in zip(cells, rows, strict=True)]
+    return {"caption": caption, "columns": [header for header, _, _ in columns], "rows": lines, "links": links}
 
 
 def answers_page(record: RunRecord) -> str:

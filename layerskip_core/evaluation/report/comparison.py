@@ -83,7 +83,7 @@ def _by_exit(comparison: Comparison, name: str) -> Figure | None:
         return None
     kinds = list(dict.fromkeys(line.setting.drafts for line in lines))
     ticks = list(map(str, exits))
-    if kinds == [""]:  # what drafts has no figure at full depth
+    if kinds == [""]:  # drafters have no figure at full depth
         full = [line for line in comparison.lines if line.figure == name and line.setting.name == "autoregressive"]
         lines, ticks = lines + full, [*ticks, *("all" for _ in full)]
     figure, axes = new_figure(name.replace("_", " "))

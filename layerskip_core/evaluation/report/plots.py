@@ -90,7 +90,7 @@ def draw_line(axes: Any, number: int, label: str, points: Iterable[tuple[Any, An
 
 
 def best_lines(lines: Mapping[Any, list[Result]], most: int = MOST_LINES) -> tuple[dict[Any, list[Result]], str]:
-    """At most so many lines: those on the Pareto frontier, then the fastest; and a note on the choice."""
+    """At most `most` lines, first from the Pareto frontier, then the fastest; and a note on the choice."""
     ranks = {name: max((each.pareto, each.tokens_per_second or 0.0) for each in results) for name, results in lines.items()}
     best = sorted(lines, key=ranks.__getitem__, reverse=True)[:most]
     note = f"\n{len(best)} of {len(lines)}: those on the Pareto frontier of quality and speed, then the fastest"

@@ -1,4 +1,4 @@
-"""`Backend` by the C kernels, where they were built and the CPU has the instructions that they need."""
+"""`Backend` on the C kernels, if they were built and the CPU can run them."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,31 +17,31 @@ from ..eagle3 import UNSUITED, Eagle3Weights
 from ..exit_blocks import INPUT_NORMS, MTP, DraftBlock, ExitBlocks
 from ..pages import PAGE, PagePool
 from ..repacked import RepackedBackend
-from ..spec import ModelSpec
+from ..spec import AnySpec, ModelSpec
 from ..torch_layer import missing_feature
 from ..torch_linear import Norm
 from ..vocabulary import DraftVocabulary
 from ..weights import GROUP_SIZE, Affine, Take, Weights, head_weights, norm_weights
 from .compiled import MOST_ROPES, kernels
-from .drafters import NativeAssistant, NativeEagle3
+from .drafters import NativeAssistant, NativeEagle3, Target
 from .heads import NativeLinear, choose, draft
 from .layers import KEPT_ROWS, Engine, NativeLayer, NativeLayers, NativeNorm, NativeTokenInputs
 from .matrix import PANEL, HugePages, MatrixForm, NativeMatrix, PackMatrix
 from .recurrence import LARGEST_KEY, MOST_TAPS, memory_of
 
 _LARGEST_HEAD = 512
-# of AVX2 and NEON, on two cores
+# AVX2 and NEON on two cores, see `Backend.row_cost`
 _ROW_COSTS = {"fp32": 0.15, "bf16": 0.25, "widened": 0.25, "int8": 0.3, "int4": 0.3, "stored": 0.4}
 
 
-def can_run_native(spec: ModelSpec, dtype: torch.dtype, device: torch.device, packing: PackingConfig | None) -> bool:
-    """Whether kernels are here for every part of this architecture in this precision."""
+def can_run_native(spec: AnySpec, dtype: torch.dtype, device: torch.device, packing: PackingConfig | None) -> bool:
+    """Whether compiled kernels are here and run this architecture in this precision."""
     return suits_kernels(spec, dtype, device, packing) and kernels() is not None
 
 
-def suits_kernels(spec: ModelSpec, dtype: torch.dtype, device: torch.device, packing: PackingConfig | None) -> bool:
-    """Whether the kernels, if there are any, support this architecture, its widths and this precision."""
-    if missing_feature(spec, recurrent=True) is not None or not spec.attending:
+def suits_kernels(spec: AnySpec, dtype: torch.dtype, device: torch.device, packing: PackingConfig | None) -> bool:
+    """Whether the kernels, if built, run this architecture, its widths and this precision."""
+    if not isinstance(spec, ModelSpec) or missing_feature(spec, native=True) is not None or not spec.attending:
         return False
     if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return False
@@ -50,9 +50,8 @@ def suits_kernels(spec: ModelSpec, dtype: torch.dtype, device: torch.device, pac
     low_bit = packing is not None and bool(packing.quantize or packing.draft_weights)
     divisor = GROUP_SIZE if low_bit else 2
     layers = [spec.of_layer(layer) for layer in range(spec.layers)] if spec.sizes else [spec]
-    if any(of_layer.head_dim > _LARGEST_HEAD or of_layer.head_dim % 2 for of_layer in layers):  # a bf16 cache keeps pairs
-        return False
-    if spec.token_width > spec.hidden:
+    odd_or_large = (of_layer.head_dim > _LARGEST_HEAD or of_layer.head_dim % 2 for of_layer in layers)  # bf16 comes in pairs
+    if any(odd_or_large) or spec.token_width > spec.hidden:
         return False
     widths = [spec.hidden, spec.token_width, spec.experts.inner if spec.experts else spec.inner]
     widths += [width for of_layer in layers for width in (of_layer.inner, of_layer.queries)]
@@ -64,15 +63,12 @@ def suits_kernels(spec: ModelSpec, dtype: torch.dtype, device: torch.device, pac
 
 
 class NativeBackend(RepackedBackend):
-    """Repacked weights on the C kernels, for an architecture that they `can_run`; hidden states are fp32 in every precision.
+    """Repacked weights on the C kernels, for an architecture that `suits_kernels`. Hidden states are always fp32."""
 
-    The kernels are batch-invariant: without splitting calls, a token has the same bits alone as among others.
-    """
-
-    batch_invariant = True
+    batch_invariant = True  # without splitting calls
 
     def __init__(self, spec: ModelSpec, take: Take, *arguments: Any, pack: PackMatrix | None = None, **options: Any) -> None:
-        """As `RepackedBackend`. `pack`: gives the matrices instead of packing them from weights in memory."""
+        """As `RepackedBackend`. `pack`: gives the matrices; None: they are packed from weights in memory."""
         compiled = kernels()
         assert compiled is not None
         packed = partial(NativeMatrix.packed, compiled, empty=HugePages().empty, narrows=compiled.widens_bf16)
@@ -81,7 +77,7 @@ class NativeBackend(RepackedBackend):
         super().__init__(spec, take, *arguments, **options)
         if not compiled.has_cheap_rows:  # more cores have more arithmetic, and the memory of two
             self.row_cost = _ROW_COSTS[self._head.matrix.form.kind] * 2 / max(torch.get_num_threads(), 2)
-        # Rounding may make two logits equal, but not where it divides by a power of two.
+        # Division and caps may round two logits to the same number; division by a power of two does not.
         self._is_plain = frexp(spec.logits_divisor)[0] == 0.5 and spec.logits_cap is None
 
     @property
@@ -90,7 +86,7 @@ class NativeBackend(RepackedBackend):
 
     @property
     def bytes_per_weight(self) -> float:
-        """On average over the layers and the head, with scales and biases."""
+        """The mean over layers and head, with scales and biases."""
         assert isinstance(self._layers, NativeLayers)
         matrices: list[NativeMatrix] = [
             self._head.matrix,
@@ -108,7 +104,7 @@ class NativeBackend(RepackedBackend):
         return choose(self._layers, self._head, tokens, states, start, stop, kept, places)
 
     def limit_memory(self, kv_bytes: int) -> None:
-        """At most so many bytes for keys and values, from now on; a draft model has room for as many tokens."""
+        """Bounds the KV memory from now on; a draft model gets room for as many tokens."""
         pools = [model._pool for model in (self, self.draft_model) if isinstance(model, NativeBackend)]
         pages = kv_bytes // sum(pool.page_bytes for pool in pools)
         for pool in pools:
@@ -153,7 +149,7 @@ class NativeBackend(RepackedBackend):
 
     def _drafter_kinds(self, packing: PackingConfig) -> tuple[Quantization | None, Quantization | None]:
         kind, of_head = packing.drafter
-        if self._pack is not self._packed:  # whose head is there in some precisions only
+        if self._pack is not self._packed:  # a packed file holds the head in few precisions
             of_head = (packing.draft_head or "int8") if packing.draft_weights else packing.quantize
         fits = suits_kernels(self.spec, self._embedding.dtype, torch.device("cpu"), PackingConfig("int8"))
         return (kind, of_head) if fits else (packing.quantize,) * 2
@@ -161,15 +157,17 @@ class NativeBackend(RepackedBackend):
     def _drafters(self, exit_blocks: ExitBlocks, packing: PackingConfig) -> dict[str, DraftBlock]:
         found = super()._drafters(exit_blocks, packing)
         if (assistant := exit_blocks.assistant) is not None:
-            own = self.spec, self._embedding, self._pool, packing.drafter
-            found["mtp"] = NativeAssistant(self._kernels, self._packed, assistant, *own)
+            found["mtp"] = NativeAssistant(self._target(self.spec, packing), assistant)
         return found
+
+    def _target(self, spec: ModelSpec, packing: PackingConfig) -> Target:
+        return Target(self._kernels, self._packed, spec, self._embedding, self._pool, packing.drafter)
 
     def placed_eagle3(self, stored: Eagle3Weights, place: int, packing: PackingConfig) -> NativeEagle3:
         if self._inputs is not None:
             raise CheckpointError(UNSUITED.format(self.spec.model_type))
-        own, self._pool.window = (self._chain_spec, self._embedding, self._pool), None  # it sees the whole text
-        return NativeEagle3(self._kernels, self._packed, stored, *own, place, packing.drafter)
+        self._pool.window = None  # its attention has none
+        return NativeEagle3(self._target(self._chain_spec, packing), stored, place)
 
     def _norm(self, weights: Affine) -> Callable[[Tensor], Tensor]:
         """Of fp32 hidden states."""

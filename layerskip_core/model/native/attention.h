@@ -27,6 +27,7 @@ typedef struct {
     float scores[MOST_QUERIES][SPAN_PLACES];    /* and then the weights */
     RowBf16 rounded[MOST_QUERIES][SPAN_PLACES]; /* the weights in bf16 */
     float total[MOST_QUERIES][16], most[MOST_QUERIES];
+    const char *next; /* as many bytes that a later step reads: this one fetches them, because processors foresee no new page */
 } Attention;
 
 #include "tiled_attention.h"
@@ -45,7 +46,8 @@ INLINE void score_places(Attention *a, int from, int first, const int R, const c
     int units = bf16 ? size / 2 : size; /* 64 bytes of a block */
     const float *queries = a->queries + first * size;
     const RowBf16 *rounded = (const RowBf16 *)a->queries + first * size;
-    for (int t = 0; t < n; t += 16 * B, keys += 64 * (size_t)(B * units)) {
+    const char *next = a->next;
+    for (int t = 0; t < n; t += 16 * B, keys += 64 * (size_t)(B * units), next += 64 * (size_t)(B * units)) {
         vf acc[TILE][4];
         for (int r = 0; r < R; r++)
             for (int b = 0; b < B; b++) acc[r][b] = f_set(0);
@@ -53,6 +55,7 @@ INLINE void score_places(Attention *a, int from, int first, const int R, const c
             for (int part = 0; part < (bf16 ? BF16_PARTS : 1); part++)
                 for (int b = 0; b < B; b++) {
                     vf key = f_load((const float *)(keys + 64 * (size_t)(b * units + u)));
+                    if (!part) fetch_line_later(next + 64 * (size_t)(b * units + u));
                     Bf16 pairs = bf16_part(i_bits(key), part);
                     for (int r = 0; r < R; r++) {
                         if (bf16) acc[r][b] = dot_bf16(acc[r][b], pairs, bf16_value(rounded + r * size + 2 * u, part));
@@ -70,14 +73,18 @@ INLINE void add_chunks(
     const int bf16
 ) {
     vf acc[TILE][4];
-    const float *at[4];
-    for (int c = 0; c < C; c++) at[c] = (const float *)values + dimension_of(chunk + c, size);
+    const float *at[4], *next[4];
+    for (int c = 0; c < C; c++) {
+        at[c] = (const float *)values + dimension_of(chunk + c, size);
+        next[c] = (const float *)a->next + dimension_of(chunk + c, size);
+    }
     for (int r = 0; r < R; r++)
         for (int c = 0; c < C; c++) acc[r][c] = f_load(a->mixed[first + r] + 16 * (chunk + c));
     for (int t = 0, row = 0; t < n; t += bf16 ? 2 : 1, row += size)
         for (int part = 0; part < (bf16 ? BF16_PARTS : 1); part++)
             for (int c = 0; c < C; c++) {
                 vf value = whole ? f_load(at[c] + row) : f_load_some(at[c] + row, size);
+                if (!part) fetch_line_later(next[c] + row);
                 Bf16 pairs = bf16_part(i_bits(value), part);
                 for (int r = 0; r < R; r++) {
                     if (bf16) acc[r][c] = dot_bf16(acc[r][c], pairs, bf16_value(a->rounded[first + r] + from + t, part));
@@ -185,12 +192,15 @@ static void attend(Attention *a, const Query *queries, int count, const Shape *s
         int n = stop - place < SPAN_PLACES ? (int)(stop - place) : SPAN_PLACES;
         for (int t = 0; t < n; t += PAGE) {
             const char *keys = in_page(s, l, call, 0, row, head, place + t);
+            a->next = in_page(s, l, call, 1, row, head, place + t);
             page_step(a, SCORE, t, count, keys, n - t < PAGE ? n - t : PAGE, size, bf16);
         }
         for (int q = 0; q < count; q++)
             weigh_places(a, q, n, queries[q].start - place, queries[q].stop - place, size, bf16, s->score_cap);
         for (int t = 0; t < n; t += PAGE) {
             const char *values = in_page(s, l, call, 1, row, head, place + t);
+            int64_t after = place + SPAN_PLACES + t;
+            a->next = after < stop ? in_page(s, l, call, 0, row, head, after) : values;
             page_step(a, ADD_VALUES, t, count, values, n - t < PAGE ? n - t : PAGE, size, bf16);
         }
     }

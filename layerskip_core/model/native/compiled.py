@@ -1,4 +1,4 @@
-"""The compiled kernels and their C structures. They are built together with the package, if there is a C compiler."""
+"""The compiled kernels and their C structures. The package's installation builds them if there is a C compiler."""
 
 import ctypes
 import os
@@ -13,14 +13,14 @@ from typing import Any
 
 from ...errors import LayerSkipError, require_choice
 
-KINDS = ("fp32", "bf16", "int8", "int4", "widened", "stored")  # of weights, as the C code numbers them
-ACTIVATIONS = {  # as the C code numbers them
+KINDS = ("fp32", "bf16", "int8", "int4", "widened", "stored")  # of weights, in the numbering of the C code
+ACTIVATIONS = {  # in the numbering of the C code
     **{"silu": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "gelu": 2, "relu": 3, "relu2": 4, "xielu": 5, "swiglu_clamped": 6},
 }
-MOST_ROPES = 2  # tables of rotary positions: one for each kind of layer
+MOST_ROPES = 2  # rotary tables: one for each kind of layer
 _AVX2 = {"avx2", "fma", "f16c"}
 _AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16", "avx512_vbmi"}
-_CPU_FLAGS = {  # and vendor that each variant needs, as /proc/cpuinfo names them, by processor; the best variant first
+_CPU_FLAGS = {  # the flags (and vendor) of /proc/cpuinfo that each variant needs, by processor; the best variant first
     "x86_64": {
         "amx": _AVX512 | {"amx_tile", "amx_bf16"},
         "avx512_fma": _AVX512 | {"GenuineIntel"},
@@ -32,11 +32,11 @@ _CPU_FLAGS = {  # and vendor that each variant needs, as /proc/cpuinfo names the
     "aarch64": {"neon_bf16": {"asimddp", "bf16", "i8mm"}, "neon_dot": {"asimddp"}, "neon": set[str]()},
 }
 _OWN_BF16 = {"avx512", "amx", "neon_bf16"}  # variants that multiply bf16 without widening it
-_CHEAP_ROWS = {"avx512_fma", *_OWN_BF16}  # whose arithmetic keeps up with the memory of two cores for ten rows
+_CHEAP_ROWS = {"avx512_fma", *_OWN_BF16}  # variants whose arithmetic for ten rows keeps up with the memory of two cores
 _PROCESSORS = {("linux", "x86_64"): "x86_64", ("linux", "aarch64"): "aarch64", ("darwin", "arm64"): "aarch64"}
 _NEEDS = _CPU_FLAGS.get(_PROCESSORS.get((sys.platform, platform.machine()), ""), {})
-VARIANTS = tuple(_NEEDS)  # that can be built for this machine
-INTERFACE = 29  # of kernels.c: the version of its functions and structures that this file uses
+VARIANTS = tuple(_NEEDS)  # for this machine's processor
+INTERFACE = 29  # version of the functions and structures in kernels.c
 _OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 SWITCH = "LAYERSKIP_KERNELS"  # environment variable: a variant, or `torch` for none
 _FALLBACK = (
@@ -148,7 +148,7 @@ class CTokenInputs(Structure):
     ]
 
 
-# as layerskip_size_of in kernels.c numbers them
+# in the numbering of layerskip_size_of in kernels.c
 STRUCTURES = (CMatrix, CLayer, CShape, CCall, CDraft, CChoice, CRecurrence, CStoredPanel, CTokenInputs)
 
 
@@ -178,7 +178,7 @@ class Kernels:
 
 
 def requested_variant() -> str | None:
-    """The value of the environment variable: a variant, `torch`, or None if unset. Raises ConfigError for other values."""
+    """The value of SWITCH: a variant, `torch`, or None if unset. Raises ConfigError for other values."""
     requested = os.environ.get(SWITCH) or None
     if requested is not None:
         require_choice(requested, SWITCH, (*VARIANTS, "torch"))
@@ -186,7 +186,7 @@ def requested_variant() -> str | None:
 
 
 def kernel_note() -> str | None:
-    """A sentence for the user if decoding is slower on this machine than it could be; None if the kernels run as intended."""
+    """A note for the user if better kernels could run on this machine; else None."""
     requested = requested_variant()
     if requested == "torch" or not _NEEDS:
         return None
@@ -206,12 +206,12 @@ def kernel_note() -> str | None:
 
 
 def why_no_kernels() -> str:
-    """Of a machine where `kernels` finds none, as a part of a sentence."""
+    """Why `kernels` finds none here, as part of a sentence."""
     return f"{SWITCH} is torch" if requested_variant() == "torch" else "none is built here that this CPU can run"
 
 
 def _cpu_flags() -> set[str]:
-    """Those that variants need, with the vendor; of a Mac the flags that all of Apple's ARM processors have."""
+    """The CPU's flags and vendor; on a Mac the flags that all of Apple's ARM processors have."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -221,14 +221,14 @@ def _cpu_flags() -> set[str]:
 
 
 def multiplies_bf16() -> bool:
-    """Whether PyTorch's products are faster in bf16 than in fp32 on this x86 CPU: with AMX, or with AVX-512 BF16 unless it is
-    Intel's, where oneDNN's take twice as long (75 to 85 GFLOP/s per core against 150; AMD and AMX were not measured).
+    """Whether PyTorch's products are faster in bf16 than in fp32 on this x86 CPU: with AMX, or on AMD with AVX-512 BF16. On
+    Intel without AMX oneDNN takes twice as long (75 to 85 GFLOP/s per core against 150); AMD and AMX were not measured.
     """
     return next((name for name in VARIANTS if _NEEDS[name] <= _cpu_flags()), None) in ("amx", "avx512")
 
 
 def kernels(variant: str | None = None) -> Kernels | None:
-    """A variant that was built and that this CPU can run: the given one, else the requested one, else the best; else None.
+    """The given variant, else the requested, else the best one; None if it was not built or this CPU cannot run it.
 
     Raises LayerSkipError for kernels of another version, as after a pull in a checkout.
     """
@@ -237,8 +237,8 @@ def kernels(variant: str | None = None) -> Kernels | None:
 
 @contextmanager
 def requesting(variant: str) -> Iterator[None]:
-    """Models that are loaded meanwhile run on these kernels, `torch` or a variant, as if the environment asked for them."""
-    before = os.environ.get(SWITCH, "")  # empty is as if unset
+    """Models loaded meanwhile run on this variant (or `torch`), as if the environment requested it."""
+    before = os.environ.get(SWITCH, "")  # empty means unset
     os.environ[SWITCH] = variant
     try:
         yield
@@ -248,7 +248,7 @@ def requesting(variant: str) -> Iterator[None]:
 
 @cache
 def _load(requested: str | None) -> tuple[Kernels | None, dict[str, str]]:
-    """The kernels to use, and why better variants that are there cannot be loaded."""
+    """The kernels to use, and for better variants that were built why they cannot be loaded."""
     unloadable: dict[str, str] = {}
     for name in VARIANTS if requested is None else (requested,):
         path = Path(__file__).with_name(f"_{name}.so")
@@ -269,9 +269,9 @@ def _load(requested: str | None) -> tuple[Kernels | None, dict[str, str]]:
 
 
 def _openmp() -> list[c_void_p]:
-    """The functions of the OpenMP runtime that torch uses: GNU's or, on a Mac, LLVM's, which has GNU's functions too.
+    """Functions of torch's OpenMP runtime: GNU's or, on a Mac, LLVM's, which has GNU's functions too. Empty if absent.
 
-    They are looked up as torch's own calls are: in the whole process, then in what torch's library loads. Empty if absent.
+    Looked up as torch's own calls are: in the whole process, then in torch's library.
     """
     import torch
 
@@ -290,5 +290,5 @@ def _matches(library: ctypes.CDLL) -> bool:
     try:
         sizes = [library.layerskip_size_of(index) for index in range(len(STRUCTURES))]
         return bool(library.layerskip_interface() == INTERFACE) and sizes == list(map(ctypes.sizeof, STRUCTURES))
-    except AttributeError:  # of a version without one of these functions
+    except AttributeError:  # an old version lacks these functions
         return False

@@ -1,20 +1,18 @@
 """Drafters beside a model on the C kernels: in the EAGLE-3 layout, and the assistant of a Gemma 4 model.
 
-An assistant is a small decoder that was trained to draft for its model (google/gemma-4-E2B-it-assistant). Its layers have
-queries only: each reads the keys and values of the model's last layer of its kind that has some. With the model's embedding e
-of a token and its state s, after the final norm, for the token before:
+An assistant is a small decoder trained to draft for its model (google/gemma-4-E2B-it-assistant). Its layers have queries only:
+each reads the keys and values of the model's last attending layer of its kind. Let e be the model's embedding of a token, and s
+the model's output of the final norm for the token before:
 
-    x = W_in [e; s], h = norm(layers(x)), logits = head(h), and s of the next draft is W_out h
+    x = W_in [e; s], h = norm(layers(x)), logits = head(h); for the next draft s = W_out h
 
-All drafts of a round stand at the position of the model's last token with KV entries, as in vLLM and mlx-vlm; transformers
-rotates queries for the position after it.
-
-A head with clusters scores only the tokens of the `chosen` ones whose centroids h scores highest.
+All drafts of a round have the position of the model's last KV entry, as in vLLM and mlx-vlm; transformers rotates queries for
+the position after it. A head with clusters scores only the tokens of the `chosen` clusters with the best centroids.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +20,7 @@ from torch import Tensor
 
 from ...config.model import Quantization
 from ..architectures import ARCHITECTURES
-from ..backend import Backend, DraftEnds, DraftHead, Layers, Submodel
+from ..backend import Backend, Drafted, DraftHead, Layers, Submodel
 from ..cache import Places
 from ..configuration import FULL
 from ..eagle3 import FC, HEAD, HIDDEN_NORM, LAYER, NORM, Eagle3Form, Eagle3Weights, frequencies
@@ -39,20 +37,27 @@ from .matrix import MatrixForm, PackMatrix
 INPUT, OUTPUT, CENTROIDS = "pre_projection.weight", "post_projection.weight", "masked_embedding.centroids.weight"
 ORDER = "masked_embedding.token_ordering"  # token ids, cluster by cluster
 
-LowBits = tuple[Quantization | None, Quantization | None]
-"""Of a drafter's layers and of its head, where the kernels have these for its widths; else weights are as the embedding, or in
-fp32. A head with clusters has none."""
+
+class Target(NamedTuple):
+    """The parts of a backend that its drafters use."""
+
+    kernels: Kernels
+    pack: PackMatrix
+    spec: ModelSpec
+    embedding: Tensor
+    pool: PagePool
+    low_bits: tuple[Quantization | None, Quantization | None]  # of a drafter's layers and head, if its widths allow
 
 
 class _Matrices:
-    """How a drafter's weights are stored, whose matrices have these widths."""
+    """Makes a drafter's matrices, which have the given widths. Without low bits they are as the embedding, or in fp32."""
 
-    def __init__(self, pack: PackMatrix, embedding: Tensor, widths: Sequence[int], low_bits: LowBits) -> None:
-        is_bf16 = embedding.dtype == torch.bfloat16 and not any(width % 2 for width in widths)
+    def __init__(self, target: Target, widths: Sequence[int]) -> None:
+        is_bf16 = target.embedding.dtype == torch.bfloat16 and not any(width % 2 for width in widths)
         self.dtype, unrounded = (torch.bfloat16, "bf16") if is_bf16 else (torch.float32, "fp32")
         fits = not any(width % GROUP_SIZE for width in widths)
-        self.layers, self.head = (kind if fits and kind is not None else unrounded for kind in low_bits)
-        self._pack = pack
+        self.layers, self.head = (kind if fits and kind is not None else unrounded for kind in target.low_bits)
+        self._pack = target.pack
 
     def linear(self, engine: Engine, weights: Weights, name: str, kind: str, norm: Affine | None = None) -> NativeLinear:
         outputs, inputs = weights.shapes[name]
@@ -61,33 +66,27 @@ class _Matrices:
 
 
 class NativeEagle3:
-    """As PlacedEagle3, of a NativeBackend."""
+    """PlacedEagle3 of a NativeBackend."""
 
     needs_feature = True
 
-    def __init__(
-        self,
-        kernels: Kernels,
-        pack: PackMatrix,
-        stored: Eagle3Weights,
-        spec: ModelSpec,
-        embedding: Tensor,
-        pool: PagePool,
-        place: int,
-        low_bits: LowBits,
-    ) -> None:
-        """`spec`, `embedding`, `pool`: the target's."""
-        form = stored.form
-        made = _Matrices(pack, embedding, (form.hidden, form.inner, form.heads * form.head_dim), low_bits)
+    def __init__(self, target: Target, stored: Eagle3Weights, place: int) -> None:
+        form, pack, embedding = stored.form, target.pack, target.embedding
+        made = _Matrices(target, (form.hidden, form.inner, form.heads * form.head_dim))
         rounded = {name: weight.to(made.dtype) for name, weight in stored.weights.items()}
         self._form, self._norms = form, {name: weight.float() for name, weight in rounded.items() if weight.dim() == 1}
         weights = Weights(rounded.get, form.shapes)
-        self._spec = spec = _layer_spec(form, spec)
-        engine = Engine(kernels, spec, embedding.dtype, lambda count: [_rotations(form, count)])
+        self._spec = spec = _layer_spec(form, target.spec)
+
+        def ropes(count: int) -> list[tuple[Tensor, Tensor]]:
+            angles = torch.outer(torch.arange(count, dtype=torch.float32), frequencies(form))
+            return [(angles.cos(), angles.sin())]
+
+        engine = Engine(target.kernels, spec, embedding.dtype, ropes)
         engine.make_room(len(form.layers) * form.hidden)
         engine.shape.norms_residual = form.norm_before_residual
         layer = NativeLayer(pack, weights.below(LAYER), spec, place, made.layers, Affine(weights.of(HIDDEN_NORM), None))
-        self._layers = EntryLayers(engine, spec, embedding, None, [None] * place + [layer], pool)
+        self._layers = EntryLayers(engine, spec, embedding, None, [None] * place + [layer], target.pool)
         self._fc = made.linear(engine, weights, FC, made.layers)
         self.head = made.linear(engine, weights, HEAD, made.head, Affine(weights.of(NORM), None))
         self._place, self.taps = place, (0, *form.layers)
@@ -108,20 +107,11 @@ class NativeEagle3:
     def _normed(self, name: str, hidden: Tensor) -> Tensor:
         return F.rms_norm(hidden.float(), hidden.shape[-1:], self._norms[name], self._form.eps)
 
-    def kernel(
-        self,
-        head: DraftHead,
-        token: Tensor,
-        submodel: Submodel,
-        places: Places,
-        ends: DraftEnds,
-        feature: Tensor | None,
-        runs_last: bool,
-    ) -> tuple[Tensor, dict[int, Tensor], list[float]]:
+    def kernel(self, head: DraftHead, text: Tensor, submodel: Submodel, places: Places, *others: Any) -> Drafted:
         """A `DraftKernel`."""
-        layer = replace(submodel, block=None, beyond=((self._place, self._place + 1),))
-        entries, norms = places.moved(-1), self._form.norm_output
-        return draft(self._layers, self._spec, head, token, layer, entries, ends, feature, runs_last, norms)
+        layer, norms = replace(submodel, block=None, beyond=((self._place, self._place + 1),)), self._form.norm_output
+        ends, feature, runs_last = others
+        return draft(self._layers, self._spec, head, text, layer, places.moved(-1), ends, feature, runs_last, norms)
 
 
 def _entries(states: Tensor, before: Tensor | None) -> Tensor:
@@ -130,8 +120,7 @@ def _entries(states: Tensor, before: Tensor | None) -> Tensor:
 
 
 def _layer_spec(form: Eagle3Form, spec: ModelSpec) -> ModelSpec:
-    """Of the drafter's layer, a layer of Llama beside a target."""
-    count = spec.layers
+    """The target's spec with the drafter's layer, a layer of Llama, as the last."""
     return replace(
         spec,
         architecture=ARCHITECTURES["llama"],
@@ -144,8 +133,7 @@ def _layer_spec(form: Eagle3Form, spec: ModelSpec) -> ModelSpec:
         eps=form.eps,
         activation="silu",
         kinds=(*spec.kinds[:-1], FULL),
-        window=None,
-        rope_of=(0,) * count,
+        rope_of=(0,) * spec.layers,
         rotary=form.head_dim,
         parallel=False,
         query_bias=False,
@@ -156,35 +144,20 @@ def _layer_spec(form: Eagle3Form, spec: ModelSpec) -> ModelSpec:
         logits_divisor=1.0,
         score_cap=None,
         logits_cap=None,
-        clip=None,
     )
-
-
-def _rotations(form: Eagle3Form, count: int) -> tuple[Tensor, Tensor]:
-    angles = torch.outer(torch.arange(count, dtype=torch.float32), frequencies(form))
-    return angles.cos(), angles.sin()
 
 
 @dataclass(frozen=True)
 class Assistant:
-    """A stored assistant.
+    """A stored assistant."""
 
-    Attributes:
-        spec: its own; the `source` of each of its layers is a layer of its model, and so are its key heads.
-        hidden: D of its model.
-        clusters: of its head; 0 for none. `chosen`: how many are scored.
-        settings: its config.json.
-        take: weights by the names of `shapes`, and the ids of ORDER.
-        model_fingerprint: of the model that it was made for, if its file has one.
-    """
-
-    spec: ModelSpec
-    hidden: int
-    clusters: int
-    chosen: int
-    settings: Mapping[str, Any]
-    take: Callable[[str], Tensor]
-    model_fingerprint: str | None = None
+    spec: ModelSpec  # its own, but `kv_heads` and each layer's `source` are the model's
+    hidden: int  # D of the model
+    clusters: int  # of the head; 0 for none
+    chosen: int  # clusters that are scored
+    settings: Mapping[str, Any]  # config.json
+    take: Callable[[str], Tensor]  # weights by the names of `shapes`, and the ids of ORDER
+    model_fingerprint: str | None = None  # of the model that it was made for, if the file has one
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -195,38 +168,27 @@ class Assistant:
 
 
 class NativeAssistant:
-    """As a PlacedBlock, of a NativeBackend; it has no KV entries. What `run` gives is the state after its last layer."""
+    """An assistant of a NativeBackend, as a PlacedBlock. It has no KV entries; `run` returns states after its last layer."""
 
     needs_feature, kernel, vocabulary = True, None, None
-    taps: tuple[int, ...] = ()  # it needs no states of the target but the last
+    taps: tuple[int, ...] = ()
 
-    def __init__(
-        self,
-        kernels: Kernels,
-        pack: PackMatrix,
-        stored: Assistant,
-        target: ModelSpec,
-        embedding: Tensor,
-        pool: PagePool,
-        low_bits: LowBits,
-    ) -> None:
-        """`target`, `embedding`, `pool`: of its model."""
-        spec, self._hidden = stored.spec, target.hidden
+    def __init__(self, target: Target, stored: Assistant) -> None:
+        spec, self._hidden, embedding = stored.spec, target.spec.hidden, target.embedding
         of_layers = [spec.of_layer(layer) for layer in range(spec.layers)]
-        widths = 2 * target.hidden, spec.hidden, spec.inner, *(of_layer.queries for of_layer in of_layers)
-        made = _Matrices(pack, embedding, widths, low_bits)
+        made = _Matrices(target, (2 * self._hidden, spec.hidden, spec.inner, *(of_layer.queries for of_layer in of_layers)))
         weights = Weights(checked(lambda name: stored.take(name).to(made.dtype), stored.shapes), stored.shapes)
-        engine = Engine(kernels, spec, embedding.dtype)
-        engine.make_room(2 * target.hidden)
+        engine = Engine(target.kernels, spec, embedding.dtype)
+        engine.make_room(2 * self._hidden)
         layers = list[NativeLayer | None]()
         for index, of_layer in enumerate(of_layers):
             own = weights.below(spec.layer_prefix(index))
-            layer = NativeLayer(pack, own, spec, index, made.layers)
+            layer = NativeLayer(target.pack, own, spec, index, made.layers)
             assert of_layer.source is not None and spec.architecture.layer_scale is not None
-            layer.structure.keys = keys_at(target, of_layer.source)
+            layer.structure.keys = keys_at(target.spec, of_layer.source)
             layer.structure.scale = float(own.of(spec.architecture.layer_scale))
             layers.append(layer)
-        self._layers = NativeLayers(engine, spec, embedding, None, layers, pool)
+        self._layers = NativeLayers(engine, spec, embedding, None, layers, target.pool)
         norm = norm_weights(weights, spec.names.norm, spec)
         self._join = made.linear(engine, weights, INPUT, made.layers)
         self._next = made.linear(engine, weights, OUTPUT, made.layers, norm)
@@ -253,7 +215,7 @@ class NativeAssistant:
 
 
 class ClusteredHead:
-    """The logits (N, V) of states (N, D), -inf for the tokens of clusters that are not chosen."""
+    """Logits (N, V) of states (N, D), -inf outside the chosen clusters."""
 
     def __init__(self, norm: Norm, centroids: Tensor, table: Tensor, order: Tensor, chosen: int) -> None:
         """`centroids` (C, D); `table` (V, D) by token; `order` (V,): token ids, cluster by cluster."""

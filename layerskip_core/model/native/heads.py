@@ -1,4 +1,4 @@
-"""Heads, and the calls that end with tokens: a whole draft, or a greedy verification."""
+"""Heads, and calls that return tokens: a whole draft, a greedy verification."""
 
 import ctypes
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backend import DraftEnds, DraftHead, Submodel
+from ..backend import Drafted, DraftEnds, DraftHead, Submodel
 from ..cache import Places
 from ..exit_blocks import PlacedBlock, PlacedMtp
 from ..repacked import rows_at_once
@@ -17,13 +17,13 @@ from .compiled import CChoice, CDraft, CNorm
 from .layers import Engine, NativeLayers, NativeNorm
 from .matrix import NativeMatrix
 
-_GUESSES = 4  # of a copy's tokens, that one pass of it verifies at most
+_GUESSES = 4  # most looked-up tokens in a pass of a copy
 
 
 class NativeLinear:
-    """A matrix, after a norm if there is one; of a head the logits are scaled and capped as `spec` says."""
+    """A matrix, perhaps after a norm. `spec`: of a head, whose logits it scales and caps."""
 
-    input_norms: Sequence[NativeNorm] = ()  # of the input map of MTP
+    input_norms: Sequence[NativeNorm] = ()  # of MTP's input map
 
     def __init__(self, engine: Engine, matrix: NativeMatrix, norm: Affine | None = None, spec: ModelSpec | None = None) -> None:
         self._engine, self.matrix, self.norm, self._spec = engine, matrix, NativeNorm(norm), spec
@@ -65,8 +65,8 @@ def draft(
     feature: Tensor | None,
     runs_last: bool,
     norms_output: bool = False,
-) -> tuple[Tensor, dict[int, Tensor], list[float]]:
-    """A `DraftKernel`, after the arguments that stay the same. `norms_output`: as a drafter's."""
+) -> Drafted:
+    """A `DraftKernel`, after constant arguments. `norms_output`: as in Eagle3Form."""
     exit_layer, beyond, stops, (head, vocabulary) = submodel.exit_layer, submodel.beyond, submodel.stops, chosen_by
     entry = None if feature is None else torch.cat((feature, feature)).to(torch.float32)
     if (block := submodel.block) is not None:
@@ -122,7 +122,7 @@ def choose(
     kept: Sequence[int],
     places: Places,
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """`Backend.choose` in one call, after the layers and the head."""
+    """`Backend.choose` in one call, after constant arguments."""
     count = sum(places.counts)
     if start == 0 and layers.learned is not None:
         hidden = layers.placed(layers.embed(tokens) if hidden is None else hidden, places)

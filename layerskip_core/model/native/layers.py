@@ -1,10 +1,9 @@
-"""A chain of layers as the C kernels read them: a span of them is one call."""
+"""A chain of layers for the C kernels, which run a span in one call."""
 
 import ctypes
 from array import array
 from collections.abc import Callable, Iterable
-from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -31,20 +30,20 @@ from ..weights import (
     router,
     sinks,
 )
-from .compiled import ACTIVATIONS, CCall, CLayer, CMatrix, CNorm, CShape, CTokenInputs, Kernels
+from .compiled import ACTIVATIONS, CCall, CLayer, CNorm, CShape, CTokenInputs, Kernels
 from .matrix import PANEL, MatrixForm, NativeMatrix, PackMatrix
 from .recurrence import NativeRecurrence
 
-KEPT_ROWS = 64  # calls of up to this many rows keep their buffers
+KEPT_ROWS = 64  # most rows of a call whose buffers are kept
 _KEPT = 16  # row counts whose buffers are kept
 
 
 Ropes = Callable[[int], list[tuple[Tensor, Tensor]]]
-"""Cosines and sines in fp32 of so many first positions, each (positions, rotary / 2), by rotary embedding."""
+"""Cosines and sines in fp32 of positions 0..n-1, each (n, rotary / 2), by rotary embedding."""
 
 
 class Engine:
-    """The kernels, a model's sizes as they read them, and the buffers of its calls."""
+    """The kernels with a model's sizes and the buffers of its calls."""
 
     def __init__(self, kernels: Kernels, spec: ModelSpec, dtype: torch.dtype, ropes: Ropes | None = None) -> None:
         """`dtype`: of the embedding and the cache. `ropes`: None for those of `spec`."""
@@ -59,10 +58,11 @@ class Engine:
             sum(of_layer.projections("attention").widths) for of_layer in (spec, *map(spec.of_layer, range(spec.layers)))
         )
         if (recurrence := spec.recurrence) is not None:
-            read, mixed, steps = max(read, sum(recurrence.widths)), max(mixed, recurrence.outputs), recurrence.steps
+            read, mixed = max(read, sum(recurrence.widths)), max(mixed, recurrence.outputs)
+            steps = 2 * recurrence.heads if recurrence.key_heads else 0  # and decays
         slices = spec.layers * spec.token_width if spec.token_inputs else 0
         self.widths = (read, mixed, inside, block_output, steps, slices)  # of rows that threads share
-        self.formed_bytes = 0  # at most what a row takes in the form that the kernel of a matrix reads
+        self.formed_bytes = 0  # of a row in the layout that the kernel of a matrix reads, at most
         self.make_room(max(2 * spec.hidden, mixed, inner, expert))  # a block's map reads two states
         self._kept = lru_cache(_KEPT)(Buffers)
         self._experts, self._rope_length = spec.experts, 0
@@ -70,24 +70,24 @@ class Engine:
         self._rope: list[tuple[Tensor, Tensor]] = []
 
     def make_room(self, inputs: int) -> None:
-        """For the rows of a matrix with so many inputs."""
+        """Makes buffers large enough for rows of a matrix with so many inputs."""
         self.formed_bytes = max(self.formed_bytes, 4 * inputs + 64)
 
     def rope(self, stop: int) -> list[tuple[Tensor, Tensor]]:
-        """Cosines and sines in fp32 of the positions before `stop`, and of more."""
+        """Cosines and sines in fp32 of at least the positions before `stop`."""
         if self._rope_length < stop:
             self._rope_length = 2 * stop
             self._rope = self._ropes(self._rope_length)
         return self._rope
 
     def buffers(self, rows: int) -> "Buffers":
-        """The buffers for so many rows and the current threads. The next call of that size overwrites them."""
+        """Buffers for so many rows and the current threads, to be used until the next call of that size."""
         make = self._kept if rows <= KEPT_ROWS else Buffers
         return make(rows, torch.get_num_threads(), self.widths, self.shape.hidden, self.formed_bytes, self._experts)
 
     def row_bytes(self) -> int:
         """Approximate bytes of a row's activations."""
-        states = 2 + int(self.shape.chosen)  # its own, and what experts give
+        states = 2 + int(self.shape.chosen)  # its own, and the outputs of experts
         return 4 * (sum(self.widths) + states * int(self.shape.hidden)) + torch.get_num_threads() * self.formed_bytes
 
 
@@ -121,7 +121,7 @@ def _shape_of(spec: ModelSpec, dtype: torch.dtype) -> CShape:
 
 
 class Buffers:
-    """Those of a call over `rows` rows, and the call's structure with everything that stays the same."""
+    """The buffers of a call over `rows` rows, and its structure with all constant fields."""
 
     def __init__(
         self, rows: int, threads: int, widths: tuple[int, ...], hidden: int, formed_bytes: int, experts: ExpertsSpec | None
@@ -143,17 +143,17 @@ class Buffers:
                 setattr(self.call, name, part.data_ptr())
         self.call.scratch, self.call.scratch_bytes = self._scratch.data_ptr(), own
         self._logits = torch.empty(0)
-        self.read: tuple[Any, ...] = ()  # what the next call reads itself
+        self.read: tuple[Any, ...] = ()  # keeps the arrays that the next call reads
 
     def logits(self, outputs: int) -> Tensor:
-        """(rows, outputs), for a call whose caller does not see them."""
+        """(rows, outputs), for calls that return tokens only."""
         if self._logits.shape[-1] != outputs:
             self._logits = torch.empty(self.call.rows, outputs)
         return self._logits
 
 
 def keys_at(spec: ModelSpec, layer: int) -> int:
-    """Where the keys of a layer begin in a page."""
+    """The offset of a layer's keys in a page."""
     return sum(2 * PAGE * spec.of_layer(before).keys for before in spec.attending if before < layer)
 
 
@@ -176,65 +176,77 @@ class NativeLayer:
         `feature_norm`: of a layer of EntryLayers, whose first norm is then that of embeddings.
         """
         spec, inputs = spec.of_layer(index), spec.token_inputs
-        source = index if spec.source is None else spec.source
-        needs_feature, norms, blocks = feature_norm is not None, layer_norms(weights, spec, index), spec.blocks_of(index)
-        before = [feature_norm, *norms[1:4], norms[0]] if needs_feature else [*norms[:4], None]
-        matrices = dict[str, NativeMatrix]()
-        if (first := blocks[0]) != "mlp":
-            _, widths, mixed, (qkv_bias, output_bias) = spec.projections(first)
-            qkv = MatrixForm(kind, spec.hidden * (1 + needs_feature), sum(widths), biased=qkv_bias)
-            output = MatrixForm(kind, mixed, spec.hidden, biased=output_bias)
-            matrices["qkv"] = pack(f"layers.{index}.qkv", qkv, lambda: joined(block_inputs(weights, spec, first), PANEL))
-            matrices["output"] = pack(f"layers.{index}.output", output, lambda: [block_output(weights, spec, first)])
-        up = MatrixForm(kind, spec.hidden, spec.inner, 1 + spec.architecture.gated, spec.mlp_bias)
-        down = MatrixForm(kind, spec.inner, spec.hidden, biased=spec.mlp_bias)
-        read_up: Callable[[], Iterable[Affine]] = partial(block_inputs, weights, spec, "mlp")
-        read_down: Callable[[], Iterable[Affine]] = lambda: [block_output(weights, spec, "mlp")]  # noqa: E731
-        if (experts := spec.experts_of(index)) is not None:
-            up = replace(up, outputs=experts.inner, experts=experts.count + experts.shared)
-            down = replace(down, inputs=experts.inner, experts=experts.count + experts.shared)
-            read_up, read_down = partial(expert_inputs, weights, spec), partial(expert_outputs, weights, spec)
-        if "mlp" in blocks:
-            matrices["up"] = pack(f"layers.{index}.up", up, read_up)
-            matrices["down"] = pack(f"layers.{index}.down", down, read_down)
+        source, rope = index if spec.source is None else spec.source, spec.rope_of[index]
+        matrices = _layer_matrices(pack, weights, spec, index, kind, feature_norm is not None)
+        norms = dict(zip(_NORMS, layer_norms(weights, spec, index), strict=True))
+        if feature_norm is not None:
+            norms |= {"embedding": norms["before_attention"], "before_attention": feature_norm}
+        if spec.architecture.norms_values:
+            norms["value"] = Affine(torch.ones(spec.head_dim), None)
         if inputs is not None:
-            gate, added = (
-                MatrixForm(kind, *sizes) for sizes in ((spec.hidden, spec.token_width), (spec.token_width, spec.hidden))
-            )
-            matrices["gate"] = pack(f"layers.{index}.token_gate", gate, lambda: [affine(weights, inputs.gate, spec)])
-            matrices["added"] = pack(f"layers.{index}.token_output", added, lambda: [affine(weights, inputs.output, spec)])
-        after_token = NativeNorm(None if inputs is None else norm_weights(weights, inputs.after, spec))
-        value = NativeNorm(Affine(torch.ones(spec.head_dim), None) if spec.architecture.norms_values else None)
-        self.matrices = list(matrices.values())
-        scores = (None, None) if experts is None else router(weights, spec)
-        others = (*scores, sinks(weights, spec) if first == "attention" else None)
-        self._others = [None if part is None else part.float().contiguous() for part in others]
-        router_rows, *bias_and_sinks = (None if part is None else part.data_ptr() for part in self._others)
-        self._norms, self._further = [NativeNorm(norm) for norm in (*before, *norms[4:])], (value, after_token)
-        self._recurrence = NativeRecurrence(weights, spec, index) if first == "mixer" else None
-        rope = spec.rope_of[index]
+            norms["after_token"] = norm_weights(weights, inputs.after, spec)
+        others = dict[str, Tensor | None]()
+        if spec.experts_of(index) is not None:
+            others["router"], others["router_bias"] = router(weights, spec)
+        self._recurrence = None
+        if (first := spec.blocks_of(index)[0]) == "mixer":
+            self._recurrence = NativeRecurrence(weights, spec, index)
+        elif first == "attention":
+            others["sinks"] = sinks(weights, spec)
+        self.matrices, self._norms = list(matrices.values()), {name: NativeNorm(norm) for name, norm in norms.items()}
+        self._others = {name: part.float().contiguous() for name, part in others.items() if part is not None}
+        recurrence, steps = (None, None) if self._recurrence is None else self._recurrence.addresses
         self.structure = CLayer(
-            *(matrices[name].structure if name in matrices else CMatrix() for name in ("qkv", "output", "up", "down")),
-            router_rows,
-            *(norm.structure for norm in self._norms),
-            -1 if rope is None else rope,
-            spec.window_of(spec.kinds[index]) or 0,
-            (ctypes.c_float * 2)(*activation_factors(weights, spec)),
-            value.structure,
-            keys_at(spec, source),
-            spec.source is not None,
-            index,
-            1.0,
-            *(matrices[name].structure if name in matrices else CMatrix() for name in ("gate", "added")),
-            after_token.structure,
-            None,  # see NativeLayers
-            *((None, None) if self._recurrence is None else self._recurrence.addresses),
-            *bias_and_sinks,
-        )
+            **{name: matrix.structure for name, matrix in matrices.items()},
+            **{name: norm.structure for name, norm in self._norms.items()},
+            **{name: part.data_ptr() for name, part in self._others.items()},
+            rope=-1 if rope is None else rope,
+            window=spec.window_of(spec.kinds[index]) or 0,
+            bends=(ctypes.c_float * 2)(*activation_factors(weights, spec)),
+            keys=keys_at(spec, source),
+            shares=spec.source is not None,
+            slice=index,
+            scale=1.0,
+            recurrence=recurrence,
+            steps=steps,
+        )  # NativeLayers sets the shape
+
+
+_NORMS = "before_attention", "after_attention", "before_mlp", "after_mlp", "query", "key"  # in CLayer, as `layer_norms`
+
+
+def _layer_matrices(
+    pack: PackMatrix, weights: Weights, spec: ModelSpec, index: int, kind: str, reads_feature: bool
+) -> dict[str, NativeMatrix]:
+    """A layer's matrices by their names in CLayer. `spec`: that of the layer."""
+    matrices, blocks, biased = dict[str, NativeMatrix](), spec.blocks_of(index), spec.mlp_bias
+
+    def add(name: str, form: MatrixForm, read: Callable[[], Iterable[Affine]]) -> None:
+        matrices[name] = pack(f"layers.{index}.{name}", form, read)
+
+    if (first := blocks[0]) != "mlp":
+        _, widths, mixed, (qkv_bias, output_bias) = spec.projections(first)
+        qkv = MatrixForm(kind, spec.hidden * (1 + reads_feature), sum(widths), biased=qkv_bias)
+        add("qkv", qkv, lambda: joined(block_inputs(weights, spec, first), PANEL))
+        output = MatrixForm(kind, mixed, spec.hidden, biased=output_bias)
+        add("output", output, lambda: [block_output(weights, spec, first)])
+    if "mlp" in blocks:
+        experts = spec.experts_of(index)
+        inner, count = (experts.inner, experts.count + experts.shared) if experts else (spec.inner, 1)
+        up = MatrixForm(kind, spec.hidden, inner, 1 + spec.architecture.gated, biased, count)
+        down = MatrixForm(kind, inner, spec.hidden, biased=biased, experts=count)
+        add("up", up, lambda: expert_inputs(weights, spec) if experts else block_inputs(weights, spec, "mlp"))
+        add("down", down, lambda: expert_outputs(weights, spec) if experts else [block_output(weights, spec, "mlp")])
+    if (inputs := spec.token_inputs) is not None:
+        gate = MatrixForm(kind, spec.hidden, spec.token_width)
+        add("token_gate", gate, lambda: [affine(weights, inputs.gate, spec)])
+        output = MatrixForm(kind, spec.token_width, spec.hidden)
+        add("token_output", output, lambda: [affine(weights, inputs.output, spec)])
+    return matrices
 
 
 class NativeTokenInputs:
-    """What layers read of tokens, from the weights of a model, and the C structure with their addresses."""
+    """The weights of Gemma 4's token inputs, and the C structure with their addresses."""
 
     def __init__(
         self, pack: PackMatrix, weights: Weights, spec: ModelSpec, table: Tensor, embedding: Tensor, kind: str
@@ -271,7 +283,7 @@ class NativeLayers(RepackedLayers):
         pool: PagePool,
         inputs: NativeTokenInputs | None = None,
     ) -> None:
-        """`inputs`: what layers read of tokens; hidden states are then (..., D + 1), with the id of each."""
+        """`inputs`: with these, hidden states are (..., D + 1) and carry the token id."""
         super().__init__(spec, embedding, learned, layers, torch.float32)
         self.engine, self._pool, self.inputs = engine, pool, inputs
         self._there = {index for index, layer in enumerate(layers) if layer is not None}
@@ -289,7 +301,7 @@ class NativeLayers(RepackedLayers):
         return self.carrying(super().embed(ids), ids)
 
     def carrying(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        """Hidden states (..., D) of tokens (...) as calls take them."""
+        """Hidden states (..., D) with the ids of their tokens (...), if layers read these."""
         return hidden if self.inputs is None else torch.cat((hidden, ids[..., None].to(hidden.dtype)), dim=-1)
 
     def run(self, hidden: Tensor, start: int, stop: int, places: Places, only_kv: bool = False) -> Tensor:
@@ -300,7 +312,7 @@ class NativeLayers(RepackedLayers):
         return self.carrying(self.called(self.numbers(hidden), start, stop, places, only_kv, tokens=tokens), tokens)
 
     def numbers(self, hidden: Tensor) -> Tensor:
-        """Hidden states without the tokens that they may carry (N, D), to be changed in place."""
+        """A copy of hidden states without token ids (N, D), to be changed in place."""
         return hidden[:, : self.spec.hidden].to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
     def called(
@@ -313,7 +325,7 @@ class NativeLayers(RepackedLayers):
         entries: Tensor | None = None,
         tokens: Tensor | None = None,
     ) -> Tensor:
-        """Layers over the hidden states `rows` (N, D), in place. `entries` (N, 2D): what the layer of EntryLayers reads."""
+        """Layers over the hidden states `rows` (N, D), in place. `entries` (N, 2D): the inputs of EntryLayers."""
         kernels, most = self.engine.kernels, rows_at_once(len(rows), self.row_bytes)
         kernel = kernels.write if only_kv else kernels.span
         for first, part in zip(range(0, len(rows), most), places.parts(most), strict=True):
@@ -331,11 +343,11 @@ class NativeLayers(RepackedLayers):
         return self._there.issuperset(layers)
 
     def address(self, layer: int) -> int:
-        """The address of a layer's C structure. The structures of later layers follow it."""
+        """The address of a layer's C structure, which those of later layers follow."""
         return ctypes.addressof(self._array) + layer * ctypes.sizeof(CLayer)
 
     def call_at(self, places: Places, rows: int | None = None) -> Buffers:
-        """The buffers of a call for the tokens at `places`. `rows`: that run at once, if they are not all tokens."""
+        """The buffers of a call for the tokens at `places`. `rows`: how many run at once, if not all."""
         assert isinstance(places.cache, PagedCache)
         pages = places.cache.addresses(places)
         buffers = self.engine.buffers(rows or sum(places.counts))
@@ -356,7 +368,7 @@ class NativeLayers(RepackedLayers):
 
 
 class EntryLayers(NativeLayers):
-    """A layer of a drafter in the EAGLE-3 layout, whose input is [embedding; feature], (N, 2D): it may be changed."""
+    """The layer of a drafter in the EAGLE-3 layout. Its input [embedding; feature] (N, 2D) may be changed in place."""
 
     def run(self, hidden: Tensor, start: int, stop: int, places: Places, only_kv: bool = False) -> Tensor:
         entries = hidden.to(torch.float32).contiguous()

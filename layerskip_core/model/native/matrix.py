@@ -1,4 +1,4 @@
-"""Weights as the kernels read them: in panels of 32 outputs, from front to back. The same for all variants of the kernels."""
+"""Weights in the layout of all kernels: panels of 32 outputs, which are read from front to back."""
 
 import ctypes
 import mmap
@@ -17,9 +17,9 @@ from ..vocabulary import DraftVocabulary
 from ..weights import GROUP_SIZE, Affine, is_stored
 from .compiled import KINDS, CMatrix, CStoredPanel, Kernels
 
-LAYOUT = 1  # the version of the panels below: files of panels say which they have
+LAYOUT = 1  # version of the panels, for packed files
 PANEL = 32  # outputs
-_CHUNK = 1 << 25  # bytes of weights that stand together
+_CHUNK = 1 << 25  # bytes of an allocation for weights
 _CACHE_LINE = 64  # bytes
 
 Part = tuple[torch.dtype, tuple[int, ...]]
@@ -27,23 +27,19 @@ Part = tuple[torch.dtype, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class MatrixForm:
-    """One matrix (outputs, inputs), or `count` of the same shape with alternating panels; or those of each of `experts`, one
-    after the other.
-
-    The group size must divide `inputs` for low-bit weights; for bf16 it must be even.
-    """
+    """The form of a matrix (outputs, inputs). Low bits need `inputs` that the group size divides, bf16 an even number."""
 
     kind: str  # one of KINDS
     inputs: int
     outputs: int
-    count: int = 1
+    count: int = 1  # matrices of this shape whose panels alternate
     biased: bool = False
-    experts: int = 1
+    experts: int = 1  # the same for each expert, one after the other
     types: tuple[str, ...] = ()  # of `stored`: by panel, of FORMS
 
     @property
     def panels_of_one(self) -> int:
-        """Of each expert's matrices."""
+        """The panels of an expert's matrices."""
         return -(-self.outputs // PANEL) * self.count
 
     @property
@@ -55,12 +51,12 @@ class MatrixForm:
         """Types and shapes of its tensors (P: panels):
 
         fp32: (P, inputs, 32)
-        bf16, and widened, which is bf16 that multiplies fp32: (P, inputs / 2, 32, 2)
+        bf16, and widened (bf16 weights times fp32 rows): (P, inputs / 2, 32, 2)
         int8: levels plus 128, (P, inputs / 4, 32, 4), and fp32 scales (P, 32)
-        int4: two levels per byte, of inputs i and i + 16 of a group, (P, groups, 4, 32, 4), and the scale and the smallest
-            value in bf16, (P, groups, 2, 32)
-        stored: by type, of its panels, levels in units of four bytes (P, groups * bits, 32), fp16 scales of blocks and of their
-            minima (P, blocks * 1 or 2, 32), and their steps (P, steps * 1 or 2, 32)
+        int4: two levels per byte, of inputs i and i + 16 of a group, (P, groups, 4, 32, 4); scale and lowest value in bf16,
+            (P, groups, 2, 32)
+        stored: for the P panels of a type, levels in units of four bytes (P, groups * bits, 32), fp16 scales of blocks and of
+            minima (P, blocks * 1 or 2, 32), and steps (P, steps * 1 or 2, 32)
 
         A bias is (P, 32) in fp32.
         """
@@ -89,7 +85,7 @@ class MatrixForm:
 
 
 class HugePages:
-    """Room for a model's weights in huge pages, where the system has them: a pass reads all, and looks up every page."""
+    """Memory for a model's weights in huge pages, if the system has them: a pass reads all weights, so page lookups count."""
 
     def __init__(self) -> None:
         self._chunk, self._used = torch.empty(0, dtype=torch.uint8), 0
@@ -110,7 +106,7 @@ class NativeMatrix:
     """A matrix by its tensors, and the C structure with their addresses."""
 
     def __init__(self, form: MatrixForm, parts: Mapping[str, Tensor]) -> None:
-        """`parts` have the types and shapes of `form.parts`."""
+        """`parts`: with the types and shapes of `form.parts`."""
         self.form, self.parts = form, parts
         self.outputs = form.outputs * form.count
         pointers = [parts[name].data_ptr() if name in parts else None for name in ("weight", "scale", "bias")]
@@ -129,12 +125,12 @@ class NativeMatrix:
         empty: Callable[..., Tensor] = torch.empty,
         narrows: bool = False,
     ) -> "NativeMatrix":
-        """A `PackMatrix`, after the kernels. `read` gives `count` projections (outputs, inputs) of each expert, which are
-        rounded where the form has low bits, or stored in int4; or, if there is one, its parts, which fill panels but for the
-        last. `empty` gives the room for its tensors. Rows of blocks stay as they are, if all weights of the matrix are such.
+        """A `PackMatrix`, after the kernels.
 
-        `narrows`: fp32 weights that bf16 holds exactly, as most published ones, are stored in it: a pass of few tokens takes as
-        long as reading them. The products have the same bits.
+        `read` gives `count` projections (outputs, inputs) of each expert, or the parts of a single one, of which all but the
+        last fill panels. They are rounded to low bits if the form has these. Rows of blocks stay unchanged if all weights are
+        such. `empty` allocates tensors. `narrows`: fp32 weights that bf16 holds exactly are stored in bf16, as most published
+        ones: passes of few tokens are bound by reading weights. The products have the same bits.
         """
         projections = list(read())
         blocks = [projection.weight for projection in projections if isinstance(projection.weight, BlockRows)]
@@ -150,7 +146,7 @@ class NativeMatrix:
         matrix, threads = cls(form, parts), torch.get_num_threads()
         first = 0  # panel
         for place, (weight, bias) in enumerate(projections):
-            if form.count > 1:  # projections, whose panels alternate
+            if form.count > 1:  # panels alternate
                 first = place // form.count * form.panels_of_one + place % form.count
             rows = weight.contiguous()
             kernels.pack(matrix.structure, rows.data_ptr(), _source(rows), len(rows), first, form.count, threads)
@@ -161,7 +157,7 @@ class NativeMatrix:
         return matrix
 
     def rows_of(self, vocabulary: DraftVocabulary) -> "NativeMatrix":
-        """The rows of some tokens, as if they alone had been packed."""
+        """The head for some tokens only."""
         chosen = vocabulary.rows_of(torch.arange(self.outputs))
         types = self.form.types[:1] * -(-len(chosen) // PANEL)
         form = replace(self.form, outputs=len(chosen), types=types)
@@ -186,7 +182,7 @@ def _table(types: Sequence[str], parts: Mapping[str, Tensor]) -> ctypes.Array[CS
 
 
 def _stored(form: MatrixForm, weights: Sequence[BlockRows]) -> MatrixForm:
-    """For weights that are rows of blocks, whose panels alternate where `count` is 2."""
+    """The form of weights that are rows of blocks."""
     names = [weight.type_name for weight in weights for _ in range(0, len(weight), PANEL)]
     each = form.panels_of_one // form.count
     places = ((expert, panel, one) for expert in range(form.experts) for panel in range(each) for one in range(form.count))
@@ -195,16 +191,16 @@ def _stored(form: MatrixForm, weights: Sequence[BlockRows]) -> MatrixForm:
 
 
 def _source(rows: Tensor) -> int:
-    """What C packs."""
+    """The kind of rows that C packs."""
     if isinstance(rows, BlockRows):
         return rows.form.code
     return KINDS.index("int4" if is_stored(rows) else "bf16" if rows.dtype == torch.bfloat16 else "fp32")
 
 
 def _fits_bf16(weight: Tensor) -> bool:
-    """Whether bf16 holds fp32 weights (outputs, inputs) exactly. A first row tells of most that it does not."""
-    return all(not (rows.view(torch.int32) << 16).any() for rows in (weight[:1], weight))
+    """Whether bf16 holds fp32 weights (outputs, inputs) exactly."""
+    return all(not (rows.view(torch.int32) << 16).any() for rows in (weight[:1], weight))  # mostly the first row decides
 
 
 PackMatrix = Callable[[str, MatrixForm, Callable[[], Iterable[Affine]]], NativeMatrix]
-"""Gives a matrix by its name, which with the form's kind is unique in a model, from weights that it reads if it needs them."""
+"""Makes a matrix from its name (unique in a model for a kind of form), its form, and a function that reads its weights."""

@@ -1,4 +1,4 @@
-"""Layers with a memory of fixed size in the place of attention, between their projections: see recurrence.h."""
+"""Recurrent layers, between their projections: see recurrence.h."""
 
 import ctypes
 
@@ -8,12 +8,12 @@ from ..spec import ModelSpec
 from ..weights import Weights, by_key_head, convolution
 from .compiled import CRecurrence
 
-CONVOLUTION, DECAY, DELTA = range(3)  # kinds, as the C code numbers them
+CONVOLUTION, DECAY, DELTA = range(3)  # kinds in the numbering of the C code
 MOST_TAPS, LARGEST_KEY = 8, 256  # as in recurrence.h
 
 
 def memory_of(spec: ModelSpec) -> tuple[int, int, int]:
-    """Of all such layers of a model: the bytes of a text's state and of a slot of its ring; and how many slots they need."""
+    """For all recurrent layers of a model: bytes of a text's state, bytes of a slot of its ring, and the slots needed."""
     if spec.recurrence is None or spec.architecture.mixer is None:
         return 0, 0, 0
     state, entry = _layer_bytes(spec)
@@ -22,7 +22,7 @@ def memory_of(spec: ModelSpec) -> tuple[int, int, int]:
 
 
 class NativeRecurrence:
-    """The weights of such a layer between its projections, and the C structure with their addresses."""
+    """A recurrent layer's weights between its projections, and the C structure with their addresses."""
 
     def __init__(self, weights: Weights, spec: ModelSpec, index: int) -> None:
         sizes, mixer = spec.recurrence, spec.architecture.mixer
@@ -69,12 +69,12 @@ class NativeRecurrence:
 
     @property
     def addresses(self) -> tuple[int, int | None]:
-        """Of the structure, and of the projections of its steps, if it has some."""
+        """The addresses of the structure, and of the projections of its steps, if it has any."""
         return ctypes.addressof(self._structure), None if self._steps is None else self._steps.data_ptr()
 
 
 def _layer_bytes(spec: ModelSpec) -> tuple[int, int]:
-    """Of a layer in a text's state, and in a slot of its ring, as recurrence.h lays them out."""
+    """Bytes of a layer in a text's state and in a slot of its ring, as in recurrence.h."""
     sizes = spec.recurrence
     assert sizes is not None
     inputs, values = _in_vectors(sizes.channels), sizes.heads * _in_vectors(sizes.value_dim)
