@@ -169,7 +169,7 @@ class LowBitWeights:
 
     def rows(self, name: str) -> Tensor | None:
         """Rows of blocks that stand for a weight in low bits; None where there are none. Raises as `weight` does."""
-        rows = self._joined(name, self._rows)
+        rows = self._joined(name, self._rows) if name in self._spec.shapes else None  # not of an exit block
         if rows is None:
             return None
         *most, inputs = self._spec.shapes[name]

@@ -108,7 +108,7 @@ def mtp_sidecar(folder: str | Path, spec: AnySpec) -> tuple[ExitBlocks | None, t
     layout = next((each for each in MTP_LAYOUTS if each.stored(_INPUT, spec.layers) in held[each]), MTP_LAYOUTS[0])
     if not (found := held[layout]):
         return None, ()
-    block = ExitBlock(0, layout.dense)
+    block = ExitBlock(0, layout.kind)
     shapes = {layout.stored(name, spec.layers): shape for name, shape in block.shapes(spec).items()}
     stored = {name: [[found.get(part, part) for part in each] for each in _parts(name, shapes[name], found)] for name in shapes}
     weights = JoinedWeights(files, stored, shapes)

@@ -177,7 +177,8 @@ def content_of(weights: Mapping[str, Tensor], model_fingerprint: str, form: Mapp
     """The bytes of a safetensors file, with a sorted header: the library's order is random."""
     from safetensors.torch import save
 
-    written: bytes = save(dict(weights), metadata={**form, FINGERPRINT: model_fingerprint})
+    whole = {name: weight.contiguous() for name, weight in weights.items()}  # of gpt-oss from GGUF, experts are views
+    written: bytes = save(whole, metadata={**form, FINGERPRINT: model_fingerprint})
     end = 8 + int.from_bytes(written[:8], "little")  # of the header, which is padded with spaces
     header = json.loads(written[8:end])
     header[METADATA] = dict(sorted(header[METADATA].items()))

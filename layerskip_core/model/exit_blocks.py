@@ -21,7 +21,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from .cache import Places
 from .eagle3 import Eagle3Weights, PlacedEagle3
-from .spec import AnySpec, ModelSpec, Shapes, TransformersSpec
+from .spec import AnySpec, ModelSpec, Shapes
 from .vocabulary import DraftVocabulary
 from .weights import Take, Weights, checked
 
@@ -35,11 +35,12 @@ if TYPE_CHECKING:
 class ExitBlock:
     """The block of an exit after `exit_layer` layers, 1..L-1; MTP: 0. Names of its weights begin with `prefix`.
 
-    `dense`: its layer has the MLP of the model's first layer, where the last has experts; on transformers' layers only.
+    `kind`, on transformers' layers only: `dense`: its layer has the MLP of the model's first layer, where the last has experts;
+    `pair`: it is two, one of attention and one of experts, as each of the model's is (Nemotron-H).
     """
 
     exit_layer: int
-    dense: bool = field(default=False, compare=False)
+    kind: str = field(default="", compare=False)
 
     @property
     def prefix(self) -> str:
@@ -47,11 +48,12 @@ class ExitBlock:
 
     def shapes(self, spec: AnySpec) -> dict[str, tuple[int, ...]]:
         """Names and shapes of its weights: `exits.E.layer.*` as in a layer, `exits.E.norm.*`, and those of MTP's inputs."""
-        names, width = dict(spec.block_shapes), spec.hidden
-        if self.dense and isinstance(spec, TransformersSpec):
-            names = {name: shape for name, shape in names.items() if not name.startswith("layer.mlp.")}
-            of_first = ((name.partition(".layers.0.mlp."), shape) for name, shape in spec.shapes.items())
-            names |= {f"layer.mlp.{rest}": shape for (_, found, rest), shape in of_first if found}
+        known, width, kind = spec.block_shapes, spec.hidden, f"{self.kind}."
+        names = {name: shape for name, shape in known.items() if name.startswith(("layer.", "norm."))}
+        if of_kind := {name.removeprefix(kind): shape for name, shape in known.items() if name.startswith(kind)}:
+            if self.kind == "pair":
+                names = {re.sub("^layer", "layer.0", name): shape for name, shape in names.items()}
+            names = {name: shape for name, shape in names.items() if not name.startswith("layer.mlp.")} | of_kind
         if self.exit_layer == 0:
             norm = {name.removeprefix("norm"): shape for name, shape in names.items() if name.startswith("norm.")}
             names |= {f"{of}{name}": shape for of in INPUT_NORMS for name, shape in norm.items()}
@@ -78,7 +80,7 @@ class MtpLayout(NamedTuple):
     prefix: str = "model."
     state_first: bool = False
     shares_norm: bool = False
-    dense: bool = False
+    kind: str = ""  # of ExitBlock
 
     def stored(self, name: str, layers: int) -> str:
         """The name there of a weight of MTP."""
@@ -99,7 +101,12 @@ MTP_LAYOUTS = (  # as vLLM and SGLang read them, ERNIE 4.5's as FastDeploy does
     MtpLayout(  # ERNIE 4.5
         *("mtp_", "mtp_block.0", "norm", "mtp_linear_proj.0", "mtp_emb_norm.0", "mtp_hidden_norm.0"),
         shares_norm=True,
-        dense=True,
+        kind="dense",
+    ),
+    MtpLayout(  # Nemotron-H
+        *("mtp.", "mtp.layers", "mtp.layers.1.final_layernorm", "mtp.layers.0.eh_proj", "mtp.layers.0.enorm"),
+        *("mtp.layers.0.hnorm", ""),
+        kind="pair",
     ),
 )
 

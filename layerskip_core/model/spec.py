@@ -54,7 +54,7 @@ class TransformersSpec:
     tied: bool  # whether the head is the embedding
     parameters: int
     shapes: Shapes = field(repr=False)  # of all weights, by their names; a tied head has none
-    block_shapes: Shapes = field(repr=False)  # of an exit block's weights; none where it can have no exit blocks
+    block_shapes: Shapes = field(repr=False)  # of an exit block's weights, and of a kind's own; none where it can have none
     config: Any = field(repr=False, compare=False)  # the configuration itself
 
     def weights_read(self, rows: int) -> float:

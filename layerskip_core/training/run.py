@@ -20,7 +20,7 @@ from ..checkpoint.loaded import Decoder, Trainable, pick_device
 from ..checkpoint.locate import EMBEDDED, adapters_of, downloaded, locate
 from ..checkpoint.open import for_decoding, for_training
 from ..checkpoint.save import RUN_FILES, copy_checkpoint, refuse_overwrite, save_checkpoint, save_sidecar
-from ..checkpoint.shipped import read_exit_blocks, shipped_files
+from ..checkpoint.shipped import files_of_shipped, read_exit_blocks, shipped_files
 from ..checkpoint.sidecars import EAGLE3_FILES, fingerprint
 from ..checkpoint.transformers_read import blank, stored_dtype
 from ..config.training import DrafterConfig, FinetuneConfig, TrainingConfig
@@ -263,7 +263,9 @@ class FrozenModel(Plan):
         else:
             if info.prompt_template is None and self.template.text != "raw" and config.prompting.asked is not None:
                 info = replace(info, prompt_template=self.template.text, system=self.template.system)
-            copy_checkpoint(downloaded(config.model), info.with_exit_blocks(trained), config.output, files)
+            model, assistant = self.trainable, replace(self.kept, mtp=None)  # which may be beside the folder
+            beside = files_of_shipped(assistant, model.backend.spec, model.model.get_parameter)
+            copy_checkpoint(downloaded(config.model), info.with_exit_blocks(trained), config.output, beside | files)
         return info.with_exit_blocks(trained)
 
 

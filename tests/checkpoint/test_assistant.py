@@ -158,10 +158,12 @@ def test_prompts_run_only_the_layers_with_keys_for_tokens_that_are_not_scored(pa
 
 def test_what_is_made_of_the_model_keeps_it(folder, tmp_path):
     expected = decoded(folder)
+    few = ["--answers", "data", "--max-length", "48", "--samples", "8", "--batch-size", "4", "--steps", "1", "--threads", "1"]
     for name, arguments in {
         "imported": ("import", str(folder)),
         "exported": ("export", str(folder), "--exit", "6"),
         "packed": ("export", str(folder), "--format", "packed", "--dtype", "fp32"),
+        "with-block": ("train-drafter", "--model", str(folder), "--exits", "2", *few),
     }.items():
         done = run(*arguments, "--output", str(tmp_path / name))
         assert not done.code, done.err

@@ -22,19 +22,23 @@ from layerskip_core.decoding import decode
 
 LAYERS = decoder_types.LAYERS
 _NEXTN = [f"model.layers.{LAYERS}.{part}" for part in ("", "eh_proj.", "enorm.", "hnorm.", "shared_head.norm.")]
-FAMILIES = {  # what names begin with of the layer, the map, the norms of embedding and state, the last norm; like which layer
-    "deepseek_v3": (_NEXTN, -1),
-    "glm4_moe": (_NEXTN, -1),
+FAMILIES = {  # what names begin with of layers, the map, the norms of embedding and state, the last norm; like which layers
+    "deepseek_v3": (_NEXTN, (-1,)),
+    "glm4_moe": (_NEXTN, (-1,)),
     "ernie4_5_moe": (
         ["model.mtp_block.0.", "model.mtp_linear_proj.0.", "model.mtp_emb_norm.0.", "model.mtp_hidden_norm.0.", None],
-        0,
+        (0,),
+    ),
+    "nemotron_h": (
+        ["mtp.layers.", "mtp.layers.0.eh_proj.", "mtp.layers.0.enorm.", "mtp.layers.0.hnorm.", "mtp.layers.1.final_layernorm."],
+        (3, 2),  # a layer of attention, then one of experts
     ),
     "mimo": (
         [
             f"model.mtp_layers.0.{part}"
             for part in ("", "input_proj.", "token_layernorm.", "hidden_layernorm.", "final_layernorm.")
         ],
-        -1,
+        (-1,),
     ),
 }
 PROMPT = list(range(20, 32))
@@ -49,9 +53,9 @@ class Formula:
         torch.manual_seed(3)
         self.model, self.state_first = deepcopy(model).double(), state_first
         self.model.config._experts_implementation = "eager"  # others take no fp64
-        self.layer = deepcopy(self.model.model.layers[like])
+        self.layers = deepcopy(torch.nn.ModuleList(self.model.model.layers[each] for each in like))
         with torch.no_grad():
-            for weight in self.layer.state_dict().values():
+            for weight in self.layers.state_dict().values():
                 weight.add_(
                     0.2 * weight.std() * torch.randn_like(weight) if weight.dim() > 1 else 0.1 * torch.rand_like(weight)
                 )
@@ -59,16 +63,18 @@ class Formula:
         self.map = torch.randn(width, 2 * width, dtype=torch.float64) / (2 * width) ** 0.5
         self.of_embedding, self.of_state, norm = (0.5 + torch.rand(3, width, dtype=torch.float64)).unbind()
         self.norm = norm if own_norm else self.model.model.norm.weight.detach()
+        self.eps = getattr(model.config, "rms_norm_eps", 1e-5)
 
     def tensors(self, begins):
         """In fp32, as a checkpoint has them: experts one by one."""
         layer, join, of_embedding, of_state, norm = begins
         found = {}
-        for name, weight in self.layer.state_dict().items():
+        for name, weight in (self.layers if len(self.layers) > 1 else self.layers[0]).state_dict().items():
             start, _, kind = name.partition(".experts.")
-            for expert, own in enumerate(weight if kind.startswith(("gate_up_proj", "down_proj")) else ()):
-                for part, rows in zip(("gate", "up"), own.chunk(2), strict=True) if kind == "gate_up_proj" else [("down", own)]:
-                    found[f"{layer}{start}.experts.{expert}.{part}_proj.weight"] = rows
+            for expert, own in enumerate(weight if kind else ()):
+                gated = zip(("gate_proj", "up_proj"), own.chunk(2), strict=True)
+                for part, rows in gated if kind == "gate_up_proj" else [(kind, own)]:
+                    found[f"{layer}{start}.experts.{expert}.{part}.weight"] = rows
             if not kind:
                 found[layer + name] = weight
         others = {join: self.map, of_embedding: self.of_embedding, of_state: self.of_state, norm: self.norm}
@@ -79,7 +85,7 @@ class Formula:
         return {name: weight.detach().float().contiguous().clone() for name, weight in found.items()}
 
     def _normed(self, x, weight):
-        return x / (x.square().mean(-1, keepdim=True) + self.model.config.rms_norm_eps).sqrt() * weight
+        return x / (x.square().mean(-1, keepdim=True) + self.eps).sqrt() * weight
 
     @torch.no_grad()
     def drafts(self, ids, count):
@@ -88,17 +94,15 @@ class Formula:
         states, drafts, logits = inner(torch.tensor([ids])).last_hidden_state[0][:-1], [], []
         for _ in range(count):
             parts = [
-                self._normed(inner.embed_tokens(torch.tensor(ids[1:])), self.of_embedding),
+                self._normed(self.model.get_input_embeddings()(torch.tensor(ids[1:])), self.of_embedding),
                 self._normed(states, self.of_state),
             ]
             x = torch.cat(parts[::-1] if self.state_first else parts, dim=-1) @ self.map.T
             positions, mask = torch.arange(len(x))[None], torch.full((len(x), len(x)), -torch.inf).triu(1).double()
-            out = self.layer(
-                x[None],
-                attention_mask=mask[None, None],
-                position_ids=positions,
-                position_embeddings=inner.rotary_emb(x[None], positions),
-            )
+            rotary = {"position_embeddings": inner.rotary_emb(x[None], positions)} if hasattr(inner, "rotary_emb") else {}
+            out = self.layers[0](x[None], attention_mask=mask[None, None], position_ids=positions, **rotary)
+            for layer in self.layers[1:]:
+                out = layer(out)
             own = self._normed(out[0], self.norm)[-1:]
             logits.append(self.model.lm_head(own)[0])
             drafts.append(int(logits[-1].argmax()))
@@ -114,6 +118,9 @@ def made(family, folder):
     else:
         config = deepcopy(decoder_types.tiny(family).config)
         config.vocab_size = len(tokenizer)
+        if family == "nemotron_h":
+            config.layers_block_type = ["linear_attention", "full_attention", "moe", "full_attention"]
+            config.moe_shared_expert_intermediate_size, config.moe_latent_size = 24, 16
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         with torch.no_grad():
             for weight in model.state_dict().values():

@@ -9,14 +9,14 @@ import pytest
 import torch
 from conftest import logits_of, older, run_texts
 from exit_block_models import add_blocks, add_int4
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 
 from layerskip_core.checkpoint.folder import EXIT_BLOCKS_FILE, INT4_FILE
 from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.open import for_decoding, for_training, import_checkpoint
 from layerskip_core.checkpoint.save import refuse_overwrite, save_sidecar, write_info
 from layerskip_core.checkpoint.shipped import read_exit_blocks
-from layerskip_core.checkpoint.sidecars import exit_blocks_content, fingerprint, int4_content
+from layerskip_core.checkpoint.sidecars import content_of, exit_blocks_content, fingerprint, int4_content
 from layerskip_core.config.decoding import DecodingConfig, DraftProfile
 from layerskip_core.config.evaluation import BenchConfig, SweepConfig, TaskConfig
 from layerskip_core.config.model import DataConfig, PackingConfig
@@ -300,3 +300,9 @@ def test_bench_and_sweep_measure_blocks(folder):
     assert [(result.exits, result.failures) for result in benched.results] == [((), ()), ((2, 4), ())]
     rows = {(result.strategy, result.exit_layer) for result in record.results}
     assert {(strategy, exit_layer) for strategy in ("early-exit", "self-speculative") for exit_layer in (2, 4)} <= rows
+
+
+def test_weights_that_are_views_are_written():
+    """As the experts of gpt-oss are, read from GGUF."""
+    turned = torch.arange(6.0).view(2, 3).T
+    assert torch.equal(load(content_of({"a": turned}, "of a model", {}))["a"], turned)

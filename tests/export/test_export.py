@@ -16,10 +16,11 @@ from typing import get_args
 import pytest
 import torch
 from command_line import fails, run
-from conftest import ATTENTION, CHANGES, run_texts, tiny_model
+from conftest import ATTENTION, CHANGES, edit_json, run_texts, tiny_model
 from decodings import UnroundedDrafter
+from evaluating import tiny_loaded
 from exit_block_models import add_blocks, add_eagle3, random_blocks
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from layerskip_core import load
@@ -27,13 +28,14 @@ from layerskip_core.checkpoint.folder import EXIT_BLOCKS_FILE
 from layerskip_core.checkpoint.info import CheckpointInfo, read_info
 from layerskip_core.checkpoint.loaded import Trainable
 from layerskip_core.checkpoint.open import for_decoding, for_training
+from layerskip_core.checkpoint.save import save_checkpoint
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import Engine
 from layerskip_core.decoding import decode
 from layerskip_core.export.run import cut_config, cut_to_exit, instructions
 from layerskip_core.model import TransformersBackend
 from layerskip_core.model.architectures import SUPPORTED
-from layerskip_core.model.exit_blocks import NO_BLOCKS, ExitBlock
+from layerskip_core.model.exit_blocks import MTP, MTP_LAYOUTS, NO_BLOCKS, ExitBlock
 
 
 @pytest.fixture
@@ -213,12 +215,11 @@ print("RESULT", json.dumps({
     "refused": [refused(draft), refused(target), refused(draft, hidden_size=99), refused("/")],
 }))
 """
-EAGLE3 = """
+DRAFTER = """
 import json, sys
 import vllm
 
-model, prompts = sys.argv[1], json.loads(sys.argv[2])
-speculative = {"method": "eagle3", "model": f"{model}/eagle3", "num_speculative_tokens": 4}
+model, prompts, speculative = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
 settings = dict(enforce_eager=True, max_model_len=256, max_num_seqs=1, kv_cache_memory_bytes=1 << 28, dtype="float32")
 llm = vllm.LLM(model, speculative_config=speculative, **settings)
 greedy, answers = vllm.SamplingParams(temperature=0, max_tokens=64), []
@@ -232,21 +233,45 @@ for number, prompt in enumerate(prompts):
     answers.append(steps)
 print("RESULT", json.dumps(answers))
 """
+NEEDS_VISION = pytest.mark.skipif(find_spec("torchvision") is None, reason="vLLM's Qwen3.5 imports torchvision")
 ENVIRONMENT = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+
+
+def qwen_with_mtp(folder):
+    """A Qwen3.5 whose layers add little to the embedding, and its drafter. vLLM's recurrent layers take no fp32 on a CPU."""
+    tokenizer = tiny_loaded().tokenizer
+    shape = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 64, "num_hidden_layers": 4}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    model = tiny_model("qwen3_5_text", torch.float32, vocab_size=300, layer_types=["full_attention"] * 4, **shape)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.mul_(0.15 if ".layers." in name and weight.dim() > 1 else 1)
+        model.model.norm.weight.copy_(torch.linspace(-0.5, 2, 128)[torch.randperm(128)])
+    drafter = random_blocks(model, MTP, scale=0.15)
+    save_checkpoint(model, tokenizer, CheckpointInfo("{prompt}\n"), str(folder), torch.float32)
+    names = drafter.shapes(TransformersBackend(model).spec)
+    weights = {MTP_LAYOUTS[0].stored(name, 4): drafter.take(name) for name in names}
+    save_file(load_file(folder / "model.safetensors") | weights, folder / "model.safetensors", {"format": "pt"})
+    edit_json(folder / "config.json", mtp_num_hidden_layers=1)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed")
-def test_a_drafter_in_the_eagle3_layout_accepts_as_often_as_here(tmp_path):
+@pytest.mark.parametrize("method", ["eagle3", pytest.param("mtp", marks=NEEDS_VISION)])
+def test_a_drafter_accepts_as_often_as_here(method, tmp_path):
     """Draft for draft: vLLM as it is reads the folder, and accepts what we accept, round by round, but for the last ones."""
-    target = str(tmp_path / "target")
-    flags = ("--model", "embedded-base", "--answers", "data", "--samples", "96", "--steps", "24", "--draft-vocab", "512")
-    assert not run("train-drafter", "--layout", "eagle3", *flags, "--threads", "1", "--output", target).code
+    target, speculative = str(tmp_path / "target"), {"method": method, "num_speculative_tokens": 4}
+    if method == "eagle3":
+        speculative["model"] = f"{target}/eagle3"
+        flags = ("--model", "embedded-base", "--answers", "data", "--samples", "96", "--steps", "24", "--draft-vocab", "512")
+        assert not run("train-drafter", "--layout", "eagle3", *flags, "--threads", "1", "--output", target).code
+    else:
+        qwen_with_mtp(tmp_path / "target")
     decoder = for_decoding(target, "cpu", "fp32", UnroundedDrafter())
     prompts = [decoder.encode_prompt(prompt) for prompt in PROMPTS]
-    setting = DecodingConfig("eagle3", num_draft_tokens=4, max_new_tokens=64)
+    setting = DecodingConfig(method, num_draft_tokens=4, max_new_tokens=64)
     here = [[step.ids for [step] in decode(decoder.backend, prompt, setting, decoder.eos_ids)] for prompt in prompts]
-    program = [sys.executable, "-c", EAGLE3, target, json.dumps(prompts)]
+    program = [sys.executable, "-c", DRAFTER, target, json.dumps(prompts), json.dumps(speculative)]
     done = subprocess.run(program, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-3000:]
     theirs = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT ")).removeprefix("RESULT "))
