@@ -93,10 +93,14 @@ def test_the_table_of_a_sweep():
 
 
 def test_tables_show_how_a_metric_differs_from_full_depth_and_json_never_holds_a_nan():
-    ends = {"intervals": {"exact_match": Bounds(0.25, 0.75)}, "changes": {"exact_match": Bounds(-0.625, 0.0)}}
+    ends = {
+        "intervals": {"exact_match": Bounds(0.25, 0.75), "speedup": Bounds(0.0, 1e10)},
+        "changes": {"exact_match": Bounds(-0.625, 0.0)},
+    }
     config = SWEEP.config | {"quality_metric": "exact_match"}
     table = results_table(replace(SWEEP, config=config, results=(SWEEP.results[0], replace(SWEEP.results[1], **ends))))
     assert [row[3:5] for row in table.rows] == [("87.5%", "-"), ("50±25%", "-38±31%")]
+    assert any(str(each).endswith("±∞") for each in table.rows[1])  # of two prompts nothing is known
     assert "change: of EM from full depth, on the same prompts." in table.note.splitlines()
     with pytest.raises(ValueError, match="JSON"):
         to_json(RunRecord({"x": math.nan}, {}, ()))

@@ -246,7 +246,8 @@ def cell(row: Row, name: str, form: str) -> str:
         return format(value, form)
     if form.endswith("%"):
         return f"{100 * value:.0f}±{50 * (high - low):.0f}%"
-    return f"{value:{form}}" + f"±{(high - low) / 2:{form}}".replace("±0.", "±.")
+    half = (high - low) / 2  # of two prompts it can have ten digits
+    return f"{value:{form}}" + ("±∞" if half > 99 else f"±{half:{form}}".replace("±0.", "±."))
 
 
 def _settings_notes(record: RunRecord) -> Iterator[str]:
