@@ -106,8 +106,7 @@ def bandwidth(loaded: Decoder, step: float, positions: float = 0.0) -> dict[str,
     backend, spec, width = loaded.backend, loaded.backend.spec, float(loaded.backend.dtype.itemsize)
     kind = backend.implementation.partition(")")[0]
     stored = next((size for name, size in _STORED.items() if name in kind), width)
-    stored = getattr(backend, "bytes_per_weight", stored)  # of our own kernels
-    total = stored * spec.weights_read(1)
+    total = float(getattr(backend, "bytes_read", stored * spec.weights_read(1)))  # our own kernels know them
     if isinstance(spec, ModelSpec):  # else how many KV entries a layer has is not known
         for layer, kind in enumerate(spec.kinds):
             keys = spec.of_layer(layer).keys if kind in LAYER_KINDS else 0

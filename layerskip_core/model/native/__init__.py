@@ -26,7 +26,7 @@ from .compiled import MOST_ROPES, kernels
 from .drafters import NativeAssistant, NativeEagle3, Target
 from .heads import NativeLinear, choose, draft
 from .layers import KEPT_ROWS, Engine, NativeLayer, NativeLayers, NativeNorm, NativeTokenInputs
-from .matrix import PANEL, HugePages, MatrixForm, NativeMatrix, PackMatrix
+from .matrix import HugePages, MatrixForm, NativeMatrix, PackMatrix
 from .recurrence import LARGEST_KEY, MOST_TAPS, memory_of
 
 _LARGEST_HEAD = 512
@@ -85,15 +85,14 @@ class NativeBackend(RepackedBackend):
         return int(min(self.spec.context, max(0, self._pool.most - self._pool.pages_of_memory(KVCache.steps_back)) * PAGE))
 
     @property
-    def bytes_per_weight(self) -> float:
-        """The mean over layers and head, with scales and biases."""
+    def bytes_read(self) -> float:
+        """Bytes of weights that a step of one token reads, with scales and biases; of experts those chosen."""
         assert isinstance(self._layers, NativeLayers)
-        matrices: list[NativeMatrix] = [
-            self._head.matrix,
-            *(matrix for layer in self._layers.layers for matrix in layer.matrices),
-        ]
-        held = sum(part.nbytes for matrix in matrices for part in matrix.parts.values())
-        return held / sum(matrix.form.panels * PANEL * matrix.form.inputs for matrix in matrices)
+        matrices: list[NativeMatrix] = [self._head.matrix]
+        matrices += (matrix for layer in self._layers.layers for matrix in layer.matrices)
+        chosen = self.spec.experts.choices if self.spec.experts else 1
+        held = ((sum(part.nbytes for part in matrix.parts.values()), matrix.form.experts) for matrix in matrices)
+        return sum(size * min(1.0, chosen / experts) for size, experts in held)
 
     def choose(
         self, tokens: Tensor, states: Tensor | None, start: int, stop: int, kept: Sequence[int], places: Places
