@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from decodings import context_of, prompt_of
 from test_eagle3 import backend_of
 
@@ -13,12 +12,11 @@ from layerskip_core.model import DraftEnds, Submodel
 from layerskip_core.model.cache import Places
 
 
-def drafted(backend, texts, config, limits, ends, steps, beside=None):
+def drafted(backend, texts, config, limits, ends, steps):
     """The drafts of rows by the cascade, or in single steps, and how many passes they took."""
     setup, passes = DrafterSetup(backend, config, reuse_exit_states=False), []
-    drafter = ExitDrafter(setup, None, Submodel(6), beside=beside)
+    drafter = ExitDrafter(setup, None, Submodel(6))
     cache, filled = backend.new_cache(len(texts), 64), [len(ids) - 1 for ids in texts]
-    cache.features = [{"eagle3": torch.ones(backend.spec.hidden)} for _ in texts]
     layers, newest = drafter._side.layers, torch.tensor([ids[-1] for ids in texts])
     context, run = context_of(texts, newest, cache, range(len(texts)), filled, config), layers.run_layers
     with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
@@ -26,39 +24,29 @@ def drafted(backend, texts, config, limits, ends, steps, beside=None):
         run(layers.embed(told), 0, 6, Places(cache, [0] * len(texts), filled))
         patch.setattr(layers, "run_layers", lambda *given: passes.append(given[1] == 0 < given[2]) or run(*given))
         made = (drafter._step_by_step if steps else drafter._cascade.draft)(context, limits, ends)
-    assert all(features["eagle3"].eq(1).all() for features in cache.features), "the target goes on from its own"
     return made, sum(passes)
 
 
 @pytest.mark.parametrize("kind", ["generic", "native"])
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
-@pytest.mark.parametrize("beside", [None, "eagle3"])
 @pytest.mark.parametrize("ends", [DraftEnds(), DraftEnds(frozenset({9}), survival=0.05), DraftEnds(confidence=0.02)])
-def test_the_drafts_are_those_of_single_steps(kind, temperature, ends, beside, monkeypatch):
+def test_the_drafts_are_those_of_single_steps(kind, temperature, ends, monkeypatch):
     """With guesses that are right, with some that are not, and where nothing is found: of rows of other lengths and limits."""
     monkeypatch.setattr(cascade, "_GUESSES", 16)
     backend, config = backend_of(kind), DecodingConfig("self-speculative", 3, 8, temperature=temperature, seed=5)
     texts, limits = [prompt_of(12, vocabulary=12), prompt_of(30, vocabulary=8), [*range(3, 20)]], [8, 6, 7]
-    made, expected = (drafted(backend, texts, config, limits, ends, steps, beside)[0] for steps in (False, True))
+    made, expected = (drafted(backend, texts, config, limits, ends, steps)[0] for steps in (False, True))
     assert made.counts == expected.counts and torch.equal(made.tokens, expected.tokens)
     if temperature and any(made.counts):
         torch.testing.assert_close(made.probs, expected.probs)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
-@pytest.mark.parametrize("beside", [None, "eagle3"])
-def test_right_guesses_save_passes(temperature, beside, monkeypatch):
-    """Those of a drafter beside the model too, which drafts two."""
+def test_right_guesses_save_passes(temperature, monkeypatch):
     backend, config = backend_of("generic"), DecodingConfig("self-speculative", 3, 8, temperature=temperature, seed=5)
     text = prompt_of(12)
     drafts, steps = drafted(backend, [text], config, [8], DraftEnds(), True)
     answer = drafts.tokens.tolist()[1:]
-    right = (lambda self, ids, most, drafts: (answer[len(drafts) :][:most], most)) if beside is None else lambda *given: ([], 0)
-    monkeypatch.setattr(cascade.History, "continuation", right)
-    block = backend.drafters["eagle3"]
-    heads = iter(answer[place] for place in (0, 1, 3, 4, 6))
-    if beside is not None:
-        monkeypatch.setattr(block, "vocabulary", None)
-        monkeypatch.setattr(block, "head", lambda hidden: F.one_hot(torch.tensor([next(heads)]), 67).double())
-    made, passes = drafted(backend, [text], config, [8], DraftEnds(), False, beside)
-    assert made.tokens.tolist() == drafts.tokens.tolist() and (steps, passes) == (8, 2 if beside is None else 3)
+    monkeypatch.setattr(cascade.History, "continuation", lambda self, ids, most, own: (answer[len(own) :][:most], most))
+    made, passes = drafted(backend, [text], config, [8], DraftEnds(), False)
+    assert made.tokens.tolist() == drafts.tokens.tolist() and (steps, passes) == (8, 2)

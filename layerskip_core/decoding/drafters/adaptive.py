@@ -186,8 +186,4 @@ def drafter(setup: DrafterSetup) -> AdaptiveDrafter:
             taps = tuple(lower for lower in tapped if 0 < lower < exit_layer) if side.shares_states else ()
             name = drafter_name(weights, exit_layer, model.num_layers)
             drafters[name] = ExitDrafter(setup, weights, Submodel(exit_layer, taps=taps), name)
-            if weights is not None and exit_layer == model.num_layers:
-                for beside in model.drafters:  # which draft for the copy
-                    both = f"{name} and {beside}"
-                    drafters[both] = ExitDrafter(setup, weights, Submodel(exit_layer), both, beside)
     return AdaptiveDrafter(setup, drafters)

@@ -97,11 +97,8 @@ class ExitDrafter:
         weights: Quantization | None,
         submodel: Submodel,
         source: str = "drafts",
-        beside: str | None = None,
     ) -> None:
         """By these layers in this precision, with the exit's block if it has one; `source` names the drafter in reports.
-
-        `beside`: one of the model's drafters, that drafts for a copy.
 
         Raises ConfigError if no such copy was made, or not of enough layers.
         """
@@ -128,12 +125,8 @@ class ExitDrafter:
         self._head = side.head(submodel)
         # All layers of a copy or a draft model verify guesses while they draft: in C for a row whose text is kept.
         guesses = self._looks and not self._reuses and submodel == Submodel(side.num_layers)
-        inner = None
-        if beside is not None:
-            by = Submodel(0, block=setup.model.drafters[beside])
-            inner = ExitDrafter(replace(setup, config=DecodingConfig()), None, by, beside)
-        self._cascade = Cascade(setup.model, side, self._head, self._sampler, source, inner) if guesses else None
-        self._is_call = self._kernel is not None and self._sampler.is_greedy and inner is None  # of one row
+        self._cascade = Cascade(side, self._head, self._sampler, source) if guesses else None
+        self._is_call = self._kernel is not None and self._sampler.is_greedy  # of one row
         self._text: tuple[Row | None, array[int]] = None, array("q")
         self.vocabulary = self._head.vocabulary
 
