@@ -337,6 +337,8 @@ def simulated_cuda() -> Iterator[SimulatedGpu]:
     with ExitStack() as stack:
         stack.enter_context(patch.multiple(torch.cuda, **nothing, **called, **classes))
         stack.enter_context(patch.object(torch, "Generator", GpuGenerator))
+        # The optimizer asks its current stream whether it is recorded, which PyTorch's build for CUDA does in C++.
+        stack.enter_context(patch.object(torch.accelerator, "current_accelerator", lambda *_, **__: None))
         swaps = torch.__future__.get_swap_module_params_on_conversion()
         torch.__future__.set_swap_module_params_on_conversion(True)  # tied parameters stay tied
         stack.callback(torch.__future__.set_swap_module_params_on_conversion, swaps)

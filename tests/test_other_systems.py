@@ -6,7 +6,7 @@ import sys
 HERE = """
 import os, sys
 
-import psutil  # which has code of its own for Windows
+import psutil, torch  # which have code of their own for Windows
 
 for name in ("pread", "preadv", "sysconf", "fchmod", "sched_getaffinity", "getuid", "geteuid", "fork", "getloadavg"):
     delattr(os, name)

@@ -42,6 +42,7 @@ class RecipeModule(nn.Module):
         self.by_muon = False  # Muon trains the matrices of the layers
         self.tokenizer: Any = None  # saved with the model
         self.backend = TransformersBackend(model.get_base_model() if hasattr(model, "get_base_model") else model)
+        self.texts = self.backend.texts  # tried now, before a row is dropped or FSDP shards the model
         layers = self.backend.num_layers
         early = recipe.exits or range(1, layers) if recipe.curriculum != "none" else ()
         self.names = {layer: str(layer) for layer in early}
@@ -73,7 +74,7 @@ class RecipeModule(nn.Module):
         def kept(layer: int) -> list[int]:
             return kept_rows(rates[layer], len(input_ids), self.seed, step.done, step.first_row, layer)
 
-        states = self.backend.texts.states(input_ids, exits, documents, kept, self.recompute and self.training)
+        states = self.texts.states(input_ids, exits, documents, kept, self.recompute and self.training)
         rows = [self._read(exit_layer, states[exit_layer], input_ids, labels, documents) for exit_layer in exits]
         share = recipe.distill if self.training else 1.0  # measured without gradients, where only agreement needs it
         scales = exit_weights(exits, layers, recipe.e_scale, recipe.exit_weights)  # the paper's first exit weighs nothing

@@ -160,9 +160,9 @@ def check_recipe(model, ids):
     assert all(learning & set(layer.parameters()) for layer in module.backend.layers)
     documents = torch.tensor([[0] * 5 + [1] * 8, [0] * 13])
     with torch.no_grad():
-        apart = module.backend.texts.states(ids[:1, 5:], (LAYERS,))[LAYERS][0]
-        dropped = module.backend.texts.states(ids, (2, 3), documents, lambda layer: [1] if layer == 2 else range(2))
-        whole = module.backend.texts.states(ids, (2, LAYERS), documents, lambda layer: range(2) if layer < 2 else [0])
+        apart = module.texts.states(ids[:1, 5:], (LAYERS,))[LAYERS][0]
+        dropped = module.texts.states(ids, (2, 3), documents, lambda layer: [1] if layer == 2 else range(2))
+        whole = module.texts.states(ids, (2, LAYERS), documents, lambda layer: range(2) if layer < 2 else [0])
     torch.testing.assert_close(whole[LAYERS][0, 5:], apart, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(dropped[2], whole[2])
     assert torch.equal(dropped[3][0], dropped[2][0]) and torch.equal(whole[LAYERS][1], whole[2][1])
