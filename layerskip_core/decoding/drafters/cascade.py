@@ -1,8 +1,8 @@
 """Drafts of drafts (ML-SpecQD: Georganas et al., 2025): a copy of the target verifies guesses while it drafts.
 
 A pass of the copy goes on from its newest token and from each guess that it agrees with, so its drafts are those that it makes
-token by token, of the same random numbers too, in fewer passes. Guesses are looked up: a drafter beside the model as well lost
-to lookups alone. Greedy drafts of one row on our kernels are made so in C.
+token by token, of the same random numbers too, in fewer passes. Guesses are looked up (those of a drafter beside the model lost
+to lookups alone). Greedy drafts of one row on our kernels are made so in C.
 """
 
 from collections.abc import Sequence
