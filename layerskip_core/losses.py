@@ -72,7 +72,8 @@ def summed_losses(
                 aim = found
     loss = (sums[:, :2] * torch.tensor(weights, device=sums.device)).sum()
     if gradients:
-        loss = _Known.apply(loss, list((gradients | heads).values()), *gradients, *heads)  # type: ignore[no-untyped-call]
+        known: Any = _Known  # releases of PyTorch differ in whether `apply` is typed
+        loss = known.apply(loss, list((gradients | heads).values()), *gradients, *heads)
     return loss, sums
 
 
