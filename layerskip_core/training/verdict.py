@@ -18,7 +18,7 @@ from ..config.model import PackingConfig
 from ..decoding import decode_batch
 from ..decoding.drafters.bandit import PassTimes, expected_accepted
 from ..losses import target_rows
-from ..model.backend import Backend, DraftEnds, DraftHead, DraftKernel, Submodel
+from ..model.backend import Backend, DraftEnds, DraftHead, Submodel
 from ..model.cache import Places
 from ..model.eagle3 import Eagle3Weights
 from .answers import BATCH, own_texts
@@ -42,13 +42,13 @@ class SpeedEstimate:
 
 @torch.inference_mode()
 def exit_speedup(backend: Backend, exit_layer: int, has_block: bool) -> SpeedEstimate:
-    """Of drafts through an exit. A block takes as long as one layer more; the target continues from the exit's states."""
-    run, side, submodel = _Passes(backend), backend.draft_sides[None], Submodel(exit_layer + has_block)
-    if side.kernel is None:
-        draft = run.seconds(0, submodel.exit_layer, head=side.at_exits.unembed)
-    else:
-        draft = run.drafted(side.kernel, side.at_exits, submodel)
-    return _estimate(run, draft, exit_layer / backend.num_layers)
+    """Of drafts through an exit. A block takes as long as the last layer; the target continues from the exit's states."""
+    layers, run = backend.num_layers, _Passes(backend)
+    head = backend.draft_sides[None].at_exits.unembed
+    draft = run.seconds(0, exit_layer, head=None if has_block else head)
+    if has_block:
+        draft += run.seconds(layers - 1, layers, head=head)
+    return _estimate(run, draft, exit_layer / layers)
 
 
 @torch.inference_mode()
@@ -56,12 +56,12 @@ def eagle3_speedup(backend: Backend, stored: Eagle3Weights) -> SpeedEstimate:
     """Of a drafter in the EAGLE-3 layout: the mean of a few drafts."""
     run, cache = _Passes(backend), backend.new_cache(1, _LONGEST + 2)
     drafter = backend.placed_eagle3(stored, backend.num_layers - 1, PackingConfig())
-    if drafter.kernel is not None:
-        submodel = Submodel(0, block=drafter)
-        return _estimate(run, run.drafted(drafter.kernel, DraftHead(drafter.head), submodel, run.hidden[:1]), 0.0)
+    newest, submodel, head = torch.zeros(1, dtype=torch.long), Submodel(0, block=drafter), DraftHead(drafter.head)
 
     def drafts(embedded: Tensor, _: Places) -> Tensor:
         feature = embedded[:1]
+        if drafter.kernel is not None:
+            return drafter.kernel(head, newest, submodel, cache.span(1, _LONGEST + 2), DraftEnds(), feature, False)[0]
         outputs = (drafter.run(backend, feature, feature, place) for place in cache.span(1, _LONGEST + 1).parts(1))
         return torch.cat([drafter.head(output).argmax(-1) for output in outputs])
 
@@ -91,12 +91,6 @@ class _Passes:
             return hidden if head is None else head(hidden)
 
         return self.timed(run, tokens, start)
-
-    def drafted(self, kernel: DraftKernel, head: DraftHead, submodel: Submodel, feature: Tensor | None = None) -> float:
-        """Seconds of one of the drafts that a kernel makes in one call."""
-        newest, cache = torch.zeros(1, dtype=torch.long), self.backend.new_cache(1, _LONGEST + 2)
-        given = head, newest, submodel, cache.span(1, _LONGEST + 2), DraftEnds(), feature, False
-        return self.timed(lambda *_: kernel(*given)[0], _LONGEST) / _LONGEST
 
 
 def _estimate(run: _Passes, draft: float, shared: float) -> SpeedEstimate:

@@ -143,9 +143,6 @@ class Passes:
     def seconds(self, start, stop, tokens=1, head=None):
         return float(stop - start + 2 * (head is not None))
 
-    def drafted(self, kernel, head, submodel):
-        return self.seconds(0, submodel.exit_layer, head=head)
-
 
 def test_a_verdict_is_what_passes_of_this_machine_make_of_the_agreement(learnt, monkeypatch):
     """A round of d drafts takes d + 1 times 2 layers, the block and the head, and 4/6 of a pass; a plain step 8 seconds."""

@@ -14,7 +14,7 @@ class Passes:
     num_layers = 8
 
     unembed = "head"
-    draft_sides = {None: SimpleNamespace(at_exits=DraftHead("few"), kernel=None)}  # noqa: RUF012
+    draft_sides = {None: SimpleNamespace(at_exits=DraftHead("few"))}  # noqa: RUF012
 
     def __init__(self, backend):
         self.backend = backend
