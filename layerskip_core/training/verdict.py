@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import exp
 from statistics import median
 from typing import Any
@@ -15,7 +15,7 @@ from ..checkpoint.info import Cost
 from ..checkpoint.loaded import Trainable, decoder_of
 from ..config.decoding import DecodingConfig
 from ..config.model import PackingConfig
-from ..decoding import decode_batch
+from ..decoding import decode, decode_batch
 from ..decoding.drafters.bandit import PassTimes, expected_accepted
 from ..losses import target_rows
 from ..model.backend import Backend, DraftEnds, DraftHead, Submodel
@@ -27,6 +27,8 @@ from .data import FEWEST, with_whole_answers
 _LONGEST = 4  # tokens of the longest pass that is timed
 _TIMES = 5
 _MOST = 8  # drafts of a round at most
+_LENGTHS = (1, 2, 4, _MOST)  # of drafts through exits
+_RUNS, _ROUNDS = 3, 5  # of decoding that are timed
 _ANSWER = 64  # tokens of an answer at most
 _PER_ANSWERED = 40  # rows that are trained on, for each that is answered: so the answers take less than 5% of a run
 
@@ -36,19 +38,37 @@ class SpeedEstimate:
     """What drafts would gain."""
 
     step: float  # seconds of a plain step
-    draft: float  # the share of it that a draft takes
+    draft: float  # the share of it that a further draft takes, of an exit with its verification
     speed: Callable[[float], tuple[float, int]]  # from an acceptance rate to (speedup with the best number of drafts, this)
 
 
-@torch.inference_mode()
 def exit_speedup(backend: Backend, exit_layer: int, has_block: bool) -> SpeedEstimate:
-    """Of drafts through an exit. A block takes as long as the last layer; the target continues from the exit's states."""
-    layers, run = backend.num_layers, _Passes(backend)
-    head = backend.draft_sides[None].at_exits.unembed
-    draft = run.seconds(0, exit_layer, head=None if has_block else head)
-    if has_block:
-        draft += run.seconds(layers - 1, layers, head=head)
-    return _estimate(run, draft, exit_layer / layers)
+    """Of drafts through an exit, by rounds of decoding. A block that is not there yet takes as long as one layer more."""
+    if exit_layer not in backend.exit_blocks:
+        exit_layer = min(exit_layer + has_block, backend.num_layers - 1)
+    plain = DecodingConfig("autoregressive", max_new_tokens=_ANSWER, ignore_eos=True)
+    drafting = replace(plain, strategy="self-speculative", exit_layer=exit_layer)
+    step, rounds = _round(backend, plain), {n: _round(backend, replace(drafting, num_draft_tokens=n)) for n in _LENGTHS}
+
+    def speed(accepted: float) -> tuple[float, int]:
+        return max((step * (1 + expected_accepted((accepted, accepted), n)) / rounds[n], n) for n in _LENGTHS)
+
+    return SpeedEstimate(step, (rounds[_MOST] - rounds[1]) / (_MOST - 1) / step, speed)
+
+
+def _round(backend: Backend, config: DecodingConfig) -> float:
+    """Seconds of a round of decoding, or of a plain step: the least of a few runs."""
+    times = []
+    for _ in range(_RUNS):
+        loop, rounds, begun, first = decode(backend, [0] * _LONGEST, config), 0, 0.0, 0
+        for steps, _ in enumerate(loop):
+            rounds = loop.stats.rounds or steps  # plain steps are no rounds
+            if not begun and rounds > 0:  # the first round reads the prompt
+                begun, first = time.perf_counter(), rounds
+            if rounds - first == _ROUNDS:
+                break
+        times.append((time.perf_counter() - begun) / max(1, rounds - first))
+    return min(times)
 
 
 @torch.inference_mode()
