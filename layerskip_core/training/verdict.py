@@ -85,7 +85,7 @@ def eagle3_speedup(backend: Backend, stored: Eagle3Weights) -> SpeedEstimate:
         outputs = (drafter.run(backend, feature, feature, place) for place in cache.span(1, _LONGEST + 1).parts(1))
         return torch.cat([drafter.head(output).argmax(-1) for output in outputs])
 
-    return _estimate(run, run.timed(drafts, _LONGEST) / _LONGEST, 0.0)
+    return _estimate(run, run.timed(drafts, _LONGEST) / _LONGEST)
 
 
 class _Passes:
@@ -95,34 +95,29 @@ class _Passes:
         ids = torch.zeros(_LONGEST, dtype=torch.long, device=backend.device)
         self.backend, self._cache, self.hidden = backend, backend.new_cache(1, _LONGEST), backend.embed(ids)
 
-    def timed(self, run: Callable[[Tensor, Places], Tensor], tokens: int, start: int = 0) -> float:
-        """Seconds of a run over the first tokens' states (T, D) before layer `start`, after one that is not counted."""
-        hidden = self.backend.run_layers(self.hidden, 0, start, self._cache.span(0, _LONGEST)) if start else self.hidden
+    def timed(self, run: Callable[[Tensor, Places], Tensor], tokens: int) -> float:
+        """Seconds of a run over the first tokens' states (T, D) before layer 0, after one that is not counted."""
         places, times = self._cache.span(0, tokens), []
         for _ in range(1 + _TIMES):
             started = time.perf_counter()
-            float(run(hidden[:tokens], places).sum())  # waits for a device
+            float(run(self.hidden[:tokens], places).sum())  # waits for a device
             times.append(time.perf_counter() - started)
         return median(times[1:])
 
-    def seconds(self, start: int, stop: int, tokens: int = 1, head: Callable[[Tensor], Tensor] | None = None) -> float:
-        def run(hidden: Tensor, places: Places) -> Tensor:
-            hidden = self.backend.run_layers(hidden, start, stop, places)
-            return hidden if head is None else head(hidden)
-
-        return self.timed(run, tokens, start)
+    def seconds(self, tokens: int) -> float:
+        """Of a whole pass."""
+        model = self.backend
+        return self.timed(lambda hidden, places: model.unembed(model.run_layers(hidden, 0, model.num_layers, places)), tokens)
 
 
-def _estimate(run: _Passes, draft: float, shared: float) -> SpeedEstimate:
-    """Of drafts of so many seconds, where the target leaves out the `shared` share of its layers."""
-    layers = run.backend.num_layers
-    known = [run.seconds(0, layers, tokens, head=run.backend.unembed) for tokens in range(1, _LONGEST + 1)]
-    step, passes, ahead = known[0], PassTimes.measured(known), int(shared > 0)
+def _estimate(run: _Passes, draft: float) -> SpeedEstimate:
+    """Of drafts of so many seconds."""
+    known = [run.seconds(tokens) for tokens in range(1, _LONGEST + 1)]
+    step, passes = known[0], PassTimes.measured(known)
 
     def speed(accepted: float) -> tuple[float, int]:
         def speedup(drafts: int) -> float:
-            seconds = (drafts + ahead) * draft + (1 - shared) * passes.of(drafts + 1)
-            return step * (1 + expected_accepted((accepted, accepted), drafts)) / seconds
+            return step * (1 + expected_accepted((accepted, accepted), drafts)) / (drafts * draft + passes.of(drafts + 1))
 
         return max((speedup(drafts), drafts) for drafts in range(1, _MOST + 1))
 
