@@ -37,7 +37,7 @@ class Layers(Protocol):
     def run_layers(self, hidden: Tensor, start: int, stop: int, places: Places) -> Tensor:
         """Layers start..stop-1 over the hidden states of the tokens at `places`; returns pre-norm hidden states.
 
-        Each token's KV entries are written, and it attends to those of its row up to its own position.
+        Writes each token's KV entries; a token attends to its row up to its own position.
         """
 
 
@@ -73,7 +73,7 @@ class DraftEnds(NamedTuple):
 
     ids: frozenset[int] = frozenset()  # stop after one of these tokens
     confidence: float = 0.0  # stop before a token of lower probability
-    survival: float = 0.0  # stop after the token with which the probability that all are accepted falls below this
+    survival: float = 0.0  # stop after the token that takes the probability of accepting the whole draft below this
     doubt: float = 1.0
     power: int = 1
 
@@ -107,7 +107,7 @@ class DraftHead(NamedTuple):
 
 Drafted = tuple[Tensor, dict[int, Tensor], list[float]]
 DraftKernel = Callable[[DraftHead, Tensor, Submodel, Places, DraftEnds, Tensor | None, bool], Drafted]
-"""Drafts greedily for one row: at most d tokens after the newest, the last of a text (n,); the places are those of all d + 1.
+"""Drafts greedily for one row: at most d tokens after the newest, which ends the text (n,); the places are for all d + 1.
 
 If n > 1, guesses are looked up in the text and verified in the newest token's pass (only without `taps`). The last arguments:
 the newest token's feature (1, D), if the block needs one, and whether the last draft runs too. Returns the tokens (K+1,), the
@@ -137,9 +137,9 @@ class DraftSide:
 def beyond_exit(
     side: DraftSide, submodel: Submodel, states: Tensor, places: Places, feature: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Logits (..., V) from the states (..., D) of tokens after the exit, and the feature for the next token, if there is one.
+    """Draft logits (..., N) from hidden states (..., D) at the exit, and the tokens' features for the next draft, or None.
 
-    `feature` (..., D): of the tokens, if the block needs it.
+    `feature` (..., D): of the tokens before, if the block needs it.
     """
     block = submodel.block
     if block is not None:
@@ -154,8 +154,8 @@ class Backend(Layers, Protocol):
     """A causal language model as three operations: `unembed(run_layers(embed(ids), 0, L, places))` gives its logits."""
 
     implementation: str  # the kernels, for reports
-    exact: bool  # calls are split to be batch-invariant; takes one row
-    batch_invariant: bool  # a token's bits do not depend on the others of its pass, so drafts change no greedy output
+    exact: bool  # splits passes to be batch-invariant; takes one row
+    batch_invariant: bool  # a token's bits do not depend on the rest of its pass, so drafting changes no greedy output
     recordable: bool  # passes can be recorded as CUDA graphs: no weight moves
     draft_model: "Backend | None"  # a smaller model with the same vocabulary
 
@@ -165,11 +165,11 @@ class Backend(Layers, Protocol):
     def dtype(self) -> torch.dtype: ...
     @property
     def row_cost(self) -> float:
-        """Roughly the time of a token's arithmetic, in units of the time in which memory delivers all weights."""
+        """Rough compute time of a token, in units of the time to read all weights from memory."""
 
     @property
     def room(self) -> int:
-        """Positions of the longest text, by the context and the memory for KV entries."""
+        """Tokens of the longest text that fits the context and the memory for KV entries."""
 
     @property
     def exit_blocks(self) -> Mapping[int, PlacedBlock]:
@@ -189,8 +189,7 @@ class Backend(Layers, Protocol):
     def choose(
         self, tokens: Tensor, states: Tensor | None, start: int, stop: int, kept: Sequence[int], places: Places
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """The tokens (N,) with the largest logits after `stop` layers, and the states after each of `kept` layers (ascending,
-        above `start`).
+        """The argmax token ids (N,) after `stop` layers, and the states after each of `kept` layers (ascending, above `start`).
 
         `states` (N, D): of the tokens (N,) after `start` layers; None: their embeddings.
         """
@@ -237,7 +236,7 @@ def states_at_exits(
 def check_prompt(prompt_ids: list[int], model: Backend, what: str = "the prompt") -> None:
     """Raises ConfigError for an empty prompt, ContextError if context or memory have no room for a token after it.
 
-    `what`: its name in the error.
+    `what`: the prompt's name in the error.
     """
     if not prompt_ids:
         raise ConfigError(f"{what} is empty")

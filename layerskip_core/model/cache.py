@@ -1,4 +1,4 @@
-"""A KV cache addressed by position: rejecting drafted tokens copies nothing, because later tokens overwrite their places."""
+"""A KV cache addressed by position: rejecting drafted tokens copies nothing, because later tokens overwrite their entries."""
 
 import re
 from abc import ABC, abstractmethod
@@ -23,22 +23,22 @@ if TYPE_CHECKING:
     from .backend import Layers
 
 Indices = Sequence[int]
-_FEW = 16  # tokens of a row that run with other rows' in one grid, whatever the padding
+_FEW = 16  # rows of at most so many tokens share a grid, whatever the padding
 
 
 class KVCache(ABC):
-    """Keys and values of all L layers for B rows. The index of a key is the position of its token.
+    """KV entries of all L layers for B rows. The index of an entry is the position of its token.
 
-    So a query at position p sees exactly the indices 0..p. What stands after them (rejected drafts, padding) has weight 0. A
-    row that leaves is forgotten.
+    So a query at position p sees exactly the entries 0..p. Later ones (rejected drafts, padding) have weight 0. Entries of a
+    row that leaves are dropped.
     """
 
-    steps_back = 8  # how far before the end of a pass its rows may go on
+    steps_back = 8  # how many tokens at the end of a pass may be rolled back
 
     def __init__(self, batch_size: int, max_positions: int) -> None:
-        """`max_positions`: a token beyond it is refused. It is the context, or the end of the text where that is known."""
+        """`max_positions`: the context, or the end of the text if known; tokens beyond it are refused."""
         self.rows, self.max_positions = batch_size, max_positions
-        # By row, by exit or drafter: what blocks that draft read of the token before the row's next, (D,).
+        # By row, by exit or drafter: the feature (D,) of the token before the row's next, which the block reads to draft.
         self.features = [dict[int | str, Tensor]() for _ in range(batch_size)]
 
     def span(self, start: int, stop: int, settled: bool = False) -> "Places":
@@ -48,19 +48,19 @@ class KVCache(ABC):
     @property
     @abstractmethod
     def memory(self) -> dict[int, int]:
-        """Bytes of each part of memory that it holds, by address: caches may share some of them."""
+        """Bytes of each allocation that it holds, by address: caches may share some."""
 
     def spare(self, stops: Sequence[int] = ()) -> float:
-        """How many more pages there may be, for all rows of the model, once the rows have those before these stops."""
+        """Pages left for all rows of the model, once this cache's rows have pages up to `stops`; infinite without a limit."""
         return inf
 
     @property
     def branch_pages(self) -> int:
-        """How many pages a branch of a row takes at most, before it goes on."""
+        """The most pages that a branch of a row takes before it runs a token."""
         return 1
 
     def first(self, row: int) -> int:
-        """The first position that a row can go on from; beyond its end, if that is the only one."""
+        """The first position that a row can continue from; larger than its end if it can continue only there."""
         return 0
 
     @abstractmethod
@@ -76,15 +76,15 @@ class KVCache(ABC):
 
     @abstractmethod
     def branch(self, rows: Indices, starts: Indices, stops: Indices | None = None, end: int | None = None) -> "KVCache":
-        """Another cache with these rows, each as far as its stop, where each goes on from its start; without stops from there.
+        """A cache with the entries of `rows` up to `stops` (default: `starts`), where each row continues from its start.
 
-        A row may be there several times. What the one cache writes later changes nothing in the other. `end`: instead of
-        `max_positions`.
+        A row may occur several times. Later writes to one cache do not change the other. `end`: the `max_positions` of the
+        branch.
         """
 
 
 class Places:
-    """Where the N tokens of a pass stand: some consecutive ones of each row of a cache, row by row."""
+    """Rows and positions of the N tokens of a pass: consecutive tokens of each row of a cache, row by row."""
 
     def __init__(
         self,
@@ -94,13 +94,13 @@ class Places:
         settled: bool = False,
         recorded: Tensor | None = None,
     ) -> None:
-        """`starts`: by row, the position of its first token in the pass; of a row that has none, of its next token. `counts`:
-        by row, how many tokens are in the pass. `settled`: whether rows will go on from the end of this pass alone; else from
-        any token in it, as far as the cache's `steps_back` allows. `recorded`: (B, T) on the device, the positions of a pass
-        that is recorded, in the first slots of a RowCache. Raises ConfigError for a token beyond the cache's `max_positions`.
+        """`starts`: by row, the position of its first token in the pass, or of its next token if it has none. `counts`: by row,
+        the number of its tokens in the pass. `settled`: rows continue only from the end of this pass; else up to the cache's
+        `steps_back` tokens may be rolled back. `recorded`: (B, T) on the device, the positions of a recorded pass, in the first
+        slots of a RowCache. Raises ConfigError for a token beyond the cache's `max_positions`.
         """
         self.cache, self.starts, self.counts, self.settled, self.recorded = cache, starts, counts, settled, recorded
-        self.origins = starts  # of the whole pass or draft, of which these may be a part
+        self.origins = starts  # starts of the whole pass or draft, of which this may be a part
         self.stop = max((start + count for start, count in zip(starts, counts, strict=True) if count), default=0)
         if self.stop > cache.max_positions:
             last = self.stop - 1
@@ -108,7 +108,7 @@ class Places:
 
     @property
     def each(self) -> tuple["array[int]", "array[int]"]:
-        """Of the N tokens the positions, and the rows."""
+        """The positions and the rows of the N tokens."""
         positions = map(range, self.starts, map(add, self.starts, self.counts))
         rows = map(repeat, range(len(self.counts)), self.counts)
         return array("q", chain.from_iterable(positions)), array("q", chain.from_iterable(rows))
@@ -125,17 +125,17 @@ class Places:
 
     @property
     def bounds(self) -> list[int]:
-        """Where the tokens of each row begin among the N, and where the last end."""
+        """The index of each row's first token among the N, and N."""
         return [0, *accumulate(self.counts)]
 
     def moved(self, by: int, skipped: Sequence[int] | None = None) -> "Places":
-        """Other positions of the same tokens; without the first tokens of rows, if so many are `skipped` by row."""
+        """The same tokens at positions shifted by `by`, without the first `skipped` tokens of each row."""
         skipped = skipped or [0] * len(self.counts)
         counts = [count - less for count, less in zip(self.counts, skipped, strict=True)]
         return self._part([by + less for less in skipped], counts)
 
     def parts(self, most: int) -> Iterator["Places"]:
-        """The same tokens in passes of at most so many, one after the other."""
+        """The same tokens, split into consecutive passes of at most `most`."""
         bounds = self.bounds
         if 0 < bounds[-1] <= most:
             yield self
@@ -146,15 +146,15 @@ class Places:
             yield self._part(done, [stop - start for start, stop in pairwise(cuts)])
 
     def _part(self, ahead: Sequence[int], counts: Sequence[int]) -> "Places":
-        """By row, so many tokens that stand so far after its first."""
-        starts = [max(0, start + by) for start, by in zip(self.starts, ahead, strict=True)]  # 0: of a row without tokens
+        """By row, `counts` tokens that begin `ahead` positions after its first."""
+        starts = [max(0, start + by) for start, by in zip(self.starts, ahead, strict=True)]  # below 0: a row without tokens
         part = Places(self.cache, starts, counts, self.settled)
         part.origins = self.origins
         return part
 
     def padded(self, counts: Sequence[int], slots: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """So many of each row's tokens as a grid, padded as in `in_grids`: their positions (B, T), the index (B, T) of each
-        in the pass, and the places in the grid that are no padding. There are `slots` rows at least.
+        """The first `counts` tokens of each row as a grid, padded as in `in_grids`: positions (B, T), indices (B, T) in the
+        pass, and flat indices of the grid's places that are no padding. The grid has at least `slots` rows.
         """
         free = [0] * (slots - len(counts))
         real = torch.tensor([*counts, *free])[:, None]
@@ -164,11 +164,11 @@ class Places:
         return places, tokens, (torch.arange(max(counts)) < real).flatten().nonzero()[:, 0]
 
     def in_grids(self, hidden: Tensor, run: "RunGrid", together: bool = True) -> Tensor:
-        """What `run` gives for all tokens, in the shape of their hidden states (..., D): in few grids of rows and columns.
+        """Runs all tokens in few grids of rows and columns; returns what `run` does, in the shape of `hidden` (..., D).
 
-        A row with fewer tokens than the longest is padded with its last one again; one with none with any, at the position of
-        its next token, which overwrites it. Where that is most of a large grid, rows with many tokens run alone. So do all if
-        not `together`.
+        A row shorter than the longest is padded by its last token; an empty row by any token, at the position of its next
+        token, which overwrites the entry. Where padding would fill most of a large grid, rows with many tokens run alone.
+        Without `together`, all rows do.
         """
         flat, counts, width = hidden.reshape(-1, hidden.shape[-1]), self.counts, max(self.counts, default=1)
         shape, bounds = (*hidden.shape[:-1], -1), self.bounds
@@ -194,13 +194,13 @@ class Places:
 
 
 def on_device(numbers: Sequence[int], like: "Tensor | Layers") -> Tensor:
-    """Integers on the device of `like`, for which the host does not wait as for those of a list."""
+    """Integers on the device of `like`, by a copy that the host does not wait for."""
     made = torch.from_numpy(np.array(numbers, dtype=np.int64))  # torch.tensor takes three times as long
     return made.to(like.device, non_blocking=True)
 
 
 RunGrid = Callable[[Tensor, Tensor, int | None], Tensor]
-"""Runs layers over hidden states (B, T, D) at positions (B, T); of one row of the cache alone, (1, T, D), if there is one."""
+"""Runs layers over hidden states (B, T, D) at positions (B, T); given a row of the cache, for it alone, (1, T, D)."""
 
 
 _CGROUP_FILES = {  # by the controllers of /proc/self/cgroup (versions 2 and 1): limit, use, prefix of names in memory.stat
@@ -210,8 +210,8 @@ _CGROUP_FILES = {  # by the controllers of /proc/self/cgroup (versions 2 and 1):
 
 
 def memory_budget(kv_megabytes: int | None = None) -> tuple[int, int]:
-    """Of the memory that is free before a model is loaded, the bytes for keys and values (a fifth unless told otherwise), and
-    those that they leave to its weights and their low-bit copies.
+    """Divides the memory that is free before a model is loaded: bytes for KV entries (by default a fifth), and bytes left for
+    its weights and their low-bit copies.
     """
     free = available_memory()
     kv_bytes = free // 5 if kv_megabytes is None else kv_megabytes * 2**20
@@ -219,7 +219,7 @@ def memory_budget(kv_megabytes: int | None = None) -> tuple[int, int]:
 
 
 def available_memory(root: Path = Path("/")) -> int:
-    """Bytes that this process can still take: of the machine's memory, and within the limits of its cgroups (of a container).
+    """Bytes that this process can still allocate, by the machine's memory and the limits of its cgroups (of a container).
 
     Cached files count as free, because Linux evicts them.
     """

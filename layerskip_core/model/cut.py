@@ -1,8 +1,8 @@
-"""Any decoder of transformers, cut at its layers by its own forward.
+"""Runs any span of layers of a transformers decoder by the model's own forward.
 
-A call of some layers is a forward of the whole model in which earlier layers pass their input on, the first layer of the span
-takes the states of the call, and the last one ends the forward with an exception. So masks, rotary embeddings and everything
-else around the layers stay transformers'. `probe` finds the layers, their outputs and their cache entries.
+A call for a span is a forward of the whole model in which earlier layers return their input, the first layer of the span reads
+the states of the call, and the last one ends the forward by an exception. So transformers computes masks, rotary embeddings and
+everything else around the layers. `probe` finds the layers, their outputs and their cache entries.
 """
 
 import inspect
@@ -20,8 +20,8 @@ from .cache import Places
 from .position_cache import Forward, PositionCache, Writer, Written, hidden_of, replaced, with_hidden
 from .row_cache import Entry, EntryWriter, MixedCache
 
-_CACHES = ("cache", "past_key_values", "cache_params")  # names of a forward's argument
-_BASE = 256  # token ids in states have digits of this base, which every precision holds exactly
+_CACHES = ("cache", "past_key_values", "cache_params")  # names of the cache among a forward's arguments
+_BASE = 256  # states carry token ids as digits of this base, exact in every precision
 SHARED = "shared_kv_states"  # the argument that hands keys and values to later layers (Gemma 3n and 4)
 
 _POSITIONS: ContextVar[Tensor | None] = ContextVar("positions", default=None)  # (B, T), if they differ between rows
@@ -36,24 +36,23 @@ class _Reached(Exception):
 
 @dataclass(frozen=True)
 class Form:
-    """The form of a model, as its forwards show it."""
+    """The structure of a model, as its forwards show it."""
 
     layers: nn.ModuleList  # the chain of layers, in the module `owner`
     owner: Any
-    norm: Any  # the module between the last layer and the owner's output; None if there is something else
+    norm: Any  # the module between the last layer and the owner's output; None if it is not one module
     output: Any  # type of the owner's output
     container: tuple[Any, int] | None  # type and length of a layer's output; None if it is a tensor
-    leading: bool  # whether hidden states have a dimension before those of rows and tokens
-    shape: tuple[int, ...]  # their other dimensions
-    shares: Mapping[int, Any]  # by layer, the key under which it hands its keys and values to later ones
+    leading: bool  # whether hidden states have a dimension before rows and tokens
+    shape: tuple[int, ...]  # of hidden states, without rows and tokens
+    shares: Mapping[int, Any]  # by layer, the key under which it hands its keys and values to later layers
     shapes: Mapping[Entry, tuple[int, int]] = field(default_factory=dict)  # number and width of each cache entry's heads
     written: Mapping[int, Sequence[Entry]] = field(default_factory=dict)  # the entries that each layer writes, in order
     reads_ids: bool = False  # whether later layers read token ids; states then carry them
     by_position: bool = True  # whether rows at different positions can share a call
-    # By recurrent layer its modules with a recurrence, and the linear layer that gives a module's output. Other states are the
-    # inputs of convolutions.
+    # By recurrent layer: its recurrent modules, each with the linear layer of its output. Other states are convolution inputs.
     recurrent: Mapping[int, Mapping[nn.Module, nn.Linear | None]] = field(default_factory=dict)
-    continues: bool = True  # whether these modules take several tokens after a state
+    continues: bool = True  # whether these modules can run several tokens from a state
 
     @property
     def width(self) -> int:
@@ -66,7 +65,7 @@ class Form:
         return max((index for index, entries in self.written.items() if entries), default=None)
 
     def state(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        """(B, T, D), from the hidden states of a layer, of tokens (B, T)."""
+        """The state (B, T, D) from a layer's hidden states, for token ids (B, T)."""
         hidden = hidden.movedim(0, 2) if self.leading else hidden
         state = hidden.flatten(2) if hidden.dim() > 3 else hidden
         if self.reads_ids:
@@ -96,7 +95,7 @@ class Form:
 
 
 class LayerPair(nn.Sequential):
-    """Two layers as one, of which the first has keys and values."""
+    """Two layers run as one; the first has keys and values."""
 
     def forward(self, *args: Any, **keywords: Any) -> Any:
         return self[1](hidden_of(self[0](*args, **keywords)))
@@ -130,10 +129,10 @@ class CutModel:
         only_writes: bool = False,
         block: tuple[nn.Module, int] | None = None,
     ) -> Tensor:
-        """Layers start..stop-1 over states (..., D) of the tokens at `places`; see `embed` for those before layer 0.
+        """Runs layers start..stop-1 over states (..., D) of the tokens at `places`; see `embed` for states before layer 0.
 
-        `only_writes`: each layer gets `state` and writes its entries. `block`: an exit block that runs in place of its original
-        (and of the span), and its `shift_of_block`.
+        `only_writes`: each layer gets `state` and only writes its entries. `block`: an exit block, which runs in place of its
+        original instead of the span, and its `shift_of_block`.
         """
         shift, cache = 0, places.cache
         assert isinstance(cache, MixedCache)
@@ -151,7 +150,7 @@ class CutModel:
         return places.in_grids(state, run, not ((differ and not self.form.by_position) or (ragged and not cache.rolls_back)))
 
     def normed(self, state: Tensor) -> Tensor:
-        """The owner's output, which the head reads, for states (..., D) after any layer."""
+        """The head's input (the output of `Form.owner`), from states (..., D) after any layer."""
         form = self.form
         if form.norm is not None:
             normed: Tensor = form.norm(state[..., : form.width])
@@ -162,7 +161,7 @@ class CutModel:
         return found
 
     def unembed(self, state: Tensor, norm: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """States (..., D) after any layer to logits (..., V). `norm`: another than the model's."""
+        """States (..., D) after any layer to logits (..., V). `norm`: replaces the model's."""
         form = self.form
         norm = norm or form.norm
         if norm is None:
@@ -176,7 +175,7 @@ class CutModel:
     def new_cache(
         self, batch_size: int, max_positions: int, blocks: int = 0, others: Mapping[Entry, tuple[int, int]] | None = None
     ) -> MixedCache:
-        """An empty cache, with the entries of so many exit `blocks`. `others`: number and width of further entries' heads."""
+        """An empty cache, also for exit blocks, `blocks` of them. `others`: number and width of heads of further entries."""
         shapes = {**self.form.shapes, **(others or {})}
         for block in range(blocks):
             shift = self.shift_of_block(block)
@@ -190,7 +189,7 @@ class CutModel:
         return 1 + last + block * len({index for index, _ in self._of_original})
 
     def shift_of_block(self, block: int) -> int:
-        """The distance from the cache indices of the original to those of an exit block."""
+        """The offset of an exit block's cache indices from those of its original."""
         return self.place_of_block(block) - self._of_original[0][0]
 
     @property
@@ -214,7 +213,7 @@ class CutModel:
         ids = state[..., 0] if first and form.reads_ids else form.ids(state)
         inputs = {"inputs_embeds": state} if first and not form.reads_ids else {"input_ids": ids}
         ends = set[Entry]()
-        if only_writes:  # a recurrent layer runs to its end
+        if only_writes:  # a recurrent layer has to run to its end
             writing = (index for index in range(start, stop) if form.written[index] and index not in form.recurrent)
             ends = {form.written[index][-1] for index in writing}
         cache = None if writer is None else self._cache_class(writer, ends)
@@ -222,7 +221,7 @@ class CutModel:
         running = range(start, stop) if only_writes else {start, stop - 1} if start else {stop - 1}
 
         def run_layer(index: int, forward: Forward, /, *args: Any, **keywords: Any) -> Any:
-            """The forward of the first and the last layer of the span, and of all that only write."""
+            """Replaces the forward of the first and the last layer of the span; with `only_writes`, of all."""
             if given is not None and index == start:
                 args, keywords = with_hidden(given, args, keywords)
             try:
@@ -248,7 +247,7 @@ class CutModel:
         return form.state(hidden, ids)
 
     def _pass(self, index: int, cache: PositionCache | None, /, *args: Any, **keywords: Any) -> Any:
-        """The forward of a layer outside the span."""
+        """Returns a layer's input in place of its output, and hands on cached keys and values that later layers share."""
         hidden = args[0] if args else keywords["hidden_states"]
         if cache is not None and index in self.form.shares:
             keys, values = self.form.written[index][:2]
@@ -257,7 +256,7 @@ class CutModel:
         return self.form.returned(hidden)
 
     def _tail(self, state: Tensor, *changes: tuple[nn.Module, Forward]) -> Tensor:
-        """The forward after the last layer, from states (..., D): logits, or the result with which `changes` end it."""
+        """Runs what follows the last layer, from states (..., D); returns logits, or the result with which `changes` end it."""
         form, flat = self.form, state.reshape(-1, 1, state.shape[-1])  # rows of one token, at any position
         last = form.returned(form.hidden(flat))
         skipped = [(layer, partial(self._pass, index, None)) for index, layer in enumerate(form.layers[:-1])]
@@ -273,7 +272,7 @@ class CutModel:
         changes: Sequence[tuple[Any, Forward]],
         cache: PositionCache | None = None,
     ) -> Any:
-        """The model's forward with replaced forwards of modules: its output, or the result with which one of them ends it."""
+        """Runs the model with replaced forwards of modules; returns its output, or the result with which one ends it."""
         keywords: dict[str, Any] = {"use_cache": cache is not None}
         if positions is not None and self.takes_positions:
             positions = positions.to(next(iter(inputs.values())).device, non_blocking=True)
@@ -294,7 +293,7 @@ class CutModel:
 
 
 def _cache_class(model: Any) -> type[PositionCache]:
-    """PositionCache, derived also from the model's own cache class if it takes no other (MiniMax)."""
+    """PositionCache, also a subclass of the model's own cache class if the model requires that (MiniMax)."""
     parameters = inspect.signature(type(model.base_model).forward).parameters
     own = (kind for name in _CACHES if name in parameters for kind in getattr(parameters[name].annotation, "__args__", ()))
     kinds = [kind for kind in own if getattr(kind, "__module__", None) == type(model).__module__]
@@ -306,7 +305,7 @@ def _reach(wanted: Any) -> NoReturn:
 
 
 def _know_positions(attention: str) -> None:
-    """Makes transformers' masks for this attention use the positions of a call whose rows are at different ones."""
+    """Makes transformers' masks for this attention read `_POSITIONS`, for calls with rows at different positions."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
     stock = ALL_MASK_ATTENTION_FUNCTIONS[attention]

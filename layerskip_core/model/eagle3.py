@@ -1,13 +1,13 @@
-"""A drafter in the EAGLE-3 layout (Li et al., NeurIPS 2025), which other engines read too, beside a model that stays as it is.
+"""A drafter in the EAGLE-3 layout (Li et al., NeurIPS 2025), which other engines read too; the target stays unchanged.
 
-It is one decoder layer and a head over some of the tokens. Its entry for the token at position t reads that token's embedding e
-and the feature g of the token before, and predicts the token at t+1:
+It is one decoder layer and a head over part of the vocabulary. From the embedding e of the token at position t and the feature
+g of the token before, it predicts the token at t+1:
 
     x = [norm(e_t); norm(g_{t-1})], h = layer(x) with the residual g_{t-1}, logits = head(norm(h))
 
-The feature is a projection of the model's own states after some of its layers, `fc [s_2; s_15; s_27]`, as far as the model has
-run. After the first draft of a round, h of the draft before stands for it. Keys and values of the entry stand at position t-1.
-EAGLE-3.1 norms the states before they are projected, and norm(h) stands for the feature.
+For tokens that the target has run, the feature projects its hidden states after some of its layers, `fc [s_2; s_15; s_27]`; for
+later tokens it is the drafter's h. The KV entry is at position t-1. EAGLE-3.1 norms the states before `fc`, and uses norm(h) in
+place of h.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -41,7 +41,7 @@ _QKV = tuple(f"{LAYER}self_attn.{name}_proj.weight" for name in "qkv")
 _OUT = f"{LAYER}self_attn.o_proj.weight"
 _GATE_UP = tuple(f"{LAYER}mlp.{name}_proj.weight" for name in ("gate", "up"))
 _DOWN = f"{LAYER}mlp.down_proj.weight"
-MATRICES = (FC, *_QKV, _OUT, *_GATE_UP, _DOWN)  # of the layer
+MATRICES = (FC, *_QKV, _OUT, *_GATE_UP, _DOWN)  # all but the head
 _INPUT_NORM, HIDDEN_NORM, _MLP_NORM = (
     f"{LAYER}{name}.weight" for name in ("input_layernorm", "hidden_norm", "post_attention_layernorm")
 )
@@ -53,14 +53,14 @@ class Eagle3Form:
     """The sizes of a drafter.
 
     Attributes:
-        layers: of the target, after which the states are that its feature is made of, ascending.
-        hidden: D, of its target and its own.
+        layers: of the target, ascending; `fc` reads the hidden states after each.
+        hidden: D, of the target and of the drafter.
         inner: width of the MLP, whose activation is SiLU.
         vocab: N tokens that its head scores.
         rope: `rope_parameters` in transformers' names.
         norm_before_residual: whether the residual is the normed feature.
-        fc_norm, norm_before_fc: whether the states that the feature is made of are normed, each or together.
-        norm_output: whether the feature of a draft is the normed output of the one before.
+        fc_norm, norm_before_fc: whether the states are normed before `fc`, each alone or all concatenated.
+        norm_output: whether the next draft reads norm(h) as the feature, not h.
     """
 
     layers: tuple[int, ...]
@@ -79,7 +79,7 @@ class Eagle3Form:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of all weights, as in a checkpoint; the token of each output of the head is `TOKENS`."""
+        """Names and shapes of all weights, as in a checkpoint, but for `TOKENS`, which maps head outputs to token ids."""
         queries, keys, hidden = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.hidden
         return {
             FC: (hidden, len(self.layers) * hidden),
@@ -98,7 +98,7 @@ class Eagle3Form:
         return [f"fc_norm.{place}.weight" for place in range(len(self.layers) * self.fc_norm)]
 
     def fc_input(self, states: Sequence[Tensor], normed: Callable[[str, Tensor], Tensor]) -> Tensor:
-        """(..., X D) of the target's states (..., D) after each of the X layers. `normed`: by the name of a norm's weight."""
+        """The input (..., X D) of `fc`, from the target's states (..., D) after X layers. `normed` applies a norm by name."""
         joined = torch.cat(tuple(map(normed, self._state_norms, states) if self.fc_norm else states), dim=-1)
         return normed(_STATES_NORM, joined) if self.norm_before_fc else joined
 
@@ -109,7 +109,7 @@ class Eagle3Layer:
     def __init__(
         self, form: Eagle3Form, norm_of: Callable[[str], Tensor], product_of: Callable[[Sequence[str]], Product]
     ) -> None:
-        """`norm_of` gives a norm's weight by name; `product_of` the product by one matrix, or by several side by side."""
+        """`norm_of` gives a norm's weight by name; `product_of` the product with one matrix, or with several concatenated."""
         self.form, self._norm_of = form, norm_of
         self._fc, self._head = product_of((FC,)), product_of((HEAD,))
         self._qkv, self._out = product_of(_QKV), product_of((_OUT,))
@@ -117,17 +117,17 @@ class Eagle3Layer:
         self._frequencies = frequencies(form)
 
     def feature(self, states: Sequence[Tensor]) -> Tensor:
-        """The feature (B, T, D) of tokens, of the target's states (B, T, D) after each of its layers."""
+        """The feature (B, T, D) of tokens, from the target's states (B, T, D) after each of `form.layers`."""
         return self._fc(self.form.fc_input(states, self._normed))
 
     def own_feature(self, hidden: Tensor) -> Tensor:
-        """The feature (..., D) that the output of a draft gives the next."""
+        """The feature (..., D) of tokens for the next draft, from their outputs h (..., D)."""
         return self._normed(NORM, hidden) if self.form.norm_output else hidden
 
     def begin(self, embedded: Tensor, feature: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The residual (B, T, D), queries (B, H, T, head dim), and keys and values (B, kv heads, T, head dim) of entries.
 
-        `embedded` (B, T, D): of their tokens. `feature`: of the tokens before. `places` (B or 1, T): where the entries stand.
+        `embedded` (B, T, D): of the tokens. `feature`: of the tokens before. `places` (B or 1, T): positions of the entries.
         """
         form = self.form
         normed = self._normed(HIDDEN_NORM, feature)
@@ -141,17 +141,17 @@ class Eagle3Layer:
         return residual, _rotated(queries, cos, sin), _rotated(keys, cos, sin), values
 
     def finish(self, residual: Tensor, attended: Tensor) -> Tensor:
-        """The output h (B, T, D) of the layer, of what attention gave (B, H, T, head dim)."""
+        """The output h (B, T, D) of the layer, from attention's output (B, H, T, head dim)."""
         hidden = residual + self._out(attended.transpose(1, 2).flatten(2))
         gate, up = self._gate_up(self._normed(_MLP_NORM, hidden)).chunk(2, dim=-1)
         return hidden + self._down(F.silu(gate) * up)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., N) in the order of the head's own tokens, of outputs (..., D)."""
+        """Outputs h (..., D) to logits (..., N) over the drafter's own vocabulary."""
         return self._head(self._normed(NORM, hidden))
 
     def _normed(self, name: str, hidden: Tensor) -> Tensor:
-        """In the weight's precision, which autocast leaves at fp32."""
+        """Norms in the weight's precision, which stays fp32 under autocast."""
         weight = self._norm_of(name)
         return F.rms_norm(hidden.to(weight.dtype), weight.shape, weight, self.form.eps).to(hidden.dtype)
 
@@ -160,7 +160,7 @@ class Eagle3(nn.Module):
     """The weights of a drafter, by their names in a checkpoint. `layer` computes with them."""
 
     def __init__(self, form: Eagle3Form, tokens: Tensor, seed: int = 0) -> None:
-        """`tokens` (N,): of the target, that the head scores. The matrices are random, by the seed; norms are 1."""
+        """`tokens` (N,): the target's token ids that the head scores. Matrices are random, from `seed`; norms are 1."""
         super().__init__()
         self.form, generator = form, torch.Generator().manual_seed(seed)
         self.weights = nn.ParameterDict()
@@ -168,7 +168,7 @@ class Eagle3(nn.Module):
             parameter = nn.Parameter(torch.ones(shape))
             if len(shape) == 2:
                 nn.init.normal_(parameter, std=0.02, generator=generator)
-            self.weights[name.replace(".", "/")] = parameter  # its keys may have no dots
+            self.weights[name.replace(".", "/")] = parameter  # keys of a ParameterDict may have no dots
         self.tokens = nn.Buffer(tokens)
         self.layer = Eagle3Layer(form, self.weight, self._product)
 
@@ -181,13 +181,13 @@ class Eagle3(nn.Module):
 
 
 def _rotated(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates (B, heads, T, head dim), whose halves are pairs."""
+    """Rotates (B, heads, T, head dim); each dimension of the first half is paired with one of the second."""
     first, second = vectors.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 def frequencies(form: Eagle3Form) -> Tensor:
-    """Radians per position of each pair of a head, (head dim / 2,)."""
+    """Rotary frequencies (head dim / 2,) in radians per position."""
     rope, size = form.rope, form.head_dim
     found = float(rope["rope_theta"]) ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
     if rope.get("rope_type", "default") == "llama3":
@@ -205,14 +205,14 @@ class Eagle3Weights:
 
 
 class PlacedEagle3:
-    """A drafter of a backend, as a PlacedBlock. Its keys and values are those of layer `place` of the target's cache."""
+    """A drafter of a backend, with the interface of PlacedBlock. Its KV entries are layer `place` of the target's cache."""
 
     needs_feature, kernel = True, None
 
     def __init__(
         self, stored: Eagle3Weights, place: int, vocab: int, like: Tensor, product_of: Callable[[Tensor], Product]
     ) -> None:
-        """`vocab`: tokens of the target. Norms have the precision and device of `like`; `product_of` gives that by a matrix."""
+        """`vocab`: the target's. Norms take the precision and device of `like`; `product_of` the product with a matrix."""
         norms = {name: weight.to(like) for name, weight in stored.weights.items() if weight.dim() == 1}
         self._layer = Eagle3Layer(
             stored.form, norms.__getitem__, lambda names: product_of(torch.cat([stored.weights[name] for name in names]))
@@ -237,7 +237,7 @@ class PlacedEagle3:
         write_entries(self._place, keys[:, :, 0], values[:, :, 0], places)
 
     def _begun(self, states: Tensor, before: Tensor, places: Places) -> tuple[Places, tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """The places of entries, each before its token's, and what the layer begins with, as N texts of one token."""
+        """The places of the entries, one position before their tokens, and `Eagle3Layer.begin` of N texts of one token."""
         entries = places.moved(-1)
         return entries, self._layer.begin(states[:, None], before[:, None], entries.positions[:, None])
 

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 class ExitBlock:
     """The block of an exit after `exit_layer` layers, 1..L-1; MTP: 0. Names of its weights begin with `prefix`.
 
-    `kind`, on transformers' layers only: `dense`: its layer has the MLP of the model's first layer, where the last has experts;
-    `pair`: it is two, one of attention and one of experts, as each of the model's is (Nemotron-H).
+    `kind`, on transformers' layers only: `dense`: the layer has an MLP like the model's first, though the last has experts;
+    `pair`: two layers, attention and experts, because a layer of the model has only one of them (Nemotron-H).
     """
 
     exit_layer: int
@@ -83,7 +83,7 @@ class MtpLayout(NamedTuple):
     kind: str = ""  # of ExitBlock
 
     def stored(self, name: str, layers: int) -> str:
-        """The name there of a weight of MTP."""
+        """The checkpoint's name for a weight of MTP, after `prefix`."""
         part, dot, rest = name.removeprefix(MTP.prefix).partition(".")
         return str(getattr(self, part)).format(layers) + dot + rest
 
@@ -121,14 +121,14 @@ class ExitBlocks:
     mtp: "ExitBlocks | None" = None  # the drafter that the checkpoint ships, with the block MTP alone
     layout: MtpLayout = MTP_LAYOUTS[0]  # of the file of `mtp`
     assistant: "Assistant | None" = None  # the drafter that is shipped beside the model
-    model_fingerprint: str | None = None  # of the model that they were made for, if the file has one
+    model_fingerprint: str | None = None  # of the model that the blocks were trained for, if the file has one
     notes: tuple[str, ...] = ()  # for the user
 
     def shapes(self, spec: AnySpec) -> Shapes:
         return {name: shape for block in self.blocks for name, shape in block.shapes(spec).items()}
 
     def weights(self, spec: AnySpec, like: Tensor | None = None) -> Weights:
-        """In the precision and on the device of `like`; without it as stored."""
+        """The weights in the precision and on the device of `like`; without it as stored."""
 
         def take(name: str) -> Tensor | None:
             weight = self.take(name)
@@ -142,15 +142,15 @@ NO_BLOCKS = ExitBlocks((), lambda name: None)
 
 @dataclass(frozen=True)
 class PlacedBlock:
-    """An exit block of a backend, which drafts. Hidden states are (..., D), of a pass's tokens."""
+    """An exit block of a backend, for drafting. Hidden states are (..., D), of a pass's tokens."""
 
     block: ExitBlock
     layer: int  # its index in the chain of layers
     head: Callable[[Tensor], Tensor]  # norm and head, to logits (..., N)
     vocabulary: DraftVocabulary | None = None  # the N scored tokens; None for all
-    kernel: "DraftKernel | None" = None  # makes a whole greedy draft in one call; None: the draft side's does
+    kernel: "DraftKernel | None" = None  # makes a whole greedy draft in one call; None: use the draft side's
 
-    needs_feature = False  # it also reads a feature of the token before, so a text's first token has no KV entry
+    needs_feature = False  # whether it reads a feature of the previous token; then a text's first token has no KV entry
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -158,7 +158,7 @@ class PlacedBlock:
         return (self.block.exit_layer,)
 
     def run(self, layers: "Layers", states: Tensor, before: Tensor | None, places: Places) -> Tensor:
-        """The head's input, from states of tokens at the last tap and the features of the tokens before them."""
+        """The head's input, from tokens' states at the last tap and the features `before` of the tokens before them."""
         return layers.run_layers(states, self.layer, self.layer + 1, places)
 
     def write(self, model: "Backend", states: Mapping[int, Tensor], before: Tensor | None, places: Places) -> None:
@@ -220,9 +220,9 @@ def blocks_named(names: Iterable[str], num_layers: int) -> tuple[ExitBlock, ...]
 
 
 def with_blocks(spec: ModelSpec, blocks: ExitBlocks) -> ModelSpec:
-    """The model's chain of layers with those of its blocks (block k is layer L+k), then one for each drafter, MTP first.
+    """The model's spec with a further layer for each block (block k is layer L+k), then for each drafter, MTP first.
 
-    The further layers are like the last one that has keys and values.
+    The further layers are like the last layer with keys and values.
     """
     count = len(blocks.blocks) + (blocks.mtp is not None) + (blocks.eagle3 is not None)
     experts, last = spec.experts, max(spec.attending, default=0)

@@ -1,6 +1,4 @@
-"""Keys and values in pages, for kernels that find a position by its page: texts grow without moving, and share what they begin
-with (Kwon et al., PagedAttention, SOSP 2023).
-"""
+"""A paged KV cache: texts grow without moving and share pages of common prefixes (Kwon et al., PagedAttention, SOSP 2023)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,43 +13,43 @@ from .cache import Indices, KVCache, Places
 
 Sizes = tuple[int, int, int]
 PAGE = 64  # positions; as in attention.h
-_SLAB_BYTES = 1 << 25  # of the pages that are made together, about; at first fewer
+_SLAB_BYTES = 1 << 25  # allocated at once, about; at first less
 
 
 class PagePool:
-    """Memory for keys and values in pages, each (2 for key and value, kv heads, PAGE, head dim) of all layers that have them.
+    """Memory for KV entries in pages, each (2 for key and value, kv heads, PAGE, head dim) of all layers that have them.
 
-    A page goes back to the pool with its last reference. The next row that takes it sees none of its old numbers, and by the
-    kernels' way with what is not seen (attention.h) they change no bit.
-    `most`: pages that there may be. `window`: the positions that a token sees, if all layers have a sliding window: the pages
-    before it are given back. Where some layers see all, a page must stay for them, and its numbers of the others with it.
+    A page returns to the pool with its last reference. It is not cleared: the next row masks the old entries, and masked
+    entries change no bit (attention.h).
+    `most`: the limit of pages. `window`: the positions that a token sees, if all layers have a sliding window: pages before
+    it are given back. If some layers have full attention, a page stays for them, with its entries of the other layers.
     """
 
     def __init__(
         self, sizes: Sequence[tuple[int, int]], dtype: torch.dtype, memory: Sizes = (0, 0, 0), window: int | None = None
     ) -> None:
-        """`sizes`: by layer, kv heads and head dim. `memory`: of layers without attention, see Memory: bytes of a text's state
-        and of a slot, and the slots that they need at least.
+        """`sizes`: by layer, kv heads and head dim. `memory`: of layers without attention, see Memory: bytes of a text's state,
+        bytes of a slot, and the least number of slots.
         """
         self.sizes, self.dtype, self.memory, self.window = sizes, dtype, memory, window
         self._numbers = sum(2 * PAGE * kv_heads * head_dim for kv_heads, head_dim in sizes)
         self.page_bytes = self._numbers * dtype.itemsize
         self.most: float = inf
-        self.remembered = 0  # what all memories take, in pages
+        self.remembered = 0  # size of all memories, in pages
         self._slabs: list[_Slab] = []
 
     @property
     def used(self) -> int:
-        """How many pages are held."""
+        """The number of pages in use."""
         return self.remembered + sum(len(slab.pages) - len(slab.free) for slab in self._slabs)
 
     @cached_property
     def nowhere(self) -> "Page":
-        """In the place of pages that were given back: kernels read it beside what is seen, and write late entries to it."""
+        """Replaces pages that were given back: kernels read it at masked positions, and write late entries to it."""
         return Page(_Slab(torch.zeros(1, self._numbers, dtype=self.dtype)), 0)
 
     def take(self) -> "Page":
-        """A page that nobody else has. Raises LayerSkipError if there are as many as there may be."""
+        """A free page. Raises LayerSkipError if the pool is full."""
         self.require(1)
         slab = next((slab for slab in self._slabs if slab.free), None)
         if slab is None:
@@ -64,18 +62,18 @@ class PagePool:
         return Page(slab, slab.free.pop())
 
     def require(self, pages: int) -> None:
-        """Raises LayerSkipError if so many more are too many."""
+        """Raises LayerSkipError if the pool has no room for `pages` more."""
         if self.used + pages > self.most:
             raise LayerSkipError(f"the memory for keys and values is full: {self.used} pages of {self.page_bytes} bytes")
 
     def pages_of_memory(self, slots: int) -> int:
-        """What a text's memory takes, in pages."""
+        """The size of a text's memory, in pages."""
         state, slot, _ = self.memory
         return -(-(state + slots * slot) // self.page_bytes)
 
 
 class _Slab:
-    """Pages that lie together in memory, and the indices of those that are free."""
+    """Pages of one allocation, and the indices of the free ones."""
 
     def __init__(self, pages: Tensor) -> None:
         self.pages, self.free = pages, list(reversed(range(len(pages))))
@@ -84,7 +82,7 @@ class _Slab:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Page:
-    """A page of a pool, for whoever refers to it."""
+    """A page of a pool, freed with the last reference to it."""
 
     _slab: _Slab
     _index: int
@@ -95,22 +93,22 @@ class Page:
 
     @property
     def address(self) -> int:
-        return self._slab.start + self._index * self._slab.page_bytes  # a tensor's own takes ten times as long
+        return self._slab.start + self._index * self._slab.page_bytes  # data_ptr() of a page takes ten times as long
 
     def __del__(self) -> None:
         self._slab.free.append(self._index)
 
 
 class Memory:
-    """What a text leaves in the layers without attention (native/recurrence.h): a state, and a ring of slots, in which what the
-    token at position p left is in slot p % slots. The state is that of a position before which tokens stay.
+    """A text's memory in layers without attention (native/recurrence.h): a state, and a ring in which slot p % slots holds the
+    update by the token at position p. The state includes only tokens that cannot be rejected any more.
     """
 
     def __init__(self, pool: PagePool, slots: int, of: "Memory | None" = None, end: int = 0) -> None:
-        """`of`: whose content it has, of a text that goes on at position `end`."""
+        """`of`: the memory to copy, for a text that continues at position `end`."""
         state, slot, _ = pool.memory
         self._pool, self._pages, self.end = pool, 0, end
-        self.first: int = 0 if of is None else of.first  # position that the text can go on from
+        self.first: int = 0 if of is None else of.first  # position that the text can continue from
         pool.require(pages := pool.pages_of_memory(slots))
         self._pages = pages
         pool.remembered += pages
@@ -178,7 +176,7 @@ class PagedCache(KVCache):
         return branch
 
     def addresses(self, places: Places) -> Tensor:
-        """(B, pages), on the host: where the pages of each row begin, with pages for the tokens of a pass."""
+        """(B, pages), on the host: the addresses of each row's pages, with new ones for the tokens of a pass."""
         if places.stop > self._capacity:
             of_rows = zip(self._pages, places.starts, places.counts, places.origins, strict=True)
             for pages, start, count, origin in of_rows:
@@ -193,7 +191,7 @@ class PagedCache(KVCache):
         return self._addresses
 
     def _forget(self, pages: list[Page], start: int) -> None:
-        """Gives back the pages before the window of a text that goes on at `start`, or a page or rejected drafts earlier."""
+        """Gives back pages before the window of a text that continues at `start`, but for `steps_back` tokens and a page."""
         if (window := self._pool.window) is not None:
             for index in reversed(range((start - window - self.steps_back) // PAGE - 1)):
                 if pages[index] is self._pool.nowhere:
@@ -202,7 +200,7 @@ class PagedCache(KVCache):
 
     @property
     def _margin(self) -> int:
-        """How many tokens before the end of a pass may run again: a draft, or the last one of a text."""
+        """How many tokens at the end of a pass may run again: rejected drafts, and the last token of a text."""
         return self.steps_back + 1
 
     @property
@@ -210,8 +208,8 @@ class PagedCache(KVCache):
         return self._margin + self._pool.memory[2] - 1
 
     def memories(self, places: Places) -> Tensor:
-        """(4, T), on the host: of the T rows that have tokens in a pass, where states and rings begin, how many slots these
-        have, and before which position tokens stay.
+        """(4, T), on the host, for the T rows with tokens in a pass: addresses of states and of rings, the number of slots, and
+        the position before which tokens stay.
         """
         found = []
         for row, (start, count) in enumerate(zip(places.starts, places.counts, strict=True)):
@@ -230,7 +228,7 @@ class PagedCache(KVCache):
         self._capacity = min(map(len, pages), default=0) * PAGE
 
     def _shared(self, pages: list[Page], start: int, stop: int) -> list[Page]:
-        """The pages of a row before position `stop`, with copies of those that will be written from position `start` on."""
+        """The pages of a row before position `stop`: shared if full before `start`, else copied, to be written."""
         whole, last = start // PAGE, -(-stop // PAGE)
         shared, written = pages[:whole], pages[whole:last]
         for page in written:

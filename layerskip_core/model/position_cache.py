@@ -1,4 +1,4 @@
-"""What transformers' layers get instead of their own: a cache, as they address it, other forwards, and other hidden states."""
+"""Replacements around transformers' layers: a cache with transformers' interface, forwards of modules, and hidden states."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,28 +21,28 @@ Writer: TypeAlias = "EntryWriter | Recorder"
 
 
 class Written(Exception):
-    """Ends a layer that had to write its entries only."""
+    """Ends the forward of a layer that only had to write its entries."""
 
 
 class PositionCache:
-    """The cache as transformers' layers address it, for one call: keys and values, and recurrent states."""
+    """A cache with transformers' interface, for one call: keys, values and recurrent states."""
 
     is_compileable = False
     is_sliding = is_linear = is_dummy = ()
 
     def __init__(self, writer: "Writer", ends: Collection[Entry] = ()) -> None:
-        """`ends`: entries after which a layer has written all, and ends."""
+        """`ends`: the last entries of layers; writing one ends its layer (`Written`)."""
         self.writer, self._ends = writer, ends
-        self._states: dict[State, Tensor | None] = {}  # after the tokens so far, of the recurrent module that runs
-        self._column: int | None = None  # the last token of the piece that a recurrent module runs over
+        self._states: dict[State, Tensor | None] = {}  # of the running recurrent module, after its tokens so far
+        self._column: int | None = None  # index of the last token in the piece that a recurrent module runs
         self._has_past = not writer.begins
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """Takes keys and values (B, heads, T, width), and returns those of all positions."""
+        """Writes keys and values (B, heads, T, width); returns those of all positions."""
         return self._put((layer_idx, "keys"), keys), self._put((layer_idx, "values"), values)
 
     def update_indexer(self, keys: Tensor, layer_idx: int) -> Tensor:
-        """The same for the keys (B, T, width) of an indexer, which chooses what sparse attention reads."""
+        """`update` for the keys (B, T, width) of an indexer, which selects positions for sparse attention."""
         return self._put((layer_idx, "indexer"), keys[:, None])[:, 0]
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
@@ -54,7 +54,7 @@ class PositionCache:
     def update_conv_state(
         self, new: Tensor, layer_idx: int, state_idx: int = 0, conv_kernel_size: int | None = None, **_: object
     ) -> Tensor:
-        """Takes a convolution's inputs (B, channels, T), and returns them after those that it had before."""
+        """Takes a convolution's inputs (B, channels, T); returns them after its earlier inputs, if any."""
         state, width = (layer_idx, "conv", state_idx), conv_kernel_size or new.shape[-1]
         before = self._state(state)
         inputs = F.pad(new, (width, 0)) if before is None else torch.cat([before, new], dim=-1)
@@ -66,18 +66,18 @@ class PositionCache:
         return new if before is None else inputs
 
     def update_recurrent_state(self, new: Tensor, layer_idx: int, state_idx: int = 0, **_: object) -> Tensor:
-        if self._column is None:  # in the probe, which asks for the module
+        if self._column is None:  # in the probe, which records the module
             self.writer.keep((layer_idx, "recurrent", state_idx), 0, new)
         self._states[layer_idx, "recurrent", state_idx] = new
         return new
 
-    get_linear_cache = get_recurrent_state  # as MiniMax asks for the state
+    get_linear_cache = get_recurrent_state  # MiniMax's name
 
     def set_linear_cache(self, layer_idx: int, new: Tensor) -> None:
         self.update_recurrent_state(new, layer_idx)
 
     def is_recording_past(self, layer_idx: int) -> bool:
-        """Then convolutions give their inputs to `update_conv_state` in calls of one token too; else they change the state."""
+        """If true, convolutions call `update_conv_state` even for one token; else they then update the state in place."""
         return self._column is None
 
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
@@ -85,7 +85,7 @@ class PositionCache:
 
     @property
     def layers(self) -> Any:
-        """By layer, what transformers before 5.24 reads there."""
+        """By layer, the attributes that transformers before 5.24 reads."""
         return _Indexed(
             lambda layer: SimpleNamespace(
                 record_past=True,
@@ -97,10 +97,10 @@ class PositionCache:
     def stepped(
         self, module: nn.Module, last: nn.Linear | None, whole: bool, forward: Forward, /, *args: Any, **keywords: Any
     ) -> Any:
-        """The `forward` of a module with a recurrent state, over all tokens of the call.
+        """Runs the `forward` of a module with a recurrent state over all tokens of the call.
 
-        It runs over the first of them in one piece, and keeps the state after each of the others. `whole`: whether it can do
-        so if there is a state already. Linear layers of its input run once, and so does `last`, which gives its output.
+        Those up to the first state to keep run in one piece, the rest one by one. `whole`: whether a piece can start from a
+        state; else all run one by one. Linear layers of the input run once, as does `last`, the linear layer of the output.
         """
         hidden: Tensor = args[0] if args else keywords["hidden_states"]
         self._states.clear()
@@ -169,7 +169,7 @@ class _Indexed(dict[int, Any]):
 
 
 def with_hidden(hidden: Tensor, args: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A layer's arguments, the first of which are hidden states, with others."""
+    """A layer's arguments with `hidden` in place of their hidden states."""
     return ((hidden, *args[1:]), keywords) if args else ((), {**keywords, "hidden_states": hidden})
 
 
@@ -181,7 +181,7 @@ def hidden_of(output: Any) -> Tensor:
 
 @contextmanager
 def replaced(changes: Sequence[tuple[nn.Module, Forward]]) -> Iterator[None]:
-    """Modules have other forwards."""
+    """Replaces forwards of modules inside the context."""
     before = [(module.__dict__, module.__dict__.get("forward")) for module, _ in changes]
     try:
         for module, forward in changes:

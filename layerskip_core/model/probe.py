@@ -17,15 +17,15 @@ from .cut import SHARED, CutModel, Form
 from .position_cache import Forward, PositionCache, hidden_of, replaced
 from .row_cache import Entry, EntryWriter, MixedCache, State
 
-_TOKENS, _KNOWN = 7, 4  # of each of the two rows; prefilled ones
-_STARTS, _AGAIN = (2, 4), (3, 5)  # the positions at which rows go on; and once more after a recurrent state
+_TOKENS, _KNOWN = 7, 4  # in each of two rows: all tokens, and the prefilled ones
+_STARTS, _AGAIN = (2, 4), (3, 5)  # positions from which the rows continue; and again, if layers are recurrent
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # error of a token's logits, relative to their spread
-_LEAST = 1e-9  # spread; that of padding, whose embedding is 0, may be 0
+_LEAST = 1e-9  # least spread to divide by: that of padding, whose embedding is 0, may be 0
 _LOW_TOLERANCE = 0.1  # in bf16 and fp16: rounding may choose another expert
 
 
 def cut_at_layers(model: Any) -> CutModel:
-    """Cuts a causal language model of transformers at its layers. Raises CheckpointError if that is impossible, with why."""
+    """Cuts a causal language model of transformers at its layers. Raises CheckpointError with the reason if it cannot."""
     cut, was_training = CutModel(model), model.training
     model.eval()
     try:
@@ -39,7 +39,7 @@ def cut_at_layers(model: Any) -> CutModel:
 
 
 class Recorder:
-    """In place of an EntryWriter in the first prefill: records all entries that layers write."""
+    """Replaces EntryWriter in the first prefill: records all entries that layers write."""
 
     begins, contiguous, first_kept = True, True, 0
 
@@ -49,7 +49,7 @@ class Recorder:
         self.running: list[nn.Module] = []  # modules in their forwards, the innermost last
         self.linear: tuple[nn.Linear, Tensor] | None = None  # the last linear layer, and its output
         self.last: dict[nn.Module, nn.Linear] = {}  # by module, the linear layer whose output it returns
-        self.recurrent: list[nn.Module | None] = []  # modules that wrote a recurrent state; None: of a convolution
+        self.recurrent: list[nn.Module | None] = []  # modules that wrote a recurrent state; None for a convolution's
 
     def put(self, entry: Entry, new: Tensor) -> Tensor:
         self.kept[entry] = new
@@ -59,7 +59,7 @@ class Recorder:
         return self.kept[entry]
 
     def ran(self, module: nn.Module, _: Any, output: Any) -> None:
-        """The hook after a module."""
+        """The forward hook of all modules."""
         self.running.pop()
         if isinstance(module, nn.Linear):
             self.linear = module, output
@@ -74,7 +74,7 @@ class Recorder:
 
 
 def _check(cut: CutModel) -> None:
-    """Finds the form in three passes: the whole model, layer by layer, and rows that go on at different positions."""
+    """Finds the form in three passes: the whole model, layer by layer, and rows that continue from different positions."""
     model = cut.model
     if cut.cache_keyword is None:
         raise _Different("it has no KV cache")
@@ -111,7 +111,7 @@ def _check(cut: CutModel) -> None:
 
 
 def _step_by_step(cut: CutModel, ids: Tensor) -> Tensor:
-    """The model's logits (2, T, V) token by token: some recurrent layers have other kernels for these (Nemotron-H)."""
+    """The whole model's logits (2, T, V), run token by token: some recurrent layers then use other kernels (Nemotron-H)."""
     logits, keywords = [], dict[str, Any]()
     with _reasons():
         for position, token in enumerate(torch.split(ids, 1, dim=1)):
@@ -124,7 +124,7 @@ def _step_by_step(cut: CutModel, ids: Tensor) -> Tensor:
 
 
 def _check_pieces(cut: CutModel, ids: Tensor, expected: Tensor) -> None:
-    """Finds whether recurrent layers take several tokens after a state."""
+    """Finds whether recurrent layers can run several tokens from a state."""
     cache = cut.new_cache(2, _TOKENS)
     cache.steps_back = 0
     try:
@@ -138,7 +138,7 @@ def _check_pieces(cut: CutModel, ids: Tensor, expected: Tensor) -> None:
 
 
 def _layer_by_layer(cut: CutModel, ids: Tensor, expected: Tensor, reads_ids: bool) -> dict[Entry, Tensor]:
-    """Runs the first layer, then the others, which pass on hidden states only. Returns the entries that they write."""
+    """Runs the first layer, then the others, with hidden states alone passed between layers. Returns the entries they write."""
     positions, recorder = torch.arange(ids.shape[1]).expand(2, -1), Recorder(ids.shape[1])
     written, recurrent = dict[int, list[Entry]](), dict[int, dict[nn.Module, nn.Linear | None]]()
     cut.form = form = replace(cut.form, reads_ids=reads_ids, written=written, recurrent=recurrent)
@@ -165,7 +165,7 @@ def _layer_by_layer(cut: CutModel, ids: Tensor, expected: Tensor, reads_ids: boo
 
 
 def _go_on(cut: CutModel, ids: Tensor, expected: Tensor, cache: MixedCache, starts: Sequence[int]) -> None:
-    """Runs the first layers over drafts, then the others, after prefixes of different lengths."""
+    """Continues from cached prefixes of lengths `starts`: runs the first layers as for drafts, then the others."""
     rows, count, tokens = torch.arange(2)[:, None], len(cut.form.layers), _TOKENS - max(starts)
     columns, places = torch.tensor(starts)[:, None] + torch.arange(tokens), Places(cache, starts, [tokens] * 2)
     exit_layer = max(cut.form.shares, default=(count - 1) // 2) + 1
@@ -178,7 +178,7 @@ def _go_on(cut: CutModel, ids: Tensor, expected: Tensor, cache: MixedCache, star
 
 
 def _see(cut: CutModel, ids: Tensor) -> Tensor:
-    """The logits (2, T, V) of the whole model; sets the form as far as its forward shows it."""
+    """The logits (2, T, V) of the whole model; sets those fields of `cut.form` that its forward shows."""
     model, lists = cut.model, _outermost_lists(cut.model)
     seen: dict[str, list[tuple[int, Any, Any]]] = defaultdict(list)
     shares: dict[str, dict[int, Any]] = defaultdict(dict)
@@ -232,7 +232,7 @@ def _outermost_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
 
 
 def _compare(found: Tensor, expected: Tensor, when: str) -> None:
-    """Raises _Different if logits (B, T, V) of a token differ; ignores those that are not finite."""
+    """Raises _Different if logits (B, T, V) of a token differ; ignores tokens whose expected logits are not all finite."""
     counted, precision = expected.isfinite().all(-1), expected.dtype
     found, expected = found[counted].cpu().double(), expected[counted].cpu().double()  # mps has no fp64
     spread = (expected - expected.mean(-1, keepdim=True)).norm(dim=-1)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .cache import Indices, KVCache, Places
 
-_BLOCK = 64  # positions that are added together, and read together: a multiple of the kernels' tiles
-_AHEAD = 256  # positions that get room before they are needed, at least, unless the text ends earlier
+_BLOCK = 64  # positions by which tensors grow and are read: a multiple of the kernels' tiles
+_AHEAD = 256  # least number of positions allocated ahead, unless the text ends earlier
 
 
 def _in_blocks(count: int) -> int:
@@ -19,17 +19,17 @@ def _in_blocks(count: int) -> int:
 
 
 class RowCache(KVCache):
-    """A tensor for all rows, (L, 2 for key and value, slots, kv heads, capacity, head dim), for PyTorch's kernels.
+    """One tensor for all rows, (L, 2 for key and value, slots, kv heads, capacity, head dim), for PyTorch's kernels.
 
-    They read all places and mask the rest, and 0 * NaN is NaN, so what another text left in a place is cleared. Rows have the
-    first slots. The others are free: rows join and leave without moving the tensor, whose address recorded passes have.
+    Kernels read all positions under a mask, and 0 * NaN is NaN, so entries of other texts are zeroed. Rows have the first
+    slots; thanks to free ones, rows join and leave without moving the tensor, whose address recorded passes hold.
     """
 
     def __init__(self, shape: tuple[int, int, int], batch_size: int, max_positions: int, like: Tensor) -> None:
         """`shape`: L, kv heads, head dim."""
         super().__init__(batch_size, max_positions)
         self.written = 0  # nothing was ever written from this position on
-        self._matrices: dict[tuple[int, int | None, int | None], list[tuple[Tensor, Tensor, Tensor]]]  # the last views
+        self._matrices: dict[tuple[int, int | None, int | None], list[tuple[Tensor, Tensor, Tensor]]]  # the latest views
         layers, heads, width = shape
         self._hold(like.new_zeros(layers, 2, batch_size, heads, 0, width))
 
@@ -39,12 +39,12 @@ class RowCache(KVCache):
 
     @property
     def capacity(self) -> int:
-        """How many positions have room now."""
+        """The number of allocated positions."""
         return self.storage.shape[4]
 
     @property
     def slots(self) -> int:
-        """How many rows have room now."""
+        """The number of allocated rows."""
         return self.storage.shape[2]
 
     @torch.inference_mode()
@@ -71,19 +71,19 @@ class RowCache(KVCache):
         branch, stops = copy(self), stops or starts
         branch.rows, branch.max_positions, branch.features = len(rows), end or self.max_positions, [{} for _ in rows]
         branch.written = min(_in_blocks(max(stops)), self.capacity)
-        with torch.inference_mode():  # which it may have been written in
+        with torch.inference_mode():  # the storage may be an inference tensor
             held = branch._hold(self.storage[:, :, list(rows), :, : branch.written])
             for row, stop in enumerate(stops):
                 held[:, :, row, :, stop:] = 0
         return branch
 
     def reach(self, stop: int) -> Tensor:
-        """The storage, which moves if it has too little room for all rows or for positions before `stop`.
+        """The storage, reallocated if it lacks slots for all rows or positions before `stop`.
 
-        It grows to twice as many slots, and by half as many positions, or to the end of the texts.
+        Slots at least double; positions grow to half more than `stop`, or to the end of the texts.
 
-        The keys of a head are contiguous, because attention over a long text is bound by reading them. Places come in whole
-        blocks, the last of them partly filled, so that kernels can read all and mask the rest.
+        A head's keys are contiguous, because attention over a long text is bound by reading them. Capacity comes in whole
+        blocks, the last of them partly filled, so that kernels can read all under a mask.
         """
         held, slots, capacity = self.storage, self.slots, self.capacity
         if capacity < stop or slots < self.rows:
@@ -97,7 +97,7 @@ class RowCache(KVCache):
         return held
 
     def matrices(self, rows: slice) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """By layer, the first three of LayerSlots, of all rows or some; of keys and values the blocks that were written."""
+        """By layer, the first three fields of LayerSlots for `rows`; keys and values in whole blocks, as far as written."""
         held, key = self.storage[:, :, rows], (_in_blocks(self.written), rows.start, rows.stop)
         if key not in self._matrices:
             keys, values = held[..., : key[0], :].flatten(2, 3).unbind(1)
@@ -105,7 +105,7 @@ class RowCache(KVCache):
         return self._matrices[key]
 
     def half(self, index: int, stop: int) -> Tensor:
-        """(B, kv heads, capacity >= stop, head dim): the keys of layer 0, its values, those of layer 1, ... of all rows."""
+        """(B, kv heads, capacity >= stop, head dim): the keys of layer 0, its values, the keys of layer 1, ..., of all rows."""
         self.written = max(self.written, stop)
         self.reach(stop)
         return self._halves[index][: self.rows]
@@ -116,19 +116,19 @@ class RowCache(KVCache):
 
 
 Entry = tuple[int, str]
-"""Of a layer, for each token: the index by which its attention addresses the cache, and `keys`, `values` or another kind."""
+"""What a layer caches per token: the index by which its attention addresses the cache, and `keys`, `values` or another kind."""
 
 State = tuple[int, str, int]
-"""Of a recurrent layer, for all tokens: the index by which it addresses the cache, `conv` or `recurrent`, and a number."""
+"""A state of a recurrent layer: the index by which the layer addresses the cache, `conv` or `recurrent`, and a number."""
 
 
 class MixedCache(KVCache):
-    """Entries of any shapes, for layers of transformers: keys as wide as values or not, and other widths in other layers.
+    """Entries of any shape, for layers of transformers: widths may differ between keys and values, and between layers.
 
-    Entries of one shape lie in one RowCache, in pairs: a layer's keys and values, where all have one shape.
+    Entries of one shape share a RowCache, in pairs: a layer's keys and values, if all shapes are equal.
 
-    No length rolls a recurrent state back. So the states after the last tokens of a pass are kept: after each from which a row
-    may go on, by `steps_back`, and after the token before the pass. Without drafts there is one, which layers may change.
+    A recurrent state cannot be rolled back. So a pass keeps the state after each token from which a row may continue, by
+    `steps_back`, and the state before the pass. Without drafts one state is kept, which layers may update in place.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class MixedCache(KVCache):
         super().join(other)
 
     def branch(self, rows: Indices, starts: Indices, stops: Indices | None = None, end: int | None = None) -> "MixedCache":
-        """Without stops only the states before the starts are kept."""
+        """Without stops, each row gets one recurrent state: the one before its start."""
         branch = copy(self)
         branch.rows, branch.max_positions, branch.features = len(rows), end or self.max_positions, [{} for _ in rows]
         branch.states = {}
@@ -183,19 +183,19 @@ class MixedCache(KVCache):
         return branch
 
     def held(self, entry: Entry, stop: int, like: Tensor) -> Tensor:
-        """(B, heads, capacity >= stop, width): what all rows have of an entry."""
+        """(B, heads, capacity >= stop, width): an entry of all rows."""
         shape, index = self.places[entry]
         return self._part(shape, like).half(index, stop)
 
     def _part(self, shape: tuple[int, int], like: Tensor) -> RowCache:
-        """The entries of a shape, which begin with the first."""
+        """The RowCache of a shape, created at its first entry."""
         if shape not in self.parts:
             self.parts[shape] = RowCache((self._pairs[shape], *shape), self.rows, self.max_positions, like)
         return self.parts[shape]
 
 
 def write_entries(layer: int, keys: Tensor, values: Tensor, places: Places) -> tuple[Tensor, Tensor]:
-    """Writes keys and values (N, kv heads, head dim) of a layer that runs on PyTorch's kernels, whatever the others do.
+    """Writes keys and values (N, kv heads, head dim) of a layer on PyTorch's kernels, whatever the other layers run on.
 
     Returns the layer's keys and values at all positions before the pass's last, (B, kv heads, S, head dim).
     """
@@ -213,10 +213,10 @@ def write_entries(layer: int, keys: Tensor, values: Tensor, places: Places) -> t
 
 
 class EntryWriter:
-    """Where one call writes and reads the entries of tokens at `positions` (B, T), on the host, and recurrent states.
+    """Writes and reads, for one call, entries of tokens at `positions` (B, T), on the host, and recurrent states.
 
-    `row`: the call has this row of the cache alone, with positions (1, T). `shift`: what is added to the indices by which
-    layers address the cache. `settled`: see Places.
+    `row`: the only row of the cache in the call, with positions (1, T). `shift`: added to the indices by which layers address
+    the cache. `settled`: see Places.
     """
 
     def __init__(
@@ -225,13 +225,13 @@ class EntryWriter:
         self.start, self.stop, self.contiguous = _places(positions)
         self._cache, self._positions, self._row, self._shift = cache, positions, row, shift
         self._firsts: list[int] = positions[:, 0].tolist()
-        self._lent: dict[State, Tensor] = {}  # the cache's own states, which layers change
-        self._indices: tuple[Tensor, slice, Tensor] | None = None  # of all tokens, where they do not stand in one slice
+        self._lent: dict[State, Tensor] = {}  # the cache's own states, which layers update in place
+        self._indices: tuple[Tensor, slice, Tensor] | None = None  # of all tokens, unless they are one slice
         self.first_kept = max(positions.shape[1] - 1 - (0 if settled else cache.steps_back), 0)
         self.begins = not any(self._firsts)  # whether no row has an earlier token
 
     def put(self, entry: Entry, new: Tensor) -> Tensor:
-        """Writes (B, heads, T, width); returns what all positions before `stop` have, (B, heads, S, width)."""
+        """Writes an entry (B, heads, T, width); returns it for all positions before `stop`, (B, heads, S, width)."""
         held = self._held(entry, new)
         if self.contiguous:
             held[:, :, self.start : self.stop] = new
@@ -243,11 +243,11 @@ class EntryWriter:
         return held[:, :, : self.stop]
 
     def get(self, entry: Entry, like: Tensor) -> Tensor:
-        """What was written before, for all positions before `stop`."""
+        """The entry as written so far, for all positions before `stop`."""
         return self._held(entry, like)[:, :, : self.stop]
 
     def before(self, state: State) -> Tensor | None:
-        """The state (B, ...) after the tokens before the call; None if there are none, 0 in rows without any.
+        """The state (B, ...) before the call; None if no row has one, 0 in rows without earlier tokens.
 
         It is a copy, unless nobody needs it after the call.
         """
@@ -264,20 +264,20 @@ class EntryWriter:
         return found
 
     def keep(self, state: State, column: int, new: Tensor) -> None:
-        """The state (B, ...) after the tokens in a column of the positions."""
+        """Stores the state (B, ...) after the tokens in a column of the positions."""
         if self._lent.get(state) is new:
             return
         state, count = self._shifted(state), self._count
         held = self._cache.states.get(state)
         if held is None or len(held) != count:
-            if held is None or len(held) > 1:  # the only one is of rows that go on from a kept text, perhaps after this call
+            if held is None or len(held) > 1:  # a single one stays: branched rows continue from it, perhaps in a later call
                 held = new.new_zeros(1, self._cache.rows, *new.shape[1:])
             held = self._cache.states[state] = held.repeat_interleave(count, 0)
         self._rows_of(held)[self._places(self._positions[:, column].tolist(), count)] = new.to(held.dtype)
 
     @property
     def _count(self) -> int:
-        """How many states of a row are kept."""
+        """The number of states kept per row."""
         return self._cache.steps_back + 2 if self._cache.steps_back else 1
 
     def _shifted(self, state: State) -> State:
@@ -287,7 +287,7 @@ class EntryWriter:
         return held if self._row is None else held[:, self._row : self._row + 1]
 
     def _places(self, positions: Sequence[int], count: int) -> Any:
-        """The index of the states after a position of each row, among so many of each row."""
+        """Indices of the rows' states after `positions`, in rings of `count` states."""
         places = [position % count for position in positions]
         return places[0] if len(set(places)) == 1 else (places, list(range(len(places))))
 
@@ -297,9 +297,9 @@ class EntryWriter:
 
 
 def _places(positions: Tensor) -> tuple[int, int, bool]:
-    """(the first of positions (B, T) on the host, the last + 1, whether all rows are at the same consecutive ones).
+    """(first of positions (B, T) on the host, last + 1, whether all rows are at the same consecutive positions).
 
-    Such rows, always so a single one, are written as one slice.
+    Such rows are written as one slice; a single row always is.
     """
     rows: list[list[int]] = positions.tolist()
     start, stop = rows[0][0], max(map(max, rows)) + 1
@@ -308,9 +308,9 @@ def _places(positions: Tensor) -> tuple[int, int, bool]:
 
 
 class SpanWriter:
-    """Where a span of layers writes its keys and values, for tokens at `positions` (B, T), or (1, T) of one `row`.
+    """Writes keys and values of a span of layers, for tokens at `positions` (B, T), or (1, T) of one `row`.
 
-    On the device they are those of a pass that is recorded: it attends to the whole capacity, under masks, and finds room.
+    Positions on the device are of a recorded pass: it attends to the whole capacity, under masks; its room is allocated.
     """
 
     def __init__(self, cache: RowCache, positions: Tensor, row: int | None = None) -> None:

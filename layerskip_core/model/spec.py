@@ -1,4 +1,4 @@
-"""ModelSpec: a model's sizes, norms, biases, windows and names of weights, by its configuration. Backends are built from it."""
+"""ModelSpec: a model's sizes, norms, biases, windows and names of weights, from its configuration. Backends build on it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -54,11 +54,11 @@ class TransformersSpec:
     tied: bool  # whether the head is the embedding
     parameters: int
     shapes: Shapes = field(repr=False)  # of all weights, by their names; a tied head has none
-    block_shapes: Shapes = field(repr=False)  # of an exit block's weights, and of a kind's own; none where it can have none
+    block_shapes: Shapes = field(repr=False)  # of an exit block's weights, and those of kinds; empty if it can have none
     config: Any = field(repr=False, compare=False)  # the configuration itself
 
     def weights_read(self, rows: int) -> float:
-        """The number of weights that a pass over so many tokens reads: of the layers and of the head."""
+        """The number of weights that a pass over `rows` tokens reads: of the layers and of the head."""
         return self.parameters - (0 if self.tied else self.vocab * self.hidden)
 
     @classmethod
@@ -113,7 +113,7 @@ class ModelSpec:
     clip: float | None  # largest magnitude of queries, keys and values
     swiglu: tuple[float, float] | None  # of swiglu_clamped: alpha of gate * sigmoid(alpha * gate), and the bound
     config: Any = field(repr=False, compare=False)  # the configuration itself
-    source: int | None = None  # see LayerSizes; None but in the spec of a layer
+    source: int | None = None  # see LayerSizes; set by `of_layer` only
 
     @classmethod
     def of(cls, config: Any) -> "ModelSpec":
@@ -189,7 +189,7 @@ class ModelSpec:
         return f"{self.names.layers}.{layer}."
 
     def of_layer(self, layer: int) -> "ModelSpec":
-        """The model with the sizes of one of its layers."""
+        """The spec with the sizes of one layer."""
         if not self.sizes:
             return self
         head_dim, inner, source = self.sizes[layer]
@@ -234,12 +234,12 @@ class ModelSpec:
 
     @property
     def mapped(self) -> tuple[str, ...]:
-        """The names of weights that stay in their file: a token reads one row."""
+        """The names of weights that stay memory-mapped: a token reads one row."""
         return () if self.token_inputs is None else (self.token_inputs.table,)
 
     @property
     def unread(self) -> int:
-        """Their size."""
+        """The number of weights in `mapped`."""
         return self.token_vocab * self.layers * self.token_width
 
     @cached_property
@@ -259,7 +259,7 @@ class ModelSpec:
 
     @property
     def stored_parts(self) -> dict[str, list[list[str]]]:
-        """For each weight that checkpoints store under other names or in parts: lists of the parts' names, one by expert."""
+        """For each weight that checkpoints store under other names or in parts: lists of part names, one list per expert."""
         parts: dict[str, list[list[str]]] = {}
         if (head := self.names.stored_head) is not None and not self.tied:
             parts[self.head_name] = [[f"{head}.weight"]]
@@ -275,9 +275,9 @@ class ModelSpec:
         return parts
 
     def weights_read(self, rows: int) -> float:
-        """The number of weights that a pass over so many tokens reads: of the layers and of the head.
+        """The number of weights that a pass over `rows` tokens reads: of the layers and of the head.
 
-        Of experts the expected number, if all are equally likely.
+        For experts, the expected number if the router chooses all equally often.
         """
         read: float = self.parameters - self.unread - (0 if self.tied else self.vocab * self.hidden)
         if self.experts is not None:
@@ -311,7 +311,7 @@ class ModelSpec:
         return (first,) if self.architecture.one_block else (first, "mlp")
 
     def norm_names(self, layer: int) -> tuple[str | None, ...]:
-        """A layer's norms before and after attention, before and after the MLP, of queries, of keys; None for none."""
+        """Names of a layer's norms before and after attention, before and after the MLP, of queries, of keys; None for none."""
         names = self.names
         normed = self.architecture.query_key_norms != "none" and "attention" in self.blocks_of(layer)
         query, key = (names.attention + name if normed else None for name in (names.query_norm, names.key_norm))
@@ -375,7 +375,7 @@ class ModelSpec:
         return logits if self.logits_cap is None else (logits / self.logits_cap).tanh() * self.logits_cap
 
     def window_of(self, kind: str) -> int | None:
-        """The window of a layer of this kind, in positions; None: it sees all."""
+        """The window of a layer of this kind, in positions; None: full attention."""
         return self.window if kind == SLIDING else None
 
     def check_weights(self, stored: Shapes) -> None:

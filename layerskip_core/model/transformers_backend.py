@@ -24,11 +24,11 @@ from .probe import cut_at_layers
 from .row_cache import Entry, MixedCache
 from .spec import AnySpec, ModelSpec, TransformersSpec
 
-_TEXTS = 3, 4  # tokens of the two texts of a trial
+_TEXTS = 3, 4  # lengths of the two packed texts of the trial
 
 
 def attention_for(config: Any) -> str | None:
-    """The attention of transformers that computes a model; None: its choice. `sdpa` has no caps of scores and no sinks."""
+    """`attn_implementation` for a model; None: transformers' choice. `sdpa` has neither score caps nor sinks."""
     if getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None) is not None:
         return "eager"
     known = known_architecture(config)
@@ -46,11 +46,11 @@ class TransformersBackend:
     draft_model: Backend | None = None
 
     def __init__(self, model: Any, exit_blocks: ExitBlocks = NO_BLOCKS, spec: ModelSpec | None = None) -> None:
-        """A model type that our kernels do not run is tried at once, others when they first run.
+        """Probes the model at once if our kernels do not run its type, else at first use.
 
-        Raises CheckpointError for a model that cannot be cut at its layers, or a configuration that is impossible.
+        Raises CheckpointError for a model that cannot be cut at its layers, or an invalid configuration.
 
-        `exit_blocks`: those of the model's exits, which decode only. `spec`: the model's, if it is known already.
+        `exit_blocks`: frozen, for decoding. `spec`: the model's, if already read.
         """
         self.model, self.config = model, model.config
         self.spec: AnySpec
@@ -82,13 +82,13 @@ class TransformersBackend:
         return PlacedEagle3(stored, place, self.spec.vocab, like, lambda matrix: partial(F.linear, weight=matrix.to(like)))
 
     def require_states(self) -> None:
-        """Raises CheckpointError for a model whose later layers read tokens, and not only states."""
+        """Raises CheckpointError for a model whose later layers read token ids besides hidden states."""
         if self._cut.form.reads_ids:
             raise CheckpointError(UNSUITED.format(self.spec.model_type))
 
     @property
     def own_spec(self) -> ModelSpec:
-        """The spec of a model type that our kernels run. Raises CheckpointError for another."""
+        """The ModelSpec. Raises CheckpointError for a model type that our kernels do not run."""
         if isinstance(self.spec, ModelSpec):
             return self.spec
         needed = f"GGUF and low-bit weights need a model_type among {', '.join(SUPPORTED)}"
@@ -100,7 +100,7 @@ class TransformersBackend:
 
     @cached_property
     def texts(self) -> "WholeTexts":
-        """The forward of training. It is tried when it is first asked for, which must be before FSDP shards the model."""
+        """The training forward. The first access probes the model and must come before FSDP shards it."""
         return WholeTexts(self.model, self._cut.form)
 
     @property
@@ -119,7 +119,7 @@ class TransformersBackend:
 
     @property
     def row_cost(self) -> float:
-        return 0.5 if self.device.type == "cpu" else 0.11  # its kernels on a CPU are made for one row or for many
+        return 0.5 if self.device.type == "cpu" else 0.11  # PyTorch's CPU kernels are tuned for one row or many, not a few
 
     @property
     def draft_sides(self) -> Mapping[Quantization | None, DraftSide]:
@@ -140,7 +140,7 @@ class TransformersBackend:
     choose = choose_by_head
 
     def write_kv(self, hidden: Tensor, start: int, stop: int, places: Places) -> None:
-        """As `Backend.write_kv`. Each layer ends where its attention has given its last entry to the cache."""
+        """As `Backend.write_kv`. Each layer ends once its attention has written its last cache entry."""
         self._run(hidden, start, stop, places, only_writes=True)
 
     def run_texts(self, hidden: Tensor, start: int, stop: int) -> Tensor:
@@ -148,7 +148,7 @@ class TransformersBackend:
         return self._cut.run_span(hidden, start, stop, torch.arange(hidden.shape[1]).expand(len(hidden), -1))
 
     def _run(self, hidden: Tensor, start: int, stop: int, places: Places, only_writes: bool = False) -> Tensor:
-        """Some of the model's own layers, or the exit block that is layer `start` of the chain."""
+        """Runs a span of the model's own layers, or the exit block that is layer `start` of the chain."""
         block = None if start < self.num_layers else self._blocks[start - self.num_layers]
         return self._cut.run(hidden, start, stop, places, only_writes=only_writes, block=block)
 
@@ -161,17 +161,17 @@ class TransformersBackend:
         return self._cut.normed(hidden)
 
     def head(self, normed: Tensor) -> Tensor:
-        """Logits (..., V) of what a norm gave, in any precision."""
+        """Normed states (..., D) in any precision to logits (..., V)."""
         return self._cut.unembed(normed.to(self.dtype), norm=lambda hidden: hidden)
 
     @property
     def norm_weight(self) -> Tensor | None:
-        """The factors (D,) of the norm before the head; None if it has none of that shape."""
+        """The weight (D,) of the final norm; None if it has no weight of that shape."""
         weight = getattr(self._cut.form.norm, "weight", None)
         return weight if isinstance(weight, Tensor) and weight.shape == (self.spec.hidden,) else None
 
     def block_parts(self, block: ExitBlock) -> tuple[nn.Module, nn.Module]:
-        """The layer and the norm of a new block: copies of the model's last layer with keys and values, and of its norm.
+        """The layer and the norm of a new block: copies of the model's last layer with keys and values, and of its final norm.
 
         Raises CheckpointError for a model that can have no exit blocks.
         """
@@ -186,22 +186,22 @@ class TransformersBackend:
         return layer, norm
 
     def run_block(self, layer: nn.Module, hidden: Tensor, ids: Tensor) -> Tensor:
-        """The layer of an exit block over the hidden states (B, T, D) of whole texts, whose tokens are (B, T)."""
+        """Runs the layer of an exit block over hidden states (B, T, D) of whole texts with token ids (B, T)."""
         positions, form = torch.arange(ids.shape[1]).expand(ids.shape), self._cut.form
         assert form.attending is not None
-        given = form.state(hidden[..., : form.width], ids)  # which states of texts carry already
+        given = form.state(hidden[..., : form.width], ids)  # states of `texts` carry ids already
         state = self._cut.run_span(given, form.attending, form.attending + 1, positions, block=(layer, 0))
         return state[..., : form.width]
 
     def block_originals(self) -> dict[str, Any]:
-        """What exit blocks are copies of, by their names in a block; nothing for a model that can have none."""
+        """The modules that exit blocks copy, by their names in a block; empty if the model can have no blocks."""
         form, width = self._cut.form, self.config.get_text_config(decoder=True).hidden_size
         if form.attending is None or form.norm is None or form.width != width:
             return {}
         return {"layer": form.layers[form.attending], "norm": form.norm}
 
     def _originals_of_kinds(self) -> dict[str, nn.Module]:
-        """What else blocks of a kind are copies of, by kind and name."""
+        """Further modules that blocks of a kind copy, by kind and name."""
         experts = [None, *(layer for layer in self.layers if hasattr(getattr(layer, "mixer", None), "experts"))]
         found = {"dense.layer.mlp": getattr(self.layers[0], "mlp", None), "pair.layer.1": experts[-1]}
         return {name: part for name, part in found.items() if part is not None}
@@ -223,16 +223,16 @@ class TransformersBackend:
 
 
 class WholeTexts:
-    """The decoder's own forward over whole texts, without a cache and without the head, which hands out the states of exits.
+    """The decoder's own forward over whole texts, without cache and head; returns the hidden states at exits.
 
-    Each layer may run on some of the rows only. Which of its arguments have rows (masks, rotary embeddings, ALiBi and others)
-    is seen in two forwards of a few tokens: the first dimension of such a tensor grows with the batch.
+    A layer may run on a subset of the rows. Two forwards of a few tokens show which of its arguments (masks, rotary
+    embeddings, ALiBi and others) have a batch dimension: their first dimension grows with the batch.
     """
 
     def __init__(self, model: Any, form: Form) -> None:
         self._form = form
         self._takes_positions = "position_ids" in inspect.signature(form.owner.forward).parameters
-        self._rows_of: dict[int | str, int] = {}  # by argument: its first dimension, over the rows of the batch
+        self._rows_of: dict[int | str, int] = {}  # by argument: by how much its first dimension grows per row
         was_training = model.training
         model.eval()
         try:
@@ -252,12 +252,12 @@ class WholeTexts:
         kept: Callable[[int], Sequence[int]] | None = None,
         recompute: bool = False,
     ) -> dict[int, Tensor]:
-        """The hidden states (B, T, D) after each of the `exits`, of texts (B, T) that are padded at the right.
+        """The hidden states (B, T, D) at each of the `exits`, for right-padded texts (B, T).
 
         `documents` (B, T) numbers the documents packed into a row, -1 in the padding: attention stays within a document, and
-        the positions of each start at 0. A model that cannot keep them apart (`packs`) gets each as a row of its own.
-        `kept` gives the rows that a layer runs on, counted from 0; the others skip it unchanged.
-        `recompute` keeps no activations inside the layers: the backward pass runs them again.
+        the positions of each start at 0. If the model cannot keep them apart (`packs`), each becomes a row of its own.
+        `kept(layer)` gives the rows that a layer (from 0) runs on; the other rows skip it unchanged.
+        `recompute`: activation checkpointing, the backward pass runs each layer again.
         """
         if documents is not None and not self.packs:
             rows = DocumentRows(documents)
@@ -278,7 +278,7 @@ class WholeTexts:
         return states
 
     def _run(self, ids: Tensor, run: Forward, positions: Tensor | None) -> None:
-        """The decoder's forward in which `run(layer, forward, *args, **keywords)` runs each layer."""
+        """Runs the decoder's forward with each layer replaced by `run(layer, forward, *args, **keywords)`."""
         keywords = {} if positions is None else {"position_ids": positions.to(ids.device, non_blocking=True)}
         with replaced([(layer, partial(run, index, layer.forward)) for index, layer in enumerate(self._form.layers)]):
             self._form.owner(input_ids=ids, use_cache=False, **keywords)
@@ -292,7 +292,7 @@ class WholeTexts:
         keywords: dict[str, Any],
         hidden: Tensor,
     ) -> Any:
-        """A layer on the rows of a batch that are kept, which are scattered back; the other rows skip it unchanged.
+        """Runs a layer on the kept rows of a batch and scatters them back; the other rows skip it unchanged.
 
         If no row is kept, the layer runs on one row times zero: its parameters need a gradient in every process (DDP, FSDP2).
         """
@@ -302,19 +302,19 @@ class WholeTexts:
             return forward(*args, **keywords)
         index = torch.tensor(rows or [0], device=hidden.device)
         before = hidden.index_select(dimension, index)
-        if layer in self._form.shares:  # later layers read its keys and values of all rows
+        if layer in self._form.shares:  # later layers read its keys and values for all rows
             output = hidden_of(forward(*args, **keywords)).index_select(dimension, index)
         else:
             keywords = {name: self._select(name, value, index, batch) for name, value in keywords.items()}
-            others = tuple(self._select(name, value, index, batch) for name, value in enumerate(args))
-            others, keywords = with_hidden(before, others, keywords)
-            output = hidden_of(forward(*others, **keywords))
+            args = tuple(self._select(name, value, index, batch) for name, value in enumerate(args))
+            args, keywords = with_hidden(before, args, keywords)
+            output = hidden_of(forward(*args, **keywords))
         if not rows:
             output = before + 0.0 * output
         return self._form.returned(hidden.index_copy(dimension, index, output.to(hidden.dtype)))
 
     def _select(self, name: int | str, value: Any, index: Tensor, batch: int) -> Any:
-        """Of an argument for `batch` rows only those at `index` (kept,)."""
+        """An argument for `batch` rows, reduced to the rows at `index` (kept,)."""
         if isinstance(value, Tensor):
             each = self._rows_of.get(name, 1)
             if not each or not value.dim() or value.shape[0] != each * batch:
@@ -325,7 +325,7 @@ class WholeTexts:
         return tuple(self._select(name, part, index, batch) for part in value) if isinstance(value, tuple) else value
 
     def _first_dimensions(self, ids: Tensor) -> dict[int | str, int]:
-        """Of the first tensor that any layer gets as each argument."""
+        """By argument: the first dimension of the first tensor that a layer gets there."""
         found: dict[int | str, int] = {}
 
         def note(_: int, forward: Forward, /, *args: Any, **keywords: Any) -> Any:
@@ -340,7 +340,7 @@ class WholeTexts:
         return found
 
     def _keeps_texts_apart(self, ids: Tensor) -> bool:
-        """Whether two texts in a row have the states of each alone."""
+        """Whether two texts packed into a row get the same states as each alone."""
         if not self._takes_positions:
             return False
         first, last = _TEXTS[0], len(self._form.layers)
@@ -352,9 +352,9 @@ class WholeTexts:
 
 
 class DocumentRows:
-    """Lays the documents that are packed into rows (B, T) out as rows of their own (N, S), padded at the right, and back.
+    """Unpacks the documents of rows (B, T) into right-padded rows of their own (N, S), and packs them again.
 
-    `documents` (B, T) numbers those of a row; the padding counts as one.
+    `documents` (B, T) numbers the documents of each row; padding counts as a document.
     """
 
     def __init__(self, documents: Tensor) -> None:
@@ -363,7 +363,7 @@ class DocumentRows:
         first = (places == 0).flatten()
         lengths = first.nonzero().flatten().diff(append=torch.tensor([first.numel()]))
         self._rows = (first.nonzero().flatten() // documents.shape[1]).tolist()
-        self._where = (first.cumsum(0) - 1) * int(lengths.max()) + places.flatten()  # (B T,) of tokens, in (N S,)
+        self._where = (first.cumsum(0) - 1) * int(lengths.max()) + places.flatten()  # (B T,): the index of each token in (N S,)
         self._apart = torch.zeros(len(lengths) * int(lengths.max()), dtype=torch.long)
         self._apart[self._where] = torch.arange(first.numel())
 
@@ -376,12 +376,12 @@ class DocumentRows:
         return states.flatten(0, 1)[self._where.to(states.device)].view(*self._shape, -1)
 
     def of(self, rows: Collection[int]) -> list[int]:
-        """The numbers of the documents of some rows."""
+        """The indices of the documents in `rows`."""
         return [number for number, row in enumerate(self._rows) if row in rows]
 
 
 def places_in_documents(documents: Tensor) -> Tensor:
-    """(B, T) on the host: the place of each token in its document, from 0."""
+    """(B, T) on the host: the position of each token in its document, from 0."""
     columns = torch.arange(documents.shape[1]).expand_as(documents)
     starts = torch.ones_like(documents, dtype=torch.bool, device="cpu")
     starts[:, 1:] = (documents[:, 1:] != documents[:, :-1]).cpu()
@@ -389,7 +389,7 @@ def places_in_documents(documents: Tensor) -> Tensor:
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    """Those with dimensions in an argument of a layer, which may be nested."""
+    """The tensors with dimensions in a layer's argument, which may be nested."""
     if isinstance(value, Tensor):
         return [value] if value.dim() else []
     parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple) else ()
