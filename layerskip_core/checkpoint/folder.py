@@ -1,4 +1,4 @@
-"""A model's folder, read without the import of transformers (seconds): settings, weights and tokenizer.
+"""Reads a model's folder without importing transformers, which takes seconds: settings, weights and tokenizer.
 
 `lean_spec` and `lean_tokenizer` read folders of transformers 5, whose files hold every default; they return None for others.
 """
@@ -33,7 +33,7 @@ MTP_FILE = "mtp.safetensors"  # beside the weights, see shipped.py
 PACKED_FILE = "packed.safetensors"  # in place of the weights, see packed_file.py
 FLOATS = ("F64", "F32", "F16", "BF16")  # in safetensors
 METADATA = "__metadata__"  # key of a safetensors header's further entries
-_LOW_BITS: dict[str, tuple[Any, ...]] = {  # the values of quantization_config for LowBitWeights, if given
+_LOW_BITS: dict[str, tuple[Any, ...]] = {  # the values of quantization_config that LowBitWeights reads; a missing key fits
     "quant_method": ("mxfp4", "gptq", "awq", "compressed-tensors", "fp8"),
     "format": ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized"),
     "bits": (4, 8),
@@ -113,7 +113,7 @@ class JoinedWeights:
         self.joined = {part for parts in self._parts.values() for part in chain(*parts)}
 
     def _entry(self, parts: list[list[str]], dimensions: int) -> tuple[str, tuple[int, ...]]:
-        """Type and shape, if all parts are like the first; else reading raises an error."""
+        """Type and shape, as if all parts were like the first; `read` raises an error otherwise."""
         forms = [self._files[part].entries[part] for part in parts[0]]
         kind, (_, *inputs) = forms[0]
         shape = (sum(shape[0] for _, shape in forms), *inputs)
@@ -142,7 +142,7 @@ def has_low_bits(quantization: Mapping[str, Any]) -> bool:
 
 
 class LowBitWeights:
-    """A folder's weights, some in low bits, by their names in memory. Each is read when it is asked for."""
+    """A folder's weights, some in low bits, by their names in transformers. Each is read on demand."""
 
     def __init__(self, folder: str | Path, spec: ModelSpec, quantization: Mapping[str, Any]) -> None:
         """Raises CheckpointError for a missing weight."""
@@ -155,7 +155,7 @@ class LowBitWeights:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """For the user, after the weights were taken."""
+        """For the user, complete once the weights were taken."""
         count = len(self._dequantised)
         return (f"{count} weights in {self._method} were dequantised: the kernels have no form for them",) if count else ()
 
@@ -168,8 +168,8 @@ class LowBitWeights:
         return weight
 
     def rows(self, name: str) -> Tensor | None:
-        """Rows of blocks that stand for a weight in low bits; None where there are none. Raises as `weight` does."""
-        rows = self._joined(name, self._rows) if name in self._spec.shapes else None  # not of an exit block
+        """A low-bit weight as rows of blocks; None if blocks cannot hold it, or for other weights. Raises as `weight` does."""
+        rows = self._joined(name, self._rows) if name in self._spec.shapes else None  # exit blocks are in another file
         if rows is None:
             return None
         *most, inputs = self._spec.shapes[name]
@@ -293,7 +293,7 @@ def checked_tokenizer(tokenizer: Any, vocab_size: int) -> Any:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bars, log lines or warnings, in a block or in a decorated function."""
+    """Silences progress bars, log lines and warnings, in a block or in a decorated function."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -1,4 +1,4 @@
-"""GGUF files, read with the package `gguf`: their configuration, weights, tokenizer and drafter as transformers has them."""
+"""Reads GGUF files with the package `gguf`: configuration, weights, tokenizer and MTP block, in transformers' form."""
 
 from collections.abc import Mapping
 from functools import cached_property
@@ -20,10 +20,10 @@ _TOKENS = {"bos": "bos_token_id", "eos": "eos_token_id", "unknown": "unk_token_i
 _VOCABULARY = "tokenizer.ggml.tokens"
 _HEAD_WEIGHT = "output.weight"
 _ROPE_FACTORS = "rope_freqs.weight"
-_LONG_ROPES = ("rope_factors_long.weight", "rope_factors_short.weight")  # the file does not say for which lengths
-# YaRN's further numbers, which transformers sets as well: others are refused.
+_LONG_ROPES = ("rope_factors_long.weight", "rope_factors_short.weight")  # of LongRoPE, which is refused
+# YaRN parameters, by transformers' defaults: other values are refused.
 _YARN = {"yarn_ext_factor": 1.0, "attn_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0}
-# Architectures of GGUF: the model type in transformers, and the class of its tokenizer there.
+# By GGUF architecture: model_type and tokenizer class in transformers.
 _FORMS = {
     "llama": ("llama", "PreTrainedTokenizerFast"),
     "qwen2": ("qwen2", "Qwen2Tokenizer"),
@@ -39,9 +39,9 @@ _FORMS = {
     "qwen35": ("qwen3_5_text", "Qwen3_5Tokenizer"),
     "gpt-oss": ("gpt_oss", "PreTrainedTokenizerFast"),
 }
-_HEADS_OF_NEIGHBOURS = ("llama", "granite")  # whose rope rotates neighbours in llama.cpp, not halves
+_INTERLEAVED = ("llama", "granite")  # llama.cpp's rope pairs neighbouring dimensions of a head, not its halves
 _HEAD_SIZE = {"attention.key_length": "head_dim"}
-_KEYS = {  # of headers, and the values of config.json that they are, where transformers' own table lacks them
+_KEYS = {  # header keys to keys of config.json, where transformers' GGUF_CONFIG_MAPPING lacks them or differs
     "llama": _HEAD_SIZE,
     "qwen3": _HEAD_SIZE,
     "qwen3moe": {
@@ -74,9 +74,9 @@ _KEYS = {  # of headers, and the values of config.json that they are, where tran
 
 
 class GgufFile:
-    """A GGUF file with mapped tensors. `config` and `spec` raise CheckpointError for what is unsupported or missing."""
+    """A memory-mapped GGUF file. `config` and `spec` raise CheckpointError for what is unsupported or missing."""
 
-    notes = ()  # as those of LowBitWeights
+    notes = ()  # interface of LowBitWeights
 
     def __init__(self, path: Path) -> None:
         """Raises CheckpointError for a damaged file, ConfigError without the package `gguf`."""
@@ -85,7 +85,7 @@ class GgufFile:
         except ImportError:
             raise ConfigError("a .gguf file needs the library gguf: pip install 'layerskip[gguf]'") from None
         try:
-            reader = GGUFReader(path, "c")  # copied where it is written to, which nothing does: torch maps no other memory
+            reader = GGUFReader(path, "c")  # copy-on-write: torch warns about read-only memory
             fields = {name: field for name, field in reader.fields.items() if field.types}
             arrays = {name: field for name, field in fields.items() if field.types[0] == GGUFValueType.ARRAY}
             read = (name for name in fields if name not in arrays or not name.startswith("tokenizer."))
@@ -94,7 +94,7 @@ class GgufFile:
             raise CheckpointError(f"{path.name} is damaged, or no GGUF file: {first_line(error)}") from error
         self._path, self._tensors = path, {tensor.name: tensor for tensor in reader.tensors}
         self._architecture = str(self._values.get("general.architecture"))
-        self._neighbours = self._architecture in _HEADS_OF_NEIGHBOURS
+        self._interleaved = self._architecture in _INTERLEAVED
         self.layers: int | None = self._values.get(f"{self._architecture}.block_count")
         self.tokens = len(arrays[_VOCABULARY].data) if _VOCABULARY in arrays else None
 
@@ -114,9 +114,9 @@ class GgufFile:
         settings = {known: values[key] for key, known in keys.items() if key in values} | self._derived()
         if self.tokens is not None:
             settings.setdefault("vocab_size", self.tokens)
-        if (turn := values.get("tokenizer.ggml.eot_token_id")) not in (None, settings.get("eos_token_id")):  # ends an answer
+        if (turn := values.get("tokenizer.ggml.eot_token_id")) not in (None, settings.get("eos_token_id")):  # ends answers too
             settings["eos_token_id"] = [turn, *(settings[key] for key in ("eos_token_id",) if key in settings)]
-        # llama.cpp has no architecture of its own for Mistral
+        # GGUF names Mistral's architecture llama
         model_type = "mistral" if name == "llama" and values.get("general.name") == "mistral" else _FORMS[name][0]
         config = AutoConfig.for_model(model_type, tie_word_embeddings=_HEAD_WEIGHT not in self._tensors, **settings)
         rope = config.rope_parameters.get("full_attention", config.rope_parameters)
@@ -129,13 +129,13 @@ class GgufFile:
         return ModelSpec.of(self.config)
 
     def _derived(self) -> dict[str, Any]:
-        """Values of config.json that the header has in another form."""
+        """Values of config.json that the header has in another form or lacks."""
         name, of = self._architecture, {key.partition(".")[2]: value for key, value in self._values.items()}
         if name == "lfm2":
-            kv_heads = of["attention.head_count_kv"]  # of each layer
+            kv_heads = of["attention.head_count_kv"]  # by layer
             kinds = ["full_attention" if heads else "conv" for heads in kv_heads]
             return {"num_key_value_heads": max(kv_heads), "layer_types": kinds, "block_auto_adjust_ff_dim": False}
-        if name == "qwen3moe":  # as llama.cpp runs it
+        if name == "qwen3moe":  # as in llama.cpp; the header lacks it
             return {"norm_topk_prob": True}
         if name not in ("qwen35", "gpt-oss", "gemma4"):
             return {}
@@ -144,17 +144,17 @@ class GgufFile:
             return self._of_gemma4(of, rope)
         if name == "gpt-oss":
             return {"rope_parameters": rope}
-        layers = of["block_count"] - of.get("nextn_predict_layers", 0)  # without those that draft
+        layers = of["block_count"] - of.get("nextn_predict_layers", 0)  # without the MTP layers
         share = {"partial_rotary_factor": of["rope.dimension_count"] / of["attention.key_length"]}
-        sections = [section for section in of.get("rope.dimension_sections", ()) if section]  # alike for text
+        sections = [section for section in of.get("rope.dimension_sections", ()) if section]  # equal positions for text
         share |= {"mrope_section": sections, "mrope_interleaved": True} if sections else {}
         value_dim = of["ssm.inner_size"] // of["ssm.time_step_rank"]
         return {"num_hidden_layers": layers, "linear_value_head_dim": value_dim, "rope_parameters": rope | share}
 
     def _of_gemma4(self, of: Mapping[str, Any], rope: dict[str, Any]) -> dict[str, Any]:
-        """Values of Gemma 4, whose rope factors say which dimensions rotate. Raises CheckpointError for other layers."""
+        """Gemma 4's values. Dimensions with rope factor 1 rotate. Raises CheckpointError for experts or KV heads by layer."""
         if isinstance(of["attention.head_count_kv"], list) or of.get("expert_count"):
-            raise CheckpointError("of Gemma 4, GGUF files of E2B and E4B can be read, found experts or key heads by layer")
+            raise CheckpointError("of Gemma 4 only E2B and E4B can be read from GGUF, found experts or KV heads by layer")
         widths, table = of["feed_forward_length"], self._tensors.get("per_layer_token_embd.weight")
         first, *others = widths if isinstance(widths, list) else [widths]
         rotating = (np.array(self._tensors[_ROPE_FACTORS].data) == 1).mean() if _ROPE_FACTORS in self._tensors else 1.0
@@ -171,9 +171,9 @@ class GgufFile:
         }
 
     def _scaled_rope(self, rope: Mapping[str, Any], head_dim: int, context: int) -> dict[str, Any]:
-        """The changes to `rope`, which is not scaled. Raises CheckpointError for a scaling of another kind.
+        """The scaling to add to the plain `rope`. Raises CheckpointError for an unsupported kind.
 
-        Linear and YaRN are named in the header. Of Llama 3's the file has the divisors of the frequencies only.
+        The header names linear and YaRN. Llama 3's parameters are found by its frequency divisors, all that the file has.
         """
         prefix = f"{self._architecture}.rope."
         named = {key.removeprefix(prefix): value for key, value in self._values.items() if key.startswith(prefix)}
@@ -191,7 +191,7 @@ class GgufFile:
             factors = torch.from_numpy(np.array(self._tensors[_ROPE_FACTORS].data, np.float64))
             if (factors == 1).all():
                 return {}
-            # All of Llama 3 has these further factors, and so far 8192 as the original context.
+            # All Llama 3 models have these low and high factors, and so far an original context of 8192, tried first.
             llama3 = {"rope_type": "llama3", "factor": float(factors.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0}
             for exponent in (13, *range(3, context.bit_length())):
                 scaled = {**llama3, "original_max_position_embeddings": 2**exponent}
@@ -220,7 +220,7 @@ class GgufFile:
         return {name: self.weight(name) for name in self._stored}
 
     def weight(self, name: str) -> Tensor:
-        """In fp32, by its name in transformers. Raises CheckpointError as `weights` does."""
+        """A weight in fp32, by its name in transformers. Raises CheckpointError as `weights` does."""
         return self._dense(name, self._stored[name]).reshape(self.spec.shapes[name])
 
     def _dense(self, name: str, tensors: list[Any]) -> Tensor:
@@ -231,7 +231,7 @@ class GgufFile:
         except (ValueError, NotImplementedError) as error:
             raise CheckpointError(f"{name} is stored in a way that the library gguf does not read: {error}") from None
         parts = [torch.from_numpy(part.reshape(_shape(tensor))) for part, tensor in zip(values, tensors, strict=True)]
-        weight = from_gguf(name, parts, self.spec, self._neighbours)
+        weight = from_gguf(name, parts, self.spec, self._interleaved)
         assert weight is not None
         if name.endswith(".A_log"):
             return weight.neg().log()
@@ -239,39 +239,39 @@ class GgufFile:
         return weight - 1 if added else weight
 
     def table(self, name: str, dtype: torch.dtype) -> Tensor:
-        """A large weight, in a precision, without a copy of all of it in fp32."""
+        """Dequantises a large weight to `dtype` in chunks, without a whole copy in fp32."""
         from gguf import dequantize
 
         [tensor] = self._stored[name]
-        found = torch.empty(_shape(tensor), dtype=dtype)
-        for start in range(0, len(found), 1024):
+        weight = torch.empty(_shape(tensor), dtype=dtype)
+        for start in range(0, len(weight), 1024):
             rows = dequantize(tensor.data[start : start + 1024], tensor.tensor_type)
-            found[start : start + 1024] = torch.from_numpy(np.array(rows, np.float32)).view(len(rows), -1)
-        return found
+            weight[start : start + 1024] = torch.from_numpy(np.array(rows, np.float32)).view(len(rows), -1)
+        return weight
 
     def rows(self, name: str) -> Tensor | None:
-        """A weight as the rows of blocks that the file has, if kernels read its type."""
+        """A weight's rows of blocks as stored; None if kernels cannot read them."""
         tensors, mixer = self._stored.get(name, ()), self.spec.architecture.mixer
         types = {tensor.tensor_type.name for tensor in tensors}
         if len(types) != 1 or types.isdisjoint(FORMS) or (mixer and any(f".{part}." in name for part in mixer.steps)):
             return None
         parts = [torch.from_numpy(tensor.data) for tensor in tensors]
-        rows = from_gguf(name, parts, self.spec, self._neighbours, FORMS[min(types)])
+        rows = from_gguf(name, parts, self.spec, self._interleaved, FORMS[min(types)])
         return None if rows is None else block_rows(rows, min(types))
 
     @cached_property
     def drafter(self) -> ExitBlocks | None:
-        """What its checkpoint ships, in the layer after the last (`nextn`); dequantised when taken."""
-        found, layers, known = dict[str, tuple[str, str]](), self.spec.layers, self._names
+        """The MTP block, in the layer after the last (`nextn`), dequantised when taken; None if the file lacks it."""
+        names, layers, known = dict[str, tuple[str, str]](), self.spec.layers, self._names
         for name in MTP.shapes(self.spec):
             full = f"model.{MTP_LAYOUTS[1].stored(name, layers)}"
             part = full.removeprefix(f"model.layers.{layers}.").replace("head.norm", "head_norm")
             of_layer = name.startswith(f"{MTP.prefix}layer.")
             stored = str(known.get_name(full, (".weight", ".bias"))) if of_layer else f"blk.{layers}.nextn.{part}"
-            found[name] = full, stored
-        if not self._tensors.keys() >= {stored for _, stored in found.values()}:
+            names[name] = full, stored
+        if not self._tensors.keys() >= {stored for _, stored in names.values()}:
             return None
-        return ExitBlocks((MTP,), lambda name: self._dense(found[name][0], [self._tensors[found[name][1]]]))
+        return ExitBlocks((MTP,), lambda name: self._dense(names[name][0], [self._tensors[names[name][1]]]))
 
     @cached_property
     def _names(self) -> Any:
@@ -282,7 +282,7 @@ class GgufFile:
 
     @cached_property
     def _stored(self) -> dict[str, list[Any]]:
-        """The file's tensors, by the names of their weights in transformers, of which some are stored in two parts."""
+        """The tensors of each weight, by its name in transformers: one, or experts' gate and up. Raises CheckpointError."""
         tensors, known = {}, self._names
         for name in self.spec.shapes:
             found = [str(known.get_name(part, try_suffixes=(".weight", ".bias"))) for part in gguf_parts(name)]
@@ -296,12 +296,12 @@ class GgufFile:
 
 
 def dense_model(path: str, config: Any, weights: dict[str, Tensor], dtype: torch.dtype | str = torch.float32) -> Any:
-    """A transformers model of these weights."""
+    """Builds a transformers model of `weights`."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     how = {"config": config, "dtype": dtype, "attn_implementation": attention_for(config)}
     model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(None, state_dict=weights, **how)
-    model.name_or_path = model.config.name_or_path = path  # which adapters name as their base
+    model.name_or_path = model.config.name_or_path = path  # adapters save it as the name of their base
     return model
 
 

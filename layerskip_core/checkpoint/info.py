@@ -36,7 +36,7 @@ class _Block(msgspec.Struct, frozen=True):
 
 
 class Cost(msgspec.Struct, frozen=True):
-    """The change of the full model by a training, on text that the original wrote and on held-out rows."""
+    """How training changed the output at full depth, on text that the original model wrote and on held-out rows."""
 
     tokens: int  # of the original's text
     agreement: float  # of argmax tokens
@@ -60,7 +60,7 @@ class _Training(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """The content of layerskip.json. The recommendation, `policies` and `profile` are those of a sweep."""
+    """The content of layerskip.json. The recommendation, `policies` and `profile` come from a sweep."""
 
     prompt_template: Annotated[str, msgspec.Meta(pattern=r"\A(chat|raw)\Z|\{prompt\}")] | None = None
     exit_layer: Layer | None = None  # recommended
@@ -114,9 +114,9 @@ class CheckpointInfo:
         return self._training.config.data, self._training.config.validation
 
     def draft_profile(self, num_layers: int, packing: PackingConfig = PLAIN) -> DraftProfile:
-        """A sweep's measurements, of drafts only if they were packed in the same way.
+        """A sweep's measurements; those of drafts only for the same draft head and vocabulary.
 
-        Other exits have the agreement of their training, else exp(-gap / 2) for a gap in nats to the last layer's loss.
+        Other exits get the agreement of their training, else exp(-gap / 2) for a gap in nats to the last layer's loss.
         """
         known, training = self.profile, self._training
         agreement = {f"exit {name}" if name.isdigit() else name: share for name, share in self.agreement.items()}
@@ -134,7 +134,7 @@ class CheckpointInfo:
         return tuple(f"policy {name}" for name in self.policies) or ((recommended,) if recommended else ())
 
     def with_exit_blocks(self, trained: Mapping[str, Any]) -> "CheckpointInfo":
-        """With new blocks, by exit, and without saved settings and a sweep's measurements of these exits."""
+        """Adds new blocks, by exit. Drops saved settings, and a sweep's measurements of these exits."""
         names, profile = tuple(f"exit {exit_layer}" for exit_layer in trained), self.profile
 
         def others(measured: Mapping[str, float]) -> dict[str, float]:
@@ -147,16 +147,16 @@ class CheckpointInfo:
         return replace(kept, policies={}, profile=profile, details=details)
 
     def without_int4(self) -> "CheckpointInfo":
-        """Without a sweep's acceptance rates of int4 weights, which are replaced."""
+        """Drops a sweep's acceptance rates of int4 weights, which a new calibration replaces."""
         if self.profile is None:
             return self
         acceptance = {name: share for name, share in self.profile.acceptance.items() if not name.startswith("int4")}
         return replace(self, profile=replace(self.profile, acceptance=acceptance))
 
     def with_int4(self, agreement: float) -> "CheckpointInfo":
-        """With the `agreement` of int4 weights, unless a sweep measured their drafts."""
+        """Adds the `agreement` of int4 weights, unless a sweep measured their drafts."""
         known = self.profile or DraftProfile()
-        if (known.draft_head, known.draft_vocab) != (None, 0):  # the profile is of other drafts
+        if (known.draft_head, known.draft_vocab) != (None, 0):  # measured with another head or vocabulary
             return self
         return replace(self, profile=replace(known, acceptance={"int4": agreement} | known.acceptance))
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_LARGE_MODEL = 50_000_000  # parameters from which bf16 is faster on a CPU with AVX-512
+_LARGE_MODEL = 50_000_000  # parameters; from here on bf16 is faster on a CPU with AVX-512
 _USUAL_DRAFTS = 6  # draft tokens without a recommendation
 
 
@@ -76,7 +76,7 @@ class Decoder:
         return self.known_ids(encode_prompt(self.tokenizer, self.template, prompt, turns))
 
     def known_ids(self, ids: list[int]) -> list[int]:
-        """The ids. Raises ConfigError for one without an embedding."""
+        """Returns `ids`. Raises ConfigError for an id without an embedding."""
         last, known = max(ids, default=0), self.backend.spec.vocab
         if last >= known:
             token = self.tokenizer.decode([last])
@@ -84,7 +84,7 @@ class Decoder:
         return ids
 
     def prompt_start(self) -> list[int]:
-        """The tokens with which all prompts begin."""
+        """The first tokens, which all prompts share."""
         one, other = self.encode_prompt("a"), self.encode_prompt("1")
         return [token for token, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))]
 
@@ -105,7 +105,7 @@ class Decoder:
         return usual | set(config.stop_token_ids)
 
     def token_text(self, token: int) -> str:
-        """The text of one token within a text, special ones included."""
+        """A token's text as it continues a text, special tokens included."""
         before = list(self.tokenizer("a", add_special_tokens=False)["input_ids"])
         return str(self.tokenizer.decode([*before, token]))[len(str(self.tokenizer.decode(before))) :]
 
@@ -121,7 +121,7 @@ class Decoder:
             raise CheckpointError(f"generation_config.json of {self.name}: {error}") from None
 
     def recommended(self, packing: PackingConfig = PLAIN) -> Recommended:
-        """The recommendation: of layerskip.json, else an exit block, else as published, else a quarter of the layers."""
+        """Exit and draft length: of layerskip.json, else of an exit block, else PUBLISHED, else a quarter of the layers."""
         exit_layer, drafts = PUBLISHED.get(self.name, (max(1, self.backend.num_layers // 4), _USUAL_DRAFTS))
         info, blocks = self.info, tuple(self.backend.exit_blocks)
         exits = blocks or info.trained_exits

@@ -14,7 +14,7 @@ from .info import ADAPTER_FILE, holds_model
 
 EMBEDDED = {"embedded": "commands-layerskip", "embedded-base": "commands-base"}
 
-# (exit layer, draft tokens) of the published checkpoints: by LayerSkip's tables 3-5, of Llama 3 by the model cards.
+# (exit layer, draft tokens) of the published checkpoints: from LayerSkip's tables 3-5, for Llama 3 from the model cards.
 PUBLISHED = {
     "facebook/layerskip-llama2-7B": (8, 12),
     "facebook/layerskip-llama2-13B": (15, 12),
@@ -61,7 +61,7 @@ def is_folder(name: str) -> bool:
 
 
 def locate(name: str) -> Location:
-    """Where a model is. Raises CheckpointError as `require_model`, and for a folder without a model."""
+    """Finds a model. Raises CheckpointError as `require_model`, and for a folder without a model."""
     require_model(name)
     if name in EMBEDDED:
         return Location(str(resources.files("layerskip_core.embedded") / EMBEDDED[name]))
@@ -78,7 +78,7 @@ def locate(name: str) -> Location:
 def present(name: str) -> Location:
     """As `locate`, with a hub id's files fetched into a folder. Raises CheckpointError.
 
-    A hub id without safetensors stays one: transformers may read it.
+    A hub id without safetensors is returned as it is: transformers may read it.
     """
     location = locate(name)
     if is_folder(location.path):
@@ -91,7 +91,7 @@ def present(name: str) -> Location:
 
 
 def own_folder(name: str) -> str | None:
-    """The folder of a model to which files can be added; None for all other kinds of models."""
+    """A model's folder, if files can be added to it; None for embedded models, hub ids, GGUF files and adapters."""
     return None if name in EMBEDDED else locate(name).folder
 
 
@@ -174,6 +174,6 @@ def adapters_of(name: str) -> tuple[list[str], str]:
         if not isinstance(base, str) or not base:
             raise CheckpointError(f"{file}: base_model_name_or_path must be the name of a model, got {base!r}")
         if config.get("megatron_config") is not None:  # peft would import the module named by megatron_core
-            raise CheckpointError(f"{file}: an adapter's own modules are never imported, as megatron_config asks for")
+            raise CheckpointError(f"{file}: megatron_config imports modules of the adapter, which is not allowed")
         name = base
     return adapters, name

@@ -55,9 +55,9 @@ from .transformers_read import (
 )
 
 _CPU = torch.device("cpu")
-# Usual values of a copy of all layers: acceptance rate (int4: calibrated) and a draft's time, in passes of the target.
+# Usual values of a low-bit copy of all layers: acceptance rate (int4: calibrated), and time per draft in target passes.
 _COPIES: dict[Quantization, tuple[float, float]] = {"int8": (0.97, 0.55), "int4": (0.93, 0.4)}
-_VERIFICATION = 1.12  # its time, in passes of one token
+_VERIFICATION = 1.12  # time of a verification, in target passes of one token
 _NO_KERNELS = "drafting without its assistant, which only the compiled kernels run"
 
 
@@ -92,13 +92,13 @@ def for_decoding(
         name: an embedded model, a folder, a GGUF file or a hub id.
         device: auto, cpu, cuda, cuda:N or mps.
         dtype: auto, fp32 or bf16.
-        packing: how weights are stored; without drafts of its own it takes those of the policies.
+        packing: how weights are stored; policies add their low-bit copies, and their draft head if it sets no drafts.
         policies: saved policies whose low-bit copies are made too (on the CPU); None: all.
         memory: bytes for the weights and a copy for adaptive drafting; None: by `memory_budget`.
 
     Raises:
         CheckpointError: the model is absent, damaged or unsupported.
-        ConfigError: the device is absent, the packing impossible, the draft model's vocabulary another, or kernels unknown.
+        ConfigError: an absent device, an impossible packing, a draft model of another vocabulary, or unknown kernels.
     """
     target, location = pick_device(device), present(name)
     requested_variant()
@@ -152,7 +152,7 @@ def for_training(name: str, device: str = "auto", dtype: str = "auto") -> Traina
 def import_checkpoint(name: str, output: str, dtype: str, drafter: str | None = None) -> tuple[torch.dtype, list[str]]:
     """Writes any model that can be loaded to `output`, with its sidecars. GGUF is dequantised, adapters are merged.
 
-    `drafter`: a folder or hub id in the EAGLE-3 layout, or of a Gemma 4 model's assistant, in place of the model's own.
+    `drafter`: folder or hub id of a drafter (EAGLE-3 layout, or Gemma 4's assistant) that replaces the model's own.
     `dtype`: as for `written_dtype`. Returns the precision, and the reasons for left-out files.
     """
     loaded = for_training(name, "cpu", "fp32")
@@ -283,7 +283,7 @@ def _model_source(trainable: Trainable, packing: PackingConfig) -> Source:
 
 
 def _with_sidecars(source: Source, folder: str | None, memory: float) -> Source:
-    """Adds the sidecars of `folder`, and a copy for adaptive drafting if kernels are here and it fits in `memory` (bytes)."""
+    """Adds the sidecars of `folder`, and a low-bit copy for adaptive drafting if kernels run it and `memory` bytes hold it."""
     spec, packing, info, int4 = source.spec, source.packing, source.info, None
     copies = packing.adaptive and not (packing.draft_weights or packing.quantize or packing.exact or source.stored)
     if copies or _uses_int4(packing):
@@ -309,7 +309,7 @@ def _uses_int4(packing: PackingConfig) -> bool:
 
 
 def _faster_copy(profile: DraftProfile) -> Quantization:
-    """The copy with the most tokens per second, by a sweep's measurements, else by usual values."""
+    """The copy with the most tokens per second, by a sweep's measurements, else by _COPIES."""
 
     def rate(kind: Quantization) -> float:
         accepted, step = profile.acceptance.get(kind, _COPIES[kind][0]), _COPIES[kind][1]
@@ -331,7 +331,7 @@ def _backend(source: Source, path: str) -> tuple[Backend, tuple[str, ...]]:
 
 
 def _mapped(name: str, folder: str, info: CheckpointInfo, device: torch.device, dtype: str, packing: PackingConfig) -> Decoder:
-    """A model that `layerskip export --format packed` wrote; on the CPU."""
+    """Loads a model that `layerskip export --format packed` wrote, on the CPU."""
     if device.type != "cpu":
         raise ConfigError(f"`device` must be cpu for a model that was packed for the compiled kernels, got {device}")
     file = PackedFile(folder)

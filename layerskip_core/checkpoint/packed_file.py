@@ -32,7 +32,7 @@ _CONTENT = "content"  # key of the header
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}  # in safetensors
 _ADVICE = "export the model again with `--format packed`"
 _PAGE = 4096
-_ENTRY = 256  # most bytes of an entry of the header
+_ENTRY = 256  # bytes of a header entry, at most
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Content:
 
 
 class PackedFile:
-    """The file of a folder, whose matrices are parts of the mapped file."""
+    """The packed file of a folder. Its matrices are views of the memory-mapped file."""
 
     def __init__(self, folder: str | Path) -> None:
         """Reads header and fingerprint. Raises CheckpointError for a damaged or foreign file."""
@@ -80,7 +80,7 @@ class PackedFile:
         self.exit_blocks = ExitBlocks(tuple(map(ExitBlock, sorted(exits))), self.unpacked)  # only norms are unpacked
 
     def unpacked(self, name: str) -> Tensor | None:
-        """A weight that is no matrix, by its name in a checkpoint."""
+        """A weight that is stored unpacked, by its name in a checkpoint; None for others."""
         return self._file.mapped(name) if name in self._file.entries else None
 
     def embedding(self, spec: ModelSpec) -> Tensor:
@@ -97,7 +97,7 @@ class PackedFile:
         return NativeMatrix(form, {part: self._part(f"{form.kind}.{name}.{part}", *kind) for part, kind in form.parts.items()})
 
     def _part(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-        """Raises CheckpointError for a missing tensor, or another type or shape than the model needs."""
+        """A view of a tensor. Raises CheckpointError if it is missing, or not of the type and shape that the model needs."""
         needed, found = (_NAMES[dtype], shape), self._file.entries.get(name)
         with naming(self._path, _ADVICE):
             if found != needed:
@@ -111,7 +111,7 @@ class PackedWriter:
     def __init__(self, file: BinaryIO, kernels: Kernels, most: int) -> None:
         """`file` is open and empty. The header has room for `most` tensors."""
         self._kernels, self._file = kernels, file
-        self._start = self._end = -(-(most + 16) * _ENTRY // _PAGE) * _PAGE  # of what follows the header
+        self._start = self._end = -(-(most + 16) * _ENTRY // _PAGE) * _PAGE  # of the tensors, after the header
         self._file.seek(self._start)
         self._entries: dict[str, object] = {}
         self._samples: dict[str, bytes] = {}
@@ -144,7 +144,7 @@ class PackedWriter:
 
 
 def unpacked_names(spec: ModelSpec, shapes: Shapes) -> list[str]:
-    """The names of weights that are no matrices: norms, activations, learned positions, convolutions and routers."""
+    """The names of weights stored unpacked: norms, activations, learned positions, convolutions and routers."""
     experts, mixer, whole = spec.architecture.experts, spec.architecture.mixer, {f"{spec.names.positions}.weight", *spec.mapped}
     if mixer is not None:
         whole |= {name for name in shapes if any(f".{part}." in name for part in (mixer.convolution, *mixer.steps))}

@@ -1,7 +1,7 @@
-"""Writes models. A folder never holds half a model, and files of others are never lost.
+"""Writes models. A folder never holds half a model, and files that layerskip did not write are never lost.
 
-A new model is written to a staging folder inside its folder; one rename, once everything is on disk, makes that READY. Then its
-files are moved into place, layerskip.json last. After a kill, the next command that uses the folder moves the rest.
+A new model is written to a staging folder inside its folder; once all is on disk, one rename makes it READY. Then its files
+are moved into place, layerskip.json last. After a kill, the next command that uses the folder moves the rest.
 """
 
 import os
@@ -24,9 +24,9 @@ from .info import ADAPTER_FILE, CONFIG_FILES, INFO_FILE, CheckpointInfo, holds_m
 
 RUN_FILES = ("losses.jsonl", ORDER_FILE)  # finetune writes them with a model
 READY = ".layerskip-ready"
-_CONFIG_KEYS = {"config.json": "model_type", ADAPTER_FILE: "peft_type"}  # a key that tells them from other files of that name
+_CONFIG_KEYS = {"config.json": "model_type", ADAPTER_FILE: "peft_type"}  # a key that other files of that name lack
 _WAIT = 60.0  # seconds to wait for another process to finish its renames
-_MODEL = (  # the files that loaders take for part of a model
+_MODEL = (  # patterns of the files that loaders take for part of a model
     *(*CONFIG_FILES, "generation_config.json", INFO_FILE, ORDER_FILE, "chat_template.jinja", "chat_template.json"),
     *("*.safetensors", "*.safetensors.index.json", "additional_chat_templates/*.jinja"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
@@ -54,7 +54,7 @@ def refuse_overwrite(output: str, overwrite: bool, written: Collection[str] = ()
 
 
 def refuse_sidecar(model: str, name: str) -> None:
-    """Raises ConfigError if `save_sidecar` would replace a file of others. Needs the folder's lock."""
+    """Raises ConfigError if `save_sidecar` would replace a file that layerskip did not write. Needs the folder's lock."""
     settle(model)
     _refuse_obstacles(Path(model), (name,), ConfigError, f"`model` {model}: ")
 
@@ -67,7 +67,7 @@ def save_checkpoint(
     dtype: torch.dtype,
     files: Mapping[str, bytes] = NO_FILES,
 ) -> None:
-    """Replaces the model in `output` by a checkpoint in `dtype` (an adapter alone), in one step, with further `files`."""
+    """Replaces the model in `output` by a checkpoint in `dtype` (of peft: the adapter), in one step, with further `files`."""
 
     def write(staging: Path) -> None:
         write_model(model.to(dtype), staging)
@@ -110,7 +110,7 @@ def save_files(write: Callable[[Path], None], info: CheckpointInfo, output: str,
             for name in listed:  # safetensors 0.8 makes its file readable by the owner only, whatever the umask
                 (staging / name).chmod(readers)
             _refuse_obstacles(folder, listed, CheckpointError)
-            shutil.rmtree(folder / READY, ignore_errors=True)  # of a process that was killed when it had moved everything
+            shutil.rmtree(folder / READY, ignore_errors=True)  # left by a process that was killed after its last move
             publish_folder(staging, folder / READY)
         except BaseException as error:
             if staging is not None:
@@ -141,10 +141,10 @@ def write_info(path: str, info: CheckpointInfo) -> None:
 def save_sidecar(
     folder: str, name: str, content: bytes, change: Callable[[CheckpointInfo], CheckpointInfo] = lambda info: info
 ) -> None:
-    """Adds a file to a folder's model, and to layerskip.json after a `change`. Raises as `write_info` does."""
+    """Adds a file to a folder's model, and lists it in layerskip.json, with a `change`. Raises as `write_info` does."""
     with hold(folder, f"saving {name}"):
         info = change(read_info(folder))
-        # First: a file that it does not list would be in the way.
+        # First: after a kill, a file that it does not list would be an obstacle.
         write_info(folder, replace(info, files=tuple(sorted({*model_files(Path(folder)), INFO_FILE, name}))))
         (Path(folder) / name).parent.mkdir(exist_ok=True)
         write_file(Path(folder) / name, content, CheckpointError)
@@ -156,7 +156,7 @@ def claim_repository(repository: str) -> None:
 
     try:
         HfApi().create_repo(repository, exist_ok=True)
-    except Exception as error:  # of the network, of the hub, of a name that cannot be
+    except Exception as error:  # of the network or the hub, or for an invalid name
         raise ConfigError(f"`push_to_hub` {repository}: {first_line(error)}", "push_to_hub") from error
 
 
@@ -232,7 +232,7 @@ def _usual(folder: Path) -> set[str]:
 
 
 def _refuse_obstacles(folder: Path, written: Collection[str], error: type[Exception], where: str = "") -> None:
-    """Raises `error` for files of others that a new model would overwrite (`written`) or loaders take for its own."""
+    """Raises `error` for files that are not ours and that a new model would overwrite (`written`) or load with."""
     obstacles = sorted(name for name in {*written, *_usual(folder)} - model_files(folder) if os.path.lexists(folder / name))
     if obstacles:
         more = f" ({len(obstacles) - 1} more)" if len(obstacles) > 1 else ""

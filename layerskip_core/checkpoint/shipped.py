@@ -1,11 +1,11 @@
-"""The drafters that a model ships (MTP, Gemma 4's assistant), and the blocks and drafters beside one, when they are read.
+"""Reads exit blocks and drafters beside a model, and the drafters that it ships (MTP, Gemma 4's assistant).
 
-It is found by its tensors (MTP_LAYOUTS) in any of the model's safetensors files; mtp.safetensors holds one that was copied or
-trained on, in place of theirs. Its header has the fingerprint of the model that it was made for: with others it drafts too, but
-the user is told.
+MTP is found by the names of its tensors (MTP_LAYOUTS) in any of the model's safetensors files. mtp.safetensors, with a copied
+or further trained MTP block, takes precedence. Its header has the fingerprint of the model that it was made for; it drafts for
+other weights too, with a note to the user.
 
-An assistant is the folder `assistant` in the model's own, where `import --drafter` puts it, or the folder NAME-assistant beside
-NAME.
+An assistant is in the folder `assistant` in the model's own, where `import --drafter` puts it, or in the folder NAME-assistant
+beside NAME.
 """
 
 import json
@@ -45,8 +45,8 @@ from .loaded import Trainable
 from .locate import adapters_of, present
 
 _INPUT = f"{MTP.prefix}input.weight"
-_COPIED = r"^layers\.\d+\.(embed_tokens|shared_head\.head)\."  # of the model's embedding and head
-OTHERS = "other weights"  # in the place of a fingerprint
+_COPIED = r"^layers\.\d+\.(embed_tokens|shared_head\.head)\."  # copies of the model's embedding and head
+OTHERS = "other weights"  # of a drafter made for these, in place of its fingerprint
 STALE = "its drafter (mtp) was made for other weights; `layerskip train-drafter --start-from shipped` trains it for these"
 STALE_ASSISTANT = "its assistant (mtp) was made for other weights: fewer of its drafts may be right"
 ASSISTANT_FILES = f"assistant/{CONFIG_FILE}", "assistant/model.safetensors"
@@ -62,7 +62,7 @@ class _Values(msgspec.Struct):
 
 
 def read_exit_blocks(folder: str | Path, spec: AnySpec, weight_of: Callable[[str], Tensor]) -> ExitBlocks:
-    """A folder's blocks, read when taken, and its drafters. Raises CheckpointError if blocks are not this model's."""
+    """A folder's exit blocks, read when taken, and its drafters. Raises CheckpointError if blocks are not this model's."""
     path, blocks = Path(folder) / EXIT_BLOCKS_FILE, NO_BLOCKS
     if path.is_file():
         with sidecars.naming(path):
@@ -77,7 +77,7 @@ def read_exit_blocks(folder: str | Path, spec: AnySpec, weight_of: Callable[[str
 def with_drafters(
     blocks: ExitBlocks, folder: str | Path, spec: AnySpec, weight_of: Callable[[str], Tensor] | None = None
 ) -> ExitBlocks:
-    """With the drafters of a folder. `weight_of`: its model, None if that is packed."""
+    """Adds the drafters of a folder to `blocks`. `weight_of`: for the model's fingerprint; None if it is packed."""
 
     def is_other(known: str | None) -> bool:
         return bool(known) and (known == OTHERS or (weight_of is not None and known != sidecars.fingerprint(spec, weight_of)))
@@ -89,7 +89,7 @@ def with_drafters(
 
 
 def _shipped_beside(folder: str | Path, spec: AnySpec, is_other: Callable[[str | None], bool]) -> ExitBlocks:
-    """The drafters that a folder's model ships. `is_other`: whether one was made for other weights, by its fingerprint."""
+    """The drafters that a folder's model ships. `is_other`: whether a fingerprint is of other weights."""
     (mtp, notes), (assistant, why) = mtp_sidecar(folder, spec), assistant_beside(folder, spec)
     if mtp and is_other(mtp.model_fingerprint):
         mtp, notes = replace(mtp, model_fingerprint=OTHERS), (STALE,)
@@ -100,7 +100,7 @@ def _shipped_beside(folder: str | Path, spec: AnySpec, is_other: Callable[[str |
 
 
 def mtp_sidecar(folder: str | Path, spec: AnySpec) -> tuple[ExitBlocks | None, tuple[str, ...]]:
-    """The drafter that a folder's checkpoint ships, read when taken; a note if it has one that is not read here."""
+    """The MTP block that a folder's checkpoint ships, read when taken; a note instead if its layout is unknown."""
     files = files_by_name(folder)
     if (own := Path(folder) / MTP_FILE).is_file():
         files |= dict.fromkeys((file := WeightFile(own)).entries, file)
@@ -116,7 +116,7 @@ def mtp_sidecar(folder: str | Path, spec: AnySpec) -> tuple[ExitBlocks | None, t
     try:
         sidecars.check_entries(others | weights.entries, shapes, FLOATS)
     except ValueError as error:
-        return None, (f"its drafter is left aside, whose layout is not known here: {error}",)
+        return None, (f"its drafter (mtp) is not used, because its layout is unknown: {error}",)
 
     def take(name: str) -> Tensor:
         return _turned(name, weights.read(layout.stored(name, spec.layers)), layout)
@@ -126,7 +126,7 @@ def mtp_sidecar(folder: str | Path, spec: AnySpec) -> tuple[ExitBlocks | None, t
 
 
 def _names(layout: MtpLayout, layers: int, names: Iterable[str]) -> dict[str, str]:
-    """Those of a drafter's weights, by what follows their prefix; later names replace earlier ones."""
+    """A drafter's names among `names`, by their part from the layout's root on; later names replace earlier ones."""
     begins = "|".join(re.escape(part.format(layers)) for part in (layout.root, f"{layout.norm}."))
     pattern = re.compile(rf"(?:^|\.)((?:{begins}).*)")
     found = {match[1]: name for name in names if (match := pattern.search(name)) is not None}
@@ -134,7 +134,7 @@ def _names(layout: MtpLayout, layers: int, names: Iterable[str]) -> dict[str, st
 
 
 def _parts(name: str, shape: tuple[int, ...], found: Container[str]) -> list[list[str]]:
-    """A weight's names in a checkpoint: of experts together or one by one."""
+    """A weight's tensors in a checkpoint: one, or one or two for each expert."""
     prefix, experts, kind = name.partition(".experts.")
     if name in found or not experts:
         return [[name]]
@@ -143,12 +143,12 @@ def _parts(name: str, shape: tuple[int, ...], found: Container[str]) -> list[lis
 
 
 def _turned(name: str, weight: Tensor, layout: MtpLayout) -> Tensor:
-    """The map of MTP from a checkpoint's order of its two inputs to ours, or back; another weight as it is."""
+    """Swaps the two inputs of MTP's input matrix where the layout's order is not ours; returns other weights unchanged."""
     return weight.roll(weight.shape[-1] // 2, -1) if layout.state_first and name == _INPUT else weight
 
 
 def mtp_content(spec: AnySpec, mtp: ExitBlocks, weight_of: Callable[[str], Tensor]) -> bytes:
-    """mtp.safetensors, with the names of the checkpoint. `weight_of`: the model that it was made for, unless it says so."""
+    """The bytes of mtp.safetensors, by the checkpoint's names. `weight_of`: for the fingerprint, if `mtp` has none."""
     weights, layout, known = mtp.weights(spec), mtp.layout, mtp.model_fingerprint or sidecars.fingerprint(spec, weight_of)
     names = [name for name in weights.shapes if not (layout.shares_norm and name.startswith(f"{MTP.prefix}norm."))]
     content = {layout.prefix + layout.stored(name, spec.layers): _turned(name, weights.of(name), layout) for name in names}
@@ -156,7 +156,7 @@ def mtp_content(spec: AnySpec, mtp: ExitBlocks, weight_of: Callable[[str], Tenso
 
 
 def shipped_files(name: str, loaded: Trainable) -> dict[str, bytes]:
-    """The files of the drafters that a model ships, to be saved with its weights or what these become."""
+    """The files of the drafters that a model ships, to be saved with its weights, also after training."""
     spec = loaded.backend.spec
     return files_of_shipped(shipped_by(name, spec), spec, loaded.model.get_parameter)
 
@@ -169,7 +169,7 @@ def files_of_shipped(blocks: ExitBlocks, spec: AnySpec, weight_of: Callable[[str
 
 
 def shipped_by(name: str, spec: AnySpec) -> ExitBlocks:
-    """The drafter that a checkpoint ships, or the base of an adapter, whose weights are others."""
+    """The drafters that a checkpoint ships; of an adapter those of its base, marked as made for other weights."""
     adapters, base = adapters_of(name)
     location = present(base)
     if location.folder is not None:
@@ -186,7 +186,7 @@ def is_assistant(folder: str | Path) -> bool:
 
 
 def assistant_beside(folder: str | Path, spec: AnySpec) -> tuple[Assistant | None, tuple[str, ...]]:
-    """That of a model's folder; a note if there is one that cannot be used."""
+    """The assistant of a model's folder; a note instead if it cannot be used."""
     try:
         for path in (Path(folder) / "assistant", Path(f"{Path(folder)}-assistant")):
             if isinstance(spec, ModelSpec) and is_assistant(path):
@@ -221,8 +221,8 @@ def read_assistant(folder: str | Path, target: ModelSpec) -> Assistant:
 
 
 def _beside(text: dict[str, Any], target: ModelSpec) -> ModelSpec:
-    """The spec of an assistant beside its model. Raises ConfigError for a value that does not fit."""
-    unread = {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": None}  # of an assistant all of them, and 0
+    """The spec of an assistant, on KV entries of `target`. Raises ConfigError for a value that does not fit."""
+    unread = {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": None}  # an assistant's L and 0 would be refused
     spec = ModelSpec.of(SimpleNamespace(**text | unread))
     sources = {target.kinds[layer]: layer for layer in target.attending}
     require({*spec.kinds} <= sources.keys(), "layer_types", f"among {', '.join(sources)}", spec.kinds)
@@ -236,7 +236,7 @@ def _beside(text: dict[str, Any], target: ModelSpec) -> ModelSpec:
 
 
 def drafter_files(folder: str, loaded: Trainable, verifier: str) -> dict[str, bytes]:
-    """The files that a model gets of a drafter in a folder, in the EAGLE-3 layout or an assistant. Raises CheckpointError.
+    """A model's files for the drafter in a folder, in the EAGLE-3 layout or an assistant. Raises CheckpointError.
 
     `verifier`: the model's folder.
     """
@@ -248,7 +248,7 @@ def drafter_files(folder: str, loaded: Trainable, verifier: str) -> dict[str, by
 
 
 def assistant_content(assistant: Assistant, model_fingerprint: str) -> dict[str, bytes]:
-    """The files of its folder in a model's. `model_fingerprint`: of the model that it was made for."""
+    """An assistant's files by their paths in a model's folder. `model_fingerprint`: of the model that it was made for."""
     names, text = (*assistant.shapes, *([ORDER] if assistant.clusters else [])), json.dumps(assistant.settings, indent=2) + "\n"
     weights = sidecars.content_of({name: assistant.take(name) for name in names}, model_fingerprint, {"format": "pt"})
     return dict(zip(ASSISTANT_FILES, (text.encode(), weights), strict=True))

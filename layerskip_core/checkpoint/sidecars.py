@@ -42,7 +42,7 @@ EAGLE3_FILES = f"{EAGLE3_FOLDER}/{CONFIG_FILE}", f"{EAGLE3_FOLDER}/model.safeten
 PROPOSED = 4  # drafts per round by default in other engines
 
 CACHE = "LAYERSKIP_CACHE"  # environment variable: the folder for int4 weights of models in read-only folders
-_CACHED = 10 << 30  # its largest size in bytes; the oldest files go
+_CACHED = 10 << 30  # its limit in bytes: the oldest files are removed
 
 _INT4 = {"format": "1", "group_size": str(GROUP_SIZE)}
 BLOCKS = {"format": "1"}
@@ -67,7 +67,7 @@ def fingerprint(spec: AnySpec, weight_of: Callable[[str], Tensor]) -> str:
     digest = hashlib.sha256()
     others = [name for name, shape in spec.shapes.items() if len(shape) > 1]
     for name in matrix_names(spec) if isinstance(spec, ModelSpec) else others:
-        weight = weight_of(name).detach().flatten(0, -2)  # experts stand in one tensor of three dimensions
+        weight = weight_of(name).detach().flatten(0, -2)  # experts share one tensor of three dimensions
         rows = weight[[0, len(weight) // 2, -1]].to("cpu", torch.bfloat16).contiguous()
         digest.update(rows.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -109,7 +109,7 @@ def clear_cache() -> int:
 
 
 class StoredInt4(NamedTuple):
-    """Calibrated weights as rows of bytes, read when taken, and how often they choose the token of the unquantised model."""
+    """Calibrated weights as rows of bytes, read when taken. `agreement`: share of the unquantised model's argmax tokens."""
 
     take: Take
     agreement: float | None
@@ -177,9 +177,9 @@ def content_of(weights: Mapping[str, Tensor], model_fingerprint: str, form: Mapp
     """The bytes of a safetensors file, with a sorted header: the library's order is random."""
     from safetensors.torch import save
 
-    whole = {name: weight.contiguous() for name, weight in weights.items()}  # of gpt-oss from GGUF, experts are views
+    whole = {name: weight.contiguous() for name, weight in weights.items()}  # experts of gpt-oss from GGUF are views
     written: bytes = save(whole, metadata={**form, FINGERPRINT: model_fingerprint})
-    end = 8 + int.from_bytes(written[:8], "little")  # of the header, which is padded with spaces
+    end = 8 + int.from_bytes(written[:8], "little")  # of the header and its padding
     header = json.loads(written[8:end])
     header[METADATA] = dict(sorted(header[METADATA].items()))
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
@@ -229,7 +229,7 @@ class _Values(msgspec.Struct):
 
 
 def default_layers(num_layers: int) -> tuple[int, ...]:
-    """The layers of engines where config.json names none: 2, L/2 and L-3, within 1..L-1."""
+    """The layers that engines tap if config.json names none: 2, L/2 and L-3, within 1..L-1."""
     return tuple(sorted({min(max(layer, 1), num_layers - 1) for layer in (2, num_layers // 2, num_layers - 3)}))
 
 

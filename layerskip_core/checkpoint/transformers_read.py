@@ -30,12 +30,12 @@ from .loaded import TORCH_DTYPES, Trainable, pick_dtype
 from .locate import Location, adapters_of, is_adapter, locate, present, reading
 
 _NO_FOREIGN_CODE = {"trust_remote_code": False}  # the default asks on standard input
-_SAME = {"mimo": "qwen2"}  # types that transformers has under another name
+_SAME = {"mimo": "qwen2"}  # model types that transformers runs as another type
 _OWN = ("model_type", "auto_map", "architectures")  # values of config.json that name the type
 
 
 class PretrainedModel:
-    """A model in a folder or on the hub, by its configuration; of a multimodal model the text part, if known."""
+    """A model in a folder or on the hub; of a multimodal one only the text part, if its architecture is known."""
 
     def __init__(self, path: str) -> None:
         from transformers import AutoConfig
@@ -66,7 +66,7 @@ class PretrainedModel:
         from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-        generation_config(self._path)  # transformers ignores a damaged one
+        generation_config(self._path)  # raises for a damaged file, which transformers ignores
         if self.low_bits is not None and self.spec is not None:
             return self._dense({name: self.low_bits.weight(name).float() for name in self.spec.shapes}, torch.float32)
         files = open_weights(self._path, self.spec)  # checks them
@@ -90,7 +90,7 @@ class PretrainedModel:
 
 
 def open_model(location: Location) -> PretrainedModel | GgufFile:
-    """The model at a location, by its configuration. Raises CheckpointError for an unsupported one."""
+    """Opens the model at a location, without its weights. Raises CheckpointError for an unsupported one."""
     if location.gguf_file is None:
         return PretrainedModel(location.path)
     return GgufFile(Path(location.path) / location.gguf_file)
@@ -98,7 +98,7 @@ def open_model(location: Location) -> PretrainedModel | GgufFile:
 
 @quiet_transformers()
 def configured_spec(folder: str) -> ModelSpec | None:
-    """The spec of a folder with transformers' defaults; None if its weights are not plain safetensors."""
+    """The spec of a folder with transformers' defaults; None if its weights are quantized or not in safetensors."""
     plain = weight_files(folder) and "quantization_config" not in read_settings(folder, CONFIG_FILE)
     return PretrainedModel(folder).spec if plain else None
 

@@ -91,7 +91,7 @@ class DecodingOptions(TypedDict, total=False):
 
 
 class RequestOptions(DecodingOptions, total=False):
-    """Options of a request; those of DecodingOptions can be measured too."""
+    """Options of a request. Measurements take those of DecodingOptions only."""
 
     min_p: Annotated[Ratio, Flag("Sample from tokens with this share of the best one's probability.", None, "0", "Sampling")]
     frequency_penalty: Annotated[Penalty, Flag("Subtract this from a token's logit per occurrence in the answer.", None, "0")]
@@ -130,7 +130,7 @@ _OF_A_REQUEST |= {"max_new_tokens", "stop", "temperature", "top_k", "top_p", "se
 class DraftProfile:
     """Measurements that adaptive drafting starts from; `acceptance` and `drafts` by drafter: `exit 8`, `int8`."""
 
-    acceptance: dict[str, Ratio] = field(default_factory=dict)  # rate of a draft after accepted ones
+    acceptance: dict[str, Ratio] = field(default_factory=dict)  # acceptance rate of a draft after accepted ones
     passes: tuple[Milliseconds, ...] = ()  # of the target over 1, 2, ... tokens
     drafts: dict[str, Milliseconds] = field(default_factory=dict)  # per draft token
     draft_head: Quantization | None = None  # as in PackingConfig
@@ -194,18 +194,18 @@ _OF_A_ROW = (
 
 
 def decoding(strategy: str, options: DecodingOptions | None = None, **fields: Any) -> DecodingConfig:
-    """A strategy with those of the options that it uses, and further fields of DecodingConfig."""
+    """The DecodingConfig of a strategy: the `options` that it uses, and further `fields`."""
     used = {name: value for name, value in normalized(options or {}).items() if strategy in used_by(name)}
     return DecodingConfig(**used | fields | {"strategy": strategy})
 
 
 def choices(options: DecodingOptions) -> dict[str, Any]:
-    """The requested options that a policy sets, or the policy itself. Empty: the checkpoint chooses."""
+    """The requested options that a policy could set, and `policy`. Empty: the checkpoint chooses."""
     return {name: value for name, value in normalized(options).items() if value and name not in _OF_A_REQUEST}
 
 
 def changed(options: DecodingOptions, changes: DecodingOptions) -> RequestOptions:
-    """Options with `changes`. A policy replaces all options that it sets; one of these drops a policy."""
+    """`options` with `changes`. A new policy replaces all options that policies set; such an option drops the policy."""
     replaced = set() if changes.keys().isdisjoint(GUIDES) else set(GUIDES)
     if "policy" in changes:
         replaced |= options.keys() - _OF_A_REQUEST

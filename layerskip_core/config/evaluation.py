@@ -10,7 +10,7 @@ from .decoding import REMEMBERED, STRATEGIES, DecodingOptions, Remember
 from .model import DraftModel, MachineConfig, PackingConfig, PromptingConfig
 from .options import BatchSize, Count, CountOrNone, Drafts, Flag, Layer, ModelName, Seed, Share, Text, Without, one_of
 
-# The tasks with their TaskLoaders, which are imported when they are used.
+# The TaskLoaders of tasks, imported on use.
 TASKS = {
     "commands": "layerskip_core.evaluation.tasks.texts:COMMANDS",
     "topv2": "layerskip_core.evaluation.tasks.texts:TOPV2",
@@ -24,20 +24,20 @@ TASKS = {
 }
 TRANSFORMERS_BASELINES = ("transformers", "assistant-early-exit", "prompt-lookup", "assistant-model")
 BASELINES = (*TRANSFORMERS_BASELINES, "no-reuse", "llama.cpp")
-# Columns of rows of `jsonl`.
+# Columns of `jsonl`; the first one present counts.
 PROMPT_NAMES = ("prompt", "instruction", "article", "document", "source", "question", "input", "turns", "messages")
 REFERENCE_NAMES = ("completion", "response", "reference", "summary", "summary_gt", "highlights", "target", "answer", "output")
 UNSANDBOXED = "unsandboxed"
-HARNESS = "lm-eval:"  # before the names of tasks of lm-evaluation-harness
+HARNESS = "lm-eval:"  # prefix of lm-evaluation-harness's tasks
 PRECISIONS = ("fp32", "bf16", "int8", "int4")  # of the weights
 
-_TIMED = 8  # prompts whose speed is measured, with batches
+_TIMED = 8  # prompts to time, with batches
 _OF_THE_TASK = ("max_new_tokens", "seed")  # options that TaskConfig has
 
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """The task and its rows. `prompting.template` with {prompt} in it is also the form of each prompt."""
+    """The task and its rows. A `prompting.template` with {prompt} also replaces the task's own form of prompts."""
 
     task: Annotated[
         Text | None,
@@ -151,7 +151,7 @@ class BenchConfig(MeasurementConfig):
 
 @dataclass(frozen=True)
 class SweepConfig(MeasurementConfig):
-    """A sweep over exits, and over drafters with given draft lengths, or those that predictions favour."""
+    """A sweep over exits and drafters, with the given draft lengths or those of the best predicted speed."""
 
     exits: Annotated[
         tuple[Layer, ...], Flag("Exits: 3,6,8 or A:B:STEP.", None, "the trained, at most six, and the low-bit copy", "Decoding")

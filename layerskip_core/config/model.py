@@ -16,7 +16,7 @@ DTYPES: tuple[str, ...] = get_args(DType)
 GGUF_DTYPES = ("auto", "f16", "q8_0", "q4_0")
 PROMPT_COLUMNS = ("prompt", "instruction", "question", "input")  # the usual names; the first one present counts
 COMPLETION_COLUMNS = ("completion", "response", "answer", "output", "text")
-EXACT_TOKENS = 64  # in an exact call, at most; longer calls are prompts, which are the same for every strategy
+EXACT_TOKENS = 64  # most tokens of an exact call; longer calls are prefills, the same for every strategy
 _Unicode = Annotated[str, Meta(pattern="^[^\ud800-\udfff]*$", description="valid Unicode")]
 
 
@@ -39,17 +39,17 @@ class PackingConfig:
     """How the weights of a model that only decodes are stored, and what drafts for it.
 
     `quantize`: linear layers and head; the embedding keeps its precision. `draft_weights`: low-bit copies that draft, with a
-    head in `draft_head` (int4 costs much acceptance). `draft_vocab`: by token_order.json, else the tokenizer's first tokens.
+    head in `draft_head` (int4 costs much acceptance). `draft_vocab`: in the order of token_order.json, else of the ids.
     """
 
     quantize: Annotated[Quantization | None, Flag("Low-bit weights (CPU only).", default="none", panel="Weights")] = None
     draft_weights: Annotated[tuple[Quantization, ...], Flag("Draft with low-bit copies of the weights; the same output.")] = ()
-    draft_layers: int = 0  # the first ones, of these copies; 0: all
+    draft_layers: int = 0  # the copies' first layers; 0: all
     draft_head: Annotated[Quantization | None, Flag("Precision of the head of these copies.", default="int8")] = None
     draft_vocab: Annotated[CountOrNone, Flag("Draft the N most frequent tokens only.", None, "all; 4096 at trained exits")] = 0
     draft_model: DraftModel = None
     exact: Annotated[bool, Flag("Bit-for-bit the output of autoregressive decoding; slower.")] = False
-    adaptive: bool = False  # adds a low-bit copy if kernels are here and nothing else drafts
+    adaptive: bool = False  # adds a low-bit copy if compiled kernels run and nothing else drafts
 
     def __post_init__(self) -> None:
         used = self.draft_head is None or bool(self.draft_weights)
@@ -62,7 +62,7 @@ class PackingConfig:
 
     @property
     def drafter(self) -> tuple[Quantization | None, Quantization | None]:
-        """The precision of layer and head of a drafter (EAGLE-3, MTP), by default int8: its acceptance rate stays the same."""
+        """The precision of layer and head of a drafter (EAGLE-3, MTP), by default int8, which keeps the acceptance rate."""
         return next(iter(self.draft_weights), self.quantize or "int8"), self.draft_head or "int8"
 
     @property
@@ -100,7 +100,7 @@ class PromptingConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """A data set, its columns, and the number of rows (0: all). `setting`: the one that named it, for errors."""
+    """A data set, its columns, and the number of rows (0: all). `setting`: the field that names it, for errors."""
 
     name: Annotated[
         Text, Flag("commands, topv2, a file, a TOPv2 folder or a hub id.", "--data", panel="Data", reads="data")
@@ -122,7 +122,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """A calibration with texts that the model writes."""
+    """A calibration on texts that the model writes."""
 
     model: ModelName = "embedded"
     samples: Annotated[Count, Flag("Number of texts that the model writes, of 256 tokens each.")] = 24
@@ -131,7 +131,7 @@ class CalibrationConfig:
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """An export of the first `exit_layer` layers with their exit block (None: the recommended exit); `packed`: of all."""
+    """An export of the first `exit_layer` layers and their exit block (None: the recommended exit); `packed`: of all layers."""
 
     model: Text = "embedded"
     exit_layer: Annotated[int | None, Flag("Layers of the draft model.", "--exit", "the checkpoint's", "Output")] = None

@@ -37,7 +37,7 @@ class Flag:
     panel: Panel | None = None  # heading of --help; None: that of the field before
     repeated: bool = False
     optional: str | None = None  # a value that may follow; without it the field is True
-    reads: Literal["file", "data", "perhaps data", "model"] | None = None  # its absence is reported before torch is imported
+    reads: Literal["file", "data", "perhaps data", "model"] | None = None  # its existence is checked before torch is imported
 
 
 class Without(tuple[str, ...]):
@@ -71,7 +71,7 @@ ModelName = Annotated[Text, Flag(_MODELS, panel="Model", reads="model")]
 
 
 def checked(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """User-given values as the types of `kind`'s fields. Raises TypeError for an unknown name, ConfigError for a value."""
+    """Converts user-given values to `kind`'s field types. Raises TypeError for an unknown name, ConfigError for a value."""
     hints = hints_of(kind)
     for name in values:
         if name not in hints:
@@ -80,7 +80,7 @@ def checked(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check(field: str, hint: Any, value: Any) -> Any:
-    """The value by its annotation; NumPy's numbers and arrays count as Python's. Raises ConfigError."""
+    """Converts a value to its annotated type; accepts NumPy's numbers and arrays. Raises ConfigError."""
     try:
         return msgspec.convert(_plain(value), hint, str_keys=True)
     except (msgspec.ValidationError, UnicodeEncodeError) as error:  # the latter for lone surrogates among choices
@@ -165,7 +165,7 @@ def parse_counts(text: str, field: str) -> tuple[int, ...]:
     try:
         ranges = [counts(*map(int, part.split(":"))) for part in text.split(",")]
         count = sum(map(len, ranges))
-    except (ValueError, TypeError, OverflowError):  # not a number; too many for a range, or of them
+    except (ValueError, TypeError, OverflowError):  # no number, too large a number, or too many parts
         ranges = []
     if not ranges or not all(ranges):
         raise refused(field, "a list such as 3,6,8 or a range A:B:STEP with A <= B and STEP >= 1", repr(shown(text)))

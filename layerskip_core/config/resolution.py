@@ -1,4 +1,4 @@
-"""Recommendations, saved policies and exits of a checkpoint, which complete requested options."""
+"""Completes requested options by the recommendation, the saved policies and the exits of a checkpoint."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ class Measured(TypedDict):
 
 
 class Policy(DecodingOptions, total=False):
-    """Options that a sweep saved with a model, and their measurement. Limit, stop strings and sampling are the request's."""
+    """Options that a sweep saved with a model, and their measurement. A request sets limit, stop strings and sampling."""
 
     draft_weights: Quantization  # the copy that drafts
     draft_copies: Sequence[Quantization]  # `draft_weights` of PackingConfig; without it the default of adaptive drafting
@@ -82,7 +82,7 @@ def resolve(options: DecodingOptions, known: Recommended, num_layers: int, packi
 def resolve_as(
     strategy: str, options: DecodingOptions, known: Recommended, num_layers: int, packing: PackingConfig = PLAIN
 ) -> DecodingConfig:
-    """The same for a given strategy, without the check for contradictions. Of several low-bit copies the first drafts."""
+    """As `resolve`, for a given strategy and without its checks for contradictions. The first low-bit copy drafts."""
     asked = normalized(options)
     completed: dict[str, Any] = {"num_draft_tokens": known.num_draft_tokens, "guided": _guided(asked)}
     if strategy in ("self-speculative", "draft-and-verify") and packing.draft_weights:
@@ -166,7 +166,7 @@ def default_exits(num_layers: int) -> tuple[int, ...]:
 
 
 def spread_exits(exits: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
-    """At most six exits, the nearest to `default_exits`: each costs a pass of the head."""
+    """At most six exits, the nearest to `default_exits`: every exit costs a pass of the head."""
     if len(exits) <= 6:
         return exits
     return tuple(sorted({min(exits, key=lambda known: abs(known - wanted)) for wanted in default_exits(num_layers)}))

@@ -1,4 +1,4 @@
-"""The two trainings: of a model, with or without the recipe, and of a drafter for a frozen model."""
+"""Settings of the two trainings: of a model, with or without the recipe, and of a drafter for a frozen model."""
 
 import os
 from dataclasses import dataclass, field
@@ -42,7 +42,7 @@ class TrainingSettings:
     data: DataConfig = field(default_factory=DataConfig)
     prompting: PromptingConfig = field(default_factory=PromptingConfig)
     usual_epochs, commands_steps = 1.0, 300  # about three minutes on two cores
-    streaming = fsdp = False  # settings of FinetuneConfig
+    streaming = fsdp = False  # set by FinetuneConfig
     steps: Annotated[_RunSteps | None, Flag("Steps; overrides --epochs.", None, "300 on `commands`", "Optimisation")] = None
     epochs: Annotated[_Epochs | None, Flag("Passes over the data.", default="1")] = None
     batch_size: Annotated[BatchSize, Flag("Rows per forward pass.")] = 16
@@ -81,7 +81,7 @@ class TrainingSettings:
 class RecipeSettings:
     """Settings of the LayerSkip recipe (Elhoushi et al., ACL 2024, section 4.1). None: the preset decides.
 
-    `exits`: the exit layers (counts, 1..L-1) that the curriculum chooses among. The loss beside `distill` is cross-entropy.
+    `exits`: the exit layers (counts, 1..L-1) that the curriculum chooses among. Share 1 - `distill` of a loss is cross-entropy.
     """
 
     preset: Annotated[Preset, Flag("auto: a few exits, with readers; none: no exits.", "--recipe", panel="Recipe")] = "auto"
@@ -169,7 +169,7 @@ class DrafterConfig(TrainingSettings):
 
     @property
     def _of_one_layout(self) -> dict[str, BlockLayout]:
-        """The layouts of given settings that belong to one layout."""
+        """The given settings that only one layout has, with that layout."""
         layouts = _LAYOUTS | ({"start_from": "mtp"} if self.start_from == SHIPPED else {})
         return {name: layout for name, layout in layouts.items() if not self._is_usual(name)}
 

@@ -6,8 +6,8 @@
 grammar/GRAMMAR.md explains the grammar. Rows are a function of (split, seed). Hashes assign the text of every expansion of an
 `open` rule (a slot value: a name, a place, a time) and every skeleton (the parse without open values) to a split. A test row
 takes both from the test side, so neither its values nor its phrasing occur in training. `compositional` also takes values from
-the test side, and nestings marked `!`, which no other split uses. `sealed` takes
-all phrasings and most values from sealed.txt, which it alone uses; rules without alternatives there take the test side.
+the test side, and nestings marked `!`, which no other split uses. `sealed` alone uses sealed.txt, for all phrasings and most
+values; for rules without alternatives there it takes the test side.
 """
 
 import hashlib
@@ -47,7 +47,7 @@ class Alternative(NamedTuple):
 
 @dataclass
 class Rule:
-    """`flags`: of open, root and coined. An inline choice `(a|b|)` is a rule without flags, named by its own text."""
+    """`flags`: some of open, root, coined. An inline choice `(a|b|)` is a rule without flags, named by its own text."""
 
     domain: str
     flags: frozenset[str] = frozenset()
@@ -135,7 +135,7 @@ class Grammar:
                 tokens = list(self._closed(_drawn(rng, rule.choices(split)), split, rng, in_value=True))
                 value = self._filled(tokens, split, rng)
                 if len(tokens) == 1 and tokens[0].startswith("{"):
-                    return value  # of another open rule
+                    return value  # of another open rule, checked there
             if _side(value) == side or rule.choices(split) is rule.sealed:
                 return value
         raise ValueError(f"rule {name} has no value on the {side} side: give it more alternatives")
@@ -145,7 +145,7 @@ class Grammar:
         return " ".join(self._open(token[1:-1], split, rng) if token.startswith("{") else token for token in tokens)
 
     def _made_up(self, rule: Rule, split: str, rng: random.Random) -> list[str]:
-        """Made-up words for an expansion of a `coined` rule, equally many; of several the short ones stay (`in law`)."""
+        """An expansion of a `coined` rule in made-up words; of several words the short ones stay (`in law`)."""
         words = list(self._closed(_drawn(rng, rule.alternatives), split, rng))
         return [_coined_word(rng) if len(words) == 1 or len(word) >= _SHORTEST_COINED else word for word in words]
 

@@ -20,14 +20,14 @@ from ..model.spec import ModelSpec
 TARGET, DRAFT = "target.gguf", "draft.gguf"
 _ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3"}
 _EAGLE3 = "eagle3"
-_TAPPED = ("llama", "mistral", "qwen3")  # whose states llama.cpp hands on; for others it aborts
+_TAPPED = ("llama", "mistral", "qwen3")  # whose hidden states llama.cpp gives a drafter; it aborts for others
 _OF_EAGLE3 = {  # llama.cpp's names of weights that other models lack
     "model.fc.weight": "fc.weight",
     "model.layers.0.hidden_norm.weight": "blk.0.attn_norm_2.weight",
     "rope_freqs": "rope_freqs.weight",
 }
 _GEMMA_PERIOD = 6  # llama.cpp gives every sixth layer of Gemma 3 full attention
-_BLOCK = 32  # numbers of a row that share a scale in q8_0 and q4_0
+_BLOCK = 32  # weights per scale in q8_0 and q4_0
 _ROPES = ("default", "linear", "llama3")
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -71,10 +71,10 @@ def write_gguf(model: Any, tokenizer: Any, spec: ModelSpec, path: Path, kind: st
             writer.add_final_logit_softcapping(spec.logits_cap)
         for weight_name in spec.shapes:
             weight = model.get_parameter(weight_name).detach()
-            if name == "llama":  # in whose heads llama.cpp rotates neighbours, not halves
-                weight = _neighbours(weight_name, weight, spec)
+            if name == "llama":  # llama.cpp's rope pairs neighbouring dimensions, not halves
+                weight = _interleaved(weight_name, weight, spec)
             elif spec.architecture.norm == "rms_plus_one" and weight_name.endswith("norm.weight"):
-                weight = weight + 1  # which llama.cpp does not add
+                weight = weight + 1  # llama.cpp does not add it
             add(weight_name, weight)
 
 
@@ -97,7 +97,7 @@ def write_eagle3(drafter: Eagle3Weights, tokenizer: Any, spec: ModelSpec, path: 
             writer.add_tensor(TOKENS, drafter.tokens.long().numpy())
         for name, weight in drafter.weights.items():
             of_model = name if name.startswith("lm_head.") else f"model.{name}"
-            add(of_model, _neighbours(name, weight, form))
+            add(of_model, _interleaved(name, weight, form))
 
 
 @contextmanager
@@ -137,7 +137,7 @@ def _writing(
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         add_tokenizer(writer, tokenizer, spec.vocab)
         yield writer, add
-        if rope.type == "llama3":  # which divide the frequencies
+        if rope.type == "llama3":  # divisors of the frequencies
             add("rope_freqs", llama3_factors(rope.parameters, sizes.head_dim))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -168,8 +168,8 @@ def _full_rope(spec: ModelSpec) -> RopeSpec:
     return spec.ropes[(full or spec.rope_of)[0] or 0]
 
 
-def _neighbours(name: str, weight: Tensor, sizes: ModelSpec | Eagle3Form) -> Tensor:
-    """A weight with the halves of each head's queries or keys interleaved; others as they are."""
+def _interleaved(name: str, weight: Tensor, sizes: ModelSpec | Eagle3Form) -> Tensor:
+    """Interleaves the halves of each head in the weights of queries and keys; returns others unchanged."""
     heads = {"q_proj": sizes.heads, "k_proj": sizes.kv_heads}.get(name.split(".")[-2])
     return weight if heads is None else weight.view(heads, 2, sizes.head_dim // 2, -1).transpose(1, 2).reshape(weight.shape)
 

@@ -38,9 +38,9 @@ from ..model.weights import Weights, named_int4
 from .gguf import DRAFT, TARGET, refuse_gguf, write_eagle3, write_gguf
 
 README = "README.md"
-_NOT_BY_LAYER = ("token_id", "architectures", "mlp_only_layers")  # lists in config.json of other things, whatever their length
-_PROBE = 8  # tokens of each of the two texts on which a written model is compared with the exit
-_TOLERANCE = 1e-3  # of its logits in fp32, relative to their spread
+_NOT_BY_LAYER = ("token_id", "architectures", "mlp_only_layers")  # config.json's lists that are never by layer
+_PROBE = 8  # tokens of each of two texts, on which the written model's logits are compared with the exit's
+_TOLERANCE = 1e-3  # of the difference in fp32, relative to the logits' spread
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def export(config: ExportConfig) -> Exported:
     """Writes an exit of a model to `output`, whose lock the caller holds: a transformers checkpoint, or GGUF with the model.
 
     In GGUF a drafter in the EAGLE-3 layout replaces the exit, if none is named. Raises CheckpointError if the model cannot be
-    read or the folder written; ConfigError for a folder with another model or README.md, and for another exit.
+    read or the folder written; ConfigError for a folder with another model or README.md, and for an invalid exit.
     """
     _refuse_own_folder(config)
     if config.as_gguf:
@@ -103,7 +103,7 @@ def export(config: ExportConfig) -> Exported:
 
 
 def export_packed(config: ExportConfig) -> tuple[str, int]:
-    """As `export`, the whole model with weights packed for the compiled kernels. Returns the format in words, and bytes."""
+    """As `export`, for all layers, packed for the compiled kernels. Returns the precisions in words, and the file's bytes."""
     _refuse_own_folder(config)
     source = downloaded(config.model)
     refuse_overwrite(config.output, config.overwrite)
@@ -203,7 +203,7 @@ def _write_pair(
 
 @torch.no_grad()
 def cut_to_exit(loaded: Trainable, exit_layer: int, blocks: ExitBlocks) -> Any:
-    """The model of an exit and its block, with `loaded`'s weights. Raises CheckpointError if it has not the exit's logits."""
+    """Cuts `loaded` to an exit and its block, in place. Raises CheckpointError if the logits are not those of the exit."""
     model: Any = loaded.model
     block = next((block for block in blocks.blocks if block.exit_layer == exit_layer), None)
     backend = loaded.backend if block is None else TransformersBackend(model, ExitBlocks((block,), blocks.take))
@@ -232,7 +232,7 @@ def cut_to_exit(loaded: Trainable, exit_layer: int, blocks: ExitBlocks) -> Any:
 
 
 def _with_weights(config: Any, weights: Mapping[str, Tensor], layers: int, kept: Sequence[int]) -> Any:
-    """A model that shares these weights; of weights with a part for each of `layers` layers, the `kept` ones."""
+    """A model that shares `weights`. From a weight with parts for all `layers` layers it takes the `kept` ones."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
@@ -252,10 +252,10 @@ def _with_weights(config: Any, weights: Mapping[str, Tensor], layers: int, kept:
 
 
 def cut_config(config: Any, kept: Sequence[int]) -> Any:
-    """A configuration with the layers `kept` (ascending, from 0); lists and entries by layer lose those of the others."""
+    """A configuration with the layers `kept` (ascending, from 0); lists and dictionaries by layer keep theirs."""
     values, layers = config.to_dict() | config.to_diff_dict(), config.num_hidden_layers  # parts of DBRX load from the latter
     for name in ("num_layers", config.attribute_map.get("num_hidden_layers", "num_hidden_layers")):
-        if name in values:  # Nemotron-H has the list of its layers only, and in each of LongCat-Flash's are two attentions
+        if name in values:  # Nemotron-H only lists its layers; LongCat-Flash counts two attentions in each
             layers, values[name] = values[name], len(kept)
             break
     for name, value in values.items():
@@ -267,19 +267,19 @@ def cut_config(config: Any, kept: Sequence[int]) -> Any:
             values[name] = {str(place): by_layer[layer] for place, layer in enumerate(kept) if layer in by_layer}
     if values.get("max_window_layers") is not None:  # the layers from this one on have a sliding window
         values["max_window_layers"] = sum(layer < values["max_window_layers"] for layer in kept)
-    if (dense := values.get("mlp_only_layers")) is not None:  # so have all layers but every `step`-th
+    if (dense := values.get("mlp_only_layers")) is not None:  # further dense layers: all but every `step`-th
         step = values["decoder_sparse_step"]
         values["mlp_only_layers"] = [place for place, layer in enumerate(kept) if layer in dense or (layer + 1) % step]
         values["decoder_sparse_step"] = 1
     if attending := getattr(config, "attn_layer_indices", None):  # Bamba's
         values["attn_layer_indices"] = [place for place, layer in enumerate(kept) if layer in attending]
-    if shared := values.get("num_kv_shared_layers"):  # so many last ones have the keys and values of earlier ones
+    if shared := values.get("num_kv_shared_layers"):  # the last `shared` layers read KV entries of earlier ones
         values["num_kv_shared_layers"] = sum(layer >= layers - shared for layer in kept)
     return config.__class__.from_dict(values)
 
 
 def _readme(config: ExportConfig, exit_layer: int | None, layers: int, drafts: int, why: str) -> str:
-    """How the engine decodes, after how to write the model itself if the engine cannot load it as it is."""
+    """How to decode with the engine. If it cannot load the model as it is, first how to write the model."""
     assert config.engine is not None
     output, engine = Path(config.output).resolve(), config.engine
     draft = "The drafter" if exit_layer is None else f"Exit {exit_layer}"

@@ -86,9 +86,9 @@ def exported_exit(draft: ModelConfig, target: Any) -> int:
 
 
 def share_all_but_attention(mine: nn.Module, theirs: nn.Module) -> None:
-    """vLLM's attention keeps a name of its own, by which it finds its part of the cache."""
+    """Gives `mine` the modules of `theirs`, except attention, which finds its KV cache by its own name."""
     for name, child in theirs.named_children():
-        if isinstance(child, Attention):  # layers of vLLM that share a cache only read it; drafted tokens must be written, too
+        if isinstance(child, Attention):  # vLLM's layers that share a cache only read it, but drafted tokens must be written
             own: Any = getattr(mine, name)
             own.kv_sharing_target_layer_name = child.layer_name
             if not own.attn_backend.forward_includes_kv_cache_update:
@@ -100,7 +100,7 @@ def share_all_but_attention(mine: nn.Module, theirs: nn.Module) -> None:
 
 
 def writing(attention: type[Any]) -> type[Any]:
-    """A vLLM implementation of attention that writes keys and values to the cache before it reads it."""
+    """A subclass of vLLM's attention that writes keys and values to the cache before attention reads it."""
 
     class Writing(attention):  # type: ignore[misc]
         def forward(

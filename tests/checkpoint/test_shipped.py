@@ -121,7 +121,7 @@ def test_another_layout_is_left_aside_and_told(shipped):
     loaded = for_decoding(str(shipped), "cpu", "fp32")
     assert not loaded.backend.drafters
     told = "mtp.layers.1.input_layernorm.weight must be left out, found F32 [64]"
-    assert loaded.notes == (f"its drafter is left aside, whose layout is not known here: {told}",)
+    assert loaded.notes == (f"its drafter (mtp) is not used, because its layout is unknown: {told}",)
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_5_moe_text", "qwen3_next"])
