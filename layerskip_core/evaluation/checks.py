@@ -1,4 +1,4 @@
-"""Checks that batching, drafting and resuming keep the outputs of greedy decoding, one prompt at a time, and its logits."""
+"""Checks that batching, drafting and resuming do not change outputs and logits of greedy decoding one prompt at a time."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -21,8 +21,8 @@ from ..errors import plural
 from .measure import first_difference, logits
 from .results import NEAR_TIE
 
-# From the strongest: logits with the same bits; the same tokens; the same tokens except where two are almost equally likely;
-# the same distribution of sampled tokens.
+# From strongest to weakest: bitwise equal logits; equal tokens; equal tokens except at near-ties; sampled tokens of equal
+# distribution.
 Promise = Literal["bits", "tokens", "near-ties", "distribution"]
 Ids = list[int]
 Pair = tuple[int, ...]  # the first two tokens of an output, or its only one
@@ -32,15 +32,15 @@ DRAFTS, BATCH, JOINED, TURN = "speculative = plain", "batch = single", "joining 
 SEED, ROW, DISTRIBUTION = "sampled: a seed repeats", "sampled: batch = single", "sampled: the model's distribution"
 
 LOW_BIT: dict[str, Quantization] = {"int8": "int8", "int4": "int4"}
-_COUNTED: dict[str, Any] = {"temperature": 2.0, "top_k": 4}  # few tokens: each pair of them is often drawn
-_AT_ONCE = 50  # draws
+_COUNTED: dict[str, Any] = {"temperature": 2.0, "top_k": 4}  # few candidate tokens, so that each pair is drawn often
+_AT_ONCE = 50  # draws per batch
 _LEAST_DRAWS = 5.0  # expected in a cell of the chi-square test; rarer pairs share one
-_LEAST_P = 1e-6  # below which distributions differ: one in a million tests of equal ones
+_LEAST_P = 1e-6  # below it distributions differ; equal ones fail once in a million tests
 
 
 @dataclass(frozen=True)
 class Mismatch:
-    """The first difference of a prompt's output, or of its logits' best tokens: token ids, None past an end."""
+    """The first difference of a prompt's output, or of its logits (their argmax): token ids, None past an end."""
 
     prompt: int
     position: int
@@ -112,7 +112,7 @@ class Subject:
         return [row.output for row in rows]
 
     def mismatch(self, number: int, position: int, before: Ids, wanted: int | None, found: int | None) -> Mismatch:
-        """`before`: the tokens before the difference."""
+        """Adds the logit gap; `before`: all tokens before the difference."""
         gap = None
         if wanted is not None and found is not None:
             scores = logits(self.backend, torch.tensor([before]), last=1)[0, -1].cpu().double()  # mps has no fp64
@@ -216,7 +216,7 @@ def drafting(subject: Subject) -> dict[str, DecodingConfig]:
 
 
 def check_batches(subject: Subject) -> Iterator[CheckResult]:
-    """Rows of a batch get the tokens that they get alone, also if they join while others are decoded."""
+    """Rows of a batch get the same tokens as alone, also if they join while others are decoded."""
     for setting, config in subject.usual.items():
         yield subject.compared(BATCH, setting, subject.together(config))
         yield subject.compared(JOINED, setting, subject.joined(config))
@@ -227,7 +227,7 @@ def check_batches(subject: Subject) -> Iterator[CheckResult]:
 
 
 def check_turns(subject: Subject) -> Iterator[CheckResult]:
-    """A text that continues the previous one on its KV entries gets the tokens of a fresh cache."""
+    """A next turn on the KV entries of the previous one gets the same tokens as on a fresh cache."""
     room = subject.backend.spec.context - subject.config.max_new_tokens - 1
     following = [*subject.prompts[1:], subject.prompts[0]]
     texts = zip(subject.prompts, subject.expected, following, strict=True)
@@ -240,7 +240,7 @@ def check_turns(subject: Subject) -> Iterator[CheckResult]:
 
 
 def check_sampling(subject: Subject) -> Iterator[CheckResult]:
-    """A seed repeats its tokens; drafts keep the distribution, by counts of first token pairs against the logits."""
+    """A seed repeats its tokens; drafts keep the distribution: a chi-square test of first token pairs against the logits."""
     backend, draws, seed = subject.backend, subject.config.draws, subject.config.seed
     settings = subject.usual | {"lookup": drafting(subject)["lookup"]}
     for weights, exit_layer in zip(subject.copies[-1:], subject.middle, strict=False):
@@ -265,13 +265,13 @@ def check_sampling(subject: Subject) -> Iterator[CheckResult]:
 
 
 def _following(subject: Subject, ids: Ids) -> dict[int, float]:
-    """The tokens that can follow, with their probabilities."""
+    """The possible next tokens, with their probabilities."""
     probs = probabilities(logits(subject.backend, torch.tensor([ids]), last=1)[0, -1], DecodingConfig(**_COUNTED))
     return {int(token): float(probs[token]) for token in probs.nonzero()[:, 0]}
 
 
 def _pairs(subject: Subject, prompt: Ids) -> dict[Pair, float]:
-    """The probability of each beginning of two tokens, or of one that ends the output."""
+    """The probability of each pair of first tokens, and of EOS as the only one."""
     pairs: dict[Pair, float] = {}
     for token, share in _following(subject, prompt).items():
         if token in subject.loaded.eos_ids:
@@ -282,7 +282,7 @@ def _pairs(subject: Subject, prompt: Ids) -> dict[Pair, float]:
 
 
 def chi_square(counts: Counter[Pair], expected: dict[Pair, float], draws: int) -> float:
-    """The p-value of counts, given probabilities; 0 if something impossible was drawn. Rare pairs share a cell."""
+    """P-value of the counts under the `expected` probabilities; 0 if an impossible pair was drawn. Rare pairs share a cell."""
     if counts.keys() - expected.keys():
         return 0.0
     frequent = [pair for pair, share in expected.items() if draws * share >= _LEAST_DRAWS]

@@ -1,4 +1,4 @@
-"""Compares runs: means of every figure over the runs of a label, with intervals, and differences to the first label."""
+"""Compares runs: means of every figure over the runs of a label, with intervals, and differences from the first label."""
 
 import json
 import math
@@ -24,7 +24,7 @@ _OF_DECODING = ("acceptance_rate", "mean_accepted_tokens", "speedup", "tokens_pe
 _NO_SHARES = (HELD_OUT, OWN_PERPLEXITY, "mean_accepted_tokens", "speedup", "tokens_per_second")
 _SEED = re.compile(r"[-_./]?seed[-_]?\d+$")
 
-_FEWEST_RUNS = 3  # that have an interval: of two it is twelve standard errors wide on each side, and says nothing
+_FEWEST_RUNS = 3  # for an interval: with two it would be the mean ± 12.7 standard errors
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ class Run:
 
     path: str
     figures: dict[str, dict[Setting, float]] = field(default_factory=dict)
-    rows: dict[str, Any] = field(default_factory=dict)  # what was measured, by RESULTS and LOSSES; other rows cannot be paired
+    rows: dict[str, Any] = field(default_factory=dict)  # measured, by RESULTS and LOSSES; unequal ones cannot be paired
 
 
 def labelled(arguments: Sequence[str]) -> dict[str, list[str]]:
     """Paths by label, from `LABEL=PATH,PATH`, or `PATH`, whose label is its name without `-seed3`. Raises ConfigError."""
-    named: list[tuple[str, str]] = []  # label, empty for none, and path
+    named: list[tuple[str, str]] = []  # (label or empty, path)
     for argument in arguments:
         whole = bool(argument) and Path(argument).exists()  # the name of a file may have commas and equals signs
         label, equals, paths = argument.partition("=") if "=" in argument and not whole else ("", "", argument)
@@ -123,7 +123,7 @@ class Interval:
 def interval_of(
     values: Sequence[float], others: Sequence[float] = (), paired: bool = False, logarithmic: bool = False, share: bool = False
 ) -> Interval:
-    """The mean of one value per run, less that of `others` (`paired` or by Welch). `logarithmic`: geometric, or a ratio."""
+    """The mean over runs, minus that of `others` (`paired`, else by Welch). `logarithmic`: a geometric mean, or a ratio."""
     samples = [[math.log(value) if logarithmic else value for value in sample] for sample in (values, others) if sample]
     if paired and others:
         samples = [[value - other for value, other in zip(*samples, strict=True)]]
@@ -136,7 +136,7 @@ def interval_of(
 
 @dataclass(frozen=True)
 class Cell:
-    """A figure of one label: each run's value, their mean (of perplexities geometric), and the difference to the first."""
+    """A figure of one label: each run's value, their mean (of perplexities geometric), and the difference from the first."""
 
     label: str
     runs: tuple[float, ...]
@@ -181,7 +181,7 @@ def figures_of(groups: Mapping[str, Sequence[Run]]) -> list[str]:
 
 
 def is_logarithmic(figure: str) -> bool:
-    """Perplexities are compared on the scale of their logarithms, the losses: a shallow exit's would hide all others."""
+    """True for perplexities, which are compared as logarithms, the losses: a shallow exit's would hide all others."""
     return figure in (HELD_OUT, OWN_PERPLEXITY) or lower_is_better(figure)
 
 
@@ -191,7 +191,7 @@ def is_percentage(figure: str) -> bool:
 
 
 def _lines(groups: Mapping[str, Sequence[Run]], figure: str, exits: Sequence[int], paired: bool) -> Iterator[Line]:
-    """By exit, then settings without one; draft lengths follow each other."""
+    """By draft length, then exit; settings without an exit last."""
     settings = dict.fromkeys(setting for runs in groups.values() for run in runs for setting in run.figures.get(figure, {}))
     for setting in sorted(settings, key=lambda each: (each.exit_layer is None, each.drafts, each.exit_layer or 0)):
         if exits and setting.exit_layer not in (None, *exits):
@@ -214,7 +214,7 @@ def _lines(groups: Mapping[str, Sequence[Run]], figure: str, exits: Sequence[int
 
 
 def _notes(groups: Mapping[str, Sequence[Run]]) -> Iterator[str]:
-    """Labels that were measured on other rows than the first one."""
+    """Notes on labels that were measured on other rows than the first label."""
     for file, what in ((RESULTS, "metrics"), (LOSSES, "held-out losses")):
         rows = {
             label: [json.dumps(run.rows[file], sort_keys=True) for run in runs if file in run.rows]

@@ -38,7 +38,7 @@ class Inspection:
     prompt: str
     num_layers: int
     tokens: tuple[TokenTrace, ...]
-    mean_layers: float  # of `settled`: the layers per token that a perfect exit rule would need
+    mean_layers: float  # mean of `settled`: layers per token with a perfect exit rule
 
 
 @torch.inference_mode()
@@ -55,10 +55,10 @@ def inspect(loaded: Decoder, prompt: str, max_new_tokens: int) -> Inspection:
     first = len(prompt_ids) - 1
 
     def text(token: int) -> str:
-        return loaded.detokenize([token]) or str(loaded.tokenizer.convert_ids_to_tokens(token))  # special ones have a name
+        return loaded.detokenize([token]) or str(loaded.tokenizer.convert_ids_to_tokens(token))  # special tokens have a name
 
     def predicted(head: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor) -> list[tuple[int, LayerPrediction]]:
-        """For each token of the answer the prediction from these states, and its token id."""
+        """Token id and prediction at each position of the answer, from these hidden states."""
         highest = head(hidden[first:]).float().softmax(-1).max(-1)
         pairs = zip(highest.indices.tolist(), highest.values.tolist(), strict=True)
         return [(token, LayerPrediction(text(token), probability)) for token, probability in pairs]
@@ -78,6 +78,6 @@ def inspect(loaded: Decoder, prompt: str, max_new_tokens: int) -> Inspection:
 
 
 def settled_layer(chosen: Sequence[int]) -> int:
-    """The first layer (from 1) from which on every layer makes the last layer's choice."""
+    """The first layer (from 1) from which on every layer predicts the last layer's token."""
     wrong = [layer for layer, token in enumerate(chosen, start=1) if token != chosen[-1]]
     return wrong[-1] + 1 if wrong else 1

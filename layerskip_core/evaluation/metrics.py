@@ -1,7 +1,7 @@
 """Scores of answers (exact match, ROUGE, pass@k), perplexity through every exit, and figures with 95% intervals.
 
-The variance is the jackknife's over prompts (Efron and Tibshirani, 1993, chapter 11), paired in comparisons, plus that over
-repeats. Student's t allows for few of either: a bootstrap over 12 prompts covers 90% instead of 95%.
+The variance is the jackknife estimate over prompts (Efron and Tibshirani, 1993, chapter 11), paired in comparisons, plus the
+variance over repeats. Student's t allows for few of either: a bootstrap over 12 prompts covers 90% instead of 95%.
 """
 
 import math
@@ -26,16 +26,16 @@ from .results import Bounds, Result
 ROUGES = ("rouge1", "rouge2", "rougeL")
 _HARNESS_LOWER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "ter", "brier_score")
 SHARE, _NO_LIMITS = (0.0, 1.0), (-math.inf, math.inf)
-_ANGLES = 100_001  # of a numerical integral
-_ROUNDING = 1e-9  # of values around 1: less is no spread
-_OF_A_MEDIAN = math.pi / 2  # its variance over a mean's, at most
+_ANGLES = 100_001  # points of a numerical integral
+_ROUNDING = 1e-9  # times max(1, |value|): a smaller standard error is rounding
+_OF_A_MEDIAN = math.pi / 2  # variance of a median over a mean's, at most (normal values)
 _WINDOW_TOKENS = 512
-MOST_NATS = 700.0  # exp of more is no finite number
+MOST_NATS = 700.0  # exp overflows at 710
 
 
 @dataclass(frozen=True)
 class Scores:
-    """A metric by prompt: values in 0..1, or for a perplexity nats per text and the `tokens` of each text."""
+    """A metric by prompt: values in 0..1, or for a perplexity the nats and the number of `tokens` of each text."""
 
     values: tuple[float, ...]
     tokens: tuple[int, ...] | None = None
@@ -65,7 +65,7 @@ def is_share(name: str) -> bool:
 
 
 def frontier(results: Sequence[Result], name: str) -> list[int]:
-    """The places of measured results on the Pareto frontier of quality and speed."""
+    """The indices of measured results on the Pareto frontier of quality and speed."""
     measured, sign = [index for index, result in enumerate(results) if result.metrics], -1 if lower_is_better(name) else 1
     points = [
         (sign * results[index].metrics.get(name, -sign * math.inf), results[index].tokens_per_second or 0.0)
@@ -76,7 +76,7 @@ def frontier(results: Sequence[Result], name: str) -> list[int]:
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]], fold_whitespace: bool = False) -> list[float]:
-    """1 for each prediction that equals one of its references without outer (or, folded, any) whitespace differences."""
+    """1 for each prediction that equals one of its references, outer whitespace stripped (or all whitespace folded)."""
 
     def normalized(text: str) -> str:
         return " ".join(text.split()) if fold_whitespace else text.strip()
@@ -132,7 +132,7 @@ def _metrics() -> dict[str, Callable[..., dict[str, list[float]]]]:
 
 
 Losses = tuple[int, dict[int, float]]
-"""The number of a text's reference tokens, and their cross-entropy in nats, summed, by exit."""
+"""The number of a text's reference tokens, and their summed cross-entropy in nats by exit."""
 
 
 def scores_by_exit(losses: Iterable[Losses]) -> dict[int, Scores]:
@@ -148,7 +148,7 @@ def scores_by_exit(losses: Iterable[Losses]) -> dict[int, Scores]:
 
 
 def reference_losses(loaded: Decoder, example: Example, exit_layers: Sequence[int]) -> Losses:
-    """Losses of the reference and its EOS after the prompt, whose tokens do not count. Long rows are cut."""
+    """Losses of the reference and its EOS, given the prompt. Rows are cut at the model's context."""
     tokenizer = loaded.tokenizer
     prompt = loaded.encode_prompt(example.prompt)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -211,9 +211,9 @@ def bounds_of(
     logarithmic: bool = False,
     level: float = 0.95,
 ) -> Bounds | None:
-    """Student's t interval around a value whose variance has these parts, each with its degrees of freedom (Welch).
+    """Student's t interval around a value. `parts`: terms of its variance, each with its degrees of freedom (Welch).
 
-    None without spread beyond rounding. `logarithmic`: value and parts are those of a logarithm, the ends are not.
+    None if all spread is rounding. `logarithmic`: value and parts are of a logarithm; the returned ends are exponentiated.
     """
     total = sum(variance for variance, _ in parts)
     if not total > (_ROUNDING * max(1.0, abs(value))) ** 2:  # NaN included
@@ -232,15 +232,15 @@ def estimate(
     logarithmic: bool = False,
     level: float = 0.95,
 ) -> Estimate:
-    """A `figure` of sums over the prompts, such as a ratio, an argument per column.
+    """A `figure` of sums over the prompts, such as a ratio; it takes one sum per column.
 
     `columns`: (columns, prompts), or (columns, repeats, prompts) for the median over the repeats. `limits` clip the interval.
-    `logarithmic`: it is symmetric for the logarithm.
+    `logarithmic`: the interval is symmetric in the logarithm.
     """
     values = torch.as_tensor(columns, dtype=torch.float64)
     values = values.reshape(len(values), -1, values.shape[-1] // answers_per_prompt, answers_per_prompt).sum(-1)
     sums, (repeats, prompts) = values.sum(-1, keepdim=True), values.shape[1:]
-    replicates = figure(*torch.cat([sums, sums - values], dim=-1))  # (repeats, 1 + prompts): of all prompts, then without each
+    replicates = figure(*torch.cat([sums, sums - values], dim=-1))  # (repeats, 1 + prompts): all prompts, then all but one
     value = replicates[:, 0].quantile(0.5).item()
     if not math.isfinite(value) or prompts < 2:
         return Estimate(finite(value))
@@ -250,12 +250,12 @@ def estimate(
     of_repeats = _OF_A_MEDIAN * replicates[:, 0].var().item() / repeats if repeats > 1 else 0.0
     parts = (of_prompts, prompts - 1), (of_repeats, max(repeats - 1, 1))
     bounds = bounds_of(math.log(value) if logarithmic else value, parts, limits, logarithmic, level)
-    left = (of_prompts + of_repeats) / 4 - of_repeats  # of the variance, for the prompts
+    left = (of_prompts + of_repeats) / 4 - of_repeats  # variance left for the prompts in an interval half as wide
     return Estimate(value, bounds, bounds and (math.ceil(prompts * of_prompts / left) if left > 0 else 0))
 
 
 def speed_ratio(slower: Tensor, faster: Tensor, level: float = 0.95) -> Estimate:
-    """The ratio of their seconds per token; both (2, repeats, prompts): seconds and tokens."""
+    """The ratio of seconds per token; both arguments are (2, repeats, prompts), seconds and tokens."""
     columns = torch.cat([slower, faster])
     return estimate(lambda seconds, tokens, own, new: seconds / tokens / (own / new), columns, logarithmic=True, level=level)
 
@@ -279,14 +279,14 @@ class Margin(NamedTuple):
     mean: float
     low: float  # end of its 95% interval
     prompts: int
-    needed: int | None  # with how many prompts `low` would reach 0, if mean and spread stayed; None if the mean is not above 0
+    needed: int | None  # prompts with which `low` would reach 0 at this mean and spread; None if the mean is not above 0
 
 
 def margin(scores: Scores, full_depth: Scores, share: float, name: str) -> Margin:
     """Compares a metric with this share of full depth's, paired by prompt. A perplexity may grow by 1 / share.
 
-    Few prompts may have no spread. So metrics in 0..1 get two further prompts, one that only the setting gets right and one
-    that only full depth does (Bonett and Price, 2012, Journal of Educational and Behavioral Statistics 37).
+    Few prompts may show no spread, so metrics in 0..1 get two pseudo-observations: a prompt that only the setting gets right,
+    and one that only full depth does (Bonett and Price, 2012, Journal of Educational and Behavioral Statistics 37).
     """
     pairs = list(zip(scores.values, full_depth.values, strict=True))
     if lower_is_better(name):
@@ -298,7 +298,7 @@ def margin(scores: Scores, full_depth: Scores, share: float, name: str) -> Margi
     ends = estimate(torch.div, Scores((*values, *added)).columns).bounds
     mean, needed = fmean(values), None
     if mean > 0:
-        # The n for which n * mean = z * sqrt(n * variance + the squares of the added values), by the normal approximation.
+        # Normal approximation: the n with n * mean = z * sqrt(n * variance + sum of the squared pseudo-observations).
         square = NormalDist().inv_cdf(0.975) ** 2
         spread, extra = square * pvariance(values), square * sum(value**2 for value in added)
         enough = math.ceil((spread + math.sqrt(spread**2 + 4 * mean**2 * extra)) / (2 * mean**2))

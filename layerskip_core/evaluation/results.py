@@ -18,7 +18,7 @@ from ..files import append_lines, parse_json, read_bytes, whole_lines, write_fil
 
 ANSWERS_FILE = "answers.jsonl"
 JOURNAL = "unfinished.jsonl"
-OUTPUTS = "outputs.jsonl"  # its name once the measurement is complete
+OUTPUTS = "outputs.jsonl"  # the journal's name after a complete measurement
 
 # A top-2 logit gap below this is a near-tie: kernels for one row and for several rows may round to either side of it. In bf16,
 # logits of 16 to 32 are 1/8 apart, so the bound is two steps. In fp32 it is a thousand times the spread between the kernels.
@@ -34,7 +34,7 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Output:
-    """The output for one prompt, or the `error` that prevented it. The fields are the journal's."""
+    """The output for one prompt, or the `error` that prevented it. The journal stores these fields."""
 
     ids: tuple[int, ...] = ()
     text: str = ""
@@ -80,19 +80,19 @@ class Result:
     exit_layer: int | None = None
     num_draft_tokens: int | None = None
     metrics: dict[str, float] = field(default_factory=dict)  # means over the prompts
-    perplexity: float | None = None  # of a sweep, on the references, through the exit; strategies that draft have none
+    perplexity: float | None = None  # of a sweep: of the references, through the exit; None for strategies that draft
     acceptance_rate: float | None = None  # accepted / drafted
     mean_accepted_tokens: float | None = None  # per round
     tokens_per_second: float | None = None
     ttft_ms: float | None = None
     peak_memory_mb: float | None = None
-    speedup: float | None = None  # in seconds per new token, prefill included, over autoregressive decoding in the same repeat
-    identical_outputs: float | None = None  # the share of samples with the autoregressive tokens
+    speedup: float | None = None  # over autoregressive decoding in the same repeat, by seconds per new token with prefill
+    identical_outputs: float | None = None  # the share of samples with the tokens of autoregressive decoding
     speedup_over_transformers: float | None = None  # over transformers' generate
     pareto: bool = False  # no other result is at least as good by the quality metric and as fast, and better in one of the two
     predicted_speedup: float | None = None  # by the cost model, from `pass_times_ms`, over the plain steps timed with them
     pass_times_ms: dict[str, float] = field(default_factory=dict)
-    agreement: float | None = None  # the share of the autoregressive tokens that the exit or the low-bit copy chooses too
+    agreement: float | None = None  # the share of autoregressive tokens that the exit or low-bit copy predicts too
     acceptance_by_position: tuple[float, ...] | None = None  # accepted share of compared drafts, by position in the round
     differences: tuple[Difference, ...] = ()  # where a strategy that drafts departs from the autoregressive tokens
     failures: tuple[Failure, ...] = ()
@@ -100,14 +100,14 @@ class Result:
     steps_by_drafter: dict[str, int] = field(default_factory=dict)  # `plain`: steps without drafts
     exit_confidence: float | None = None  # each token leaves at the first of `exits` with this confidence
     exits: tuple[int, ...] = ()
-    mean_layers: float | None = None  # after which a token left
-    skip: tuple[int, ...] = ()  # the layers that the drafts of draft-and-verify leave out, by number
+    mean_layers: float | None = None  # per token
+    skip: tuple[int, ...] = ()  # the layers that draft-and-verify skips in drafts, by number
     intervals: dict[str, Bounds] = field(default_factory=dict)  # 95% intervals of metrics and of ratios, by name
-    changes: dict[str, Bounds] = field(default_factory=dict)  # the same of metrics less full depth's on the same prompts
-    rows_to_halve: int | None = None  # with so many the speedup's interval would be half as wide; 0: only with more repeats
+    changes: dict[str, Bounds] = field(default_factory=dict)  # 95% intervals of metrics minus full depth's on the same prompts
+    rows_to_halve: int | None = None  # rows that would halve the speedup's interval; 0: only more repeats would
     categories: dict[str, "Result"] = field(default_factory=dict)
-    stderr: dict[str, float] = field(default_factory=dict)  # of lm-evaluation-harness's metrics, by their names
-    samples: int | dict[str, int] = field(default_factory=dict)  # rows of a category; of lm-evaluation-harness, by task
+    stderr: dict[str, float] = field(default_factory=dict)  # of lm-evaluation-harness's metrics, by name
+    samples: int | dict[str, int] = field(default_factory=dict)  # row count: of a category, or by task of lm-evaluation-harness
 
     def keeps_outputs(self, plain: "Result", near_tie: float) -> bool:
         """Whether its outputs equal those of plain decoding, except at near-ties."""
@@ -124,7 +124,7 @@ class Recommendation:
     reason: str
     fast_reason: str  # why there is a policy `fast`, or why not
     policies: dict[str, Policy]  # the recommendation as `exact`, and `fast` if there is one
-    lower_end: float | None = None  # of the speedup, with 95%, on prompts that did not choose the setting
+    lower_end: float | None = None  # of the speedup's 95% interval, on prompts that did not choose the setting
 
     @property
     def pays(self) -> bool:
@@ -145,14 +145,14 @@ class Answered:
 class RunRecord:
     """One run."""
 
-    config: dict[str, Any]  # complete: with the value that each default took
+    config: dict[str, Any]  # with defaults filled in
     environment: dict[str, Any]  # the machine and the software
     results: tuple[Result, ...]
     recommendation: Recommendation | None = None  # of a sweep
     profile: DraftProfile | None = None  # of a sweep
     # Not part of the document:
     answered: tuple[Answered, ...] = ()
-    samples: tuple[dict[str, Any], ...] = ()  # lm-evaluation-harness's own records of rows, each with the number of its result
+    samples: tuple[dict[str, Any], ...] = ()  # lm-evaluation-harness's own records of rows, each with the index of its result
 
     def document(self) -> dict[str, Any]:
         """The record as plain values; every float is finite."""
@@ -188,17 +188,17 @@ def drafts_name(result: Result) -> str:
 
 
 def read_record(file: str, command: Literal["sweep-exits", "bench"] | None = None, named: str = "`saved`") -> RunRecord:
-    """Reads a results.json, for a `command` with its answers. Raises LayerSkipError for other files."""
+    """Reads a results.json; if a `command` must have written it, with its answers. Raises LayerSkipError for other files."""
     data, kind = read_bytes(Path(file), f"{named} {file}", LayerSkipError), "a results.json"
     try:
         record = msgspec.json.decode(data, type=RunRecord)
         written = "bench" if "repeats" in record.config else "sweep-exits"
         if record.results and command in (None, written):
-            beside = Path(file).with_name(ANSWERS_FILE)
-            if command is None or not beside.exists():
+            sidecar = Path(file).with_name(ANSWERS_FILE)
+            if command is None or not sidecar.exists():
                 return record
-            named, file, kind = f"beside {named}", str(beside), "an answers.jsonl"
-            lines = read_bytes(beside, f"{named} {file}", LayerSkipError)
+            named, file, kind = f"beside {named}", str(sidecar), "an answers.jsonl"
+            lines = read_bytes(sidecar, f"{named} {file}", LayerSkipError)
             return replace(record, answered=tuple(msgspec.json.Decoder(Answered).decode_lines(lines)))
         fault: object = f"its {len(record.results)} results are those of {written}"
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -221,7 +221,7 @@ class _Row(msgspec.Struct):
 
 
 class Journal:
-    """A JSON line per prompt and repeat with all settings' outputs, after the run's settings; `known`: earlier outputs."""
+    """JSON lines: the run's settings, then all settings' outputs by prompt and repeat; `known`: outputs read at the start."""
 
     def __init__(self, folder: Path, settings: dict[str, Any], resume: bool) -> None:
         """Raises LayerSkipError if the journal to `resume` belongs to other settings, or cannot be read."""
@@ -244,7 +244,7 @@ class Journal:
 
 
 def _by_name(settings: dict[str, Any]) -> dict[str, Any]:
-    """Nested settings, flattened, by name in backquotes."""
+    """Flattens nested settings, with names in backquotes."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
         flat |= _by_name(value) if isinstance(value, dict) else {f"`{name}`": value}

@@ -1,4 +1,4 @@
-"""The run of `verify`: every check on every kernel and precision; its record, tables and CSV."""
+"""The run of `verify`: every check on all kernels in every precision; its record, tables and CSV."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -34,7 +34,7 @@ their promise."""
 
 @dataclass(frozen=True)
 class VerifyRecord:
-    """One run of `verify`; `config` holds the value that each default took."""
+    """One run of `verify`; `config` has defaults filled in."""
 
     config: dict[str, Any]
     environment: dict[str, Any]
@@ -47,7 +47,7 @@ def verify(config: VerifyConfig) -> Iterator[Progress | VerifyRecord]:
         require_choice(name, "kernels", KERNELS)
     texts = [example.prompt for example in load_prompts(DataConfig(config.data, "test", limit=(config.samples + 1) // 2))]
     results: list[CheckResult] = []
-    skipped: dict[str, list[str]] = {}  # names by the reason
+    skipped: dict[str, list[str]] = {}  # kernels and precisions by reason
     machine = None
     setups = [(kernels, precision) for precision in config.precisions for kernels in config.kernels or KERNELS]
     for done, names in enumerate(setups):

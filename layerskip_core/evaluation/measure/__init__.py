@@ -1,4 +1,4 @@
-"""Measures ways of decoding on a task: one by one in turn, for speed, and in batches, for quality alone."""
+"""Measures decoding settings on a task: prompts one by one in turns, for speed; in batches, for quality only."""
 
 import time
 from collections import defaultdict
@@ -25,7 +25,7 @@ from ..results import Difference, Journal, Output, Step, require_outputs
 from ..tasks import Task
 
 Baseline = Callable[[Decoder, list[int], DecodingConfig], Output]
-"""Answers the ids of a prompt in place of our own decoding. The setting's strategy is the baseline's name."""
+"""Decodes the token ids of a prompt by another implementation. The setting's strategy is the baseline's name."""
 
 _WARM_UP_TOKENS = 16
 _BATCHES = -1  # the journal's repeat number of answers from batches
@@ -49,10 +49,10 @@ class Measured:
     setting: DecodingConfig
     answers: Sequence[Output]
     repeats: Sequence[Sequence[Output]]
-    differences: tuple[Difference, ...] = ()  # of the answers from the first setting's
+    differences: tuple[Difference, ...] = ()  # between the answers and the first setting's
     scores: Mapping[str, Scores] = field(default_factory=dict)  # of the answers
     timed: Sequence[int] = ()
-    answers_per_prompt: int = 1  # how many in a row belong to one prompt
+    answers_per_prompt: int = 1  # consecutive answers to one prompt
 
     @property
     def texts(self) -> list[str | None]:
@@ -68,7 +68,7 @@ class Measured:
         return times.reshape(*times.shape[:2], -1, self.answers_per_prompt).sum(-1)
 
     def of(self, samples: Sequence[int]) -> "Measured":
-        """The measurement of some of the prompts."""
+        """The measurement restricted to these prompts."""
         places = [place for place, sample in enumerate(self.timed) if sample in samples]
         repeats = [[outputs[place] for place in places] for outputs in self.repeats if places]
         scores = {name: each.of(samples) for name, each in self.scores.items()}
@@ -82,12 +82,12 @@ class Measured:
 
 
 def drafts_tokens(setting: DecodingConfig) -> bool:
-    """Whether it drafts tokens and verifies them."""
+    """True for strategies that draft tokens and verify them."""
     return setting.strategy not in ("autoregressive", "early-exit", "transformers", "llama.cpp")
 
 
 def depth_of(setting: DecodingConfig, num_layers: int) -> int | None:
-    """How many layers an answer comes from; None for a baseline, and if tokens leave at several exits."""
+    """How many layers predict each token; None for a baseline, and if exits are chosen per token."""
     if setting.strategy not in STRATEGIES or setting.exit_confidence:
         return None
     return setting.exit_layer if setting.strategy == "early-exit" else num_layers
@@ -137,7 +137,7 @@ def measure(
             prompts, (repeat, sample) = [examples[each].prompt for _, each in batch], batch[0]
             outputs: dict[int, list[Output]] = {}
             for place in in_turn(repeat + sample, len(settings)):
-                seed = (settings[place].seed + sample) % 2**32  # sampled answers to one prompt differ
+                seed = (settings[place].seed + sample) % 2**32  # so that sampled answers to one prompt differ
                 setting = replace(settings[place], seed=seed) if settings[place].temperature else settings[place]
                 outputs[place] = answer_prompts(loaded, prompts, setting, baselines, earlier[place, repeat])
             for each, row in zip(batch, zip(*(outputs[place] for place in range(len(settings))), strict=True), strict=True):
@@ -154,7 +154,7 @@ def measure(
         exact = setting.strategy != "early-exit" and not settings[0].temperature
         differing = differences(loaded, examples, answers, measured[0].answers) if exact and measured else ()
         own = Measured(setting, answers, times, differing, {}, timed, task.answers_per_prompt)
-        task = task.referring_to(own.texts)  # the first ones, if it has no references
+        task = task.referring_to(own.texts)  # without references: the first setting's answers
         depth = depth_of(setting, loaded.backend.num_layers)
         measured.append(replace(own, scores=task.score([text or "" for text in own.texts], (perplexity or {}).get(depth or 0))))
     return measured
@@ -167,7 +167,7 @@ def answer_prompts(
     baselines: Mapping[str, Baseline] | None = None,
     earlier: EarlierAnswers | None = None,
 ) -> list[Output]:
-    """One output per prompt, with an error where context or memory were exceeded. A single prompt is timed, by step."""
+    """One output per prompt, with an error if it exceeds context or memory. A single prompt is timed step by step."""
     model, alone = loaded.backend, len(prompts) == 1
     baseline = (baselines or {}).get(setting.strategy, partial(own_output, earlier=earlier) if alone else None)
     has_peak = alone and _reset_peak(model.device)
@@ -187,7 +187,7 @@ def answer_prompts(
         return [answer_prompts(loaded, [prompt], setting, baselines)[0] for prompt in prompts]
     peak, detokenized = _peak_mb(model.device) if has_peak else None, []
     for prompt_ids, output in zip(ids, outputs, strict=True):
-        # On its own, an answer loses its leading space with some tokenizers, and with it the indentation of code.
+        # Some tokenizers drop the leading space of an answer decoded without its prompt, and so the indentation of code.
         whole = loaded.detokenize(prompt_ids + [token for token in output.ids if token not in loaded.eos_ids])
         detokenized.append(replace(output, text=whole[len(loaded.detokenize(prompt_ids)) :], peak_memory_mb=peak))
     return detokenized
@@ -235,7 +235,7 @@ def first_difference(ids: Sequence[int], expected: Sequence[int]) -> int | None:
 
 @torch.inference_mode()
 def logits(model: Backend, tokens: Tensor, size: int = 0, last: int = 0) -> Tensor:
-    """(B, T, V) of the full model for tokens (B, T), in passes of `size` (0: one), at the `last` positions of each (0: all)."""
+    """The model's logits (B, T, V) for tokens (B, T) in passes of `size` (0: one), at the `last` positions of each (0: all)."""
     pieces, cache, size = [], model.new_cache(*tokens.shape), size or tokens.shape[1]
     for start, part in zip(range(0, tokens.shape[1], size), torch.split(tokens, size, 1), strict=True):
         places = cache.span(start, start + part.shape[1])
@@ -245,7 +245,7 @@ def logits(model: Backend, tokens: Tensor, size: int = 0, last: int = 0) -> Tens
 
 
 def _reset_peak(device: torch.device) -> bool:
-    """False if the system cannot reset its peak: not Linux, or a container that forbids it."""
+    """Resets the peak of memory; False if the system cannot: not Linux, or a container that forbids it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return True
@@ -257,7 +257,7 @@ def _reset_peak(device: torch.device) -> bool:
 
 
 def _peak_mb(device: torch.device) -> float:
-    """MB (2**20 bytes) since the reset: allocated by torch on CUDA, else the resident set of the process."""
+    """Peak MB (2**20 bytes) since the reset: allocated by torch on CUDA, else the resident set of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     line = next(line for line in _STATUS.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM:"))

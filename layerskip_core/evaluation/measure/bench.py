@@ -32,14 +32,14 @@ from . import Baseline, Progress, depth_of, measure, own_output
 from .cost_model import bandwidth
 from .figures import environment, result_of
 
-_MOST_CONTEXT = 8192  # tokens of llama.cpp: a larger cache takes memory that no task here needs
+_MOST_CONTEXT = 8192  # tokens of llama.cpp's KV cache: more would waste memory on every task here
 _DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 def bench(
     loaded: Decoder, task: Task, config: BenchConfig, folder: Path | None = None, resume: bool = False
 ) -> Iterator[Progress | RunRecord]:
-    """Yields progress, then the record. A `folder` keeps a journal, for `resume` with the same files. Raises LayerSkipError."""
+    """Yields progress, then the record. `resume` continues the journal in `folder` on the same files. Raises LayerSkipError."""
     (task, generation), layers = task.asked(config.generation), loaded.backend.num_layers
     loaded, recommended = task.prepared(loaded), loaded.recommended(config.packing)
     config = replace(config, task=task.config, generation=generation)
@@ -81,7 +81,7 @@ def bench(
 
 
 def strategies_of(loaded: Decoder, config: BenchConfig, recommended: Recommended) -> list[DecodingConfig]:
-    """The strategies in the order of the tables; self-speculative decoding with each low-bit copy. Raises ConfigError."""
+    """The strategies in the order of the tables; self-speculative decoding once per low-bit copy. Raises ConfigError."""
     skipping = ["draft-and-verify"] if config.generation.get("skip") else []
     chosen = {*(config.strategies or suiting_strategies(loaded, config)), *skipping}
     for name in chosen & set(WITH_DRAFTER) - loaded.backend.drafters.keys():
@@ -149,7 +149,7 @@ def without_reuse(loaded: Decoder, prompt_ids: list[int], setting: DecodingConfi
 
 def transformers_generate(model: Any, options: Mapping[str, Any] | None = None, assistant: Any = None) -> Baseline:
     """transformers' greedy `generate`, with `options` of its generation config, or with an assistant that drafts."""
-    models = [each for each in (model, assistant) if each is not None]  # whose own configs could ask for penalties, or sample
+    models = [each for each in (model, assistant) if each is not None]  # their own configs could set penalties or sampling
 
     def generate(loaded: Decoder, prompt_ids: list[int], setting: DecodingConfig) -> Output:
         """Raises LayerSkipError when transformers fails."""
@@ -250,7 +250,7 @@ class StepTimer(BaseStreamer):  # type: ignore[misc]
 
 
 def llama_cpp(loaded: Decoder, gguf: str) -> Baseline:
-    """llama.cpp on a GGUF file: greedy, without drafts, with this process's threads. Raises ConfigError and CheckpointError."""
+    """llama.cpp on a GGUF file: greedy, without drafts, on as many threads as torch. Raises ConfigError and CheckpointError."""
     try:
         import xllamacpp
     except ImportError:
@@ -275,7 +275,7 @@ def llama_cpp(loaded: Decoder, gguf: str) -> Baseline:
         raise ConfigError(f"`gguf` {gguf} must be a file that llama.cpp reads: {error}", "gguf") from error
 
     def complete(loaded: Decoder, prompt_ids: list[int], setting: DecodingConfig) -> Output:
-        """The first step is the prefill, by llama.cpp's own timing; all other tokens are a second one."""
+        """The first step is the prefill, timed by llama.cpp; all other tokens are one second step."""
         room = context - len(prompt_ids)
         if room < 1:
             raise LayerSkipError(f"the prompt must be at most {context - 1} tokens for llama.cpp, got {len(prompt_ids)}")

@@ -25,15 +25,15 @@ from ...model.vocabulary import most_probable
 from ..results import Output, Result, require_outputs
 from . import Progress, measure_prompt
 
-# Answers along which every setting is timed; more of them, within about 10 s, where passes are short, whose times vary more.
+# Answers along which every setting is timed; more, within about 10 s, if passes are short, because their times vary more.
 _FEWEST, _MOST, _SECONDS = 3, 12, 10.0
-_STEPS = 32  # plain steps that are timed of an answer: its middle, if it is longer
-_ROUNDS, _FEWEST_ROUNDS, _DRAFTS = 10, 3, 96  # rounds of a setting that are timed of it; fewer with more drafts in all
-_FEW_STEPS = 8  # plain ones, where nothing else was measured
-_STORED = {"int8": 1.0, "int4": 0.625}  # bytes of a weight, with scales
-_SUMS, _MOST_SUMMED = 5, 1 << 30  # bytes
-_ROWS = 17  # of the longest pass that is timed for adaptive drafting
-_TIMES = 5  # per number of rows
+_STEPS = 32  # plain steps timed per answer, in its middle
+_ROUNDS, _FEWEST_ROUNDS, _DRAFTS = 10, 3, 96  # timed rounds per setting and answer; fewer of long drafts
+_FEW_STEPS = 8  # plain steps timed where nothing else was measured
+_STORED = {"int8": 1.0, "int4": 0.625}  # bytes per weight, with scales
+_SUMS, _MOST_SUMMED = 5, 1 << 30  # how many are timed; bytes
+_ROWS = 17  # of the longest pass timed for adaptive drafting
+_TIMES = 5  # timed passes per number of rows
 
 Side = tuple[Quantization | None, int]
 """The drafter: its weights (None: the model's own) and number of layers."""
@@ -48,18 +48,18 @@ class PassTimes(NamedTuple):
     """Seconds on this machine."""
 
     draft: float  # one draft token: layers 0..E-1 and the head
-    verify: float  # a round's verification, with the first layers of its last draft, or of all tokens after low-bit drafts
+    verify: float  # a round's verification, with layers 0..E-1 for the last draft, or for all tokens after low-bit drafts
     other: float  # the rest of a round
-    plain: float  # an autoregressive step, timed next to it
+    plain: float  # an autoregressive step, timed next to the rounds
     length: float = 0.0  # the mean number of drafts in these rounds
 
 
 Part = tuple[list[int], int]
-"""The tokens of an answer that are decoded to time passes: at most so many tokens after these ids."""
+"""(ids, limit): the context, and how many tokens of the answer are decoded after it to time passes."""
 
 
 def timed_part(loaded: Decoder, prompt_ids: Sequence[int], output_ids: Sequence[int], steps: int = _STEPS) -> Part:
-    """The whole answer, or its middle `steps` tokens, with room for one token more: its last can be a draft."""
+    """The whole answer, or its middle `steps` tokens, with room for one more token, so that the last can be a draft."""
     start = max(0, (len(output_ids) - steps) // 2)
     ids = [*prompt_ids, *output_ids[:start]]
     return ids, max(1, min(len(output_ids) - start + 1, loaded.backend.spec.context - len(ids)))
@@ -102,12 +102,12 @@ def speed_of(loaded: Decoder, stats: DecodeStats) -> float:
 
 
 def bandwidth(loaded: Decoder, step: float, positions: float = 0.0) -> dict[str, float]:
-    """Bytes per second read by plain decoding (weights, KV entries of `positions`), and by a sum over as many."""
+    """Bytes that a plain step reads (weights, KV entries of `positions`); bytes per second of it, and of a sum over as many."""
     backend, spec, width = loaded.backend, loaded.backend.spec, float(loaded.backend.dtype.itemsize)
     kind = backend.implementation.partition(")")[0]
     stored = next((size for name, size in _STORED.items() if name in kind), width)
-    total = float(getattr(backend, "bytes_read", stored * spec.weights_read(1)))  # our own kernels know them
-    if isinstance(spec, ModelSpec):  # else how many KV entries a layer has is not known
+    total = float(getattr(backend, "bytes_read", stored * spec.weights_read(1)))  # our own kernels count them
+    if isinstance(spec, ModelSpec):  # other specs do not know the KV entries of a layer
         for layer, kind in enumerate(spec.kinds):
             keys = spec.of_layer(layer).keys if kind in LAYER_KINDS else 0
             total += 2 * width * keys * min(positions, spec.window_of(kind) or positions)
@@ -123,20 +123,20 @@ def bandwidth(loaded: Decoder, step: float, positions: float = 0.0) -> dict[str,
 def timed_visits(
     loaded: Decoder, parts: Iterable[Part], settings: Sequence[DecodingConfig]
 ) -> Iterator[dict[DecodingConfig, PassTimes]]:
-    """Times rounds of each setting along each part that has room for one, and plain steps beside those of each drafter."""
+    """Times rounds of each setting along each part that has room for them, and plain steps next to each drafter's."""
     for visit, part in enumerate(parts):
         timed: dict[DecodingConfig, PassTimes] = {}
         for _, alike in groupby(settings[:: -1 if visit % 2 else 1], key=side_of):
-            steps = _steps(loaded, part, DecodingConfig("autoregressive"), _STEPS)  # none of an answer of one token
+            steps = _steps(loaded, part, DecodingConfig("autoregressive"), _STEPS)  # empty for an answer of one token
             for setting in alike if steps else ():
                 if passes := pass_times(loaded, part, setting, fmean(total for *_, total in steps)):
                     timed[setting] = passes
-        plain = fmean(each.plain for each in timed.values()) if timed else 0.0  # whose noise must not rank drafters
+        plain = fmean(each.plain for each in timed.values()) if timed else 0.0  # one for all: its noise must not rank drafters
         yield {setting: passes._replace(plain=plain) for setting, passes in timed.items()}
 
 
 def averages(times: Sequence[PassTimes]) -> PassTimes:
-    """Means without the lowest and the highest tenth. Medians would predict too high a speed: a few rounds wait for long."""
+    """Trimmed means, without the lowest and highest tenth. Medians would overestimate speed: a few rounds take much longer."""
     left_out = len(times) // 10
     return PassTimes(*(fmean(sorted(seconds)[left_out : len(times) - left_out]) for seconds in zip(*times, strict=True)))
 
@@ -155,7 +155,7 @@ def agreement(
     exit_layers: Sequence[int],
     weights: Quantization | None = None,
 ) -> dict[int, list[int]]:
-    """Each exit's greedy choice at each position of the output; approximate for low-bit drafts, which see their own entries."""
+    """Each exit's greedy choice at each output position; approximate for low-bit copies, which see their own KV entries."""
     model, drafting = loaded.backend, loaded.backend.draft_sides[weights]
     ids, first = [*prompt_ids, *output_ids], len(prompt_ids) - 1
     tokens, cache = torch.tensor(ids[:-1], device=model.device), model.new_cache(1, len(ids))
@@ -180,7 +180,7 @@ def simulate(
 ) -> DecodeStats:
     """The rounds of greedy self-speculation that produce `output`, of at most `room` tokens, given `agreement`'s choices.
 
-    Drafts after a wrong one are unknown: they are assumed to end where the output ends.
+    Drafts after a wrong one are unknown; they are assumed to stop where the output ends.
     """
     position, plain = 1, 0  # the first token comes from the prefill
     drafted = accepted = rounds = 0
@@ -223,14 +223,14 @@ def predict(
 ) -> Generator[Progress, None, tuple[dict[DecodingConfig, Prediction], dict[Side, float], list[int]]]:
     """Decodes every prompt once by `plain`, greedily, and times rounds of each setting along a few answers. Yields progress.
 
-    Of a drafter's settings three are timed, the others interpolated. Returns predictions, the agreement of each drafter,
+    Up to three draft lengths per drafter are timed, others interpolated. Returns predictions, the agreement of each drafter,
     and the context of a typical step. Raises LayerSkipError when no prompt could be answered.
     """
     total, plain = len(examples) + _MOST, replace(plain, temperature=0.0)
     agreeing, rounds = Counter[Side](), dict.fromkeys(settings, DecodeStats())
     measure_prompt(loaded, examples[0].prompt, plain)  # warm-up
     outputs: list[Output] = []
-    answered: list[tuple[list[int], Output]] = []  # with the prompt's tokens
+    answered: list[tuple[list[int], Output]] = []  # (prompt ids, output)
     for number, example in enumerate(examples, start=1):
         outputs.append(output := measure_prompt(loaded, example.prompt, plain))
         if output.error is None:
@@ -247,7 +247,7 @@ def predict(
                 rounds[setting] += simulate(drafted, output.ids, setting.num_draft_tokens, room, ends)
         yield Progress(number, total, "prediction")
     require_outputs(outputs)
-    # From the answer of median length with its prompt to the longest and the shortest.
+    # Ordered from the median length of prompt and answer outwards.
     by_length = enumerate(sorted(answered, key=lambda pair: len(pair[0]) + len(pair[1].ids)))
     typical = [pair for _, pair in sorted(by_length, key=lambda numbered: abs(numbered[0] - len(answered) // 2))]
     visits = list[dict[DecodingConfig, PassTimes]]()
@@ -268,7 +268,7 @@ def predict(
         if (side := side_of(setting)) in known
     }
     prompt_ids, output = typical[0]
-    context = [*prompt_ids, *output.ids[: len(output.ids) // 2]]  # the average one of its steps
+    context = [*prompt_ids, *output.ids[: len(output.ids) // 2]]  # of the answer's middle step
     return predictions, {side: count / tokens for side, count in agreeing.items()}, context
 
 
@@ -289,7 +289,7 @@ def draft_profile(loaded: Decoder, results: Sequence[Result], packing: PackingCo
     for result in results:  # of several draft lengths the last one counts, which is the longest
         if result.strategy == "self-speculative" and result.exit_layer is not None:
             name = drafter_name(result.draft_weights, result.exit_layer, loaded.backend.num_layers)
-            if by_position := result.acceptance_by_position:  # few of its drafts got as far as the last positions
+            if by_position := result.acceptance_by_position:  # each position weighted by the share of rounds that reach it
                 *tested, _ = survival = list(accumulate(by_position, mul, initial=1.0))
                 acceptance[name] = sum(survival[1:]) / sum(tested)
             if result.pass_times_ms:
@@ -299,7 +299,7 @@ def draft_profile(loaded: Decoder, results: Sequence[Result], packing: PackingCo
 
 @torch.inference_mode()
 def _times_by_rows(loaded: Decoder, context: Sequence[int]) -> tuple[float, ...]:
-    """Median milliseconds of a pass of the target by its rows, after as much of the context as leaves room."""
+    """Median milliseconds of a target pass for each number of rows, after as much of the context as leaves room."""
     backend = loaded.backend
     before = context[: max(backend.spec.context - _ROWS, 0)]
     if not before:

@@ -31,16 +31,16 @@ from ..results import Failure, Recommendation, Result
 from . import Measured, Progress, drafts_tokens, in_turn
 
 _WITH_EXIT = ("early-exit", "self-speculative", "no-reuse", "assistant-early-exit")
-_CLOSE = 1.05  # adaptive drafting is preferred to a fixed setting that is faster by less: it suits other prompts too
+_CLOSE = 1.05  # adaptive drafting is preferred to a fixed setting less than 5% faster: it adapts to other prompts
 _FINALISTS = 2  # fixed settings that are timed once more
 _FEWEST_TURNS, _MOST_TURNS = 8, 256
-_NARROW = 0.02  # share of a speed that its lower end is below it, from which on no more prompts are needed
-# The settings that are columns of a sweep.
+_NARROW = 0.02  # timing ends when lower ends of speedups are less than 2% below them
+# The options of a policy that a Result holds.
 _COLUMNS = sorted(hints_of(Policy).keys() & {field.name for field in fields(Result)})
 
 
 def setting_of(setting: DecodingConfig) -> Result:
-    """The Result of a setting without figures."""
+    """A Result that names a setting, without figures."""
     chooses, own = setting.exit_confidence > 0, setting.strategy in STRATEGIES
     drafts = drafts_tokens(setting) and setting.strategy != "adaptive"
     return Result(
@@ -81,7 +81,7 @@ def result_of(measured: Measured, full: Measured, transformers: Measured | None 
         result,
         **values,
         metrics={name: figure.value for name, figure in metrics.items() if figure.value is not None},
-        # A draft is compared if all drafts before it in the round were accepted.
+        # A draft is tested if all drafts before it in the round were accepted.
         acceptance_by_position=tuple(map(truediv, accepted_at, stats.tested_by_position)) if drafts else None,
         differences=measured.differences,
         failures=tuple(Failure(sample, each.error) for sample, each in enumerate(answers) if each.error is not None),
@@ -94,14 +94,14 @@ def result_of(measured: Measured, full: Measured, transformers: Measured | None 
 
 
 def _speeds(measured: Measured) -> dict[str, Any]:
-    """The median time of the first token (over prompts, then repeats), and the peak of memory."""
+    """Median time to first token (over prompts, then repeats), and peak memory."""
     firsts = [[output.steps[0].seconds for output in outputs if output.steps] or [math.nan] for outputs in measured.repeats]
     peaks = [each.peak_memory_mb for outputs in measured.repeats for each in outputs if each.peak_memory_mb is not None]
     return {"ttft_ms": finite(1000 * median(map(median, firsts))), "peak_memory_mb": max(peaks, default=None)}
 
 
 def environment(loaded: Decoder) -> dict[str, Any]:
-    """Versions, machine and implementation. The load average is that before the run."""
+    """Versions, machine and implementation. The load average is taken before the run."""
     device, blocks, cpu = loaded.backend.device, loaded.backend.exit_blocks, platform.processor() or platform.machine()
     if (file := Path("/proc/cpuinfo")).exists():
         lines = file.read_text(encoding="utf-8").splitlines()
@@ -129,14 +129,14 @@ def environment(loaded: Decoder) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Contest:
-    """Seconds and tokens (settings, 2, prompts) of plain decoding and the best settings (`places` among the results)."""
+    """Seconds and tokens (settings, 2, prompts) of plain decoding and of the best settings; `places`: their result indices."""
 
     places: Sequence[int]
     times: Tensor
     noun: str = "other prompt"
 
     def speed(self, place: int, other: int = 0) -> Estimate:
-        """Speedup over another setting. Over plain decoding (0) all lower ends hold at once with 95% (Bonferroni)."""
+        """Speedup over another setting. Over plain decoding (0) all lower ends hold jointly at 95% (Bonferroni)."""
         mine, theirs = (self.times[self.places.index(each)][:, None] for each in (place, other))
         return speed_ratio(theirs, mine, 0.95 if other else 1 - 0.1 / (len(self.places) - 1))
 
@@ -153,7 +153,7 @@ class Contest:
 
 
 def faithful(results: Sequence[Result], near_tie: float) -> list[int]:
-    """The places of drafting settings whose outputs equal the first one's, except at near-ties."""
+    """Indices of drafting settings whose outputs equal plain decoding's, except at near-ties."""
     drafting = [place for place, result in enumerate(results) if result.strategy in DRAFTERS]
     return [place for place in drafting if results[place].keeps_outputs(results[0], near_tie)]
 
@@ -188,7 +188,7 @@ def contest(
 
 
 def winner(again: Contest, results: Sequence[Result]) -> tuple[int, int]:
-    """The setting to recommend (adaptive, if hardly or not certainly slower), and the one with the highest lower end."""
+    """The setting to recommend (adaptive, unless clearly or certainly slower), and the one with the highest lower end."""
     first = max(again.places[1:], key=again.lower_end)
     for place in again.places[1:]:
         if results[place].strategy == "adaptive" and again.lower_end(place) > 1:
@@ -206,7 +206,7 @@ def recommend(
     measured: Sequence[Measured],
     again: Contest | None = None,
 ) -> Recommendation:
-    """The setting with a certain gain by the contest `again`, or plain decoding, and the policies; full depth comes first."""
+    """The setting that certainly gains in the contest `again`, else plain decoding; and policies. Full depth comes first."""
     known, policies = faithful(results, near_tie), [policy_of(result, results[0], quality_metric, config) for result in results]
     best = first = max(known, key=lambda place: results[place].speedup or 0.0, default=0)
     speed, lower_end, gain = results[best].speedup, None, f"{results[best].speedup or 0.0:.2f}x"
@@ -250,12 +250,12 @@ def recommend(
 
 
 def policy_of(result: Result, plain: Result, quality_metric: str, config: SweepConfig) -> Policy:
-    """A measured row as a policy, with how its drafts were stored. `plain`: the row of full depth."""
+    """A measured row as a policy, with the packing of its drafts. `plain`: the row of full depth."""
     settings = {name: getattr(result, name) for name in _COLUMNS}
     for name in ("draft_confidence", "lookup"):
         if result.strategy in used_by(name):
             settings[name] = config.generation.get(name)
-    # Exits that are chosen by confidence are tested with the head of drafts too.
+    # Exits by confidence are tested with the head of drafts too.
     if result.exit_confidence or result.strategy not in ("autoregressive", "lookup", "early-exit"):
         copies = config.packing.draft_weights if result.strategy == "adaptive" else ()
         settings |= {"draft_copies": copies, "draft_vocab": config.packing.draft_vocab}

@@ -19,18 +19,18 @@ from . import Measured, Progress, depth_of, drafts_tokens, measure, measure_prom
 from .cost_model import Prediction, draft_profile, predict, side_of
 from .figures import Contest, contest, environment, finalists, recommend, result_of
 
-_LENGTHS = (2, 4, 6, 8, 12, 16, 24, 32)  # of drafts, predicted where none are given
-_UNPREDICTED = (4, 8, 16)  # the same of drafters whose speed is not predicted: all are measured
-_BEST = 12  # settings with the best predictions that are measured
+_LENGTHS = (2, 4, 6, 8, 12, 16, 24, 32)  # draft lengths to predict if none are given
+_UNPREDICTED = (4, 8, 16)  # draft lengths to measure of drafters without predictions
+_BEST = 12  # how many of the best predicted settings are measured
 _CONFIDENCES = (0.8, 0.9, 0.95)
-_ONCE_MORE = 0.25  # of the time that the sweep took before, for the best settings once more
-_OTHERS = 256  # prompts for that
+_ONCE_MORE = 0.25  # time of the contest, as a share of the sweep's time before it
+_OTHERS = 256  # prompts of the contest, at most
 
 
 def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress | RunRecord]:
     """Yields progress, then the record with a recommendation. Raises ConfigError, and LayerSkipError without answers."""
     started, (task, generation) = time.perf_counter(), task.asked(config.generation)
-    made = tuple(weights for weights in loaded.backend.draft_sides if weights is not None)  # for adaptive drafting
+    made = tuple(weights for weights in loaded.backend.draft_sides if weights is not None)  # copies for adaptive drafting
     copies = config.packing.draft_weights or (() if config.exits else made)
     config = replace(_resolved(loaded, task, config, copies), task=task.config, generation=generation)
     loaded, layers, name = task.prepared(loaded), loaded.backend.num_layers, task.quality_metric
@@ -64,7 +64,7 @@ def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress
 def _once_more(
     loaded: Decoder, task: Task, settings: Sequence[DecodingConfig], places: Sequence[int], seconds: float
 ) -> Generator[Progress, None, Contest]:
-    """Times the settings at these places on rows of the task that were not measured, or on its own if there are no others."""
+    """Times the settings at these places on rows that were not measured, or on measured ones if there are no others."""
     rows = other_rows(task, _OTHERS, (task.config.split, "validation", "train"))
 
     def timed(row: int, place: int) -> tuple[float, int]:
@@ -76,7 +76,7 @@ def _once_more(
 
 
 def _resolved(loaded: Decoder, task: Task, config: SweepConfig, copies: Sequence[Quantization]) -> SweepConfig:
-    """The config with default exits (with low-bit copies only trained ones, but in a task on text) and confidences."""
+    """Fills in default exits (with low-bit copies only trained ones, except for a task on text) and confidences."""
     num_layers, known, confidences = loaded.backend.num_layers, loaded.recommended(), config.exit_confidences
     if task.text is not None:
         require(not confidences, "exit_confidences", "left out for `task` lm, which goes through one exit", "some")
@@ -86,7 +86,7 @@ def _resolved(loaded: Decoder, task: Task, config: SweepConfig, copies: Sequence
     exits = config.exits or (usual_exits(loaded) if worthwhile else ())
     for exit_layer in exits:
         require_exit_layer(exit_layer, num_layers, bool(copies), field="exits")
-    # All layers of the copies too, unless the exits were given.
+    # Copies also draft at full depth, unless exits were given.
     drafting = config.exits or tuple(sorted({*exits, *((num_layers,) if copies else ())}))
     return replace(config, exits=drafting, exit_confidences=confidences or ())
 
@@ -99,7 +99,7 @@ def usual_exits(loaded: Decoder) -> tuple[int, ...]:
 
 
 def _settings(loaded: Decoder, config: SweepConfig, copies: Sequence[Quantization]) -> list[DecodingConfig]:
-    """Settings to compare: exits alone, by confidence (trained ones, else the sweep's), drafters by draft length."""
+    """Settings to compare: exits alone, exits by confidence (trained ones, else the sweep's), drafters by draft length."""
     generation, num_layers = config.generation, loaded.backend.num_layers
     exits = [exit_layer for exit_layer in config.exits if exit_layer < num_layers]
     settings = [decoding("early-exit", generation, exit_layer=exit_layer) for exit_layer in exits]

@@ -31,7 +31,7 @@ _PIECE = re.compile(r"\s+|\w+|[^\w\s]")  # the units by which answers are compar
 
 
 def to_json(record: Any) -> str:
-    """The JSON document of a dataclass; of a RunRecord without its answers."""
+    """The JSON document of a dataclass; that of a RunRecord has no answers."""
     fields = record.document() if isinstance(record, RunRecord) else asdict(record)
     return json.dumps(fields, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -139,7 +139,7 @@ def title(record: RunRecord) -> str:
 
 
 def _table(caption: str, rows: Sequence[Row], columns: Sequence[Column], links: bool = False) -> dict[str, Any]:
-    """A table for the template. With `links` rows of results lead to their answers."""
+    """A table for the template. `links`: rows link to their answers."""
     cells = [[{"text": cell(row, name, form), "value": row.get(name)} for _, name, form in columns] for row in rows]
     lines = [{"cells": own, "pareto": row["pareto"]} for own, row in zip(cells, rows, strict=True)]
     return {"caption": caption, "columns": [header for header, _, _ in columns], "rows": lines, "links": links}
@@ -169,7 +169,7 @@ def _parts(answer: str, first: str) -> list[dict[str, Any]]:
     if answer == first:
         return [{"text": answer, "marked": False}]
     pieces, expected = _PIECE.findall(answer), _PIECE.findall(first)
-    matcher = SequenceMatcher(None, expected, pieces)  # which leaves frequent pieces of long texts out: else it takes minutes
+    matcher = SequenceMatcher(None, expected, pieces)  # ignores frequent pieces of long texts, which would take minutes
     return [
         {"text": "".join(pieces[start:stop]), "marked": kind != "equal"} for kind, _, _, start, stop in matcher.get_opcodes()
     ]

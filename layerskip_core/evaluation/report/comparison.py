@@ -16,7 +16,7 @@ from .tables import TextTable
 
 
 def compare_table(comparison: Comparison) -> TextTable:
-    """A row per figure and setting; a column per label, then one per label with its difference to the first."""
+    """A row per figure and setting; a column per label, then one per label with its difference from the first."""
     first, *others = comparison.paths
     headers = ("figure", "setting", *comparison.paths, *(f"{label} vs {first}" for label in others))
     rows = []
@@ -67,7 +67,7 @@ def _note(comparison: Comparison) -> str:
 
 
 def plots(comparison: Comparison, folder: Path) -> dict[str, bytes | None]:
-    """A plot of each figure that two exits have; None for others of an earlier comparison."""
+    """A plot of each figure with two exits or more; None for other figures, also of an earlier comparison in `folder`."""
     earlier = folder / "comparison.json"
     known = [comparison, *([read_json(earlier, LayerSkipError, Comparison)] if earlier.exists() else [])]
     with style():

@@ -143,7 +143,7 @@ def _curves(title: str, xlabel: str, ylabel: str, curves: Curves, dashed: Curves
 
 
 def _scores_by_exit(record: RunRecord, title: str, lower: bool) -> Figure | None:
-    """Of lm-eval: a line per task, of its first metric, with standard errors, and a dashed line at full depth."""
+    """lm-eval scores: a line per task (its first metric) with standard errors, and a dashed line at full depth."""
     exits = [result for result in record.results if result.strategy == "early-exit" and result.exit_layer is not None]
     names: dict[str, str] = {}  # by task
     for name in record.results[0].metrics:
@@ -233,7 +233,7 @@ def _pareto(record: RunRecord) -> Figure | None:
 
 def _label_points(figure: Figure, axes: Any, shown: Points) -> None:
     """Labels the frontier, the exits alone and the fastest setting of each other strategy, where a label has room."""
-    figure.draw_without_rendering()  # the layout is settled: areas are those of the finished picture, in pixels
+    figure.draw_without_rendering()  # settles the layout, so that areas in pixels are final
     places = axes.transData.transform(list(zip(shown.speeds, shown.values, strict=True)))
     taken = [Bbox([place - 4, place + 4]) for place in places]
     steps = sorted(map(tuple, places[shown.optimal]))

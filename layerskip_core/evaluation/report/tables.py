@@ -35,16 +35,16 @@ class TextTable:
     headers: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str
-    labels: int = 1  # so many first columns identify a row
-    spare: tuple[str, ...] = ()  # the headers of columns to leave out where there is no room, in this order
-    findings: tuple[str, ...] = ()  # stand below the note
+    labels: int = 1  # the number of leading columns that identify a row
+    spare: tuple[str, ...] = ()  # headers of columns to drop, in this order, if there is no room
+    findings: tuple[str, ...] = ()  # below the note
 
     @property
     def text(self) -> str:
         return "\n".join(filter(None, (self.note, *self.findings)))
 
     def column_blocks(self, width: int) -> list[list[int]]:
-        """The columns as tables of at most `width` characters. Every block repeats the label columns."""
+        """Splits the columns into tables of at most `width` characters. Every block repeats the label columns."""
         sizes = [max(map(len, cells)) + 1 for cells in zip(self.headers, *self.rows, strict=True)]  # with a space
         columns = list(range(len(sizes)))
         for header in self.spare:
@@ -229,7 +229,7 @@ def _flat(result: dict[str, Any]) -> dict[str, Any]:
             flat[key] = " ".join(map(str, value or ()))
         elif isinstance(value, list | tuple):
             flat[key] = len(value)
-        elif value is not None or key not in flat:  # a metric can have the name of a figure that was not measured: perplexity
+        elif value is not None or key not in flat:  # an unmeasured figure must not hide a metric of its name: perplexity
             flat[key] = value
     return flat
 
@@ -246,7 +246,7 @@ def cell(row: Row, name: str, form: str) -> str:
         return format(value, form)
     if form.endswith("%"):
         return f"{100 * value:.0f}±{50 * (high - low):.0f}%"
-    half = (high - low) / 2  # of two prompts it can have ten digits
+    half = (high - low) / 2  # from two prompts it can have ten digits
     return f"{value:{form}}" + ("±∞" if half > 99 else f"±{half:{form}}".replace("±0.", "±."))
 
 

@@ -1,4 +1,4 @@
-"""Runs generated code in a process of its own, isolated by every layer that the kernel offers, and tells if its tests passed.
+"""Runs generated code in its own process, isolated by every layer that the kernel offers, and reports whether its tests passed.
 
     harness -> supervisor (its own session) -> program, then its tests
 
@@ -25,7 +25,7 @@ __all__ = ["LAYERS", "Limits", "run_tests", "standing_layers"]
 _GRACE_SECONDS = 20.0  # for the supervisor itself, on a busy machine
 _ROOT = str(Path(__file__).parents[3])
 _START = "import sys; sys.path.insert(0, sys.argv[1]); from layerskip_core.evaluation.sandbox.supervisor import main; main()"
-# All that the program sees of the environment. The fixed seed makes the order of sets, and so the verdict, reproducible.
+# The program's whole environment. The fixed hash seed makes the order of sets, and so the verdict, reproducible.
 _ENVIRONMENT = {"PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
@@ -33,7 +33,7 @@ _ENVIRONMENT = {"PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THR
 class Limits:
     """Limits of a program: wall-clock and CPU time, address space and file size (MB of 2**20 bytes), processes and threads."""
 
-    seconds: float = 30.0  # generous, because MBPP's slowest solution (row 123) needs 2.4 s of an idle core
+    seconds: float = 30.0  # generous, because MBPP's slowest solution (row 123) needs 2.4 s on an idle core
     cpu_seconds: int = 10
     memory_mb: int = 512
     file_mb: int = 1
@@ -41,9 +41,9 @@ class Limits:
 
 
 def run_tests(program: str, tests: str, limits: Limits | None = None, namespaces: bool | None = None) -> str:
-    """Runs a program, then its tests in the same module, and returns why they did not run to their end; empty if they did.
+    """Runs a program, then its tests in the same module; returns the reason of a failure, or an empty string.
 
-    The reason is for display: the program can write to it. It gets `namespaces` of its own if the kernel allows them (None).
+    The program can forge the reason: only display it. `namespaces`: isolate it in its own; None: if the kernel allows them.
     Raises LayerSkipError if the sandbox cannot be set up.
     """
     separate = "processes" in standing_layers() if namespaces is None else namespaces
@@ -52,14 +52,14 @@ def run_tests(program: str, tests: str, limits: Limits | None = None, namespaces
 
 @cache
 def standing_layers() -> tuple[str, ...]:
-    """Those of LAYERS that work on this machine. Raises LayerSkipError if the sandbox cannot be set up."""
+    """The LAYERS that work on this machine. Raises LayerSkipError if the sandbox cannot be set up."""
     with suppress(LayerSkipError):  # the kernel may forbid namespaces
         return _judged("", "", Limits(), namespaces=True)[1]
     return _judged("", "", Limits(), namespaces=False)[1]
 
 
 def _judged(program: str, tests: str, limits: Limits, namespaces: bool) -> tuple[str, tuple[str, ...]]:
-    """The reason of `run_tests` and the layers."""
+    """`run_tests`, and the layers that isolated the program."""
     folder = tempfile.mkdtemp(prefix="layerskip-")
     request = {"program": program, "tests": tests, "folder": folder, "namespaces": namespaces, "limits": asdict(limits)}
     command, pipe = [sys.executable, "-P", "-s", "-B", "-c", _START, _ROOT], subprocess.PIPE
@@ -74,7 +74,7 @@ def _judged(program: str, tests: str, limits: Limits, namespaces: bool) -> tuple
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-            # Folders in it may be closed to this user, or too deep for Python.
+            # Programs can leave folders without permissions, or too deep for Python.
             for command in (["chmod", "-R", "u+rwX"], ["rm", "-rf"]):
                 subprocess.run([*command, "--", folder], check=False, capture_output=True)
         layers, _, reason = os.read(process.stdout.fileno(), 4096).decode(errors="replace").partition("\n")

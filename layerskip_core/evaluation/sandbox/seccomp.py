@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 
 _ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # the kernel's AUDIT_ARCH_ constants
-_NEWEST = 450  # the last call of the kernel that this table describes; later ones fail with ENOSYS
+_NEWEST = 450  # the highest call number known to this table; higher ones fail with ENOSYS
 
 # Each call with its numbers on x86_64 and aarch64 (`-`: none).
 _ALLOWED = (
@@ -29,7 +29,7 @@ _ALLOWED = (
     # connected pairs
     "sendto 44 206, recvfrom 45 207, sendmsg 46 211, recvmsg 47 212, shutdown 48 210, getsockopt 55 209, getsockname 51 204",
     "getpeername 52 205",
-    # time and chance
+    # time and random numbers
     "clock_gettime 228 113, clock_getres 229 114, clock_nanosleep 230 115, nanosleep 35 101, gettimeofday 96 169, time 201 -",
     "times 100 153, alarm 37 -, setitimer 38 103, getitimer 36 102, pause 34 -, getrandom 318 278",
     # signals
@@ -38,29 +38,29 @@ _ALLOWED = (
     # processes
     "fork 57 -, vfork 58 -, wait4 61 260, waitid 247 95, exit 60 93, exit_group 231 94, set_tid_address 218 96",
     "set_robust_list 273 99, rseq 334 293, restart_syscall 219 128, sched_yield 24 124",
-    # questions
+    # identity, limits and system information
     "getpid 39 172, getppid 110 173, gettid 186 178, getpgid 121 155, getpgrp 111 -, getsid 124 156, getuid 102 174",
     "geteuid 107 175, getgid 104 176, getegid 108 177, getgroups 115 158, getresuid 118 148, getresgid 120 150",
     "getrusage 98 165, getrlimit 97 163, setrlimit 160 164, uname 63 160, sysinfo 99 179, getcpu 309 168",
     "sched_getaffinity 204 123, sched_get_priority_max 146 125, sched_get_priority_min 147 126",
 )
-# Calls that fail with ENOSYS, as on an older kernel: the C library then uses another call, which is allowed.
+# Calls that fail with ENOSYS, as on an older kernel: the C library then falls back to an allowed one.
 _MISSING = "clone3 435 435, openat2 437 437"
 
 _ALL = 0xFFFFFFFF
 _PATH_ONLY, _TRUNCATE, _ACCESS_MODE = 0o10000000, 0o1000, 0o3  # open(2)
 _OPENING = _PATH_ONLY | _TRUNCATE | _ACCESS_MODE
-# Not O_PATH, which Landlock does not check, and not O_TRUNC with O_RDONLY, which Landlock does not check before version 3.
+# Landlock does not check O_PATH, nor, before version 3, O_TRUNC with O_RDONLY: both are refused here.
 _OPENINGS = (0, 1, 2, _TRUNCATE | 1, _TRUNCATE | 2)
-# Copying descriptors and changing their flags; not setting the owner, to whom the kernel sends signals, nor leases or notices.
+# Duplicating descriptors, their flags, a pipe's size; not F_SETOWN, which directs signals, nor leases or notifications.
 _DESCRIPTOR_COMMANDS = (0, 1, 2, 3, 4, 1030, 1032)
-# Questions about terminals; blocking mode, close-on-exec, bytes available.
+# Reading a terminal's settings and size; blocking mode, close-on-exec, bytes available.
 _REQUESTS = (0x5401, 0x5413, 0x802C542A, 0x5421, 0x5450, 0x5451, 0x541B)
 _THREAD_NAMES = (15, 16, 0x53564D41)  # prctl(2); the last one names memory areas
-_NEW_NAMESPACES, _SIBLING = 0x7E020080, 0x8000  # a sibling is a child of the parent
+_NEW_NAMESPACES, _SIBLING = 0x7E020080, 0x8000  # CLONE_NEW*; CLONE_PARENT, whose child belongs to the caller's parent
 _LOCAL, _STREAM, _SOCKET_FLAGS = 1, 1, 0o2004000  # datagram pairs could send to any address
 
-# Calls that are allowed if arguments (by index), after masking, have one of these values.
+# (index, mask, values) of arguments: the call is allowed if each, masked, is one of its values.
 Checks = tuple[tuple[int, int, tuple[int, ...]], ...]
 _CHECKED: dict[str, Checks] = {
     "open 2 -": ((1, _OPENING, _OPENINGS),),
@@ -83,7 +83,7 @@ _X32_NUMBERS = 0x40000000  # calls of the x32 ABI are numbered from here
 
 
 def filter_calls(separate: bool, only_signalled: int | None) -> bool:
-    """Filters the calls of this process and its descendants, permanently. False if the kernel or this module cannot.
+    """Filters the calls of this process and its descendants, permanently. False if kernel or CPU do not support it.
 
     `only_signalled` is the only process that can be signalled; None if other layers restrict signals. `separate`: the program
     has a process namespace; without one it must stay in its process group, so that the group can be killed at once.
@@ -100,7 +100,7 @@ def filter_calls(separate: bool, only_signalled: int | None) -> bool:
 
 
 def _program(machine: str, checked: dict[str, Checks]) -> list[bytes]:
-    """A call of another architecture or of the x32 ABI ends the process, because its number has another meaning."""
+    """BPF instructions. Calls of another architecture or the x32 ABI kill the process: their numbers mean other calls."""
     steps = [_step(_LOAD, _ARCHITECTURE), _step(_EQUAL, _ARCHITECTURES[machine], true=1), _step(_GIVE, _KILL)]
     steps += [_step(_LOAD, _NUMBER), _step(_AT_LEAST, _X32_NUMBERS, false=1), _step(_GIVE, _KILL)]
     for calls, verdict in (*((calls, _ALLOW) for calls in _ALLOWED), (_MISSING, _NOT_THERE)):
@@ -108,7 +108,7 @@ def _program(machine: str, checked: dict[str, Checks]) -> list[bytes]:
             steps += [_step(_EQUAL, number, false=1), _step(_GIVE, verdict)]
     for calls, checks in checked.items():
         block = []
-        for argument, mask, values in checks:  # the kernel reads the argument's lower half; others are refused
+        for argument, mask, values in checks:  # the kernel reads only the lower half of these arguments
             block += [_step(_LOAD, _ARGUMENTS + 8 * argument), _step(_AND, mask)]
             block += [_step(_EQUAL, value, true=len(values) - index) for index, value in enumerate(values)]
             block.append(_step(_GIVE, _REFUSE))

@@ -1,7 +1,7 @@
 """The process that isolates one program by every layer that the kernel offers, starts, watches and ends it.
 
-The program writes two lines to stdout: the names of its layers as JSON, and `passed` or the reason why not. Standard library
-only.
+The program writes two lines to stdout: the names of its layers as JSON, and `passed` or the reason of a failure. Standard
+library only.
 """
 
 import ctypes
@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from . import seccomp
 
-with suppress(ImportError):  # Windows has none; tasks of code are scored there without running it
+with suppress(ImportError):  # Windows lacks it; code tasks are scored there without running programs
     import resource
 
 LAYERS = ("files", "file names", "network", "processes", "system calls", "privileges")
@@ -38,15 +38,15 @@ _BIND, _RECURSIVE, _PRIVATE = 0x1000, 0x4000, 0x40000
 _DETACH = 2  # umount2(2)
 _MOUNT_SETATTR, _WHOLE_TREE = 442, 0x8000  # AT_RECURSIVE
 
-# landlock(7). Access bits: 1 is writing and 2 reading a file, 3 is listing a folder, the others create and remove entries.
+# landlock(7). Access bits: 0 executes, 1 writes and 2 reads a file, 3 lists a folder.
 _CREATE_RULES, _ADD_RULE, _RESTRICT = 444, 445, 446
-_FILE_BITS_BY_VERSION = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}  # number of access bits in each version; later ones have no more
+_FILE_BITS_BY_VERSION = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}  # number of access bits in each version; later versions add none
 _WRITE, _READ, _READ_AND_LIST = 1 << 1, 1 << 2, 1 << 2 | 1 << 3
 _SIGNALS_SINCE = 6  # the version that restricts signals
 
 
 def main() -> None:
-    """Ends with all processes of its group. A traceback on stderr means that the sandbox cannot be set up."""
+    """Runs the request on stdin, then kills its whole process group. A traceback on stderr: the sandbox cannot be set up."""
     signal.signal(signal.SIGTERM, _end_all)
     end_with_parent(signal.SIGTERM)
     os.set_blocking(1, False)
@@ -60,7 +60,7 @@ def main() -> None:
         os.close(ready)
         _run_program(request, start, identity)
     os.close(start)
-    os.read(ready, 1)  # until the program closes its end: the setup does not count
+    os.read(ready, 1)  # returns when the sandbox is set up: the time limit starts here
     reason = _watched(program, request["folder"], request["limits"]["seconds"])
     with suppress(BlockingIOError):  # a program can fill the pipe
         os.write(1, reason.encode())
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def _watched(program: int, folder: str, seconds: float) -> str:
-    """Waits for the program's end; why it must be ended earlier."""
+    """Waits for the program's end; returns why it must be killed before, or an empty string."""
     deadline = time.monotonic() + seconds
     while os.waitpid(program, os.WNOHANG) == (0, 0):
         if time.monotonic() > deadline:
@@ -80,7 +80,7 @@ def _watched(program: int, folder: str, seconds: float) -> str:
 
 
 def _too_large(folder: str) -> bool:
-    """Whether a folder on a disk exceeds the size or number of files allowed; with namespaces a file system limits it."""
+    """True if the folder exceeds its size or number of files. With namespaces its tmpfs enforces both."""
     files = size = 0
     with suppress(OSError, RecursionError):  # too deep
         for path, folders, names in os.walk(folder):
@@ -97,14 +97,14 @@ def _too_large(folder: str) -> bool:
 def _end_all(*_: object) -> None:
     """Kills this process and its group at once, so that none can fork meanwhile.
 
-    The first process of a process namespace ends with this one, and ends the others. Without a namespace the system call filter
-    keeps all of them in the group.
+    A process namespace's first process dies with its parent, this one, and takes the others with it. Without a namespace the
+    seccomp filter keeps all processes in the group.
     """
     os.killpg(0, signal.SIGKILL)
 
 
 def _run_program(request: dict[str, Any], start: int, identity: int | None) -> NoReturn:
-    """In the program's process: isolates it, runs the program and its tests, and writes the verdict."""
+    """In the forked process: isolates it, runs the program and its tests, and writes the verdict."""
     write, leave, own_id = os.write, os._exit, os.getpid()  # before the program can replace them
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     verdict, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
@@ -148,15 +148,15 @@ def isolate(folder: str, limits: dict[str, Any], identity: int | None, separate:
 
 
 def end_with_parent(number: int) -> None:
-    """Makes the kernel send this signal when the parent ends. A change of user undoes this."""
+    """Makes the kernel send this signal when the parent ends. A change of user clears it."""
     if _LINUX:
         _prctl(_DEATH_SIGNAL, number)
 
 
 def own_identity(folder: str) -> int | None:
-    """Under root: an otherwise unused user id, so that the limit of processes counts the program's alone; it gets `folder`.
+    """Under root: gives `folder` to an unused user id, whose process limit counts the program alone, and returns the id.
 
-    `nobody` if that id does not exist in this user namespace. None for other users, and for a root who knows no other user.
+    `nobody` if that id is not mapped in this user namespace. None for other users, or if `nobody` is not mapped either.
     """
     if _LINUX and os.getuid() == 0:
         for identity in (_FIRST_IDENTITY + os.getpid() % 65536, _NOBODY):
@@ -169,8 +169,7 @@ def own_identity(folder: str) -> int | None:
 def _drop_privileges(folder: str, identity: int | None, may_read: bool) -> None:
     """Becomes an unprivileged user, who gets `folder`, and drops the capabilities.
 
-    `may_read` keeps root's right to read any file, which Landlock must restrict: an interpreter under /root could not load its
-    library otherwise.
+    `may_read` keeps CAP_DAC_READ_SEARCH, so that an interpreter under /root can load its library; Landlock must restrict it.
     """
     kept = [0]
     if identity is not None:
@@ -187,7 +186,7 @@ def _drop_privileges(folder: str, identity: int | None, may_read: bool) -> None:
 
 
 def _set_limits(limits: dict[str, Any], others: int) -> None:
-    """The only restriction outside Linux. `others`: tasks of other programs that count against the limit of processes."""
+    """Sets resource limits, all there is outside Linux. `others`: other programs' tasks, which the process limit counts too."""
     for kind, value in (
         (resource.RLIMIT_CPU, limits["cpu_seconds"]),
         (resource.RLIMIT_AS, limits["memory_mb"] << 20),
@@ -196,7 +195,7 @@ def _set_limits(limits: dict[str, Any], others: int) -> None:
         (resource.RLIMIT_NOFILE, 64),
         (resource.RLIMIT_CORE, 0),
     ):
-        with suppress(ValueError, OSError):  # a lower limit stands; macOS does not limit the address space
+        with suppress(ValueError, OSError):  # a lower limit is set already; macOS does not limit the address space
             resource.setrlimit(kind, (value, value))
 
 
@@ -213,7 +212,7 @@ def _tasks_of(uid: int) -> int:
 def enter_namespaces(identity: int | None) -> None:
     """Gives this process its own network, host name and IPC, and its children their own process ids.
 
-    Without an `identity` to become, in a user namespace with this user alone. Raises OSError if the kernel forbids it.
+    Without an `identity` to switch to, in a user namespace that maps only this user. Raises OSError if the kernel forbids it.
     """
     uid, gid = os.getuid(), os.getgid()
     _call("unshare", _NETWORK_PROCESSES_IPC_NAME | (_USERS if identity is None else 0))
@@ -224,7 +223,7 @@ def enter_namespaces(identity: int | None) -> None:
 
 
 def _enter_small_tree(folder: str) -> None:
-    """Replaces this process's root by a tree in memory: read-only views of what may be read, and an empty, limited `folder`."""
+    """Replaces the root by a tmpfs with read-only bind mounts of all readable paths, and an empty `folder` of limited size."""
     _call("unshare", _MOUNTS)
     _mount(None, "/", None, _RECURSIVE | _PRIVATE)
     _mount("tmpfs", folder, "tmpfs", _NO_SETUID | _NO_DEVICES, "size=1m,nr_inodes=1000,mode=755")
@@ -262,7 +261,7 @@ def _readable_folders() -> list[str]:
 
 
 def _allow_files_only(folder: str) -> int:
-    """Allows reading libraries, and everything in one folder; no signals. Returns Landlock's version, 0: none."""
+    """Allows reading libraries, and in `folder` all but execution; no signals. Returns Landlock's version, 0 without it."""
     try:
         version = _system_call(_CREATE_RULES, None, 0, 1)
     except OSError:

@@ -1,4 +1,4 @@
-"""A task: prompts, references, stop strings and scores; how it is found by name, and its prompts are built."""
+"""Tasks: prompts, references, stop strings and scores; loading by name, and building prompts."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -22,7 +22,7 @@ SHOT_END = "\n\n"
 
 Item = TypeVar("Item")
 Scorer = Callable[[Sequence[str]], Mapping[str, Sequence[float]]]
-"""From one prediction per example to the values of each metric, in 0..1: one per prompt."""
+"""Takes one prediction per example; returns each metric's values in 0..1, one per prompt."""
 
 
 @dataclass(frozen=True)
@@ -43,30 +43,30 @@ class Task:
     examples: tuple[Example, ...]
     config: TaskConfig  # with every default filled in
     quality_metric: str  # ranks settings
-    scorer: Scorer  # reports show every metric under its name
+    scorer: Scorer  # reports show all its metrics by name
     stop: tuple[str, ...] = ()  # an answer ends at the first of these strings
     template: str | None = None  # replaces the checkpoint's own prompt template
     text: str | None = None  # if given, perplexity is measured on it instead of the references
     notes: tuple[str, ...] = ()  # for the user, before the run
-    categories: dict[str, tuple[int, ...]] = field(default_factory=dict)  # the examples of each category of the data
-    answers_per_prompt: int = 1  # how many examples in a row repeat one prompt
-    against: Callable[[Sequence[Sequence[str]]], Scorer] | None = None  # without references: the scorer for later ones
+    categories: dict[str, tuple[int, ...]] = field(default_factory=dict)  # indices of the examples in each category
+    answers_per_prompt: int = 1  # consecutive examples with the same prompt
+    against: Callable[[Sequence[Sequence[str]]], Scorer] | None = None  # without references: makes a scorer from later ones
 
     def score(self, predictions: Sequence[str], perplexity: Scores | None = None) -> dict[str, Scores]:
-        """The metrics of predictions, one per example (failed: an empty text); of a task on text the `perplexity`."""
+        """Scores predictions, one per example (empty if it failed); a task on text has its `perplexity` as the only score."""
         if self.text is not None:
             return {} if perplexity is None else {"perplexity": perplexity}
         return {name: Scores(tuple(values)) for name, values in self.scorer(self._cut(predictions)).items()}
 
     def answered(self, answers: Sequence[Sequence[str | None]]) -> tuple[Answered, ...]:
-        """Each prompt with its answers, by result, cut at the stop strings."""
+        """Each prompt with the answer of every result, cut at the stop strings."""
         return tuple(
             Answered(example.prompt, example.completion, tuple(text and before_stop(text, self.stop) for text in texts))
             for example, *texts in zip(self.examples, *answers, strict=True)
         )
 
     def referring_to(self, answers: Sequence[str | None]) -> "Task":
-        """The task with these answers as references if it has none, one per example. A missing one matches nothing."""
+        """The task with these answers, one per example, as references if it has none. A missing answer matches nothing."""
         if self.against is None:
             return self
         return replace(self, scorer=self.against([[] if text is None else self._cut([text]) for text in answers]), against=None)
@@ -82,7 +82,7 @@ class Task:
             yield from (reference_losses(loaded, example, exit_layers) for example in self.examples)
 
     def asked(self, generation: DecodingOptions) -> "tuple[Task, DecodingOptions]":
-        """The task with the requested stop strings, and the settings with the task's limit and stop strings."""
+        """Task and settings, both with the stop strings of either; the task's token limit is the default."""
         stop = (*self.stop, *(text for text in generation.get("stop", ()) if text not in self.stop))
         limit = generation.get("max_new_tokens") or self.config.max_new_tokens or 0  # a task has one
         return replace(self, stop=stop), {**generation, "stop": stop, "max_new_tokens": limit}
@@ -94,7 +94,7 @@ class Task:
 
 
 def load_task(config: TaskConfig) -> Task:
-    """The task with all its rows, by default of `data`. Raises ConfigError for settings it lacks, DataError."""
+    """Loads a task and its rows; `data` implies a default task. Raises ConfigError for settings it does not use, DataError."""
     name = config.task or _task_of(config.data)
     if name not in TASKS:
         if "/" not in name and not Path(name).suffix and not Path(name).exists():
@@ -121,7 +121,7 @@ def load_task(config: TaskConfig) -> Task:
 
 
 def other_rows(task: Task, count: int, splits: Iterable[str]) -> Sequence[Example]:
-    """At most `count` rows that the task does not have, of the first split with any; else some of its own rows."""
+    """At most `count` rows outside the task, from the first split that has any; else some of the task's own rows."""
     own = {example.prompt for example in task.examples}
     for split in dict.fromkeys(splits):
         with suppress(DataError, ConfigError):
@@ -138,7 +138,7 @@ def _task_of(data: str | None) -> str:
 
 
 def rows_of(data: str, hub_id: str, split: str, most: int | None = None, **keywords: Any) -> list[Record]:
-    """All rows of a file, or of the split of this hub data set if `data` is its id. Raises DataError."""
+    """All rows of the file `data`, or of a split of the hub data set if `data` is its id. Raises DataError."""
     return list(hub_records(hub_id, split, most=most, **keywords) if data == hub_id else file_records(Path(data)))
 
 
@@ -156,10 +156,10 @@ def framed(
     shots: Sequence[Example] = (),
     shot_form: str | None = None,
 ) -> tuple[tuple[Example, ...], str | None]:
-    """(examples, the template to encode them in): each example in its form, after the shots.
+    """Puts shots and form around each example; returns the examples, and the template to encode them with.
 
-    A template that was `asked` for replaces `template`; a text with {prompt} replaces the forms, too, and stays a template,
-    whose special tokens are encoded as tokens, and those in the rows as text.
+    `asked` replaces `template`. A text with {prompt} also replaces the forms; it stays a template, because its special tokens
+    are encoded as tokens, those in rows as text.
     """
     template = template if asked is None else asked
     if asked not in (None, CHAT, RAW):
@@ -167,7 +167,7 @@ def framed(
     own = template == form != BARE
     before_form = form if own else shot_form or form
     before = "".join(before_form.replace(BARE, shot.prompt) + shot.completion + SHOT_END for shot in shots)
-    if own and BARE not in before:  # else the template would fill in the {prompt} of a shot, too
+    if own and BARE not in before:  # else a {prompt} inside a shot would be filled in too
         return tuple(examples), before + form
     whole = tuple(Example(before + form.replace(BARE, example.prompt), example.completion) for example in examples)
     return whole, BARE if own else template

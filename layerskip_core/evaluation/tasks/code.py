@@ -1,7 +1,7 @@
 """Python programs scored by their tests: HumanEval (Chen et al., 2021) and MBPP (Austin et al., 2021), by pass@k.
 
-HumanEval's prompts lack their final line end, which tokenizers merge with the indentation that follows. MBPP's prompts have
-three solved problems, each between [BEGIN] and [DONE].
+HumanEval's prompts are cut before the final newline, which tokenizers merge with the indentation after it. MBPP's prompts
+have three shots, their solutions between [BEGIN] and [DONE].
 """
 
 from collections.abc import Iterable, Sequence
@@ -29,7 +29,7 @@ _NEEDS_FLAG = "pass@k needs `allow_code_execution`, which runs what the model wr
 
 
 class _Problem(NamedTuple):
-    """A prompt with its reference answer, the `head` before the answer in the program, and the tests after it."""
+    """A prompt and its reference answer. The program is `head`, the answer, then `tests`."""
 
     example: Example
     head: str
@@ -48,7 +48,7 @@ def humaneval(config: TaskConfig) -> Task:
 
 
 def mbpp(config: TaskConfig) -> Task:
-    """Problems in the full or sanitized form. Shots are problems 2, 3, 4, ...; a file without these gives its first rows."""
+    """Problems in the full or sanitized form. Shots are problems 2, 3, 4, ...; a file without these uses its first rows."""
     require(config.split in _MBPP_SPLITS, "split", f"one of {', '.join(_MBPP_SPLITS)} for `task` mbpp", config.split)
     count, data = _MBPP_SHOTS if config.shots is None else config.shots, str(config.data)
     rows = rows_of(data, _MBPP, config.split, name="full")
@@ -67,7 +67,7 @@ def mbpp(config: TaskConfig) -> Task:
 
 
 def _mbpp_problem(row: Record) -> _Problem:
-    """Of the full or the sanitized form. The setup runs after the answer: in row 367 it uses the answer's class."""
+    """Reads a row of the full or the sanitized form. The setup runs after the answer: in row 367 it uses the answer's class."""
     text, tests = _code(row, row.first_column(("text", "prompt"))), _code(row, "test_list", list)
     example = Example(f"{text} Your code should pass these tests:\n\n{tests}", _code(row, "code"))
     setup = _code(row, "test_setup_code") if row.fields.get("test_setup_code") else ""
@@ -76,7 +76,7 @@ def _mbpp_problem(row: Record) -> _Problem:
 
 
 def _code(row: Record, column: str, kind: type = str) -> str:
-    """A text, or a list of lines: unlike prose, a program's lines are not joined by spaces."""
+    """A text, or a list of texts joined by newlines, not by spaces like prose."""
     if not isinstance(value := row.value(column), kind):
         raise row.fault(f"{column} must be a {'text' if kind is str else 'list of texts'}", value)
     return "\n".join(row.texts(column))
@@ -85,7 +85,7 @@ def _code(row: Record, column: str, kind: type = str) -> str:
 def _task(
     config: TaskConfig, rows: Iterable[_Problem], form: str, stop: tuple[str, ...], solved: Sequence[Example] = ()
 ) -> Task:
-    """A task with `problem_samples` answers to each problem."""
+    """A task with `problem_samples` answers per problem."""
     problems, count = list(rows), config.problem_samples
     prompts, template = framed(config.prompting.asked, form, BARE, (problem.example for problem in problems), solved)
     examples = tuple(example for example in prompts for _ in range(count))

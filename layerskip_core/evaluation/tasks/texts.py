@@ -1,6 +1,6 @@
 """Parsing (`commands`, `topv2`), scored by exact match; summaries; any data with prompts and references (`jsonl`); plain text.
 
-Summaries are news with the prompts of LayerSkip's evaluation (CNN/DM, 1-shot; XSUM, 0-shot), and papers in one sentence.
+Summaries: of news, with the prompts of LayerSkip's evaluation (CNN/DM, 1-shot; XSUM, 0-shot), and of papers in one sentence.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,14 +33,14 @@ from ...prompting import CHAT, RAW
 from ..metrics import ROUGES, exact_match, rouge
 from . import BARE, SHOT_END, Scorer, Task, TaskLoader, framed, load_task, rows_of, shots_and_rest
 
-_TURNS = "turns"  # of a user; without the answers between them only the first can be asked
+_TURNS = "turns"  # of a user, without the answers between them: only the first is a prompt
 _CATEGORY = "category"
 _FORM = "Article: {prompt}\nSummary:"
 _STOP = ("\nArticle:",)  # a base model continues with another article
 _ARTICLES = ("article", "document", "source")
 _SUMMARIES = ("highlights", "summary", "summary_gt", "target")
 _READY_STOP = ("###",)  # for complete prompts in HELM's form, with their own shots
-_AS_PARQUET = "refs/convert/parquet"  # the branch of the hub's own copy: datasets no longer runs a repository's script
+_AS_PARQUET = "refs/convert/parquet"  # the hub's Parquet branch: `datasets` no longer runs loading scripts
 _HUB, _HUB_NAME = "Salesforce/wikitext", "wikitext-2-raw-v1"
 _WIKITEXT = f"{_HUB}/{_HUB_NAME}"
 _TEXT_COLUMNS = ("text", "completion", "content")
@@ -54,7 +54,7 @@ _UNANSWERED = (
 
 
 def load_trained(asked: TaskConfig, model: str) -> Task:
-    """As `load_task`; without `task` and `data`, on the training data by layerskip.json, unseen rows if there are any."""
+    """Like `load_task`; without `task` and `data` on the training data in layerskip.json, on unseen rows if possible."""
     data, validation = (None, None) if asked.task or asked.data else read_info(present(model).path).trained_on
     if data is None or data.name == "commands":
         return load_task(asked)
@@ -73,7 +73,7 @@ def load_trained(asked: TaskConfig, model: str) -> Task:
 
 
 def _like_training(config: TaskConfig, trained: DataConfig) -> TaskConfig:
-    """The training's columns as far as the data has them; the task `lm` for text without prompts."""
+    """Takes the training's columns if the data has them; task `lm` for text without prompts."""
     data, prompt, completion = DataConfig(str(config.data), config.split), trained.prompt_column, trained.completion_column
     if is_parsing(data):
         return config
@@ -90,11 +90,11 @@ def _like_training(config: TaskConfig, trained: DataConfig) -> TaskConfig:
 
 
 def parsing(config: TaskConfig) -> Task:
-    """Sentences and their parses, with whitespace folded, because tokenizers differ in it. Shots are training rows."""
+    """Sentences and their parses, compared with folded whitespace, in which tokenizers differ. Shots are training rows."""
     columns = config.prompt_column or "prompt", config.completion_column or "completion"
     data = DataConfig(str(config.data), config.split, *columns, limit=config.samples, seed=config.seed)
     examples = load_examples(data)
-    # Evenly spaced, so that every domain is shown.
+    # Evenly spaced, to cover all domains.
     shots = load_examples(replace(data, split="train", limit=config.shots)) if config.shots else []
     config = replace(config, prompt_column=columns[0], completion_column=columns[1])
     references = [[example.completion] for example in examples]
@@ -103,10 +103,10 @@ def parsing(config: TaskConfig) -> Task:
 
 
 def prompts(config: TaskConfig) -> Task:
-    """Rows of a prompt and one or more references. The first `shots` rows come before every prompt.
+    """Prompts with one or more references each. The first `shots` rows come before every prompt.
 
-    Rows without references are scored against the model's own answers, by ROUGE-L. A column `category` divides the rows. By
-    default ROUGE-2 ranks, or exact match for references of one word.
+    Data without references is scored against the model's own answers, by ROUGE-L. A column `category` groups the rows. With
+    references the default metric is ROUGE-2, or exact match if all are single words.
     """
     source = str(config.data)
     every, config = _pairs(source, config)
@@ -131,7 +131,7 @@ def prompts(config: TaskConfig) -> Task:
 
 
 def _few_shot(config: TaskConfig, metric: str, scorer: Scorer, examples: Sequence[Example], shots: Sequence[Example]) -> Task:
-    """A task with solved rows before each prompt. A completion follows a user's template after a space."""
+    """A task with solved rows before each prompt. After a user's template a completion begins with a space."""
     asked = config.prompting.asked
     form = "{prompt}\n" if shots and asked == RAW else BARE
     gap = "" if asked in (None, CHAT, RAW, BARE) or asked[-1].isspace() else " "
@@ -143,7 +143,7 @@ def _few_shot(config: TaskConfig, metric: str, scorer: Scorer, examples: Sequenc
 def text_scores(
     metrics: Sequence[str], references: Sequence[Sequence[str]], predictions: Sequence[str], fold_whitespace: bool = False
 ) -> dict[str, list[float]]:
-    """Exact match and ROUGE, as far as they are among the `metrics`. The best of several references counts."""
+    """Exact match and ROUGE, if among the `metrics`. The best of several references counts."""
     kinds = [kind for kind in ROUGES if kind in metrics]
     scores = rouge(predictions, references, kinds) if kinds else {}
     if "exact_match" in metrics:
@@ -158,7 +158,7 @@ class _Pair(NamedTuple):
 
 
 def _pairs(source: str, config: TaskConfig) -> tuple[list[_Pair], TaskConfig]:
-    """Every row, and the config with the names of the columns. Without a column of references no row has any."""
+    """All rows, and the config with the column names. Without a reference column only conversations have references."""
     data = DataConfig(source, config.split, seed=config.seed)
     if is_parsing(data):
         pairs = [_Pair(example, [example.completion]) for example in load_examples(data)]
@@ -222,7 +222,7 @@ def _of_summaries(hub_id: str, max_new_tokens: int, hub: Mapping[str, Any], **fo
 
 
 def language_modelling(config: TaskConfig) -> Task:
-    """A plain text, or the joined texts of rows, for perplexity; evenly spaced passages of it are continued for speed."""
+    """A plain text, or the joined texts of rows, for perplexity; for speed, continuations of evenly spaced passages."""
     path = Path(str(config.data))
     if config.data == _WIKITEXT:
         text = "".join(str(row.value("text")) for row in hub_records(_HUB, config.split, name=_HUB_NAME))
