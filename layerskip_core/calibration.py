@@ -4,10 +4,9 @@ A model's own text has the distribution that it decodes in, and needs no data (L
 begins with what the prompt template puts before a prompt, so that the model writes the prompt, too (Magpie, Xu et al., 2024),
 the others with a random token.
 
-The model is quantised layer by layer, from the inputs that the layers before give it as they are already quantised.
-GPTQ (Frantar et al., ICLR 2023) chooses the levels of a weight input by input, and the inputs that follow make up for each
-error. The error of a weight W (out, in) is the sum over inputs x of |(W - W4) x|^2, which is the trace of
-(W - W4) H (W - W4)^T with H = sum x x^T.
+Layers are quantised in order, each on the outputs of the quantised layers before it. GPTQ (Frantar et al., ICLR 2023) rounds a
+weight input by input, and corrects the weights of later inputs for each error. The error of a weight W (out, in) is the sum
+over inputs x of |(W - W4) x|^2, which is the trace of (W - W4) H (W - W4)^T with H = sum x x^T.
 """
 
 import os
@@ -34,13 +33,13 @@ from .model import ModelSpec, TransformersBackend, missing_feature
 from .model.weights import GROUP_SIZE, LEVELS, Int4, stored
 
 _LENGTH = 256  # tokens of a text, or the model's context
-_ROWS = 32  # texts that are written together
-_HELD_OUT = 8  # texts that the agreement is measured on
-_TOKENS = 4096  # of a forward pass
-_FITS = 3  # of a group's scale and lowest value to its levels, which are then nearest again
-_TINY = 1e-8  # the smallest step
+_ROWS = 32  # texts decoded together
+_HELD_OUT = 8  # texts to measure the agreement on
+_TOKENS = 4096  # per forward pass
+_FITS = 3  # times that a group is rounded, and its scale and lowest value fitted to the levels
+_TINY = 1e-8  # the smallest scale
 
-Report = Callable[..., None]  # gets a stage, of how much, and how much is done
+Report = Callable[..., None]  # gets (stage, total, done)
 
 
 def output_folder(config: CalibrationConfig) -> str:
@@ -52,8 +51,8 @@ def output_folder(config: CalibrationConfig) -> str:
 def calibrate(config: CalibrationConfig, report: Report = lambda *_: None) -> str:
     """Writes int4 weights to `output_folder`, whose lock the caller holds, and returns the file's path.
 
-    Nothing is written before the end. The same settings give the same weights on one machine. The file has the acceptance of
-    drafts by these weights: the share of tokens that they choose, too, of the model's greedy answers to parts of other texts.
+    Nothing is written before the end. The same settings give the same weights on one machine. The file records the acceptance
+    rate of drafts by these weights: how often they choose the tokens of the model's greedy answers to held-out texts.
 
     Raises:
         CheckpointError: the model cannot be read, or the folder not be written.
@@ -61,7 +60,7 @@ def calibrate(config: CalibrationConfig, report: Report = lambda *_: None) -> st
     """
     folder, own = output_folder(config), own_folder(config.model)
     if own is not None:
-        reading(own, lambda: refuse_packed(own))  # before texts are written, which takes long
+        reading(own, lambda: refuse_packed(own))  # before the slow part
     if folder == own:
         refuse_sidecar(folder, INT4_FILE)
     texts, others, answers = _texts(config, report)
@@ -82,13 +81,13 @@ def calibrate(config: CalibrationConfig, report: Report = lambda *_: None) -> st
 
 @torch.no_grad()
 def choices(backend: TransformersBackend, texts: Tensor) -> Tensor:
-    """(N, T) the most probable token after each token of the texts."""
+    """The argmax (N, T) after each token of the texts."""
     hidden = (backend.run_texts(backend.embed(text[None]), 0, backend.num_layers) for text in texts)
     return torch.cat([backend.unembed(states).argmax(-1) for states in hidden])
 
 
 def _texts(config: CalibrationConfig, report: Report) -> tuple[Tensor, Tensor, Tensor]:
-    """Texts (N, T), halves of others, and greedy answers to these. Raises ConfigError where no int4 kernel runs the model."""
+    """(texts (N, T), halves of held-out texts, greedy answers to these). Raises ConfigError without an int4 kernel for it."""
     decoder = for_decoding(config.model, "cpu")
     spec = decoder.backend.spec
     if (missing := missing_feature(spec, native=True)) or not isinstance(spec, ModelSpec):
@@ -117,7 +116,7 @@ def _answers(
 
 
 def written_texts(decoder: Decoder, count: int, length: int, seed: int, report: Callable[[int], None]) -> Tensor:
-    """(count, at most `length`) tokens, sampled at temperature 1. A text goes on after the end of an answer."""
+    """(count, at most `length`) tokens, sampled at temperature 1. Texts run past EOS."""
     draw, start = Random(seed), decoder.prompt_start()[: length - 1]
     config = DecodingConfig("autoregressive", max_new_tokens=length - max(len(start), 1), temperature=1.0)
     texts: list[list[int]] = []
@@ -138,7 +137,7 @@ def nearest(weights: Tensor, scale: Tensor, low: Tensor) -> Tensor:
 def fitted(group: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
     """(scale, lowest value), each (out,), of weights (in group, out), near the least squared error.
 
-    From the whole range on, levels and the best line through them by turns. `importance` (in group,) weighs the errors.
+    From the whole range on, alternates rounding to levels with regression on these. `importance` (in group,) weighs the errors.
     """
     low, high = group.aminmax(dim=0)
     scale, share = ((high - low) / (LEVELS - 1)).clamp_min_(_TINY), importance / importance.sum()
@@ -152,13 +151,13 @@ def fitted(group: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gptq(weight: Tensor, square: Tensor) -> Int4:
-    """A weight (out, in) in 4 bits, for inputs with H `square` (in, in). Scales and lowest values are those of bf16.
+    """A weight (out, in) in 4 bits, for inputs with H `square` (in, in). Scales and lowest values are rounded to bf16.
 
-    Without correlations between the inputs, all of them equally large, this is `fitted` for each group.
+    For uncorrelated inputs of equal size this is `fitted` for each group.
     """
     factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(square)), upper=True)
     diagonal = factor.diagonal()
-    left = weight.T.float().clone(memory_format=torch.contiguous_format)  # of each input (in, out): what is still to be stored
+    left = weight.T.float().clone(memory_format=torch.contiguous_format)  # (in, out): weights, corrected for the errors so far
     levels = torch.empty_like(left)
     scales, lows = left.new_empty(2, len(left) // GROUP_SIZE, len(weight))
     for number, start in enumerate(range(0, len(left), GROUP_SIZE)):
@@ -177,12 +176,12 @@ def gptq(weight: Tensor, square: Tensor) -> Int4:
 def quantize(backend: TransformersBackend, texts: Tensor, report: Callable[[int], None]) -> dict[str, Int4]:
     """All projections and the head in 4 bits, by name, on texts (N, T). The projections of `backend` get their int4 values.
 
-    `report` gets the number of layers that are done, the head being the last. The head of `backend` stays as it is: drafts
-    have it in 8 bits.
+    `report` gets the number of layers done, the head as the last. The head of `backend` stays as it is, because drafts use
+    it in 8 bits.
     """
     states = [backend.embed(part) for part in torch.split(texts, max(1, _TOKENS // texts.shape[1]))]
     spec, weights = backend.own_spec, dict[str, Int4]()
-    others = () if spec.architecture.mixer is None else spec.architecture.mixer.steps  # which no kernel has in low bits
+    others = () if spec.architecture.mixer is None else spec.architecture.mixer.steps  # kernels have them in no low-bit form
     for index in range(backend.num_layers):
         layer, run = backend.layers[index], partial(backend.run_texts, start=index, stop=index + 1)
         for names, square in _squares(layer, run, states, others).items():
@@ -200,7 +199,7 @@ def quantize(backend: TransformersBackend, texts: Tensor, report: Callable[[int]
 
 
 def damped(square: Tensor, tokens: int) -> Tensor:
-    """H of so many tokens over the mean of its diagonal, with more on it the fewer they are: H has the noise of the texts."""
+    """H / mean(diagonal) + (in / tokens) I: H of few tokens is noisy."""
     return square / square.diagonal().mean().clamp_min(_TINY) + len(square) / tokens * torch.eye(len(square))
 
 

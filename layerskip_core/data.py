@@ -1,4 +1,4 @@
-"""Data sets by name, file, folder or hub id: their rows, and these as examples or conversations."""
+"""Data sets by name, file, folder or hub id: their rows, as records, examples or conversations."""
 
 import csv
 import logging
@@ -66,7 +66,7 @@ class Record(NamedTuple):
         return next((name for name in names if name in self.fields), names[0])
 
     def as_usual(self) -> "Record":
-        """A row of Alpaca (`instruction` and `input`) with one prompt, one of ShareGPT with `messages`; others unchanged."""
+        """Joins Alpaca's `instruction` and `input` to one prompt, turns ShareGPT's turns into `messages`; else unchanged."""
         fields, (asked, given) = self.fields, map(self.fields.get, ("instruction", "input"))
         if isinstance(asked, str) and isinstance(given, str) and given.strip():
             return Record(self.where, {**fields, "instruction": f"{asked}\n\n{given}"})
@@ -255,7 +255,7 @@ def load_prompts(config: DataConfig) -> list[Example]:
             raise DataError(f"{record.where}: conversations have answers, found messages; needed `answers` data")
         if _holds_text(record.value(column, "prompt_column", names[1:])):
             prompts.append(Example(record.text(column, "prompt_column"), "", record.where))
-        names = (column,)  # of all rows
+        names = (column,)  # the first row decides
     if not prompts:
         raise DataError(f"no row of {config.name} has a prompt in the column {names[0]!r} (`prompt_column`)")
     return spread(prompts, config.limit)
@@ -270,7 +270,7 @@ def has_prompts(config: DataConfig) -> bool:
 
 
 def _prompt_columns(config: DataConfig) -> tuple[str, ...]:
-    """The column of prompts, or those that it can be."""
+    """The possible columns of prompts."""
     if file_ending(Path(config.name)) == ".txt":
         return (TEXT_COLUMN,)
     return _USUAL.get(config.prompt_column, (config.prompt_column,))
@@ -288,7 +288,7 @@ def stream_rows(config: DataConfig) -> Iterator[Row]:
 
 
 def is_parsing(config: DataConfig) -> bool:
-    """Whether the data is semantic parsing, by name or layout, with PARSING_TEMPLATE."""
+    """Whether the data is for semantic parsing (PARSING_TEMPLATE), by its name or layout."""
     return config.name in ("commands", "topv2") or os.path.isdir(config.name)
 
 
@@ -302,7 +302,7 @@ def load_records(config: DataConfig, streaming: bool = False) -> Iterator[Record
 
 
 def require_data(name: str, setting: str = "data") -> None:
-    """Raises DataError for a file that is not there, and for a name that is none of data. Reads nothing."""
+    """Raises DataError for a missing file, and for a name that no data can have. Reads nothing."""
     path = Path(name)
     if name in ("commands", "topv2") or os.path.exists(path):
         return
@@ -314,7 +314,7 @@ def require_data(name: str, setting: str = "data") -> None:
 
 
 def is_data(name: str) -> bool:
-    """Whether a name is that of data, not of a split or a task, as in `validation` and `task`."""
+    """Whether a value of `validation` or `task` names data, and not a split or a task."""
     named = name in ("commands", "topv2") or "/" in name or Path(name).exists() or Path(name).suffix != ""
     return named and name not in commands.SPLITS
 
@@ -343,7 +343,7 @@ def _rows(config: DataConfig, streaming: bool) -> Iterator[Row]:
             continue
         text = record.value(completion, "completion_column", completions[1:])
         needs_prompt = prompt in record.fields if needs_prompt is None else needs_prompt
-        prompts, completions = (prompt,), (completion,)  # of all rows
+        prompts, completions = (prompt,), (completion,)  # the first row decides
         asked = record.value(prompt, "prompt_column") if needs_prompt else record.fields.get(prompt)
         if not isinstance(text, str) or not text.strip():
             raise record.fault("the completion must be a text that is not empty", text)
@@ -353,7 +353,7 @@ def _rows(config: DataConfig, streaming: bool) -> Iterator[Row]:
 
 
 def _topv2(config: DataConfig) -> Iterator[Record]:
-    """The rows of a folder of TOPv2's files, or of its copy on the hub."""
+    """The rows of a folder with TOPv2's files, or of the data set's copy on the hub."""
     if config.split not in _TOPV2_SPLITS:
         raise DataError(f"`split` must be one of {', '.join(_TOPV2_SPLITS)} for TOPv2, got {config.split}")
     split = _TOPV2_SPLITS[config.split]
@@ -366,7 +366,7 @@ def _topv2(config: DataConfig) -> Iterator[Record]:
 
 
 def _conversation(record: Record) -> Conversation:
-    """Raises DataError for turns without text, and without one of the assistant."""
+    """Raises DataError for messages that are malformed, or have no text of the assistant."""
     try:
         messages = msgspec.convert(record.fields[MESSAGES], list[_Message])
     except msgspec.ValidationError as error:
@@ -378,7 +378,7 @@ def _conversation(record: Record) -> Conversation:
 
 
 def spread(items: Sequence[Item], limit: int) -> list[Item]:
-    """`limit` items (0: all) at even distances, so that a sample of sorted data has every domain."""
+    """`limit` evenly spaced items (0: all), so that a sample of sorted data has every domain."""
     if not limit or limit >= len(items):
         return list(items)
     return [items[index * len(items) // limit] for index in range(limit)]

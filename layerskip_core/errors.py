@@ -1,4 +1,4 @@
-"""Errors that a user can cause or fix, the checks that raise them, and words of messages.
+"""Errors that a user can cause or fix, the checks that raise them, and the format of values in messages.
 
 A message says what was needed and what was found. It names settings in backquotes (`exit_layer`); the command line shows the
 flags instead.
@@ -100,7 +100,7 @@ def plural(count: int, noun: str) -> str:
 
 
 def number(value: float | None, form: str) -> str:
-    """A value by a format, or a dash for none."""
+    """A formatted value, or a dash for None."""
     return "-" if value is None else format(value, form)
 
 

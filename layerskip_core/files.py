@@ -1,4 +1,4 @@
-"""Files: read whole or by lines, written aside and renamed, locked by folder; JSON, and its values by type."""
+"""Files: read whole or by lines, written aside and renamed, locked by folder; JSON, parsed by type."""
 
 import errno
 import gzip
@@ -84,7 +84,7 @@ def append_lines(path: Path, values: Iterable[object], error: type[LayerSkipErro
 def write_file(path: Path, content: bytes, error: type[LayerSkipError]) -> None:
     """Replaces a file by a rename (a device is written to). Raises `error` if that fails; the file is then unchanged."""
     target = Path(os.path.realpath(path))
-    # A killed process leaves it, and the next one writes over it. Its end is not that of any file of a model.
+    # A killed process leaves this file, the next one overwrites it. No file of a model ends in .part.
     temporary = target.with_name(f".layerskip-writing-{target.name}.part")
     try:
         if target.exists() and not target.is_file():
@@ -192,7 +192,7 @@ def hold(folder: str | Path, doing: str, wait: float = 0.0) -> Iterator[None]:
         finally:
             if first:
                 with suppress(OSError):
-                    file.unlink()  # while the lock is held: who waits for this file then makes a new one
+                    file.unlink()  # while the lock is held: a waiting process then makes a new file
             lock.release()
     finally:
         for path in created:

@@ -1,6 +1,6 @@
 """Constrained decoding: answers that match a JSON schema, a regular expression, a grammar, or one of several texts.
 
-llguidance (extra `grammar`) says which tokens may come next, and which must: these are free drafts.
+llguidance (extra `grammar`) masks the next token, and gives forced tokens, which are free drafts.
 """
 
 import json
@@ -15,11 +15,11 @@ from .errors import ConfigError, LayerSkipError, first_line, refused
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-# JSON as json.dumps writes it: with its white space fixed, all of an object but its values is forced.
+# JSON as json.dumps writes it: with fixed white space, all of an object but its values is forced.
 JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
-@lru_cache(maxsize=64)  # of a server many requests have the same
+@lru_cache(maxsize=64)  # many requests to a server share a grammar
 def guide(asked: tuple[str, str], tokenizer: Any, vocab: int, eos_ids: frozenset[int]) -> "Matcher":
     """A compiled grammar (`guided` of DecodingConfig). Raises ConfigError if impossible, LayerSkipError without llguidance."""
     kind, text = asked
@@ -65,9 +65,9 @@ class Matcher:
 
     def __init__(self, matcher: "LLMatcher", eos_ids: frozenset[int]) -> None:
         self._matcher, self._eos_ids = matcher, eos_ids
-        self._read: list[int] = []  # by the matcher
-        self._masks: dict[tuple[int, ...], np.ndarray[Any, np.dtype[np.bool_]]] = {}  # after drafts, for the same output
-        self._masks_of = -1  # tokens of that output
+        self._read: list[int] = []  # tokens that the matcher has consumed
+        self._masks: dict[tuple[int, ...], np.ndarray[Any, np.dtype[np.bool_]]] = {}  # by drafts, for the present output
+        self._masks_of = -1  # number of tokens in that output
 
     def matcher(self) -> "Matcher":
         """A copy for a new row."""
@@ -97,7 +97,7 @@ class Matcher:
         return count
 
     def forced(self, output: list[int]) -> list[int]:
-        """The tokens that must follow, and the EOS if nothing else can; none after an EOS."""
+        """The forced next tokens, and the EOS if nothing else can follow them; none after an EOS."""
         if output and output[-1] in self._eos_ids:
             return []
         self._go_to(output)

@@ -16,7 +16,7 @@ from .decoding.drafters.lookup import EarlierAnswers
 from .serving import Request
 from .serving.engine import Engine, Updates
 
-_TOGETHER, _WAITING = 8, 1 << 16  # asynchronous answers that are decoded at once, and that may wait
+_TOGETHER, _WAITING = 8, 1 << 16  # the most asynchronous answers decoded together, and waiting
 
 
 class LanguageModel:
@@ -25,7 +25,7 @@ class LanguageModel:
     def __init__(self, decoder: Decoder, packing: PackingConfig, earlier: EarlierAnswers | None = None) -> None:
         self.decoder = decoder
         self._packing, self._earlier = packing, earlier
-        self._engine: Engine | None = None  # of asynchronous answers, once there are any
+        self._engine: Engine | None = None  # for `astream`, from its first call on
 
     def generate(self, prompt: str, **options: Unpack[RequestOptions]) -> Answer:
         """The whole answer to a prompt.
@@ -40,13 +40,13 @@ class LanguageModel:
         return TextStream(self.decoder, prompt, self._resolved(options), earlier=self._earlier)
 
     async def astream(self, prompt: str, **options: Unpack[RequestOptions]) -> AsyncIterator[str]:
-        """The pieces of an answer as they are verified, for a server of one's own: answers at the same time share passes.
+        """The pieces of an answer as they are verified, for your own server: concurrent answers share passes.
 
             async for piece in model.astream("wake me up at six"):
                 print(piece, end="")
 
-        Leaving the iteration (`aclose`, a cancelled task) gives the answer up. A thread decodes, which `close` ends: until then
-        the other methods must not be called. Raises as `generate` does.
+        Leaving the iteration (`aclose`, a cancelled task) cancels the answer. A thread decodes until `close`: before that, do
+        not call the other methods. Raises as `generate` does.
         """
         config, ids = self._resolved(options), self.decoder.encode_prompt(prompt)
         check_prompt(ids, self.decoder.backend)
@@ -67,7 +67,7 @@ class LanguageModel:
             engine.cancel(request)
 
     def close(self) -> None:
-        """Ends the thread of `astream`, if there is one; answers that are not finished raise Stopped."""
+        """Ends the thread of `astream`, if there is one; unfinished answers raise Stopped."""
         if self._engine is not None:
             self._engine.stop()
             self._engine = None
@@ -82,7 +82,7 @@ class LanguageModel:
         return sorted(answers, key=lambda answer: answer.row)
 
     def dialogue(self, *, system: str | None = None, **options: Unpack[RequestOptions]) -> Dialogue:
-        """A conversation, of which every answer sees the turns before it and computes only what is new.
+        """A conversation: each answer sees the turns before it, and computes only new tokens.
 
             talk = model.dialogue(system="Answer briefly.")
             print(talk.ask("Who wrote Emma?").finish().text)
@@ -122,8 +122,8 @@ def load(
     """Loads a model to decode with: an embedded name, a folder, a GGUF file or a hub id.
 
     `template`: `chat`, `raw` or a text with {prompt} in it, instead of the checkpoint's own. `system`: a system message, for a
-    chat template. `remember`: tokens of earlier answers that lookups search too, for programs that repeat themselves; without
-    it `generate_batch` searches those of its call. The others are fields of PackingConfig. On a small model one thread is the
+    chat template. `remember`: tokens of earlier answers for lookups, for programs that repeat themselves; without it
+    `generate_batch` searches the answers of its call. The others are fields of PackingConfig. On a small model one thread is
     fastest: torch.set_num_threads(1).
 
     Raises:

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IGNORED = -100  # a label that takes no part in the loss
+IGNORED = -100  # a label without a loss
 CHUNK_LOGITS = 1 << 24  # logits of one exit alive at once: 64 MB in fp32
-_CACHED_LOGITS = 1 << 18  # of a few tokens: 1 MB in fp32
+_CACHED_LOGITS = 1 << 18  # logits at a time on a CPU: 1 MB in fp32
 
 
 def target_rows(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,15 +28,14 @@ def summed_losses(
 ) -> tuple[Tensor, Tensor]:
     """(weighted loss, sums (K, 3) of cross-entropy, divergence and agreement) of K exits, summed over N tokens, in fp32.
 
-    `runs` are the hidden states (N, D) of the exits, `targets` (N,), `unembed` the head of all of them or one for each.
-    `weights` are the factors in the loss of an exit's cross-entropy and of its divergence KL(reference || exit). The reference
-    is what the last exit's head makes of the states `teacher` (N, D); without a teacher it is the last exit, for those before
-    it, if any of them has a weight for it. Else the divergence is 0. No gradient flows into a reference; that of the loss
-    reaches the runs and the weights of the head.
-    Agreement, which is counted without gradients alone, is the number of tokens where the best one is the reference's.
+    `runs`: the hidden states (N, D) of each exit. `targets` (N,). `unembed`: a head for all exits, or one for each. `weights`:
+    by exit, the factors in the loss of its cross-entropy and of its divergence KL(reference || exit).
 
-    Tokens are taken in chunks, and the gradient of each chunk is taken at once: so no logits are kept for the backward pass,
-    and none are computed twice.
+    The reference is the last head's logits for the states `teacher` (N, D). Without a teacher it is the last exit, for earlier
+    ones, if any of these weights its divergence; else the divergence is 0. Gradients reach the runs and the head's weights, not
+    the reference. Agreement counts the tokens whose argmax is the reference's, only where gradients are disabled.
+
+    Each chunk of tokens computes its gradient at once: no logits are kept for the backward pass, and none are computed twice.
     """
     unembeds = unembed if isinstance(unembed, Sequence) else [unembed] * len(runs)
     trains = [torch.is_grad_enabled() and any(pair) for pair in weights]
@@ -46,20 +45,20 @@ def summed_losses(
     last, distils = len(runs) - 1, any(share for _, share in weights[:-1])
     for chunk in _chunks(len(runs[0]), vocab_size):
         with torch.no_grad():
-            aim = None if teacher is None else unembeds[last](teacher[chunk])
+            reference = None if teacher is None else unembeds[last](teacher[chunk])
         for index in range(last, -1, -1):
             part = runs[index].detach()[chunk].requires_grad_(trains[index])
             with torch.set_grad_enabled(trains[index]):
                 logits = unembeds[index](part)
-            found = logits.detach()
+            detached = logits.detach()
             wanted = None if targets is None else targets[chunk]
-            losses, slope = _losses(found, wanted, aim, weights[index], trains[index])
+            losses, slope = _losses(detached, wanted, reference, weights[index], trains[index])
             sums[index, :2] += losses
-            if aim is not None and not torch.is_grad_enabled():
-                sums[index, 2] += (found.argmax(-1) == aim.argmax(-1)).sum()
+            if reference is not None and not torch.is_grad_enabled():
+                sums[index, 2] += (detached.argmax(-1) == reference.argmax(-1)).sum()
             if slope is not None:
                 leaves = _leaves(logits)
-                with torch.autocast(found.device.type, enabled=False):  # as a backward pass runs
+                with torch.autocast(detached.device.type, enabled=False):  # as a backward pass runs
                     slopes = torch.autograd.grad(logits, leaves, slope)
                 for leaf, gradient in zip(leaves, slopes, strict=True):
                     if leaf is part:
@@ -69,7 +68,7 @@ def summed_losses(
                         heads[leaf] = torch.zeros_like(leaf)
                     heads[leaf] += gradient
             if index == last and distils and teacher is None:
-                aim = found
+                reference = detached
     loss = (sums[:, :2] * torch.tensor(weights, device=sums.device)).sum()
     if gradients:
         known: Any = _Known  # releases of PyTorch differ in whether `apply` is typed
@@ -78,40 +77,39 @@ def summed_losses(
 
 
 def _chunks(tokens: int, vocab_size: int) -> list[slice]:
-    """Of at most CHUNK_LOGITS logits; at least one, which may be empty, so that every process runs the head (DDP, FSDP2)."""
+    """Slices of at most CHUNK_LOGITS logits; at least one, maybe empty, so that every process runs the head (DDP, FSDP2)."""
     rows = max(1, CHUNK_LOGITS // vocab_size)
     return [slice(at, at + rows) for at in range(0, max(1, tokens), rows)]
 
 
 def _losses(
-    found: Tensor, targets: Tensor | None, aim: Tensor | None, weights: tuple[float, float], trains: bool
+    logits: Tensor, targets: Tensor | None, reference: Tensor | None, weights: tuple[float, float], trains: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(cross-entropy and divergence from the `aim`, (2,), summed over tokens; gradient of their weighted sum by `found`).
+    """((2,) cross-entropy and divergence from the reference, summed over tokens; gradient of their weighted sum).
 
-    `found` and `aim` are logits (N, V). With p the probabilities of the aim and q those found, the gradient of the
-    cross-entropy is q - one_hot(target), that of KL(p || q) q - p. On a CPU a few tokens are taken at a time, which stay in its
-    cache.
+    `logits` and `reference` are (N, V), with probabilities q and p. The gradient with respect to `logits` is
+    q - one_hot(target) for the cross-entropy, q - p for KL(p || q). On a CPU a few tokens at a time stay in its cache.
     """
-    sums = torch.zeros(2, device=found.device)
-    gradient = torch.empty_like(found) if trains else None
-    rows = max(1, _CACHED_LOGITS // found.shape[1]) if found.device.type == "cpu" else max(1, len(found))
+    sums = torch.zeros(2, device=logits.device)
+    gradient = torch.empty_like(logits) if trains else None
+    rows = max(1, _CACHED_LOGITS // logits.shape[1]) if logits.device.type == "cpu" else max(1, len(logits))
     hard, soft = weights
-    wide = torch.promote_types(found.dtype, torch.float32)
-    for at in range(0, len(found), rows):
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    for at in range(0, len(logits), rows):
         block = slice(at, at + rows)
-        logs = found[block].log_softmax(-1, dtype=wide)
+        logs = logits[block].log_softmax(-1, dtype=wide)
         if targets is not None:
             wanted = targets[block, None]
             sums[0] -= logs.gather(1, wanted).sum()
-        if aim is not None:
-            aims = aim[block].log_softmax(-1, dtype=wide)
-            chances = aims.exp()
-            sums[1] += torch.dot(chances.flatten(), (aims - logs).flatten())
+        if reference is not None:
+            reference_logs = reference[block].log_softmax(-1, dtype=wide)
+            probabilities = reference_logs.exp()
+            sums[1] += torch.dot(probabilities.flatten(), (reference_logs - logs).flatten())
         slope = logs.exp_()
         if trains:
             slope.mul_(hard + soft)
-            if aim is not None:
-                slope.sub_(chances, alpha=soft)
+            if reference is not None:
+                slope.sub_(probabilities, alpha=soft)
             if targets is not None:
                 slope.scatter_add_(1, wanted, slope.new_full(wanted.shape, -hard))
         if gradient is not None:
@@ -120,7 +118,7 @@ def _losses(
 
 
 def _leaves(output: Tensor) -> list[Tensor]:
-    """The tensors that the gradient of an output reaches."""
+    """The leaf tensors of an output's autograd graph."""
     leaves, seen, open_nodes = list[Tensor](), set[Any](), [output.grad_fn]
     while open_nodes:
         node = open_nodes.pop()
@@ -133,7 +131,7 @@ def _leaves(output: Tensor) -> list[Tensor]:
 
 
 class _Known(torch.autograd.Function):
-    """A value whose gradients by some tensors are known."""
+    """A value with precomputed gradients with respect to `tensors`."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *tensors: Tensor) -> Tensor:

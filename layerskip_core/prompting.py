@@ -1,4 +1,4 @@
-"""From a prompt to token ids: templates, chat templates, and special tokens in what users write."""
+"""From a prompt to token ids: templates, chat templates, and special tokens in users' texts."""
 
 import json
 import re
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 CHAT = "chat"  # the tokenizer's chat template
 RAW = "raw"  # nothing is added, and the text of special tokens in a prompt becomes tokens
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-PLACE = "{prompt}"  # where a template that is a text takes the prompt
+PLACE = "{prompt}"  # the prompt's place in a template that is a text
 
 Result = TypeVar("Result")
 
@@ -72,7 +72,7 @@ class Tokenizer:
         return dict(self.backend_tokenizer.get_vocab(with_added_tokens=True))
 
     def convert_ids_to_tokens(self, ids: int) -> str:
-        """The text by which the vocabulary names a token."""
+        """A token's text in the vocabulary."""
         return str(self.backend_tokenizer.id_to_token(ids))
 
 
@@ -219,7 +219,7 @@ def encode_conversation(
 
 
 def _mapped(value: Any, change: Callable[[str], Any]) -> Any:
-    """Lists and objects with each of their texts changed."""
+    """A copy of `value` with every text in its lists and objects changed, keys included."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):

@@ -6,7 +6,7 @@ MODEL_TYPE = "layerskip"
 
 
 def register() -> None:
-    """Adds the model type `layerskip` to lm-eval, which finds other packages' neither by an entry point nor a flag."""
+    """Registers the model type `layerskip` with lm-eval, which has no entry point or flag for types of other packages."""
     require_harness()
     import lm_eval.models  # noqa: F401  # fills the registry, which lm-eval does by itself only if it is empty
     from lm_eval.api.registry import model_registry

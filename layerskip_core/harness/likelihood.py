@@ -13,9 +13,9 @@ from ..losses import CHUNK_LOGITS
 from ..model.backend import Backend, states_at_exits
 from ..model.cache import Places
 
-_START = 64  # tokens: contexts that share so many probably share the examples of a few-shot prompt
-_WORTHWHILE = 16  # tokens of a common prefix that are worth a pass of their own
-_CHOICES = 8  # continuations that share the pass of a long context, however small a batch is
+_START = 64  # tokens: contexts that share so many probably have the same few-shot examples
+_WORTHWHILE = 16  # shortest common prefix, in tokens, that is worth a pass of its own
+_CHOICES = 8  # continuations that share the pass of a long context, also in a smaller batch
 
 Pair = tuple[Sequence[int], Sequence[int]]
 """The token ids of a context (at least one) and of its continuation."""
@@ -31,7 +31,7 @@ class Likelihood(NamedTuple):
 def likelihoods(
     model: Backend, pairs: Sequence[Pair], exits: Sequence[int], batch_size: int
 ) -> Iterator[tuple[int, dict[int, Likelihood]]]:
-    """Yields (index in `pairs`, likelihood by exit). Long contexts lose their beginning; ContextError for a continuation."""
+    """Yields (index in `pairs`, likelihood by exit). Cuts long contexts at the start; ContextError for a long continuation."""
     limit, of_context = model.spec.context, defaultdict[tuple[int, ...], list[int]](list)
     for place, (context, continuation) in enumerate(pairs):
         if not continuation:
@@ -39,7 +39,7 @@ def likelihoods(
         elif len(continuation) > limit:
             found = f"got {len(continuation)} (the model's context is {limit} tokens)"
             raise ContextError(f"a continuation must be at most {limit} tokens, {found}")
-        else:  # the last token of the continuation is not read
+        else:  # the continuation's last token needs no pass
             of_context[tuple(context[-(limit + 1 - len(continuation)) :])].append(place)
     for batch in _batches(of_context, pairs, batch_size, limit):
         places = [place for _, group in batch for place in group]
@@ -50,13 +50,13 @@ def likelihoods(
             yield place, {stop: Likelihood(float(each[0][number]), bool(each[1][number])) for stop, each in scored.items()}
 
 
-_Group = tuple[tuple[int, ...], list[int]]  # a context, and the places of its pairs, the longest continuation first
+_Group = tuple[tuple[int, ...], list[int]]  # a context, and the indices of its pairs, longest continuation first
 
 
 def _batches(
     of_context: dict[tuple[int, ...], list[int]], pairs: Sequence[Pair], batch_size: int, limit: int
 ) -> Iterator[list[_Group]]:
-    """Contexts with about `batch_size` pairs, the longest first; long contexts and common beginnings stay together."""
+    """Batches of about `batch_size` pairs, longest first. Pairs of a long context, and of common beginnings, share batches."""
     groups: list[_Group] = []
     for context, places in of_context.items():
         most = batch_size if len(context) < _WORTHWHILE else max(batch_size, _CHOICES)
@@ -93,11 +93,11 @@ def _scored(
     owners: Sequence[int],
     exits: Sequence[int],
 ) -> dict[int, tuple[Tensor, Tensor]]:
-    """By exit: the log-probability of each continuation, and whether it is greedy. `owners`: its context, by place."""
+    """By exit: each continuation's log-probability, and whether it is greedy. `owners`: the index of its context."""
     lengths, count = [len(context) for context in contexts], len(continuations)
     rests = [continuation[:-1] for continuation in continuations]
     alike = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*contexts, strict=False))
-    shared = min(sum(1 for _ in alike), min(lengths) - 1)  # which leaves each context a token
+    shared = min(sum(1 for _ in alike), min(lengths) - 1)  # every context keeps a token of its own
     if len(contexts) == 1 or shared < _WORTHWHILE:
         shared = 0
     cache = model.new_cache(1 if shared else len(contexts), max(lengths) + max(map(len, rests)))
@@ -109,7 +109,7 @@ def _scored(
     scores = {stop: (torch.zeros(count, dtype=torch.float64), torch.ones(count, dtype=torch.bool)) for stop in exits}
 
     def score(texts: Sequence[Sequence[int]], starts: Sequence[int], after: Sequence[tuple[int, int, int, int]]) -> None:
-        """`after`: a continuation, its next token, and the row and column of `texts`, from `starts` on, that predict it."""
+        """Runs `texts` from positions `starts`. `after`: (continuation, target, row and column in `texts` that predict it)."""
         owner, targets, rows, columns = torch.tensor(after).T
         places = Places(cache, starts, list(map(len, texts)), settled=True)
         ids, at = torch.tensor([*chain(*texts)], device=model.device), torch.tensor(places.bounds)[rows] + columns
@@ -135,7 +135,7 @@ def _scored(
 def _log_probabilities(
     head: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor, vocab_size: int
 ) -> tuple[Tensor, Tensor]:
-    """On the CPU: the log-probability of each target (N,) after its state (N, D), and whether it is the argmax."""
+    """The log-probability of each target (N,) given its state (N, D), and whether it is the argmax; both on the CPU."""
     parts = []
     rows = max(1, CHUNK_LOGITS // vocab_size)
     for part, tokens in zip(torch.split(states, rows), torch.split(targets, rows), strict=True):

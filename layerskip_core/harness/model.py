@@ -30,7 +30,7 @@ _NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0, "num_return_sequences": 1
 
 
 class LayerSkipLM(LM):  # type: ignore[misc]
-    """A checkpoint on this package's decoder. All requests are batched; `exit` counts in every one of them."""
+    """A checkpoint on this package's decoder. All requests are batched; `exit` applies to every one."""
 
     def __init__(
         self,
@@ -47,9 +47,9 @@ class LayerSkipLM(LM):  # type: ignore[misc]
     ) -> None:
         """`pretrained`: an embedded name, a folder, a GGUF file, a hub id, or a model in memory.
 
-        exit: layers that give every log-probability and token (None: all). spec: generate at full depth by drafts of so
-        many tokens through `exit`, else the recommended exit. batch_size: auto is 16. threads: 0 is torch's choice.
-        max_gen_toks: the limit of answers whose task has none. Raises ConfigError and CheckpointError.
+        exit: layers that give every log-probability and token (None: all). spec: generate at full depth, with so many drafts
+        through `exit` (None: the recommended exit). batch_size: auto is 16. threads: 0 is torch's choice.
+        max_gen_toks: the limit of answers if the task sets none. Raises ConfigError and CheckpointError.
         """
         super().__init__()
         dtype = _DTYPES.get(str(dtype).removeprefix("torch."), str(dtype))
@@ -74,7 +74,7 @@ class LayerSkipLM(LM):  # type: ignore[misc]
         self._device = self.decoder.backend.device
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
-        """Token ids; special tokens count, and are added unless the text begins with one (None). Raises ConfigError."""
+        """Token ids, special tokens in the text included; None adds some unless it begins with BOS. Raises ConfigError."""
         if add_special_tokens is None:
             add_special_tokens = not has_bos_prefix(string, self._bos_token)
         ids = encoded(lambda: self.tokenizer(string, add_special_tokens=add_special_tokens)["input_ids"])
@@ -89,14 +89,14 @@ class LayerSkipLM(LM):  # type: ignore[misc]
         return prefix
 
     def _pairs(self, request: Any) -> list[Pair]:
-        """The pairs of a request: a continuation of a context, or a whole text in windows of the model's context."""
+        """The pairs of a request: its context and continuation, or a whole text in windows of the model's context size."""
         if len(request.args) == 1:
             ids, prefix = self.tok_encode(*request.args), self.prefix_token_id
             windows = map(make_disjoint_window, get_rolling_token_windows(ids, prefix, self.max_length, 1))
             return list(windows) or [([prefix], [])]
         context, continuation = request.args
         bare = context.rstrip()
-        continuation = context[len(bare) :] + continuation  # with the spaces at the end of the context, as tokens have them
+        continuation = context[len(bare) :] + continuation  # tokens begin with spaces: move the context's last ones
         if bare:
             before = self.tok_encode(bare)
             return [(before, self.tok_encode(bare + continuation)[len(before) :])]
@@ -104,7 +104,7 @@ class LayerSkipLM(LM):  # type: ignore[misc]
         return [(before, ids[1:] if ids[:1] == before else ids)]
 
     def score(self, requests: Sequence[Any], depths: Sequence[int]) -> Iterator[tuple[int, dict[int, Any]]]:
-        """Yields (place of a request, (log-probability in nats, is greedy) by depth; of whole texts the former alone)."""
+        """Yields (index of a request, by depth (log-probability in nats, is greedy), or for whole texts the former alone)."""
         parts = [self._pairs(request) for request in requests]
         asked = [(place, pair) for place, pairs in enumerate(parts) for pair in pairs]
         responses: list[list[dict[int, Any]]] = [[] for _ in requests]
@@ -129,7 +129,7 @@ class LayerSkipLM(LM):  # type: ignore[misc]
     loglikelihood_rolling = loglikelihood
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """The answer to each request's (context, generation_kwargs). Sampled ones have a seed each."""
+        """The answer to each request's (context, generation_kwargs). Each sampled answer has its own seed."""
         given, answers = [request.args for request in requests], list[str]()
         ordered = Collator(given, lambda args: -len(self.tok_encode(args[0])), group_by="gen_kwargs")
         with tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm) as bar:
@@ -147,7 +147,7 @@ class LayerSkipLM(LM):  # type: ignore[misc]
         return ordered_answers
 
     def answering(self, config: DecodingConfig, asked: Mapping[str, Any], limit: int | None = None) -> DecodingConfig:
-        """A setting with a request's `generation_kwargs`; `limit` replaces theirs. Raises ConfigError."""
+        """`config` with a request's `generation_kwargs`; `limit` replaces their max_gen_toks. Raises ConfigError."""
         given = normalize_gen_kwargs(dict(asked), self.max_gen_toks)
         stop = tuple(filter(None, (*given.pop("until"), *config.stop)))
         changes: dict[str, Any] = {"stop": stop, "max_new_tokens": limit or given["max_gen_toks"], "temperature": 0.0}

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 GENERATION = "generate_until"
 _KINDS = ("loglikelihood", "loglikelihood_rolling", GENERATION)
 _SEEDS = {"random": 0, "numpy": 1234, "shots": 1234}  # lm-eval's own
-_RESAMPLES = 1000  # for the standard errors that have no formula; lm-eval draws 100 times as often, which takes minutes
+_RESAMPLES = 1000  # bootstrap samples for standard errors without a formula; lm-eval's 100,000 take minutes
 _UNUSED = ("data", "metric", "prompt_column", "completion_column")
 _HERE = f"left out for `task` {HARNESS}..."
 
@@ -90,7 +90,7 @@ class HarnessTasks:
         return requests
 
     def scores(self, responses: Mapping[int, Any]) -> dict[str, Any]:
-        """lm-eval's scores of responses, by the number of their requests; of tasks with all requests answered.
+        """lm-eval's scores of the tasks whose requests all have `responses` (by request number).
 
         `metrics` and `stderr` by `TASK METRIC[ FILTER]`; `samples`: rows by task; `logged`: lm-eval's records of rows.
         """
@@ -114,11 +114,11 @@ class HarnessTasks:
         for task in answered.values():
             for request in task.instances:
                 request.resps, request.filtered_resps = [], {}
-            task.build_all_requests = lambda **_: None  # some tasks would draw other requests
+            task.build_all_requests = lambda **_: None  # some tasks would draw other requests the second time
         chosen = self._loaded if len(answered) == len(self._tasks) else {"tasks": answered}
-        os.environ.setdefault("DISABLE_MULTIPROC", "1")  # so few resamples are not worth processes
+        os.environ.setdefault("DISABLE_MULTIPROC", "1")  # not worth processes for so few samples
         limit, named = self._config.samples or None, f"answers to {HARNESS}{','.join(answered)}"
-        with _blaming(f"{named} cannot be scored"), redirect_stdout(sys.stderr):  # it tells that it resamples
+        with _blaming(f"{named} cannot be scored"), redirect_stdout(sys.stderr):  # it prints that it bootstraps
             results = evaluate(Recorded(), chosen, limit=limit, bootstrap_iters=_RESAMPLES, log_samples=self._log_samples)
         for task_name, rows in results.get("samples", {}).items():
             scored["logged"] += [{"task": task_name, **row} for row in rows]
@@ -135,7 +135,7 @@ class HarnessTasks:
 
 @contextmanager
 def _blaming(what: str) -> Iterator[None]:
-    """Errors of any kind, from a task's files and code, become DataErrors, with `what` before the first line."""
+    """Errors of any kind, from a task's files and code, become DataErrors: `what`, then the error's first line."""
     try:
         yield
     except LayerSkipError:
@@ -209,7 +209,7 @@ def _run(
     require(not config.packing.exact, "exact", _HERE, config.packing.exact)
     from .model import LayerSkipLM  # needs lm-eval
 
-    lm = LayerSkipLM(loaded, batch_size=config.batch_size if config.batch_size > 1 else "auto")  # nothing is timed there
+    lm = LayerSkipLM(loaded, batch_size=config.batch_size if config.batch_size > 1 else "auto")  # log-likelihoods are not timed
     requests = tasks.requests(lm.apply_chat_template, lm.tokenizer_name)
     generated = [request for request in requests if request.request_type == GENERATION]
     if not generated:
@@ -258,7 +258,7 @@ def _generated(
 
 @dataclass(frozen=True)
 class _Given(Decoder):
-    """The model for prompts that lm-eval has already put into their form."""
+    """A decoder for prompts that lm-eval has already templated."""
 
     encode: Callable[[str], list[int]] = lambda _: []
 

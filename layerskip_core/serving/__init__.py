@@ -1,10 +1,9 @@
 """Continuous batching: many prompts at once, of callers that come and go.
 
-As in Orca (Yu et al., OSDI 2022) requests join the batch that is being decoded and leave it between steps, not between answers.
-Those with the same settings share a loop; loops with different settings take their steps in turn. In the passes that verify
-drafts run pieces of prompts too, few tokens in a step (Agrawal et al., Sarathi-Serve, OSDI 2024), so that new requests do not
-hold up those that are being answered. Where memory for keys and values runs out, texts that are kept for later prompts go
-first; then the youngest request waits, and its text runs again when there is room.
+Requests join and leave the running batch between steps (Orca: Yu et al., OSDI 2022). Those with the same settings share a
+decoding loop; loops take their steps in turn. Prefill is chunked (Sarathi-Serve: Agrawal et al., OSDI 2024): passes that verify
+drafts also run pieces of prompts, few tokens per step, so new requests do not stall running ones. When KV memory runs out,
+prefixes kept for later prompts are dropped first; then the youngest request is preempted, and recomputed when there is room.
 """
 
 from collections import deque
@@ -28,24 +27,24 @@ from ..model import Backend, KVCache
 
 Held = TypeVar("Held", bound="Request | Embedding")
 
-_PREFILLED = 256  # tokens of prompts in a step, which fill the kernels; as many of an embedding
+_PREFILLED = 256  # prompt tokens per step, enough to fill the kernels; also an embedding's tokens per pass
 
 
 class QueueFull(LayerSkipError):
-    """As many requests as may wait are waiting."""
+    """The queue has no place for another request."""
 
 
 class Stopped(LayerSkipError):
-    """The engine is stopped, and answers nothing any more."""
+    """The engine has stopped; it ends all requests and takes no others."""
 
 
 class Update(NamedTuple):
     """The next piece of an answer. `finish_reason`, `error` or `vector` is set with the last one."""
 
-    text: str  # what can be shown now and could not before
+    text: str  # new text to show
     finish_reason: StopReason | None = None
     error: BaseException | None = None
-    logprobs: Sequence[TokenLogprobs] = ()  # of new tokens, if they were asked for
+    logprobs: Sequence[TokenLogprobs] = ()  # of new tokens, if requested
     prompt_logprobs: Sequence[TokenLogprobs] = ()  # of the prompt's tokens after the first, with the first update
     vector: Sequence[float] = ()  # of an Embedding
 
@@ -60,21 +59,21 @@ class Request:
 
     ids: list[int]
     config: DecodingConfig
-    deliver: Callable[[Update], None]  # is called in the thread that decodes, and must not raise
-    isolated: bool = False  # joins no other, so that a sampled answer depends on its seed alone
-    streams: bool = True  # the text comes as it is verified, else all of it with the last update
-    reused: int = 0  # the prompt's first tokens that needed no pass
-    _number: int = field(default_factory=count().__next__)  # the older, the less
+    deliver: Callable[[Update], None]  # called in the decoding thread; must not raise
+    isolated: bool = False  # has a loop of its own, so that a sampled answer depends on its seed alone
+    streams: bool = True  # text comes as it is verified; False: all with the last update
+    reused: int = 0  # prompt tokens with KV entries from a kept prefix
+    _number: int = field(default_factory=count().__next__)  # in order of arrival
     _row: Row | None = None  # once it is being decoded
-    _delivered: int = 0  # tokens of the answer that were delivered
+    _delivered: int = 0  # tokens of the answer delivered so far
 
     @property
     def stats(self) -> DecodeStats:
-        """So far."""
+        """Counts so far."""
         return DecodeStats() if self._row is None else sum(self._row.steps, DecodeStats())
 
     def update(self, step: RowStep) -> Update:
-        """Adds a step to the answer."""
+        """Adds a step to the answer, and returns its update."""
         finished, row, known = step.finish_reason is not None, step.row, self._delivered
         if not (self.streams or finished):
             return Update("")
@@ -85,9 +84,9 @@ class Request:
 
 @dataclass(eq=False)
 class Embedding:
-    """A text whose vector (D,) is the mean of its tokens' states after `layers` layers and the final norm, of length 1.
+    """A text to embed: the mean (D,) of its tokens' states after `layers` layers and the final norm, scaled to length 1.
 
-    `deliver` is as in Request, for one update: an error is a ContextError for a text that does not fit. `stats`: tokens so far.
+    `deliver`: as in Request, called once; with a ContextError if the text does not fit. `stats`: tokens so far.
     """
 
     ids: list[int]
@@ -95,11 +94,11 @@ class Embedding:
     deliver: Callable[[Update], None]
     stats: DecodeStats = field(default_factory=DecodeStats)
     reused: int = 0
-    _cache: KVCache | None = None  # once it is being read
+    _cache: KVCache | None = None  # from its first pass on
     _sum: Tensor | float = 0.0  # (D,) of the states so far
 
     def read(self, backend: Backend) -> Update:
-        """A pass over the next `_PREFILLED` tokens. The last one has the vector."""
+        """Runs a pass over the next `_PREFILLED` tokens. The update of the last pass has the vector."""
         check_prompt(self.ids, backend, "the input")
         start, stop = self.stats.prompt_tokens, min(self.stats.prompt_tokens + _PREFILLED, len(self.ids))
         cache = self._cache = self._cache or backend.new_cache(1, len(self.ids))
@@ -114,28 +113,28 @@ class Embedding:
             return Update("", vector=F.normalize(self._sum, dim=0).tolist())
 
     def give_back(self) -> bool:
-        """Its memory, if it has any: the text is read again from its beginning."""
+        """Frees its KV entries, if it has any, and returns whether it had: the text starts again at its first token."""
         held, self._cache, self._sum, self.stats = self._cache is not None, None, 0.0, DecodeStats()
         return held
 
 
 class Scheduler:
-    """Decodes at most `batch_size` requests at once; the others wait in the order in which they came. For one thread.
+    """Decodes at most `batch_size` requests at once; others wait in order of arrival. For one thread.
 
-    Embeddings need no place among them: each step has one pass of the first one that waits.
+    Embeddings do not count towards `batch_size`: each step runs one pass of the oldest.
     """
 
     def __init__(
         self, decoder: Decoder, batch_size: int, earlier: EarlierAnswers | None = None, prefixes: Prefixes = NO_PREFIXES
     ) -> None:
-        """`earlier`: answers that lookups of every request search too; each answer is added to them.
+        """`earlier`: answers for the lookups of all requests; each new answer is added.
 
-        `prefixes`: KV entries of texts that prompts may begin with; those of each request are added.
+        `prefixes`: kept KV entries of texts that prompts may begin with; each request's are added.
         """
         self._decoder, self._batch_size, self._earlier, self._prefixes = decoder, batch_size, earlier, prefixes
-        self._waiting: deque[Request] = deque()  # first those that were set aside, the oldest first
+        self._waiting: deque[Request] = deque()  # preempted ones first, the oldest first
         self._embeddings: deque[Embedding] = deque()
-        self._loops: dict[Hashable, DecodingLoop] = {}  # by the settings that their rows share
+        self._loops: dict[Hashable, DecodingLoop] = {}  # by the settings their rows share
         self._decoding: dict[Row, Request] = {}
 
     @property
@@ -152,7 +151,7 @@ class Scheduler:
         self._queue(request).append(request)
 
     def cancel(self, request: Request | Embedding) -> bool:
-        """Gives up a request; it gets no further update. Returns False if it is not here any more."""
+        """Cancels a request: it gets no further update. Returns False if it has ended already."""
         if request in (queue := self._queue(request)):
             queue.remove(request)
             return True
@@ -164,9 +163,9 @@ class Scheduler:
         return found is not None
 
     def step(self) -> list[Request | Embedding]:
-        """Takes in requests that wait, and adds a step to every answer. Returns the requests that are finished.
+        """Admits waiting requests and takes a step of every loop. Returns the finished requests.
 
-        An exception of a pass ends the requests that were in it, which are told, and no others.
+        An exception in a pass ends the requests of this pass, which get it as an update, and no others.
         """
         blocked = bool(self._embeddings) and not self._has_room(self._embeddings[0])
         done = self._embed() if self._embeddings and not blocked else []
@@ -189,9 +188,9 @@ class Scheduler:
         return _failed(requests, error)
 
     def _can_run(self, request: Request) -> bool:
-        """Whether a request has a place among the others, the next step room for its prompt, and there is memory.
+        """Whether the batch has a place for a request, the next step room for prompt tokens, and memory suffices.
 
-        It waits for the KV entries of a prompt that begins as its own and is being read.
+        While a prompt with the same beginning is prefilled, the request waits to share its KV entries.
         """
         reading = [row for loop in self._loops.values() for row in loop.active if row.lacks]
         if self.running >= self._batch_size or sum(row.lacks for row in reading) >= _PREFILLED:
@@ -214,7 +213,7 @@ class Scheduler:
         return [self._embeddings.popleft()]
 
     def _has_room(self, request: Request | Embedding) -> bool:
-        """Whether there is memory for a request beside the others, or no other. Kept texts go for it."""
+        """Whether there is memory for one more request, after dropping kept prefixes if need be; True if none is running."""
         cache, row = self._decoder.backend.new_cache(), None if isinstance(request, Embedding) else request._row
         stops = [1 + len(request.ids if row is None else row.ids)]
         while cache.spare(stops) < self.running and self._prefixes.drop():
@@ -222,9 +221,9 @@ class Scheduler:
         return not self.running or cache.spare(stops) >= self.running
 
     def _make_room(self, loop: DecodingLoop) -> bool:
-        """Memory for a loop's next step: of kept texts, of an embedding that is being read, then of the youngest requests.
+        """Frees memory for a loop's next step: kept prefixes, an unfinished embedding's, then the youngest requests'.
 
-        Returns whether it has rows then.
+        Returns whether the loop still has rows.
         """
         while loop.active:
             if loop.spare() >= 0:
@@ -233,7 +232,7 @@ class Scheduler:
                 continue
             loops = {row: other for other in self._loops.values() for row in other.active if not row.config.exit_confidence}
             rows = loops.keys() & self._decoding
-            if len(rows) < 2:  # then this one cannot go on
+            if len(rows) < 2:  # nothing left to preempt: the step raises the error
                 return True
             youngest = max(rows, key=lambda row: self._decoding[row]._number)
             loops[youngest].set_aside(youngest)
@@ -264,7 +263,7 @@ class Scheduler:
         request = self._waiting.popleft()
         decoder, config = self._decoder, request.config
         is_single = request.isolated or bool(config.exit_confidence) or decoder.backend.exact
-        # Equal for requests that can share a loop. One that needs no logits is not in a loop of others that do.
+        # Equal for requests that can share a loop. Those that need logits do not join those that need none.
         key: Hashable = request if is_single else (config.shared, config.changes_logits, config.logprobs is None)
         loop = self._loops.get(key)
         others = [] if loop is None else loop.active
@@ -277,7 +276,7 @@ class Scheduler:
                 row = loop.row(request.ids, config, ends, config.seed)
             loop.add(row)
         except BaseException as error:
-            lost = [] if loop is not None and loop.active else others  # the loop is as before, or over
+            lost = [] if loop is not None and loop.active else others  # a loop that lost its rows is over
             done = _failed([*self._taken_out(lost), request], error)
             self._forget_empty()
             return done
@@ -292,7 +291,7 @@ class Scheduler:
 
 
 def _failed(requests: Iterable[Held], error: BaseException) -> list[Held]:
-    """Tells requests that an error has ended them, and returns them."""
+    """Delivers an error to requests, as their last update, and returns them."""
     failed = list(requests)
     for request in failed:
         request.deliver(Update("", error=error))

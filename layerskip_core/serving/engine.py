@@ -13,18 +13,18 @@ from . import Embedding, QueueFull, Request, Scheduler, Stopped, Update
 
 
 class Updates:
-    """Updates of requests, by their numbers, as the event loop reads them in which this was made."""
+    """Hands updates of numbered requests to the event loop in which it was created."""
 
     def __init__(self) -> None:
         self._loop, self._queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Update]]()
 
     def deliver(self, number: int, update: Update) -> None:
-        """In any thread."""
-        with suppress(RuntimeError):  # the event loop is closed: nobody waits any more
+        """May be called in any thread."""
+        with suppress(RuntimeError):  # the event loop is closed: no one waits
             self._loop.call_soon_threadsafe(self._queue.put_nowait, (number, update))
 
     async def all(self, count: int) -> AsyncIterator[tuple[int, Update]]:
-        """Until `count` requests had their last."""
+        """Yields (number, update) until `count` requests had their last update."""
         while count:
             number, update = await self._queue.get()
             count -= update.is_last
@@ -35,9 +35,9 @@ class Engine:
     """Decodes requests in a thread of its own. `submit`, `cancel` and `stop` are for any thread."""
 
     def __init__(self, decoder: Decoder, batch_size: int, queue_size: int, **kept: Any) -> None:
-        """`batch_size`: most requests decoded together. `queue_size`: most requests that wait. `kept`: the Scheduler's."""
-        self.held = self.running = 0  # requests that wait or are being decoded; those that are
-        self.is_stopped = False  # or has failed: it takes no requests any more
+        """`batch_size`: most requests decoded together. `queue_size`: most requests that wait. `kept`: as in Scheduler."""
+        self.held = self.running = 0  # requests waiting or being decoded; being decoded
+        self.is_stopped = False  # or has failed: it takes no more requests
         self._scheduler = Scheduler(decoder, batch_size, **kept)
         self._most = batch_size + queue_size
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
@@ -46,7 +46,7 @@ class Engine:
         self._thread.start()
 
     def hold(self, requests: int) -> None:
-        """Holds places for requests that will be submitted, before any work is done for them.
+        """Reserves places for requests that will be submitted, before any work is done for them.
 
         Raises QueueFull if not all of them have one, and Stopped after `stop`.
         """
@@ -57,19 +57,19 @@ class Engine:
             self.held += requests
 
     def release(self, requests: int) -> None:
-        """Gives up places of requests that will not be submitted."""
+        """Frees places of requests that have ended or will not be submitted."""
         with self._lock:
             self.held -= requests
 
     def submit(self, *requests: Request | Embedding) -> None:
-        """Takes requests whose places are held. Raises Stopped after `stop`, and takes none then."""
+        """Takes requests whose places are reserved. After `stop` takes none, and raises Stopped."""
         with self._lock:
             self._require_running()
             for request in requests:
                 self._commands.put(partial(self._scheduler.add, request))
 
     def cancel(self, request: Request | Embedding) -> None:
-        """Gives up a request after the step that is being computed; without effect on one that is finished."""
+        """Cancels a request after the current step; a finished one is left as it is."""
         self._commands.put(lambda: self.release(int(self._scheduler.cancel(request))))
 
     def stop(self) -> None:
@@ -86,7 +86,7 @@ class Engine:
                 self._obey(wait=not scheduler.held)
                 self.release(len(scheduler.step()))
                 self.running = scheduler.running
-        except BaseException:  # a fault of the scheduler: nobody waits for an answer that will not come
+        except BaseException:  # a fault of the scheduler: no caller may wait forever
             reason = Stopped("the server has failed and must be started again")
             with self._lock:
                 self.is_stopped = True
@@ -97,7 +97,7 @@ class Engine:
             self.running = 0
 
     def _obey(self, wait: bool) -> None:
-        """Runs the commands that have come; waits for the first if there is nothing to decode."""
+        """Runs queued commands. `wait`: for a first one, because there is nothing to decode."""
         try:
             while True:
                 self._commands.get(block=wait)()

@@ -1,4 +1,4 @@
-"""Texts that the model writes before a training: answers to prompts, and texts to replay; a journal keeps them."""
+"""Texts that the model writes before its training, kept in a journal: answers to prompts, and texts to replay."""
 
 import hashlib
 import json
@@ -23,16 +23,16 @@ from .encoding import Encoder
 from .progress import checkpoints_folder
 from .sharding import process_index
 
-BATCH = 32  # that are decoded together
-_APART = 1 << 31  # between the seeds of a replay and of these texts
-OWN_TEXTS, OWN_TOKENS = 32, 64  # of the original's own that a training's cost is measured on
-MOST_REPLAYED = 4096  # texts; a run with more rows of replay sees them again: writing takes longer than training on them
-_WAIT = 1.0  # seconds
+BATCH = 32  # prompts decoded together
+_APART = 1 << 31  # flips a bit of the seed: `own_texts` and replayed texts differ
+OWN_TEXTS, OWN_TOKENS = 32, 64  # texts of the original, and tokens of each, to measure a training's cost on
+MOST_REPLAYED = 4096  # texts; longer runs repeat them, because writing a text takes longer than training on it
+_WAIT = 1.0  # seconds between two looks into the journal
 
 
 @dataclass(frozen=True)
 class Writing:
-    """Options of answers: at most `tokens` each, within `max_length` with the prompt; sampled ones have a seed by row."""
+    """How answers are decoded: at most `tokens` each, at most `max_length` with the prompt; row r has the seed `seed` + r."""
 
     tokens: int
     max_length: int
@@ -40,12 +40,12 @@ class Writing:
     seed: int = 0
 
     def room(self, prompt: int) -> int:
-        """Tokens of an answer to a prompt of so many tokens."""
+        """The most tokens of an answer to a prompt of `prompt` tokens."""
         return min(self.tokens, self.max_length - prompt)
 
 
 class Answers:
-    """A model's answers to prompts, which must leave room for a token, kept in a journal. `known` are there, by row."""
+    """A model's answers to prompts, which must leave room for a token. `known`: answers in the journal, by row."""
 
     def __init__(self, decoder: Decoder, prompts: Sequence[list[int]], how: Writing, journal: Path) -> None:
         self.prompts, self.how, self.journal = prompts, how, journal
@@ -53,7 +53,7 @@ class Answers:
         self.known = self._read()
 
     def write(self, report: Callable[[int], None]) -> list[list[int]]:
-        """The answers, an EOS at their end included; the first process writes, the others wait. `report` may raise to stop."""
+        """The answers with their EOS. The first process decodes, others wait. `report` gets how many are done; it may raise."""
         known = self._read()
         if process_index() == 0 and len(known) < len(self.prompts):
             decoder, how = self._decoder, self.how
@@ -81,7 +81,7 @@ class Answers:
         return [known[row] for row in range(len(self.prompts))]
 
     def _read(self) -> dict[int, list[int]]:
-        """Without an incomplete last line, of a process that was killed or still writes."""
+        """The journal's answers, without an incomplete last line (its process was killed or still writes)."""
         lines = map(json.loads, whole_lines(self.journal, CheckpointError))
         return {line["row"]: line["ids"] for line in lines}
 
@@ -92,9 +92,9 @@ def digest(*values: object) -> str:
 
 
 def plan_replay(config: FinetuneConfig, original: str, data: EncodedData, encoder: Encoder, device: str, steps: int) -> Answers:
-    """Sampled texts of a model to replay (as in Sun et al., LAMOL, ICLR 2020); `original`: its fingerprint."""
+    """Plans sampled texts to replay (Sun et al., LAMOL, ICLR 2020). `original`: the fingerprint of the model that writes."""
     decoder = for_decoding(config.model, device, config.dtype)
-    endless = replace(decoder, eos_ids=frozenset())  # a text goes on after the end of an answer
+    endless = replace(decoder, eos_ids=frozenset())  # texts run past EOS
     count = min(steps * step_rows(config)[1], MOST_REPLAYED)
     tokens = round(data.tokens / len(data.seen))
     how = Writing(min(tokens, encoder.max_length - 1), encoder.max_length, 1.0, config.seed)
@@ -104,7 +104,7 @@ def plan_replay(config: FinetuneConfig, original: str, data: EncodedData, encode
 
 
 def own_texts(decoder: Decoder, seed: int) -> list[dict[str, Any]]:
-    """Short sampled texts of a model as encoded rows, by other seeds than those of a replay."""
+    """Short texts sampled from a model, as encoded rows. Their seeds are not those of a replay."""
     seed ^= _APART
     tokens = min(OWN_TOKENS, decoder.backend.spec.context - 1)
     starts = _beginnings(decoder, OWN_TEXTS, seed, decoder.backend.spec.context - tokens)
@@ -116,12 +116,12 @@ def own_texts(decoder: Decoder, seed: int) -> list[dict[str, Any]]:
 
 
 def answered(prompt: list[int], answer: list[int]) -> dict[str, Any]:
-    """An encoded row; the answer has labels."""
+    """An encoded row with labels on the answer only."""
     return {"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer}
 
 
 def _beginnings(decoder: Decoder, count: int, seed: int, longest: int) -> list[list[int]]:
-    """Of sampled texts: half begin with a random token, half with the template's text before a prompt."""
+    """Prompts for sampled texts: a random token, in every second one the template's text before a prompt, if there is any."""
     generator = torch.Generator().manual_seed(seed)
     first = torch.randint(decoder.backend.spec.vocab, (count,), generator=generator).tolist()
     templated = decoder.prompt_start()[:longest]

@@ -26,18 +26,18 @@ from .encoding import Encoder
 from .recipe import TEXT_PRESETS
 from .sharding import world_size
 
-_HELD_OUT, _SHARE = 64, 20  # rows that are held out without `validation`: at most so many, and one in so many
-FEWEST = 16  # held-out rows of a model's training; fewer say nothing about its quality
+_HELD_OUT, _SHARE = 64, 20  # rows held out without `validation`: at most 64, and one in 20
+FEWEST = 16  # held-out rows of `finetune`: fewer say nothing about quality
 _LENGTH, _TEXT_LENGTH = 512, 2048  # tokens per row, of tasks and of plain text; the paper's table has none
 _VALIDATION_ROWS = 256
-_SHUFFLED = 10_000  # rows of a stream at a time
+_SHUFFLED = 10_000  # rows of a stream shuffled together
 _SAMPLED = 64  # rows of a stream that are read to plan a run
-_COUNTED = 10_000  # rows whose targets are counted, evenly spaced; of a stream the first ones
+_COUNTED = 10_000  # rows whose targets are counted: evenly spaced, or a stream's first ones
 _POOL = 50  # optimizer steps whose rows are sorted together
 
 
 def step_rows(config: TrainingConfig) -> tuple[int, int]:
-    """(rows of the data, replayed rows) of an optimizer step, over all processes. Raises ConfigError for none of either."""
+    """(data rows, replayed rows) per optimizer step, over all processes. Raises ConfigError if `replay` leaves 0 of either."""
     share, rows = getattr(config, "replay", None) or 0.0, config.batch_size * config.accumulation * world_size()
     replayed = round(share * rows)
     needed = f"a share of the {rows} rows of a step that is one row at least, and not all"
@@ -46,17 +46,17 @@ def step_rows(config: TrainingConfig) -> tuple[int, int]:
 
 
 def run_steps(config: TrainingConfig, rows: int) -> int:
-    """Optimizer steps over so many rows. An epoch sees each once; rows of a replay come on top."""
+    """Optimizer steps of a run. An epoch sees each of the `rows` once; replayed rows come on top."""
     if config.steps is None and config.data.is_endless:
         return config.commands_steps
     return config.steps or max(1, math.ceil(rows / step_rows(config)[0] * (config.epochs or config.usual_epochs)))
 
 
 def read_rows(config: TrainingConfig) -> tuple[list[Row], list[Row]]:
-    """(the rows to train on, those held out). Of a stream only the first row is read.
+    """(training rows, held-out rows). Of a stream only the first row is read.
 
-    Held out are the rows of `validation`, which names other data or a split of `data`; without it the last twentieth, at
-    most 64. Rows need no completion where the model writes the answers.
+    `validation` names held-out data or a split of `data`. Without it the last twentieth is held out: at most 64 rows, for
+    `finetune` at least 16 or none. Rows need no completion where the model writes the answers.
     """
     data, is_drafter, name = config.data, isinstance(config, DrafterConfig), config.validation
     prompts_only = isinstance(config, DrafterConfig) and config.answers == "model"
@@ -82,7 +82,7 @@ def read_rows(config: TrainingConfig) -> tuple[list[Row], list[Row]]:
 
 
 def make_encoder(config: TrainingConfig, trainable: Trainable, rows: Sequence[Row]) -> Encoder:
-    """The encoder of a run, by its training `rows`. Plain text is packed in the recipes for it. Raises ConfigError."""
+    """The encoder that suits the training `rows`. Plain text is packed under the presets for it. Raises ConfigError."""
     plain = all(isinstance(row, Example) and not row.prompt for row in rows)
     for_text = isinstance(config, FinetuneConfig) and config.recipe.preset in TEXT_PRESETS
     context = trainable.backend.spec.context
@@ -92,10 +92,10 @@ def make_encoder(config: TrainingConfig, trainable: Trainable, rows: Sequence[Ro
 
 
 def _template(config: TrainingConfig, trainable: Trainable, rows: Sequence[Row]) -> PromptTemplate:
-    """The template asked for, else chat for conversations, else the one of decoding.
+    """Chat for conversations; else the requested template; else that of decoding, with two exceptions.
 
-    A training of the model has two other defaults: the parsing template for parsing data, even if the model has another one,
-    and for prompts of a model without a template.
+    The parsing template is for parsing data (for `finetune` even if the model stores another one), and for the prompts that
+    `finetune` trains on if the model has no template.
     """
     asked, system, stored = config.prompting.asked, config.prompting.system, trainable.info.template
     if any(isinstance(row, Conversation) for row in rows):
@@ -114,9 +114,9 @@ class EncodedData:
     """Encoded rows with a target: input_ids, labels, truncated, and documents of packed rows."""
 
     rows: "list[dict[str, Any]] | StreamedRows"
-    seen: list[dict[str, Any]]  # all of them, or the first of a stream
+    seen: list[dict[str, Any]]  # all rows, or a stream's first
     left_out: int  # rows whose prompts leave no room for a target
-    digest: str | None = None  # of all tokens and labels; None of a stream
+    digest: str | None = None  # of all tokens and labels; None for a stream
 
     @property
     def tokens(self) -> int:
@@ -124,7 +124,7 @@ class EncodedData:
 
 
 def encode_rows(rows: Iterable[Row], encoder: Encoder, most: int | None = None) -> EncodedData:
-    """All rows (or `most`) in memory as int32. Raises DataError if none has a target within the maximum length."""
+    """All rows, or the first `most`, in memory as int32. Raises DataError if none has a target within the maximum length."""
     encoded = [
         {name: np.array(value, np.int32) if isinstance(value, list) else value for name, value in row.items()}
         for row in itertools.islice(encoder.rows(rows), most)
@@ -153,7 +153,7 @@ def has_target(row: dict[str, Any]) -> bool:
 
 
 def with_whole_answers(rows: Any) -> list[tuple[dict[str, Any], int]]:
-    """A few rows that end with one uninterrupted answer, each with the index of its first token; no packed ones."""
+    """The first rows that end with one uninterrupted answer, and the index of its first token; no packed rows."""
     few = [(row, row["labels"] != IGNORED) for row in itertools.islice(rows, _HELD_OUT) if "documents" not in row]
     starts = [(row, targets, int(targets.argmax())) for row, targets in few]
     return [(row, start) for row, targets, start in starts if targets[max(1, start) :].all()]  # nothing predicts the very first
@@ -170,7 +170,7 @@ def token_order(data: EncodedData, vocab_size: int) -> list[int]:
 
 
 class StreamedRows(IterableDataset):  # type: ignore[type-arg]
-    """Encoded rows of a file or hub data set, endlessly, shuffled in pieces of ten thousand. Every process reads all."""
+    """Endless encoded rows of a file or hub data set, shuffled in chunks of 10,000. Every process reads all."""
 
     def __init__(self, config: DataConfig, encoder: Encoder, seed: int) -> None:
         self._config, self._encoder, self._seed = config, encoder, seed
@@ -196,14 +196,14 @@ class StreamedRows(IterableDataset):  # type: ignore[type-arg]
 
 
 def ordered(config: TrainingConfig, lengths: Sequence[int], steps: int, texts: int = 0) -> Sequence[int]:
-    """The order of a run over rows of these lengths, and over `texts` replayed ones, whose indices follow."""
+    """A run's row indices: rows of these `lengths`, and `texts` replayed ones, which are numbered after them."""
     own, replayed = step_rows(config)
     order, own_texts = array("q", run_order(lengths, own, steps, config.seed)), range(len(lengths), len(lengths) + texts)
     return array("q", with_replay(order, own_texts, replayed, own + replayed))
 
 
 def with_replay(order: Sequence[int], texts: Sequence[int], replayed: int, per_step: int) -> Iterator[int]:
-    """The order with `replayed` of the `texts` in each step of `per_step` rows, evenly spaced."""
+    """Inserts `replayed` of the `texts` into each step of `per_step` rows, evenly spaced."""
     turn, own = itertools.cycle(texts), per_step - replayed
     for start in range(0, len(order), own):
         rows = iter(order[start : start + own])
@@ -212,9 +212,9 @@ def with_replay(order: Sequence[int], texts: Sequence[int], replayed: int, per_s
 
 
 def run_order(lengths: Sequence[int], rows_per_step: int, steps: int, seed: int) -> Iterator[int]:
-    """Row indices of a whole run, rows of similar length side by side: _POOL steps at a time are sorted, then shuffled.
+    """Row indices of a whole run. _POOL steps at a time are sorted by length and cut into steps, whose order is shuffled.
 
-    A function of the seed alone, so that a resumed run has the same order; Trainer's own depends on global random state.
+    The order depends on the seed alone, so a resumed run has the same; Trainer's depends on global random state.
     """
     waiting: list[int] = []
     left = steps
@@ -233,7 +233,7 @@ def run_order(lengths: Sequence[int], rows_per_step: int, steps: int, seed: int)
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """`input_ids` and `labels` (B, T), padded at the right, `lengths` (B,), and of packed rows `documents` (B, T), else -1."""
+    """`input_ids`, `labels` (B, T), padded at the right; `lengths` (B,); for packed rows `documents` (B, T), padded by -1."""
 
     def padded(name: str, filler: int) -> Tensor:
         return pad_sequence([torch.as_tensor(row[name]) for row in rows], batch_first=True, padding_value=filler).long()

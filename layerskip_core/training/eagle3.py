@@ -20,28 +20,28 @@ from .exit_blocks import DrafterModule, copy_into
 from .recipe import RunStep
 from .verdict import SpeedEstimate, eagle3_speedup
 
-DRAFTS = 3  # that are unrolled
-_ALIKE = 0.9  # cosine of a head's rows and those of the model's
-_SCORED = 256  # tokens at once, by the whole head
+DRAFTS = 3  # unrolled in training
+_ALIKE = 0.9  # a head with a greater mean cosine to the model's rows counts as the model's
+_SCORED = 256  # tokens at a time through the model's whole head
 
 
 class FrozenEagle3(DrafterModule):
-    """The drafter beside a model that stays as it is: only the model's embedding and head run.
+    """A drafter of a frozen model. Only the model's embedding and head run here; `decoder` computes the states.
 
-    Its own norms and head stay as they start, too: its matrices are trained, by Muon. On SmolLM2 57 such steps gave more
+    Muon trains the drafter's matrices; its norms and head stay as they were initialised. On SmolLM2 57 such steps gave more
     agreement than 122 of AdamW on all weights.
     """
 
-    first_target = 2  # by the embedding of the token before, and the states of the one before that
+    first_target = 2  # token t is predicted from the embedding of t-1 and the states of t-2
     names = {0: "eagle3"}  # noqa: RUF012
 
     def __init__(self, backend: TransformersBackend, config: DrafterConfig, known: Eagle3Weights | None = None) -> None:
-        """It starts as `known`, or with the model's own norm and head, and otherwise at random; `begin` chooses its tokens.
+        """Starts from `known`, or from the model's final norm and random matrices. `begin` sets the draft vocabulary and head.
 
-        If the head of `known` is the model's, or was before another training, its tokens are chosen anew, too: another task
-        has other ones.
+        A head of `known` that differs from the model's stays, with its vocabulary. One like the model's, also as it was
+        before a finetuning, is replaced: another task has other frequent tokens.
 
-        Raises ConfigError for a model that scales or caps its embedding or logits, which engines do not do for a drafter.
+        Raises ConfigError if `known` is None and the model does not suit engines (`suits_engines`).
         """
         super().__init__(backend)
         form = _form(backend, config.draft_vocab) if known is None else known.form
@@ -60,7 +60,7 @@ class FrozenEagle3(DrafterModule):
 
     @classmethod
     def of(cls, backend: TransformersBackend, config: DrafterConfig) -> "FrozenEagle3":
-        """Raises CheckpointError for a drafter to start from that cannot be read."""
+        """Raises CheckpointError if the drafter `start_from` cannot be read."""
         start = config.start_from
         return cls(backend, config, None if start is None else read_eagle3(fetched(start), backend.spec))
 
@@ -75,14 +75,14 @@ class FrozenEagle3(DrafterModule):
 
     @property
     def _head(self) -> Tensor:
-        """(V, D), of the model."""
+        """The model's head, (V, D)."""
         weight: Tensor = self.backend.model.get_output_embeddings().weight.detach()
         return weight
 
     def begin(self, texts: Sequence[Mapping[str, Any]]) -> None:
-        """Chooses the most frequent tokens of the answers of some encoded rows, unless the drafter has a head of its own.
+        """Sets the draft vocabulary to the most frequent answer tokens of encoded rows, and the head to the model's for these.
 
-        If these are too few, the drafter keeps tokens of its own.
+        If they are too few, tokens of the present vocabulary fill it up. A drafter with a head of its own keeps both.
         """
         if self._has_own_head:
             return
@@ -94,16 +94,16 @@ class FrozenEagle3(DrafterModule):
         copy_into(self.weights(), {"lm_head.weight": self._head[tokens]})
 
     def stored(self, dtype: torch.dtype) -> Eagle3Weights:
-        """The drafter in this precision."""
+        """The drafter's weights on the CPU in `dtype`."""
         weights = {name: weight.detach().to("cpu", dtype) for name, weight in self.weights().items()}
         return Eagle3Weights(self.drafter.form, self.drafter.tokens.cpu(), weights)
 
     def forward(self, input_ids: Tensor, labels: Tensor, step: RunStep | None = None) -> dict[str, Tensor | tuple[int, ...]]:
-        """The loss is the mean over the drafts of a round, and `per_exit` of the first. Each other draft reads the output for
-        the one before. Sums are over the targets, the tokens with labels after the second.
+        """`loss` is KL(model || draft) over the draft vocabulary, averaged over the unrolled drafts; `per_exit` is the first
+        draft's. Both are summed over targets: tokens with labels from the third of a row on.
         """
         layer, is_target, (states, finals) = self.drafter.layer, labels[:, 2:] != IGNORED, self.states(input_ids)
-        before = int(is_target.any(0).int().argmax())  # entries that predict nothing in any row
+        before = int(is_target.any(0).int().argmax())  # leading entries without a target in any row
         start = max(0, before - DRAFTS + 1)
         taught = finals[:, 1:-1][is_target]
         with torch.no_grad():
@@ -113,7 +113,7 @@ class FrozenEagle3(DrafterModule):
         losses, first = [], torch.empty(0)
         for draft, hidden in enumerate(unrolled(layer, embedded, feature, DRAFTS, start)):
             whole = is_target.clone()
-            whole[:, :draft] = False  # the first entries of a row have no output of so many drafts before them
+            whole[:, :draft] = False  # an entry reads outputs for `draft` entries before it
             logits = layer.logits(hidden[whole[:, start:]])
             rows = whole[is_target]
             losses.append(F.kl_div(logits.log_softmax(-1), wanted[rows], reduction="sum", log_target=True))
@@ -131,7 +131,7 @@ class FrozenEagle3(DrafterModule):
 
 
 def suits_engines(backend: TransformersBackend) -> bool:
-    """Whether a model has attention, and neither scales nor caps its embedding or logits, as no engine does for a drafter."""
+    """Whether a model has attention, and an embedding and logits without scale or cap: engines apply none to a drafter."""
     if not hasattr(backend.spec.config.get_text_config(decoder=True), "num_attention_heads"):
         return False
     model, ids = backend.model, torch.arange(4)[None]
@@ -143,10 +143,10 @@ def suits_engines(backend: TransformersBackend) -> bool:
 
 
 def _form(backend: TransformersBackend, vocab: int) -> Eagle3Form:
-    """A layer of the model's own widths, as far as its configuration says them in the usual names. Its residual is the normed
-    feature: the states of the model are much larger than what a new layer adds to them.
+    """The form of a new drafter: the model's widths, where its configuration has them under the usual names. The residual is
+    the normed feature, because the model's states are much larger than the output of a new layer.
 
-    Raises ConfigError for a model whose embedding or logits are scaled or capped.
+    Raises ConfigError for a model that does not suit engines (`suits_engines`).
     """
     spec, needed = backend.spec, "exit for a model without attention, or that scales or caps its embedding or its logits"
     require(suits_engines(backend), "layout", needed, "eagle3")
@@ -154,7 +154,7 @@ def _form(backend: TransformersBackend, vocab: int) -> Eagle3Form:
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or spec.hidden // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    if isinstance(spec, ModelSpec):  # whose cache has entries of one shape
+    if isinstance(spec, ModelSpec):  # the drafter's KV entries share its cache
         heads, kv_heads, size = spec.heads, spec.kv_heads, spec.head_dim
     rope = getattr(config, "rope_parameters", None) or {}
     kept = ROPE_VALUES if rope.get("rope_type", "default") in ROPES else ("rope_theta",)
@@ -173,15 +173,15 @@ def _form(backend: TransformersBackend, vocab: int) -> Eagle3Form:
 
 
 def unrolled(layer: Eagle3Layer, embedded: Tensor, feature: Tensor, drafts: int, start: int = 0) -> list[Tensor]:
-    """The outputs (B, N - start, D) of N entries from `start` on as the first, second, ... draft of a round.
+    """Outputs (B, N - start, D) of the entries start..N-1 in each draft k = 0, 1, ... of a round.
 
-    In draft k the entry at i reads the output for i-1 in draft k-1 as its feature. It sees the entries up to i-k as they are in
-    the first draft, and those after them as they are in draft 1, 2, ... k. So the first k-1 outputs of draft k mean nothing.
+    In draft k > 0 the feature of entry i is the output of entry i-1 in draft k-1. Entry i attends to the KV entries up to i-k
+    of draft 0, and to that at i-k+j of each draft j = 1..k. The first k outputs of draft k are meaningless.
     """
     count = embedded.shape[1]
     places, order = torch.arange(count)[None], torch.arange(count, device=embedded.device)
     groups, scale = layer.form.heads // layer.form.kv_heads, layer.form.head_dim**-0.5
-    entries: list[tuple[Tensor, Tensor]] = []  # the keys and values of each draft
+    entries: list[tuple[Tensor, Tensor]] = []  # keys and values by draft
     outputs: list[Tensor] = []
     for draft in range(drafts):
         residual, queries, keys, values = layer.begin(embedded, feature, places)

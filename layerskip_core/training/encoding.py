@@ -37,7 +37,7 @@ class Encoder:
             yield {"input_ids": ids[cut], "labels": labels[cut], "truncated": len(ids) > self.max_length}
 
     def prompts(self, rows: Iterable[Row]) -> Iterator[list[int]]:
-        """The prompts of examples alone, as ids."""
+        """Token ids of the examples' prompts; conversations are left out."""
         for row in rows:
             if isinstance(row, Example):
                 with _naming(row):
@@ -51,7 +51,7 @@ class Encoder:
             return self._conversation(row) if isinstance(row, Conversation) else self._example(row)
 
     def _example(self, row: Example) -> tuple[list[int], list[int]]:
-        """Prompt, completion and EOS, the latter two with labels. After a template, special tokens in it stay text."""
+        """Prompt, completion and EOS, the latter two with labels. In a template a completion's special tokens stay text."""
         prompt = encode_prompt(self.tokenizer, self.template if row.prompt else PromptTemplate(), row.prompt)
         special = None if not row.prompt or self.template.text == RAW else special_text(self.tokenizer)
         if special is None or not special.found(row.completion):
@@ -62,7 +62,7 @@ class Encoder:
         return prompt + completion, [IGNORED] * len(prompt) + completion
 
     def _conversation(self, row: Conversation) -> tuple[list[int], list[int]]:
-        """Only the assistant's turns have labels, with their end of turn."""
+        """Only the assistant's turns have labels, end of turn included."""
         if not self.tokenizer.chat_template:
             raise DataError("`data` holds conversations (messages), but the model's tokenizer has no chat template for them")
         special = special_text(self.tokenizer)
@@ -98,7 +98,7 @@ def _naming(row: Row) -> Iterator[None]:
 
 
 def packed(documents: Iterable[list[int]], length: int) -> Iterator[dict[str, Any]]:
-    """Rows of `length` tokens (the last may be shorter) of all documents in sequence. `documents` numbers those of a row."""
+    """Documents joined and cut into rows of `length` tokens (the last may be shorter); each row numbers its `documents`."""
     tokens = ((number, token) for number, document in enumerate(filter(None, documents)) for token in document)
     while row := list(islice(tokens, length)):
         numbers, ids = [number - row[0][0] for number, _ in row], [token for _, token in row]

@@ -1,4 +1,4 @@
-"""Training of exit blocks of a frozen model, over the hidden states that decoding has."""
+"""Training of exit blocks and MTP on the hidden states of a frozen model, as decoding computes them."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -26,12 +26,12 @@ from ..model.exit_blocks import INPUT_NORMS, MTP, NO_BLOCKS, ExitBlock, ExitBloc
 from .recipe import RunStep
 from .verdict import SpeedEstimate, exit_speedup
 
-MUON_LR = 0.02  # of a block's or drafter's matrices, which Muon trains (Jordan et al., 2024)
-_FILE = "drafter.safetensors"  # of a run's checkpoint
+MUON_LR = 0.02  # of Muon (Jordan et al., 2024), for the matrices of blocks and drafters
+_FILE = "drafter.safetensors"  # in a run's checkpoints
 
 
 class Block(nn.Module):
-    """A decoder layer and a norm, which start as the model's own, in fp32; of MTP also norms and a map, which is [I, 0].
+    """A decoder layer and a norm in fp32, copied from the model. MTP adds input norms and a map W that starts as [I, 0].
 
     The parameters have the names of `ExitBlock.shapes`, without the prefix.
     """
@@ -50,9 +50,9 @@ class Block(nn.Module):
         self.to(backend.device, torch.float32).requires_grad_(True)
 
     def forward(self, states: Tensor, ids: Tensor, finals: Tensor | None = None) -> Tensor:
-        """The input (B, T, D) of the head, for the states after the exit of the tokens (B, T).
+        """The head's input (B, T, D), from the states (B, T, D) after the exit of tokens (B, T).
 
-        `finals`: their own final states, for MTP, whose first token has no entry and gets 0.
+        `finals` (B, T, D), for MTP: outputs of the final norm for the same tokens. A row's first token has no entry and gets 0.
         """
         if self.input is None or finals is None:
             return self._after(states, ids)
@@ -66,29 +66,29 @@ class Block(nn.Module):
 
 
 class DrafterModule(nn.Module):
-    """A drafter of a frozen model in training. Subclasses have `of`, which makes one by a config, and `files`, to be saved.
+    """A frozen model's drafter in training. Subclasses define `of`, its construction by a config, and `files`, to be saved.
 
-    The forward is as that of `RecipeModule`, with divergences from full depth as losses.
+    `forward` is like that of `RecipeModule`, with KL divergences from full depth as losses.
     """
 
     accepts_loss_kwargs = True  # makes Trainer count the target tokens of the whole optimizer step
-    first_target = 1  # the index of the first token of a row that is predicted
-    layers: tuple[int, ...]  # after which states are read, ascending
-    names: dict[int, str]  # by measured exit, of what is trained, as layerskip.json has it
+    first_target = 1  # index of a row's first predicted token
+    layers: tuple[int, ...]  # the states after these are read, ascending
+    names: dict[int, str]  # in layerskip.json, by measured exit; 0: MTP or EAGLE-3
 
     def __init__(self, backend: TransformersBackend) -> None:
         super().__init__()
         model: Any = backend.model
         self.backend, self.config = backend, model.requires_grad_(False).config
-        self.decoder: Backend = backend  # computes the states; in a run that of decoding
-        self.details: dict[str, Any] = {}  # of how all of it was trained
-        self._kept: dict[bytes, Tensor] = {}  # by the ids of a text, its states (X + 1, T, D)
+        self.decoder: Backend = backend  # computes the states; a run sets the backend that decodes
+        self.details: dict[str, Any] = {}  # added to the record in layerskip.json
+        self._kept: dict[bytes, Tensor] = {}  # states (X + 1, T, D) by the ids of a text
         self._room = available_memory() / 4  # bytes
 
     def states(self, ids: Tensor) -> tuple[list[Tensor], Tensor]:
         """The states (B, T, D) after each of the `layers`, and after the final norm, in fp32, of ids (B, T).
 
-        A quarter of the free memory keeps those of texts seen before.
+        States of texts seen before come from a cache, in a quarter of the free memory.
         """
         texts = [row.numpy().tobytes().rstrip(b"\0") for row in ids.cpu()]  # without padding, which no token sees
         fresh = [row for row, text in enumerate(texts) if text not in self._kept]
@@ -104,7 +104,7 @@ class DrafterModule(nn.Module):
         return read, final
 
     def _computed(self, ids: Tensor) -> Iterator[Tensor]:
-        """The states (X + 1, T, D) of each text."""
+        """Yields the states (X + 1, T, D) of each text: after the X layers, and after the final norm."""
         backend, (rows, tokens) = self.decoder, ids.shape
         places, last = Places(backend.new_cache(rows, tokens), [0] * rows, [tokens] * rows, settled=True), backend.num_layers
         with torch.inference_mode(), torch.autocast(ids.device.type, enabled=False):
@@ -118,35 +118,35 @@ class DrafterModule(nn.Module):
             yield of_all[:, row].clone()
 
     def muon(self, lr: float) -> Iterator[tuple[list[nn.Parameter], float, str]]:
-        """Matrices that Muon trains, with their learning rate and its adjustment to a matrix's shape, as torch names it."""
+        """Yields matrices that Muon trains, their learning rate, and torch's `adjust_lr_fn`."""
         yield [weight for weight in self.parameters() if weight.requires_grad], lr, "original"
 
     def estimated_speedup(self, backend: Backend, exit_layer: int) -> SpeedEstimate:
-        """What drafts of this exit would gain, with the backend that decodes."""
+        """Estimates the speedup by drafts of an exit, on the backend that decodes."""
         return exit_speedup(backend, exit_layer, True)
 
     def begin(self, texts: Sequence[Mapping[str, Any]]) -> None:
-        """Before the training on some encoded rows."""
+        """Called before the training, with its encoded rows."""
 
     def weights(self) -> dict[str, Tensor]:
         """All that is stored, by name."""
         raise NotImplementedError
 
     def save(self, folder: Path) -> None:
-        """Writes the weights of a run's checkpoint."""
+        """Writes the weights to a run's checkpoint."""
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: weight.detach().cpu().contiguous() for name, weight in self.weights().items()}, folder / _FILE)
 
     def load(self, folder: Path) -> None:
-        """Reads them."""
+        """Reads the weights that `save` wrote."""
         copy_into(self.weights(), load_file(folder / _FILE))
 
 
 class FrozenExits(DrafterModule):
-    """The blocks of a model, or its MTP, whose matrices Muon trains; of the model only the head runs."""
+    """Exit blocks of a model, or its MTP. Muon trains their matrices; of the model only the head runs here."""
 
     def __init__(self, backend: TransformersBackend, blocks: Sequence[ExitBlock], known: ExitBlocks = NO_BLOCKS) -> None:
-        """Those that are `known` go on from there."""
+        """Blocks in `known` start from the weights there, others from the model's."""
         super().__init__(backend)
         self.exits, self.shipped = new_readers(backend, blocks, known), known
         self.layers = tuple(block.exit_layer for block in blocks)
@@ -155,7 +155,7 @@ class FrozenExits(DrafterModule):
 
     @classmethod
     def of(cls, backend: TransformersBackend, config: DrafterConfig) -> "FrozenExits":
-        """Raises ConfigError for a model that ships no drafter to start from."""
+        """Raises ConfigError for an exit out of range, and if the model ships no drafter to start from."""
         if config.layout == "mtp":
             known = mtp_sidecar(downloaded(config.model), backend.spec)[0] if config.start_from else None
             needed = "left out: this model ships no drafter that is known here"
@@ -171,7 +171,7 @@ class FrozenExits(DrafterModule):
         return named_weights(self.exits)
 
     def files(self, dtype: torch.dtype, kept: ExitBlocks, model_fingerprint: str, verifier: str) -> dict[str, bytes]:
-        """The files beside the model by name. `kept`: its blocks. `verifier`: its folder or hub id."""
+        """Files to save with the model, by name. `kept`: its present blocks. `verifier`: the model's folder or hub id."""
         weights = {name: weight.to("cpu", dtype) for name, weight in self.weights().items()}
         spec = self.backend.spec
         if MTP.exit_layer in self.layers:
@@ -181,8 +181,8 @@ class FrozenExits(DrafterModule):
         return {EXIT_BLOCKS_FILE: exit_blocks_content(spec, weights, model_fingerprint, kept)}
 
     def forward(self, input_ids: Tensor, labels: Tensor, step: RunStep | None = None) -> dict[str, Tensor | tuple[int, ...]]:
-        """MTP runs twice: on the final states, as in the first draft of a round, and on its own, as in later ones (HASS, Zhang
-        et al., 2025); the loss is the mean, and `per_exit` of the first.
+        """MTP runs twice: on the model's final states, as for a round's first draft, and on its own outputs, as for later ones
+        (HASS, Zhang et al., 2025). Its loss is the mean of both runs, its `per_exit` the first run's.
         """
         is_target, (states, finals) = labels[:, 1:] != IGNORED, self.states(input_ids)
         head, vocab, teacher = self.backend.head, self.backend.spec.vocab, finals[:, :-1][is_target]
@@ -202,7 +202,7 @@ class FrozenExits(DrafterModule):
 
 
 def new_readers(backend: TransformersBackend, blocks: Sequence[ExitBlock], kept: ExitBlocks = NO_BLOCKS) -> nn.ModuleDict:
-    """Blocks in training, by exit: those of `kept`, else new ones. Only matrices are trained, which Muon takes."""
+    """Trainable blocks by exit, with the weights of `kept` where it has them. Only matrices are trained, by Muon."""
     readers = nn.ModuleDict({str(block.exit_layer): Block(backend, block) for block in blocks})
     stored, known = kept.weights(backend.spec), [block for block in kept.blocks if block in blocks]
     copy_into(named_weights(readers), {name: stored.of(name) for block in known for name in block.shapes(backend.spec)})
@@ -212,14 +212,14 @@ def new_readers(backend: TransformersBackend, blocks: Sequence[ExitBlock], kept:
 
 
 def named_weights(blocks: nn.ModuleDict) -> dict[str, Tensor]:
-    """All weights of blocks, which are by exit, by the names of `ExitBlock.shapes`."""
+    """All weights of `blocks` (by exit), under the names of `ExitBlock.shapes`."""
     known = {name for block in blocks.values() for name in cast(Block, block).names}
-    weights = blocks.state_dict(prefix="exits.")  # with what no optimizer trains
+    weights = blocks.state_dict(prefix="exits.")  # also weights that are not trained
     return {name: weight for name, weight in weights.items() if name in known}
 
 
 @torch.no_grad()
 def copy_into(weights: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Gives some of the weights other values."""
+    """Overwrites the weights that have `values`, in place."""
     for name, value in values.items():
         weights[name].copy_(value)

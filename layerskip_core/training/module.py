@@ -35,7 +35,7 @@ class RecipeModule(nn.Module):
     def __init__(
         self, model: Any, recipe: Recipe, seed: int = 0, recompute: bool = False, readers: nn.ModuleDict | None = None
     ) -> None:
-        """`model`: of transformers or peft. `recompute`: the backward pass runs layers again. `readers`: see `new_readers`."""
+        """`model`: of transformers or peft. `recompute`: gradient checkpointing. `readers`: see `new_readers`."""
         super().__init__()
         self.model, self.config = model, model.config
         self.recipe, self.seed, self.recompute = recipe, seed, recompute
@@ -62,7 +62,7 @@ class RecipeModule(nn.Module):
         """Ids and labels (B, T), padded at the right, labels IGNORED without a target; `documents` (B, T): see `WholeTexts`.
 
         Returns `loss`, the weighted sum over target tokens in nats, `per_exit` (exits,), the summed cross-entropy of each of
-        `exit_layers`, and in evaluation `agreeing` (exits,), the targets where an exit's best token is the last layer's.
+        `exit_layers`, and in evaluation `agreeing` (exits,), the number of targets where an exit's argmax is the last layer's.
         """
         layers, recipe = self.backend.num_layers, self.recipe
         exits = exits_on(recipe, step.done, step.total, layers) if self.training else (*self.names, layers)
@@ -76,8 +76,8 @@ class RecipeModule(nn.Module):
 
         states = self.texts.states(input_ids, exits, documents, kept, self.recompute and self.training)
         rows = [self._read(exit_layer, states[exit_layer], input_ids, labels, documents) for exit_layer in exits]
-        share = recipe.distill if self.training else 1.0  # measured without gradients, where only agreement needs it
-        scales = exit_weights(exits, layers, recipe.e_scale, recipe.exit_weights)  # the paper's first exit weighs nothing
+        share = recipe.distill if self.training else 1.0  # in evaluation any weight makes agreement counted
+        scales = exit_weights(exits, layers, recipe.e_scale, recipe.exit_weights)  # 0 for the paper's first exit
         weights = [((1 - share) * scale, share * scale) for scale in scales[:-1]]
         heads = [self.backend.head if str(layer) in self.readers else self.backend.unembed for layer in exits]
         read, weights, vocab = [hidden for hidden, _ in rows], [*weights, (scales[-1], 0.0)], self.backend.spec.vocab
@@ -88,7 +88,7 @@ class RecipeModule(nn.Module):
     def _read(
         self, exit_layer: int, states: Tensor, ids: Tensor, labels: Tensor, documents: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """(states (N, D) that predict a target, targets (N,)) of the states (B, T, D) after an exit, through its reader."""
+        """Runs an exit's reader, if any, on states (B, T, D). Returns (states (N, D) that predict a target, targets (N,))."""
         if str(exit_layer) not in self.readers:
             return target_rows(states, labels)
         reader = self.readers[str(exit_layer)]
@@ -102,13 +102,13 @@ class RecipeModule(nn.Module):
         return exit_speedup(backend, exit_layer, str(exit_layer) in self.readers)
 
     def readers_content(self, model: Any, dtype: torch.dtype) -> bytes:
-        """exit_blocks.safetensors beside a `model` as it is saved; beside an adapter for the run's own use."""
+        """The content of exit_blocks.safetensors for `model`; without the model's fingerprint for an adapter."""
         weights = {name: weight.to("cpu", dtype) for name, weight in named_weights(self.readers).items()}
         spec, is_whole = self.backend.spec, not hasattr(model, "get_base_model")
         return exit_blocks_content(spec, weights, fingerprint(spec, model.get_parameter) if is_whole else "")
 
     def save(self, folder: Path) -> None:
-        """Writes the model inside, as an ordinary transformers or peft checkpoint with its tokenizer and its readers."""
+        """Writes an ordinary transformers or peft checkpoint, with the tokenizer and readers."""
         write_model(self.model, folder, as_it_is=True)
         if self.readers:
             (folder / EXIT_BLOCKS_FILE).write_bytes(self.readers_content(self.model, torch.float32))
@@ -151,7 +151,7 @@ def with_lora(model: Any, config: FinetuneConfig) -> Any:
 def use_fp32_attention(model: Any) -> None:
     """Makes a transformers model with `sdpa` attention run it in fp32 on short rows.
 
-    There torch's flash kernel is slow in bf16 on a CPU: of a layer 32 rows of 56 tokens take 15 ms, 7 in fp32 (torch 2.13).
+    There torch's flash kernel is slow in bf16 on a CPU: 15 ms for a layer of 32 rows of 56 tokens, 7 ms in fp32 (torch 2.13).
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

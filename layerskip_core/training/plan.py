@@ -1,4 +1,4 @@
-"""A run with all defaults resolved, and its course."""
+"""A run with all defaults resolved: its settings, its course and its verdict."""
 
 import ctypes
 import json
@@ -39,16 +39,16 @@ _MMAP_MAX, _TRIM_THRESHOLD = -4, -1  # of glibc's mallopt
 
 @dataclass(frozen=True)
 class Verdict:
-    """What an exit or a drafter gains."""
+    """The estimated speedup by an exit or a drafter."""
 
     name: str
-    accepted: float  # share of first drafts on held-out rows
-    drafts: int  # the best number
-    speed: float  # with it, over plain decoding
+    accepted: float  # share of first drafts accepted on held-out rows
+    drafts: int  # best draft length
+    speed: float  # at this draft length, over plain decoding
 
 
 class Plan:
-    """A run, all defaults resolved, of a model under a `recipe` or of a drafter. Of a stream counts are of its first rows."""
+    """A run with all defaults resolved, of a model under a `recipe` or of a drafter. Counts of a stream: its first rows."""
 
     config: TrainingConfig
     trainable: Trainable
@@ -57,17 +57,17 @@ class Plan:
     autocast: bool
     steps: int
     rows: int | None  # None: a stream
-    tokens: int  # with answers to be written at their full length
-    left_out: int  # rows whose prompt leaves no room for a token of the completion
+    tokens: int  # answers not yet written count at full length
+    left_out: int  # rows whose prompt leaves no room for a completion
     parameters: int
     num_layers: int
-    sealed: Mapping[str, Any]  # a run is resumed with the same values only
-    resume: Path | None  # a checkpoint
+    sealed: Mapping[str, Any]  # values that a resumed run must share
+    resume: Path | None  # the checkpoint to resume from
     held_out: int  # rows
-    notes: tuple[str, ...] = ()  # for the user, before it starts
-    answers: Answers | None = None  # of the model, or texts of a replay
+    notes: tuple[str, ...] = ()  # for the user, before the run
+    answers: Answers | None = None  # written by the model, or texts to replay
     recipe: Recipe | None = None
-    exit_steps: Mapping[int, int]  # of a model: that train each exit, the last layer included
+    exit_steps: Mapping[int, int]  # `finetune`: steps that train each exit, the last layer included
 
     def place(self, config: TrainingConfig, device: torch.device, trainable: Trainable) -> None:
         """`dtype` auto is bf16 autocast on a GPU, and on a CPU where that is faster (`multiplies_bf16`)."""
@@ -80,7 +80,7 @@ class Plan:
             use_fp32_attention(trainable.model)
 
     def seal(self, resume: Path | None, facts: Mapping[str, Any]) -> None:
-        """Seals the config and the `facts`. Raises ConfigError where the checkpoint to resume from was sealed with others."""
+        """Records config and `facts` in `sealed`. Raises ConfigError if the checkpoint `resume` was sealed with others."""
         config = {name: value for name, value in asdict(self.config).items() if name not in _FREE}
         config |= config.pop("recipe", {})
         command = {"command": "train-drafter" if isinstance(self.config, DrafterConfig) else "finetune"}
@@ -101,10 +101,10 @@ class Plan:
     ) -> CheckpointInfo:
         """Trains to the end, and writes the result to the config's `output`. Returns the info of the saved model.
 
-        `on_progress` gets a stage before the training, such as "answers", and how many of how many are done. Raises
+        `on_progress` gets (stage, done, total) of work before the training, such as "answers". Raises
         CheckpointError, TrainingError for a loss that is not finite or explodes, TrainingInterrupted, and LockedError.
         """
-        from .trainer import RunTrainer  # which needs all of transformers' Trainer; a plan does not
+        from .trainer import RunTrainer  # imports transformers' Trainer, which a plan does not need
 
         repository, is_first = self.config.push_to_hub, process_index() == 0
         if repository is not None and is_first:
@@ -127,7 +127,7 @@ class Plan:
         return info
 
     def data_sets(self, progress: Callable[[str, int, int], None]) -> tuple[Any, Any]:
-        """(the rows of the run in their order, the held-out rows). `progress` gets a stage, its texts and how many are done."""
+        """(training rows in the run's order, held-out rows). `progress` gets (stage, total, done) of texts."""
         raise NotImplementedError
 
     def save(self, history: LossHistory) -> CheckpointInfo:
@@ -135,7 +135,7 @@ class Plan:
         raise NotImplementedError
 
     def verdicts(self, info: CheckpointInfo) -> list[Verdict]:
-        """The gain of the saved model's exits or drafter on this machine, in the first process; needs held-out rows."""
+        """Verdicts on exits or the drafter, on this machine. Empty without held-out rows, and in processes but the first."""
         names, measured, gains = self.module.names, info.agreement, list[Verdict]()
         known = {exit_layer: measured[name] for exit_layer, name in names.items() if name in measured}
         if not known or process_index() > 0:

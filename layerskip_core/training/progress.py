@@ -33,11 +33,11 @@ class StepReport:
     learning_rate: float
     tokens_per_second: float
     validation_losses: dict[int, float]  # of every exit at the last validation; empty before the first
-    agreement: dict[int, float] = field(default_factory=dict)  # of early exits there: the share of first drafts accepted
+    agreement: dict[int, float] = field(default_factory=dict)  # of early exits there: share of first drafts accepted
 
 
 class StepLosses(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A step's losses in nats per target token; `validation`, `agreement` (with the last layer): held-out rows, by exit."""
+    """A step's losses in nats per target token. On held-out rows, by exit: `validation`, `agreement` with the last layer."""
 
     step: int
     loss: float
@@ -62,7 +62,7 @@ class LossHistory:
 
     @classmethod
     def read(cls, checkpoint: Path) -> "LossHistory":
-        """Of the run that a checkpoint belongs to."""
+        """The history that a checkpoint holds."""
         history = cls()
         for losses in msgspec.json.Decoder(StepLosses).decode_lines((checkpoint / LOSSES).read_bytes()):
             history.add(losses)
@@ -75,7 +75,7 @@ class LossHistory:
             self.validated, self.agreement = losses.validation, losses.agreement
 
     def report(self, total_steps: int, learning_rate: float, speed: float) -> StepReport:
-        """Of the latest step."""
+        """The report of the latest step."""
         step, rest = self.steps[-1], (learning_rate, speed, self.validated, self.agreement)
         return StepReport(step.step, total_steps, step.loss, self.latest, *rest)
 
@@ -90,18 +90,18 @@ def checkpoints_folder(output: str) -> Path:
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """A run's complete checkpoints: their state, which is written last, has content."""
+    """A run's complete checkpoints, newest first. Trainer's state, written last, must have content."""
     states = ((path, path / _STATE) for path in checkpoints(folder))
     return [path for path, state in states if state.is_file() and state.stat().st_size]
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """All, the newest first, by their names."""
+    """All checkpoints by name, newest first; some may be incomplete."""
     return sorted((path for path in folder.glob("*") if re.fullmatch(f"{_PREFIX}[0-9]{{1,18}}", path.name)), key=_step)[::-1]
 
 
 def resume_point(config: TrainingConfig) -> Path | None:
-    """The checkpoint to `resume` from; None where a run has left only texts. Raises CheckpointError, and ConfigError."""
+    """The checkpoint to resume from; None to train from step 0. Raises CheckpointError, ConfigError for what is in the way."""
     folder = checkpoints_folder(config.output)
     there = newest_first(folder)
     for path in [folder] if os.path.lexists(folder) and not folder.is_dir() else checkpoints(folder):
@@ -127,15 +127,15 @@ def seal(checkpoint: Path, settings: Mapping[str, Any], history: LossHistory) ->
 
 
 def discard_after(folder: Path, kept: Path | None) -> None:
-    """Removes checkpoints of later steps than `kept` (None: all), and the folder if it is empty then."""
+    """Removes checkpoints later than `kept` (None: all), and the folder if it is then empty."""
     discard(folder, [each for each in checkpoints(folder) if kept is None or _step(each) > _step(kept)])
     with suppress(OSError):
         folder.rmdir()
 
 
 def discard(folder: Path, checkpoints: Iterable[Path]) -> None:
-    """Renames checkpoints before it removes them: a process that is killed meanwhile leaves none in part."""
-    shutil.rmtree(discarded := folder / "discarded", ignore_errors=True)  # of such a process
+    """Removes checkpoints, each renamed first: a process killed meanwhile leaves no partial checkpoint."""
+    shutil.rmtree(discarded := folder / "discarded", ignore_errors=True)  # left by a killed process
     for checkpoint in checkpoints:
         checkpoint.rename(discarded)
         shutil.rmtree(discarded)

@@ -77,8 +77,8 @@ def auto_exits(num_layers: int, steps: int) -> tuple[int, ...]:
 def learning_rate(preset: Preset, parameters: int, is_lora: bool = False) -> float:
     """The highest learning rate: the paper's for its presets, or a higher one for models under 50M parameters; else ours.
 
-    5e-5 was chosen on SmolLM2 (135M; examples/smollm2/RESULTS.md). That larger models take less, by the cube root of their
-    size, is not measured. LoRA takes ten times as much (Schulman et al., LoRA Without Regret, 2025).
+    5e-5 was chosen on SmolLM2 (135M; examples/smollm2/RESULTS.md). Its scaling by the inverse cube root of the model's size is
+    not measured. LoRA takes ten times as much (Schulman et al., LoRA Without Regret, 2025).
     """
     if preset == "continual" and parameters >= 10e9:
         return 2e-5
@@ -92,7 +92,7 @@ def learning_rate(preset: Preset, parameters: int, is_lora: bool = False) -> flo
 def resolve_recipe(asked: RecipeSettings, spec: AnySpec, steps: int) -> Recipe:
     """The requested settings, completed by the preset for this model and number of steps.
 
-    R is by default n-1 of n exits for a vocabulary above 8k, where each extra exit costs a head, and n/3 below. Raises
+    R defaults to n-1 for n exits if the vocabulary is above 8k, where an exit's head is expensive, else to n/3. Raises
     ConfigError for unused settings, exits without any weight, and dropout in a model of one layer or a run of one step.
     """
     given = {name: value for name, value in vars(asked).items() if value is not None}
@@ -203,13 +203,13 @@ def exits_on(recipe: Recipe, step: int, total_steps: int, num_layers: int) -> tu
 
 
 def steps_on(recipe: Recipe, total_steps: int, num_layers: int) -> dict[int, int]:
-    """On how many of the steps each exit is on, the last layer included."""
+    """The number of steps on which each exit is on, the last layer included."""
     counts = Counter(layer for step in range(total_steps) for layer in exits_on(recipe, step, total_steps, num_layers))
     return dict(sorted(counts.items()))
 
 
 def trained_exits(recipe: Recipe, total_steps: int, num_layers: int) -> tuple[int, ...]:
-    """The exits before the last layer that weigh something on `TAUGHT` steps of a run, or on all steps of a shorter one."""
+    """The early exits whose loss has a weight on at least `TAUGHT` steps of a run, or on all steps of a shorter one."""
     scales = exit_scales(num_layers, recipe.e_scale, recipe.exit_weights)
     steps, needed = steps_on(recipe, total_steps, num_layers), min(TAUGHT, total_steps)
     return tuple(layer for layer, on in steps.items() if layer < num_layers and on >= needed and scales[layer - 1] > 0)

@@ -46,7 +46,7 @@ _PACKED = "documents are packed into whole rows; attention stays within a docume
 _STREAMED = "streaming: `resume` reads past the rows already seen, and is exact only if they come in the same order again"
 _SHIPPED = "the drafter of its checkpoint (mtp) is saved as it is"
 _TRAINS = f"{_SHIPPED}; `layerskip train-drafter --start-from shipped` trains it"
-_REPLAY = 0.25  # of the rows of a step
+_REPLAY = 0.25  # share of replayed rows in a step
 _VERSIONS = {name: version(name) for name in ("layerskip", "torch", "transformers")}
 _SHALLOW = "a model of one layer has no place for exits or a drafter"
 
@@ -98,7 +98,7 @@ class WholeModel(Plan):
         self.notes += (_TRAINS if MTP_FILE in self.shipped else _SHIPPED,) * bool(self.shipped)
         self.steps = data.run_steps(config, len(seen))
         self.recipe = resolve_recipe(config.recipe, spec, self.steps)
-        if config.lora_keep:  # beside an adapter alone nothing else is saved
+        if config.lora_keep:  # an adapter is saved without readers
             self.recipe = replace(self.recipe, exit_reader="none")
         self.exit_steps = steps_on(self.recipe, self.steps, spec.layers)
         usual = learning_rate(config.recipe.preset, spec.parameters, config.lora_rank > 0)
@@ -113,7 +113,7 @@ class WholeModel(Plan):
 
     def _module(self) -> RecipeModule:
         config, model, readers, backend = self.config, self.trainable.model, None, self.trainable.backend
-        if self.recipe.exit_reader != "none":  # copies of layers that have no adapters yet
+        if self.recipe.exit_reader != "none":  # copied from layers before they get adapters
             source, blocks = locate(config.model).folder, NO_BLOCKS
             if source is not None and not self.scratch:
                 blocks = read_exit_blocks(source, backend.spec, model.get_parameter)
@@ -131,7 +131,7 @@ class WholeModel(Plan):
         if process_index() == 0 and not self.scratch:
             progress("texts", 1, 0)
             trained_rows, few = self.steps * data.step_rows(self.config)[0], held_out or ()
-            if self.config.fsdp:  # on the CPU, where a model that needs shards takes minutes for them, while processes wait
+            if self.config.fsdp:  # rows would run on the CPU: minutes for a model that needs shards, while processes wait
                 few = ()
             self.original = Original(self.trainable, few, self.config.seed, trained_rows)
         if isinstance(rows, data.StreamedRows):
@@ -180,11 +180,11 @@ class WholeModel(Plan):
 
 
 class FrozenModel(Plan):
-    """The training of a drafter of a frozen model. The held-out prompts and texts are the last ones."""
+    """The training of a drafter for a frozen model. Held-out prompts and texts come last."""
 
     config: DrafterConfig
     module: FrozenExits | FrozenEagle3
-    kept: ExitBlocks  # that the model has already, with its drafters
+    kept: ExitBlocks  # blocks and drafters that the model already has
     decoder: Decoder  # the model, for answers and states
     model_fingerprint: str
     answers: Answers
@@ -195,7 +195,7 @@ class FrozenModel(Plan):
 
     @cached_property
     def estimate(self) -> SpeedEstimate:
-        """Of the first drafter that is trained, timed on this machine."""
+        """The estimate for the first exit or drafter, timed on this machine."""
         return self.module.estimated_speedup(self.decoder.backend, min(self.module.names))
 
     def encode(self) -> None:
@@ -217,7 +217,7 @@ class FrozenModel(Plan):
             raise DataError(f"no row has at least {needed}")
         self.rows, self.held_out = map(len, encoded)
         self.left_out = sum(map(len, given)) - self.rows - self.held_out
-        self.texts, prompts = [*chain(*encoded)], list[list[int]]()  # encoded rows, once the answers are written
+        self.texts, prompts = [*chain(*encoded)], list[list[int]]()  # encoded rows; `data_sets` adds those with written answers
         if config.answers == "model":
             self.texts, prompts = [], self.texts
         how = Writing(config.answer_tokens, longest)
@@ -256,21 +256,21 @@ class FrozenModel(Plan):
         verifier = config.model if locate(config.model).folder is None else str(Path(config.output).resolve())
         files = self.module.files(stored_dtype(config.model), self.kept, self.model_fingerprint, verifier)
         if config.in_place:
-            for name in files.keys() & {EAGLE3_FILES[0]}:  # of a drafter that is replaced: without it there is none
+            for name in files.keys() & {EAGLE3_FILES[0]}:  # a replaced drafter ends with its config.json
                 (Path(config.output) / name).unlink(missing_ok=True)
-            for name in sorted(files, reverse=True):  # the weights before their config.json
+            for name in sorted(files, reverse=True):  # weights before their config.json
                 save_sidecar(config.output, name, files[name], lambda info: info.with_exit_blocks(trained))
         else:
             if info.prompt_template is None and self.template.text != "raw" and config.prompting.asked is not None:
                 info = replace(info, prompt_template=self.template.text, system=self.template.system)
-            model, assistant = self.trainable, replace(self.kept, mtp=None)  # which may be beside the folder
+            model, assistant = self.trainable, replace(self.kept, mtp=None)  # an assistant may be outside the folder
             beside = files_of_shipped(assistant, model.backend.spec, model.model.get_parameter)
             copy_checkpoint(downloaded(config.model), info.with_exit_blocks(trained), config.output, beside | files)
         return info.with_exit_blocks(trained)
 
 
 def plan_drafter(config: DrafterConfig, device: torch.device, resume: Path | None) -> FrozenModel:
-    """Loads the model as transformers does, to copy blocks, and to decode, for answers and states; and plans the run."""
+    """Plans the run. Loads the model twice: in transformers, to copy blocks, and to decode, for answers and states."""
     if world_size() > 1:
         raise ConfigError(f"a drafter is trained in one process, not in {world_size()} by torchrun")
     source = downloaded(config.model)
@@ -301,7 +301,7 @@ def plan_drafter(config: DrafterConfig, device: torch.device, resume: Path | Non
 
 
 def prepare(config: TrainingConfig) -> WholeModel | FrozenModel:
-    """The run that `config` asks for. Raises LayerSkipError for whatever would make it fail."""
+    """Plans the run of `config`. Raises LayerSkipError for anything that would make it fail."""
     require(config.output not in EMBEDDED, "output", "a name that no embedded model has", config.output)
     device = own_device(pick_device(config.device))
     trackers(config.report_to)
@@ -318,9 +318,9 @@ def prepare(config: TrainingConfig) -> WholeModel | FrozenModel:
 
 
 def own_device(device: torch.device) -> torch.device:
-    """The device without its number. `cuda` becomes the GPU of this process, one of torchrun's."""
+    """The device without its index. For `cuda`, selects the GPU of this process under torchrun."""
     number = int(os.environ.get("LOCAL_RANK", "0"))
-    seen = f"{device.type}, of the GPUs that CUDA_VISIBLE_DEVICES={device.index} leaves"  # Trainer takes the first of them
+    seen = f"{device.type}, of the GPUs that CUDA_VISIBLE_DEVICES={device.index} leaves"  # Trainer uses the first visible GPU
     require(not device.index, "device", seen, device)
     if device.type == "cuda":
         gpus = torch.cuda.device_count()

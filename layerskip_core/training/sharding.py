@@ -24,12 +24,12 @@ def world_size() -> int:
 
 
 def process_index() -> int:
-    """The number of this process among them, from 0."""
+    """The rank of this process."""
     return int(os.environ.get("RANK", "0"))
 
 
 def check_sharding(config: FinetuneConfig, device: torch.device) -> None:
-    """Raises ConfigError for `fsdp` with one process or on another device, and for FSDP asked of `accelerate launch`."""
+    """Raises ConfigError for `fsdp` with one process or without CUDA or CPU, and for FSDP by `accelerate launch`."""
     launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower()
     require(launched == "false", "accelerate's use_fsdp", "false; give `fsdp` instead", launched)
     if config.fsdp:
@@ -41,8 +41,8 @@ def check_sharding(config: FinetuneConfig, device: torch.device) -> None:
 def use_fsdp(accelerator: Any, layers: Iterable[nn.Module]) -> None:
     """Makes an Accelerator shard modules from now on, each of the `layers` alone, the rest as one unit.
 
-    Gradients are summed in fp32. accelerate takes a plugin only on GPUs, and runs DDP on a CPU without a word; set here, it
-    is used on both.
+    Gradients are summed in fp32. accelerate accepts the plugin only on GPUs and silently runs DDP on a CPU; set on its state,
+    the plugin works on both.
     """
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
@@ -61,7 +61,7 @@ def use_fsdp(accelerator: Any, layers: Iterable[nn.Module]) -> None:
 
 
 def write_shard(module: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, folder: Path) -> None:
-    """Writes this process's shards of trained weights and optimizer. (torch.distributed.checkpoint reads pickles.)"""
+    """Writes this process's shards of trained weights and optimizer. (torch.distributed.checkpoint would unpickle.)"""
     reshard(module)
     folder.mkdir(parents=True, exist_ok=True)
     states = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
@@ -79,13 +79,13 @@ def read_shard(module: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, 
 
 
 def gather_whole(module: nn.Module, keep: bool) -> None:
-    """Ends a training: whole weights on the CPU replace shards where `keep`, else empty ones. All processes call it."""
+    """Replaces shards by whole weights on the CPU (`keep`) or by empty ones. Ends a training; all processes call it."""
     reshard(module)
     gathered: dict[Tensor, nn.Parameter] = {}
     for owner in list(module.modules()):
         if isinstance(owner, FSDPModule):
             owner.__class__ = type(owner).__bases__[1]  # fully_shard has derived a class from FSDPModule and the module's own
-            owner._forward_pre_hooks.clear()  # which gather the weights
+            owner._forward_pre_hooks.clear()  # these hooks gather weights
             owner._forward_hooks.clear()
         for name, weight in list(owner.named_parameters(recurse=False, remove_duplicate=False)):
             if not isinstance(weight, DTensor):
@@ -98,7 +98,7 @@ def gather_whole(module: nn.Module, keep: bool) -> None:
 
 
 def reshard(module: nn.Module) -> None:
-    """Frees whole weights left by a forward without a backward: parameters are shards again."""
+    """Frees whole weights left by a forward without a backward; parameters are shards again."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from .plan import Plan
 
 _BETAS = (0.9, 0.95)
-_EXPLODED = 2.0  # times the loss of knowing nothing, ln V, and times the run's first loss
+_EXPLODED = 2.0  # times the greater of ln V (a uniform guess) and the run's first loss
 
 
 class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
@@ -48,12 +48,12 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
         self.plan, self.on_step, self.interruption, self.history = plan, on_step, interruption, progress.LossHistory()
         self.checkpoints = progress.checkpoints_folder(plan.config.output)
         self.phase: Literal["loading", "training", "saving"] = "loading"  # to explain errors
-        self.sums: Any = None  # of tokens of a step, and the losses of its exits; on the device
+        self.sums: Any = None  # a step's tokens and summed exit losses, on the device
         self.micro_batches, self.exit_layers = 0, tuple[int, ...]()
         self.targets: Tensor | int = 1  # of a step, over all micro-batches and processes
         self.started = 0.0
         super().__init__(plan.module, training_arguments(plan), collate, train_dataset=rows, eval_dataset=held_out)
-        # Trainer's own removal, when it is killed, leaves a checkpoint in part.
+        # Trainer's own removal leaves a partial checkpoint when it is killed.
         self.kept, self.args.save_total_limit = self.args.save_total_limit, None
         self.remove_callback(PrinterCallback)  # it writes to stdout
         self.add_callback(self)
@@ -116,7 +116,7 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
         return (scaled, output) if return_outputs else scaled
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Mean loss of every exit over the held-out rows, in each process, into the history, the log and the trackers."""
+        """Measures loss and agreement of every exit on the held-out rows, for history, log and trackers; in each process."""
         inner: Any = self.accelerator.unwrap_model(self.model).eval()
         sums: Any = 0
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -134,7 +134,7 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
         metrics = {f"eval_exit_{layer}_loss": loss for layer, loss in losses.items()}
         metrics |= {f"eval_exit_{layer}_agreement": share for layer, share in agreement.items()}
         metrics["eval_loss"] = losses[max(losses)]
-        self.log(dict(metrics))  # which adds to it
+        self.log(dict(metrics))  # a copy, because `log` adds keys
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -147,7 +147,7 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
                 self.accelerator.unwrap_model(self.model).save(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not self.is_fsdp_enabled:  # otherwise they are read with the optimizer's state
+        if not self.is_fsdp_enabled:  # shards are read with the optimizer's
             self.accelerator.unwrap_model(model or self.model).load(Path(resume_from_checkpoint))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -182,7 +182,7 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
     def _end_step(self, logs: dict[str, float]) -> None:
         history, state, control = self.history, self.state, self.control
         signalled = torch.tensor([float(self.interruption.signal is not None)], device=self.sums.device)
-        # Over all processes: whether a signal asks any of them to stop, the tokens, and the losses of exits.
+        # Over all processes: signals to stop, tokens, and losses of exits.
         sums = self.accelerator.reduce(torch.cat((signalled, self.sums)), reduction="sum").tolist()
         self.sums, self.micro_batches, targets = None, 0, float(self.targets)
         stops, tokens, *per_exit = sums
@@ -227,7 +227,7 @@ class Optimizers(Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Groups and state of each part are some of these."""
+        """Gives each part its own of these groups, and the common state."""
         groups = iter(self.param_groups)
         for part in self._parts:
             part.param_groups, part.state = list(islice(groups, len(part.param_groups))), self.state
@@ -253,10 +253,10 @@ def trackers(report_to: str) -> list[str]:
 
 
 def training_arguments(plan: "Plan") -> TrainingArguments:
-    """Raises ConfigError for further arguments that transformers refuses."""
+    """Trainer's arguments for a run. Raises ConfigError for `training_arguments` that transformers refuses."""
     config, recipe = plan.config, plan.recipe
-    # A backward pass may leave out readers of exits that are off, and experts that no token chose. (A layer without rows and an
-    # exit that is off leave no parameter unused.)
+    # A backward pass may not reach readers of exits that are off, and experts that no token chose. (A layer without rows and
+    # an exit that is off leave no parameter unused.)
     rests = recipe is not None and recipe.exit_reader != "none" and recipe.curriculum != "all"
     unused = rests or not isinstance(plan.module.backend.spec, ModelSpec)
     given: dict[str, Any] = dict(
@@ -274,7 +274,7 @@ def training_arguments(plan: "Plan") -> TrainingArguments:
         seed=config.seed,
         bf16=plan.autocast,
         use_cpu=plan.device == "cpu",
-        num_train_epochs=1,  # the rows of the run have all passes
+        num_train_epochs=1,  # the rows contain all epochs
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
         ddp_find_unused_parameters=unused,
@@ -287,7 +287,7 @@ def training_arguments(plan: "Plan") -> TrainingArguments:
             # Otherwise FSDP would keep whole gradients between the micro-batches of a step.
             "gradient_accumulation_kwargs": {"sync_each_batch": True} if plan.config.fsdp else None,
         },
-        logging_strategy="no",  # on_step_end says that every step is logged
+        logging_strategy="no",  # on_step_end logs every step
         logging_nan_inf_filter=False,
         report_to=trackers(config.report_to),
         disable_tqdm=True,

@@ -24,26 +24,26 @@ from ..model.eagle3 import Eagle3Weights
 from .answers import BATCH, own_texts
 from .data import FEWEST, with_whole_answers
 
-_LONGEST = 4  # tokens of the longest pass that is timed
-_TIMES = 5
+_LONGEST = 4  # tokens of the longest timed pass
+_TIMES = 5  # timed runs of a pass
 _MOST = 8  # drafts of a round at most
-_LENGTHS = (1, 2, 4, _MOST)  # of drafts through exits
-_RUNS, _ROUNDS = 3, 5  # of decoding that are timed
+_LENGTHS = (1, 2, 4, _MOST)  # draft lengths timed through exits
+_RUNS, _ROUNDS = 3, 5  # timed runs of decoding, and rounds in each
 _ANSWER = 64  # tokens of an answer at most
-_PER_ANSWERED = 40  # rows that are trained on, for each that is answered: so the answers take less than 5% of a run
+_PER_ANSWERED = 40  # training rows per answered row, so that answers take less than 5% of a run
 
 
 @dataclass(frozen=True)
 class SpeedEstimate:
-    """What drafts would gain."""
+    """The estimated speedup by drafts."""
 
     step: float  # seconds of a plain step
-    draft: float  # the share of it that a further draft takes, of an exit with its verification
-    speed: Callable[[float], tuple[float, int]]  # from an acceptance rate to (speedup with the best number of drafts, this)
+    draft: float  # one more draft, as a share of `step`; for exits with its verification
+    speed: Callable[[float], tuple[float, int]]  # from an acceptance rate to (speedup, best draft length)
 
 
 def exit_speedup(backend: Backend, exit_layer: int, has_block: bool) -> SpeedEstimate:
-    """Of drafts through an exit, by rounds of decoding. A block that is not there yet takes as long as one layer more."""
+    """Times rounds of decoding with drafts through an exit. A block that does not exist yet is timed as one more layer."""
     if exit_layer not in backend.exit_blocks:
         exit_layer = min(exit_layer + has_block, backend.num_layers - 1)
     plain = DecodingConfig("autoregressive", max_new_tokens=_ANSWER, ignore_eos=True)
@@ -57,13 +57,13 @@ def exit_speedup(backend: Backend, exit_layer: int, has_block: bool) -> SpeedEst
 
 
 def _round(backend: Backend, config: DecodingConfig) -> float:
-    """Seconds of a round of decoding, or of a plain step: the least of a few runs."""
+    """Seconds of a round of decoding, or of a plain step: the minimum over runs."""
     times = []
     for _ in range(_RUNS):
         loop, rounds, begun, first = decode(backend, [0] * _LONGEST, config), 0, 0.0, 0
         for steps, _ in enumerate(loop):
-            rounds = loop.stats.rounds or steps  # plain steps are no rounds
-            if not begun and rounds > 0:  # the first round reads the prompt
+            rounds = loop.stats.rounds or steps  # plain decoding counts no rounds
+            if not begun and rounds > 0:  # the first round includes the prefill
                 begun, first = time.perf_counter(), rounds
             if rounds - first == _ROUNDS:
                 break
@@ -73,7 +73,7 @@ def _round(backend: Backend, config: DecodingConfig) -> float:
 
 @torch.inference_mode()
 def eagle3_speedup(backend: Backend, stored: Eagle3Weights) -> SpeedEstimate:
-    """Of a drafter in the EAGLE-3 layout: the mean of a few drafts."""
+    """Times a drafter in the EAGLE-3 layout, by the mean of a few drafts."""
     run, cache = _Passes(backend), backend.new_cache(1, _LONGEST + 2)
     drafter = backend.placed_eagle3(stored, backend.num_layers - 1, PackingConfig())
     newest, submodel, head = torch.zeros(1, dtype=torch.long), Submodel(0, block=drafter), DraftHead(drafter.head)
@@ -89,29 +89,29 @@ def eagle3_speedup(backend: Backend, stored: Eagle3Weights) -> SpeedEstimate:
 
 
 class _Passes:
-    """Passes of a backend over a text of a few tokens."""
+    """Timed passes of a backend over a few tokens."""
 
     def __init__(self, backend: Backend) -> None:
         ids = torch.zeros(_LONGEST, dtype=torch.long, device=backend.device)
         self.backend, self._cache, self.hidden = backend, backend.new_cache(1, _LONGEST), backend.embed(ids)
 
     def timed(self, run: Callable[[Tensor, Places], Tensor], tokens: int) -> float:
-        """Seconds of a run over the first tokens' states (T, D) before layer 0, after one that is not counted."""
+        """Median seconds of `run` over the embeddings (T, D) of the first `tokens`, after a warm-up."""
         places, times = self._cache.span(0, tokens), []
         for _ in range(1 + _TIMES):
             started = time.perf_counter()
-            float(run(self.hidden[:tokens], places).sum())  # waits for a device
+            float(run(self.hidden[:tokens], places).sum())  # synchronises with the device
             times.append(time.perf_counter() - started)
         return median(times[1:])
 
     def seconds(self, tokens: int) -> float:
-        """Of a whole pass."""
+        """Seconds of a whole pass, head included."""
         model = self.backend
         return self.timed(lambda hidden, places: model.unembed(model.run_layers(hidden, 0, model.num_layers, places)), tokens)
 
 
 def _estimate(run: _Passes, draft: float) -> SpeedEstimate:
-    """Of drafts of so many seconds."""
+    """The estimate for drafts that take `draft` seconds each."""
     known = [run.seconds(tokens) for tokens in range(1, _LONGEST + 1)]
     step, passes = known[0], PassTimes.measured(known)
 
@@ -128,14 +128,14 @@ class Original:
     """Measures losses on a model's own texts and held-out rows, and exact match: before its training, in fp32, and after."""
 
     def __init__(self, trainable: Trainable, held_out: Iterable[Any], seed: int, trained_rows: int) -> None:
-        """`trained_rows`: over the whole run; a short run has fewer rows answered, or none."""
+        """`trained_rows`: of the whole run. Shorter runs answer fewer rows, or none."""
         self._model, self._backend, self._decoder = trainable.model.eval(), trainable.backend, decoder_of(trainable)
         few = with_whole_answers(held_out)
         self._own, self._held_out = own_texts(self._decoder, seed), [row for row, _ in few]
         asked = [
             (row["input_ids"][:start].tolist(), row["input_ids"][start:].tolist())
             for row, start in few
-            if start > 1 and len(row["input_ids"]) - start <= _ANSWER and not row["truncated"]  # 1: a text begins
+            if start > 1 and len(row["input_ids"]) - start <= _ANSWER and not row["truncated"]  # else no prompt, or BOS alone
         ][: trained_rows // _PER_ANSWERED]
         self._asked = asked if len(asked) >= FEWEST else []
         self._before = self._measured()
