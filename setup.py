@@ -1,7 +1,7 @@
-"""The compiled kernels: which there are depends on the machine that they are built for, which pyproject.toml cannot say.
+"""Builds the compiled kernels, whose variants depend on the target machine: pyproject.toml cannot express that.
 
 They are optional: without a C compiler, and on other processors and systems, decoding runs on PyTorch's kernels alone. They
-know nothing of Python (native/compiled.py loads them with ctypes), so one wheel serves every version of it.
+use no Python API (native/compiled.py loads them with ctypes), so one wheel serves every Python version.
 """
 
 import os
@@ -59,7 +59,7 @@ def extensions() -> list[Extension]:
 class BuildKernels(build_ext):
     def initialize_options(self) -> None:
         super().initialize_options()
-        self.parallel = True  # the variants beside one another, on all cores
+        self.parallel = True  # compiles variants in parallel
 
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + ".so"
@@ -71,7 +71,7 @@ class KernelWheel(bdist_wheel):
 
 
 if __name__ == "__main__":
-    if get_platform().endswith("universal2"):  # a Python for both of Apple's processors: the kernels are for this one
+    if get_platform().endswith("universal2"):  # a Python for both of Apple's processors: build for this one
         os.environ["_PYTHON_HOST_PLATFORM"] = f"macosx-11.0-{platform.machine()}"
         os.environ.setdefault("ARCHFLAGS", f"-arch {platform.machine()}")
     if target() is None:

@@ -1,4 +1,4 @@
-"""The architectures of our kernels, one entry of ARCHITECTURES each, by which `ModelSpec.of` reads a configuration."""
+"""The architectures that our kernels run: `ModelSpec.of` reads a configuration by its entry in ARCHITECTURES."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -372,7 +372,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
 }
 SUPPORTED = tuple(ARCHITECTURES)
-# Types with images or sound. For text their text part alone (`text_config`) gives the same logits.
+# Multimodal types. On text, their text model alone (`text_config`) gives the same logits.
 MULTIMODAL = ("gemma3", "gemma4", "lfm2_vl", "llava", "mistral3", "qwen3_5", "qwen3_5_moe")
 
 

@@ -21,13 +21,13 @@ class BlockForm(NamedTuple):
     inputs: int
     bytes: int
     bits: int
-    offset: int  # 0: the type has minima; -1: the byte after the scale
-    scales_at: int = 0  # byte of the fp16 scale; that of the minimum follows
+    offset: int  # of levels; 0: the type has minima; -1: stored in the byte after the scale
+    scales_at: int = 0  # where the fp16 scale begins; the minimum follows it
     by_table: bool = False  # MXFP4: the first byte is the exponent of the scale
 
     @property
     def factors(self) -> int:
-        """The fp16 numbers of a block: scale, and minimum."""
+        """How many fp16 factors a block has: a scale, and perhaps a minimum."""
         return 1 if self.offset else 2
 
     @property
@@ -59,7 +59,7 @@ _RENAMED = (  # names in transformers, and in the library gguf
 
 
 class BlockRows(Tensor):
-    """A weight as bytes (out, bytes of a row). Its class names the type, which chosen, split and joined rows keep."""
+    """A weight as bytes (out, bytes of a row). Its class names the type and survives indexing, splitting and joining."""
 
     type_name: ClassVar[str]
 
@@ -69,7 +69,7 @@ class BlockRows(Tensor):
 
     @property
     def scales(self) -> Tensor:
-        """The scales of all blocks and minima."""
+        """The scales, and minima, of all blocks."""
         form = self.form
         blocks = self.as_subclass(Tensor).reshape(-1, form.bytes)
         if form.by_table:
@@ -107,7 +107,7 @@ def plain(weight: "Tensor | Levels") -> Tensor:
 
 # Low-bit weights as hub checkpoints store them.
 
-_AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # of eight outputs, the index of each one's level in an int32
+_AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # which level of an int32 each of eight outputs has
 
 
 class Levels(NamedTuple):
@@ -121,7 +121,7 @@ class Levels(NamedTuple):
 
     @property
     def ordered(self) -> Tensor:
-        """`groups` of consecutive inputs."""
+        """The default of `groups`: consecutive inputs share a group."""
         return torch.arange(self.levels.shape[1]) // (self.levels.shape[1] // self.scale.shape[1])
 
     @property
@@ -156,13 +156,13 @@ def mxfp4_rows(blocks: Tensor, scales: Tensor) -> BlockRows:
 
 
 def unpacked(numbers: Tensor, bits: int) -> Tensor:
-    """The levels in int32 numbers (rows, columns), as (rows, columns * 32 / bits)."""
+    """Unpacks levels from int32 (rows, columns) to (rows, columns * 32 / bits)."""
     return (numbers[..., None] >> torch.arange(0, 32, bits, dtype=torch.int32) & (1 << bits) - 1).flatten(1)
 
 
 def levels_of(get: Callable[..., Any], least: int) -> Levels | None:
-    """A projection in low bits; None if it has none. `get`: a tensor by the end of its name, which raises if a needed one is
-    missing. `least`: added to GPTQ's zeros.
+    """A low-bit projection; None if it is not low-bit. `get(suffix)`: the tensor with this end of its name, raises if missing;
+    `get(suffix, False)`: None if missing. `least`: added to GPTQ's zeros.
 
     GPTQ and AWQ: scales (groups, out), zeros (groups, out / n), and levels (in / n, out) or (in, out / 8). compressed-tensors:
     levels (out, in / n), scales (out, groups or 1), and zeros (out / n, groups), or signed by group, or none.
@@ -193,7 +193,7 @@ def levels_of(get: Callable[..., Any], least: int) -> Levels | None:
 
 
 def scaled_blocks(weight: Tensor, scale: Tensor) -> Tensor:
-    """FP8 (out, in) times the scales of blocks, of rows or of the tensor, in fp32."""
+    """Dequantises FP8 (out, in) to fp32, with scales by block, by row or for the whole tensor."""
     wide = scale.float() if scale.dim() > 1 else scale.float().view(-1, 1)
     for dimension, size in enumerate(weight.shape):
         each = -(-size // wide.shape[dimension])
@@ -225,9 +225,9 @@ def from_gguf_shape(name: str, shapes: list[tuple[int, ...]], spec: ModelSpec) -
 def from_gguf(
     name: str, parts: list[Tensor], spec: ModelSpec, neighbours: bool, form: BlockForm | None = None
 ) -> Tensor | None:
-    """A weight in transformers' order; None if that would divide blocks.
+    """A weight in transformers' order; None if reordering would split blocks.
 
-    `neighbours`: rotate together in queries and keys. `form`: of rows of blocks; experts stay (experts, outputs, bytes).
+    `neighbours`: whether the file's rope is interleaved. `form`: of rows of blocks; experts stay (experts, outputs, bytes).
     """
     experts, sizes, weight, kind = spec.architecture.experts, spec.recurrence, parts[0], name.split(".")[-2]
     if experts is not None and experts.block in name:
@@ -243,7 +243,7 @@ def from_gguf(
         return weight
 
     def by_key_head(rows: Tensor) -> Tensor:
-        """Rows of value heads, grouped by key head; the file has them in turns of the key heads."""
+        """Groups rows of value heads by key head; the file interleaves them over key heads."""
         turns = rows.reshape(sizes.heads // sizes.key_heads, sizes.key_heads, -1, *rows.shape[1:])
         return turns.transpose(0, 1).reshape(rows.shape)
 

@@ -39,7 +39,7 @@ class LayerSizes(NamedTuple):
 
     head_dim: int
     inner: int  # width of the MLP
-    source: int | None  # the layer with the keys and values that it reads; None: it has its own
+    source: int | None  # the layer whose keys and values it reads; None: its own
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Values:
     attn_layer_indices: list[Annotated[int, Meta(ge=0)]] | None = None  # Bamba's layers with attention
     per_layer_config: dict[_Number, _OfLayer] | None = None  # by layer index
     num_kv_shared_layers: Annotated[int, Meta(ge=0)] | None = None  # the last layers, which read other layers' keys and values
-    use_double_wide_mlp: bool | None = None  # in these
+    use_double_wide_mlp: bool | None = None  # in those layers
     hidden_size_per_layer_input: Annotated[int, Meta(ge=0, le=_MOST_WIDTH)] | None = None  # 0 for none
     vocab_size_per_layer_input: Annotated[int, Meta(ge=1, le=1 << 24)] | None = None
 
@@ -230,7 +230,7 @@ class RopeSpec:
 
     @property
     def share(self) -> float:
-        """The share of a head that rotates; in a proportional rope all of it, partly by frequency 0."""
+        """The share of a head that rotates: all of it in a proportional rope, where some pairs have frequency 0."""
         return 1.0 if self.type == "proportional" else float(self.parameters.get("partial_rotary_factor") or 1.0)
 
 
@@ -248,7 +248,7 @@ class ExpertsSpec:
 
     @property
     def shared(self) -> int:
-        """The shared MLP's number of experts."""
+        """How many experts the shared MLP is split into."""
         return self.shared_inner // self.inner
 
     @property
@@ -258,7 +258,7 @@ class ExpertsSpec:
 
     @property
     def are_equal(self) -> bool:
-        """Whether the shared MLP divides into experts."""
+        """Whether the shared MLP splits into experts of `inner`, and the kernels can run so many."""
         return self.shared_inner % self.inner == 0 and self.count + self.shared <= _MOST_EXPERTS
 
 
@@ -310,7 +310,7 @@ class RecurrenceSpec:
 
 
 def read_values(config: Any, architecture: Architecture) -> Values:
-    """Reads a configuration object. Raises CheckpointError for the first value of another type or out of range."""
+    """Reads a configuration object. Raises CheckpointError for the first value of a wrong type or out of range."""
     names = {**architecture.values, "norm_eps": architecture.norm_eps, "activation": architecture.activation}
     hints, values = hints_of(Values), dict[str, Any]()
     for field in fields(Values):
@@ -323,13 +323,13 @@ def read_values(config: Any, architecture: Architecture) -> Values:
                 found = len(found)
             values[field.name] = _checked(found, hints[field.name], name)
     bidirectional = getattr(config, "use_bidirectional_attention", None)
-    causal = not bidirectional or bidirectional == "vision"  # among the tokens of an image
+    causal = not bidirectional or bidirectional == "vision"  # vision: among an image's tokens only
     _require(causal, "use_bidirectional_attention", "false, because generation is causal", bidirectional)
     return Values(**values)
 
 
 def is_on(switch: str | bool, config: Any) -> bool:
-    """A field of Architecture that holds always, never, or by a value of the configuration."""
+    """Whether a `str | bool` field of Architecture holds: always, never, or by a value of the configuration."""
     return switch if isinstance(switch, bool) else bool(_checked(getattr(config, switch, None), bool | None, switch))
 
 

@@ -81,7 +81,7 @@ class RepackedLayers(ABC):
 class _Chain:
     """The first `depth` layers of the model and those of exit blocks, in one precision; None where this copy lacks one.
 
-    `whole` and `at_exits` are heads that draft. `blocks`: by exit.
+    `whole` and `at_exits`: as in DraftSide. `blocks`: by exit.
     """
 
     low_bits: Quantization | None
@@ -177,16 +177,16 @@ class RepackedBackend(ABC):
 
     choose = choose_by_head
 
-    # The parts by kernels. A head is a norm and a matrix, (..., D) to logits (..., N); `with_norm(norm)` is the same matrix
+    # What subclasses make. A head is a norm and a matrix, (..., D) to logits (..., N); `with_norm(norm)` is the same matrix
     # after another norm. Matrices have the precision of the weights, or `low_bits`. `exact`: batch-invariant.
 
     @abstractmethod
     def _prepare(self, packing: PackingConfig, weights: Weights) -> None:
-        """Sets values that the parts share, after the embedding."""
+        """Sets what the methods below share; called once the embedding is set."""
 
     @abstractmethod
     def _described(self, packing: PackingConfig) -> str:
-        """The implementation, after the layers."""
+        """The name of the implementation; called once the layers are made."""
 
     @abstractmethod
     def _layer(self, weights: Weights, index: int, low_bits: Quantization | None, exact: bool) -> Any: ...
@@ -204,7 +204,7 @@ class RepackedBackend(ABC):
         return (packing.quantize,) * 2
 
     def _drafters(self, exit_blocks: ExitBlocks, packing: PackingConfig) -> dict[str, DraftBlock]:
-        """The drafters outside the chain of layers, but for MTP."""
+        """The drafters outside the chain of layers, except MTP."""
         drafter = exit_blocks.eagle3
         return {} if drafter is None else {"eagle3": self.placed_eagle3(drafter, self._chain_spec.layers - 1, packing)}
 
@@ -224,7 +224,7 @@ class RepackedBackend(ABC):
     def _headed_chains(
         self, weights: Weights, norm: Affine, packing: PackingConfig, order: list[int] | None, has_mtp: bool
     ) -> tuple[Any, list[_Chain], DraftHead]:
-        """The head that verifies; the model's own chain and its copies, with heads and still without layers; MTP's head."""
+        """The verifying head; the chains of the model and of its copies, with heads but no layers yet; MTP's head."""
         quantize, exact, layers, count = packing.quantize, packing.exact, self.spec.layers, packing.draft_vocab
         weights = weights.remembered().after({self.spec.embedding_name: self._embedding}.get)
         few = DraftVocabulary(self.spec.vocab, count or EXIT_VOCABULARY, order)
@@ -253,7 +253,7 @@ class RepackedBackend(ABC):
         return verifying, chains, at_exits[of_mtp]
 
     def _add_layers(self, chains: list[_Chain], weights: Weights, exit_blocks: ExitBlocks) -> None:
-        """Fills the chains. Takes every weight once; memory holds twice at most one matrix, or a layer if there are copies."""
+        """Adds the chains' layers. Takes every weight once: at most one matrix (with copies, one layer) is in memory twice."""
         of_blocks = exit_blocks.weights(self.spec, self._embedding)
         parts: list[tuple[int, Weights, ExitBlock | None]] = [
             *((index + 1, weights.below(self.spec.layer_prefix(index)), None) for index in range(self.spec.layers)),
@@ -289,6 +289,6 @@ class RepackedBackend(ABC):
         )
 
     def _source(self, weights: Weights, kind: Quantization | None) -> Weights:
-        """With calibrated rows for int4; without low bits with the rows of blocks of the file."""
+        """The weights, with calibrated rows for int4, and with the file's rows of blocks where there are no low bits."""
         stored = {"int4": self._calibrated, None: self._stored}.get(kind)
         return weights if stored is None else weights.after(stored)

@@ -15,8 +15,8 @@ from .spec import ModelSpec
 class Rope:
     """Rotations by position as complex numbers, for the slots of a key head: its G queries, the key and the value.
 
-    Those of queries include the attention scale; those of values and of the unrotated part of a head are 1. There is one table
-    for each of `spec.ropes`; it grows with the text.
+    Those of queries include the attention scale; values, and the part of a head without rope, are not rotated. There is one
+    table for each of `spec.ropes`; it grows with the text.
     """
 
     def __init__(self, spec: ModelSpec, like: Tensor) -> None:
@@ -26,10 +26,10 @@ class Rope:
         ones = torch.ones(1, spec.head_dim // 2, dtype=self._lengths.dtype.to_complex(), device=like.device)
         self.still = self._slots(ones)  # (T = 1, 1, G+2, half a head), for layers without rope
         self._length, self._tables = 0, self._grown(0)
-        self._outgrown: list[list[Tensor]] = []  # recorded passes still read them
+        self._outgrown: list[list[Tensor]] = []  # CUDA graphs still read them
 
     def at(self, writer: SpanWriter, positions: Tensor) -> list[Tensor]:
-        """By rotary embedding, (B, T, 1, G+2, half a head), without B for rows at the same positions."""
+        """Rotations by rotary embedding, (B, T, 1, G+2, half a head), without B for rows at the same positions."""
         if self._length < writer.stop:
             self._outgrown.append(self._tables)
             self._length = 2 * writer.stop
@@ -50,7 +50,7 @@ class Rope:
 
 
 def cosines_and_sines(spec: ModelSpec, count: int, like: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Of positions 0..count-1, each (count, rotary / 2) in the precision of `like`, by `spec.ropes`."""
+    """Of positions 0..count-1, each (count, rotary / 2) in the precision of `like`, for each of `spec.ropes`."""
     tables = []
     for rope in spec.ropes:
         of_layer = spec if rope.kind is None else spec.of_layer(spec.kinds.index(rope.kind))

@@ -68,7 +68,7 @@ class TorchLayers(RepackedLayers):
         positions: Tensor,
         row: int | None,
     ) -> Tensor:
-        """A grid of tokens, (B, T, D), in parts of few columns, which bounds masks and activations."""
+        """Runs a grid of tokens (B, T, D) in parts of few columns, to bound masks and activations."""
         batch, count = positions.shape
         most = max(1, min(CHUNK, rows_at_once(batch * count, self.row_bytes) // batch))
         if self._exact is not None and 1 < count <= EXACT_TOKENS:
@@ -80,7 +80,7 @@ class TorchLayers(RepackedLayers):
     def _grid(
         self, layers: list[TorchLayer], start: int, only_kv: bool, writer: SpanWriter, hidden: Tensor, positions: Tensor
     ) -> Tensor:
-        # A recorded pass, which has positions on the device, keeps its own buffers.
+        # A CUDA graph, whose positions are on the device, has buffers of its own.
         keeps = positions.numel() <= _KEPT_ROWS and positions.device.type == "cpu"
         space, stop = (self._kept if keeps else self._workspace)(*positions.shape), start + len(layers)
         slots = writer.layers(start, stop)
@@ -164,7 +164,7 @@ class TorchBackend(RepackedBackend):
         graphs = os.environ.get(GRAPHS) or "on"
         require_choice(graphs, GRAPHS, ("on", "off"))
         self.exact = self.batch_invariant = packing.exact
-        records = graphs == "on" and not packing.exact and self.spec.experts is None  # experts wait for the device
+        records = graphs == "on" and not packing.exact and self.spec.experts is None  # experts synchronise with the device
         self.recordable = self._embedding.device.type == "cuda" and records
         self._rope = Rope(self.spec, self._embedding)
 

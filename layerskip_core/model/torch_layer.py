@@ -1,4 +1,4 @@
-"""A decoder layer on PyTorch's kernels, in few operations: their number decides the time of a small model."""
+"""A decoder layer on PyTorch's kernels, in few operations: the overhead of each dominates in small models."""
 
 import math
 from collections.abc import Callable
@@ -48,7 +48,7 @@ _STATIC_ROPES = ("default", "linear", "llama3", "yarn", "dynamic", "longrope", "
 
 
 def missing_feature(spec: AnySpec, native: bool = False) -> str | None:
-    """A feature of the architecture that these layers lack, or the `native` ones, which have more; None if they have all."""
+    """A feature of the architecture that these layers (or, if `native`, the C kernels) lack; None if they have all."""
     if not isinstance(spec, ModelSpec):
         return "layers that only transformers has"
     if spec.activation not in ACTIVATIONS and spec.swiglu is None:
@@ -97,7 +97,7 @@ class Workspace:
         self.rotated = slots[:, :, :, :groups].transpose(1, 2)  # queries, (B, kv heads, T, G, head dim)
         self.queries = like.new_empty(self.rotated.shape)  # a contiguous copy: T*G rows per head
         self.query_rows = self.queries.view(batch * heads, count * groups, size)
-        self.scored = (batch, heads, count, groups, -1)  # the shape of their scores
+        self.scored = (batch, heads, count, groups, -1)  # the shape of attention scores
         gated = spec.architecture.gated
         self.inside = like.new_empty(batch * count, spec.inner * (1 + gated))
         self.gate = self.inside[:, : spec.inner] if gated else None
@@ -161,7 +161,7 @@ class TorchLayer:
             self.linears = (self._qkv, self._output, ups[0], downs[0])
 
     def run_(self, hidden: Tensor, step: Step, kind: str, held: LayerSlots, space: Workspace) -> None:
-        """The layer over `hidden` (B*T, D), in place."""
+        """Runs the layer on `hidden` (B*T, D), in place."""
         self.write_kv(hidden, step, held, space)
         space.queries.copy_(space.rotated)
         mixed = self._attended(step, kind, held, space)
@@ -178,7 +178,7 @@ class TorchLayer:
         self._add(self._down, inside, self._after_mlp, hidden)
 
     def write_kv(self, hidden: Tensor, step: Step, held: LayerSlots, space: Workspace) -> None:
-        """Keys and values of `hidden` (B*T, D) to the cache, and queries to the workspace."""
+        """Writes keys and values of `hidden` (B*T, D) to the cache, and queries to the workspace."""
         self._qkv.write(hidden if self._before_attention is None else self._before_attention(hidden), space.qkv)
         if self._query_key_norm is not None and not self._norms_rotated:
             self._query_key_norm.apply_(space.rotating)
@@ -226,7 +226,7 @@ class TorchLayer:
         return (scores if mask is None else scores.add_(mask)).softmax(-1) @ values
 
     def _capped(self, scores: Tensor) -> Tensor:
-        """In place."""
+        """Soft-caps scores, in place."""
         return scores if self._score_cap is None else scores.div_(self._score_cap).tanh_().mul_(self._score_cap)
 
 
@@ -241,7 +241,7 @@ class TorchExperts:
         self._activation = ACTIVATIONS[spec.activation]
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """(N, D) to (N, D). Waits for the device."""
+        """(N, D) to (N, D). Synchronises with the device."""
         scores = self._scores(rows.to(torch.promote_types(rows.dtype, torch.float32)))
         best, chosen = scores.topk(self._chosen)
         weights = best.softmax(-1) if self._normalised else scores.softmax(-1).gather(1, chosen)

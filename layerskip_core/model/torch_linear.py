@@ -12,7 +12,7 @@ from ..config.model import Quantization
 from ..errors import ConfigError
 from .weights import GROUP_SIZE, Affine, inputs_of, int4_of, int8_levels
 
-_PREPACKED_SIZE = 1 << 18  # elements of an fp32 matrix from which oneDNN pays at one row, in spite of 9 us per call
+_PREPACKED_SIZE = 1 << 18  # elements of an fp32 matrix from which oneDNN is faster at one row: a call costs 9 us
 _TYPICAL_ROWS = 8  # oneDNN optimises its layout for this many rows: a round of speculation; good at one row too
 _MOST_EXACT_ROWS = 8
 _MANY_ROWS = 16  # from here the bf16 kernel on converted levels beats int8's: 2.4 times at 64
@@ -190,7 +190,7 @@ class Norm:
         self._floor = self._weight.new_tensor(math.sqrt(size * eps))
 
     def folded_into(self, weight: Tensor) -> Tensor:
-        """The `weight` (out, D) of the linear layer after this norm, with the norm's own if it folds."""
+        """The `weight` (out, D) of the linear layer after this norm, times the norm's own if it folds."""
         return weight * (self._weight * math.sqrt(self._weight.numel())) if self._folds else weight
 
     def __call__(self, hidden: Tensor) -> Tensor:

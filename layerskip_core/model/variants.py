@@ -28,10 +28,10 @@ _IN_ATTENTION: Biases = ("attention_bias", "attention_bias", False)
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture of experts in place of the MLP. Names of weights follow a layer's prefix; others are values of config.json.
+    """A mixture of experts in place of the MLP. Weight names follow a layer's prefix; other strings name values of config.json.
 
     A router (experts, D) scores the experts for each token; the best `num_experts_per_tok` are summed, weighted by the softmax
-    of their scores. Biases of the MLP are those of the router and of each expert.
+    of their scores. If the MLP has biases, the router and each expert do.
     """
 
     stored: Mapping[str, tuple[str, ...]]  # by name: the parts in checkpoints, stacked by rows; {} is an expert's index
@@ -42,7 +42,7 @@ class Experts:
     on_some_layers: bool = False  # by `decoder_sparse_step` and `mlp_only_layers`; other layers have an MLP
     shared: tuple[str, ...] = ()  # projections of an MLP that runs for every token
     shared_inner: str | None = None  # its width
-    shared_gate: str | None = None  # its output is multiplied by the logistic function of this projection
+    shared_gate: str | None = None  # the projection whose sigmoid multiplies its output
     by_inputs: bool = False  # weights are (inputs, outputs), with gate and up interleaved
 
 
@@ -55,26 +55,26 @@ class Mixer:
     """
 
     kind: str  # in layer_types
-    projections: tuple[str, ...]  # of the hidden states, last of the output
+    projections: tuple[str, ...]  # of the hidden states; the last one of the output
     convolution: str
     taps: str
     biased: tuple[str | bool, str | bool] = (False, False)  # projections, convolution
     steps: tuple[str, ...] = ()  # projections of steps and decays; Mamba-2 projects them with the rest
     rates: tuple[str, ...] = ()
-    norm: str | None = None  # over each head, before the gate; of Mamba-2 over a group of heads, after the gate
+    norm: str | None = None  # over each head, before the gate; in Mamba-2 over a group of heads, after the gate
     sizes: tuple[str, ...] = ()  # key heads, value heads, dimensions of keys and values
     limits: str | None = None  # of Mamba-2's steps
-    by_head: bool = False  # projections are stored as one weight, and so are steps, grouped by key head
+    by_head: bool = False  # one weight has all inward projections, one all steps, grouped by key head
 
 
 @dataclass(frozen=True)
 class TokenInputs:
-    """Gemma 4's further input x of each layer: norm(output(act(gate(h)) * x)) is added to h. Names of weights.
+    """Weight names of Gemma 4's per-layer inputs x: norm(output(act(gate(h)) * x)) is added to h.
 
     x is the layer's slice of the token's row in a table, plus the layer's slice of a normed projection of the embedding.
     """
 
-    gate: str = "per_layer_input_gate"  # of a layer, as the next two
+    gate: str = "per_layer_input_gate"  # in each layer, like the next two
     output: str = "per_layer_projection"
     after: str = "post_per_layer_input_norm"
     table: str = "model.embed_tokens_per_layer.weight"
@@ -102,8 +102,8 @@ class Names:
 class Architecture:
     """How a family of models differs from Llama, whose layers the defaults describe. Strings name values of config.json.
 
-    A `str | bool` field holds always, never, or by that value of config.json. Of projections, those that read the hidden states
-    come first; fewer names than matrices mean that some are stored as one weight.
+    A `str | bool` field holds always, never, or by that value of config.json. Projections that read the hidden states come
+    first; fewer names than matrices mean fused weights.
 
     `windows`, the layers with a sliding window: all if `sliding_window` is set ("all"), those of `layer_types` if
     `use_sliding_window` is on ("optional") or always ("listed"). `rope`, the layers with rotary positions: by `no_rope_layers`
@@ -111,8 +111,8 @@ class Architecture:
     """
 
     names: Names = Names()
-    values: Mapping[str, str | int | None] = field(default_factory=dict)  # other names of Llama's values, or a fixed value
-    needs: Mapping[str, object] = field(default_factory=dict)  # required values of config.json; of a list a set of entries
+    values: Mapping[str, str | int | None] = field(default_factory=dict)  # other names for Llama's values, or fixed values
+    needs: Mapping[str, object] = field(default_factory=dict)  # required values of config.json; a set: of allowed list entries
     otherwise: "Architecture | None" = None  # if `needs` are not met; None: our kernels do not run it
     norms: Norms = _BEFORE
     parallel: str | bool = False  # attention and MLP read the same hidden states
@@ -135,11 +135,11 @@ class Architecture:
     uses: tuple[str, ...] = ()  # further fields of `Values`; head_dim, if its default is not Llama's
     rope: Literal["all", "none", "listed", "sliding"] = "all"
     partial_rope: bool = False  # only `partial_rotary_factor` of a head rotates
-    sinks: bool = False  # attention has a learned score more for each query, with value 0
-    gates_attention: bool = False  # attention's output is gated by numbers projected with the queries
-    interleaved_rope: bool = False  # pairs are neighbours, not one of each half
+    sinks: bool = False  # attention has one more learned score per query head, with value 0
+    gates_attention: bool = False  # attention's output is multiplied by a sigmoid gate, projected with the queries
+    interleaved_rope: bool = False  # rotated pairs are neighbours (GPT-J), not one of each half (NeoX)
     scales_embeddings: bool = False  # by sqrt(hidden_size)
-    norms_values: bool = False  # over each head, without factors
+    norms_values: bool = False  # RMSNorm over each head, without weights
     layer_scale: str | None = None  # name of the factor of a layer's output
     token_inputs: TokenInputs | None = None
     head_bias: bool = False

@@ -1,6 +1,6 @@
 """Weights: by name in a checkpoint, by role in a layer, and in 8 and 4 bits.
 
-A weight is taken when it is repacked, so memory never holds two copies of all. Only this module and spec.py know the names of
+A weight is taken when it is repacked, so the model is never in memory twice. Only this module and spec.py know the names of
 weights in checkpoints.
 
 int4 weights have 16 levels per group of inputs. They are rounded from a weight, or stored by a calibration as rows of bytes: a
@@ -137,7 +137,7 @@ def block_inputs(weights: Weights, spec: ModelSpec, block: Block) -> Iterator[Af
 
 
 def _with_gates(part: Affine, spec: ModelSpec) -> list[Affine]:
-    """Queries and their gates, which are stored head by head in turn."""
+    """Splits queries from their gates, which alternate by head in the stored weight."""
 
     def halves(rows: Tensor) -> Iterator[Tensor]:
         yield from (half.flatten(0, 1) for half in rows.view(spec.heads, 2, spec.head_dim, *rows.shape[1:]).unbind(1))
@@ -147,7 +147,7 @@ def _with_gates(part: Affine, spec: ModelSpec) -> list[Affine]:
 
 
 def by_key_head(rows: Tensor, spec: ModelSpec, *sizes: int) -> list[Tensor]:
-    """Splits fused projections of a recurrence, which have `sizes` rows of each for every key head."""
+    """Splits a recurrence's fused projections, which store `sizes` rows of each for one key head after the other."""
     assert spec.recurrence is not None
     parts = torch.split(rows.view(spec.recurrence.key_heads, -1, *rows.shape[1:]), [*sizes], 1)
     return [part.flatten(0, 1) for part in parts]
@@ -169,7 +169,7 @@ def _split(fused: Tensor | None, spec: ModelSpec, block: Block, outputs: tuple[i
 
 
 def _halved(part: Affine, spec: ModelSpec) -> Affine:
-    """Queries or keys (heads * head dim, ...), reordered if neighbours rotate together: pairs then stand in two halves."""
+    """Queries or keys (heads * head dim, ...); an interleaved rope is reordered to one with pairs across two halves."""
     if not spec.architecture.interleaved_rope:
         return part
     order = torch.arange(spec.head_dim)
@@ -262,7 +262,7 @@ def affine(weights: Weights, name: str, spec: ModelSpec) -> Affine:
 
 
 def activation_factors(weights: Weights, spec: ModelSpec) -> tuple[float, float]:
-    """Of xIELU (Huang and Schlag, 2024) the factors of positive and of negative inputs; else `spec.swiglu`, or zeros."""
+    """xIELU's factors of positive and of negative inputs (Huang and Schlag, 2024); else `spec.swiglu`, or zeros."""
     if spec.activation != "xielu":
         return spec.swiglu or (0.0, 0.0)
     above, below = (float(nn.functional.softplus(weights.of(f"{spec.names.mlp}act_fn.alpha_{part}").float())) for part in "pn")

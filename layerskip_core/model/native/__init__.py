@@ -35,7 +35,7 @@ _ROW_COSTS = {"fp32": 0.15, "bf16": 0.25, "widened": 0.25, "int8": 0.3, "int4": 
 
 
 def can_run_native(spec: AnySpec, dtype: torch.dtype, device: torch.device, packing: PackingConfig | None) -> bool:
-    """Whether compiled kernels are here and run this architecture in this precision."""
+    """Whether the kernels are built and can run this architecture in this precision."""
     return suits_kernels(spec, dtype, device, packing) and kernels() is not None
 
 
@@ -68,16 +68,16 @@ class NativeBackend(RepackedBackend):
     batch_invariant = True  # without splitting calls
 
     def __init__(self, spec: ModelSpec, take: Take, *arguments: Any, pack: PackMatrix | None = None, **options: Any) -> None:
-        """As `RepackedBackend`. `pack`: gives the matrices; None: they are packed from weights in memory."""
+        """As `RepackedBackend`. `pack`: returns matrices (from a packed file); None: packs weights in memory."""
         compiled = kernels()
         assert compiled is not None
         packed = partial(NativeMatrix.packed, compiled, empty=HugePages().empty, narrows=compiled.widens_bf16)
         self._kernels, self._packed, self._pack = compiled, packed, pack or packed
         self._scales = dict[int, float]()  # by layer
         super().__init__(spec, take, *arguments, **options)
-        if not compiled.has_cheap_rows:  # more cores have more arithmetic, and the memory of two
+        if not compiled.has_cheap_rows:  # arithmetic grows with cores, memory bandwidth hardly beyond two
             self.row_cost = _ROW_COSTS[self._head.matrix.form.kind] * 2 / max(torch.get_num_threads(), 2)
-        # Division and caps may round two logits to the same number; division by a power of two does not.
+        # Division and caps may round different logits to a tie; division by a power of two does not.
         self._is_plain = frexp(spec.logits_divisor)[0] == 0.5 and spec.logits_cap is None
 
     @property
@@ -86,7 +86,7 @@ class NativeBackend(RepackedBackend):
 
     @property
     def bytes_read(self) -> float:
-        """Bytes of weights that a step of one token reads, with scales and biases; of experts those chosen."""
+        """Bytes of weights that a step of one token reads, with scales and biases; only the chosen experts."""
         assert isinstance(self._layers, NativeLayers)
         matrices: list[NativeMatrix] = [self._head.matrix]
         matrices += (matrix for layer in self._layers.layers for matrix in layer.matrices)
@@ -103,7 +103,7 @@ class NativeBackend(RepackedBackend):
         return choose(self._layers, self._head, tokens, states, start, stop, kept, places)
 
     def limit_memory(self, kv_bytes: int) -> None:
-        """Bounds the KV memory from now on; a draft model gets room for as many tokens."""
+        """Limits the memory of KV entries from now on; a draft model gets as many pages as this one."""
         pools = [model._pool for model in (self, self.draft_model) if isinstance(model, NativeBackend)]
         pages = kv_bytes // sum(pool.page_bytes for pool in pools)
         for pool in pools:
@@ -165,11 +165,11 @@ class NativeBackend(RepackedBackend):
     def placed_eagle3(self, stored: Eagle3Weights, place: int, packing: PackingConfig) -> NativeEagle3:
         if self._inputs is not None:
             raise CheckpointError(UNSUITED.format(self.spec.model_type))
-        self._pool.window = None  # its attention has none
+        self._pool.window = None  # EAGLE-3's attention is full
         return NativeEagle3(self._target(self._chain_spec, packing), stored, place)
 
     def _norm(self, weights: Affine) -> Callable[[Tensor], Tensor]:
-        """Of fp32 hidden states."""
+        """A norm in fp32, of hidden states without their token ids."""
         norm = Norm(Affine(weights.weight.float(), None if weights.bias is None else weights.bias.float()), self.spec.eps)
         return lambda hidden: norm(hidden[..., : self.spec.hidden])
 

@@ -2,32 +2,32 @@
  *
  * A head's keys stand in blocks of sixteen places, so that a vector holds one number of each: (block, dimension, place) in fp32
  * and (block, pair of dimensions, place, 2) in bf16. Its values are (place, dimension), in bf16 (pair of places, dimension, 2).
- * Scores and sums are fp32; with a bf16 cache the weights of values are bf16.
+ * Scores and sums are fp32; with a bf16 cache the softmax weights are bf16.
  *
- * Places come in spans, with sums on the scale of the largest score so far (Milakov and Gimelshein, 2018), and spans start at
- * the same places for every query. What a query does not see has weight 0 and changes no bit of its sums: the cache has no values
- * that are not finite. In their place it has zeros and a key of NaN, so that whoever does see the place gets NaN.
+ * The softmax is online (Milakov and Gimelshein, 2018), over spans that start at the same places for every query. A place that
+ * a query does not see has weight 0 and changes no bit of its sums, because cached values are finite: others are stored as
+ * zeros with a key of NaN, so that a query that does see the place gets NaN.
  */
 #define MOST_QUERIES 16
-#define PAGE 64         /* places that lie together in memory; a divisor of the next */
+#define PAGE 64         /* places that are contiguous in memory; a divisor of SPAN_PLACES */
 #define SPAN_PLACES 256
 #define LARGEST_HEAD 512
-#define LEAST_SCORE -1e30f /* before the first */
+#define LEAST_SCORE -1e30f /* the maximum before the first score */
 
 typedef struct {
     float *out;
-    const float *gate;   /* of the sum, before the logistic function; NULL for none */
-    const float *sink;   /* the score of a place without a value; NULL for none */
+    const float *gate;   /* of the output, before the logistic function; NULL for none */
+    const float *sink;   /* an extra score without a value; NULL for none */
     int64_t start, stop; /* of the places seen, of which the last is the query's own */
 } Query;
 
 typedef struct {
     float queries[MOST_QUERIES * LARGEST_HEAD]; /* (query, dimension), RowBf16 with a bf16 cache */
     float mixed[MOST_QUERIES][LARGEST_HEAD];    /* sums of values, by sixteens of dimensions: see dimension_of */
-    float scores[MOST_QUERIES][SPAN_PLACES];    /* and then the weights */
+    float scores[MOST_QUERIES][SPAN_PLACES];    /* then the softmax weights */
     RowBf16 rounded[MOST_QUERIES][SPAN_PLACES]; /* the weights in bf16 */
     float total[MOST_QUERIES][16], most[MOST_QUERIES];
-    const char *next; /* as many bytes that a later step reads: this one fetches them, because processors foresee no new page */
+    const char *next; /* as many bytes of a later step, fetched now: CPUs do not prefetch into a new page */
 } Attention;
 
 #include "tiled_attention.h"
@@ -37,10 +37,10 @@ INLINE int dimension_of(int chunk, int size) { return size < 16 || 16 * chunk + 
 
 INLINE int chunks_of(int size) { return (size + 15) / 16; }
 
-/* Vectors that are read at once where each is multiplied with R queries: sums that do not wait for each other, in registers. */
+/* Vectors that are read at once for R queries: independent sums, as many as registers hold. */
 #define AT_ONCE(R) ((R) <= 2 && 4 * (R) <= SUMS ? 4 : 2 * (R) <= SUMS ? 2 : 1)
 
-/* Scores of R queries and n places of a page, from the from-th of the span on; in a page there are 16 * AT_ONCE(R) or more. */
+/* Scores of R queries and n places of a page, from place `from` of the span on; a page has at least 16 * AT_ONCE(R). */
 INLINE void score_places(Attention *a, int from, int first, const int R, const char *keys, int n, int size, const int bf16) {
     const int B = AT_ONCE(R);
     int units = bf16 ? size / 2 : size; /* 64 bytes of a block */
@@ -67,7 +67,7 @@ INLINE void score_places(Attention *a, int from, int first, const int R, const c
     }
 }
 
-/* Adds the values of n places by the weights of R queries to C chunks from the `chunk`-th on. `whole`: heads of at least 16. */
+/* Adds the values of n places by the weights of R queries to C chunks from the `chunk`-th on. `whole`: size is at least 16. */
 INLINE void add_chunks(
     Attention *a, int from, int first, const int R, const char *values, int n, int size, int chunk, const int C, const int whole,
     const int bf16
@@ -143,7 +143,7 @@ static void page_step(Attention *a, int step, int from, int count, const char *a
     }
 }
 
-/* A query's weights of n places, of which it sees first..last-1, and its sums so far on the scale of the new maximum. */
+/* Softmax weights of a query for n places, of which it sees first..last-1; rescales its sums so far to the new maximum. */
 static void weigh_places(Attention *a, int q, int n, int64_t first, int64_t last, int size, int bf16, float cap) {
     float *scores = a->scores[q];
     int start = first < 0 ? 0 : first > n ? n : (int)first, stop = last < start ? start : last > n ? n : (int)last;
@@ -178,7 +178,7 @@ INLINE char *in_page(const Shape *s, const Layer *l, const Call *call, int is_va
     return page + (l->keys + part * PAGE * s->head_dim) * (s->bf16_cache ? 2 : 4);
 }
 
-/* `count` <= MOST_QUERIES queries of a row, which stand in `a`, over the keys and values of a head. */
+/* `count` <= MOST_QUERIES queries of a row, given in `a`, over the keys and values of a head. */
 static void attend(Attention *a, const Query *queries, int count, const Shape *s, const Layer *l, const Call *call, int row, int head) {
     int size = s->head_dim, bf16 = s->bf16_cache;
     int64_t start = INT64_MAX, stop = 0;
@@ -237,7 +237,7 @@ static void rotated(const Shape *s, const Layer *l, const Call *call, const floa
     }
 }
 
-/* A head's key or value to its place in a page, where the head's keys or values begin at `head`. */
+/* Writes a head's key or value to its place in a page, where the head's keys or values begin at `head`. */
 static void keep(const float *x, int size, int bf16, int is_value, int64_t place, char *head) {
     int within = (int)(place % (!is_value ? 16 : bf16 ? 2 : 1));
     place %= PAGE;
@@ -261,7 +261,7 @@ INLINE int are_finite(const float *x, int n) {
     return all;
 }
 
-/* Keys and values of this thread's part of the rows to the cache. */
+/* Writes this thread's part of keys and values to the cache. */
 static void place_keys(const Shape *s, const Layer *l, const Call *call, int thread, int threads) {
     int size = s->head_dim, kinds = 2 * s->kv_heads;
     int64_t tasks = (int64_t)call->rows * kinds, end = share_of_many(tasks, thread + 1, threads);
@@ -280,7 +280,7 @@ static void place_keys(const Shape *s, const Layer *l, const Call *call, int thr
     }
 }
 
-/* This thread's part of the queries; those of a sequence that share keys stand next to each other, up to MOST_QUERIES at once. */
+/* This thread's part of the queries: up to MOST_QUERIES of a sequence that share keys are attended at once. */
 static void mix_values(const Shape *s, const Layer *l, const Call *call, int thread, int threads) {
     int size = s->head_dim, group = s->heads / s->kv_heads, bf16 = s->bf16_cache;
     int64_t queries = (int64_t)call->rows * s->heads, end = share_of_many(queries, thread + 1, threads);

@@ -32,7 +32,7 @@ _CPU_FLAGS = {  # the flags (and vendor) of /proc/cpuinfo that each variant need
     "aarch64": {"neon_bf16": {"asimddp", "bf16", "i8mm"}, "neon_dot": {"asimddp"}, "neon": set[str]()},
 }
 _OWN_BF16 = {"avx512", "amx", "neon_bf16"}  # variants that multiply bf16 without widening it
-_CHEAP_ROWS = {"avx512_fma", *_OWN_BF16}  # variants whose arithmetic for ten rows keeps up with the memory of two cores
+_CHEAP_ROWS = {"avx512_fma", *_OWN_BF16}  # variants that stay memory-bound at ten rows on two cores
 _PROCESSORS = {("linux", "x86_64"): "x86_64", ("linux", "aarch64"): "aarch64", ("darwin", "arm64"): "aarch64"}
 _NEEDS = _CPU_FLAGS.get(_PROCESSORS.get((sys.platform, platform.machine()), ""), {})
 VARIANTS = tuple(_NEEDS)  # for this machine's processor
@@ -206,7 +206,7 @@ def kernel_note() -> str | None:
 
 
 def why_no_kernels() -> str:
-    """Why `kernels` finds none here, as part of a sentence."""
+    """Why `kernels` returns None here, as part of a sentence."""
     return f"{SWITCH} is torch" if requested_variant() == "torch" else "none is built here that this CPU can run"
 
 
@@ -230,14 +230,14 @@ def multiplies_bf16() -> bool:
 def kernels(variant: str | None = None) -> Kernels | None:
     """The given variant, else the requested, else the best one; None if it was not built or this CPU cannot run it.
 
-    Raises LayerSkipError for kernels of another version, as after a pull in a checkout.
+    Raises LayerSkipError if the built kernels are of another version, as after `git pull`.
     """
     return _load(variant or requested_variant())[0]
 
 
 @contextmanager
 def requesting(variant: str) -> Iterator[None]:
-    """Models loaded meanwhile run on this variant (or `torch`), as if the environment requested it."""
+    """Models loaded in this context run on this variant (or `torch`), as if the environment requested it."""
     before = os.environ.get(SWITCH, "")  # empty means unset
     os.environ[SWITCH] = variant
     try:
@@ -248,7 +248,7 @@ def requesting(variant: str) -> Iterator[None]:
 
 @cache
 def _load(requested: str | None) -> tuple[Kernels | None, dict[str, str]]:
-    """The kernels to use, and for better variants that were built why they cannot be loaded."""
+    """The kernels to use, and the errors of better variants that are built but cannot be loaded."""
     unloadable: dict[str, str] = {}
     for name in VARIANTS if requested is None else (requested,):
         path = Path(__file__).with_name(f"_{name}.so")

@@ -1,8 +1,8 @@
-"""Drafters beside a model on the C kernels: in the EAGLE-3 layout, and the assistant of a Gemma 4 model.
+"""Drafters with layers of their own on the C kernels: the EAGLE-3 layout, and the assistant of a Gemma 4 model.
 
 An assistant is a small decoder trained to draft for its model (google/gemma-4-E2B-it-assistant). Its layers have queries only:
 each reads the keys and values of the model's last attending layer of its kind. Let e be the model's embedding of a token, and s
-the model's output of the final norm for the token before:
+the model's hidden state of the previous token after the final norm:
 
     x = W_in [e; s], h = norm(layers(x)), logits = head(h); for the next draft s = W_out h
 
@@ -50,7 +50,7 @@ class Target(NamedTuple):
 
 
 class _Matrices:
-    """Makes a drafter's matrices, which have the given widths. Without low bits they are as the embedding, or in fp32."""
+    """Makes a drafter's matrices: in low bits if `widths` allow it, else in the embedding's precision or fp32."""
 
     def __init__(self, target: Target, widths: Sequence[int]) -> None:
         is_bf16 = target.embedding.dtype == torch.bfloat16 and not any(width % 2 for width in widths)
@@ -66,7 +66,7 @@ class _Matrices:
 
 
 class NativeEagle3:
-    """PlacedEagle3 of a NativeBackend."""
+    """PlacedEagle3 on the C kernels."""
 
     needs_feature = True
 
@@ -157,7 +157,7 @@ class Assistant:
     chosen: int  # clusters that are scored
     settings: Mapping[str, Any]  # config.json
     take: Callable[[str], Tensor]  # weights by the names of `shapes`, and the ids of ORDER
-    model_fingerprint: str | None = None  # of the model that it was made for, if the file has one
+    model_fingerprint: str | None = None  # of the model that it was trained for, if the file has one
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -168,7 +168,7 @@ class Assistant:
 
 
 class NativeAssistant:
-    """An assistant of a NativeBackend, as a PlacedBlock. It has no KV entries; `run` returns states after its last layer."""
+    """An assistant on the C kernels, as a PlacedBlock. It writes no KV entries; `run` returns the last layer's output."""
 
     needs_feature, kernel, vocabulary = True, None, None
     taps: tuple[int, ...] = ()
@@ -226,7 +226,7 @@ class ClusteredHead:
     def __call__(self, hidden: Tensor) -> Tensor:
         normed = self._norm(hidden)
         best = (normed @ self._centroids.T).topk(self._chosen).indices
-        rows = torch.embedding(self._rows, best).view(len(normed), -1, normed.shape[1])  # an index takes five times as long
-        found = rows.float() @ normed[..., None]
+        rows = torch.embedding(self._rows, best).view(len(normed), -1, normed.shape[1])  # indexing takes five times as long
+        scores = rows.float() @ normed[..., None]
         logits = normed.new_full((len(normed), self._ids.numel()), -torch.inf)
-        return logits.scatter_(1, self._ids[best].flatten(1), found[..., 0])
+        return logits.scatter_(1, self._ids[best].flatten(1), scores[..., 0])

@@ -1,8 +1,8 @@
 /* A mixture of experts in the place of a layer's MLP: each row is multiplied by the few experts that its router scores highest.
  *
- * The panels of all experts stand in one matrix, expert after expert; its outputs and panels are those of one. Of a call with
- * several rows each expert's panels are multiplied once, by all rows that chose it; threads divide the panels of all chosen
- * experts. A row adds up what its experts give in the order of its own choices, so its bits are those that it has alone.
+ * The panels of all experts are in one matrix, expert after expert; its `outputs` and `panels` are those of one. A call
+ * multiplies each chosen expert's panels once, by all rows that chose it; threads divide the panels of all chosen experts.
+ * Experts are summed in router order, so results do not depend on the batch.
  */
 #define MOST_EXPERTS 1024
 
@@ -18,17 +18,17 @@ static float dot(const float *x, const float *y, int n) {
     return f_sum(f_add(f_add(sum[0], sum[1]), f_add(sum[2], sum[3]))) + rest;
 }
 
-/* Of a router; the last one may be that of the gate of shared experts. */
+/* Outputs of a router; the last may be the gate of shared experts. */
 INLINE int logits_of_router(const Shape *s) { return s->experts + s->gates_shared; }
 
-/* A row's experts, those with the largest logits, and their weights: the softmax over all experts, or over the chosen ones. Then
- * those that all rows share, each with the same weight. */
+/* A row's experts with the largest logits, weighted by the softmax over all experts or over the chosen ones; then the shared
+ * experts, with equal weights. */
 static void choose_experts(const Shape *s, const Routing *routing, int row) {
     const float *logits = routing->logits + (size_t)row * (size_t)logits_of_router(s);
     int routed = s->chosen - s->shared;
     int32_t *chosen = routing->chosen + (size_t)row * (size_t)s->chosen;
     float *weights = routing->weights + (size_t)row * (size_t)s->chosen, all = 0, sum = 0, most = 0;
-    float exps[MOST_EXPERTS]; /* threads that make the same choice write nothing but its results */
+    float exps[MOST_EXPERTS]; /* local, so that threads that repeat a choice write only its results */
     uint8_t taken[MOST_EXPERTS] = {0};
     for (int c = 0; c < routed; c++) {
         int best = -1;
@@ -46,7 +46,7 @@ static void choose_experts(const Shape *s, const Routing *routing, int row) {
     }
 }
 
-/* The slots of all choices. */
+/* Assigns slots to all choices. */
 static void group_rows(const Shape *s, const Routing *routing, int rows) {
     int32_t next[MOST_EXPERTS] = {0}; /* by expert, how often it was chosen; then its next slot */
     int choices = rows * s->chosen, used = 0, slot = 0;
@@ -63,8 +63,8 @@ static void group_rows(const Shape *s, const Routing *routing, int rows) {
     }
 }
 
-/* Of few rows the experts are divided for the logits, and then each thread makes the same choice for itself, which is cheaper than
- * a barrier. Of many the rows are divided. */
+/* With few rows, threads divide the experts for the logits, and then each repeats the whole choice, which is cheaper than a
+ * barrier. With many, threads divide the rows. */
 static void route(Work *work, const Layer *l, int thread, int threads) {
     const Shape *s = work->shape;
     const Call *call = work->call;
@@ -87,7 +87,7 @@ static void route(Work *work, const Layer *l, int thread, int threads) {
     if (!is_few) barrier(&work->team, threads);
 }
 
-/* hidden += residual_scale * the weighted sum of what a row's experts give. */
+/* hidden += residual_scale * the weighted sum of the outputs of a row's experts. */
 static void mix_experts(Work *work, const Layer *l, int thread, int threads) {
     const Shape *s = work->shape;
     const Call *call = work->call;
@@ -100,7 +100,7 @@ static void mix_experts(Work *work, const Layer *l, int thread, int threads) {
     Multiplication down = {&l->down, call->inside, NULL, slots, routing->products, n, PUT, routing, NULL};
     multiply(work, down, 0, thread, threads);
     barrier(&work->team, threads);
-    int from = share(n, thread, threads), to = share(n, thread + 1, threads); /* a few rows too are divided so */
+    int from = share(n, thread, threads), to = share(n, thread + 1, threads); /* dimensions, to divide even few rows */
     for (int r = 0; r < call->rows; r++) {
         float *hidden = call->hidden + (size_t)r * (size_t)n;
         for (int c = 0; c < s->chosen; c++) {

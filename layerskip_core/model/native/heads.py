@@ -17,13 +17,13 @@ from .compiled import CChoice, CDraft, CNorm
 from .layers import Engine, NativeLayers, NativeNorm
 from .matrix import NativeMatrix
 
-_GUESSES = 4  # most looked-up tokens in a pass of a copy
+_GUESSES = 4  # most tokens guessed by lookup in a pass of a low-bit copy
 
 
 class NativeLinear:
-    """A matrix, perhaps after a norm. `spec`: of a head, whose logits it scales and caps."""
+    """A linear layer, perhaps after a norm. `spec`: scales and caps the logits of a head."""
 
-    input_norms: Sequence[NativeNorm] = ()  # of MTP's input map
+    input_norms: Sequence[NativeNorm] = ()  # of MTP's input projection
 
     def __init__(self, engine: Engine, matrix: NativeMatrix, norm: Affine | None = None, spec: ModelSpec | None = None) -> None:
         self._engine, self.matrix, self.norm, self._spec = engine, matrix, NativeNorm(norm), spec
@@ -66,7 +66,7 @@ def draft(
     runs_last: bool,
     norms_output: bool = False,
 ) -> Drafted:
-    """A `DraftKernel`, after constant arguments. `norms_output`: as in Eagle3Form."""
+    """A `DraftKernel` once `layers` and `spec` are bound. `norms_output`: as in Eagle3Form."""
     exit_layer, beyond, stops, (head, vocabulary) = submodel.exit_layer, submodel.beyond, submodel.stops, chosen_by
     entry = None if feature is None else torch.cat((feature, feature)).to(torch.float32)
     if (block := submodel.block) is not None:
@@ -122,7 +122,7 @@ def choose(
     kept: Sequence[int],
     places: Places,
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """`Backend.choose` in one call, after constant arguments."""
+    """`Backend.choose` in one call of the kernels."""
     count = sum(places.counts)
     if start == 0 and layers.learned is not None:
         hidden = layers.placed(layers.embed(tokens) if hidden is None else hidden, places)

@@ -1,8 +1,8 @@
 /* Decoder layers and the LM head: one call runs all layers of a span over some tokens. What an architecture leaves out is a
  * NULL pointer, a 0 or a scale of 1.
  *
- * The kernels are batch-invariant: every sum is taken in the same order for one row as for many, so a token that is drafted
- * alone and verified among others has the same bits. Hidden states, queries and sums are fp32.
+ * The kernels are batch-invariant: every sum is taken in the same order for one row as for many, so a token gets the same bits
+ * drafted alone or verified in a batch. Hidden states, queries and sums are fp32.
  *
  * Weights (outputs, inputs) are stored in panels of 32 outputs that are read from front to end; pack.c packs them. Threads
  * come from the OpenMP runtime that torch uses, because two pools would compete for the cores. They divide the panels of a
@@ -29,16 +29,16 @@ typedef struct {
     const float *bias; /* by output, or NULL */
 } Matrix;
 
-/* A panel of weights (level - offset) * scale + minimum, exactly those that a GGUF file stands for. Where there are steps, a scale
- * or minimum is a step of its group times the `scale` of 256 inputs. MXFP4 has no scales: levels are indices of a table (see
- * panel_stored), and a group's step is the exponent of a power of two. Of Q4_Z it is the offset of its levels. Of a panel:
- *     weight (group, bits, output, 4 bytes): of fewer than 8 bits first the low four, see quads_of
- *     scale ([group or 256 inputs], 1 or 2 with minimum, output)
+/* A panel of weights (level - offset) * scale + minimum, exactly as in the GGUF file. In K types a group's scale or minimum is
+ * its step times the `scale` of 256 inputs. In MXFP4, without scales, levels index a table (see panel_stored) and a group's
+ * step is the exponent of a power of two. In Q4_Z a group's step is the offset of its levels. Layout:
+ *     weight (group, bits, output, 4 bytes): below 8 bits the low four bits come first, see quads_of
+ *     scale (group or 256 inputs, 1 or 2 with minimum, output)
  *     steps (group, or half a group with 6 bits; 1 or 2, output)
  */
 typedef struct {
     const char *weight;
-    const uint16_t *scale; /* fp16; NULL: of MXFP4 */
+    const uint16_t *scale; /* fp16; NULL for MXFP4 */
     const int8_t *steps;   /* or NULL */
     int32_t bits, offset;  /* of levels; 0 where there are minima, -1 where the steps are offsets */
 } StoredPanel;
@@ -49,26 +49,26 @@ typedef struct {
 } Norm;
 
 typedef struct {
-    Matrix qkv, output, up, down; /* up: panels of gate and up alternate where the MLP is gated; see experts.h for experts. What
-                                   * a layer lacks has no panels */
-    const float *router;          /* (expert, hidden), and perhaps a gate; NULL: the layer has an MLP */
+    Matrix qkv, output, up, down; /* up: panels of gate and up alternate where the MLP is gated; see experts.h for experts. A
+                                   * matrix that the layer lacks has no panels */
+    const float *router;          /* (expert, hidden), then the gate of shared experts if any; NULL: the layer has an MLP */
     Norm before_attention, after_attention, before_mlp, after_mlp;
     Norm embedding;       /* of a drafter's layer, see enter; else no norm */
     Norm query, key;      /* by dimension of a head, or of all heads where Shape.norms_projections */
     int32_t rope, window; /* rope: index of Call.cos and Call.sin, -1 for none; window: positions seen, 0 for all */
-    float bends[2];       /* of XIELU: the factors of what is positive and of what is negative; of CLAMPED: see gated */
+    float bends[2];       /* XIELU: factors of positive and of negative inputs; CLAMPED: see gated */
     Norm value;           /* as `key` */
-    int64_t keys;         /* where its keys begin in a page, or those of the layer whose keys and values it reads */
-    int32_t shares;       /* it reads those of another layer */
-    int32_t slice;        /* of TokenInputs; if there are any */
-    float scale;          /* of its output, after a norm */
+    int64_t keys;         /* where the keys that it reads begin in a page: its own, or another layer's */
+    int32_t shares;       /* it reads another layer's keys and values */
+    int32_t slice;        /* its slice of TokenInputs, if there are any */
+    float scale;          /* of its output, where a norm follows the last block */
     Matrix token_gate, token_output;
     Norm after_token;
     const Shape *shape;   /* of its attention, where layers differ; else NULL */
-    const Recurrence *recurrence; /* in the place of attention, with a row of its own between qkv and output; else NULL */
-    const float *steps;   /* (2, head, hidden), of its steps and decays; NULL where it has none */
+    const Recurrence *recurrence; /* in place of attention, with its own layout of qkv's row; else NULL */
+    const float *steps;   /* (2, head, hidden): projections of its steps and decays; NULL for none */
     const float *router_bias; /* by expert; or NULL */
-    const float *sinks;   /* by query head: one more score, of a place without a value; or NULL */
+    const float *sinks;   /* by query head: an extra score without a value (attention sink); or NULL */
 } Layer;
 
 enum { SILU, GELU_TANH, GELU, RELU, RELU_SQUARED, XIELU, CLAMPED }; /* activations */
@@ -76,18 +76,18 @@ enum { SILU, GELU_TANH, GELU, RELU, RELU_SQUARED, XIELU, CLAMPED }; /* activatio
 struct Shape {
     int32_t hidden, heads, kv_heads, head_dim, rotary, inner; /* rotary: dimensions of a head that rotate */
     int32_t bf16_cache, activation, gated, norms_projections;
-    int32_t experts, chosen, normalised; /* of layers with experts: how many; and by each row; whether its weights sum to 1 */
-    int32_t shared, gates_shared; /* of those chosen, how many further ones all rows have; whether their weight has a logit */
+    int32_t experts, chosen, normalised; /* number of experts; of those that run for a row; whether routed weights sum to 1 */
+    int32_t shared, gates_shared; /* shared experts among `chosen`, which run for all rows; whether a router logit gates them */
     int32_t norms_rotated; /* queries and keys are normed after their rotation */
     int32_t parallel;      /* the MLP reads what the attention reads */
     int32_t norms_residual; /* of a drafter's layer, see enter */
-    int32_t gates_attention; /* each query has a gate of what it gets, after the values */
+    int32_t gates_attention; /* qkv has a gate of each query's output, after the values */
     float eps, attention_scale, score_cap; /* score_cap: 0 for none */
     float embedding_scale, residual_scale;
 };
 
-/* What layers read of a token besides its state, of `width` numbers each: the normed product of `model` and the embedding, and a
- * row of a table. The factors of the norm have its share of the sum. */
+/* Per-layer inputs of a token, `width` numbers for each layer: the normed product of `model` and the embedding, plus a row of a
+ * table. The norm's weights include the product's share of the sum. */
 typedef struct {
     Matrix model; /* (slices * width, hidden) */
     Norm norm;
@@ -101,7 +101,7 @@ typedef struct {
     float *logits, *weights;          /* (row, expert); (row, choice) */
     int32_t *chosen, *slots;          /* (row, choice): the expert, and the slot */
     int32_t *rows;                    /* by slot */
-    int32_t *experts, *starts, *used; /* the experts that were chosen and their first slots; then the end; how many there are */
+    int32_t *experts, *starts, *used; /* the chosen experts; their first slots, then the end; their number */
     float *products;                  /* (slot, hidden) */
 } Routing;
 
@@ -109,21 +109,21 @@ typedef struct {
     const int64_t *positions; /* by row */
     int32_t rows;
     const float *cos[2], *sin[2];         /* by kind of layer: (position, rotary / 2) */
-    char *const *pages;       /* (text, page), each of layers that have some (key or value, kv head, place, dimension) */
+    char *const *pages;       /* (text, page); a page is (layer with keys, key or value, kv head, place, dimension) */
     const int64_t *page_rows; /* by row: its text */
-    const int32_t *starts;    /* by sequence, of which the rows follow one another, its first row; then `rows` */
+    const int32_t *starts;    /* the first row of each sequence, whose rows are consecutive; then `rows` */
     int64_t row_pages;        /* pages of a text */
-    char *const *states, *const *rings; /* as a Passage's, of the texts of the sequences */
+    char *const *states, *const *rings; /* as in Passage, by sequence */
     const int64_t *slots, *settled;
     int64_t slot_bytes;
     int32_t sequences;
     float *steps;             /* (row, 2, head) of layers with a recurrence */
     float *hidden, *qkv, *mixed, *inside; /* (row, ...): shared by the threads; hidden is changed in place */
-    float *entries;                       /* (row, 2 * hidden), which a drafter's layer reads and changes; else NULL */
-    float *block;                         /* (row, hidden): what a block adds, where a norm comes after it; else NULL */
+    float *entries;                       /* (row, 2 * hidden): input of a drafter's layer, changed in place; else NULL */
+    float *block;                         /* (row, hidden): a block's output before its norm; else NULL */
     Routing routing;
     const TokenInputs *inputs;            /* or NULL */
-    const int64_t *tokens;                /* by row, of `inputs` */
+    const int64_t *tokens;                /* by row, for `inputs` */
     float *slices;                        /* (row, slices * width) */
     char *scratch;                        /* one part of scratch_bytes for each thread */
     int64_t scratch_bytes;
@@ -132,36 +132,36 @@ typedef struct {
 typedef struct {
     const void *embedding;     /* (token, hidden), bf16 if the cache is */
     const float *learned;      /* (position, hidden), added to embeddings; NULL where positions are not learned */
-    const int64_t *vocabulary; /* token of each output of the head; NULL where they are the same */
+    const int64_t *vocabulary; /* token id of each output of the head; NULL where they are equal */
     const int64_t *ends;       /* tokens that end a draft */
     const int32_t *order;      /* (layer_count): the indices of the layers that draft, in ascending order */
     const int32_t *stops;      /* (stop_count): how many of them run before states are kept, ascending; the last is the exit */
-    float *probs;              /* (most): of each draft; NULL where no one asks */
+    float *probs;              /* (most): of each draft; NULL where not needed */
     int32_t layer_count, stop_count;
     int32_t end_count, most;   /* most: largest number of drafts */
     int32_t runs_last;         /* whether the layers before the exit run over the last draft too */
     int32_t power;             /* see doubt */
-    float logits_scale;        /* logits are those of the head times this, and then capped */
+    float logits_scale;        /* factor of the head's logits, before the cap */
     float logits_cap;          /* 0 for none */
     float confidence;          /* a less probable token is not drafted */
-    float survival;            /* drafting ends where the probability that all drafts are accepted is less, */
-    float doubt;               /* which for a draft of probability p is 1 - doubt * (1 - p)^power */
-    float *entry;              /* (2 * hidden), of a drafter's layer, whose output is the next feature: the second half is
-                                * the feature, the first token's is given; NULL without such a layer */
+    float survival;            /* drafting ends when the estimated probability that all drafts are accepted is less; */
+    float doubt;               /* a draft of probability p is accepted with 1 - doubt * (1 - p)^power */
+    float *entry;              /* (2 * hidden), input of a drafter's layer: the second half is the feature, which is given for
+                                * the first token, then the layer's output; NULL without such a layer */
     int64_t *tokens;           /* (1 + most): the first is given */
     float *states;             /* (stop_count, 1 + most, hidden) */
     float *beyond, *logits;    /* one hidden state, if layers follow the exit; logits of a pass */
     int32_t drafted;           /* number of drafts made */
-    int32_t guesses, searched; /* of a pass, at most so many, looked up in the text that has `searched` tokens before the first */
-    int32_t passes, starts[2]; /* how many ran; see Call */
-    int32_t norms_output;      /* whether the next feature is normed as for the head */
-    const Matrix *join;        /* of MTP: from an entry to the input of its layer; else NULL */
-    Norm input_norms[2];       /* of both halves of what `join` reads */
+    int32_t guesses, searched; /* most looked-up tokens in a pass; tokens of the text before tokens[0] */
+    int32_t passes, starts[2]; /* number of passes; see Call */
+    int32_t norms_output;      /* whether the head's norm is applied to the next feature */
+    const Matrix *join;        /* MTP's projection from an entry to its layer's input; else NULL */
+    Norm input_norms[2];       /* of both halves of an entry, before `join` */
 } Draft;
 
 typedef struct {
     const void *embedding; /* as a Draft's */
-    const int64_t *tokens; /* by row, whose embeddings are the hidden states; NULL: these are given */
+    const int64_t *tokens; /* by row, to be embedded; NULL: hidden states are given */
     const int32_t *stops;  /* (stop_count): how many layers run before states are kept, ascending */
     float *states;         /* (stop_count, row, hidden) */
     float *logits;         /* (row, outputs) */
@@ -175,12 +175,12 @@ typedef struct {
  * correction for each group: for int8 weights -LEVEL_OFFSET times its sum, for int4 its sum; for STORED see
  * form_stored_row ---- */
 
-#define LARGEST 16256.0f /* level of a row for STORED weights */
+#define LARGEST 16256.0f /* largest level of a row for STORED weights */
 #define LEAST 1e-30f     /* groups that are smaller are zeros */
 
-/* A row of n numbers for STORED weights: levels, which are 128 times the first of n bytes plus the second, and for each group its
- * scale, and the sums of its first half, of its second half and of all. The levels' errors are 4e-5 of the numbers' size, so
- * products are those of fp32 rows for all that an output shows. */
+/* Quantises a row of n numbers to 15 bits for STORED weights. Level i is 128 * out[i] + out[n + i]. Each group has a scale, and
+ * the sums of its first half, of its second half and of all. Errors are 4e-5 of the numbers' size: outputs show no difference
+ * from fp32 rows. */
 static void form_stored_row(const float *x, int n, int8_t *out) {
     float *factors = (float *)(out + 2 * n);
     for (int g = 0; g < n / GROUP; g++, x += GROUP, out += GROUP, factors += 4) {
@@ -197,7 +197,7 @@ static void form_stored_row(const float *x, int n, int8_t *out) {
     }
 }
 
-/* Of the levels of a low-bit matrix's row. */
+/* Bytes of a row's levels for a low-bit matrix. */
 INLINE size_t level_bytes(const Matrix *m) { return (m->kind == INT8 ? sizeof(RowInt8) : 1) * (size_t)m->inputs; }
 
 static size_t form_bytes(const Matrix *m) {
@@ -268,7 +268,7 @@ static void normed(const float *x, const Norm *norm, int n, float eps, float *ou
 typedef struct {
     const Shape *shape;
     const Layer *layers;
-    int count, keys_only; /* keys_only: layers write keys and values of the given hidden states, and leave these as they are */
+    int count, keys_only; /* keys_only: layers only write keys and values of the given hidden states */
     const int32_t *order; /* the indices of the layers to run; NULL: 0..count-1 */
     Call *call;
     const Matrix *head; /* of `score` and `draft`, with its norm; else NULL */
@@ -276,7 +276,7 @@ typedef struct {
     float *logits;
     Draft *draft;
     Choice *choice;
-    int ended, finished; /* a draft: no more tokens; and no more layers either */
+    int ended, finished; /* a draft: no more tokens; no more layers */
     Team team;
 } Work;
 
@@ -293,14 +293,14 @@ INLINE vf gelu(vf x) {
     return f_sub(f_max(f_set(0), x), f_mul(size, tail));
 }
 
-/* A positive x squared, e^x - 1 - x of a negative one, each times its factor, and x / 2. */
+/* bends[0] * x^2 of a positive x, bends[1] * (e^x - 1 - x) of a negative one, plus x / 2. */
 INLINE vf xielu(vf x, const float *bends) {
     vf above = f_max(f_set(0), x), below = f_min(f_set(0), x);
     vf curve = f_mul(f_set(bends[1]), f_sub(f_sub(f_exp(below), f_set(1)), below));
     return f_add(f_fma(f_mul(f_set(bends[0]), above), above, curve), f_mul(f_set(0.5f), x));
 }
 
-/* x times the logistic function of x, or of 2 sqrt(2/pi) (x + 0.044715 x^3), which is GELU by tanh; or one of the others. */
+/* SiLU: x * logistic(x); GELU by tanh: x * logistic(2 sqrt(2/pi) (x + 0.044715 x^3)); or one of the others. */
 INLINE vf activated(vf x, int activation, const float *bends) {
     vf inner = x, above = f_max(f_set(0), x);
     if (activation == GELU) return gelu(x);
@@ -314,7 +314,7 @@ INLINE vf activated(vf x, int activation, const float *bends) {
     return f_div(x, f_add(f_set(1), f_exp(f_sub(f_set(0), inner))));
 }
 
-/* activated(gate) * up; of CLAMPED, with both in bounds, gate times the logistic function of a multiple, times up + 1. */
+/* activated(gate) * up; CLAMPED: gate * logistic(bends[0] * gate) * (up + 1), gate at most bends[1], up within +-bends[1]. */
 INLINE vf gated(vf gate, vf up, int activation, const float *bends) {
     if (activation != CLAMPED) return f_mul(activated(gate, activation, bends), up);
     vf most = f_set(bends[1]), least = f_set(-bends[1]); /* in this order NaN stays NaN on x86 too */
@@ -332,16 +332,16 @@ typedef struct {
     int count;        /* of rows */
     float *out;
     int width, what;
-    const Routing *routing; /* of experts' matrices, whose rows are slots; else NULL */
+    const Routing *routing; /* of matrices of experts, whose rows are slots; else NULL */
     const int32_t *picks;   /* (count): which of `rows` are multiplied; NULL: all */
     const float *bends; /* of the layer */
     const float *factors; /* (row, stride) */
     int stride;
 } Multiplication;
 
-/* A thread's own room, of Call.scratch. */
+/* A thread's part of Call.scratch. */
 typedef struct {
-    float *row;   /* one, after its norm */
+    float *row;   /* one row, after its norm */
     char *formed; /* rows as a matrix reads them */
 } Own;
 
@@ -350,8 +350,8 @@ INLINE Own own_room(const Work *work, int thread) {
     return (Own){row, (char *)(row + work->shape->hidden + 16)};
 }
 
-/* `count` rows from the first-th on, in the form that the matrix reads. Each thread forms them for itself, which is cheaper than
- * meeting at a barrier. */
+/* Converts rows first..first+count-1 to the form that the matrix reads. Each thread does so for itself, which is cheaper than a
+ * barrier. */
 static void form_rows(const Shape *s, const Multiplication *of, int first, int count, Own own) {
     const Matrix *m = of->matrix;
     for (int r = 0; r < count; r++) {
@@ -375,9 +375,9 @@ INLINE Group group_of(const Multiplication *of, int index) {
     return (Group){r->experts[index] * of->matrix->panels, r->starts[index], r->starts[index + 1] - r->starts[index]};
 }
 
-/* Rows that a group's panels multiply one after the other: a few, once they are formed. */
+/* A few converted rows, which a group's panels multiply one after the other. */
 typedef struct {
-    int base, panel, left; /* the group's first panel; the first to multiply, and how many there are from it on, by steps */
+    int base, panel, left; /* the group's first panel; the first to multiply; how many are left; gate and up count as one */
     int first, rows;
 } Block;
 
@@ -385,7 +385,7 @@ INLINE void weigh(const float *x, const float *factors, int n, float *out) {
     for (int i = 0; i < n; i++) out[i] = x[i] * factors[i];
 }
 
-/* The panels from..to-1, or pairs of gate and up, of which there are `step` each, by the rows of a block, as formed. */
+/* Multiplies panels from..to-1, or pairs of gate and up (`step` 2), by the `formed` rows of a block. */
 static void multiply_panels(const Shape *s, const Multiplication *of, Block block, const char *formed, int step, int from, int to) {
     const Matrix *m = of->matrix;
     int first = block.first, rows = block.rows;
@@ -421,11 +421,11 @@ static void multiply_panels(const Shape *s, const Multiplication *of, Block bloc
     if (shaped) release_tiles();
 }
 
-#define LONG_PRODUCT (1 << 20)  /* multiplications; what is shorter is over before a thread could help another */
-#define BLOCK_BYTES (192 << 10) /* of formed rows, which stay in a core's cache while panels pass */
-#define LEAST_BLOCK 32          /* rows, which make the memory's speed matter less than the core's */
+#define LONG_PRODUCT (1 << 20)  /* multiplications; a shorter product ends before stealing pays */
+#define BLOCK_BYTES (192 << 10) /* of converted rows, which stay in a core's cache while panels pass */
+#define LEAST_BLOCK 32          /* rows, enough to be compute-bound */
 
-/* Rows of a product that are formed together: blocks of about the same size. */
+/* Rows of a product that are converted together: blocks of about the same size. */
 static int rows_of_block(const Matrix *m, int rows) {
     int most = (int)(BLOCK_BYTES / form_bytes(m));
     if (most < LEAST_BLOCK) most = LEAST_BLOCK;
@@ -433,8 +433,8 @@ static int rows_of_block(const Matrix *m, int rows) {
     return (rows + blocks - 1) / blocks;
 }
 
-/* Of each group's panels from..to-1, all groups in a row with `each` panels, from the first-th on: the block of the at-th unit,
- * which is one panel by one block of rows; or, where at is -1, a block whose `left` is the number of units. */
+/* The at-th unit of panels from..to-1, where groups follow one another with `each` panels, from panel `first` of a group on. A
+ * unit is one panel by one block of rows. With at -1: a Block whose `left` is the number of units. */
 static Block block_at(const Multiplication *of, int each, int first, int from, int to, int at) {
     int units = 0;
     for (int g = from / each; from < to && g * each < to; g++) {
@@ -450,13 +450,13 @@ static Block block_at(const Multiplication *of, int each, int first, int from, i
     return (Block){.left = units};
 }
 
-/* This thread's part of a product, from panel `first` on, and of a long one what other threads have not begun. */
+/* This thread's part of a product, from panel `first` on; of a long product it then steals panels of other threads. */
 static void multiply(Work *work, Multiplication of, int first, int thread, int threads) {
     const Shape *s = work->shape;
     const Matrix *m = of.matrix;
     Own own = own_room(work, thread);
     int step = of.what == ACTIVATE && s->gated ? 2 : 1, each = m->panels / step - first, count = each * groups_of(&of);
-    int formed = -1; /* the first row of the block that is */
+    int formed = -1; /* the first row of the block in own.formed */
     int helps = threads > 1 && threads <= MOST_TAKERS && (int64_t)m->inputs * m->outputs * of.count >= LONG_PRODUCT;
     unsigned phase = atomic_load_explicit(&work->team.phase, memory_order_relaxed);
     for (int i = 0; i < (helps ? threads : 1); i++) {
@@ -489,7 +489,7 @@ static void norm_projections(const Shape *s, const Layer *l, const Call *call, i
 
 /* ---- a span of layers, and the head ---- */
 
-/* hidden += rows of x (row, inputs) @ matrix, the product after a norm if there is one; and then times `times`. */
+/* hidden += residual_scale * x (row, inputs) @ matrix; with a norm: (hidden + residual_scale * norm(x @ matrix)) * times. */
 static void add_block(Work *work, const Matrix *m, const float *x, const Norm *after, float times, int thread, int threads) {
     const Shape *s = work->shape;
     const Call *call = work->call;
@@ -512,8 +512,8 @@ static void add_block(Work *work, const Matrix *m, const float *x, const Norm *a
 #include "experts.h"
 #include "recurrence.h"
 
-/* The input of a drafter's layer in the EAGLE-3 layout: an entry is an embedding and a feature. Both are normed, and the feature
- * is the residual, before its norm or after. */
+/* The input of a drafter's layer in the EAGLE-3 layout: an entry is an embedding and a feature. Both are normed, and the
+ * feature is the residual, before its norm or after. */
 static void enter(Work *work, const Layer *l, int thread, int threads) {
     const Shape *s = work->shape;
     const Call *call = work->call;
@@ -528,7 +528,7 @@ static void enter(Work *work, const Layer *l, int thread, int threads) {
     barrier(&work->team, threads);
 }
 
-/* A layer with a memory in the place of attention, up to what its last matrix reads. */
+/* A recurrence in place of attention, up to the input of the output projection. */
 static void recall(Work *work, const Layer *l, int thread, int threads) {
     const Shape *s = work->shape;
     const Call *call = work->call;
@@ -552,7 +552,7 @@ static void recall(Work *work, const Layer *l, int thread, int threads) {
     remember(r, &passage, &work->team, thread, threads);
 }
 
-/* Attention of a layer, up to what its last matrix reads. */
+/* Attention of a layer, up to the input of the output projection. */
 static void attend_layer(Work *work, const Layer *l, int thread, int threads) {
     const Shape *s = l->shape ? l->shape : work->shape;
     const Call *call = work->call;
@@ -581,7 +581,7 @@ static void attend_layer(Work *work, const Layer *l, int thread, int threads) {
 /* The index-th layer of those to run. */
 INLINE const Layer *layer_at(const Work *work, int index) { return work->layers + (work->order ? work->order[index] : index); }
 
-/* Numbers of a row in bf16 or fp32, from the first-th of all on. */
+/* Widens n numbers in bf16 or fp32, from index `first` on. */
 static void widen(const void *numbers, int bf16, size_t first, int n, float *out) {
     if (!bf16) memcpy(out, (const float *)numbers + first, sizeof(float) * (size_t)n);
     for (int i = 0; bf16 && i < n; i++) {
@@ -595,7 +595,7 @@ static void embed(const Shape *s, const void *embedding, int64_t token, float *o
     for (int i = 0; i < s->hidden; i++) out[i] *= s->embedding_scale;
 }
 
-/* What the layers to run read of the call's tokens. */
+/* Computes the token inputs of the layers to run. */
 static void read_tokens(Work *work, int thread, int threads) {
     const Shape *s = work->shape;
     const Call *call = work->call;
@@ -627,7 +627,7 @@ static void read_tokens(Work *work, int thread, int threads) {
     barrier(&work->team, threads);
 }
 
-/* The layers from the first-th to the one before the last-th of those to run. */
+/* Layers first..last-1 of those to run. */
 static void span(Work *work, int first, int last, int thread, int threads) {
     const Shape *s = work->shape;
     const Call *call = work->call;
@@ -663,7 +663,7 @@ static void score(Work *work, int thread, int threads) {
     multiply(work, logits, 0, thread, threads);
 }
 
-/* The first of the largest of n numbers. */
+/* The index of the largest of n numbers; of equal ones the first. */
 static int largest_of(const float *x, int n) {
     enum { BLOCK = 256 };
     int block = 0, live = n < BLOCK ? n : BLOCK, index = 0;
@@ -693,7 +693,7 @@ INLINE vf logits_of(const Draft *draft, vf x) {
     return f_mul(cap, f_tanh(f_div(x, cap)));
 }
 
-/* The probability of the largest of n outputs of the head. */
+/* The softmax probability of the largest of n logits. */
 static float prob_of_largest(const Draft *draft, const float *x, int n, float largest) {
     vf sum = f_set(0), most = logits_of(draft, f_set(largest));
     float rest[16];
@@ -727,8 +727,8 @@ static int choose(Work *work, float *survival) {
 
 #define LONGEST_MATCH 16
 
-/* Writes after the last token what followed the longest match of the last tokens before them, of several the latest: `most` tokens,
- * or as many as match. Returns how many. */
+/* Finds the longest earlier match of the last tokens (of several the latest) and writes the tokens after it to `end`: at most
+ * `most`, and no more than matched. Returns how many. */
 static int look_up(const int64_t *text, int64_t *end, int most) {
     const int64_t *found = end;
     int longest = 0;
@@ -742,24 +742,24 @@ static int look_up(const int64_t *text, int64_t *end, int most) {
     return most;
 }
 
-/* Where the state of the newest token is kept after a stop. */
+/* Where the newest token's state at a stop is kept. */
 static float *kept(const Work *work, int stop) {
     const Draft *draft = work->draft;
     return draft->states + (size_t)(stop * (1 + draft->most) + draft->drafted) * (size_t)work->shape->hidden;
 }
 
-/* The layers up to the exit, which change its state in place; at the earlier stops it is copied. */
+/* Runs the layers up to the exit on the newest token's state, in place, and copies the state at earlier stops. */
 static void reach_exit(Work *work, int thread, int threads) {
     const Draft *draft = work->draft;
     for (int stop = 0, from = 0; stop < draft->stop_count; from = draft->stops[stop++]) {
         span(work, from, draft->stops[stop], thread, threads);
-        /* A span meets all threads before it changes the state. */
+        /* A span has a barrier before it changes the state. */
         if (thread == 0 && stop < draft->stop_count - 1)
             memcpy(kept(work, stop), work->call->hidden, sizeof(float) * (size_t)work->shape->hidden);
     }
 }
 
-/* From the exit's state to the input of the layers beyond it, which leave the state as it is. */
+/* Copies the exit's state to the input of the layers beyond it, so that these do not change it. */
 static void leave_exit(Work *work, int thread, int threads) {
     Draft *draft = work->draft;
     const Shape *s = work->shape;
@@ -777,7 +777,7 @@ static void leave_exit(Work *work, int thread, int threads) {
     barrier(&work->team, threads);
 }
 
-/* The newest token, and guesses of those that follow it, as the rows of a pass. */
+/* Embeds the newest token, and guesses of the next ones, as the rows of a pass. */
 static void begin_pass(Work *work) {
     Draft *draft = work->draft;
     Call *call = work->call;
@@ -793,7 +793,7 @@ static void begin_pass(Work *work) {
     }
 }
 
-/* The most probable next tokens: after the newest, and after each guess that was the one before. */
+/* Drafts the most probable tokens: after the newest token, and after each guess as long as guesses are right. */
 static int choose_next(Work *work, float *survival) {
     Draft *draft = work->draft;
     float *logits = work->logits;
@@ -807,7 +807,7 @@ static int choose_next(Work *work, float *survival) {
     return ended;
 }
 
-/* Pass by pass: layers and the most probable next token; of the last token only the layers before the exit, if at all. */
+/* Drafts pass by pass. Over the last draft only the layers before the exit run, and only if `runs_last`. */
 static void draft(Work *work, int thread, int threads) {
     Draft *draft = work->draft;
     int exit_layer = draft->stops[draft->stop_count - 1];
@@ -838,7 +838,7 @@ static void draft(Work *work, int thread, int threads) {
     }
 }
 
-/* All layers, the head, and each row's largest logit. At the stops, where a span has met all threads, states are copied. */
+/* All layers, the head, and each row's largest logit. States are copied at the stops, after a span's barrier. */
 static void choose_all(Work *work, int thread, int threads) {
     const Choice *choice = work->choice;
     const Call *call = work->call;
@@ -895,7 +895,7 @@ void layerskip_use_openmp(void *parallel_, void *number, void *count) {
 /* Version of the functions and structures that compiled.py uses: raise it whenever they change. */
 int layerskip_interface(void) { return 29; }
 
-/* Bytes of a structure, by its place in compiled.STRUCTURES; then that of a Passage. */
+/* Bytes of a structure, by its index in compiled.STRUCTURES; after the last, of a Passage. */
 int layerskip_size_of(int structure) {
     const size_t sizes[] = {sizeof(Matrix), sizeof(Layer), sizeof(Shape), sizeof(Call), sizeof(Draft), sizeof(Choice),
                             sizeof(Recurrence), sizeof(StoredPanel), sizeof(TokenInputs), sizeof(Passage)};
@@ -931,8 +931,8 @@ void layerskip_choose(
     run(&work, threads);
 }
 
-/* Drafts greedily with the layers draft->order and a head, from draft->tokens[0] at call->positions[0] on; the call has room for
- * the rows of a pass. */
+/* Drafts greedily with the layers draft->order and a head, from draft->tokens[0] at call->positions[0] on; the call has room
+ * for the rows of a pass. */
 void layerskip_draft(
     const Shape *shape, const Layer *layers, const Norm *norm, const Matrix *head, const Call *call, Draft *draft, int threads
 ) {
@@ -955,7 +955,7 @@ static void remember_in_thread(void *at) {
     remember(turn->layer, turn->passage, &turn->team, thread_number(), thread_count());
 }
 
-/* Between its projections, a layer with a memory over the tokens of a passage, and what is settled to the state: for tests. */
+/* For tests: a recurrent layer between its projections, over a passage; settled tokens move into the state. */
 void layerskip_remember(const Recurrence *layer, const Passage *passage, int threads) {
     Turn turn = {.layer = layer, .passage = passage};
     int now = parallel ? threads_now(threads) : 1;
@@ -968,7 +968,7 @@ void layerskip_remember(const Recurrence *layer, const Passage *passage, int thr
     adapt_threads(now, started);
 }
 
-/* Bytes of such a layer in a text's state, or in a slot of its ring. */
+/* Bytes of a recurrent layer in a text's state, or in a slot of its ring. */
 int64_t layerskip_memory_bytes(const Recurrence *layer, int of_slot) {
     return (int64_t)(of_slot ? entry_bytes(layer) : state_bytes(layer));
 }

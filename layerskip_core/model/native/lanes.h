@@ -1,14 +1,14 @@
 /* Sixteen lanes of fp32. lanes_*.h define them, each for one instruction set, and hold all that the kernels need of it; what
  * follows is the same for all.
  *
- * SUMS: vectors of sums that registers hold beside what is multiplied. TILE: most rows that share a weight once it is loaded, of a
- * half of a panel or, up to WHOLE_TILE or WIDENED_TILE, of a whole one; see products.h. f_add_product: f_fma for such a sum.
+ * SUMS: vectors of sums that registers hold besides the operands. TILE: most rows that share a loaded weight of half a panel;
+ * WHOLE_TILE (fp32) and WIDENED_TILE: of a whole panel; see products.h. f_add_product: f_fma for such a sum.
  *
- * Weights of 64 bytes are multiplied in parts, because what has no instruction for pairs of bf16 or quads of int8 widens them, and
- * the rows too, when these are formed. dot_bf16 adds to each lane the product of its part with that of the row. dot_int8 and
- * dot_int4 add products of levels with those of the row, of which none is -128. Levels of int4 are 0 to 15, or of five
- * or six bits, and i_lookup gives bytes of a table by the low or high halves of others; int4_sum makes sums of a group's dots, or
- * of int4_dots; those of int8 are stored plus 128, of which int8_part leaves LEVEL_OFFSET in them.
+ * 64 bytes of weights are multiplied in parts: without instructions for bf16 pairs or int8 quads they are widened, and so are
+ * rows when they are converted. dot_bf16 adds to each lane the product of its part with the row's. dot_int8 and dot_int4 add
+ * products of weight levels with row levels, which are never -128. Levels of int4 have four to six bits; int4_sum widens the
+ * sums of a group's dots, or of int4_dots dots. Levels of int8 are stored plus 128, of which int8_part leaves LEVEL_OFFSET.
+ * i_lookup indexes a table by the low or high halves of bytes.
  */
 #include <stdint.h>
 #include <string.h>
@@ -31,7 +31,7 @@ INLINE int32_t four_bytes(const void *p) {
 
 INLINE vf f_load_int8(const int8_t *p) { return f_of_int(i_load_int8(p)); }
 
-/* ---- rows: numbers that bf16 weights or levels are multiplied with ---- */
+/* ---- rows, as bf16 weights or levels multiply them ---- */
 
 #if BF16_PARTS == 1
 typedef uint16_t RowBf16;
@@ -66,14 +66,14 @@ INLINE int int4_dots(int bits) { return 8 >> (bits - 4); }
 INLINE vi int8_value(const RowInt8 *quad, int part) { return i_set(four_bytes(quad + 2 * part)); }
 INLINE vi int4_value(const int8_t *quad) { return i_set(four_bytes(quad)); }
 
-/* The first n of sixteen numbers, n being at most 15, with zeros after them. */
+/* Loads n <= 15 numbers, with zeros after them. */
 INLINE vf f_load_some(const float *p, int n) {
     float some[16] = {0};
     memcpy(some, p, 4 * (size_t)n);
     return f_load(some);
 }
 
-/* Sixteen numbers to bf16, or the n that there are if these are fewer. */
+/* Rounds min(n, 16) numbers to bf16. */
 INLINE void round_some(uint16_t *to, const float *x, int n) {
     if (n >= 16) {
         f_store_bf16(to, f_load(x));

@@ -1,14 +1,14 @@
-/* Sixteen lanes as two halves by AVX2 and FMA, with the VNNI instructions if there are any: see lanes.h. */
+/* Sixteen lanes as two halves by AVX2 and FMA, with VNNI if the target has it: see lanes.h. */
 #include <cpuid.h>
 #include <immintrin.h>
 
 typedef struct { __m256 a, b; } vf;
 typedef struct { __m256i a, b; } vi;
 #define SUMS 6        /* vectors of sums that registers hold */
-#define TILE 6        /* most rows that share a weight once it is loaded, of half a panel */
+#define TILE 6        /* most rows that share a loaded weight of half a panel */
 #define WHOLE_TILE 3  /* and of a whole panel, */
-#define WIDENED_TILE 2 /* of weights that are widened, which takes registers */
-#define MOST_PANELS 2 /* that are multiplied together */
+#define WIDENED_TILE 2 /* of widened weights, which take registers */
+#define MOST_PANELS 2 /* multiplied together */
 #define EACH_ROWS ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6)
 #define BOTH(type, one, other) ((type){(one), (other)})
 
@@ -24,7 +24,7 @@ INLINE vf f_min(vf x, vf y) { return BOTH(vf, _mm256_min_ps(x.a, y.a), _mm256_mi
 INLINE __m256 half_abs(__m256 x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
 INLINE vf f_abs(vf x) { return BOTH(vf, half_abs(x.a), half_abs(x.b)); }
 INLINE vf f_fma(vf x, vf y, vf z) { return BOTH(vf, _mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)); }
-/* The sum keeps its register: with the intrinsic, the compiler puts sums into new ones, of which there are not enough. */
+/* Keeps the sum in its register: with the intrinsic the compiler moves sums to new registers, and runs out of them. */
 INLINE __m256 half_add_product(__m256 sum, __m256 x, __m256 y) {
     __asm__("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(x), "xm"(y));
     return sum;
@@ -102,7 +102,7 @@ INLINE vf f_second(vi w) { return BOTH(vf, half_second(w.a), half_second(w.b)); 
 #define INT8_PARTS 1
 #if defined(__AVXVNNI__)
 #define ENCODING "%{vex%}"
-#else /* that of AVX-512 VNNI; its intrinsic would let the compiler use other instructions of AVX-512, too */
+#else /* of AVX-512 VNNI; its intrinsic would let the compiler use other AVX-512 instructions too */
 #define ENCODING "%{evex%}"
 #endif
 INLINE __m256i half_dot(__m256i sum, __m256i w, __m256i x) {
@@ -116,7 +116,7 @@ INLINE vi int4_sum(vi sum) { return sum; }
 
 #else
 
-/* Of a sum of products the compiler adds the products first, if it may, and keeps more of them than there are registers. */
+/* Stops the compiler from adding products before they are added to the sum: there are not enough registers for them. */
 INLINE __m256i in_order(__m256i sum) {
     __asm__("" : "+x"(sum));
     return sum;
@@ -137,7 +137,7 @@ INLINE vi int8_part(vi w, int part) { return BOTH(vi, half_int8_part(w.a, part),
 INLINE __m256i half_dot_int8(__m256i sum, __m256i w, __m256i x) { return in_order(_mm256_add_epi32(sum, _mm256_madd_epi16(w, x))); }
 INLINE vi dot_int8(vi sum, vi w, vi x) { return BOTH(vi, half_dot_int8(sum.a, w.a, x.a), half_dot_int8(sum.b, w.b, x.b)); }
 
-/* Sums stay in 16 bits: with four bits they are of eight products of pairs, of at most 2 * 15 * 127 each; see int4_dots. */
+/* Sums stay in 16 bits: with four-bit levels, eight pairs of products of at most 2 * 15 * 127 each fit; see int4_dots. */
 INLINE __m256i half_dot_int4(__m256i sum, __m256i w, __m256i x) {
     return in_order(_mm256_add_epi16(sum, _mm256_maddubs_epi16(w, x)));
 }
@@ -148,7 +148,7 @@ INLINE vi int4_sum(vi sum) { return BOTH(vi, half_int4_sum(sum.a), half_int4_sum
 #endif
 
 INLINE void fetch_line(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
-INLINE void fetch_line_later(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); } /* into the second cache */
+INLINE void fetch_line_later(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); } /* into L2 */
 INLINE void relax(void) { _mm_pause(); }
 
 INLINE int lanes_supported(void) {

@@ -1,17 +1,17 @@
 /* Sixteen lanes in one register of AVX-512, with its VNNI and BF16 instructions: see lanes.h.
  *
- * With WIDEN_BF16, for CPUs of Intel, bf16 is multiplied as fp32: VDPBF16PS has half the multiply-adds of VFMADD231PS there.
+ * With WIDEN_BF16, for Intel, bf16 is multiplied as fp32: there VDPBF16PS has half the multiply-adds per second of VFMADD231PS.
  */
 #include <immintrin.h>
 
 typedef __m512 vf;  /* 16 floats */
 typedef __m512i vi; /* 16 int32, or 64 bytes */
 #define SUMS 24       /* vectors of sums that registers hold */
-#define TILE 10       /* most rows that share a weight once it is loaded; more leave no register for each one's address */
+#define TILE 10       /* most rows that share a loaded weight; more would leave no registers for the rows' addresses */
 #define WHOLE_TILE 10 /* and of a whole panel, */
 #define WIDENED_TILE 10 /* of weights of any kind */
 #define LOW_BIT_TILE 7
-#define MOST_PANELS 4 /* that are multiplied together */
+#define MOST_PANELS 4 /* multiplied together */
 #define EACH_ROWS ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8) ROWS(9) ROWS(10)
 
 INLINE vf f_set(float x) { return _mm512_set1_ps(x); }
@@ -44,7 +44,7 @@ INLINE vi i_load(const void *p) { return _mm512_loadu_si512(p); }
 INLINE vi i_low(vi a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
 INLINE vi i_high(vi a) { return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15)); }
 INLINE vi i_or(vi a, vi b) { return _mm512_or_si512(a, b); }
-INLINE vi i_lookup(const int8_t *table, vi a, int high) { /* of four tables alike: further bits choose one of them */
+INLINE vi i_lookup(const int8_t *table, vi a, int high) { /* four copies, so index bits above the fourth do not matter */
     __m512i tables = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)table));
     return _mm512_permutexvar_epi8(high ? _mm512_srli_epi16(a, 4) : a, tables);
 }
@@ -69,7 +69,7 @@ INLINE vi dot_int4(vi sum, vi w, vi x) { return dot_int8(sum, w, x); }
 INLINE vi int4_sum(vi sum) { return sum; }
 
 INLINE void fetch_line(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
-INLINE void fetch_line_later(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); } /* into the second cache */
+INLINE void fetch_line_later(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); } /* into L2 */
 INLINE void relax(void) { _mm_pause(); }
 
 INLINE int lanes_supported(void) {

@@ -1,4 +1,4 @@
-/* Sixteen lanes as four quarters by NEON, with what the target has of dot products of int8 and bf16: see lanes.h. */
+/* Sixteen lanes as four quarters by NEON, with int8 and bf16 dot products if the target has them: see lanes.h. */
 #include <arm_neon.h>
 #if defined(__APPLE__)
 #include <sys/sysctl.h>
@@ -15,7 +15,7 @@ typedef struct { uint8x16_t q[4]; } vi;
 #define LOW_BIT_TILE 6
 #define MOST_PANELS 2
 #define EACH_ROWS ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6)
-/* A vector of what `expression` gives for each quarter i. */
+/* A vector of the values of `expression` for each quarter i. */
 #define QUARTERS(type, expression) \
     type out; \
     for (int i = 0; i < 4; i++) out.q[i] = (expression); \
@@ -68,8 +68,8 @@ INLINE vi i_bits_of(vi x, int left, int mask) {
     QUARTERS(vi, vandq_u8(vshlq_u8(x.q[i], vdupq_n_s8((int8_t)left)), vdupq_n_u8((uint8_t)mask)));
 }
 
-/* An instruction rounds a pair of products and their sums each to odd, and takes subnormal numbers for zeros. Without it
- * products are exact, and the even input's is added before the odd one's. */
+/* BFDOT rounds a pair of products and their sums each to odd, and flushes subnormal numbers to zero. Without it products are
+ * exact, and the even input's is added before the odd one's. */
 #if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 
 INLINE void f_store_bf16(uint16_t *p, vf x) {
@@ -129,7 +129,7 @@ INLINE vi dot_int4(vi sum, vi w, vi x) { return dot_signed(sum, w, x); }
 INLINE vi int4_sum(vi sum) { return sum; }
 
 INLINE void fetch_line(const void *p) { __builtin_prefetch(p, 0, 3); }
-INLINE void fetch_line_later(const void *p) { __builtin_prefetch(p, 0, 2); } /* into the second cache */
+INLINE void fetch_line_later(const void *p) { __builtin_prefetch(p, 0, 2); } /* into L2 */
 INLINE void relax(void) { __asm__ volatile("isb"); } /* `yield` does nothing on most cores */
 
 #if defined(__APPLE__)

@@ -59,29 +59,29 @@ class Engine:
         )
         if (recurrence := spec.recurrence) is not None:
             read, mixed = max(read, sum(recurrence.widths)), max(mixed, recurrence.outputs)
-            steps = 2 * recurrence.heads if recurrence.key_heads else 0  # and decays
+            steps = 2 * recurrence.heads if recurrence.key_heads else 0  # steps and decays
         slices = spec.layers * spec.token_width if spec.token_inputs else 0
-        self.widths = (read, mixed, inside, block_output, steps, slices)  # of rows that threads share
-        self.formed_bytes = 0  # of a row in the layout that the kernel of a matrix reads, at most
-        self.make_room(max(2 * spec.hidden, mixed, inner, expert))  # a block's map reads two states
+        self.widths = (read, mixed, inside, block_output, steps, slices)  # of rows in shared buffers
+        self.formed_bytes = 0  # of the largest row in the layout that kernels read
+        self.make_room(max(2 * spec.hidden, mixed, inner, expert))  # MTP and EAGLE-3 read two states
         self._kept = lru_cache(_KEPT)(Buffers)
         self._experts, self._rope_length = spec.experts, 0
         self._ropes: Ropes = ropes or (lambda count: cosines_and_sines(spec, count, torch.empty(0)))
         self._rope: list[tuple[Tensor, Tensor]] = []
 
     def make_room(self, inputs: int) -> None:
-        """Makes buffers large enough for rows of a matrix with so many inputs."""
+        """Makes buffers large enough for rows of this many inputs."""
         self.formed_bytes = max(self.formed_bytes, 4 * inputs + 64)
 
     def rope(self, stop: int) -> list[tuple[Tensor, Tensor]]:
-        """Cosines and sines in fp32 of at least the positions before `stop`."""
+        """Cosines and sines in fp32 of positions 0..stop-1 or more."""
         if self._rope_length < stop:
             self._rope_length = 2 * stop
             self._rope = self._ropes(self._rope_length)
         return self._rope
 
     def buffers(self, rows: int) -> "Buffers":
-        """Buffers for so many rows and the current threads, to be used until the next call of that size."""
+        """Buffers for this many rows and the current threads; the next call of that size may reuse them."""
         make = self._kept if rows <= KEPT_ROWS else Buffers
         return make(rows, torch.get_num_threads(), self.widths, self.shape.hidden, self.formed_bytes, self._experts)
 
@@ -127,7 +127,7 @@ class Buffers:
         self, rows: int, threads: int, widths: tuple[int, ...], hidden: int, formed_bytes: int, experts: ExpertsSpec | None
     ) -> None:
         self._shared = [torch.empty(rows, width) for width in widths]
-        own = -(-(4 * (hidden + 16) + rows * formed_bytes) // 64) * 64  # a hidden state, all formed rows
+        own = -(-(4 * (hidden + 16) + rows * formed_bytes) // 64) * 64  # a hidden state, and all rows as kernels read them
         self._scratch = torch.empty(threads * own, dtype=torch.uint8)
         self.threads = threads
         self.call = CCall(rows=rows)
@@ -143,7 +143,7 @@ class Buffers:
                 setattr(self.call, name, part.data_ptr())
         self.call.scratch, self.call.scratch_bytes = self._scratch.data_ptr(), own
         self._logits = torch.empty(0)
-        self.read: tuple[Any, ...] = ()  # keeps the arrays that the next call reads
+        self.read: tuple[Any, ...] = ()  # keeps arrays alive that the next call reads
 
     def logits(self, outputs: int) -> Tensor:
         """(rows, outputs), for calls that return tokens only."""
@@ -171,9 +171,9 @@ class NativeLayer:
     def __init__(
         self, pack: PackMatrix, weights: Weights, spec: ModelSpec, index: int, kind: str, feature_norm: Affine | None = None
     ) -> None:
-        """`weights`: of this layer; only the matrices that `pack` asks for are read.
+        """`weights`: of this layer; `pack` decides which matrices are read.
 
-        `feature_norm`: of a layer of EntryLayers, whose first norm is then that of embeddings.
+        `feature_norm`: for EntryLayers: this norm is of features, the layer's first norm of embeddings.
         """
         spec, inputs = spec.of_layer(index), spec.token_inputs
         source, rope = index if spec.source is None else spec.source, spec.rope_of[index]
@@ -212,7 +212,7 @@ class NativeLayer:
         )  # NativeLayers sets the shape
 
 
-_NORMS = "before_attention", "after_attention", "before_mlp", "after_mlp", "query", "key"  # in CLayer, as `layer_norms`
+_NORMS = "before_attention", "after_attention", "before_mlp", "after_mlp", "query", "key"  # in the order of `layer_norms`
 
 
 def _layer_matrices(
@@ -265,7 +265,7 @@ class NativeTokenInputs:
             table=table.data_ptr(),
             width=width,
             bf16_table=table.dtype == torch.bfloat16,
-            eps=spec.eps * spec.hidden,  # transformers divides the product by the root
+            eps=spec.eps * spec.hidden,  # transformers divides the product by sqrt(hidden)
             table_scale=half * float(torch.tensor(width**0.5).to(embedding.dtype)),
         )
 
@@ -301,7 +301,7 @@ class NativeLayers(RepackedLayers):
         return self.carrying(super().embed(ids), ids)
 
     def carrying(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        """Hidden states (..., D) with the ids of their tokens (...), if layers read these."""
+        """Appends token ids (...) to hidden states (..., D) if layers read them."""
         return hidden if self.inputs is None else torch.cat((hidden, ids[..., None].to(hidden.dtype)), dim=-1)
 
     def run(self, hidden: Tensor, start: int, stop: int, places: Places, only_kv: bool = False) -> Tensor:
@@ -325,7 +325,7 @@ class NativeLayers(RepackedLayers):
         entries: Tensor | None = None,
         tokens: Tensor | None = None,
     ) -> Tensor:
-        """Layers over the hidden states `rows` (N, D), in place. `entries` (N, 2D): the inputs of EntryLayers."""
+        """Runs layers on the hidden states `rows` (N, D), in place. `entries` (N, 2D): the inputs of EntryLayers."""
         kernels, most = self.engine.kernels, rows_at_once(len(rows), self.row_bytes)
         kernel = kernels.write if only_kv else kernels.span
         for first, part in zip(range(0, len(rows), most), places.parts(most), strict=True):
@@ -343,7 +343,7 @@ class NativeLayers(RepackedLayers):
         return self._there.issuperset(layers)
 
     def address(self, layer: int) -> int:
-        """The address of a layer's C structure, which those of later layers follow."""
+        """The address of a layer's C structure; later layers follow it."""
         return ctypes.addressof(self._array) + layer * ctypes.sizeof(CLayer)
 
     def call_at(self, places: Places, rows: int | None = None) -> Buffers:

@@ -1,4 +1,4 @@
-"""Weights in the layout of all kernels: panels of 32 outputs, which are read from front to back."""
+"""Weights in the kernels' layout: panels of 32 outputs, read from front to back."""
 
 import ctypes
 import mmap
@@ -27,15 +27,15 @@ Part = tuple[torch.dtype, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class MatrixForm:
-    """The form of a matrix (outputs, inputs). Low bits need `inputs` that the group size divides, bf16 an even number."""
+    """The form of a matrix (outputs, inputs). `inputs` must be a multiple of the group size for low bits, of 2 for bf16."""
 
     kind: str  # one of KINDS
     inputs: int
     outputs: int
     count: int = 1  # matrices of this shape whose panels alternate
     biased: bool = False
-    experts: int = 1  # the same for each expert, one after the other
-    types: tuple[str, ...] = ()  # of `stored`: by panel, of FORMS
+    experts: int = 1  # each with `count` matrices, one after the other
+    types: tuple[str, ...] = ()  # of `stored`: each panel's type, a key of FORMS
 
     @property
     def panels_of_one(self) -> int:
@@ -85,7 +85,7 @@ class MatrixForm:
 
 
 class HugePages:
-    """Memory for a model's weights in huge pages, if the system has them: a pass reads all weights, so page lookups count."""
+    """Memory for a model's weights in huge pages, if the system has them: a pass reads all weights, so TLB misses count."""
 
     def __init__(self) -> None:
         self._chunk, self._used = torch.empty(0, dtype=torch.uint8), 0
@@ -125,12 +125,12 @@ class NativeMatrix:
         empty: Callable[..., Tensor] = torch.empty,
         narrows: bool = False,
     ) -> "NativeMatrix":
-        """A `PackMatrix`, after the kernels.
+        """A `PackMatrix` once `kernels` is bound.
 
-        `read` gives `count` projections (outputs, inputs) of each expert, or the parts of a single one, of which all but the
-        last fill panels. They are rounded to low bits if the form has these. Rows of blocks stay unchanged if all weights are
-        such. `empty` allocates tensors. `narrows`: fp32 weights that bf16 holds exactly are stored in bf16, as most published
-        ones: passes of few tokens are bound by reading weights. The products have the same bits.
+        `read` gives `count` projections (outputs, inputs) for each expert, or one projection in parts, where all parts but the
+        last fill panels. A low-bit form rounds them; rows of blocks stay unchanged if all weights are rows of blocks. `empty`
+        allocates tensors. `narrows`: stores fp32 weights in bf16 if bf16 holds them exactly, as it does for most published
+        models: passes of few tokens are memory-bound. The products have the same bits.
         """
         projections = list(read())
         blocks = [projection.weight for projection in projections if isinstance(projection.weight, BlockRows)]
@@ -157,7 +157,7 @@ class NativeMatrix:
         return matrix
 
     def rows_of(self, vocabulary: DraftVocabulary) -> "NativeMatrix":
-        """The head for some tokens only."""
+        """The head with a draft vocabulary's rows only."""
         chosen = vocabulary.rows_of(torch.arange(self.outputs))
         types = self.form.types[:1] * -(-len(chosen) // PANEL)
         form = replace(self.form, outputs=len(chosen), types=types)
@@ -191,7 +191,7 @@ def _stored(form: MatrixForm, weights: Sequence[BlockRows]) -> MatrixForm:
 
 
 def _source(rows: Tensor) -> int:
-    """The kind of rows that C packs."""
+    """The kind of weights to pack, in the numbering of the C code."""
     if isinstance(rows, BlockRows):
         return rows.form.code
     return KINDS.index("int4" if is_stored(rows) else "bf16" if rows.dtype == torch.bfloat16 else "fp32")
@@ -203,4 +203,4 @@ def _fits_bf16(weight: Tensor) -> bool:
 
 
 PackMatrix = Callable[[str, MatrixForm, Callable[[], Iterable[Affine]]], NativeMatrix]
-"""Makes a matrix from its name (unique in a model for a kind of form), its form, and a function that reads its weights."""
+"""Makes a matrix from its name (unique in a model, by kind of form), its form, and a function that reads its weights."""

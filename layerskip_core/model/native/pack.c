@@ -1,7 +1,7 @@
 /* Packs weights (outputs, inputs) into a matrix: rounds them, where it has fewer bits, and stores them in panels.
  *
- * Whatever the kind, a panel consists of units of 32 bits: for each unit of a row, those of its 32 rows stand side by side. The
- * numbers are those of torch's operations in weights.py, to the bit. Included after kernels.c.
+ * A panel of any kind interleaves its 32 rows in units of 32 bits. Numbers equal those of torch's operations in weights.py, to
+ * the bit. Included after kernels.c.
  */
 
 typedef struct {
@@ -9,7 +9,7 @@ typedef struct {
     const char *weight; /* (rows, inputs) in `from`: FP32, BF16, INT4 for the bytes of a calibrated weight, or a type of blocks */
     int from, rows;     /* rows after the last are zeros */
     int first, step;    /* the first of the panels that take the rows, and the distance to the next */
-    atomic_int taken;   /* panels that a thread has taken */
+    atomic_int taken;   /* panels taken by threads so far */
 } Packing;
 
 /* The bytes of row `lane`, or NULL after the last. */
@@ -58,7 +58,7 @@ INLINE void pack_int8(const Rows *rows, int n, const int bf16, uint32_t *out, fl
         }
 }
 
-/* Of a finite number, to the nearest, ties to even. The instruction for it takes subnormal numbers for zeros, torch does not. */
+/* Rounds a finite number to nearest, ties to even, as torch does; the CPU's instruction flushes subnormal numbers to zero. */
 INLINE uint16_t bf16_of(float x) {
     uint32_t bits;
     memcpy(&bits, &x, 4);
@@ -110,11 +110,11 @@ static const struct { int inputs, bytes; } BLOCKS[] = {
 
 typedef struct {
     uint8_t levels[256];
-    uint16_t scales[2];  /* the second one of minima */
+    uint16_t scales[2];  /* the second is of minima */
     int8_t steps[16][2]; /* by group */
 } StoredBlock;
 
-/* The low halves of each `run` bytes are levels that follow one another, and so are the high ones after them. */
+/* Unpacks each `run` bytes to the levels in their low halves, then those in their high halves. */
 static void read_halves(uint8_t *levels, const uint8_t *from, int bytes, int run) {
     for (int i = 0; i < bytes; i++) {
         uint8_t *to = levels + i / run * 2 * run + i % run;
@@ -127,7 +127,7 @@ static void read_block(int type, const uint8_t *b, StoredBlock *to) {
     if (type == Q8_0) {
         memcpy(to->scales, b, 2);
         for (int i = 0; i < 32; i++) levels[i] = b[2 + i] ^ 128;
-    } else if (type == MXFP4) { /* twice its levels times 2^(byte - 128); the least two would be subnormal, and are 0 */
+    } else if (type == MXFP4) { /* twice its levels times 2^(byte - 128); the two least powers would be subnormal, and are 0 */
         to->steps[0][0] = (int8_t)(b[0] < 1 ? -127 : b[0] - 128);
         read_halves(levels, b + 1, 16, 16);
     } else if (type == Q4_Z) {
@@ -139,7 +139,7 @@ static void read_block(int type, const uint8_t *b, StoredBlock *to) {
         for (int i = 0; i < 256; i++) levels[i] |= (uint8_t)((b[128 + i / 128 * 32 + i % 32] >> i % 128 / 32 * 2 & 3) << 4);
         for (int g = 0; g < 16; g++) to->steps[g][0] = (int8_t)b[192 + g];
         memcpy(to->scales, b + 208, 2);
-    } else if (type == Q4_K || type == Q5_K) { /* steps of six bits, of which the last four groups' upper two are apart */
+    } else if (type == Q4_K || type == Q5_K) { /* six-bit steps; the last four groups' upper two bits are stored apart */
         const uint8_t *s = b + 4;
         for (int g = 0; g < 4; g++) {
             to->steps[g][0] = s[g] & 63, to->steps[4 + g][0] = (int8_t)((s[8 + g] & 15) | s[g] >> 6 << 4);
@@ -224,7 +224,7 @@ static void pack_panels(void *packing) {
     for (int index; (index = atomic_fetch_add_explicit(&p->taken, 1, memory_order_relaxed)) < panels;) pack_panel(p, index);
 }
 
-/* A weight into the panels first, first + step, ... of a matrix. A matrix in FP32 or BF16 takes weights in that precision only. */
+/* Packs a weight into panels first, first + step, ... FP32 and BF16 matrices take only weights of their precision. */
 void layerskip_pack(const Matrix *to, const void *weight, int from, int rows, int first, int step, int threads) {
     Packing packing = {.to = to, .weight = weight, .from = from, .rows = rows, .first = first, .step = step};
     if (threads > 1 && parallel) parallel(pack_panels, &packing, (unsigned)threads, 0);

@@ -1,34 +1,34 @@
-/* Products of panels by a few rows, whose sums stand in registers.
+/* Products of panels by a few rows, with sums in registers.
  *
- * With many registers whole panels are multiplied, of few rows several at once. With fewer, halves of a panel are: so each weight
- * that is loaded serves more rows. They take turns in steps of some weights, which stay in the cache from one half to the other.
+ * CPUs with many registers multiply whole panels, several at once if there are few rows. Others multiply halves of a panel, so
+ * that each loaded weight serves more rows; halves alternate in steps of some weights, which stay in the cache.
  */
 #define UNIT 128     /* bytes of a panel that are read at once, a vector for each half */
 #define STEP 64      /* most units of a step by halves */
-#define LEAST_TURN 4 /* rows of each of several turns that whole panels take; the last one may have fewer */
+#define LEAST_TURN 4 /* least rows of a turn, where whole panels take several; the last may have fewer */
 #define MOST_TURN 8
 #define LOW_BIT_TURN 5 /* most rows of a turn by low-bit weights, whose sums of groups need registers too */
 #define STORED_TILE (WHOLE_TILE < TILE ? 3 : 4) /* most rows that share a weight of STORED: each has two sums of a group */
 #define SYSTEM_PAGE 4096
-#define TILES 4 /* of rows that halves of a panel are multiplied by, one after the other */
+#define TILES 4 /* most tiles of rows that halves of a panel are multiplied by in turn */
 
 #include "tiles.h"
 
 typedef float Product[MOST_ROWS][PANEL]; /* of a panel, (row, output) */
 
-/* What is multiplied: units from..to-1 of P neighbouring panels, or, where H is 1, of one of the two halves of a panel, by R rows.
- * All three are constant where they are inlined. */
+/* Operands of a product: units from..to-1 of P neighbouring panels (H = 2), or of half a panel (H = 1), by R rows. P, H and R
+ * are compile-time constants. */
 typedef struct {
     const char *weight;
     const uint16_t *scale; /* of int4, and of a stored panel */
-    const int8_t *steps;   /* of that */
+    const int8_t *steps;   /* of a stored panel */
     const StoredPanel *stored;
     const char *x;
     size_t stride; /* bytes from row to row */
-    float *out;    /* in the panel's Product; sums go on from there where `from` is not 0 */
+    float *out;    /* in the panel's Product; sums continue from it if `from` is not 0 */
     int inputs, units, from, to;
-    const char *next; /* weights that will be needed, or NULL */
-    size_t share;     /* bytes of them that are asked for with each unit */
+    const char *next; /* weights of a later step, or NULL */
+    size_t share;     /* bytes of them to prefetch with each unit */
 } Operands;
 
 typedef vf Sums[TILE][MOST_PANELS][2];
@@ -49,8 +49,8 @@ INLINE void put_sums(Sums sums, const Operands *o, const int R, const int P, con
 
 INLINE const char *weights_of(const Operands *o, int p, int unit) { return o->weight + (size_t)(p * o->units + unit) * UNIT; }
 
-/* Asks for weights before they are needed: those of `next` or, where that is NULL, of the page after, which CPUs do not fetch by
- * themselves before it is read. */
+/* Prefetches weights: those at `next` or, where that is NULL, those of the page after, into which CPUs do not prefetch by
+ * themselves. */
 INLINE void fetch(const Operands *o, int p, int unit, const int R, const int H) {
     size_t at = (size_t)(p * o->units + unit) * o->share;
     if (H == 1) {
@@ -100,8 +100,8 @@ INLINE void panels_bf16(const Operands *o, const int R, const int P, const int H
     put_sums(acc, o, R, P, H);
 }
 
-/* Levels plus 128, because x86 multiplies unsigned by signed; a group's sum starts with the correction for what is left of that.
- * The sums are still to be multiplied by the scales. */
+/* Levels are stored plus 128, because x86 multiplies unsigned by signed; a group's sum starts with the correction for the
+ * LEVEL_OFFSET that is left. The caller multiplies the sums by the scales. */
 INLINE void panels_int8(const Operands *o, const int R, const int P, const int H) {
     enum { UNITS = GROUP / 4 };
     const char *factors = o->x + sizeof(RowInt8) * (size_t)o->inputs;
@@ -171,8 +171,8 @@ INLINE void panels_int4(const Operands *o, const int R, const int P, const int H
     put_sums(acc, o, R, P, H);
 }
 
-/* A quad of a group's levels for each output. A unit has two quads, in the low and the high halves of its bytes. After four units,
- * a byte of one more has the fifth bits of all quads, or of two more the upper two bits of four quads each. */
+/* Four levels of a group, a quad, for each output. A unit has two quads, in the low and the high halves of its bytes. After
+ * four units, one more holds the fifth bits of all quads, or two more hold the upper two bits of four quads each. */
 INLINE vi quads_of(const char *group, int quad, const int bits) {
     if (bits == 8) return i_load(group + quad * UNIT);
     vi halves = i_load(group + quad / 2 * UNIT), low = quad % 2 ? i_high(halves) : i_low(halves);
@@ -189,14 +189,14 @@ INLINE vf factor_of(const Operands *o, const int spans, int span, int h, int is_
     return f_mul(scale, f_load_int8(o->steps + (size_t)span * factors + at));
 }
 
-/* Adds a quad of levels by four bytes of a row. */
+/* Adds the products of a quad of levels with four bytes of a row. */
 INLINE vi dot_levels(vi sum, vi levels, const int8_t *quad, const int bits, int part) {
     return bits == 8 ? dot_int8(sum, int8_part(levels, part), byte_value(quad, part)) : dot_int4(sum, levels, int4_value(quad));
 }
 INLINE vf dots_of(vi sum, const int bits) { return f_of_int(bits == 8 ? sum : int4_sum(sum)); }
 
-/* The levels of rows are two bytes, which are multiplied one by one. A sum over the inputs of a step is exact up to six bits, and
- * rounded once with eight: so it makes no difference how many dots are added at once. */
+/* Row levels have two bytes, which are multiplied separately. A sum over the inputs of a step is exact up to six bits, and
+ * rounded once with eight, so results do not depend on how many dots are added at once. */
 INLINE void panel_stored(const Operands *o, const int bits, const int by_table, const int R, const int H) {
     static const int8_t table[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0}; /* twice MXFP4's levels, plus 12 */
     const int spans = bits == 6 ? 2 : 1, quads = GROUP / 4 / spans, parts = bits == 8 ? INT8_PARTS : 1;
@@ -265,8 +265,8 @@ INLINE void panel_of_bits(const Operands *o, const int R, const int H) {
 
 INLINE int is_low_bit(int kind) { return kind == INT8 || kind == INT4 || kind == STORED; }
 
-/* Whole panels that are multiplied together: so few sums of one panel would wait for each other, and a row's value that is read
- * once serves them all. Low-bit weights have sums of groups beside the others. */
+/* How many whole panels are multiplied together: the few sums of one would wait for each other, and each value of a row is read
+ * once for all panels. Low-bit weights need registers for sums of groups too. */
 INLINE int panels_at_once(int kind, int rows) {
     int sums = is_low_bit(kind) ? SUMS / 2 : SUMS;
     return kind == STORED ? 1 : rows == 1 ? MOST_PANELS : 4 * rows <= sums ? 2 : 1;
@@ -302,8 +302,8 @@ INLINE Operands operands_of(const Matrix *m, int panel, const char *x, size_t st
     };
 }
 
-/* `count` panels by R rows, whose sums stand in registers. In the first of `turns`, of which each has other rows, the weights
- * come from memory. In every other one they are in the cache, and a part of the next panels' is asked for. */
+/* `count` panels by R rows, with sums in registers. The first of `turns`, each with other rows, reads the weights from memory;
+ * later ones find them in the cache and prefetch a part of the next panels. */
 INLINE void whole_panels(
     const Matrix *m, int panel, int count, const char *x, size_t stride, const int R, int turn, int turns, Product *out
 ) {
@@ -335,16 +335,16 @@ INLINE int whole_tile_of(const Matrix *m) {
     return m->kind == FP32 ? WHOLE_TILE : m->kind == STORED && WHOLE_TILE < TILE ? 1 : WIDENED_TILE;
 }
 
-/* A panel by up to TILES tiles of rows. The halves and tiles of a step each ask for a part of the next step's weights. */
+/* A panel by up to TILES tiles of rows. Each half and tile of a step prefetches a part of the next step's weights. */
 static void panel_in_halves(const Matrix *m, int panel, const char *x, size_t stride, int rows, Product *out) {
     Operands all = operands_of(m, panel, x, stride, out);
     int tiles = (rows + tile_of(m) - 1) / tile_of(m), turns = 2 * tiles;
-    int steps = (all.units + STEP - 1) / STEP, group = m->kind == STORED ? all.stored->bits : 8; /* units of one, or of two */
+    int steps = (all.units + STEP - 1) / STEP, group = m->kind == STORED ? all.stored->bits : 8; /* units: one group, or two */
     int few = ((all.units + steps - 1) / steps + group - 1) / group * group;
     all.share = (UNIT + (size_t)turns - 1) / (size_t)turns;
     for (all.from = 0; all.from < all.units; all.from = all.to) {
         all.to = all.units - all.from < few ? all.units : all.from + few;
-        all.next = all.weight + (size_t)all.to * UNIT - (size_t)all.from * all.share; /* where unit 0 would ask */
+        all.next = all.weight + (size_t)all.to * UNIT - (size_t)all.from * all.share; /* rebased to unit 0 */
         for (int turn = 0; turn < turns; turn++) {
             Operands o = all;
             int half = turn % 2, first = share(rows, turn / 2, tiles), last = share(rows, turn / 2 + 1, tiles);
@@ -356,8 +356,8 @@ static void panel_in_halves(const Matrix *m, int panel, const char *x, size_t st
     }
 }
 
-/* Rows of which one panel_rows multiplies a panel: parts of about the same size, of many rows as many as whole panels are
- * multiplied by in pairs; or whole tiles of AMX. */
+/* Rows in one call of panel_rows: parts of about the same size; of many rows, as many as pairs of whole panels take; with AMX,
+ * whole tiles. */
 static int rows_at_once(const Matrix *m, int rows) {
     if (in_tiles(m)) return TILED_ROWS;
     int most = tile_of(m) * (WHOLE_TILE < TILE ? TILES : 1);

@@ -1,4 +1,4 @@
-/* Layers that remember a text in a memory of fixed size: short convolutions, and linear recurrences after one.
+/* Layers with a state of fixed size: short convolutions, and linear recurrences after one.
  *
  * A head of values has a state S (key dimension, value dimension), which each token changes and then reads:
  *
@@ -7,30 +7,30 @@
  *
  * Heads of values share heads of keys and queries in groups, which Mamba-2 calls B and C.
  *
- * What a token leaves is kept by its position, as keys and values are, in a ring of a few slots: its input of the convolution, and
- * its change of the state (decay, k, d). So what is rejected costs nothing: later tokens overwrite it. The state itself is that
- * before the position `base`. A call first moves it on to what is settled by then; beyond that it works on a copy.
+ * Like keys and values, each token's input of the convolution and its update of the state (decay, k, d) are kept by position,
+ * in a ring of a few slots. So rejected tokens cost nothing: later ones overwrite them. The state includes the tokens before
+ * position `base`. A call first applies the updates of tokens that are settled by then; beyond these it works on a copy.
  *
- * Sums are taken in the order of key dimensions, for each value dimension by itself, and tokens one after the other, each with the
- * same operations. So no bit depends on how tokens are divided into calls, or on which of them are settled when.
+ * Each value dimension is summed by itself, in the order of key dimensions, and each token takes the same operations. So no bit
+ * depends on how tokens are divided into calls, or on when they are settled.
  */
 #define MOST_TAPS 8     /* of a convolution */
 #define LARGEST_KEY 256 /* dimensions */
-#define BLOCK_FLOATS (16 * LARGEST_KEY) /* of a state that is worked on together: with its copy it is in a core's first cache */
-#define MOST_COLUMNS (SUMS >= 8 ? 4 : 2) /* its panels */
+#define BLOCK_FLOATS (16 * LARGEST_KEY) /* of a state, processed together: with its copy they fit in L1 */
+#define MOST_COLUMNS (SUMS >= 8 ? 4 : 2) /* panels of such a block */
 
 enum { CONVOLUTION, DECAY, DELTA }; /* kinds of such layers */
 
 struct Recurrence {
-    int32_t kind, taps, channels;   /* of the convolution, whose channels stand side by side */
-    int32_t width;                  /* of a row of projections, and where in it begins: */
-    int32_t convolved, query, key, value; /* the channels, and what they are */
-    int32_t factor, gate;           /* what multiplies the convolution's inputs, -1 for nothing; what gates outputs */
+    int32_t kind, taps, channels;   /* of the convolution, whose channels are adjacent */
+    int32_t width;                  /* of a row of projections; and offsets in it: */
+    int32_t convolved, query, key, value; /* of the channels, and of their queries, keys and values */
+    int32_t factor, gate;           /* of factors of the convolution's inputs, -1 for none; of gates of outputs */
     int32_t key_heads, heads, key_dim, value_dim;
-    int32_t steps;                  /* where what steps are computed from begins; 0: Passage.steps has it */
+    int32_t steps;                  /* of the inputs of steps; 0: Passage.steps has them */
     int32_t norm_size, gates_first; /* outputs that are normed together, 0 for no norm; whether gates come before the norm */
     float eps, least_step, most_step;
-    int64_t state, entry;     /* where the layer begins in a text's state, and in a slot of its ring; in bytes */
+    int64_t state, entry;     /* byte offsets of the layer in a text's state, and in a slot of its ring */
     const float *filter;      /* (tap, channel), the newest token's tap last */
     const float *filter_bias; /* by channel, or NULL */
     const float *rate;        /* of the decay, by head: below 0 */
@@ -39,24 +39,24 @@ struct Recurrence {
     const float *norm;        /* by output */
 };
 
-/* Some tokens of each of some texts, text after text; a text that has none is only settled. Slots are needed for the positions
- * from `base` to the first token, and for those that are not settled and the taps before them. */
+/* Tokens of some texts, text after text; a text without tokens is only settled. A ring needs slots for the positions from
+ * `base` to the first token, for unsettled positions, and for the taps before these. */
 typedef struct {
     const int64_t *positions; /* by token; consecutive in a text */
-    const int32_t *starts;    /* by text its first token; then the number of tokens */
+    const int32_t *starts;    /* by text: its first token; then the number of tokens */
     char *const *states;      /* by text, of all layers */
     char *const *rings;       /* by text: (position modulo slots, slot_bytes) */
     const int64_t *slots;     /* by text; at least as many as taps */
-    const int64_t *settled;   /* by text: its tokens before this position stay */
+    const int64_t *settled;   /* by text: tokens before this position are final */
     int64_t slot_bytes;       /* of all layers */
     int32_t texts;
     float *rows;  /* (token, width): projections; channels are replaced by outputs of the convolution */
-    float *steps; /* (token, 2, head): what steps and decays are computed from, which replace it; DECAY has no first half */
+    float *steps; /* (token, 2, head): inputs of steps and decays, replaced by these; DECAY has no first half */
     float *out;   /* (token, output) */
 } Passage;
 
-/* A slot's entry of a layer is inputs (channel), decays (head), keys (head, dimension), deltas (head, panel of 16 values, 16). A
- * layer's state is `base`, and from HEADER on (head, panel of 16 values, key dimension, 16). */
+/* A slot's entry of a layer is inputs (channel), decays (head), keys (head, dimension), deltas (head, panel of 16 values, 16).
+ * A layer's state is `base`, and from HEADER on (head, panel of 16 values, key dimension, 16). */
 #define HEADER 64 /* bytes */
 
 INLINE size_t in_vectors(int floats) { return ((size_t)floats + 15) & ~(size_t)15; }
@@ -72,7 +72,7 @@ static size_t state_bytes(const Recurrence *l) {
     return l->kind == CONVOLUTION ? 0 : HEADER + 4 * values_of(l) * (size_t)l->key_dim;
 }
 
-/* A text in a call, and a layer. */
+/* A text of a call, in one layer. */
 typedef struct {
     int first, count, slots;           /* first, count: of its tokens; slots fit in 32 bits */
     int64_t base, settled, start, end; /* positions; start and end are those of its tokens */
@@ -87,7 +87,7 @@ static Text text_of(const Recurrence *l, const Passage *p, int text) {
     t.count = p->starts[text + 1] - t.first;
     t.start = t.count ? p->positions[t.first] : t.settled, t.end = t.start + t.count;
     t.base = l->kind == CONVOLUTION ? t.start : t.count && !t.start ? 0 : *(int64_t *)state;
-    if (t.count && t.base > t.start) t.base = t.start; /* of a text that goes further back than it may */
+    if (t.count && t.base > t.start) t.base = t.start; /* a text rolled back further than it may be */
     if (t.settled > t.end) t.settled = t.end;
     if (t.settled < t.base) t.settled = t.base;
     t.state = (float *)(state + HEADER), t.ring = p->rings[text] + l->entry;
@@ -107,7 +107,7 @@ INLINE void store_up_to(float *p, vf x, int n) {
     f_store(some, x), memcpy(p, some, 4 * (size_t)n);
 }
 
-/* log(1 + e^x): with u = e^-|x|, log(1 + u) is twice the area tangent of s = u / (2 + u), which is at most a third. */
+/* log(1 + e^x) = max(x, 0) + log(1 + u) with u = e^-|x|; log(1 + u) = 2 artanh(s) with s = u / (2 + u) <= 1/3. */
 INLINE vf softplus(vf x) {
     vf u = f_exp(f_sub(f_set(0), f_abs(x))), s = f_div(u, f_add(f_set(2), u)), square = f_mul(s, s), sum = f_set(1.0f / 13);
     for (int odd = 11; odd > 0; odd -= 2) sum = f_fma(sum, square, f_set(1.0f / (float)odd));
@@ -119,7 +119,7 @@ INLINE vf softplus(vf x) {
 /* Channels that a thread convolves together: a head of queries, keys or values. */
 typedef struct {
     int column, size;
-    float scale; /* of a head that is normed, to this length; else 0 */
+    float scale; /* L2 norm that the head is scaled to; 0: not scaled */
 } Chunk;
 
 INLINE int chunks_of_channels(const Recurrence *l) {
@@ -135,7 +135,7 @@ static Chunk chunk_of(const Recurrence *l, int index) {
     return (Chunk){column, l->key_dim, l->kind == DELTA ? is_key ? 1 : 1 / sqrtf((float)l->key_dim) : 0};
 }
 
-/* A head of keys or queries on the given length. */
+/* Scales a head of keys or queries to the given L2 norm. */
 static void lengthen(float *x, int n, float length) {
     vf sum = f_set(0);
     for (int i = 0; i < n; i += 16) {
@@ -146,8 +146,8 @@ static void lengthen(float *x, int n, float length) {
     for (int i = 0; i < n; i += 16) store_up_to(x + i, f_mul(load_up_to(x + i, n - i), factor), n - i);
 }
 
-/* A token's channels, with their inputs `at` each tap's position, of which the last is here. Before the first token there is
- * nothing, so taps may be skipped. */
+/* Convolves a token's channels. `at`: inputs at each tap's position, the last of which is the token's. Taps before the text's
+ * first token are skipped. */
 INLINE void convolve_token(
     const Recurrence *l, const int taps, int skipped, Chunk chunk, const float *row, float *const *at, float *out
 ) {
@@ -217,15 +217,15 @@ static void convolve(const Recurrence *l, const Passage *p, int thread, int thre
 
 /* ---- the recurrence ---- */
 
-/* What a token does to some vectors of a head's values. */
+/* A token's update of a head's state, for some panels of values. */
 typedef struct {
     float decay;
     const float *key, *delta; /* (key dimension), (vector, 16) */
 } Change;
 
-/* C panels of a state: after a change, if there is one, read by a query and by a key, if there are any. The change is that of the
- * token before, so that the state is read and written once for each token. What stands at `ahead` is fetched meanwhile: a state
- * is longer than what memory's own prefetching foresees. */
+/* C panels of a state: applies an update, if there is one, and multiplies by a query and a key, if there are any. The update is
+ * the previous token's, so that the state is read and written once per token. Prefetches `ahead`: hardware prefetching does not
+ * cover a state. */
 INLINE void pass_state(
     const int C, const int changes, const int reads, const float *from, float *to, int key_dim, const Change *change,
     const float *query, const float *key, const float *ahead, vf *of_query, vf *of_key
@@ -249,7 +249,7 @@ INLINE void pass_state(
     for (int c = 0; c < C && reads; c++) of_query[c] = by_query[c], of_key[c] = by_key[c];
 }
 
-/* `reads`: 0, 1 by the query, 2 by the key too. */
+/* `reads`: 0 for none, 1 for the query, 2 for the key too. */
 static void pass_panels(
     int C, int reads, const float *from, float *to, int key_dim, const Change *change, const float *query, const float *key,
     const float *ahead, vf *of_query, vf *of_key
@@ -270,7 +270,7 @@ static void pass_panels(
 #undef PASS
 }
 
-/* A text's tokens in C panels of a head's state, from the panel-th on. `copy`: room for the state beyond what is settled. */
+/* Runs a text's tokens in C panels of a head's state, from `panel` on. `copy`: buffer for the state after unsettled tokens. */
 static void advance(const Recurrence *l, const Passage *p, const Text *t, int head, int panel, int C, float *copy) {
     int size = l->key_dim, own = head / (l->heads / l->key_heads) * size; /* own: the first of its keys */
     size_t place = (size_t)(head * panels_of(l) + panel) * 16, decays = decays_of(l) + (size_t)head;
@@ -279,7 +279,7 @@ static void advance(const Recurrence *l, const Passage *p, const Text *t, int he
     const float *before = state, *ahead = state + 16 * (size_t)(C * size);
     vf of_query[4], of_key[4];
     if (t->count && !t->start) memset(state, 0, 64 * (size_t)(C * size)); /* a text begins */
-    Change last, *change = NULL; /* of the token before; NULL: the state has it */
+    Change last, *change = NULL; /* the previous token's; NULL: already applied */
     for (int64_t position = t->base; position < t->end; position++) {
         float *after = position <= t->settled ? state : copy, *kept = entry_at(t, position);
         if (position < t->start) {
@@ -309,7 +309,7 @@ static void advance(const Recurrence *l, const Passage *p, const Text *t, int he
     if (change && t->end <= t->settled) pass_panels(C, 0, before, state, size, change, NULL, NULL, ahead, NULL, NULL);
 }
 
-/* This thread's part of all states: of each text the same heads, so that threads have the same work where texts differ. */
+/* This thread's part of all states: the same heads of every text, so that texts of different lengths keep threads balanced. */
 static void recur(const Recurrence *l, const Passage *p, int thread, int threads) {
     float copy[BLOCK_FLOATS] __attribute__((aligned(64)));
     int most = BLOCK_FLOATS / (16 * l->key_dim) < MOST_COLUMNS ? BLOCK_FLOATS / (16 * l->key_dim) : MOST_COLUMNS;
@@ -324,8 +324,8 @@ static void recur(const Recurrence *l, const Passage *p, int thread, int threads
     }
 }
 
-/* This thread's part of the decays and keys of tokens that are not settled: once the changes that were kept before, perhaps in the
- * same slots, are part of the states. */
+/* Keeps this thread's part of the decays and keys of unsettled tokens. Runs after `recur`, which reads earlier updates, perhaps
+ * in the same slots. */
 static void keep_changes(const Recurrence *l, const Passage *p, int thread, int threads) {
     size_t heads = (size_t)l->heads, keys = (size_t)(l->key_heads * l->key_dim);
     for (int text = 0; text < p->texts; text++) {
@@ -362,7 +362,7 @@ static void gate_outputs(const Recurrence *l, const Passage *p, int thread, int 
     }
 }
 
-/* A layer between its projections, which all threads have met after. */
+/* A layer between its projections, with a barrier after the outputs. */
 static void remember(const Recurrence *l, const Passage *p, Team *team, int thread, int threads) {
     convolve(l, p, thread, threads);
     barrier(team, threads);

@@ -1,8 +1,8 @@
 /* How threads share a call: barriers, shares of panels, and how many threads take part.
  *
- * Another process that is busy on a core holds up the thread that wants it, and every thread that waits for that one. So waits
- * sleep, which frees a core for who is late; of long products threads take each other's panels; and where threads do not get
- * their cores, calls do with a thread fewer for a while. No sum depends on who computes it.
+ * Another process that is busy on a core delays the thread that needs it, and every thread that waits for that one. So waiting
+ * threads sleep, which frees a core for a late one; in long products threads steal each other's panels; and where threads do
+ * not get their cores, calls use one thread fewer for a while. Results do not depend on which thread computes them.
  */
 #include <sched.h>
 #include <time.h>
@@ -12,20 +12,20 @@
 #include <unistd.h>
 #endif
 
-#define MOST_TAKERS 64  /* threads that take each other's panels, if there are no more */
-#define SPINS 4000      /* about 50 microseconds; without another process waits take one or two */
-#define WINDOW 0.1      /* seconds of calls that count, the last ones most */
-#define EVIDENCE 0.02   /* of them, at least */
-#define LEAST_SHARE 0.7 /* of a call's time, for which a thread is on a core: 0.9 or more, but 0.5 to 0.6 beside a process on two */
+#define MOST_TAKERS 64  /* with more threads, panels are not stolen */
+#define SPINS 4000      /* about 50 microseconds; on an idle machine waits take one or two */
+#define WINDOW 0.1      /* seconds of recent calls that are averaged */
+#define EVIDENCE 0.02   /* least seconds of calls before a thread is left out */
+#define LEAST_SHARE 0.7 /* of a call's time on a core, per thread: usually 0.9 or more, 0.5 to 0.6 beside a process on two */
 #define SHORTEST_PAUSE 0.02
 #define LONGEST_PAUSE 1.0
 
-/* Where the share of thread `index` of `of` begins, out of `count` things; it ends where that of the next one begins. */
+/* Where the share of thread `index` of `of` begins in `count` things; it ends where the next thread's begins. */
 INLINE int share(int count, int index, int of) { return (int)((int64_t)count * index / of); }
 INLINE int64_t share_of_many(int64_t count, int index, int of) { return count / of * index + count % of * index / of; }
 
 typedef struct {
-    _Alignas(64) atomic_ullong state; /* the phase in the high half, what is taken of the share in the low half */
+    _Alignas(64) atomic_ullong state; /* the phase in the high half, how much of the share is taken in the low half */
 } Taken;
 
 typedef struct {
@@ -70,7 +70,7 @@ INLINE void barrier(Team *team, int threads) {
     sleep_in(team, phase);
 }
 
-/* The first of up to `few` things that are now the caller's, of a thread's share of `count` things; -1 if none is left. */
+/* Takes up to `few` of a thread's share of `count` things. Returns the first; -1 if none is left. */
 INLINE int steal(Taken *taken, unsigned phase, int few, int count) {
     unsigned long long state = atomic_load_explicit(&taken->state, memory_order_relaxed);
     for (;;) {
@@ -82,26 +82,26 @@ INLINE int steal(Taken *taken, unsigned phase, int few, int count) {
 }
 
 typedef struct {
-    double wall, cores; /* seconds of the clock, and of all threads on their cores */
+    double wall, cores; /* seconds of the clock, and of all threads' CPU time */
 } Moment;
 
 static Moment moment(void) { return (Moment){seconds_of(CLOCK_MONOTONIC), seconds_of(CLOCK_PROCESS_CPUTIME_ID)}; }
 
 static _Thread_local struct {
     Moment spent;        /* in the last calls */
-    int left_out;        /* threads that calls do without */
-    double until, pause; /* when one of them is tried again, and how long that is after it was left out */
+    int left_out;        /* threads left out of calls */
+    double until, pause; /* when one is tried again, and how long after it was left out */
 } crowd;
 
-/* How many of `threads` a call shall have. */
+/* How many of `threads` a call uses. */
 static int threads_now(int threads) {
     if (threads == 1) return 1;
     if (crowd.left_out && seconds_of(CLOCK_MONOTONIC) >= crowd.until) crowd.left_out--, crowd.spent = (Moment){0, 0};
     return crowd.left_out < threads ? threads - crowd.left_out : 1;
 }
 
-/* After a call of some threads: leaves one out if they were kept from their cores. A pause is twice as long as the last one, if
- * that was just before. */
+/* After a call: leaves a thread out if threads were kept from their cores. A pause is twice as long as the last one, if that
+ * was just before. */
 static void adapt_threads(int threads, Moment started) {
     Moment now = moment();
     double took = now.wall - started.wall, kept = took < WINDOW ? 1 - took / WINDOW : 0, twice = 2 * crowd.pause;

@@ -1,4 +1,4 @@
-/* The products of attention by AMX: see attention.h, whose bf16 layout is that of tiles. */
+/* Attention's products by AMX: the bf16 layout of attention.h is that of tiles. */
 #if defined(__AMX_BF16__)
 
 INLINE int in_attention_tiles(int size) { return size % 32 == 0; }
@@ -22,7 +22,7 @@ INLINE void score_in_tiles(Attention *a, int from, const uint16_t *keys, int n, 
     write_all_memory(a);
 }
 
-/* Adds the values of n places by their weights: 64 dimensions from d on, or 32. */
+/* Adds the values of n places times their weights: 64 dimensions from d on, or 32. */
 INLINE void add_dimensions(Attention *a, int from, const uint16_t *values, int n, int size, int d, const int wide) {
     size_t row = 4 * (size_t)size, mixed_row = sizeof a->mixed[0];
     float *mixed = a->mixed[0] + d;

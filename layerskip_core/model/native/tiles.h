@@ -1,8 +1,8 @@
 /* Products of bf16 matrices by AMX, which multiplies tiles: registers of up to 16 rows of 64 bytes.
  *
  * A step multiplies 32 inputs of up to 16 rows by 16 outputs. As Intel defines it (TDPBF16PS), each output's products of even
- * inputs are summed in their order, those of odd inputs too, and the two sums are added to the output. So a row has the same
- * bits whatever other rows the tile has, and however many.
+ * inputs are summed in their order, those of odd inputs too, and the two sums are added to the output. So a row's bits
+ * do not depend on the tile's other rows.
  */
 #if defined(__AMX_BF16__)
 #include <cpuid.h>
@@ -12,7 +12,7 @@
 #define TILE_ROWS 16
 #define TILED_ROWS 32 /* of a product: a tile of weights, once loaded, serves two tiles of rows */
 #define MOST_ROWS TILED_ROWS
-#define AHEAD 2048 /* bytes: a panel goes on where it ends, so the next one's weights are on their way too */
+#define AHEAD 2048 /* bytes to prefetch ahead: past the end of a panel, the next one's weights */
 
 enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 }; /* Linux: ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA */
 
@@ -26,11 +26,11 @@ static int tiles_supported(void) {
 
 INLINE int in_tiles(const Matrix *m) { return m->kind == BF16 && m->inputs % 32 == 0; }
 
-/* What the compiler does not know of the instructions: they read memory. */
+/* Tells the compiler that tile instructions read memory. */
 INLINE void write_all_memory(void *at) { __asm__ volatile("" : : "r"(at) : "memory"); }
 
-/* This thread's tiles: sums in 0 to 3 and what they are sums of in 4 and 5, of which 0, 1 and 4 have `upper` rows, the others
- * `lower`; what these are multiplied by in 6 and 7. */
+/* Shapes this thread's tiles: 0 to 3 for sums, 4 and 5 for left operands, 6 and 7 for right ones. Tiles 0, 1 and 4 have `upper`
+ * rows; 2, 3 and 5 have `lower`. */
 static void shape_tiles(int upper, int lower) {
     struct { uint8_t palette, start, reserved[14]; uint16_t row_bytes[16]; uint8_t rows[16]; } config = {.palette = 1};
     const int live[8] = {upper, upper, lower, lower, upper, lower, 16, 16};
