@@ -180,9 +180,9 @@ class GgufFile:
         found = str(named.get("scaling.type", "linear"))
         factor = float(named.get("scaling.factor", named.get("scale_linear", 1.0)) or 1.0)
         unusual = [key for key, value in _YARN.items() if named.get(f"scaling.{key}", value) != value]
-        if unusual:
+        if unusual := [*unusual, *(name for name in _LONG_ROPES if name in self._tensors)]:
             found = unusual[0]
-        elif found in ("none", "linear", "yarn") and self._tensors.keys().isdisjoint(_LONG_ROPES):
+        elif found in ("none", "linear", "yarn"):
             if _ROPE_FACTORS not in self._tensors or self._architecture == "gemma4":
                 original = {"original_max_position_embeddings": int(named.get("scaling.original_context_length", context))}
                 scaled = {"rope_type": found, "factor": factor} | (original if found == "yarn" else {})

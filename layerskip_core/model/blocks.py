@@ -223,11 +223,11 @@ def from_gguf_shape(name: str, shapes: list[tuple[int, ...]], spec: ModelSpec) -
 
 
 def from_gguf(
-    name: str, parts: list[Tensor], spec: ModelSpec, neighbours: bool, form: BlockForm | None = None
+    name: str, parts: list[Tensor], spec: ModelSpec, interleaved: bool, form: BlockForm | None = None
 ) -> Tensor | None:
     """A weight in transformers' order; None if reordering would split blocks.
 
-    `neighbours`: whether the file's rope is interleaved. `form`: of rows of blocks; experts stay (experts, outputs, bytes).
+    `interleaved`: whether the file's rope is. `form`: of rows of blocks; experts stay (experts, outputs, bytes).
     """
     experts, sizes, weight, kind = spec.architecture.experts, spec.recurrence, parts[0], name.split(".")[-2]
     if experts is not None and experts.block in name:
@@ -236,7 +236,7 @@ def from_gguf(
         parts = [*weight.chunk(2, 1)] if ".gate_up_" in name and len(parts) == 1 else parts
         both = torch.stack(parts, 2).flatten(1, 2) if len(parts) > 1 else weight  # gate and up in turns
         return both.transpose(1, 2) if form is None and weight.dim() > 2 else both
-    if neighbours and kind in ("q_proj", "k_proj"):
+    if interleaved and kind in ("q_proj", "k_proj"):
         heads = spec.heads if kind == "q_proj" else spec.kv_heads
         return weight.view(heads, spec.head_dim // 2, 2, -1).transpose(1, 2).reshape(weight.shape)
     if ".linear_attn." not in name or sizes is None or kind == "norm" or sizes.heads == sizes.key_heads:

@@ -5,7 +5,7 @@ model's head.
 
 The block at exit 0 is the drafter that checkpoints ship for multi-token prediction (MTP: DeepSeek-V3, 2024). Its layer reads
 W [norm(e); norm(s)], where e is a token's embedding and s the output of the final norm for the token before: the target's for
-the first draft of a round, then the block's own. (The state before the final norm lowers acceptance, see examples/drafters.md.)
+the first draft of a round, then the block's own. (The state before the final norm lowers acceptance, see examples/LOG.md.)
 The KV entry is at the position of the token before; the first token of a text has none. Families store MTP under different
 names (MTP_LAYOUTS).
 """

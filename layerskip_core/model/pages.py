@@ -53,8 +53,6 @@ class PagePool:
         self.require(1)
         slab = next((slab for slab in self._slabs if slab.free), None)
         if slab is None:
-            # Slabs without a page in use are given back, those of another size than texts have now.
-            self._slabs = [slab for slab in self._slabs if len(slab.free) < len(slab.pages)]
             there = sum(len(slab.pages) for slab in self._slabs)
             count = int(max(1, min(_SLAB_BYTES // self.page_bytes, 1 + there, self.most - self.remembered - there)))
             slab = _Slab(torch.zeros(count, self._numbers, dtype=self.dtype))
@@ -142,7 +140,7 @@ class PagedCache(KVCache):
         free = self._pool.most - self._pool.used
         for stop, pages, memory in zip(stops, self._pages, self._memories, strict=False):
             free -= max(0, -(-stop // PAGE) - len(pages))
-            free -= 0 if memory else self._pool.pages_of_memory(self._slots)
+            free -= 0 if memory and len(memory.ring) >= self._slots else self._pool.pages_of_memory(self._slots)
         return free
 
     @property

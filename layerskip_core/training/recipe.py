@@ -77,7 +77,7 @@ def auto_exits(num_layers: int, steps: int) -> tuple[int, ...]:
 def learning_rate(preset: Preset, parameters: int, is_lora: bool = False) -> float:
     """The highest learning rate: the paper's for its presets, or a higher one for models under 50M parameters; else ours.
 
-    5e-5 was chosen on SmolLM2 (135M; examples/smollm2/RESULTS.md). Its scaling by the inverse cube root of the model's size is
+    5e-5 was chosen on SmolLM2 (135M; examples/LOG.md). Its scaling by the inverse cube root of the model's size is
     not measured. LoRA takes ten times as much (Schulman et al., LoRA Without Regret, 2025).
     """
     if preset == "continual" and parameters >= 10e9:

@@ -21,7 +21,7 @@ from ..checkpoint.locate import EMBEDDED, adapters_of, downloaded, locate
 from ..checkpoint.open import for_decoding, for_training
 from ..checkpoint.save import RUN_FILES, copy_checkpoint, refuse_overwrite, save_checkpoint, save_sidecar
 from ..checkpoint.shipped import files_of_shipped, read_exit_blocks, shipped_files
-from ..checkpoint.sidecars import EAGLE3_FILES, fingerprint
+from ..checkpoint.sidecars import EAGLE3_FILES, EAGLE3_FOLDER, fingerprint
 from ..checkpoint.transformers_read import blank, stored_dtype
 from ..config.training import DrafterConfig, FinetuneConfig, TrainingConfig
 from ..data import has_prompts
@@ -46,6 +46,7 @@ _PACKED = "documents are packed into whole rows; attention stays within a docume
 _STREAMED = "streaming: `resume` reads past the rows already seen, and is exact only if they come in the same order again"
 _SHIPPED = "the drafter of its checkpoint (mtp) is saved as it is"
 _TRAINS = f"{_SHIPPED}; `layerskip train-drafter --start-from shipped` trains it"
+_LEFT = "its drafter (eagle3) is not saved: it drafts for the old weights; `layerskip train-drafter --start-from {}` trains it on"
 _REPLAY = 0.25  # share of replayed rows in a step
 _VERSIONS = {name: version(name) for name in ("layerskip", "torch", "transformers")}
 _SHALLOW = "a model of one layer has no place for exits or a drafter"
@@ -96,6 +97,9 @@ class WholeModel(Plan):
         self.held_out = 0 if self.held_out_data is None else len(self.held_out_data.seen)
         self.notes = (_PACKED,) * encoder.pack + (_STREAMED,) * config.streaming + (_SHALLOW,) * (spec.layers == 1)
         self.notes += (_TRAINS if MTP_FILE in self.shipped else _SHIPPED,) * bool(self.shipped)
+        source = None if self.scratch else locate(config.model).folder
+        if source is not None and Path(source, EAGLE3_FILES[0]).is_file():
+            self.notes += (_LEFT.format(Path(source, EAGLE3_FOLDER)),)
         self.steps = data.run_steps(config, len(seen))
         self.recipe = resolve_recipe(config.recipe, spec, self.steps)
         if config.lora_keep:  # an adapter is saved without readers

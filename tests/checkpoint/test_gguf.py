@@ -300,7 +300,7 @@ def test_yarn_and_old_names_are_read(tmp_path):
     ("values", "tensors", "why"),
     [
         ({"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 4.0}, {}, "longrope"),
-        ({}, {"rope_factors_long.weight": [1.0] * 4}, "its rope must be"),
+        ({}, {"rope_factors_long.weight": [1.0] * 4}, "found rope_factors_long.weight"),
         ({"llama.rope.scaling.attn_factor": 2.0}, {}, "attn_factor"),
         ({}, {"rope_freqs.weight": [1.0, 2.0, 3.0, 8.0]}, "rope_freqs.weight with other factors than those of Llama 3"),
         ({}, {"rope_freqs.weight": [1.0, 8.0]}, "rope_freqs.weight with other factors"),

@@ -16,7 +16,7 @@ from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.checkpoint.sidecars import read_eagle3
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import DataConfig, PromptingConfig
-from layerskip_core.config.training import DrafterConfig
+from layerskip_core.config.training import DrafterConfig, FinetuneConfig
 from layerskip_core.decoding import decode
 from layerskip_core.errors import CheckpointError, ConfigError
 from layerskip_core.losses import IGNORED
@@ -101,6 +101,8 @@ def test_a_drafter_is_trained_further(frozen, tmp_path):
     _, further, _ = train(again)
     assert further[0].exit_losses[0] < 1.3 * reports[-1].exit_losses[0] < reports[0].exit_losses[0] / 1.5
     assert torch.equal(stored(again.output).tokens, stored(first.output).tokens)
+    [note] = prepare(FinetuneConfig(model=first.output, output=str(tmp_path / "tuned"), data=first.data, steps=2)).notes
+    assert f"--start-from {start}" in note
     with pytest.raises(CheckpointError, match="cannot load model no/where"):
         prepare(frozen(output=str(tmp_path / "other"), start_from="no/where"))
 
