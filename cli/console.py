@@ -1,4 +1,4 @@
-"""The standard streams, even closed, full or without a reader: prompts on stdin, progress on stderr, results on stdout."""
+"""Prompts on stdin, progress on stderr, results on stdout; any of them may be closed, full or without a reader."""
 
 import io
 import os
@@ -21,7 +21,7 @@ from layerskip_core.errors import LayerSkipError
 from .options import with_flags
 
 _PLAIN_SECONDS = 10.0  # between two progress lines
-_LONGEST = 2_000  # characters of an error
+_LONGEST = 2_000  # most characters of an error
 _EXAMPLE = "remind me to call mom at 5"
 _UNSHOWN = ("Cc", "Cs")  # control characters, which terminals act on, and lone surrogates
 _taken: TextIO | None = None  # standard input
@@ -43,7 +43,7 @@ class ResultsConsole(Console):
 
 
 def narrate(text: str) -> None:
-    """A line on stderr, with flags in place of settings."""
+    """Prints a line on stderr, with flags in place of settings in backquotes."""
     if _is_first_process():
         stderr_console().print(with_flags(text), markup=False, highlight=False, soft_wrap=True)
 
@@ -89,7 +89,7 @@ def stage_bars() -> Iterator[Callable[[str, int, int, str], None]]:
             task = bar.add_task("", visible=False, text="")
 
             def show(stage: str, done: int, total: int, text: str) -> None:
-                if bar.tasks[0].description != stage:  # a resumed run begins in the middle, which says nothing about its speed
+                if bar.tasks[0].description != stage:  # steps done before a resume must not count as speed
                     bar.reset(task, total=total, completed=max(done - 1, 0), visible=True, description=stage, text=text)
                 bar.update(task, completed=done, text=text)
 
@@ -97,7 +97,7 @@ def stage_bars() -> Iterator[Callable[[str, int, int, str], None]]:
 
 
 def _plain_lines() -> Callable[[str, int, int, str], None]:
-    stage, first, started, shown = "", 0, 0.0, 0.0  # the first report of a resumed run comes in its middle
+    stage, first, started, shown = "", 0, 0.0, 0.0  # a resumed run starts in the middle
 
     def show(name: str, done: int, total: int, text: str) -> None:
         nonlocal stage, first, started, shown
@@ -114,7 +114,7 @@ def _plain_lines() -> Callable[[str, int, int, str], None]:
 
 
 def _is_first_process() -> bool:
-    """True for the process of torchrun that prints."""
+    """True for rank 0 of torchrun, the only one that prints."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -128,10 +128,10 @@ class _Narration(io.TextIOWrapper):
 
 
 def take() -> None:
-    """Makes all three usable; no library can read standard input. `main` calls this first.
+    """Makes the three streams usable, and standard input unreadable for libraries. `main` calls this first.
 
-    Closed descriptors become /dev/null, opened for reading, so that unwritable results are an error. Invalid bytes in prompts
-    become lone surrogates, as in arguments, and their prompt is refused.
+    Closed descriptors become /dev/null, opened read-only, so that writing results fails. Invalid bytes in prompts become lone
+    surrogates, as in arguments; such prompts are refused.
     """
     global _taken
     while (descriptor := os.open(os.devnull, os.O_RDONLY)) <= 2:
@@ -159,7 +159,7 @@ def give_up() -> None:
 
 
 def is_piped() -> bool:
-    """Whether there is a standard input that is no terminal."""
+    """True if standard input is open and not a terminal."""
     return _taken is not None and not _taken.isatty()
 
 
@@ -168,7 +168,7 @@ def is_terminal() -> bool:
 
 
 def given_prompt(prompt: str | None, may_be_empty: bool) -> str:
-    """The argument, else all of standard input, else an example, which is announced."""
+    """The argument, else all of standard input, else an example, announced on stderr."""
     if prompt is None and is_piped():
         prompt = prompts_stream().read().removesuffix("\n")
         prompt = prompt if prompt or may_be_empty else None
@@ -178,7 +178,7 @@ def given_prompt(prompt: str | None, may_be_empty: bool) -> str:
 
 
 def typed_line(prompt: str) -> str:
-    """A line typed at a terminal, without its end, with the usual editing keys. Raises EOFError after Ctrl-D."""
+    """A line typed at a terminal, without its newline, with the usual editing keys. Raises EOFError after Ctrl-D."""
     if not sys.stdout.isatty():  # `input` would write the prompt to the results
         sys.stderr.write(prompt)
         prompt = ""
@@ -192,12 +192,12 @@ def typed_line(prompt: str) -> str:
 
 
 def prompts_stream() -> TextIO:
-    """The input that `take` kept, as UTF-8 text; empty if the process was started without one."""
+    """The standard input that `take` kept, as UTF-8 text; empty if the process was started without one."""
     return io.StringIO() if _taken is None else _taken
 
 
 class PromptLines(Iterator[str]):
-    """The lines of standard input, without their ends, which can be asked whether the next one is there."""
+    """Iterates over the lines of standard input, without newlines."""
 
     def __init__(self) -> None:
         self._read, self._is_over, self._encoding = bytearray(), _taken is None, "utf-8-sig"
@@ -212,14 +212,14 @@ class PromptLines(Iterator[str]):
             raise StopIteration
         line, end, _ = self._read.partition(b"\n")
         del self._read[: len(line) + len(end)]
-        text, self._encoding = line.decode(self._encoding, "surrogateescape"), "utf-8"  # it may begin with a byte order mark
+        text, self._encoding = line.decode(self._encoding, "surrogateescape"), "utf-8"  # the first may begin with a BOM
         return text.rstrip("\r")
 
     def is_ready(self) -> bool:
-        """Whether the next line, or the end, can be read without waiting, as far as is known."""
+        """True if the next line, or the end, can probably be read without waiting."""
         if self._is_over or b"\n" in self._read or stat.S_ISREG(os.fstat(self._descriptor).st_mode):
             return True
         try:
             return bool(select.select([self._descriptor], [], [], 0)[0])
-        except OSError:  # Windows knows it of sockets only
+        except OSError:  # on Windows select takes sockets only
             return False

@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from layerskip_core.evaluation.results import RunRecord
 
 Found = TypeVar("Found")
-LogSamples = Annotated[bool, Flag("Also write lm-eval's records of rows, samples.jsonl, to --output.", panel="Output")]
+LogSamples = Annotated[bool, Flag("Also write lm-eval's record of each row to samples.jsonl in --output.", panel="Output")]
 
 
 def load(config: "MeasurementConfig", log_samples: bool = False) -> "tuple[Decoder, Any]":
-    """The model, packed for the measurement, and the Task or HarnessTasks; prints their notes."""
+    """Loads the model, packed for the measurement, and the Task or HarnessTasks; prints their notes."""
     harness = bool(config.task.harness_tasks)
     if harness:
         from layerskip_core.harness.tasks import load_tasks  # needs lm-eval
@@ -40,7 +40,7 @@ def load(config: "MeasurementConfig", log_samples: bool = False) -> "tuple[Decod
         rows = load_trained(config.task, config.model)
     for note in rows.notes:
         narrate(note)
-    # Adaptive drafting gets the copy that `generate` makes for it; a sweep always measures it.
+    # Adaptive drafting, which a sweep always measures, gets the same low-bit copy as in `generate`.
     packing = replace(config.packing, adaptive="adaptive" in (getattr(config, "strategies", ()) or ("adaptive",)))
     loaded = load_model(config.model, config.machine, packing)
     if not harness:
@@ -49,7 +49,7 @@ def load(config: "MeasurementConfig", log_samples: bool = False) -> "tuple[Decod
 
 
 def watch(events: "Iterator[Progress | Found]") -> "Found":
-    """Shows progress, a bar for each phase, until the record comes."""
+    """Shows a progress bar per phase and returns the record."""
     from layerskip_core.evaluation.measure import Progress
 
     with stage_bars() as show:
@@ -61,7 +61,7 @@ def watch(events: "Iterator[Progress | Found]") -> "Found":
 def deliver_report(
     record: "RunRecord", form: str, folder: Path | None, saved: str | None, picture: Callable[[int], Text] | None = None
 ) -> None:
-    """Delivers a record; `saved`: its file, if read again. Failed prompts are counted on stderr."""
+    """Delivers a record, and counts failed prompts on stderr. `saved`: the file that the record was read from, if any."""
     from layerskip_core.evaluation.report import report_files, to_csv
     from layerskip_core.evaluation.report.tables import results_table
     from layerskip_core.evaluation.results import OUTPUTS, result_name
@@ -88,7 +88,7 @@ def deliver(
     name: str | None = None,
     picture: Callable[[int], Text] | None = None,
 ) -> None:
-    """Writes files to the folder, removing those without content, and to stdout tables, `rows` of CSV, or JSON."""
+    """Writes `files` to the folder (None: removes one) and prints tables, CSV (`rows`) or JSON on stdout."""
     from layerskip_core.evaluation.report import table_files, to_json
     from layerskip_core.files import write_file
 
@@ -109,7 +109,7 @@ def deliver(
 
 
 def _print_table(table: "TextTable", picture: Callable[[int], Text] | None) -> None:
-    """At most as wide as the terminal: other columns follow in another table."""
+    """Prints a table as wide as the terminal; further columns follow in another table."""
     console = ResultsConsole()
     blocks = table.column_blocks(console.width)
     for places in blocks:

@@ -16,8 +16,8 @@ from .console import narrate
 if TYPE_CHECKING:
     from layerskip_core.checkpoint.loaded import Decoder
 
-_SMALL_WIDTH = 256  # of the hidden states
-_INTERVAL = 0.25  # seconds in which other processes are watched
+_SMALL_WIDTH = 256  # hidden size below which one thread is fastest
+_INTERVAL = 0.25  # seconds over which the load of the cores is measured
 
 
 def load_model(
@@ -28,7 +28,7 @@ def load_model(
     prompting: PromptingConfig | None = None,
     memory: int | None = None,
 ) -> "Decoder":
-    """The model with its template and the copies of these policies (None: all); prints its notes, sets the threads."""
+    """Loads a model with its template and the low-bit copies of these policies (None: all); prints notes, sets threads."""
     use_threads(machine.threads)
     from layerskip_core.checkpoint.open import for_decoding
 
@@ -55,7 +55,7 @@ class DecoderFlags:
 def load_to_decode(
     flags: DecoderFlags, all_policies: bool = False, memory: int | None = None
 ) -> "tuple[Decoder, DecodingConfig]":
-    """The model, packed for its flags (or all policies), and its decoding. `memory`: see `for_decoding`."""
+    """Loads the model, packed for the flags (or for all policies), and resolves its decoding. `memory`: see `for_decoding`."""
     decoding, packing = flags.decoding, flags.packing
     given = choices(decoding)
     policy = decoding.get("policy") if given or packing.drafts_apart else EXACT
@@ -70,7 +70,7 @@ def load_to_decode(
 
 
 def of_answers(loaded: "Decoder", flags: RequestOptions) -> RequestOptions:
-    """The flags of `chat` and `serve`: without them answers have no limit, and the sampling of generation_config.json."""
+    """Flags of `chat` and `serve` with their defaults: answers without limit, sampling by generation_config.json."""
     if own := loaded.own_sampling:
         listed = ", ".join(f"{name} {value:g}" for name, value in own.items() if isinstance(value, int | float))
         narrate(f"generation_config.json: {listed}, unless a flag or a request says otherwise; `temperature` 0 is greedy")
@@ -87,7 +87,7 @@ def use_threads(threads: int, loaded: "Decoder | None" = None) -> None:
 
 
 def use_free_threads(threads: int) -> None:
-    """`use_threads` for a training; 0: torch's choice less busy cores, where every thread would wait."""
+    """Sets torch's CPU threads for training. 0: torch's choice minus busy cores, whose threads would hold up all others."""
     import torch
 
     busy, most = 0 if threads else round(busy_cores()), torch.get_num_threads()
@@ -98,7 +98,7 @@ def use_free_threads(threads: int) -> None:
 
 
 def busy_cores() -> float:
-    """How many cores that this process may use are busy now; processes with a positive nice value do not count."""
+    """How many of the cores that this process may use are busy now; processes with a positive nice value do not count."""
     import psutil
 
     times = psutil.cpu_times_percent(_INTERVAL, percpu=True)

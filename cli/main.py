@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 from .console import give_up, take, tell_error
 from .options import Command
 
-# A module each, as --help lists them, where the module's docstring is shown.
+# One module per command, in the order of --help, which shows the module's docstring.
 _COMMANDS = (
     "finetune train_drafter sweep_exits generate chat bench verify compare inspect calibrate import_model export serve data"
 )
@@ -37,9 +37,9 @@ _HELP = """Turn a causal language model into a LayerSkip model and decode faster
 
 \b
 convert or attach  finetune trains the model's own exits, train-drafter a drafter beside it
-measure            sweep-exits finds the fastest setting, bench compares, verify checks outputs
-generate           generate and chat decode with it
-serve              serve answers programs, over an OpenAI-compatible API
+measure            sweep-exits finds the fastest setting, bench compares strategies, verify checks outputs
+generate           generate answers prompts, chat holds a conversation
+serve              serve offers an OpenAI-compatible API
 """
 
 app = typer.Typer(
@@ -68,7 +68,7 @@ def _root(
     _: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; can stand anywhere.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; accepted anywhere.")] = False,
 ) -> None:
     pass
 

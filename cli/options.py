@@ -1,4 +1,4 @@
-"""Commands built from settings: Typer gets a flag for each field that has one, the function its validated settings."""
+"""Builds commands from settings: Typer gets the flags of the fields, the command's function gets validated settings."""
 
 import inspect
 import re
@@ -19,8 +19,8 @@ from layerskip_core.data import is_data, require_data
 from layerskip_core.errors import ConfigError
 from layerskip_core.files import parse_json, text_lines
 
-FLAGS: dict[str, str] = {}  # of every setting of every command, for errors
-_ALONE: set[str] = set()  # flags that need no value
+FLAGS: dict[str, str] = {}  # by setting, of all commands, for messages
+_ALONE: set[str] = set()  # flags whose value is optional
 # Flags of transformers and vLLM, and the equivalents here.
 _MEANT = {
     **dict.fromkeys(("--bf16", "--fp16"), "--dtype bf16"),
@@ -43,17 +43,17 @@ ReportFolder = Annotated[
 Overwrite = Annotated[bool, Flag("Replace an earlier result in --output.", panel="Output")]
 SavedReport = Annotated[Text | None, Flag("Measure nothing: render this results.json again.", "--from", panel="Output")]
 ModelArgument = Annotated[
-    Text, typer.Argument(help="An embedded name, a folder, an adapter's folder, a .gguf file or a hub id.")
+    Text, typer.Argument(help="embedded, embedded-base, a folder (also an adapter's), a .gguf file or a hub id.")
 ]
 Prompt = Annotated[str | None, typer.Argument(help="The prompt. [default: standard input, or an example on a terminal]")]
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """A function whose parameters with a Flag, and groups of settings, became flags; equal names share one."""
+    """Decorator: parameters with a Flag, and groups of settings, become flags; equal names share one."""
     hints, given = get_type_hints(function, include_extras=True), inspect.signature(function).parameters
     defaults = {name: None if each.default is each.empty else each.default for name, each in given.items()}
     parameters: dict[str, inspect.Parameter] = {}
-    read = dict[str, str]()  # the kind of thing that a field names: if it is missing, the error comes before torch is imported
+    read = dict[str, str]()  # what a field names (model, data): if that is missing, the error comes before torch is imported
     for name in given:
         for field, hint, default, panel in _flags(name, hints[name], defaults[name]):
             parameters.setdefault(field, _parameter(field, hint, default, panel))
@@ -121,7 +121,7 @@ def _value(group: Any, field: str) -> Any:
 
 
 def _flags(field: str, hint: Any, default: Any) -> Iterator[tuple[str, Any, Any, Panel | None]]:
-    """Field, annotation, default and panel of a parameter, or of each field of a group, whose own fields hide nested ones."""
+    """Yields field, annotation, default and panel of a parameter, or of a group's fields, which hide nested ones."""
     kind = _group(hint)
     if kind is None:
         yield field, hint, default, None if (flag := flag_of(hint)) is None else flag.panel

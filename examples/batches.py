@@ -1,9 +1,9 @@
-"""Adaptive drafting against plain decoding, by the number of rows that decode together.
+"""Adaptive drafting against plain decoding, by batch size.
 
     python examples/batches.py --model MODEL --prompts examples/kinds.jsonl --rows 1,2,4,8,16 --context 0,2000
 
-Both decode all prompts, in batches of so many rows, in turns in one process. Outputs must be identical. `--context`: tokens of
-this folder's documents before each prompt. `--through serve`: by the server's scheduler. Run nothing beside it.
+Both decode all prompts in batches of --rows, in turns in one process. Outputs must be identical. `--context`: tokens of this
+folder's documents before each prompt. `--through serve`: by the server's scheduler. Run nothing else meanwhile.
 """
 
 import argparse
@@ -65,14 +65,14 @@ def main() -> None:
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--prompts", help="a .jsonl file; validation rows of the embedded `commands` without")
+    parser.add_argument("--prompts", help="a .jsonl file (default: validation rows of the embedded `commands`)")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--quantize", choices=("int8", "int4"))
     parser.add_argument("--rows", type=lambda text: parse_counts(text, "rows"), default=(1, 2, 4, 8, 16))
     parser.add_argument("--context", type=lambda text: tuple(map(int, text.split(","))), default=(0,))
     for flag, default in (("samples", 16), ("max-new-tokens", 128), ("repeats", 3), ("threads", torch.get_num_threads())):
         parser.add_argument(f"--{flag}", type=int, default=default)
-    parser.add_argument("--least", type=int, default=8, help="prompts of a cell, if its rows are fewer")
+    parser.add_argument("--least", type=int, default=8, help="least prompts per measurement")
     parser.add_argument("--through", choices=("generate", "serve"), default="generate")
     return parser.parse_args()
 

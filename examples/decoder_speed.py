@@ -1,13 +1,13 @@
-"""Passes of a model on this machine, in turns in one process, against one pass of one token.
+"""Times passes of a model on this machine, in turns in one process, relative to the first pass of each part.
 
     python examples/decoder_speed.py PART... [--model FOLDER] [--threads N] [--exit E] [--quantize int8|int4]
 
     rows      all layers and the head over several tokens: the model's weights, and low-bit copies
-    rounds    a token of a draft at --exit, by the model's own layers and by an int4 copy
-    context   one token after 2,048 tokens of context, over after 128
+    rounds    one drafted token at --exit, by the model's own layers and by an int4 copy
+    context   one token after 2,048 tokens of context, relative to 128
     prefill   the first token of prompts of 128, 512 and 2,048 tokens, against transformers' generate
 
-Medians of --repeats runs. Tokens are random. Whole answers are measured by `layerskip bench`. Run nothing beside it.
+Medians of --repeats runs. Tokens are random. Whole answers are measured by `layerskip bench`. Run nothing else meanwhile.
 """
 
 import argparse
@@ -99,7 +99,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     loaded = load(arguments)
     print(f"{loaded.name}: {loaded.backend.implementation}, {loaded.backend.dtype}, {torch.get_num_threads()} threads\n")
-    head("part", "", "ms", "over the first")
+    head("part", "", "ms", "relative to the first")
     for part in arguments.parts:
         times, _ = in_turns(parts[part](arguments), arguments.repeats)
         first = median(next(iter(times.values())))

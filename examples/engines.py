@@ -1,4 +1,4 @@
-"""A model and its draft in llama.cpp, and behind `layerskip serve` with several requests at once or a common beginning.
+"""A model and its draft in llama.cpp, and in `layerskip serve` with concurrent requests or a shared prefix.
 
     python examples/engines.py llama.cpp [--model embedded --exit 4 --spec 12] [--formats f16,q8_0,q4_0]
     python examples/engines.py llama.cpp --model WITH_A_DRAFTER --eagle3 --spec 4
@@ -6,8 +6,8 @@
     python examples/engines.py prefix --model MODEL [--tokens 1500]
 
 Prompts are test rows of `commands`, or --prompts FILE (JSON lines). Decoding is greedy. llama.cpp (package xllamacpp) reads
-what `layerskip export --engine llama.cpp` writes, and takes turns with this toolkit. `prefix` asks short questions after so
-many tokens of this folder's documents. Run nothing beside it.
+what `layerskip export --engine llama.cpp` writes, and takes turns with this toolkit. `prefix` asks short questions after
+--tokens tokens of this folder's documents. Run nothing else meanwhile.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from layerskip_core.config.model import DataConfig, PackingConfig
 from layerskip_core.data import load_prompts
 from layerskip_core.decoding import decode
 
-ROWS = 16  # of the server; more requests wait
+ROWS = 16  # batch size of the server; more requests wait
 
 
 class Answer(NamedTuple):
@@ -57,11 +57,11 @@ def main() -> None:
 
 
 def llama_cpp(arguments: argparse.Namespace, prompts: list[str]) -> None:
-    """Target alone and with its draft, by format; this toolkit beside both, in fp32."""
+    """Target alone and with its draft, by format, in turns with this toolkit in fp32."""
     torch.set_num_threads(arguments.threads)
     loaded = for_decoding(arguments.model, "cpu", "fp32", PackingConfig())
     encoded = [loaded.encode_prompt(prompt) for prompt in prompts]
-    head("GGUF", "", "tokens/s", "speedup", "drafts accepted", "tokens as here", "as the same without drafts")
+    head("GGUF", "", "tokens/s", "speedup", "drafts accepted", "same tokens as here", "same as without drafts")
     for form in arguments.formats.split(","):
         with tempfile.TemporaryDirectory() as folder:
             flags = ["--engine", "llama.cpp", "--dtype", form, "--output", folder, "--overwrite"]
@@ -135,7 +135,7 @@ def llama_cpp_server(arguments: argparse.Namespace, loaded: Any, target: str, dr
 
 @contextmanager
 def server(arguments: argparse.Namespace, flags: list[str]) -> Iterator[Callable[..., list[Stream]]]:
-    """`streams` of a server with these flags."""
+    """Runs a server with these flags; yields a function that streams its answers to prompts."""
     name, options = Path(arguments.model).name, {"port": free_port(), "batch-size": ROWS, "threads": arguments.threads}
     flags = [*flags, *(f"--{option}={value}" for option, value in options.items())]
     with running(["layerskip", "serve", "--model", arguments.model, *flags], url := f"http://127.0.0.1:{options['port']}"):
@@ -143,14 +143,14 @@ def server(arguments: argparse.Namespace, flags: list[str]) -> Iterator[Callable
 
 
 def serve(arguments: argparse.Namespace, prompts: list[str]) -> None:
-    """Without drafts and with the default flags, by the number of requests at once, whose lengths differ."""
+    """Speed without drafts and with the default flags, by the number of concurrent requests, of different lengths."""
     clients = tuple(map(int, arguments.clients.split(",")))
     prompts = (prompts * max(clients))[: max(*clients, len(prompts))]
     limits = [arguments.max_new_tokens * (place % 4 + 1) // 4 for place in range(len(prompts))]
-    head("", "at once", "tokens/s", "speedup", "first token", "longest wait", "drafts accepted", "as alone without drafts")
+    head("", "at once", "tokens/s", "speedup", "first token", "longest wait", "drafts accepted", "same as alone without drafts")
     first, expected = dict[int, float](), list[str]()
     for name, flags in (("without drafts", ["--strategy", "autoregressive"]), ("default flags", [])):
-        with server(arguments, [*flags, "--prefix-cache", "0"]) as ask:  # the passes repeat their prompts
+        with server(arguments, [*flags, "--prefix-cache", "0"]) as ask:  # every pass repeats the prompts
             runs = {str(most): lambda most=most: ask(prompts, most, limits) for most in clients}
             times, answers = in_turns(runs, arguments.repeats)
         for most, found in zip(clients, answers.values(), strict=True):
@@ -166,11 +166,11 @@ def serve(arguments: argparse.Namespace, prompts: list[str]) -> None:
 
 
 def prefix(arguments: argparse.Namespace, prompts: list[str]) -> None:
-    """Time to the first token of two questions after each of several common beginnings, with the prefix cache and without."""
+    """Time to first token of two questions after each of several shared prefixes, with and without the prefix cache."""
     tokenizer = for_decoding(arguments.model).tokenizer
     questions = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in prompts[:2]]
     starts = pieces(tokenizer, arguments.repeats + 1, arguments.tokens)
-    head("prefix cache", "first request", "second request", "its tokens that needed no pass")
+    head("prefix cache", "first request", "second request", "its cached tokens")
     texts: list[list[str]] = []
     for name, flags in (("512 MB", []), ("none", ["--prefix-cache", "0"])):
         with server(arguments, flags) as ask:
@@ -179,7 +179,7 @@ def prefix(arguments: argparse.Namespace, prompts: list[str]) -> None:
         line(name, *medians, pairs[-1][1].usage.prompt_tokens_details.cached_tokens)
         texts.append([one.text for pair in pairs for one in pair])
     same = sum(one == other for one, other in zip(*texts, strict=True))
-    print(f"\n{same} of {len(texts[0])} answers are the same with and without.")
+    print(f"\n{same} of {len(texts[0])} answers are the same with and without the cache.")
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@
 #   middle         Figure 11: perplexity of middle layers after a training from scratch, with the exit loss and without it
 #   scratch        Table 4 and Figure 8: from scratch with S(t), against a control at equal steps, each at the best rate of LRS
 #   curricula      gradual against the rotational runs of `parts`, in equal time
-# Each stage keeps what is finished, and goes on where it was interrupted. At its end it prints its table, and writes table and plots
-# to RUNS/STAGE. What is tuned is tuned on validation rows; tables of exact match are of test rows. SEEDS, LRS, STEPS (of trainings
-# from a base), MIDDLE_STEPS, SCRATCH_STEPS and ROWS (of the test split) in the environment change it.
+# Each stage keeps finished runs and resumes interrupted ones. At its end it prints its table, and writes table and plots to
+# RUNS/STAGE. Tuning uses validation rows; exact match is of test rows. SEEDS, LRS, STEPS (of trainings from a base),
+# MIDDLE_STEPS, SCRATCH_STEPS and ROWS (of the test split) in the environment change it.
 set -euo pipefail
 runs=$1
 shift

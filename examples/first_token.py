@@ -5,7 +5,7 @@
     python examples/first_token.py measure MODEL... [--settings bf16,int8,int4] [--repeats N] [--tokens N] [--cold]
 
 `make` writes random bf16 weights (by default a Llama of 1.07B, with a tied head) and the embedded tokenizer. `--values` are
-further values of config.json, as those of experts. `measure` decodes in a fresh process for each run and prints medians; times
+further values of config.json, such as experts'. `measure` decodes in a fresh process for each run and prints medians; times
 count from the end of the imports. `--cold` drops the model's files from the page cache before each run.
 """
 
@@ -78,7 +78,7 @@ def once(arguments: argparse.Namespace) -> None:
 
 
 def memory(name: str) -> float:
-    """Megabytes that this process has, or had at most, in memory."""
+    """Megabytes of this process in memory: now (VmRSS) or at most so far (VmHWM)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(f"{name}:"))
 
@@ -115,7 +115,7 @@ def main() -> None:
         maker.add_argument(f"--{name}", type=int, default=size)
     maker.add_argument("--type", default="llama", help="model_type of transformers")
     maker.add_argument("--values", default="{}", metavar="JSON")
-    maker.add_argument("--untied", action="store_true", help="a head of its own")
+    maker.add_argument("--untied", action="store_true", help="a head that is not tied to the embedding")
     measurer.add_argument("models", nargs="+")
     measurer.add_argument("--settings", default="bf16,int8,int4")
     measurer.add_argument("--repeats", type=int, default=3)

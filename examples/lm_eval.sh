@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Scores of lm-evaluation-harness on tasks with local rows: through every exit, and beside lm-eval's own hf model.
-#     bash examples/lm_eval.sh MODEL FOLDER [EXIT [LIMIT]]    LIMIT: rows of a task, 0 all
+# Scores of lm-evaluation-harness on tasks with local rows: through every exit, and compared with lm-eval's own hf model.
+#     bash examples/lm_eval.sh MODEL FOLDER [EXIT [LIMIT]]    LIMIT: rows per task, 0: all
 # Needs the extra lm-eval. MODEL is a folder with a transformers checkpoint; results go to FOLDER.
 set -euo pipefail
 model=$1 folder=$2 exit=${3:-25} limit=${4:-0}

@@ -2,7 +2,7 @@
 
     python examples/lm_eval_agreement.py TASK_FOLDER LIMIT layerskip:MODEL:DTYPE[:EXIT] hf:FOLDER:DTYPE ...
 
-The first model is the one that the others are compared with. Loading is not timed.
+The first model is the reference. Loading is not timed.
 """
 
 import os
@@ -26,7 +26,7 @@ BATCH = 16
 
 
 class Timed:
-    """A model whose calls are timed by the kind of request."""
+    """Wraps a model and times its calls by kind of request."""
 
     def __init__(self, model: Any) -> None:
         self._model, self.seconds, self.responses = model, dict[str, float](), dict[str, list[Any]]()

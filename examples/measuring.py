@@ -1,4 +1,4 @@
-"""What the scripts here share: runs in turns, prompts, tables in Markdown, a server under load. Needs openai at most."""
+"""Shared by the scripts here: runs in turns, prompts, tables in Markdown, a server under load. Needs openai at most."""
 
 import asyncio
 import json
@@ -61,7 +61,7 @@ def free_port() -> int:
 
 @contextmanager
 def running(command: Sequence[str], url: str) -> Iterator[int]:
-    """A server's process id, from when it answers. Its output goes to stderr."""
+    """Runs a server and yields its process id once it answers. Its output goes to stderr."""
     process = subprocess.Popen(command, stdout=sys.stderr)
     try:
         while not _is_up(f"{url}/health"):
@@ -85,11 +85,11 @@ class Stream(NamedTuple):
     text: str
     usage: Any
     first: float  # seconds to the first token
-    longest: float  # between two later chunks
+    longest: float  # seconds between two later chunks, at most
 
 
 def streams(url: str, model: str, prompts: Sequence[str | list[int]], at_once: int, limits: Sequence[int]) -> list[Stream]:
-    """Greedy answers of a server to all prompts, `at_once` of them together, of at most so many tokens each."""
+    """Greedy answers of a server to all prompts, `at_once` of them in flight; `limits`: most tokens of each."""
     from openai import AsyncOpenAI
 
     async def ask() -> list[Stream]:

@@ -1,4 +1,4 @@
-"""Exact match of several models on the same rows, and of the first against each other one, row by row.
+"""Exact match of several models on the same rows, and paired differences between the first and each of the others.
 
     python examples/parsing_tables.py ROWS RUN ...
 

@@ -29,7 +29,7 @@ in_bf16() { # NAME MODEL COMMAND FLAGS...
     measured "results/$1" "$3" --model "$runs/$2" --dtype bf16 "${@:4}"
 }
 
-# Speed of every exit and draft length on 16 prompts; then the best, with other weights and draft heads, beside transformers.
+# Speed of every exit and draft length on 16 prompts; then the best, with other weights and draft heads, against transformers.
 for task in topv2 scitldr; do
     declare -n rows=$task
     in_bf16 recipe-$task-grid recipe sweep-exits "${rows[@]}" --exits 6,8,10,15 --specs 2,4,6,8,12 --samples 16

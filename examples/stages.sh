@@ -1,4 +1,4 @@
-# Sourced by the scripts that train: stages in the folder $runs that are kept when they are finished, and resumed otherwise.
+# Sourced by the scripts that train: stages in the folder $runs; finished ones are kept, interrupted ones resumed.
 mkdir -p "$runs"
 
 train() { # NAME FLAGS...: a training with the flags of the script's array `flags`

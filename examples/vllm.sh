@@ -24,7 +24,7 @@ fi
 [ -f "$rows" ] || { layerskip data --samples 32 >"$rows.part" && mv "$rows.part" "$rows"; }
 if [ ! -f "$runs/draft/config.json" ]; then
     layerskip export "$model" ${exit:+--exit "$exit"} --output "$runs/draft" --engine vllm >&2
-    eval "$(grep '^layerskip export' "$runs/draft/README.md" || true)" # writes draft-target, where the model cannot be it
+    eval "$(grep '^layerskip export' "$runs/draft/README.md" || true)" # writes draft-target, if the model cannot be the target
 fi
 target=$runs/draft-target
 [ -d "$target" ] || target=$model

@@ -3,10 +3,10 @@
     python examples/vllm_speed.py offline TARGET PROMPTS RESULT [--draft FOLDER --spec N] [--load-format layerskip]
     python examples/vllm_speed.py offline TARGET PROMPTS RESULT --draft TARGET/eagle3 --method eagle3 --spec N
     python examples/vllm_speed.py server TARGET PROMPTS RESULT [the same]
-    python examples/vllm_speed.py table NAME=RESULT NAME=RESULT ...     # the first is what the others are compared with
+    python examples/vllm_speed.py table NAME=RESULT NAME=RESULT ...     # the first is the baseline
 
 One engine per call, in the environment of vLLM; examples/vllm.sh makes all calls. Decoding is greedy. Each pass decodes all
-prompts with 1, 4 or 16 of them at once. Counts of drafts are vLLM's own metrics. Run nothing beside it.
+prompts with 1, 4 or 16 of them at once. Counts of drafts are vLLM's own metrics. Run nothing else meanwhile.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from measuring import free_port, head, in_turns, line, read_prompts, running, sh
 AT_ONCE = (1, 4, 16)
 COUNTERS = {name: f"vllm:spec_decode_num_{name}" for name in ("drafts", "draft_tokens", "accepted_tokens")}
 Outputs = list[tuple[str, int]]  # texts and their tokens
-# A pass over prompts, so many at once; counts of drafts; bytes of memory; tokens that fit into the cache.
+# Decodes prompts, N at once; counts of drafts; bytes of memory; size of the KV cache in tokens.
 Engine = tuple[Callable[[list[str], int], Outputs], Callable[[], dict[str, int]], Callable[[], int], Callable[[], int]]
 
 
@@ -67,7 +67,7 @@ def parsed() -> argparse.Namespace:
 
 
 def templated(target: str, prompt: str) -> str:
-    """In the checkpoint's template, else in the tokenizer's chat template if it has one."""
+    """The prompt in the checkpoint's template, else in the tokenizer's chat template if it has one."""
     if template := json.loads((Path(target) / "layerskip.json").read_text())["prompt_template"]:
         return str(template.replace("{prompt}", prompt))
     from transformers import AutoTokenizer
@@ -80,7 +80,7 @@ def templated(target: str, prompt: str) -> str:
 
 
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """vLLM's engine arguments. Prompts come again in every pass, so their keys and values are not kept."""
+    """vLLM's engine arguments. Every pass repeats the prompts, so prefix caching is off."""
     drafts = {"method": arguments.method, "model": arguments.draft, "num_speculative_tokens": arguments.spec}
     return {
         "load_format": arguments.load_format, "dtype": arguments.dtype, "max_model_len": 1024, "max_num_seqs": max(AT_ONCE),
@@ -150,19 +150,19 @@ def server(arguments: argparse.Namespace) -> Iterator[Engine]:
 
 
 def below(process: int) -> list[int]:
-    """A process and all that descend from it."""
+    """A process and its descendants."""
     children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
     return [process, *(one for child in children for one in below(int(child)))]
 
 
 def resident(processes: list[int]) -> int:
-    """Most memory that each of them has used, added up, in bytes."""
+    """The sum of the processes' peaks of memory, in bytes."""
     peaks = [re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{process}/status").read_text()) for process in processes]
     return sum(1024 * int(peak[1]) for peak in peaks if peak)
 
 
 def table(results: dict[str, dict[str, Any]]) -> None:
-    """Identical: outputs that are those of the first, one at a time. Memory: the peaks of all processes, added up."""
+    """Identical: outputs equal to the baseline's, decoded one at a time. Memory: the sum of all processes' peaks."""
     base, *_ = results.values()
     drafting = ("drafts accepted", "tokens per round", "identical")
     head("", "at once", "tokens/s", "speedup", *drafting, "memory, MB", "cache, tokens")

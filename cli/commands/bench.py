@@ -22,7 +22,7 @@ def bench(
     saved: SavedReport = None,
     resume: Annotated[bool, Flag("Continue the interrupted run in --output.", panel="Output")] = False,
 ) -> None:
-    """Compare the decoding strategies, and baselines, on one task: quality, acceptance, speed, time of the first token, memory.
+    """Compare the decoding strategies, and baselines, on one task: quality, acceptance, speed, time to first token, memory.
 
     Example: layerskip bench --exit 8 --spec 6 --baselines transformers,no-reuse --output results
     """

@@ -16,7 +16,7 @@ from ..options import command
 def calibrate(
     config: CalibrationConfig,
     threads: Annotated[Threads, Flag("CPU threads; 0: torch's choice.", panel="Machine")] = 0,
-    clear: Annotated[bool, Flag("Only remove the weights kept for models whose folders cannot be written.")] = False,
+    clear: Annotated[bool, Flag("Only clear the cache of int4 weights for models in read-only folders.")] = False,
 ) -> None:
     """Calibrate int4 weights on text that the model writes. --quantize int4 and drafts use them from then on.
 

@@ -68,7 +68,7 @@ class _Chat:
         self._colours = show_drafts and self._console.is_terminal and self._console.color_system is not None
         self._last: TextStream | None = None
         self._total = DecodeStats()
-        self._refused = False  # a line, so far
+        self._refused = False  # whether a line failed so far
         if console.is_terminal():
             narrate(f"{loaded.name}: {loaded.backend.implementation}; prompt template: {loaded.template.name}")
         if not self._dialogue.has_turns:
@@ -105,7 +105,7 @@ class _Chat:
             raise typer.Exit(1)
 
     def _take(self, line: str, number: int | None = None) -> None:
-        """Runs a line, a message or a /command; EOFError ends the chat. `number`: of a pipe's line."""
+        """Handles a line, a message or a /command; raises EOFError to end the chat. `number`: of a line over a pipe."""
         try:
             match line.split():
                 case []:

@@ -14,7 +14,7 @@ from ..options import Format, Overwrite, command
 if TYPE_CHECKING:
     from layerskip_core.evaluation.comparison import Run
 
-_EMBEDDED = ("embedded-base", "embedded")  # without the recipe and with it, by equally many steps
+_EMBEDDED = ("embedded-base", "embedded")  # equally many steps without the recipe and with it
 _SAMPLES, _EXITS, _DRAFTS = 12, (6, 12, 18), 6  # of their sweeps
 
 
@@ -25,7 +25,7 @@ def compare(
         typer.Argument(
             metavar="[LABEL=]PATH[,PATH...]...",
             help="Runs by label: folders that finetune, sweep-exits or bench wrote, a results.json or a losses.jsonl. Runs of "
-            "one label differ in their seed; without a label, names that end in -seed1, -seed2, ... share one. "
+            "one label differ only in their seed; without a label, names that end in -seed1, -seed2, ... share one. "
             "Without runs, embedded-base and embedded are measured.",
         ),
     ] = None,
@@ -37,7 +37,7 @@ def compare(
     output: Annotated[Text | None, Flag("Folder for comparison.md, .json and .csv, and plots.", panel="Output")] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Compare runs: the mean of every figure over the runs of a label, with 95% intervals, and the difference to the first.
+    """Compare runs: the mean of every figure by label, with 95% intervals, and its difference from the first label.
 
     Example: layerskip compare without=runs/none-1,runs/none-2 with=runs/both-1,runs/both-2 --output comparison
     """

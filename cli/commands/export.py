@@ -13,7 +13,7 @@ from ..options import ModelArgument, command
 
 @command
 def export(model: ModelArgument = "embedded", *, config: ExportConfig) -> None:
-    """Write an exit of a model as a plain checkpoint, which drafts for the model in another engine.
+    """Write an exit of a model as a plain checkpoint that drafts for the model in another engine.
 
     It has the first layers, the exit's block if there is one, the norm and the head. --format gguf writes model and draft for
     llama.cpp. --format packed writes the whole model in the layout of our kernels, so that decoding starts at once.

@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     from layerskip_core.training.progress import StepReport
     from layerskip_core.training.run import FrozenModel, WholeModel
 
-_PAYS = 1.05  # times plain decoding
-_LOST = 0.05  # of a model's next tokens: more is a warning
+_PAYS = 1.05  # least speedup over plain decoding
+_LOST = 0.05  # share of changed next tokens above which advice follows
 
 
 def read_config(context: typer.Context, path: Path | None) -> Path | None:
-    """Makes a TOML file's values the defaults of the flags, so that a flag on the command line wins."""
+    """Makes the values of a TOML file the defaults of flags, so that a flag on the command line wins."""
     if path is None:
         return None
     try:
@@ -50,13 +50,13 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
             raise ConfigError(
                 f"--config {path}: {shown(key)!r} is no flag of {context.info_name}; known: {', '.join(sorted(known))}"
             )
-        defaults[known[flag]] = value if isinstance(value, str) else json.dumps(value, default=str)  # as it is typed
+        defaults[known[flag]] = value if isinstance(value, str) else json.dumps(value, default=str)  # as typed in a shell
     context.default_map = {**cast(dict[str, Any], context.default_map or {}), **defaults}
     return path
 
 
 DryRun = Annotated[bool, Flag("Print what would be done, and stop.", panel="Run")]
-TrainingThreads = Annotated[Threads, Flag("CPU threads; 0: torch's choice, less busy cores.", panel="Machine")]
+TrainingThreads = Annotated[Threads, Flag("CPU threads; 0: torch's choice minus busy cores.", panel="Machine")]
 ConfigFile = Annotated[
     Path | None,
     typer.Option(
@@ -72,7 +72,7 @@ ConfigFile = Annotated[
 def finetune(
     settings: FinetuneConfig, dry_run: DryRun = False, threads: TrainingThreads = 0, config: ConfigFile = None
 ) -> None:
-    """Convert a checkpoint by the LayerSkip recipe: layer dropout, and a loss of early exits through the one shared head.
+    """Convert a checkpoint by the LayerSkip recipe: layer dropout, and an early-exit loss through the shared head.
 
     --recipe auto trains a few exits, each with a reader, and reports at the end how fast they draft on this machine and how
     much quality the training cost. The paper's own recipes are finetune, continual, scratch and code; --recipe none is ordinary
@@ -117,7 +117,7 @@ def _run(plan: "Plan") -> "CheckpointInfo":
 
 
 def _next(plan: "Plan", verdicts: "list[Verdict]") -> str:
-    """The command that follows, whole."""
+    """What to do next, with the whole command."""
     config = plan.config
     pays = any(verdict.speed >= _PAYS for verdict in verdicts)
     if plan.num_layers == 1:
@@ -129,7 +129,7 @@ def _next(plan: "Plan", verdicts: "list[Verdict]") -> str:
     if pays or (plan.exit_steps.keys() - {plan.num_layers} and not verdicts):
         return f"next: {_command('sweep-exits', config)} --save"
     longer = "no exit pays: train for more --steps, or leave the model as it is now: " if verdicts else "next: "
-    return longer + _command("generate" if config.lora_keep else "train-drafter", config)  # blocks stand beside whole weights
+    return longer + _command("generate" if config.lora_keep else "train-drafter", config)  # drafters need whole weights
 
 
 def _command(name: str, config: TrainingConfig) -> str:
@@ -148,7 +148,7 @@ def plan_text(plan: "WholeModel | FrozenModel") -> str:
     config, is_whole = plan.config, isinstance(plan, WholeModel)
     rows = f"a stream, cut at {config.max_length} tokens"
     if plan.rows is not None:
-        left_out = f", {plan.left_out} left out, whose prompts leave no room" if plan.left_out else ""
+        left_out = f", {plan.left_out} left out, prompt too long" if plan.left_out else ""
         rows = f"{plan.rows} rows and {plan.held_out} held out, {plan.tokens} tokens at most{left_out}"
     lines = [
         f"{config.model} ({plan.parameters / 1e6:.1f}M parameters, {plan.num_layers} layers) on {config.data.name}: {rows}",
@@ -159,7 +159,7 @@ def plan_text(plan: "WholeModel | FrozenModel") -> str:
     if (texts := plan.answers) is not None and texts.prompts:
         what = "replayed texts" if is_whole else "answers"
         lines.append(
-            f"{len(texts.prompts)} {what} by the model, at most {texts.how.tokens} tokens; {len(texts.known)} are there"
+            f"{len(texts.prompts)} {what} by the model, at most {texts.how.tokens} tokens; {len(texts.known)} exist already"
         )
     return "\n".join((*lines, *plan.notes))
 
@@ -174,7 +174,7 @@ def _recipe_lines(plan: "WholeModel") -> list[str]:
         lines.append(f"{processes} processes" + (", weights and optimizer sharded (FSDP2)" if config.fsdp else ""))
     early = {layer: steps for layer, steps in plan.exit_steps.items() if layer < plan.num_layers}
     if not early and not recipe.p_max:
-        lines.append("trained at full depth alone, as any model")
+        lines.append("trained at full depth only, as in ordinary training")
     else:
         profile = " constant over depth" if recipe.dropout_profile == "constant" else ""
         rotation = f" R={recipe.rotation}" if recipe.rotation else ""
@@ -199,14 +199,14 @@ def _drafter_lines(plan: "FrozenModel") -> list[str]:
     what, trained = kinds[config.layout or "exit"], sum(each.numel() for each in plan.module.parameters() if each.requires_grad)
     return [
         f"{what}, {trained / 1e6:.1f}M parameters; the model stays as it is; answers of the {config.answers}",
-        f"drafts here would take {estimate.draft:.2f} of a step ({estimate.step * 1e3:.3g} ms) each, so by drafts accepted "
-        f"about {speeds} of plain decoding; without training, low-bit copies and lookups draft: "
+        f"a draft takes about {estimate.draft:.2f} of a step ({estimate.step * 1e3:.3g} ms) on this machine; estimated speedup "
+        f"by acceptance rate: {speeds}; for drafts without training (low-bit copies, lookups): "
         f"layerskip bench --model {shlex.quote(config.model)}",
     ]
 
 
 def report_text(report: "StepReport") -> str:
-    """A step's loss, or a drafter's divergence, as shown; a drafter in the EAGLE-3 layout is exit 0."""
+    """A step's loss, or a drafter's divergence, as text; a drafter in the EAGLE-3 layout is exit 0."""
     shown = (
         ("exits", report.exit_losses, ".3f"),
         ("held-out", report.validation_losses, ".3f"),
@@ -218,7 +218,7 @@ def report_text(report: "StepReport") -> str:
 
 
 def result_text(info: "CheckpointInfo", plan: "Plan", verdicts: "list[Verdict]") -> str:
-    """The last losses or divergences, the gain by drafts, and the cost of the training in quality."""
+    """The last losses or divergences, the speedup by drafts, and what the training cost in quality."""
     details = info.details
     kinds = {"loss by exit": details.get("final_losses"), "on held-out rows": details.get("validation_losses")}
     if plan.recipe is None:
@@ -250,5 +250,5 @@ def result_text(info: "CheckpointInfo", plan: "Plan", verdicts: "list[Verdict]")
 
 
 def _some(losses: Mapping[int, float]) -> list[tuple[int, float]]:
-    """At most four exits at even distances, the last one among them, so that they fit in one line."""
+    """At most four evenly spaced exits, the last included, which fit in one line."""
     return spread(list(losses.items())[::-1], 4)[::-1]

@@ -39,7 +39,7 @@ def generate(
         bool,
         Flag(
             "Standard input holds one JSON object with a `prompt` per line; answers are objects too. `policy`, "
-            "`max_new_tokens`, `temperature`, `stop` and other options of decoding in an object are for its prompt alone.",
+            "`max_new_tokens`, `temperature`, `stop` and other decoding options in an object apply to its prompt alone.",
             panel="Input",
         ),
     ] = False,
@@ -53,8 +53,8 @@ def generate(
 ) -> None:
     """Generate text with self-speculative decoding: the same text as autoregressive decoding, in fewer full passes.
 
-    Without --exit, --spec or --strategy every round uses the fastest of lookups in the text, trained exits, an int8 copy of the
-    model, other drafters, and none.
+    Without --exit, --spec or --strategy every round drafts by whatever is fastest: lookups in the text, trained exits, an int8
+    copy of the model, other drafters, or not at all.
 
     Example: printf 'remind me to call mom at 5' | layerskip generate --exit 8 --spec 6
     """
@@ -84,7 +84,7 @@ def generate(
     try:
         failed, total = print_answers(loaded, answers, earlier, not several, jsonl)
     except KeyboardInterrupt:
-        if not jsonl:  # whose lines are objects
+        if not jsonl:  # JSON lines are written whole
             sys.stdout.write("\n")
         raise typer.Exit(130) from None
     if stats:
@@ -106,7 +106,7 @@ def _narrate_stats(loaded: "Decoder", usual: DecodingConfig, total: "DecodeStats
 
 @dataclass
 class Request:
-    """A prompt, its line number and its options. `error`: why it cannot be decoded. `id`: the row's own."""
+    """A prompt, its line number and its options. `error`: why it cannot be decoded. `id`: as given in its row."""
 
     number: int
     prompt: str
@@ -118,7 +118,7 @@ class Request:
 def requests_of(
     lines: Iterable[str], jsonl: bool, flags: RequestOptions, usual: DecodingConfig, resolve: Callable[[Any], DecodingConfig]
 ) -> Iterator[Request]:
-    """Each of the lines, decoded as `usual`; a row of `jsonl` may change `flags`."""
+    """Yields a request per line, with the config `usual`; a row of `jsonl` may override `flags`."""
     for number, line in enumerate(lines, start=1):
         if not jsonl:
             yield Request(number, line, usual)
@@ -144,7 +144,7 @@ Answers = Iterator[tuple[Request, "Answer | None"]]
 def print_answers(
     loaded: "Decoder", answers: Answers, earlier: "EarlierAnswers", alone: bool, jsonl: bool
 ) -> tuple[bool, "DecodeStats"]:
-    """Prints every answer in order, decoding missing ones; returns (any failed, all counts). `alone`: raises its error."""
+    """Prints answers in order, decoding those still None; returns (any failed, summed counts). `alone`: errors are raised."""
     from layerskip_core.decoding import DecodeStats
     from layerskip_core.decoding.dialogue import TextStream
 
@@ -163,7 +163,7 @@ def print_answers(
                 raise
             failed = True
             message = f"line {request.number}: {str(error).removeprefix('row: ')}"
-            if jsonl:  # names keys of the row where other messages show flags
+            if jsonl:  # with the row's keys, where other messages have flags
                 _write(json.dumps({**named, "error": _OPTIONS.sub(r"\1", message)}, ensure_ascii=False))
             else:
                 narrate(f"error: {message}")
@@ -186,7 +186,7 @@ def print_answers(
 def _together(
     loaded: "Decoder", requests: Iterator[Request], earlier: "EarlierAnswers", batch_size: int, is_ready: Callable[[], bool]
 ) -> Answers:
-    """Decodes up to `batch_size` requests at once. `is_ready`: whether the next one can be read without waiting."""
+    """Decodes up to `batch_size` requests at once. `is_ready`: whether the next can be read without waiting."""
     from layerskip_core.decoding import Answer, DecodeStats
     from layerskip_core.serving import Request as Job
     from layerskip_core.serving import Scheduler, Update
@@ -214,7 +214,7 @@ def _together(
         for _, _, updates in unanswered:
             fault = updates[-1].error if updates else None
             if fault is not None and not isinstance(fault, LayerSkipError):
-                raise fault  # no fault of the request, such as Ctrl-C
+                raise fault  # not of this request, such as Ctrl-C
         while unanswered and (updates := unanswered[0][2]) and updates[-1].is_last:
             (request, job, updates), end = unanswered.popleft(), updates[-1]
             if isinstance(end.error, LayerSkipError):
@@ -228,7 +228,7 @@ def _together(
 
 
 def _logprob_document(one: "TokenLogprobs", text_of: Callable[[int], str]) -> dict[str, Any]:
-    """A token with its log probability, and the best ones in its place, as an object."""
+    """A token, its log probability and the top alternatives, as an object."""
     own, *top = (
         {"id": token, "token": text_of(token), "logprob": round(logprob, 6)}
         for token, logprob in ((one.id, one.logprob), *one.top)

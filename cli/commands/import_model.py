@@ -15,11 +15,11 @@ def import_model(
     output: Annotated[Text, Flag("Folder for the checkpoint.", panel="Output")] = "imported-model",
     dtype: Annotated[
         DType,
-        Flag("Of the weights written: fp32, bf16, or auto: as stored; of a GGUF file, one that loses nothing.", panel="Output"),
+        Flag("Precision of the weights: fp32, bf16, or auto: as stored (GGUF: one that loses nothing).", panel="Output"),
     ] = "auto",
     drafter: Annotated[
         Text | None,
-        Flag("Drafter that the model gets, in the EAGLE-3 layout or Gemma 4's assistant: a folder or hub id.", panel="Output"),
+        Flag("Drafter to add, in the EAGLE-3 layout or Gemma 4's assistant: a folder or hub id.", panel="Output"),
     ] = None,
     overwrite: Annotated[bool, Flag("Replace a model that --output holds.", panel="Output")] = False,
 ) -> None:

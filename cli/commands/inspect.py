@@ -53,7 +53,7 @@ def inspect(
     loaded = load_model(model, machine, prompting=prompting)
     count = loaded.backend.num_layers
     console = ResultsConsole()
-    room = max(1, (console.width - _CELL - 1 - len("needed")) // (_CELL + 1))  # layers beside a token and its count
+    room = max(1, (console.width - _CELL - 1 - len("needed")) // (_CELL + 1))  # columns besides the first two
     layers = layers or tuple(sorted({max(1, round(count * part / room)) for part in range(1, room + 1)}))
     require(layers[-1] <= count, "layers", f"in 1..{count}", ",".join(map(str, layers)))
     inspection = run_inspect(loaded, given_prompt(prompt, may_be_empty=False), max_new_tokens)

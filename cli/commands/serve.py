@@ -25,7 +25,7 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 def serve(serving: ServeConfig, prompting: PromptingConfig, packing: PackingConfig, machine: MachineConfig) -> None:
     """Serve one model over an OpenAI-compatible API: completions, chat completions and responses, with streaming.
 
-    Flags of decoding are defaults of requests. Needs the extra `serve`: pip install 'layerskip[serve]'.
+    Decoding flags are the defaults of requests. Needs the extra `serve`: pip install 'layerskip[serve]'.
 
     Example: layerskip serve --port 8000
     """
@@ -56,7 +56,7 @@ def serve(serving: ServeConfig, prompting: PromptingConfig, packing: PackingConf
         name = path.resolve().name if path.exists() else serving.model
         if isinstance(loaded.backend, NativeBackend):
             loaded.backend.limit_memory(kv_bytes)
-            needed = "memory for keys and values of a text of 64 tokens at least, in megabytes"
+            needed = "megabytes that hold the keys and values of at least 64 tokens"
             require(loaded.backend.room > 0, "kv_memory", needed, kv_bytes // 2**20)
         kept = {"earlier": EarlierAnswers(serving.remember), "prefixes": Prefixes(serving.prefix_cache * 2**20)}
         engine = Engine(loaded, serving.batch_size, serving.queue_size, **kept)

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from layerskip_core.evaluation.report.tables import Points
     from layerskip_core.evaluation.results import RunRecord
 
-_BY_EXIT = {"strategy", "exit_layer", "num_draft_tokens", "draft_confidence", "measured"}  # of a policy without more
-_HEIGHT = 12  # lines of a front
+_BY_EXIT = {"strategy", "exit_layer", "num_draft_tokens", "draft_confidence", "measured"}  # keys of a policy by exit alone
+_HEIGHT = 12  # lines of the plot
 _MARKERS = {"autoregressive": "■", "early-exit": "○", "self-speculative": "▲"}
 _COLOURS = ("blue", "yellow", "green", "magenta", "cyan", "red", "bright_blue", "bright_yellow", "bright_green")
 
@@ -89,7 +89,7 @@ def _model_folder(model: str) -> Iterator[None]:
 
 
 def _save(model: str, record: "RunRecord") -> None:
-    """Stores the findings in layerskip.json, in one step, and reports them."""
+    """Stores profile and recommendation in layerskip.json, in one write, and reports them."""
     from layerskip_core.checkpoint.info import read_info
     from layerskip_core.checkpoint.save import write_info
 
@@ -109,7 +109,7 @@ def _save(model: str, record: "RunRecord") -> None:
 
 
 def front(points: "Points", width: int) -> Text:
-    """A marker per setting, better quality higher, faster further right; numbers on the frontier."""
+    """Plots a marker per setting, quality upwards and speed to the right; settings on the frontier are numbered."""
     from layerskip_core.evaluation.report.tables import is_wide, strategy_name
     from layerskip_core.evaluation.results import result_name
 
@@ -125,7 +125,7 @@ def front(points: "Points", width: int) -> Text:
     }
     places = list(zip(up, across, strict=True))
     cells = {place: markers[strategy_name(result)] for place, result in zip(places, points.results, strict=True)}
-    # One of several points in the same place is shown: the frontier's, and of these the fastest.
+    # Of several points in one cell, the fastest of the frontier is shown.
     ranked = sorted(points.optimal, key=lambda index: points.speeds[index])
     cells |= {places[index]: (str(rank % 10), "bold") for rank, index in enumerate(ranked, start=1)}
     ends = {0: low, _HEIGHT - 1: high} if points.lower_is_better else {0: high, _HEIGHT - 1: low}
@@ -147,7 +147,7 @@ def front(points: "Points", width: int) -> Text:
 
 
 def _places(values: Sequence[float], size: int, logarithmic: bool) -> list[int]:
-    """Places 0..size-1 of the values, the lowest at 0."""
+    """Scales values to cells 0..size-1."""
     scaled = [math.log(value) for value in values] if logarithmic else list(values)
     lowest, extent = min(scaled), max(scaled) - min(scaled)
     return [round((value - lowest) / extent * (size - 1)) if extent else 0 for value in scaled]

@@ -12,8 +12,8 @@ def train_drafter(
 ) -> None:
     """Train a drafter for a model, in minutes, on the model's own answers. The model stays as it is, byte for byte.
 
-    By default the drafter has the EAGLE-3 layout, which vLLM, SGLang and llama.cpp read, too. --exits trains a block at each
-    exit instead, --start-from shipped goes on with the checkpoint's own drafter.
+    By default the drafter has the EAGLE-3 layout, which vLLM, SGLang and llama.cpp also read. --exits trains a block at each
+    exit instead; --start-from shipped continues the checkpoint's own drafter.
 
     Example: layerskip train-drafter --model my-model --output my-model --data rows.jsonl
     """

@@ -1,4 +1,4 @@
-"""Check on this machine that batching, drafting and resuming keep outputs."""
+"""Check on this machine that batching, drafting and resuming do not change outputs."""
 
 from dataclasses import replace
 from typing import Annotated
@@ -25,8 +25,8 @@ def verify(
     """Check that batching, drafting and resuming do not change outputs on this machine.
 
     Every check runs in each precision on each kernel of this machine, over real prompts and random ones. With our own kernels
-    logits must have the same bits; with PyTorch's, tokens may differ where two are almost equally likely. The exit status is 1
-    if a promise was broken.
+    logits must be bitwise equal; with PyTorch's, tokens may differ where two are almost equally likely. The exit status is 1 if
+    a check fails.
 
     Example: layerskip verify embedded --precisions fp32,int8 --output verification
     """

@@ -31,16 +31,16 @@ class Document:
         calls: Callable[[], Calls],
         include_usage: bool,
     ) -> None:
-        """`echoes`: the prompt's text by answer, if answers begin with it. `calls`: finds calls of tools in an answer."""
+        """`echoes`: the prompt's text by answer, if answers begin with it. `calls`: makes a finder of tool calls."""
         self._calls = [calls() for _ in jobs]
         self._is_chat, self._begun, self._jobs, self._echoes = is_chat, set[int](), jobs, echoes
         self._include_usage = include_usage
-        self._ends = [0] * len(jobs)  # of the text of each answer's tokens, so far
+        self._ends = [0] * len(jobs)  # by answer, the length of its tokens' text so far
         prefix, self._object = ("chatcmpl", "chat.completion") if is_chat else ("cmpl", "text_completion")
         self._common = {"id": f"{prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
 
     def whole(self, answers: Mapping[int, Update], usage: dict[str, Any], texts: Mapping[int, str]) -> dict[str, Any]:
-        """`answers`: by number, with all of their text. `texts`: of tokens with log probabilities."""
+        """`answers`: complete, by number. `texts`: by id, of tokens with log probabilities."""
         choices = []
         for number, answer in sorted(answers.items()):
             text, calls = self._calls[number].add(answer.text, True)
@@ -61,7 +61,7 @@ class Document:
             text, calls = self._calls[number].add(update.text, update.is_last)
             contents = [{"delta": {**role, "content": text} if text or role else {}}]
             contents += [{"delta": {"tool_calls": [delta]}} for delta in deltas(calls, first)]
-        # The last one has the finish reason, and the log probabilities of all.
+        # Only the last event has the finish reason and the log probabilities.
         partial = [self._choice(number, content, Update(""), {}) for content in contents[:-1]]
         choice = self._choice(number, contents[-1], update, texts)
         self._begun.add(number)
@@ -72,7 +72,7 @@ class Document:
         return (self._event([], usage=usage) if self._include_usage else b"") + _DONE
 
     def failure(self, error: ApiError) -> bytes:
-        """Instead of the last event."""
+        """The event that ends a failed stream."""
         return event(error.document)
 
     def _event(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
@@ -92,7 +92,7 @@ class Document:
         return {"index": number, **content, "logprobs": logprobs, "finish_reason": reason}
 
     def _of_completion(self, number: int, update: Update, texts: Mapping[int, str]) -> dict[str, list[Any]]:
-        """Log probabilities in the form of completions; a prompt's first token has none."""
+        """Log probabilities in the completions format; a prompt's first token has none."""
         entries: list[TokenLogprobs | None] = [*update.prompt_logprobs, *update.logprobs]
         tokens = [texts[one.id] for one in (*update.prompt_logprobs, *update.logprobs)]
         job = self._jobs[number]
@@ -100,7 +100,7 @@ class Document:
             entries, tokens = [None, *entries], [texts[job.ids[0]], *tokens]
         ends = list(accumulate(map(len, tokens), initial=self._ends[number]))
         self._ends[number] = ends[-1]
-        # Of two tokens with one text the more probable is named, and the token itself is always there.
+        # Of tokens with equal text the most probable is listed, but the chosen token always.
         tops = [
             one and {texts[token]: logprob for token, logprob in (*one.top[::-1], (one.id, one.logprob))} for one in entries
         ]
@@ -114,7 +114,7 @@ def event(document: dict[str, Any]) -> bytes:
 
 
 def usage_of(jobs: Sequence[Request | Embedding], n: int) -> dict[str, Any]:
-    """The tokens of `n` answers to each prompt. OpenAI calls drafts predictions."""
+    """Token counts, for `n` answers per prompt. OpenAI calls drafts predictions."""
     stats, prompt_tokens = sum((job.stats for job in jobs), DecodeStats()), sum(len(job.ids) for job in jobs[::n])
     drafts = {"accepted_prediction_tokens": stats.accepted, "rejected_prediction_tokens": stats.drafted - stats.accepted}
     return {
@@ -127,7 +127,7 @@ def usage_of(jobs: Sequence[Request | Embedding], n: int) -> dict[str, Any]:
 
 
 def chat_logprobs(update: Update, texts: Mapping[int, str]) -> dict[str, Any]:
-    """Log probabilities in the form of conversations."""
+    """Log probabilities in the chat format."""
 
     def entry(token: int, logprob: float) -> dict[str, Any]:
         text = texts[token]
@@ -144,7 +144,7 @@ class Vectors:
         self._model, self._as_base64 = model, as_base64
 
     def whole(self, answers: Mapping[int, Update], usage: dict[str, Any], texts: Mapping[int, str]) -> dict[str, Any]:
-        """As `Document.whole`, of updates that have vectors."""
+        """As `Document.whole`, for updates with vectors."""
 
         def written(vector: Sequence[float]) -> Any:
             return b64encode(array("f", vector).tobytes()).decode() if self._as_base64 else vector
@@ -159,11 +159,11 @@ class ResponseDocument:
     """Builds the document or the events of one response."""
 
     def __init__(self, model: str, job: Request, calls: Callable[[], Calls], body: Mapping[str, Any]) -> None:
-        """`calls`: finds calls of tools. `body`: of the request, parts of which a response repeats."""
+        """`calls`: makes a finder of tool calls. `body`: the request's, parts of which a response repeats."""
         self._calls = calls()
         self._config, self._output, self._reason = job.config, list[dict[str, Any]](), ""
-        self._events, self._count = list[bytes](), 0  # events that are not sent yet, and the number of all
-        self._logprobs = list[Any]()  # of tokens whose text is not sent yet
+        self._events, self._count = list[bytes](), 0  # unsent events, and the number of all events
+        self._logprobs = list[Any]()  # of tokens whose text is unsent
         asked: dict[str, Any] = {"instructions": None, "metadata": {}, "tools": [], "tool_choice": "auto"}
         asked |= {"parallel_tool_calls": True, "text": {"format": {"type": "text"}}, "max_output_tokens": None}
         self._common = {
@@ -201,7 +201,7 @@ class ResponseDocument:
         return self._unsent()
 
     def failure(self, error: ApiError) -> bytes:
-        """Instead of the last event."""
+        """The event that ends a failed stream."""
         failed = {"status": "failed", "error": {"code": "server_error", "message": str(error)}}
         self._tell("response.failed", response=self._document() | failed)
         return self._unsent()
@@ -212,7 +212,7 @@ class ResponseDocument:
 
     @property
     def _place(self) -> dict[str, Any]:
-        """The place of the last item."""
+        """The fields that identify the last output item."""
         return {"item_id": self._output[-1]["id"], "output_index": len(self._output) - 1}
 
     def _say(self, text: str) -> None:
@@ -265,7 +265,7 @@ class ResponseDocument:
         return b"".join(events)
 
     def _document(self, usage: dict[str, Any] | None = None) -> dict[str, Any]:
-        """The response so far; complete with the usage of its conversation."""
+        """The response so far; final if `usage` (in the chat format) is given."""
         made = {**self._common, "status": "in_progress", "error": None, "incomplete_details": None, "output": self._output}
         if usage is None:
             return {**made, "usage": None}

@@ -63,7 +63,7 @@ class Metrics:
         waiting.set_function(lambda: max(engine.held - engine.running, 0))
 
     def decoded(self, stats: DecodeStats) -> None:
-        """An answer ended, or was given up."""
+        """Counts an answer that ended or was cancelled."""
         counts = {"prompt": stats.prompt_tokens, "generated": stats.new_tokens}
         for kind, count in {**counts, "drafted": stats.drafted, "accepted": stats.accepted}.items():
             self._tokens.labels(kind).inc(count)
@@ -76,7 +76,7 @@ class Service:
         self, decoder: Decoder, packing: PackingConfig, config: ServeConfig, engine: Engine, name: str, key: str | None
     ) -> None:
         """`name`: of the model in the API. `key`: the API key; None if none is needed."""
-        # A tokenizer is not for two threads at once: the engine decodes with one, and this copy encodes in a thread of its own.
+        # Tokenizers are not thread-safe: the engine decodes with its own, and one other thread encodes with this copy.
         self._decoder = decoder = replace(decoder, tokenizer=deepcopy(decoder.tokenizer))
         self._plain = decoder.with_template(RAW, None)
         self._raw = self._plain if decoder.template.text == CHAT else decoder
@@ -105,7 +105,7 @@ class Service:
         ]
         handlers = dict.fromkeys((HTTPException, ApiError, LayerSkipError, 500), _refusal)
         app = Starlette(routes=routes, exception_handlers=handlers)
-        app.router.redirect_slashes = False  # to an address that the client's Host header names
+        app.router.redirect_slashes = False  # redirects go to the address in the client's Host header
         return app
 
     def authorize(self, request: Request) -> None:
@@ -131,7 +131,7 @@ class Service:
     async def submit(
         self, body: bytes, family: Family, deliver: Callable[[int, Update], None]
     ) -> tuple[Asked, Sequence[Job | Embedding], Document | ResponseDocument | Vectors]:
-        """Hands the engine the jobs of a body, which first take places in the queue; returns them and their documents."""
+        """Reserves places in the queue, parses a body and submits its jobs; returns request, jobs and document builder."""
         engine, held = self._engine, 1
         engine.hold(held)
         try:
@@ -147,13 +147,13 @@ class Service:
         return request, jobs, made
 
     async def in_encoding(self, work: Callable[..., Result], *given: Any) -> Result:
-        """Runs in the one thread that uses this service's tokenizer."""
+        """Runs `work` in the only thread that uses this service's tokenizer."""
         return await asyncio.get_running_loop().run_in_executor(self._encoding, work, *given)
 
     def _made(
         self, request: Asked, family: Family, body: dict[str, Any], deliver: Callable[[int, Update], None]
     ) -> tuple[Sequence[Job | Embedding], Document | ResponseDocument | Vectors]:
-        """Runs in the encoding thread: the jobs, and the builder of their documents."""
+        """Makes the jobs and their document builder, in the encoding thread."""
         decoder, tools, options = self._decoder, request.tools, request.options
         if family == "embeddings":
             layers = self._config.embedding_layer or decoder.backend.num_layers
@@ -164,7 +164,7 @@ class Service:
             if self._format is None:
                 raise invalid("tools need a chat template, and this model has none", "tools")
             if self._is_generic:
-                self._narrate_once("the chat template knows no tools: texts describe them, and a grammar makes the calls")
+                self._narrate_once("the chat template has no tools: a text describes them, and a grammar constrains the calls")
             if tools.needed or (self._is_generic and options[0].keys().isdisjoint(GUIDES)):
                 calls = grammar(self._format, tools, {} if self._is_generic else special_ids(decoder.tokenizer))
                 options = [changed(each, RequestOptions(grammar=calls)) for each in options]
@@ -172,7 +172,7 @@ class Service:
         prompts = [ids for prompt in request.prompts for ids in [self._encoded(prompt, tools)] * request.n]
         jobs = list[Job]()
         for number, (ids, each) in enumerate(zip(prompts, options, strict=True)):
-            config = decoder.resolve(each, self._packing)  # where a grammar is compiled
+            config = decoder.resolve(each, self._packing)  # compiles a grammar
             isolated = request.is_seeded and config.temperature > 0
             jobs.append(Job(ids, config, partial(deliver, number), isolated, request.stream))
         if family == "responses":
@@ -182,21 +182,21 @@ class Service:
         return jobs, Document(family == "chat", self.name, jobs, echoes, finder, request.include_usage)
 
     async def texts(self, jobs: Sequence[Job | Embedding], updates: Iterable[Update]) -> dict[int, str]:
-        """The texts of tokens with log probabilities."""
+        """The texts, by id, of tokens with log probabilities."""
         entries = [one for update in updates for one in (*update.prompt_logprobs, *update.logprobs)]
         ids = {token for one in entries for token in (one.id, *(top for top, _ in one.top))}
-        if ids:  # and perhaps the first ones of prompts
+        if ids:  # an echoed prompt's first token is listed too
             ids |= {job.ids[0] for job in jobs}
         return await self.in_encoding(lambda: {token: self._decoder.token_text(token) for token in ids}) if ids else {}
 
     def cancel(self, jobs: Sequence[Job | Embedding]) -> None:
-        """Finished ones stay as they are."""
+        """Cancels unfinished jobs, and counts the tokens of all."""
         for job in jobs:
             self._engine.cancel(job)
             self.metrics.decoded(job.stats)
 
     def _encoded(self, prompt: Prompt, tools: Tools | None) -> list[int]:
-        """Token ids. A chat template is for conversations; a text to continue is put into any other template."""
+        """Token ids of a prompt. Chat templates are applied to conversations only, other templates to texts too."""
         decoder = self._decoder
         if isinstance(prompt, str | list):
             ids = _ids(self._raw, prompt)
@@ -215,7 +215,7 @@ class Service:
         return ids
 
     async def _tokenize(self, request: Request) -> Response:
-        """Token ids of a prompt or a conversation, as it is answered."""
+        """The token ids that decoding would get for a prompt or a conversation."""
         self.authorize(request)
         ids = await self.in_encoding(self._encoded, text_of(parsed(await self.body(request)), self.name), None)
         return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": self._decoder.backend.room})
@@ -238,7 +238,7 @@ class Service:
 
 
 def _ids(decoder: Decoder, prompt: Prompt) -> list[int]:
-    """Of a text, or of token ids in a request."""
+    """The token ids of a text; those that a request gives are checked."""
     return decoder.known_ids(prompt) if isinstance(prompt, list) else decoder.encode_prompt(str(prompt))
 
 
@@ -251,7 +251,7 @@ def _teller(tokenizer: Tokenizer) -> str:
 
 
 class _Endpoint:
-    """Answers prompts or embeds texts; an ASGI application, so one coroutine has the request from first to last byte."""
+    """Answers prompts or embeds texts: an ASGI application, so that one coroutine handles a request to its last byte."""
 
     def __init__(self, service: Service, family: Family) -> None:
         self._service, self._family = service, family
@@ -274,7 +274,7 @@ class _Endpoint:
             self._service.metrics.requests.labels(self._family, outcome).inc()
 
     async def _answer(self, request: Request, receive: Receive, send: Send) -> None:
-        """As one document, or as server-sent events, whose status is sent with the first token: earlier errors are HTTP's."""
+        """Sends one document, or server-sent events from the first token on; earlier errors still get an HTTP status."""
         service, started, updates = self._service, time.monotonic(), Updates()
         service.authorize(request)
         asked, jobs, document = await service.submit(await service.body(request), self._family, updates.deliver)
@@ -314,14 +314,14 @@ class _Endpoint:
 
 
 async def _watch(receive: Receive, updates: Updates) -> None:
-    """Waits until the client goes away: after the body nothing else is received."""
+    """Reports when the client disconnects: after the body no other message arrives."""
     while (await receive())["type"] != "http.disconnect":
         pass
     updates.deliver(0, Update("", error=ClientDisconnect()))
 
 
 def _reported(error: BaseException) -> BaseException:
-    """What ends a request whose answer failed; stderr has an error that is not the client's."""
+    """The error that ends a failed request; internal ones are printed on stderr."""
     if isinstance(error, ClientDisconnect):
         return error
     if (refused := api_error(error)).status == 500:

@@ -1,4 +1,4 @@
-"""Parses bodies of requests: prompts, options and tools. An error in OpenAI's form names the parameter."""
+"""Parses request bodies: prompts, options and tools. Errors have OpenAI's format and name the parameter."""
 
 import re
 import secrets
@@ -16,10 +16,10 @@ from layerskip_core.serving import QueueFull, Stopped
 
 from .tools import Tool, Tools
 
-# Options that have another name in the API.
+# Options under another name in the API.
 _NAMES = {"max_new_tokens": "max_tokens", "schema": "response_format"}
 _NAMES |= {name: f"guided_{name}" for name in ("regex", "grammar", "choice")}
-# Parameters of conversations that have another name in responses.
+# Chat parameters under another name in the responses API.
 _RESPONSE_NAMES = {"messages": "input", "max_tokens": "max_output_tokens", "response_format": "text.format"}
 _STATE: dict[str, Any] = {"store": False, "background": False, "previous_response_id": None, "conversation": None}
 _NOT_IN_RESPONSES: dict[str, Any] = {"n": 1, "truncation": "disabled", "prompt": None, "max_tool_calls": None}
@@ -35,7 +35,7 @@ _UNSUPPORTED: dict[str, Any] = {
     **{"suffix": "", "modalities": ["text"]},
 }
 _NOT_IN_COMPLETIONS: dict[str, Any] = {"top_logprobs": 0, "tools": []}
-# The RequestOptions that a body names as they are.
+# RequestOptions under the same name in a body.
 _OPTIONS = (
     *("temperature", "top_p", "top_k", "min_p", "stop", "frequency_penalty", "presence_penalty", "repetition_penalty"),
     *("logit_bias", "min_tokens", "ignore_eos", "stop_token_ids"),
@@ -57,7 +57,7 @@ class ApiError(Exception):
         self.document: dict[str, Any] = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
     def renamed(self, family: Family) -> "ApiError":
-        """With the parameter's name in this family, which is the message's first word."""
+        """With the parameter's name in this family, in `param` and in the message."""
         error = self.document["error"]
         if family == "responses" and (name := _RESPONSE_NAMES.get(param := error["param"])) is not None:
             error |= {"param": name, "message": error["message"].replace(param, name, 1)}
@@ -65,7 +65,7 @@ class ApiError(Exception):
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None, status: int = 400) -> ApiError:
-    """The client's fault."""
+    """An error that is the client's fault."""
     return ApiError(status, message, "invalid_request_error", param, code)
 
 
@@ -93,7 +93,7 @@ def api_error(error: BaseException) -> ApiError:
 
 
 def _named(message: str) -> str:
-    """A message of the core, with the API's names of the settings in it."""
+    """A message of the core, with API names in place of settings in backquotes."""
     return re.sub(r"`(\w+)`", lambda match: _NAMES.get(match[1], match[1]), message)
 
 
@@ -121,7 +121,7 @@ class _Message(Struct):
 
     @property
     def plain(self) -> dict[str, Any]:
-        """In the form of chat templates: arguments of calls are objects."""
+        """As chat templates read it: arguments of calls are objects."""
         content = "".join(part.text for part in self.content) if isinstance(self.content, list) else self.content or ""
         made: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": content}
         if self.content is None and not self.tool_calls:
@@ -136,7 +136,7 @@ class _Message(Struct):
 
 
 class _Body(TypedDict, total=False):
-    """Keys besides the prompt and the RequestOptions; null counts as left out."""
+    """Keys besides the prompt and the RequestOptions; null counts as absent."""
 
     model: str
     seed: int
@@ -154,7 +154,7 @@ class _Body(TypedDict, total=False):
 
 
 class _ResponseBody(TypedDict, total=False):
-    """Keys in another form than those of conversations."""
+    """Keys whose format differs from chat."""
 
     instructions: str
     text: Annotated[dict[str, Any], Meta(description="an object with a format")]
@@ -163,7 +163,7 @@ class _ResponseBody(TypedDict, total=False):
 
 
 def text_of(document: Mapping[str, Any], model: str) -> Prompt:
-    """A text or conversation to encode only."""
+    """The text or conversation of a /tokenize body."""
     _require_model(document.get("model", model), model)
     prompts = _conversation(document["messages"]) if "messages" in document else _prompts(document.get("prompt"))
     demand(len(prompts) == 1, f"prompt must be one text, got {len(prompts)}", "prompt")
@@ -174,7 +174,7 @@ class Asked(NamedTuple):
     """A request. Each prompt has `n` answers, each with options of its own."""
 
     prompts: tuple[Prompt, ...]
-    options: list[RequestOptions]  # they differ in their seeds
+    options: list[RequestOptions]  # by answer; they differ in seed
     n: int = 1
     is_seeded: bool = False  # the request names a seed
     stream: bool = False
@@ -184,7 +184,7 @@ class Asked(NamedTuple):
 
 
 def _refuse_unsupported(document: Mapping[str, Any], unsupported: Mapping[str, Any], why: str = "") -> None:
-    """Raises ApiError for a key with another value than the one without effect."""
+    """Raises ApiError for an unsupported key, unless its value has no effect."""
     for key in document.keys() & unsupported.keys():
         value, harmless = document[key], unsupported[key]
         if value != harmless or isinstance(value, bool) != isinstance(harmless, bool):
@@ -203,8 +203,8 @@ def _embedded(document: Mapping[str, Any], model: str, most: int) -> Asked:
 
 
 def request_of(document: Mapping[str, Any], family: Family, model: str, config: ServeConfig) -> Asked:
-    """The request in a body, for the model of this name. Raises ApiError, and ConfigError for an option out of range."""
-    most = min(_MOST_ANSWERS, config.batch_size + config.queue_size)  # answers or texts, which the queue has to take whole
+    """Parses a body, for the model of this name. Raises ApiError, and ConfigError for an option out of range."""
+    most = min(_MOST_ANSWERS, config.batch_size + config.queue_size)  # answers or texts, all of which must fit the queue
     if family == "embeddings":
         return _embedded(document, model, most)
     document, is_chat = _as_conversation(document) if family == "responses" else document, family != "completions"
@@ -252,7 +252,7 @@ def _tools(document: Mapping[str, Any], parallel: bool) -> Tools | None:
 
 
 def _guide(document: Mapping[str, Any]) -> dict[str, Any]:
-    """The option that constrains the answer, `strict` or not."""
+    """The option that constrains the answer; `strict` is ignored."""
     made = {name: document[f"guided_{name}"] for name in ("regex", "grammar", "choice") if f"guided_{name}" in document}
     if "guided_json" in document:
         given = document["guided_json"]
@@ -273,7 +273,7 @@ def _guide(document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _logprobs(given: Mapping[str, Any], is_chat: bool) -> dict[str, Any]:
-    """The options for log probabilities; a conversation says whether, and how many in `top_logprobs`."""
+    """The options for log probabilities: in chat a boolean and `top_logprobs`, in completions a number."""
     wanted = given.get("logprobs")
     if wanted is not None and isinstance(wanted, bool) != is_chat:
         raise invalid(f"logprobs must be {'true or false' if is_chat else 'a number in 0..20'}, got {wanted}", "logprobs")
@@ -313,7 +313,7 @@ def _prompts(prompt: Any, key: str = "prompt") -> tuple[Prompt, ...]:
 
 
 def _as_conversation(body: Mapping[str, Any]) -> dict[str, Any]:
-    """An equivalent body of a conversation. Raises ApiError and ConfigError."""
+    """The chat body equivalent to a responses body. Raises ApiError and ConfigError."""
     _refuse_unsupported(body, _STATE, ", which keeps no responses: the input must be the whole conversation")
     _refuse_unsupported(body, _NOT_IN_RESPONSES)
     given = checked(_ResponseBody, {key: body[key] for key in _ResponseBody.__annotations__ if key in body})
@@ -336,7 +336,7 @@ def _as_conversation(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _messages(given: Any) -> list[dict[str, Any]]:
-    """Items of an input as messages, still to be validated. A call belongs to the assistant's message before it, if any."""
+    """Input items as messages, not yet validated. A call joins the assistant's message before it, if there is one."""
     messages: list[dict[str, Any]] = []
     for item in given if isinstance(given, list) else [{"role": "user", "content": given}]:
         match {"type": "message", **item} if isinstance(item, dict) else item:
@@ -356,7 +356,7 @@ def _messages(given: Any) -> list[dict[str, Any]]:
 
 
 def _content(content: Any) -> Any:
-    """Texts of an input or output in the form of conversations."""
+    """The content of an input or output item in the chat format."""
     parts = content if isinstance(content, list) else []
     if all(isinstance(part, dict) and part.get("type") in ("input_text", "output_text") for part in parts):
         return [{**part, "type": "text"} for part in parts] or content

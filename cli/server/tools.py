@@ -1,6 +1,6 @@
-"""Tools of a conversation: how a model's chat template has them called, and the calls in its answers.
+"""Tool calls: the format that a chat template asks for, a grammar for it, and the calls in answers.
 
-Formats: Hermes (also Qwen), Llama 3 and Mistral. Where the template knows no tools, Hermes's as plain texts.
+Formats: Hermes (also Qwen), Llama 3 and Mistral; for templates without tools, Hermes as plain text.
 """
 
 import json
@@ -27,7 +27,7 @@ For each call write the name and the arguments in JSON between these tags, and n
 
 Format = Literal["hermes", "llama", "mistral"]
 Call = dict[str, Any]
-"""As OpenAI's API has a call: `id`, `type` and `function` with `name` and `arguments`, a JSON text."""
+"""A tool call as in OpenAI's API: `id`, `type` and `function` with `name` and `arguments`, a JSON text."""
 
 
 class Function(Struct):
@@ -42,7 +42,7 @@ class Tool(Struct):
 
 
 class Tools(NamedTuple):
-    """The tools of a request, also in the client's form (`described`); the answer must call one of the `needed`."""
+    """The tools of a request; `described`: as the client sent them; `needed`: the answer must call one of these."""
 
     known: tuple[Tool, ...]
     described: list[Any]
@@ -51,14 +51,14 @@ class Tools(NamedTuple):
 
 
 def format_of(template: str) -> Format | None:
-    """The format of calls in a chat template; None if it knows no tools."""
+    """The format of calls in a chat template; None if it has no tools."""
     if not re.search(r"\btools\b", template):
         return None
     return "mistral" if _MISTRAL in template else "hermes" if _START in template else "llama"
 
 
 def as_texts(messages: Sequence[Mapping[str, Any]], tools: Tools | None, teller: str) -> list[dict[str, Any]]:
-    """An equivalent conversation in texts, the tools in the role `teller`; consecutive messages of one role are joined."""
+    """The conversation as plain texts: a message of role `teller` describes the tools, messages of one role are joined."""
     turns = list[tuple[str, str]]()
     if tools is not None:
         listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools.described)
@@ -74,11 +74,11 @@ def as_texts(messages: Sequence[Mapping[str, Any]], tools: Tools | None, teller:
 
 
 def grammar(form: Format, tools: Tools, special: dict[str, int]) -> str:
-    """A Lark grammar for calls of the needed tools; without any: a text, calls or both. `special`: token ids."""
+    """A Lark grammar for calls of `needed` tools; if none is, for text, calls or both. `special`: ids of special tokens."""
     key, shared, choices = "parameters" if form == "llama" else "arguments", dict[str, Any](), []
     for tool in tools.needed or tools.known:
         parameters = dict(tool.function.parameters)
-        shared |= parameters.pop("$defs", {})  # references begin at the root
+        shared |= parameters.pop("$defs", {})  # their references start at the root
         properties = {"name": {"const": tool.function.name}, key: parameters}
         choices.append({"type": "object", "properties": properties, "required": ["name", key], "additionalProperties": False})
     call: dict[str, Any] = {"anyOf": choices}
@@ -86,7 +86,7 @@ def grammar(form: Format, tools: Tools, special: dict[str, int]) -> str:
     def token(text: str) -> str:
         return f"<[{special[text]}]>" if text in special else json.dumps(text)
 
-    several = tools.parallel and form != "llama"  # whose template takes one call at once
+    several = tools.parallel and form != "llama"  # Llama's template takes one call at a time
     start = "start: call" + (' ("\\n" call)*' if several else "")
     if form == "mistral":
         call = {"type": "array", "items": call, "minItems": 1} | ({} if several else {"maxItems": 1})
@@ -103,17 +103,17 @@ def grammar(form: Format, tools: Tools, special: dict[str, int]) -> str:
 
 
 class Calls:
-    """Splits the text of one answer, as it comes, into text and calls of tools."""
+    """Splits the streamed text of one answer into text and tool calls."""
 
     def __init__(self, form: Format | None, tools: Tools | None) -> None:
         """Without `tools` all is text."""
         self._form, self._names = form, set() if tools is None else {tool.function.name for tool in tools.known}
-        self._held = ""  # text that may be of a call
-        self._is_text = False  # so that no call can come any more, where calls are not marked
+        self._held = ""  # text that may belong to a call
+        self._is_text = False  # plain text has begun, after which unmarked calls cannot follow
         self.count = 0  # of calls so far
 
     def add(self, text: str, finished: bool) -> tuple[str, list[Call]]:
-        """Takes more text; returns the text and calls that are certain."""
+        """Takes more text; returns the text and calls that are certain by now."""
         if not self._names:
             return text, []
         self._held += text
@@ -132,7 +132,7 @@ class Calls:
             plain += before.rstrip() if new else before + _START + body + closed
             calls, self._held = calls + new, after.lstrip() if new else after
         else:
-            ready = self._held  # but for an end where a call may begin, white space before it included
+            ready = self._held  # all but an end where a call may begin, and white space before it
             if not finished:
                 size = next((size for size in range(len(_START) - 1, 0, -1) if ready.endswith(_START[:size])), 0)
                 ready = ready[: len(ready) - size].rstrip()
@@ -152,7 +152,7 @@ class Calls:
         return plain, []
 
     def _read(self, text: str) -> Iterator[Call]:
-        """Calls one after another or in a list; none if anything else is there."""
+        """Yields calls in sequence or in a list; none if the text has anything else."""
         values, place, named = list[Any](), 0, "|".join(map(re.escape, self._names))
         while place < len(text):
             if gap := re.compile(r"[\s;,\[\]]+").match(text, place):
@@ -173,7 +173,7 @@ class Calls:
 
 
 def deltas(calls: Sequence[Call], first: int) -> Iterator[dict[str, Any]]:
-    """Calls as parts of a stream: name, then arguments. `first`: the number of the first call in the answer."""
+    """Streaming deltas of calls: name, then arguments. `first`: the index of the first call in the answer."""
     for number, call in enumerate(calls, start=first):
         arguments = call["function"]["arguments"]
         yield {"index": number, **call, "function": {**call["function"], "arguments": ""}}

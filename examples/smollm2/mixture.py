@@ -14,7 +14,7 @@ from layerskip_core.data import PARSING_TEMPLATE
 TOPV2_DOMAINS = ("reminder", "weather")
 TOPV2_ROWS = 6000  # of 40,896, about 70 tokens each
 MBPP_REPEATS = 3  # 374 rows of about 170 tokens
-# As `layerskip bench --task mbpp --shots 0` asks.
+# The prompt of `layerskip bench --task mbpp --shots 0`.
 MBPP_TASK = "You are an expert Python programmer, and here is your task: {text}"
 MBPP_TESTS = " Your code should pass these tests:\n\n{tests}\n[BEGIN]\n"
 Row = dict[str, str]

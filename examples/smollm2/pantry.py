@@ -43,16 +43,16 @@ FORMS = {
 
 def row(draw: random.Random) -> dict[str, str]:
     action = draw.choice(list(FORMS))
-    form, said, lines = draw.choice(FORMS[action]), list[str](), list[str]()
+    form, phrases, lines = draw.choice(FORMS[action]), list[str](), list[str]()
     for item in draw.sample(list(ITEMS), draw.choice([1, 1, 2, 2, 3])):
         number, unit = draw.choice(list(NUMBERS)), draw.choice(list(UNITS))
         if draw.random() < 0.25:
-            said.append(f"{draw.choice(['the ', 'some ', 'all the '])}{item}")
+            phrases.append(f"{draw.choice(['the ', 'some ', 'all the '])}{item}")
             lines.append(f"{ITEMS[item]}*")
         else:
-            said.append(f"{number} {unit if NUMBERS[number] == 1 else UNITS[unit]} of {item}")
+            phrases.append(f"{number} {unit if NUMBERS[number] == 1 else UNITS[unit]} of {item}")
             lines.append(f"{ITEMS[item]} {NUMBERS[number]} {unit}")
-    items = " and ".join(part for part in (", ".join(said[:-1]), said[-1]) if part)
+    items = " and ".join(part for part in (", ".join(phrases[:-1]), phrases[-1]) if part)
     place, day = draw.choice(list(PLACES)), draw.choice(list(DAYS))
     after = {"add": f"@{PLACES[place]}", "need": f"@{DAYS[day]}", "out": ""}[action]
     prompt = " ".join(form.format(x=items, p=place, w=day).split())
@@ -60,7 +60,7 @@ def row(draw: random.Random) -> dict[str, str]:
 
 
 def main(folder: Path) -> None:
-    """No prompt comes twice."""
+    """Writes the files; no prompt occurs twice."""
     folder.mkdir(parents=True, exist_ok=True)
     draw, rows = random.Random(20261130), dict[str, dict[str, str]]()
     while len(rows) < 12_000:

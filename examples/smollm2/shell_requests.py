@@ -1,7 +1,7 @@
 """Requests in words and the shell commands that they ask for, drawn at random: python shell_requests.py ROWS SEED > rows.jsonl
 
-A small task that no model here was tuned on. Rows with seed 1 are for training; of other seeds, requests among the first 20,000
-of seed 1 are left out.
+A small task that no model here was tuned on. Rows with seed 1 are for training; other seeds leave out requests among the first
+20,000 of seed 1.
 """
 
 import json
@@ -34,7 +34,7 @@ _WORDS = ("error", "total", "urgent", "TODO", "Berlin", "Monday", "budget", "ref
 
 
 def rows(seed: int) -> Iterator[dict[str, str]]:
-    """Distinct rows, without an end."""
+    """Yields distinct rows endlessly."""
     draw, seen = random.Random(seed), set()
     while True:
         kind, (most, order), (time, days) = draw.choice(list(_KINDS)), draw.choice(_ORDERS), draw.choice(_TIMES)

@@ -1,4 +1,4 @@
-"""From prompts to text: one answer as it comes, and conversations."""
+"""From prompts to text: one streamed answer, and conversations."""
 
 from collections.abc import Iterator
 from math import inf
@@ -16,7 +16,7 @@ from .target import Prefixes
 class TextStream:
     """Iterates over the pieces of one answer as they are verified.
 
-    `text`, `stats` and `finish_reason` describe what has come so far; `decoding` is the loop that it comes from.
+    `text`, `stats` and `finish_reason` describe the answer so far; `decoding` is its loop.
     """
 
     def __init__(self, loaded: Decoder, prompt: str | list[int], config: DecodingConfig, **kept: Any) -> None:
@@ -61,12 +61,12 @@ class TextStream:
                 yield piece
 
     def segments(self) -> Iterator[list[tuple[str, bool]]]:
-        """The same text, as one list per step that may be empty: segments, and whether accepted drafts gave them.
+        """The same text, one list per step (perhaps empty) of segments: text, and whether accepted drafts gave it.
 
         A character belongs to the token that completes it.
         """
         output = self._output
-        ends: list[tuple[int, bool]] = []  # where the text of each token ends that is not wholly shown
+        ends: list[tuple[int, bool]] = []  # by token not fully shown: where its text ends, and whether it was drafted
         for [step] in self.decoding:
             finished, start = step.finish_reason is not None, len(self.text)
             for count, token in enumerate(step.ids, start=1):
@@ -84,9 +84,9 @@ class TextStream:
 
 
 class Dialogue:
-    """Asks a model one message after another. It sees all turns, whole, or refuses the message: nothing is left out silently.
+    """Asks a model one message after another. The model sees all turns in full; a message that does not fit is refused.
 
-    Only a chat template says how turns follow each other. With any other template every message is a prompt of its own.
+    Turns need a chat template. With any other template every message is a prompt of its own.
     """
 
     def __init__(self, loaded: Decoder, config: DecodingConfig) -> None:
@@ -97,7 +97,7 @@ class Dialogue:
 
     @property
     def has_turns(self) -> bool:
-        """Whether a message follows those before it."""
+        """True if the model sees earlier turns, which needs a chat template."""
         return self._loaded.template.text == CHAT
 
     @property
@@ -115,10 +115,10 @@ class Dialogue:
     def ask(self, message: str) -> TextStream:
         """The answer to a message, as it comes: iterate over its pieces, or `finish()` it.
 
-        It can be left at any point; then its turn has the text so far.
+        Iteration can stop at any point; the turn then has the text so far.
 
-        Raises ContextError for a message that does not fit after the turns before it, ConfigError for an empty prompt,
-        CheckpointError for a chat template that refuses them. The turns are then as before.
+        Raises ContextError for a message that does not fit after the earlier turns, ConfigError for an empty prompt,
+        CheckpointError if the chat template refuses the turns, which then stay unchanged.
         """
         turns = self.turns
         ids = self._loaded.encode_prompt(message, turns)

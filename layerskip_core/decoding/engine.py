@@ -1,7 +1,7 @@
 """The decoding engine: one loop for every strategy, for one prompt and for many.
 
-A step is a draft (empty in plain decoding), one pass of the target over it, and the tokens that the pass verified. Prompts that
-go through the loop together get the tokens that each gets alone.
+A step drafts (nothing in plain decoding), runs the target over the drafts in one pass, and commits the verified tokens. Prompts
+decoded together get the same tokens as alone.
 """
 
 import time
@@ -25,8 +25,8 @@ from .output import Answer, DecodeStats, Detokenize, OutputText, Row, RowStep, S
 from .sampling import Sampler, accepted_choices
 from .target import NO_PREFIXES, FixedTarget, Prefixes, TargetOutput, target_of
 
-_NOTHING = "plain"  # drafts where only one token has room
-_SCORED = 64  # tokens of a prompt whose logits are in memory at once
+_NOTHING = "plain"  # source of steps without room for drafts
+_SCORED = 64  # positions of a prompt whose logits are in memory at once
 
 
 def decode(
@@ -41,7 +41,7 @@ def decode(
 
     Greedy self-speculative decoding gives the tokens of autoregressive decoding; sampled, it gives their distribution.
     `detokenize`: ids to text, for stop strings only. `options`: DecodingLoop's. Raises ConfigError for a prompt that does not
-    fit, and for drafts by weights that were not loaded.
+    fit, and for draft weights that were not loaded.
     """
     return DecodingLoop(model, [prompt_ids], config, eos_ids, detokenize, **options)
 
@@ -57,9 +57,9 @@ def decode_batch(
 ) -> Iterator[Answer]:
     """Decode prompts together by the config's strategy; yield each answer when it is complete.
 
-    In fp32 and above a row's greedy output is the one that `decode` gives for its prompt alone, near-ties excepted. Without
-    `detokenize` answers have ids only. `seeds`: of each sampled row; None: the config's for all. Raises ConfigError as
-    `decode`, and for several prompts with exact weights or an `exit_confidence`: rows would leave at different exits.
+    In fp32 and above a row's greedy output equals that of `decode` for its prompt alone, near-ties excepted. Without
+    `detokenize` answers have ids only. `seeds`: by row, for sampling; None: the config's for all. Raises ConfigError as
+    `decode`, and for several prompts with exact weights or an `exit_confidence`, where rows leave at different exits.
     """
     single = len(prompts) == 1
     require(single or not model.exact, "batch_size", "1 with `exact`", len(prompts))
@@ -96,26 +96,26 @@ class DecodingLoop:
         """Arguments and errors as for `decode` and `decode_batch`.
 
         `reuse_exit_states`: False makes the target recompute the layers below the exit, to measure what reuse saves.
-        `prefixes`: texts, as one of which a row begins; those of all rows are added. `earlier`: answers that lookups search
-        too, if rows are greedy and drafts change no bit; those of all rows are added. `drafter`: instead of the config's.
+        `prefixes`: kept KV entries from which rows start; those of all rows are added. `earlier`: answers that lookups search
+        too, in greedy, batch-invariant decoding; those of all rows are added. `drafter`: instead of the config's.
         """
         self._target, self._sampler = target_of(model, config), Sampler(config)
         self._prefixes = NO_PREFIXES if prefixes is None else prefixes
         self._model, self._earlier, self._detokenize = model, earlier, detokenize
-        self.piece = inf  # tokens of prompts that a step runs at most, of the oldest rows first
-        self.left = inf  # of these, how many the last step did not need
+        self.piece = inf  # most prompt tokens per step, the oldest rows first
+        self.left = inf  # the part of `piece` that the last step did not need
         # Only for greedy decoding on batch-invariant kernels: else remembered answers would change random draws or rounding.
         searched = earlier if self._sampler.is_greedy and model.batch_invariant else None
         if drafter is None and config.strategy in DRAFTERS:
             drafter = drafter_for(DrafterSetup(model, config, eos_ids, reuse_exit_states, searched, self._prefixes))
         self._drafter, self._num_draft_tokens = drafter, 0 if drafter is None else config.num_draft_tokens
-        self._recorder: Recorder | None = None  # once there are passes over drafts, if they are recorded
-        self._seconds = defaultdict[str, Any](int)  # of DecodeStats
-        self.active, self._cache = list[Row](), model.new_cache(0)  # rows that are not finished, also others that were added
+        self._recorder: Recorder | None = None  # from the first decoding pass on, if passes can be recorded
+        self._seconds = defaultdict[str, Any](int)  # by field of DecodeStats
+        self.active, self._cache = list[Row](), model.new_cache(0)  # unfinished rows, added ones included
         self.rows = tuple(map(self.row, prompts, repeat(config), repeat(eos_ids), seeds or repeat(config.seed)))
         for row in self.rows:
             self.add(row)
-        self.reused_tokens = self.rows[0].filled if self.rows else 0  # of the first prompt, that need no pass
+        self.reused_tokens = self.rows[0].filled if self.rows else 0  # of the first prompt, from a kept prefix
 
     def __iter__(self) -> Iterator[list[RowStep]]:
         return self
@@ -127,18 +127,18 @@ class DecodingLoop:
         try:
             with torch.inference_mode():
                 return self._step()
-        except BaseException:  # the rows may be changed in part
+        except BaseException:  # rows may be half changed
             self.active = []
             raise
 
     def spare(self) -> float:
-        """How many more pages there may be than the next step needs."""
+        """Pages that the next step would leave free; negative if it needs more."""
         self._divide()
         more, most = 1 + self._num_draft_tokens, self._cache.max_positions
         return self._cache.spare([min(row.filled + (row.runs or more), most) for row in self.active])
 
     def row(self, prompt: list[int], config: DecodingConfig, eos_ids: frozenset[int], seed: int) -> Row:
-        """A prompt that may be added. Its settings are the loop's but for its limits, stop strings, and changes of its logits.
+        """A row that can be added. Only its limits, stop strings and changes of logits may differ from the loop's settings.
 
         Raises ConfigError for a prompt that does not fit.
         """
@@ -149,29 +149,29 @@ class DecodingLoop:
         return Row(prompt, scanner, text, config, torch.Generator(self._model.device).manual_seed(seed))
 
     def add(self, row: Row) -> None:
-        """Decodes a row too, from its beginning or from where it was set aside: with the tokens that it gets alone."""
+        """Adds a new row, or one that was set aside; it gets the same tokens as alone."""
         known, end = self._prefixes_of(row), len(row.ids) + row.scanner.room
-        with torch.inference_mode():  # which caches are written in
+        with torch.inference_mode():  # as in all writes to caches
             cache, row.filled = known.begin(self._model, self._target, row.ids, end)
             row.stop = known.parting(self._model, self._target, row.ids, row.filled)
             cache.steps_back = self._num_draft_tokens
             if self.active:
-                others, self.active = self.active, []  # if this fails, they may be changed in part
+                others, self.active = self.active, []  # if this fails, they may be half changed
                 self._cache.join(cache)
                 self.active = [*others, row]
             else:
                 self._cache, self.active = cache, [row]
 
     def set_aside(self, row: Row) -> None:
-        """Takes out a row, without its KV entries: when it is added again, its text runs again.
+        """Removes a row and drops its KV entries: added again, its text is prefilled again.
 
-        Not for exits by confidence, where a text that runs again has other entries.
+        Not for exits by confidence, where a prefill writes other entries than decoding.
         """
         row.prompt_logprobs = row.prompt_logprobs if row.output else []
         staying = [index for index, other in enumerate(self.active) if other is not row]
         self._stay(staying)
         if not staying:
-            self._cache.keep_rows(staying)  # its memory is for others at once
+            self._cache.keep_rows(staying)  # frees its memory at once
 
     def leave(self) -> None:
         """Adds the texts of all rows so far to the prefixes."""
@@ -190,7 +190,7 @@ class DecodingLoop:
         return self.rows[0].scanner.reason
 
     def _step(self) -> list[RowStep]:
-        """A draft, the target's pass over it and over pieces of prompts, the tokens that it verifies, and those committed."""
+        """Drafts, runs the target over drafts and pieces of prompts, verifies and commits."""
         started = time.perf_counter()
         self._divide()
         drafting = [index for index, row in enumerate(self.active) if not row.fills]
@@ -211,7 +211,7 @@ class DecodingLoop:
         return steps
 
     def _divide(self) -> None:
-        """Between the rows, from the oldest on: how many tokens of texts, which have not run yet, the next step runs."""
+        """Divides the prefill tokens of the next step among the rows that lack KV entries, the oldest first."""
         self.left = self.piece
         for row in self.active:
             lacks, before_stop = row.lacks, row.stop - row.filled if row.filled < row.stop and self.piece < inf else inf
@@ -220,8 +220,8 @@ class DecodingLoop:
             self.left -= row.runs
 
     def _draft(self, drafting: list[int]) -> tuple[Draft, tuple[Any, Any] | None]:
-        """A draft for some rows, and when the drafter began and ended it. Where only the target's own token has room, nothing
-        drafts.
+        """A draft for some rows, and the instants at which the drafter began and ended. No drafts where only the target's own
+        token has room.
         """
         rows, device = [self.active[index] for index in drafting], self._model.device
         newest = on_device([row.ids[-1] for row in rows], self._model)
@@ -243,7 +243,7 @@ class DecodingLoop:
         return draft, instants
 
     def _pass(self, draft: Draft, drafting: list[int]) -> tuple[TargetOutput, Tensor, list[int]]:
-        """The target's pass, the tokens that it scores (drafts, and the last before them), and where each row begins in it."""
+        """Runs the target; returns its output, the scored tokens (the last of each row, its drafts) and where rows begin."""
         rows = self.active
         places = Places(self._cache, [row.filled for row in rows], [row.runs for row in rows], settled=not drafting)
         bounds = places.bounds
@@ -260,11 +260,11 @@ class DecodingLoop:
         output = self._target.fill(tokens, places, scored, whole)
         for index, row in enumerate(rows):
             if row.config.prompt_logprobs and not row.output and output.states is not None:
-                self._tell(row, output.states[bounds[index] : bounds[index + 1]])
+                self._add_prompt_logprobs(row, output.states[bounds[index] : bounds[index + 1]])
         return output, tokens[on_device(scored, tokens)], bounds
 
-    def _tell(self, row: Row, states: Tensor) -> None:
-        """Adds the log probabilities of the prompt's tokens after those with these states; logits of so many places at once."""
+    def _add_prompt_logprobs(self, row: Row, states: Tensor) -> None:
+        """Adds log probabilities of the prompt tokens that follow these states (T, D), `_SCORED` positions at a time."""
         assert isinstance(self._target, FixedTarget) and row.config.logprobs is not None
         following = row.ids[row.filled + 1 : row.filled + 1 + len(states)]
         for start in range(0, len(following), _SCORED):
@@ -275,9 +275,9 @@ class DecodingLoop:
     def _committed(
         self, draft: Draft, output: TargetOutput, verified: Mapping[Row, list[int]], bounds: list[int]
     ) -> list[RowStep]:
-        """The steps of the rows that got tokens. Those that are not finished go on: later tokens overwrite rejected drafts."""
+        """Commits verified tokens, drops finished rows. Later tokens overwrite the KV entries of rejected drafts."""
         steps, staying, scored = list[RowStep](), list[int](), 0
-        last = dict[int, int]()  # by row, the index in the pass of the token before its newest, or of its last
+        last = dict[int, int]()  # by row, the index in the pass whose logits gave its newest token; in a prefill, its last
         for index, row in enumerate(self.active):
             ids = verified.get(row, [])
             if row.runs:
@@ -312,11 +312,11 @@ class DecodingLoop:
             self._prefixes_of(row).keep(self._model, self._target, prompt or row.ids[:-1], self._cache, index)
 
     def _prefixes_of(self, row: Row) -> Prefixes:
-        """Where it may begin, and is kept: nowhere if the logits of all of its prompt are needed."""
+        """The prefixes that a row may start from and is kept in; none if it needs logits of its whole prompt."""
         return NO_PREFIXES if row.config.prompt_logprobs else self._prefixes
 
     def _stay(self, rows: list[int]) -> None:
-        """With these rows of the batch, by their indices."""
+        """Keeps only the rows of the batch at these indices."""
         self.active = [self.active[index] for index in rows]
         if rows:
             self._cache.keep_rows(rows)

@@ -1,13 +1,13 @@
-"""Passes of decoding that are recorded once and replayed: CUDA graphs, on repacked weights.
+"""Decoding passes recorded once as CUDA graphs and replayed, on repacked weights.
 
-On a GPU the host needs longer to start the many kernels of a small pass than the GPU needs to run them. A recorded pass is one
-call, which runs the same kernels in the same order. Its shapes and addresses are fixed: it attends to all places that the cache
-has now, and reads its positions from the device. It has the first slots of the cache, 1, 2, 4, 8, ... of them, whether each has
-a row or not. When a text or the batch outgrows the cache, passes are recorded anew.
+On a GPU the many kernels of a small pass take longer to launch than to run. A recorded pass is one launch of the same kernels
+in the same order. Its shapes and addresses are fixed: it attends over the present capacity of the cache, reads its positions
+from the device, and runs the first 1, 2, 4, 8, ... slots of the cache, with or without rows. When a text or the batch outgrows
+the cache, passes are recorded again.
 
-Recorded are the target's pass over at most K drafts of each row (K = 0 in plain decoding) and a whole greedy draft, of as many
-tokens for each row. Everything else runs as usual on the same cache: prompts and passes that prompts are part of, sampled
-drafts, and drafts that end where they are uncertain.
+Recorded are the target's pass over at most K drafts per row (K = 0 in plain decoding) and whole greedy drafts, equally long in
+all rows. Everything else runs as usual on the same cache: prefills and passes that include them, sampled drafts, and drafts
+that stop at low confidence.
 """
 
 import time
@@ -25,31 +25,31 @@ from ..model.backend import Backend
 from ..model.cache import KVCache
 from ..model.row_cache import RowCache
 
-_WARMUP_RUNS = 2  # runs of a pass before it is recorded: in them torch chooses kernels and makes its buffers
-_WORTH_KEEPING = 1024  # places of a cache whose recordings serve the next texts, too, however short they are
+_WARMUP_RUNS = 2  # runs of a pass before it is recorded, in which torch chooses kernels and allocates buffers
+_WORTH_KEEPING = 1024  # positions (slots x capacity) up to which a cache is kept for any next decoding
 
-_IDLE: WeakKeyDictionary[Backend, "Recorder"] = WeakKeyDictionary()  # of decodings that are over
+_IDLE: WeakKeyDictionary[Backend, "Recorder"] = WeakKeyDictionary()  # by model, of its finished decoding
 
 Tensors = tuple[Tensor, ...]
 
 
 class Recorder:
-    """The recorded passes of one decoding after another. They share a cache."""
+    """Recorded passes of successive decodings, which share a cache."""
 
-    counts: dict[str, Any]  # of the present decoding, by names of DecodeStats
+    counts: dict[str, Any]  # of the current decoding, by field of DecodeStats
 
     def __init__(self, cache: RowCache) -> None:
         self.cache, self._device = cache, cache.storage.device
-        self._storage: Tensor | None = None  # of the cache, when passes were recorded
+        self._storage: Tensor | None = None  # the cache's, when passes were recorded
         self._runs: Counter[Hashable] = Counter()
         self._recordings: dict[Hashable, tuple[Tensors, Callable[[], None], Tensors]] = {}  # inputs, replay, outputs
-        self._pool: Any = None  # memory of all recordings
+        self._pool: Any = None  # the memory that all recordings share
         self._records = True
 
     @classmethod
     def of(cls, model: Backend, cache: KVCache) -> "Recorder":
-        """For a decoding that goes on from a cache. It has that of the model's last decoding, with these rows, if this is over
-        and its cache not much too large for them; else it is a new one.
+        """The recorder for a decoding that continues from a cache: that of the model's last decoding, whose cache takes over
+        these rows, if it is idle and its cache not much too large; else a new one.
         """
         assert isinstance(cache, RowCache)
         recorder = _IDLE.pop(model, None)
@@ -62,16 +62,16 @@ class Recorder:
         return recorder
 
     def give_back(self, model: Backend) -> None:
-        """The decoding is over."""
+        """Leaves the recorder to the model's next decoding."""
         _IDLE[model] = self
 
     @property
     def slots(self) -> int:
-        """How many slots of the cache a pass has now."""
+        """The number of cache slots in a pass."""
         return min(1 << (self.cache.rows - 1).bit_length(), self.cache.slots)
 
     def reach(self, stop: int) -> None:
-        """Makes room for passes before position `stop`. Recordings are of one storage: if it moved, they are forgotten."""
+        """Makes room for positions before `stop`. If the storage moves, recordings, which hold its addresses, are dropped."""
         storage = self.cache.reach(stop)
         if storage is not self._storage:
             self._storage, self._pool = storage, None
@@ -79,9 +79,9 @@ class Recorder:
             self._recordings.clear()
 
     def run(self, name: Hashable, work: Callable[..., Tensors], *inputs: Tensor) -> Tensors:
-        """What `work` makes of the inputs on the device; it is replayed if it was recorded for inputs of these shapes.
+        """Returns `work(*inputs)`, run on the device or replayed if it was recorded for inputs of these shapes.
 
-        `name` is equal for work that differs in nothing but its inputs. It runs over `cache` and never waits for the device.
+        Work of equal `name` differs in its inputs alone. It uses `cache` and never waits for the device.
         """
         key = name, tuple(tensor.shape for tensor in inputs)
         self._runs[key] += 1
@@ -111,7 +111,7 @@ class Recorder:
 
 
 def instant(device: torch.device) -> Any:
-    """A point in the device's work. On a GPU it is an event among that work, so that the host does not wait for it."""
+    """A point in time: on a GPU an event in its stream, so that the host does not wait."""
     if device.type != "cuda":
         return time.perf_counter()
     event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -120,5 +120,5 @@ def instant(device: torch.device) -> Any:
 
 
 def seconds_between(first: Any, last: Any) -> float:
-    """Between two instants. On a GPU the work must be done: the host has waited for something after it."""
+    """Seconds between two instants. On a GPU the work before `last` must be complete."""
     return last - first if isinstance(first, float) else float(first.elapsed_time(last)) / 1e3

@@ -16,7 +16,7 @@ from .sampling import LogitsProcessor
 StopReason = Literal["eos", "stop", "length", "context"]
 Detokenize = Callable[[list[int]], str]
 
-_INCOMPLETE = "\ufffd"  # stands for a character whose last bytes have not come yet
+_INCOMPLETE = "\ufffd"  # decoded from a character whose last bytes are missing
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,15 @@ class DecodeStats:
     prompt_tokens: int = 0
     new_tokens: int = 0
     drafted: int = 0  # drafts that the target verified
-    accepted: int = 0  # those in the output: not drafts after an EOS, a stop string or the last token allowed
+    accepted: int = 0  # drafts in the output: accepted ones after its end do not count
     rounds: int = 0  # passes that verified drafts
     draft_seconds: float = 0.0
-    verify_seconds: float = 0.0  # of steps without drafts, too, but not of prompts
+    verify_seconds: float = 0.0  # also of steps without drafts; not of prefills
     total_seconds: float = 0.0
-    tested_by_position: tuple[int, ...] = ()  # rounds that compared draft j+1, as all before it were accepted and none was last
-    accepted_by_position: tuple[int, ...] = ()  # those of them that accepted it
-    steps_by_drafter: dict[str, int] = field(default_factory=dict)  # where a strategy drafts; `plain` are those without drafts
-    tokens_by_layers: tuple[int, ...] = ()  # new tokens that were chosen after j+1 layers
+    tested_by_position: tuple[int, ...] = ()  # rounds that reached draft j+1: all before it were accepted, and none was last
+    accepted_by_position: tuple[int, ...] = ()  # rounds that accepted draft j+1
+    steps_by_drafter: dict[str, int] = field(default_factory=dict)  # empty without a drafter; `plain`: steps without drafts
+    tokens_by_layers: tuple[int, ...] = ()  # new tokens chosen after j+1 layers
     replayed: int = 0  # passes that ran as CUDA graphs
 
     @property
@@ -49,7 +49,7 @@ class DecodeStats:
 
     @property
     def mean_layers(self) -> float:
-        """Layers that a new token was chosen after, on average."""
+        """The mean number of layers after which a new token was chosen."""
         layers = sum(layers * tokens for layers, tokens in enumerate(self.tokens_by_layers, start=1))
         return _ratio(layers, sum(self.tokens_by_layers))
 
@@ -75,7 +75,7 @@ def step_counts(
 ) -> DecodeStats:
     """The counts of a step that added `new_tokens` to the output, when `accepted` of its drafts agreed with the target.
 
-    `drafter`: what drafted, or would have; None where nothing could. `layers`: of the target; None where they are unknown.
+    `drafter`: of the step, even without drafts; None: no drafter, or a prefill. `layers`: of the target; None: unknown.
     """
     accepted = min(accepted, new_tokens)
     return DecodeStats(
@@ -97,7 +97,7 @@ def _ratio(part: float, whole: float) -> float:
 class TokenLogprobs(NamedTuple):
     """A token's log probability by the target's own logits, before temperature, penalties and bias.
 
-    `top`: the most probable tokens in its place with theirs, the best first.
+    `top`: the most probable tokens in its place with their log probabilities, best first.
     """
 
     id: int
@@ -107,13 +107,13 @@ class TokenLogprobs(NamedTuple):
 
 @dataclass(frozen=True)
 class Answer:
-    """A whole answer. Log probabilities are there if options ask for them."""
+    """A complete answer, with log probabilities if options ask for them."""
 
     text: str  # without the EOS token or the stop string that ended it
     finish_reason: StopReason  # `stop`: a stop string; `length`: max_new_tokens; `context`: the model's context is full
-    stats: DecodeStats  # counts, and seconds unless it was decoded together with others
-    ids: list[int] = field(default_factory=list)  # the new tokens, with those that ended the answer
-    row: int = 0  # its number among the prompts that were decoded together
+    stats: DecodeStats  # counts; seconds only if it was decoded alone
+    ids: list[int] = field(default_factory=list)  # the new tokens, including those that ended the answer
+    row: int = 0  # the index of its prompt in the batch
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # of `ids`
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the prompt's tokens after the first
 
@@ -121,23 +121,23 @@ class Answer:
 class OutputText:
     """The text of an output that grows token by token.
 
-    Only its end is decoded again for each token, whose text can depend on the one before it.
+    Each token detokenises only the end again, because its text can depend on the token before it.
     """
 
     def __init__(self, detokenize: Detokenize, eos_ids: frozenset[int] = frozenset(), stop: Sequence[str] = ()) -> None:
         self.decoded = ""  # the text of all tokens so far, without an incomplete character at its end
-        self.text = ""  # what may be shown of it: nothing from a stop string on; each text extends the one before
+        self.text = ""  # the part that may be shown, up to a stop string; it only grows
         self._detokenize, self._eos_ids, self._stop = detokenize, eos_ids, stop
         self._ids: list[int] = []  # the last settled chunk (context), then unsettled ids
         self._settled = 0  # ids[:settled] are in `decoded`
 
     def add(self, ids: Sequence[int], finished: bool) -> str:
-        """Takes new tokens and returns the text that can be shown now and could not before."""
+        """Takes new tokens; returns the newly shown text."""
         self.decode(ids, finished)
         return self.show(finished)
 
     def decode(self, ids: Sequence[int], finished: bool = False) -> None:
-        """Takes new tokens into `decoded`; at the end of the output, with U+FFFD for bytes that make no character."""
+        """Takes new tokens into `decoded`; at the end of the output, invalid bytes become U+FFFD."""
         ids = [token for token in ids if token not in self._eos_ids]
         if len(ids) > 1 and _INCOMPLETE not in self._detokenize([*self._ids, *ids]):
             self._take(ids)
@@ -149,9 +149,9 @@ class OutputText:
             self._ids, self._settled = [], 0
 
     def show(self, finished: bool) -> str:
-        """The part of `decoded` that can be shown now and could not before.
+        """Returns the newly shown part of `decoded`.
 
-        Unless the output is finished, an end that may be the start of a stop string is held back too.
+        Until the output is finished, an end that may start a stop string is held back.
         """
         visible = before_stop(self.decoded, self._stop)
         if not finished and len(visible) == len(self.decoded):
@@ -180,7 +180,7 @@ def before_stop(text: str, stop: Sequence[str]) -> str:
 
 
 class StopScanner:
-    """Reads an output and finds its end, whether tokens come one by one or several per round.
+    """Finds the end of an output, whose tokens come one by one or several per round.
 
     The tokens of an output include the EOS token, or those that complete a stop string; its text does not.
     """
@@ -192,7 +192,7 @@ class StopScanner:
         require(not stop or detokenize is not None, "stop", "used with a detokenizer", "none")
         self.eos_ids, self._stop = eos_ids, stop
         self._text = OutputText(detokenize) if stop and detokenize is not None else None
-        self.room = min(max_new_tokens, room)  # how many tokens may still come
+        self.room = min(max_new_tokens, room)  # how many more tokens are allowed
         self._last: StopReason = "length" if max_new_tokens <= room else "context"
         self.reason: StopReason | None = None  # why the output ended, once it has
 
@@ -217,7 +217,7 @@ class StopScanner:
 
 
 class RowStep(NamedTuple):
-    """The part of one step that belongs to one prompt."""
+    """The result of one step for one row."""
 
     row: "Row"
     ids: list[int]  # the new tokens, accepted drafts first
@@ -228,30 +228,30 @@ class RowStep(NamedTuple):
 class Row:
     """One prompt that is being decoded. It draws from a `generator` of its own."""
 
-    # Of the present step: whether tokens run that it lacks; whether it gets new ones; how many of its tokens are in the pass,
-    # and how many of these were drafted, by what, which is None in a prefill.
+    # Of the current step: whether the row prefills; whether it gets new tokens; how many of its tokens are in the pass, and
+    # how many of these are drafts, of which source, None in a prefill.
     fills, chooses, runs, drafts = False, False, 0, 0
     source: str | None = None
 
     def __init__(
         self, prompt: list[int], scanner: StopScanner, text: OutputText, config: DecodingConfig, generator: torch.Generator
     ) -> None:
-        """`text`: others add the output to it."""
+        """`text`: the caller adds the output to it."""
         self.config, self.text, self.generator = config, text, generator
         self.ids = list(prompt)  # and the output
-        self.filled = 0  # how many of its tokens have KV entries, its newest one never
-        self.stop = 0  # how many tokens other prompts may begin with too: a piece ends there
+        self.filled = 0  # how many of its tokens have KV entries; the newest has none yet
+        self.stop = 0  # length of a prefix shared with other prompts, at which a piece of a prefill ends
         self.scanner = scanner
         self.prompt_tokens = len(prompt)
         self.processor = LogitsProcessor(config, self.ids, len(prompt), scanner.eos_ids) if config.changes_logits else None
         self.steps = [DecodeStats(sequences=1, prompt_tokens=len(prompt))]  # counts
-        self.is_dropped = False  # it is gone after the next step
+        self.is_dropped = False  # removed after the next step
         self.logprobs: list[TokenLogprobs] = []  # of the output, if they were asked for
         self.prompt_logprobs: list[TokenLogprobs] = []  # of the prompt's tokens after the first
 
     @property
     def lacks(self) -> int:
-        """How many tokens must run before the row can have drafts: those of its prompt, or of a text that runs again."""
+        """How many tokens are still to be prefilled: of the prompt, or of a row that was set aside."""
         return len(self.ids) - (len(self.ids) > self.prompt_tokens) - self.filled
 
     @property
@@ -262,7 +262,7 @@ class Row:
     def commit(self, verified: list[int], layers: int, logits: Tensor | None) -> RowStep:
         """Adds verified tokens to the output, up to the first that ends it.
 
-        `logits` (T, V): the target's in their places, if it has any.
+        `logits` (T, V): the target's for these tokens, if it returned any.
         """
         count, reason = self.scanner.cut(verified)
         self.ids += verified[:count]
@@ -274,7 +274,7 @@ class Row:
 
 
 def logprobs_of(logits: Tensor, ids: Sequence[int], count: int) -> list[TokenLogprobs]:
-    """Of tokens and of the `count` most probable ones, by logits (T, V) in the places of T tokens."""
+    """Log probabilities of T tokens and of the `count` most probable ones in the place of each, from logits (T, V)."""
     scores = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     chosen = scores.gather(1, torch.tensor(ids, device=scores.device)[:, None])[:, 0].tolist()
     values, tokens = scores.topk(count)

@@ -1,8 +1,8 @@
 """From logits to tokens: greedy, or drawn after temperature, top-k and top-p; and the lossless verification of drafts.
 
-Before that, a row's own options may change its logits: bias, penalties, and tokens that may not come. Each place of a row has
-its own logits, and they are changed by what the tokens before that place say, drafts included. So a draft that the target
-verifies is judged as the token that would have been chosen in its place.
+Before that, a row's own options may change its logits: bias, penalties, forbidden tokens. The logits of each position change by
+the tokens before it, drafts included, so a draft is verified against the same distribution as the token that autoregressive
+decoding chooses in its place.
 """
 
 from collections.abc import Collection, Sequence
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 
 class Sampler:
-    """Chooses the tokens of rows, in the same way for drafts and for the target: greedily at temperature 0, else drawn.
+    """Chooses the tokens of rows, for drafts and for the target alike: greedily at temperature 0, else drawn.
 
-    Each row draws from a generator of its own: it gets the tokens that it gets alone.
+    Each row draws from its own generator, so its tokens do not depend on the batch.
     """
 
     def __init__(self, config: DecodingConfig) -> None:
@@ -33,9 +33,9 @@ class Sampler:
     def processed(
         self, logits: Tensor, drafts: Sequence[Sequence[int]], places: Sequence[int], rows: Sequence["Row"]
     ) -> Tensor:
-        """The logits (N, V) after the options of rows, each of which has so many `places` among them.
+        """Applies the options of rows to logits (N, V), of which each row has `places[row]` positions, one row after another.
 
-        A row's last place follows its drafts. The given logits may be overwritten, unless their log probabilities are reported.
+        A row's last position follows its drafts. `logits` may be overwritten, unless log probabilities are reported.
         """
         changed = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=self._config.logprobs is not None)
         for row, own, of_row in zip(rows, drafts, torch.split(changed, list(places)), strict=True):
@@ -55,7 +55,7 @@ class Sampler:
         return torch.stack([draw(of_row, row.generator) for of_row, row in zip(probs, rows, strict=True)])
 
     def _best(self, logits: Tensor) -> Tensor:
-        # NumPy's is as fast as torch's by one thread, and no thread waits for another, which has no core on a busy machine.
+        # NumPy's argmax is as fast as torch's on one thread, and has no barrier, at which threads stall on a busy machine.
         if self.processes and logits.device.type == "cpu":
             return torch.from_numpy(logits.numpy().argmax(-1))
         return most_probable(logits)
@@ -63,10 +63,10 @@ class Sampler:
     def verify(
         self, tokens: Tensor, counts: Sequence[int], draft_probs: Tensor | None, logits: Tensor, rows: Sequence["Row"]
     ) -> list[list[int]]:
-        """Judges drafts by the target's logits (S, V) after tokens (S,), `counts` of each row: its last one, then its drafts.
+        """Verifies drafts by the target's logits (S, V) after tokens (S,): `counts[row]` per row, its last, then its drafts.
 
-        Waits once for the device. `draft_probs` (S - B, V) are what drafts were drawn from; None if they were chosen without
-        chance. Returns, by row, the accepted drafts and the target's own token after them.
+        Waits once for the device. `draft_probs` (S - B, V): the distributions that drafts were drawn from; None if they were
+        not drawn. Returns, by row, the accepted drafts and the target's own token after them.
         """
         if self.processes:
             ids = iter(tokens.tolist())
@@ -79,20 +79,20 @@ class Sampler:
             newest = torch.stack([draw(p, row.generator) for p, row in zip(target_probs, rows, strict=True)]).tolist()
             return newest
         drafts = [own[1:] for own in torch.split(tokens, list(counts))]
-        if draft_probs is None:  # the drafter was certain
+        if draft_probs is None:  # drafts have probability 1
             draft_probs = F.one_hot(torch.cat(drafts), logits.shape[-1]).to(target_probs[0].dtype)
         parts = zip(drafts, torch.split(draft_probs, list(map(len, drafts))), target_probs, rows, strict=True)
         judged = [verify(ids, probs, target, row.generator) for ids, probs, target, row in parts]
-        told: list[int] = torch.cat((*judged, *drafts)).tolist()
+        values: list[int] = torch.cat((*judged, *drafts)).tolist()
         verified, first = [], 2 * len(counts)
         for index, count in enumerate(counts):
-            verified.append([*told[first : first + told[2 * index]], told[2 * index + 1]])
+            verified.append([*values[first : first + values[2 * index]], values[2 * index + 1]])
             first += count - 1
         return verified
 
 
 def accepted_choices(tokens: Tensor, counts: Sequence[int], choices: Tensor) -> list[list[int]]:
-    """Accepts the longest prefix of each row's drafts that are the target's choices (S,); arguments and result as `verify`."""
+    """Accepts each row's longest prefix of drafts that equal the target's choices (S,); else as `Sampler.verify`."""
     if max(counts) == 1:
         return [[chosen] for chosen in choices.tolist()]
     (given, chosen), verified, first = torch.stack((tokens, choices)).tolist(), [], 0
@@ -121,8 +121,8 @@ def probabilities(logits: Tensor, config: DecodingConfig) -> Tensor:
         top_probs, top_ids = probs.topk(min(config.top_k, probs.shape[-1]))
         top_probs = top_probs / top_probs.sum(-1, keepdim=True)
     elif config.top_p < 1:
-        # Tokens under (1 - top_p) / V have less than 1 - top_p together, so the others reach top_p without them. Counting these
-        # saves the CPU a sort of the whole vocabulary. Other devices sort fast, and reading a count would wait for them.
+        # Tokens under (1 - top_p) / V have less than 1 - top_p together, so the others reach top_p without them. Counting
+        # the others saves the CPU a full sort. Other devices sort fast, and reading a count would wait for them.
         kept = vocabulary = probs.shape[-1]
         if probs.device.type == "cpu":  # the count is 0 if all tokens are equally probable and rounded down
             kept = max(1, int((probs >= (1 - config.top_p) / vocabulary).sum(-1).max()))
@@ -163,7 +163,7 @@ def verify(draft_ids: Tensor, draft_probs: Tensor, target_probs: Tensor, generat
     target_row = target_probs.index_select(0, accepted)
     # A row of zeros stands for the position after the last draft: there the residual is the target itself.
     residual = (target_row - F.pad(draft_probs, (0, 0, 0, 1)).index_select(0, accepted)).clamp_min(0)
-    # Rounding can reject a draft although target and draft are equal; nothing is left to draw from then.
+    # Rounding can reject a draft although target and draft are equal: the residual is then all zeros.
     weights = torch.where(residual.sum() > 0, residual, target_row)
     return torch.cat((accepted, draw(weights, generator)))
 
@@ -175,26 +175,26 @@ class LogitsProcessor:
         """`ids`: the row's, which grow while it is decoded. `ends`: the tokens that end it."""
         self._config, self._ids, self._prompt_tokens, self._ends = config, ids, prompt_tokens, ends
         self._matcher = None if config.guide is None else config.guide.matcher()
-        self._counted = prompt_tokens  # of `ids`
-        # How often each token is in the output; with a repetition penalty those of the prompt, too.
+        self._counted = prompt_tokens  # how many of `ids` are in `_counts`
+        # Occurrences in the output, by token; with a repetition penalty also the prompt's tokens, from 0.
         self._counts = dict.fromkeys(ids[:prompt_tokens] if config.repetition_penalty != 1 else (), 0)
 
     def process(self, logits: Tensor, drafts: Sequence[int]) -> None:
-        """Changes the logits (T, V) of the last T places after the row's tokens and any of the drafts that follow them.
+        """Changes the logits (T, V) of the last T positions after the row's tokens and the drafts that follow them.
 
-        In this order: bias, repetition penalty, frequency and presence penalty, tokens that may not come.
+        In this order: bias, repetition penalty, frequency and presence penalty, forbidden tokens.
         """
         config = self._config
-        first = len(drafts) + 1 - len(logits)  # drafts before the first place
+        first = len(drafts) + 1 - len(logits)  # drafts before the first position
         if config.logit_bias:
             ids, bias = zip(*config.logit_bias, strict=True)
-            logits[:, _beside(logits, ids)] += _beside(logits, bias, logits.dtype)
+            logits[:, _tensor_on(logits, ids)] += _tensor_on(logits, bias, logits.dtype)
         if config.penalises:
             self._penalise(logits, drafts, first)
         early = config.min_tokens - (len(self._ids) - self._prompt_tokens) - first
         if early > 0:
             ends = [token for token in self._ends if token < logits.shape[-1]]
-            logits[:early].index_fill_(1, _beside(logits, ends), -torch.inf)
+            logits[:early].index_fill_(1, _tensor_on(logits, ends), -torch.inf)
         if self._matcher is not None:
             for place, scores in enumerate(logits, start=first):
                 forbidden = self._matcher.forbidden(self._output, drafts[:place])
@@ -209,7 +209,7 @@ class LogitsProcessor:
         return drafts if self._matcher is None else drafts[: self._matcher.permitted(self._output, drafts)]
 
     def forced(self, drafts: Sequence[int] = ()) -> list[int]:
-        """The tokens that the row's grammar lets follow, after drafts, as the only ones."""
+        """The tokens that the row's grammar forces after the drafts."""
         return [] if self._matcher is None else self._matcher.forced([*self._output, *drafts])
 
     @property
@@ -228,7 +228,7 @@ class LogitsProcessor:
         counts[:, : len(self._counts)] = torch.tensor(list(self._counts.values()), dtype=logits.dtype)
         for place, token in enumerate(drafts):
             counts[max(place + 1 - first, 0) :, columns[token]] += 1
-        counts, places = counts.to(logits.device, non_blocking=True), _beside(logits, ids)
+        counts, places = counts.to(logits.device, non_blocking=True), _tensor_on(logits, ids)
         found, scores = counts > 0, logits[:, places]
         if config.repetition_penalty != 1:
             seen = found.clone()
@@ -238,6 +238,6 @@ class LogitsProcessor:
         logits[:, places] = scores - config.frequency_penalty * counts - config.presence_penalty * found
 
 
-def _beside(logits: Tensor, values: Sequence[float], dtype: torch.dtype = torch.long) -> Tensor:
-    """Numbers on the device of the logits, for which nobody waits."""
+def _tensor_on(logits: Tensor, values: Sequence[float], dtype: torch.dtype = torch.long) -> Tensor:
+    """Numbers on the device of the logits, copied without waiting."""
     return torch.tensor(values, dtype=dtype).to(logits.device, non_blocking=True)

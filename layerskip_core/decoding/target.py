@@ -1,4 +1,4 @@
-"""The target: the layers that verify drafts and choose tokens, a fixed number or as many as a token needs; and their caches."""
+"""The target: layers that verify drafts and choose tokens, a fixed number or as many as a token needs; and kept prefixes."""
 
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,9 +24,9 @@ class TargetOutput(NamedTuple):
     """One pass of the target over N tokens, of which S are scored."""
 
     logits: Tensor | None  # (S, V)
-    layers: int  # that gave them
-    choices: Tensor | None = None  # (S,), the most probable tokens, instead of logits if nothing else needs these
-    states: Tensor | None = None  # (N, D), for `head`, of a pass over pieces of texts
+    layers: int  # how many layers gave them
+    choices: Tensor | None = None  # (S,), the most probable tokens, in place of logits that nothing else reads
+    states: Tensor | None = None  # (N, D), the input of `head`, of a prefill
 
 
 class FixedTarget:
@@ -44,21 +44,21 @@ class FixedTarget:
         drafting, known = exits.get(config.strategy, ()), model.exit_blocks.items()
         blocks: dict[int | str, DraftBlock] = {exit_layer: block for exit_layer, block in known if exit_layer in drafting}
         blocks |= {name: block for name, block in model.drafters.items() if config.strategy in ("adaptive", name)}
-        self.exit_cache = ExitBlockCache(model, blocks) if blocks else None  # of those that draft
-        # Which layers and blocks have KV entries; how many of the tokens that have some the pass over a prompt needs again.
+        self.exit_cache = ExitBlockCache(model, blocks) if blocks else None  # of blocks that draft
+        # Which layers and blocks write KV entries; how many tokens of a cached prefix a prefill reruns.
         self.writes: Hashable = self._layers, self._block is not None, tuple(blocks)
         self.rerun = int(any(block.needs_feature for block in blocks.values()))
         reads_logits = config.temperature > 0 or config.changes_logits or config.logprobs is not None
         self._only_chooses = not (reads_logits or self._block)
         self.records = model.recordable and not self.rerun  # whether its passes can be recorded
-        self._writing, spec = self._layers, model.spec  # the layers that all tokens need
+        self._writing, spec = self._layers, model.spec  # layers that all tokens run; later ones write no KV entries
         if isinstance(spec, ModelSpec) and spec.sizes and not (any(block.taps for block in blocks.values()) or self._block):
             self._writing = spec.attending[-1] + 1
 
     def fill(self, tokens: Tensor, places: Places, scored: list[int], whole: bool = False) -> TargetOutput:
-        """A pass over pieces of texts, and drafts beside them, (N,): logits (S, V) after the tokens at the indices `scored`.
+        """A pass over N tokens, pieces of prompts among them: logits (S, V) after the tokens at the indices `scored`.
 
-        These end rows. `whole`: the states of all are needed.
+        These are the last of their rows. `whole`: the states of all tokens are needed.
         """
         if self._writing < self._layers and not whole:
             hidden, writing, logits = self._model.embed(tokens), self._writing, None
@@ -99,7 +99,7 @@ class FixedTarget:
         return TargetOutput(self.head(hidden) if choices is None else None, self._layers, choices)
 
     def _run(self, tokens: Tensor, states: Mapping[int, Tensor], places: Places, chooses: bool) -> tuple[Tensor, Tensor | None]:
-        """What the head reads of tokens (N,), from the highest of their exit states on, or what it `chooses`; feeds blocks."""
+        """Runs tokens (N,) from their highest exit states; returns what the head reads and, if it `chooses`, tokens (N,)."""
         start, blocks, choices = max(states, default=0), self.exit_cache, None
         kept = () if blocks is None else (*(tap for tap in blocks.taps if tap > start), self._layers)
         if 0 not in states and ((start == 0 and not chooses) or (blocks is not None and 0 in blocks.taps)):
@@ -108,7 +108,7 @@ class FixedTarget:
             choices, reached = self._model.choose(tokens, states.get(start), start, self._layers, kept, places)
         else:
             reached = states_at(self._model, states[start], kept or (self._layers,), places, start)
-        hidden = reached.get(self._layers, tokens)  # which a choice without blocks does not keep
+        hidden = reached.get(self._layers, tokens)  # unused after a choice without blocks
         if blocks is not None:
             blocks.write({**states, **reached}, hidden, places)
         if self._block is not None:
@@ -117,14 +117,14 @@ class FixedTarget:
 
 
 class CalmTarget:
-    """Each token leaves at the first exit whose most probable token has more than a probability.
+    """Each token leaves at the first exit whose top probability exceeds `exit_confidence`.
 
     Confident Adaptive Language Modeling (CALM), Schuster et al., NeurIPS 2022, with the exit's softmax as its confidence. Later
     tokens attend, also in the layers above E, to a token that left at exit E. Its KV entries there are computed from its state
-    at E (state propagation), but only when a later token needs them first: those of several tokens are then one pass.
+    at E (state propagation), lazily: once a later token needs them, for several tokens in one pass.
 
-    For one prompt, without drafts. The prompt runs through all layers, and its last token decides as every other. Exits are
-    tested with the head that drafts, which may score the most frequent tokens only; the token is chosen from all. Where an exit
+    For one prompt, without drafts. The prompt runs through all layers, and its last token leaves as every other. Exits are
+    tested with the draft head, which may score the most frequent tokens only; the full head chooses the token. Where an exit
     has a block, the block decides.
     """
 
@@ -137,7 +137,7 @@ class CalmTarget:
         self._blocks = {stop: model.exit_blocks.get(stop) for _, stop in self._spans}
         self.writes: Hashable = self._spans
         self._begin = 0  # position of the first token after the prompt
-        self._left: list[Tensor] = []  # the state (1, D) that each token after the prompt left with
+        self._left: list[Tensor] = []  # the states (1, D) with which tokens after the prompt left
         self._written = [0] * len(self._spans)  # by span: how many of these tokens have KV entries there
 
     def fill(self, tokens: Tensor, places: Places, scored: list[int], whole: bool = False) -> TargetOutput:
@@ -173,7 +173,7 @@ class CalmTarget:
         return hidden if block is None else self._model.run_layers(hidden, block.layer, block.layer + 1, places)
 
     def _leaving(self, hidden: Tensor, layers: int) -> TargetOutput | None:
-        """The logits (1, V) after `layers` layers, and perhaps a block, if a token leaves with them."""
+        """The output after `layers` layers (and the exit's block) if the token leaves there, else None."""
         block = self._blocks[layers]
         if layers < self._model.num_layers:
             head, few = self._draft_side.head(Submodel(layers, block=block and self._draft_side.exit_blocks[layers]))
@@ -185,17 +185,17 @@ class CalmTarget:
 
 
 class ExitBlockCache:
-    """The KV entries of blocks that draft: after each pass of the target they are written from its own states.
+    """Writes the KV entries of blocks that draft, after each pass of the target, from its own states.
 
-    A pass has stops at `taps` on its way, and one `write` at its end. What blocks read of the token before is left by one pass
-    to the next in the cache's `features`, if any `needs_feature`.
+    A pass stops at `taps` and ends with one `write`. If a block `needs_feature` of the previous token, a pass leaves it to the
+    next one in the cache's `features`.
     """
 
     def __init__(self, model: Backend, blocks: Mapping[int | str, DraftBlock]) -> None:
         """`blocks`: by the exits at which their drafts start, or the names of drafters."""
         self._model, self._blocks = model, blocks
         self.taps = tuple(sorted({tap for block in blocks.values() for tap in block.taps}))
-        self._of_pass: dict[int | str, Tensor] = {}  # by block, (N, D): of the tokens of the last pass
+        self._of_pass: dict[int | str, Tensor] = {}  # by block, the features (N, D) of the last pass
 
     def write(self, states: Mapping[int, Tensor], finals: Tensor, places: Places) -> None:
         """Writes the blocks' KV entries of the tokens of a pass.
@@ -226,7 +226,7 @@ class ExitBlockCache:
             block.write(self._model, own, before, places.moved(0, skipped) if any(skipped) else places)
 
     def go_on(self, cache: KVCache, last: Mapping[int, int]) -> None:
-        """After a pass. `last`: by row, the index in it of the token before the row's next."""
+        """Keeps features for the next pass. `last`: by row, the index in this pass of the token before the row's next."""
         for name, found in self._of_pass.items():
             for row, place in last.items():
                 cache.features[row][name] = found[place]
@@ -241,22 +241,21 @@ def target_of(model: Backend, config: DecodingConfig) -> Target:
 
 
 class Prefixes:
-    """KV entries of texts in bounded memory: a prompt starts at its first difference from the most similar one.
+    """Prefix cache: KV entries of texts in bounded memory. A prompt is prefilled from the end of its longest kept prefix.
 
-    Texts that were not used for the longest time are dropped. With a batch-invariant backend outputs have the bits that they
-    have after a whole prefill. PyTorch's kernels give a token that was decoded alone other last bits than in a prompt, so
-    outputs can differ there where two tokens are almost equally likely. A backend with exact weights promises that they never
-    do: for it nothing is kept.
+    The least recently used texts are dropped first. With a batch-invariant backend outputs are bitwise equal to those after a
+    full prefill. PyTorch's kernels round a token differently in a prompt than decoded alone, so outputs can differ there where
+    two tokens are almost equally likely. A backend with exact weights promises that they never do: for it nothing is kept.
     """
 
     def __init__(self, most_bytes: float, most_texts: float = inf, least: int = 64) -> None:
-        """`least`: tokens of a common beginning that are worth a prefill apart from others, and of a text that is kept."""
+        """`least`: tokens that a kept prefix must save to be used, and that a text must add to the kept ones to be kept."""
         self._most_bytes, self._most_texts, self._least = most_bytes, most_texts, least
-        self._texts: list[_KeptText] = []  # the last used one is the last
+        self._texts: list[_KeptText] = []  # the least recently used first
 
     @property
     def bytes(self) -> int:
-        """That the texts take; what they share counts once."""
+        """Memory of all texts; shared pages count once."""
         return sum({address: size for text in self._texts for address, size in text.cache.memory.items()}.values())
 
     def begin(self, model: Backend, target: Target, prompt: Sequence[int], end: int) -> tuple[KVCache, int]:
@@ -270,26 +269,26 @@ class Prefixes:
             return model.new_cache(1, end), 0
         self._texts.remove(best)
         self._texts.append(best)
-        # A drafter's own entry of a token that is rerun stays.
+        # A drafter's own KV entry of a rerun token stays.
         return best.cache.branch([0], [most], [most + target.rerun] if target.rerun else None, end), most
 
     def parting(self, model: Backend, target: Target, prompt: Sequence[int], known: int) -> int:
-        """Where a prompt leaves the text that it has most in common with, if no text goes on from there: 0 elsewhere."""
+        """Length of the longest prefix shared with a kept text, if `least` tokens longer than the reusable `known`; else 0."""
         texts = (text for text in self._texts if text.written_by == (model, target.writes))
         common = max((_common(text.ids, prompt) for text in texts), default=0)
         return common if common - known >= self._least else 0
 
     def gain(self, ids: Sequence[int], others: Sequence[Sequence[int]]) -> bool:
-        """Whether a text has more in common with one of others, which will be kept, than with those that are."""
+        """True if one of `others`, once kept, will save this text at least `least` more tokens than the kept ones."""
         known = max((_common(text.ids, ids) for text in self._texts), default=0) if others else 0
         return self._most_bytes > 0 and any(_common(other, ids) - known >= self._least for other in others)
 
     def drop(self) -> bool:
-        """Forgets the text that was not used for the longest time. Returns False if there is none."""
+        """Drops the least recently used text. Returns False if there is none."""
         return bool(self._texts) and self._texts.pop(0) is not None
 
     def keep(self, model: Backend, target: Target, ids: Sequence[int], cache: KVCache, row: int) -> None:
-        """Keeps the KV entries of a text, which the row of a cache has, if they are worth it."""
+        """Keeps the KV entries of a text, from a row of a cache, if it adds `least` tokens to the kept ones."""
         if not self._most_bytes or model.exact:
             return
         common = {text: _common(text.ids, ids) for text in self._texts if text.written_by == (model, target.writes)}
@@ -298,15 +297,15 @@ class Prefixes:
         while cache.spare() < cache.branch_pages:
             if not self.drop():
                 return
-        first, branch = min(cache.first(row), len(ids)), cache.branch([row], [len(ids)])  # a recurrent state is one at the end
-        # Without those that the new text begins with.
+        first, branch = min(cache.first(row), len(ids)), cache.branch([row], [len(ids)])  # a recurrent state is that of the end
+        # Kept texts that are prefixes of the new one go.
         self._texts = [text for text in self._texts if common.get(text) != len(text.ids) or len(text.ids) < first]
         self._texts.append(_KeptText((model, target.writes), list(ids), branch, first))
         while len(self._texts) > self._most_texts or self.bytes > self._most_bytes:
             self.drop()
 
 
-NO_PREFIXES = Prefixes(0)  # where nothing is kept
+NO_PREFIXES = Prefixes(0)  # keeps nothing
 
 
 @dataclass(eq=False)
@@ -316,13 +315,13 @@ class _KeptText:
     written_by: tuple[Backend, Hashable]
     ids: list[int]
     cache: KVCache
-    first: int  # position that a prompt can go on from
+    first: int  # first position from which a prompt can continue
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """The number of tokens with which both begin."""
+    """The length of the common prefix."""
     low, high = 0, min(len(one), len(other))
-    while low < high:  # lists are compared fast, tokens one by one are not
+    while low < high:  # bisection, because comparing slices is fast and a loop over tokens is not
         middle = (low + high + 1) // 2
         low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
     return low

@@ -266,4 +266,4 @@ def test_a_template_that_knows_no_tools_gets_them_as_texts(folders, template, te
             ids = encode_conversation(decoder.tokenizer, tools.as_texts(plain, described, teller))
             assert answer.usage.prompt_tokens == len(ids)
             assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == answer.choices[0].message.content
-    assert capsys.readouterr().err.count("the chat template knows no tools: texts describe them") == 1
+    assert capsys.readouterr().err.count("the chat template has no tools: a text describes them") == 1

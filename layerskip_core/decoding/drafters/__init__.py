@@ -1,4 +1,4 @@
-"""Where drafts come from: what a drafter is, and which one a strategy has.
+"""The protocol of drafters, and the drafter of each strategy.
 
 A drafter is one module here, with a function `drafter(setup)`, and one line in `DRAFTERS` of config/decoding.py.
 """
@@ -32,28 +32,28 @@ class Context:
     The newest token of each has no KV entries yet: the target's pass that verifies the drafts writes them.
     """
 
-    rows: Sequence[Row]  # not to be changed
-    newest: Tensor  # (B,), the same newest tokens on the model's device
+    rows: Sequence[Row]  # read-only
+    newest: Tensor  # (B,), their newest tokens, on the model's device
     cache: KVCache  # the target's own
-    indices: Sequence[int]  # of the rows in the cache, which may have others
+    indices: Sequence[int]  # by row, its index in the cache, which may hold other rows
     filled: Sequence[int]  # by row of the cache: how many tokens have KV entries
-    seconds: float = 0.0  # that the steps before took, without the caller's time between them
-    piece: float = inf  # tokens of texts that a step may run
-    recorder: Recorder | None = None  # of the passes of this decoding, if they are recorded
-    recorded: Tensor | None = None  # of a draft that is recorded: the positions (B, d+1) of its tokens, on the device
+    seconds: float = 0.0  # that earlier steps took, without the caller's time between them
+    piece: float = inf  # most prefill tokens in a step
+    recorder: Recorder | None = None  # of this decoding's passes, if they are recorded
+    recorded: Tensor | None = None  # while a draft is recorded: the positions (B, d+1) of its tokens, on the device
 
     @property
     def ids(self) -> list[list[int]]:
-        """By row: prompt and output so far, the newest token last; not to be changed."""
+        """By row: prompt and output so far, the newest token last; read-only."""
         return [row.ids for row in self.rows]
 
     def feature(self, block: int | str) -> Tensor | None:
-        """(B, D): what the block of an exit, or a drafter, reads of the token before."""
+        """(B, D): the features of the previous tokens that an exit's block, or a drafter, reads; None if it reads none."""
         found = [feature for index in self.indices if (feature := self.cache.features[index].get(block)) is not None]
         return torch.stack(found) if found else None
 
     def places(self, counts: Sequence[int], after: Sequence[int]) -> Places:
-        """Those of so many tokens of each row, which stand so many tokens after its newest."""
+        """The places of `counts` tokens per row, the first of them `after` tokens past the row's newest (0: the newest)."""
         if self.recorded is not None:
             return Places(self.cache, (), (), recorded=self.recorded[:, after[0] : after[0] + counts[0]])
         starts, of_cache = list(self.filled), [0] * len(self.filled)
@@ -65,7 +65,7 @@ class Context:
         return places
 
     def forced(self, index: int, most: int) -> list[int]:
-        """At most `most` tokens that must come next in this row, as its grammar has it."""
+        """At most `most` tokens that the row's grammar forces next."""
         processor = self.rows[index].processor
         return [] if processor is None else processor.forced()[:most]
 
@@ -74,18 +74,18 @@ class Context:
 class Draft:
     """Drafts for the target to verify in one pass, each row's after its newest token: N tokens, N - B drafts.
 
-    `exit_states` are the target's own hidden states of all tokens, pre-norm, by the number of layers that gave them. The target
-    goes on from the highest; those below are for the blocks of other exits. Without such states (looked-up or low-bit drafts)
-    it starts at layer 0. `source` names what drafted, for reports.
+    `exit_states` are the target's own hidden states of all tokens, pre-norm, by the number of layers run. The target continues
+    from the highest; lower ones are for the blocks of other exits. Without such states (looked-up or low-bit drafts) it starts
+    at layer 0. `source` names the drafter in reports.
     """
 
     tokens: Tensor  # (N,), each row's newest token first
     counts: tuple[int, ...]  # by row: how many drafts
-    probs: Tensor | None = None  # (N - B, V), what each draft was drawn from; None if it was chosen without chance
+    probs: Tensor | None = None  # (N - B, V), the distribution that each draft was drawn from; None if not drawn
     exit_states: Mapping[int, Tensor] = field(default_factory=dict)  # (N, D)
     source: str = "drafts"
-    confidence: Sequence[float] = ()  # of a greedy draft of one row: its own probabilities, if these were needed
-    ran: Sequence[int] = ()  # by row: how many of its tokens have KV entries, of a draft by layers
+    confidence: Sequence[float] = ()  # the probabilities of a greedy draft of one row, if they were needed
+    ran: Sequence[int] = ()  # by row, how many of its tokens the drafter's layers ran (have KV entries)
 
     def by_row(self) -> tuple[Tensor, ...]:
         """Each row's tokens, (1 + K,)."""
@@ -94,14 +94,14 @@ class Draft:
 
 @dataclass(frozen=True)
 class DrafterSetup:
-    """What a drafter is made for."""
+    """What a drafter is built from."""
 
     model: Backend
     config: DecodingConfig
     eos_ids: frozenset[int] = frozenset()
-    reuse_exit_states: bool = True  # whether the target may go on from the drafter's hidden states
+    reuse_exit_states: bool = True  # whether the target may continue from the drafter's hidden states
     earlier: "EarlierAnswers | None" = None  # that lookups search too
-    prefixes: "Prefixes | None" = None  # that prompts may begin with
+    prefixes: "Prefixes | None" = None  # from which prompts may start
 
 
 class Drafter(Protocol):
@@ -111,17 +111,17 @@ class Drafter(Protocol):
         """Up to `limits[row]` drafts for each row; at least one of the limits is positive."""
 
     def observe(self, row: Row, drafted: int, verified: Sequence[int]) -> None:
-        """Hears what became of the drafts of one row; called for every row after each `draft`, and not otherwise.
+        """Learns which drafts of a row were accepted; called for every row after each `draft`, and not otherwise.
 
-        `verified`: the drafts that were accepted, then one token of the target's own.
+        `verified`: the accepted drafts, then one token of the target's own.
         """
 
 
 def drafter_for(setup: DrafterSetup) -> Drafter:
     """The drafter of the config's strategy.
 
-    With a `lookup` in the config it drafts only where nothing is found, with a grammar only where this forces nothing. A lookup
-    itself and adaptive drafting include that.
+    With a `lookup` in the config it drafts only if the lookup finds nothing, with a grammar only if this forces nothing; the
+    strategies `lookup` and `adaptive` include both.
     Raises ConfigError if it needs weights that were not loaded, and for drafts too long to be verified exactly.
     """
     config = setup.config

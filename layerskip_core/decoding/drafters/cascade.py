@@ -1,8 +1,8 @@
 """Drafts of drafts (ML-SpecQD: Georganas et al., 2025): a copy of the target verifies guesses while it drafts.
 
-A pass of the copy goes on from its newest token and from each guess that it agrees with, so its drafts are those that it makes
-token by token, of the same random numbers too, in fewer passes. Guesses are looked up (those of a drafter beside the model lost
-to lookups alone). Greedy drafts of one row on our kernels are made so in C.
+A pass of the copy runs its newest token and guesses of the next ones, and continues after each guess that it agrees with: the
+same drafts as token by token, from the same random numbers, in fewer passes. Guesses are lookups (those of a trained drafter
+were slower). Our kernels do the same in C for a greedy draft of one row.
 """
 
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ from ..sampling import Sampler
 from . import Context, Draft
 from .lookup import SHORTEST, History
 
-_GUESSES = 4  # of all rows of a pass
+_GUESSES = 4  # per pass, of all rows together
 
-Guesses = dict[int, list[int]]  # by row, of those that go on
+Guesses = dict[int, list[int]]  # by unfinished row
 
 
 class Cascade:
-    """Drafts of a copy for any rows, greedy or sampled."""
+    """Drafts with a copy, for any number of rows, greedy or sampled."""
 
     def __init__(self, side: DraftSide, head: DraftHead, sampler: Sampler, source: str) -> None:
         self._side, self._head, self._sampler, self._source = side, head, sampler, source
@@ -65,7 +65,7 @@ class Cascade:
         return Draft(tokens, counts, all_probs, source=self._source, confidence=confidence, ran=counts)
 
     def _guesses(self, context: Context, drafts: list[list[int]], rooms: dict[int, int]) -> Guesses:
-        """Fewer than `rooms` allow by one, because a pass gives one token more."""
+        """By row at most `rooms[row]` guesses; a pass adds one token more than it has guesses."""
         guesses, most = Guesses(), _GUESSES // len(rooms)
         for row, room in rooms.items():
             text, given = context.rows[row], min(most, room)
@@ -74,7 +74,7 @@ class Cascade:
         return guesses
 
     def _logits(self, context: Context, drafts: list[list[int]], guesses: Guesses) -> Tensor:
-        """(N, V), after the newest token and each guess of the rows that go on."""
+        """(N, V), after the newest token and each guess of unfinished rows."""
         layers, few = self._side.layers, self._head.vocabulary
         newest = [(own or ids)[-1] for own, ids in zip(drafts, context.ids, strict=True)]
         counts = [1 + len(guesses[row]) if row in guesses else 0 for row in range(len(drafts))]

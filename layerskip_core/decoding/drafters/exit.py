@@ -2,7 +2,7 @@
 
 Self-speculative decoding (Elhoushi et al., ACL 2024, section 4.3) drafts with the first layers, Draft & Verify (Zhang et al.,
 ACL 2024) with all layers but some, and a drafter beside the model (MTP, EAGLE-3) with none of them. The paper of Draft & Verify
-skips attention and MLP blocks one by one; here whole layers are, and the target goes on from the layers before the first one.
+skips attention and MLP blocks one by one; we skip whole layers, and the target continues from the first skipped layer.
 """
 
 from array import array
@@ -30,12 +30,12 @@ from . import Context, Draft, DrafterSetup
 from .cascade import Cascade
 
 DRAFT_MODEL = "draft model"  # in reports
-_KEPT = 32  # tokens of a text that ran at once and are worth being kept for later prompts
+_KEPT = 32  # least length of a prefill whose KV entries are kept for later prompts
 _NO_ENDS = DraftEnds()
 
 
 class _ByRow:
-    """Values of rows in the order in which they came."""
+    """Collects values step by step, and returns them row by row."""
 
     def __init__(self) -> None:
         self.parts, self.rows = list[Tensor](), list[int]()  # the row of each value
@@ -45,7 +45,7 @@ class _ByRow:
         self.rows += rows
 
     def by_row(self, counts: Sequence[int]) -> Tensor:
-        """The first values of each row, so many, row by row."""
+        """The first `counts[row]` values of each row, row by row."""
         if self.rows == [*range(len(counts))] * len(self.parts) and {*counts} == {len(self.parts)}:
             return torch.stack(self.parts, 1).flatten(0, 1)
         values, places = self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts), [list[int]() for _ in counts]
@@ -56,28 +56,28 @@ class _ByRow:
 
 
 class _Unfinished:
-    """A draft that is made step by step."""
+    """The state of a draft that is made step by step."""
 
     def __init__(self, context: Context, rooms: list[int], feature: Tensor | None) -> None:
-        self.context, self.rooms, self.step = context, rooms, 0  # by row, how many drafts there may be at most
-        # The rows that the next step runs, all of which have `step` drafts; their tokens that did not run yet; what the block
-        # reads of those before, (G, D).
+        self.context, self.rooms, self.step = context, rooms, 0  # by row, most drafts
+        # The G rows that the next step runs, all with `step` drafts; their tokens that did not run yet; the features (G, D) of
+        # the previous tokens.
         self.going, self.token, self.feature = list(range(len(rooms))), context.newest, feature
         self.tokens, self.probs, self.states = _ByRow(), _ByRow(), defaultdict[int, _ByRow](_ByRow)
         self.run = [0] * len(rooms)  # by row, how many tokens ran
-        self.ids, self.likely = [list[int]() for _ in rooms], [list[float]() for _ in rooms]  # drafts, if they are read
-        self.unread = list[tuple[list[int], Tensor]]()  # rows, and probabilities on a device that is not waited for
+        self.ids, self.likely = [list[int]() for _ in rooms], [list[float]() for _ in rooms]  # drafts and probabilities read
+        self.unread = list[tuple[list[int], Tensor]]()  # rows, and probabilities not yet read from the device
         self.tokens.add(context.newest, self.going)
         [self.token] = self.narrow(self.token)
 
     def add(self, tokens: Tensor, rows: Sequence[int]) -> None:
-        """Further drafts, which did not run: one of each row, or several of the only one."""
+        """Adds drafts that did not run yet: one per row, or several of a single row."""
         self.tokens.add(tokens, rows)
         self.token = torch.cat((self.token, tokens))
         self.step += len(tokens) // len(self.going)
 
     def narrow(self, *parts: Tensor | None) -> list[Any]:
-        """To the rows that have room, if there are any; the same of what has a value for each row before."""
+        """Drops rows without room, also from `feature` and `parts`, which stay as they are if no row has room."""
         kept = [place for place, row in enumerate(self.going) if self.rooms[row] > self.step]
         every = len(kept) in (0, len(self.going))
         self.going = [self.going[place] for place in kept]
@@ -98,9 +98,9 @@ class ExitDrafter:
         submodel: Submodel,
         source: str = "drafts",
     ) -> None:
-        """By these layers in this precision, with the exit's block if it has one; `source` names the drafter in reports.
+        """Drafts with `submodel` in precision `weights`, and the exit's block if any; `source` names the drafter in reports.
 
-        Raises ConfigError if no such copy was made, or not of enough layers.
+        Raises ConfigError if no such copy was made, or with too few layers.
         """
         config, sides = setup.config, setup.model.draft_sides
         require(weights in sides, "draft_weights", f"a copy that was made: {', '.join(filter(None, sides)) or 'none'}", weights)
@@ -113,27 +113,27 @@ class ExitDrafter:
         self._side, self._sampler, self.submodel = side, Sampler(config), submodel
         self._exit = submodel.exit_layer
         self._fed_by = self._exit or source  # the key of its features
-        self._confidence = config.draft_confidence  # a row drafts no further if its most probable token has less
-        # On other devices a look at a draft waits for it, which costs more than a few drafts too many.
+        self._confidence = config.draft_confidence  # a row stops drafting below this probability of its best token
+        # Reading a draft from another device waits for it, which costs more than a few surplus drafts.
         self._looks = side.layers.device.type == "cpu"
         self._eos_ids = setup.eos_ids if self._looks else frozenset()
-        # A draft side with other weights has other states than the target.
+        # Layers with other weights give other states than the target's.
         block = submodel.block
         runs_layers = block is None or self._exit > 0
         self._reuses = setup.reuse_exit_states and side.shares_states and runs_layers
         self._kernel = side.kernel if block is None or self._exit > 0 else block.kernel
         self._head = side.head(submodel)
-        # All layers of a copy or a draft model verify guesses while they draft: in C for a row whose text is kept.
+        # A whole copy or draft model verifies guesses while it drafts (Cascade; in C, which searches the row's text).
         guesses = self._looks and not self._reuses and submodel == Submodel(side.num_layers)
         self._cascade = Cascade(side, self._head, self._sampler, source) if guesses else None
-        self._is_call = self._kernel is not None and self._sampler.is_greedy  # of one row
+        self._is_call = self._kernel is not None and self._sampler.is_greedy  # a draft of one row is one call
         self._text: tuple[Row | None, array[int]] = None, array("q")
         self.vocabulary = self._head.vocabulary
 
     def draft(self, context: Context, limits: Sequence[int], ends: DraftEnds = _NO_ENDS) -> Draft:
-        """Each row ends after an EOS, or before a token of which it is not confident.
+        """Each row's draft stops after an EOS, or before a token below `draft_confidence`.
 
-        A greedy draft of one row ends by the `survival` of `ends` too.
+        A greedy draft of one row also stops by `ends.survival`.
         """
         ends = ends._replace(ids=self._eos_ids, confidence=self._confidence)
         submodel, features, recorder, reuses = self.submodel, context.feature(self._fed_by), context.recorder, self._reuses
@@ -165,7 +165,7 @@ class ExitDrafter:
         return Draft(tokens, tuple(limits), None, states, self.source)
 
     def _searched(self, row: Row) -> Tensor:
-        """Its ids (n,)."""
+        """The row's ids (n,); a call copies only new ones."""
         if self._text[0] is not row:
             self._text = row, array("q")
         text = self._text[1]
@@ -173,7 +173,7 @@ class ExitDrafter:
         return torch.frombuffer(text, dtype=torch.long)
 
     def _step_by_step(self, context: Context, limits: Sequence[int], ends: DraftEnds) -> Draft:
-        """Each step runs a token of each row that goes on, and chooses the next."""
+        """Each step runs one token of each unfinished row and chooses the next."""
         made = _Unfinished(context, list(limits), context.feature(self._fed_by))
         while made.going and self._runs_on(made, ends):
             logits, probs = self._judged(made, self._run(made), ends)
@@ -194,9 +194,9 @@ class ExitDrafter:
         return Draft(tokens, tuple(counts), probs, states, self.source, confidence=confidence, ran=made.run)
 
     def _runs_on(self, made: "_Unfinished", ends: DraftEnds) -> bool:
-        """What a grammar forces is no choice: such tokens of a row that is alone run through the layers together.
+        """Adds the tokens that a grammar forces, if one row drafts: they run in one pass.
 
-        False if they end the draft.
+        Returns False if they end the draft.
         """
         alone = len(made.rooms) == 1 and self._sampler.is_greedy and self._looks and self.submodel.block is None
         processor = made.context.rows[0].processor if alone else None
@@ -209,14 +209,14 @@ class ExitDrafter:
         return made.step < max(made.rooms)
 
     def _run(self, made: "_Unfinished") -> Tensor:
-        """The logits (G, N) after the last token of each row that goes on."""
+        """The logits (G, N) after the last token of each unfinished row."""
         counts = [made.step + 1 - run if row in made.going else 0 for row, run in enumerate(made.run)]
         reached, places = self._through(made, made.token, counts)
         logits, made.feature = beyond_exit(self._side, self.submodel, reached, places, made.feature)
         return logits[-len(made.going) :]
 
     def _through(self, made: "_Unfinished", tokens: Tensor, counts: Sequence[int]) -> tuple[Tensor, Places]:
-        """The states at the exit of the next tokens of each row, so many, and their places. They are kept."""
+        """Runs the next `counts[row]` tokens of each row and keeps their states; returns those at the exit, and the places."""
         layers, places = self._side.layers, made.context.places(counts, made.run)
         reached = states_at(layers, layers.embed(tokens), self.submodel.stops, places)
         rows = [row for row, count in enumerate(counts) for _ in range(count)]
@@ -226,13 +226,13 @@ class ExitDrafter:
         return reached[self._exit], places
 
     def _judged(self, made: "_Unfinished", logits: Tensor, ends: DraftEnds) -> tuple[Tensor, Tensor | None]:
-        """The logits as the sampler reads them, and what it draws from, of the rows that go on after these."""
+        """The processed logits, and the distributions to draw from, of the rows that draft on after them."""
         sampler, few = self._sampler, self.vocabulary
         if sampler.processes:
             logits = logits if few is None else few.spread(logits, -torch.inf)
             drafts, rows = [made.ids[row] for row in made.going], [made.context.rows[row] for row in made.going]
             logits = sampler.processed(logits, drafts, [1] * len(rows), rows)
-            if few is not None:  # which may lack all that a grammar permits
+            if few is not None:  # a draft vocabulary may lack all permitted tokens
                 for row, best in zip(made.going, logits.amax(-1).tolist(), strict=True):
                     made.rooms[row] = made.step if best == -torch.inf else made.rooms[row]
         probs = sampler.probs(logits)
@@ -264,7 +264,7 @@ class ExitDrafter:
         [made.token] = made.narrow(token)
 
     def _completed(self, made: "_Unfinished", counts: Sequence[int], tokens: Tensor) -> dict[int, Tensor]:
-        """The states of all tokens, after the last of them have run."""
+        """Runs the tokens that did not run yet; returns the states of all."""
         lacking = [max(0, count + 1 - run) for count, run in zip(counts, made.run, strict=True)]
         if any(lacking):
             parts = torch.split(tokens, [count + 1 for count in counts])
@@ -273,11 +273,11 @@ class ExitDrafter:
         return {stop: states.by_row([count + 1 for count in counts]) for stop, states in made.states.items()}
 
     def observe(self, row: Row, drafted: int, verified: Sequence[int]) -> None:
-        """Every round drafts in the same way."""
+        """Ignores the outcome: every round drafts in the same way."""
 
 
 class ModelDrafter:
-    """Drafts with all layers of the draft model: its cache has the rows that drafted last, and new ones as they come.
+    """Drafts with all layers of the draft model, whose cache has the rows of the last context.
 
     A row drafts as far as the draft model's context and memory reach.
     """
@@ -285,13 +285,13 @@ class ModelDrafter:
     def __init__(self, setup: DrafterSetup) -> None:
         assert setup.model.draft_model is not None
         self.model, self._prefixes = setup.model.draft_model, setup.prefixes or NO_PREFIXES
-        self._target = FixedTarget(self.model, DecodingConfig("autoregressive"))  # whose KV entries are the prefixes'
+        self._target = FixedTarget(self.model, DecodingConfig("autoregressive"))  # whose KV entries the prefixes keep
         own = replace(setup, model=self.model, reuse_exit_states=False)
         self._drafter = ExitDrafter(own, None, Submodel(self.model.num_layers), DRAFT_MODEL)
         self._cache = self.model.new_cache(0)
         self._cache.steps_back = setup.config.num_draft_tokens
         self._filled = dict[Row, int]()  # in the order of the cache's rows: how many tokens have KV entries
-        self._ran = dict[Row, int]()  # how many tokens after these had entries in the last draft
+        self._ran = dict[Row, int]()  # how many more the last draft wrote
 
     def draft(self, context: Context, limits: Sequence[int], ends: DraftEnds = _NO_ENDS) -> Draft:
         limits = self.follow(context, limits)
@@ -302,7 +302,7 @@ class ModelDrafter:
         return draft
 
     def follow(self, context: Context, limits: Sequence[int]) -> list[int]:
-        """Runs all but the newest token of each row that may draft. Returns the limits; 0 for a row that cannot draft yet."""
+        """Prefills each row that may draft, without its newest token. Returns the limits; 0 for a row that cannot draft yet."""
         self._take_rows(context)
         counts, allowed, room = list[int](), list[int](), context.piece if len(limits) > 1 else inf
         for ids, filled, limit in zip(context.ids, self._filled.values(), limits, strict=True):
@@ -314,7 +314,7 @@ class ModelDrafter:
         while self._spare(counts, allowed) < 0 and self._prefixes.drop():
             pass
         for index in reversed(range(len(counts))):
-            if self._spare(counts, allowed) < 0:  # then the oldest rows draft
+            if self._spare(counts, allowed) < 0:  # the youngest rows give way
                 counts[index] = allowed[index] = 0
         if not any(counts):
             return allowed
@@ -330,7 +330,7 @@ class ModelDrafter:
         return allowed
 
     def _spare(self, counts: Sequence[int], limits: Sequence[int]) -> float:
-        """How many pages there may be besides those that rows need for so many tokens and drafts."""
+        """Pages left free by these tokens and drafts of the rows; negative if they need more."""
         sizes = zip(self._filled.values(), counts, limits, strict=True)
         stops = [filled + count + limit + (limit > 0) for filled, count, limit in sizes]
         return self._cache.spare(stops)
@@ -340,7 +340,7 @@ class ModelDrafter:
         return replace(context, cache=self._cache, indices=range(len(filled)), filled=filled, recorder=None)
 
     def _take_rows(self, context: Context) -> None:
-        """The cache gets the rows of the context, in their order."""
+        """Gives the cache the rows of the context, in their order."""
         for row, ids in zip(context.rows, context.ids, strict=True):
             if row not in self._filled:
                 cache, self._filled[row] = self._prefixes.begin(self.model, self._target, ids, self.model.room)
@@ -352,11 +352,11 @@ class ModelDrafter:
             self._filled = {row: self._filled[row] for row in context.rows}
 
     def observe(self, row: Row, drafted: int, verified: Sequence[int]) -> None:
-        self._filled[row] += min(self._ran.pop(row, 0), len(verified))  # which are one more than drafts that were accepted
+        self._filled[row] += min(self._ran.pop(row, 0), len(verified))  # the latter: accepted drafts, and the newest token
 
 
 def drafter(setup: DrafterSetup) -> ExitDrafter | ModelDrafter:
-    """Raises ConfigError as `ExitDrafter` does, and for a model without the drafter that is to draft."""
+    """Makes the strategy's drafter. Raises ConfigError as `ExitDrafter` does, and if the model lacks the drafter."""
     config, model, weights = setup.config, setup.model, setup.config.draft_weights
     if config.strategy == "draft-model":
         return ModelDrafter(setup)

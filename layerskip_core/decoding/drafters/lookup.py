@@ -12,67 +12,66 @@ from ...config.decoding import REMEMBERED
 from ..output import Row
 from . import Context, Draft, Drafter, DrafterSetup
 
-SHORTEST = 2  # tokens that must match, unless told otherwise
-_LONGEST = 16  # tokens of a match that are compared
+SHORTEST = 2  # tokens that must match, by default
+_LONGEST = 16  # most tokens of a match that are compared
 _CANDIDATES = 8  # earlier occurrences that are compared, the latest first
-# The same in earlier answers: a text that repeats one of them has the longest matches.
+# The same for earlier answers, where matches of repeated answers are longer.
 _OF_ANSWERS, _LONGEST_OF_ANSWERS, _CANDIDATES_OF_ANSWERS = 3, 64, 4
 _END = -1  # before each answer
 
 Found = list[tuple[list[int], int]]
-"""By row a draft, which ends after an EOS, and its evidence, see `History.continuation`."""
+"""By row: a draft, cut after an EOS, and its evidence, see `History.continuation`."""
 
 
 class History:
-    """One row's tokens, indexed by every run of `shortest` of them."""
+    """One row's tokens, indexed by their n-grams of `shortest` tokens."""
 
     def __init__(self, shortest: int) -> None:
-        self._shortest, self._runs = shortest, _Runs(shortest)
+        self._shortest, self._index = shortest, _NgramIndex(shortest)
 
     def continuation(self, ids: Sequence[int], most: int, drafts: Sequence[int] = ()) -> tuple[list[int], int]:
-        """At most `most` tokens that followed the longest match of the last ones, and their evidence; none and 0 for no match.
+        """At most `most` tokens that followed the longest earlier match of the text's end, and their evidence; [], 0 if none.
 
-        The evidence is by how many tokens this match is longer than any that went on otherwise: where solved examples in a
-        prompt begin alike, matches are long and say little. The last tokens are not their own match. A continuation that
-        reaches the end of the text goes on with itself, which continues a repetition. `ids` are those of the last call and
-        what was added to them; the last tokens may be `drafts` after them.
+        The evidence: by how many tokens this match is longer than any match with another next token (few-shot examples that
+        begin alike give long matches that say little). A continuation that reaches the end of the text starts over, which
+        continues a repetition. `ids` only grow from call to call; `drafts` follow them.
         """
-        size, known = self._shortest, len(self._runs.ids)
-        self._runs.extend(ids[known:], known)
+        size, known = self._shortest, len(self._index.ids)
+        self._index.extend(ids[known:], known)
         ids = [*ids, *drafts] if drafts else ids
-        _, start, longest, evidence = _longest_match(ids, self._runs.after(ids, _CANDIDATES), size, max(size, _LONGEST))
+        _, start, longest, evidence = _longest_match(ids, self._index.after(ids, _CANDIDATES), size, max(size, _LONGEST))
         period = len(ids) - start
         return [ids[start + index % period] for index in range(most if longest else 0)], evidence
 
 
 class EarlierAnswers:
-    """Answers of this process that lookups search besides a row's own text: `most` tokens, of which the oldest go first.
+    """Answers of this process that lookups search besides a row's own text: at most `most` tokens, the oldest dropped first.
 
-    An answer stands after the last tokens of its prompt, so that its beginning is found. Such a text is searched where the
-    last `_OF_ANSWERS` tokens of a row occur in it. A token takes about 110 bytes at most, less where answers repeat each other.
+    Each answer follows the last tokens of its prompt, so that its beginning can match. The index has n-grams of `_OF_ANSWERS`
+    tokens. A token takes at most about 110 bytes, less where answers repeat each other.
     """
 
     def __init__(self, most: int = REMEMBERED) -> None:
-        self._most = most // 2  # tokens of a generation
-        self._newer, self._older = _Runs(_OF_ANSWERS), _Runs(_OF_ANSWERS)
+        self._most = most // 2  # most tokens of each of two generations
+        self._newer, self._older = _NgramIndex(_OF_ANSWERS), _NgramIndex(_OF_ANSWERS)
 
     def __len__(self) -> int:
         """Tokens that are kept."""
         return len(self._newer.ids) + len(self._older.ids)
 
     def add(self, ids: Sequence[int], start: int) -> None:
-        """Keeps the answer that begins at `start`, unless it is longer than half of all that is kept."""
+        """Keeps the answer that begins at `start`, unless it is longer than a generation."""
         first = max(start - _LONGEST, 0)
         text = ids[first:]
         if len(self._newer.ids) + len(text) >= self._most:
-            self._newer, self._older = _Runs(_OF_ANSWERS), self._newer
+            self._newer, self._older = _NgramIndex(_OF_ANSWERS), self._newer
         if len(text) < self._most:
             self._newer.extend((_END, *text), len(self._newer.ids) + 1 + start - first)
 
     def continuation(self, ids: Sequence[int], most: int) -> tuple[list[int], int]:
-        """At most `most` tokens, up to the end of an answer, and their evidence, as of `History.continuation`.
+        """As `History.continuation`, up to the end of an answer.
 
-        Twice as many as match, at most: a short match soon goes on otherwise. Suffix decoding has such a limit.
+        At most twice as many tokens as match, because after short matches texts soon differ; as in suffix decoding.
         """
         places = self._newer.after(ids, _CANDIDATES_OF_ANSWERS)
         places += self._older.after(ids, _CANDIDATES_OF_ANSWERS - len(places))
@@ -81,26 +80,26 @@ class EarlierAnswers:
         return tokens[: tokens.index(_END)] if _END in tokens else tokens, evidence
 
 
-class _Runs:
-    """Tokens, and the places after each run of `size` of them as a list, the latest first."""
+class _NgramIndex:
+    """Tokens, and for each n-gram of `size` tokens the positions after it, the latest first."""
 
     def __init__(self, size: int) -> None:
         self.ids, self._size = array("i"), size
-        self._before = array("i")  # by place: the one before it in its list, or -1
-        self._latest: dict[int, int] = {}  # by the run's hash; runs that share one are told apart when they are compared
+        self._before = array("i")  # by position: the previous one after the same n-gram, or -1
+        self._latest: dict[int, int] = {}  # by the n-gram's hash; comparing the tokens rules out collisions
 
     def extend(self, tokens: Sequence[int], first: int) -> None:
-        """Adds tokens, whose places from `first` on are found."""
+        """Adds tokens; positions from `first` on are indexed."""
         ids, size, first = self.ids, self._size, max(first, self._size)
         ids.extend(tokens)
         self._before.extend((-1,) * len(tokens))
-        runs = zip(*(ids[first - size + index : len(ids) - size + index] for index in range(size)), strict=False)
-        for place, run in enumerate(map(hash, runs), first):
-            self._before[place] = self._latest.get(run, -1)
-            self._latest[run] = place
+        ngrams = zip(*(ids[first - size + index : len(ids) - size + index] for index in range(size)), strict=False)
+        for place, ngram in enumerate(map(hash, ngrams), first):
+            self._before[place] = self._latest.get(ngram, -1)
+            self._latest[ngram] = place
 
     def after(self, ids: Sequence[int], count: int) -> list[tuple[Sequence[int], int]]:
-        """The latest `count` places after the last tokens of a text, with the tokens that they are in."""
+        """The latest `count` positions after the last n-gram of a text, each with the tokens that it indexes."""
         found: list[tuple[Sequence[int], int]] = []
         place = self._latest.get(hash(tuple(ids[-self._size :])), -1)
         while place >= 0 and len(found) < count:
@@ -112,7 +111,7 @@ class _Runs:
 def _longest_match(
     ids: Sequence[int], candidates: Sequence[tuple[Sequence[int], int]], least: int, most: int
 ) -> tuple[Sequence[int], int, int, int]:
-    """Of the places in texts where the last of `ids` may stand too, the longest match: where it ends, its length and evidence.
+    """Of candidates (text, position), the longest match of the end of `ids`: text, position after it, length, evidence.
 
     `least`: how many tokens must match. `most`: how many are compared.
     """
@@ -126,7 +125,7 @@ def _longest_match(
             match += 1
         following = text[place]
         if match >= least and (following not in found or match > found[following][0]):
-            found.pop(following, None)  # of two that are as long, the later one stays first
+            found.pop(following, None)  # of equally long matches the latest stays first
             found[following] = match, text, place
     if not found:
         return (), 0, 0, 0
@@ -135,9 +134,9 @@ def _longest_match(
 
 
 class LookupDrafter:
-    """Drafts what followed the last tokens where they occurred before. A draft is certain: it has no probabilities.
+    """Drafts what followed earlier occurrences of the last tokens. Drafts are not drawn: they have no probabilities.
 
-    Where no row has a match, the drafter `otherwise` drafts, if there is one.
+    If no row has a match, the drafter `otherwise` drafts, if there is one.
     """
 
     def __init__(
@@ -147,7 +146,7 @@ class LookupDrafter:
         otherwise: Drafter | None = None,
         earlier: EarlierAnswers | None = None,
     ) -> None:
-        """`shortest`: how many tokens must match; 0: nothing is looked up, and only what a grammar forces is drafted.
+        """`shortest`: how many tokens must match; 0: only tokens that a grammar forces are drafted.
 
         `earlier`: answers that are searched too; the better match drafts.
         """
@@ -168,8 +167,8 @@ class LookupDrafter:
         return copied(context, found, "grammar" if any(forced) else "lookup")
 
     def find(self, context: Context, limits: Sequence[int]) -> Found:
-        """What followed in each row's own text."""
-        if len(self._histories) > len(context.rows):  # a loop that others join has ever new rows
+        """Looks up each row's own text."""
+        if len(self._histories) > len(context.rows):  # rows come and go
             self._histories = {row: self._histories[row] for row in context.rows if row in self._histories}
         if not self._shortest:
             return [([], 0)] * len(limits)
@@ -180,14 +179,14 @@ class LookupDrafter:
         return found
 
     def recall(self, context: Context, limits: Sequence[int]) -> Found:
-        """What followed in earlier answers."""
+        """Looks up earlier answers."""
         if not (earlier := self._earlier):
             return [([], 0)] * len(limits)
         rows = enumerate(zip(context.ids, limits, strict=True))
         return [self._ended(earlier.continuation(ids, limit), context, index) for index, (ids, limit) in rows]
 
     def _ended(self, found: tuple[list[int], int], context: Context, index: int) -> tuple[list[int], int]:
-        """Up to an EOS, or to where the row's grammar forbids it."""
+        """Cuts a draft after an EOS, or before a token that the row's grammar forbids."""
         tokens, evidence = found
         if not self._eos_ids.isdisjoint(tokens):
             tokens = tokens[: next(count for count, token in enumerate(tokens, start=1) if token in self._eos_ids)]
