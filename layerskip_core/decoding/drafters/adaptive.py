@@ -1,8 +1,8 @@
-"""Chooses what drafts, and how much, before every round: by expected tokens per second, plain decoding included.
+"""Before every round, chooses the drafter and the draft length with the most expected tokens per second, or plain decoding.
 
-The choice of exit and length by measured acceptance follows DEL (Zarch et al., COLM 2025), and a draft that ends where it will
-probably be rejected follows SpecDec++ (Huang et al., 2024). Instead of layers, the times of passes are compared. Acceptance is
-that of the drafts that were verified: nothing is computed for the choice alone.
+DEL (Zarch et al., COLM 2025) chooses exit and length by measured acceptance; SpecDec++ (Huang et al., 2024) ends a draft that
+will probably be rejected. We compare measured step times instead of layers. Acceptance rates come from verified drafts: nothing
+is computed for the choice alone.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,39 +20,39 @@ from .lookup import SHORTEST, LookupDrafter, copied
 
 Drafting = ExitDrafter | ModelDrafter
 
-_FORCED = 64  # evidence of what a grammar forces, which can be spelled by other tokens
-_STORED = 8.0  # drafts that a stored acceptance counts as, which was measured on other texts
-_EXIT_ACCEPTANCE = 0.85  # of a trained exit of which nothing is known
-_COPY_ACCEPTANCE = {"int8": 0.95, "int4": 0.92, DRAFT_MODEL: 0.75}  # of calibrated int4 weights
-_COPY_COST = {"int8": 0.5, "int4": 0.33}  # of a pass, over one by bf16 weights
-# Doubt and power, see DraftEnds. Trained exits are calibrated, copies of all layers are underconfident.
+_FORCED = 64  # evidence of tokens that a grammar forces; others may spell the same text
+_STORED = 8.0  # drafts that a stored acceptance rate, measured on other texts, counts as
+_EXIT_ACCEPTANCE = 0.85  # prior of a trained exit without a stored rate
+_COPY_ACCEPTANCE = {"int8": 0.95, "int4": 0.92, DRAFT_MODEL: 0.75}  # priors; int4 is calibrated
+_COPY_COST = {"int8": 0.5, "int4": 0.33}  # time of a step over that with bf16 weights
+# Priors of doubt and power, see DraftEnds: trained exits are calibrated, whole copies are underconfident.
 _CALIBRATIONS = {"": (1.0, 1), "int8": (0.15, 3), "int4": (0.8, 3), DRAFT_MODEL: (1.0, 1)}
 
 
 class AdaptiveDrafter:
-    """Drafts by lookups, exits, low-bit copies or a draft model, or not at all, whichever promises the most tokens per second.
+    """Drafts by lookups, exits, low-bit copies, a draft model or not at all, by the most expected tokens per second.
 
-    The times of passes are measured while decoding where they cannot change the output; elsewhere they are the profile's, so
-    that a sample depends on its seed alone.
+    Step times are measured while decoding if the choice cannot change the output; otherwise they are the profile's, so that a
+    sample depends on its seed alone.
     """
 
     def __init__(self, setup: DrafterSetup, drafters: dict[str, Drafting]) -> None:
-        """`drafters`: by their names in reports."""
-        # Off the CPU drafts are still running when the host has started them all, and a look at their probabilities would wait.
+        """`drafters`: by name in reports."""
+        # Other devices run drafts asynchronously: reading their probabilities would wait.
         self._drafters, self._reads_probs = drafters, setup.config.temperature == 0 and setup.model.device.type == "cpu"
         self._by_clock = self._reads_probs and setup.model.batch_invariant
         self.bandit = bandit_of(setup, drafters, remembered=self._by_clock)
         self._lookup = LookupDrafter(setup.config.lookup or SHORTEST, setup.eos_ids, earlier=setup.earlier)
-        # By row, what was found in this round: tokens, and the acceptance of those with as much evidence.
+        # By row, the lookups of this round, each with the acceptance rate of lookups with as much evidence.
         self._found: dict[Row, list[tuple[list[int], Acceptance]]] = {}
         self._source = "lookup"  # or grammar
-        self._step, self._rows = Step(0), list[Row]()  # the last
-        self._confidence: Sequence[float] = ()  # of its drafts
-        self._begun = -inf  # when, by the loop's seconds, which leave out the caller's time; if it is to be timed
+        self._step, self._rows = Step(0), list[Row]()  # of the last round
+        self._confidence: Sequence[float] = ()  # probabilities of its drafts
+        self._begun = -inf  # its start in the loop's seconds, without the caller's time; -inf: not timed
 
     def draft(self, context: Context, limits: Sequence[int]) -> Draft:
         rows, last = len(limits), context.seconds - self._begun
-        if last < inf and context.rows[0] in self._rows:  # else there were other steps between
+        if last < inf and context.rows[0] in self._rows:  # else other steps ran in between
             self.bandit.observe(self._step, last)
         step = self._step = self.bandit.next_step(rows) if self._by_clock else Step(rows)
         self._rows = [*context.rows]
@@ -66,12 +66,12 @@ class AdaptiveDrafter:
         return draft
 
     def observe(self, row: Row, drafted: int, verified: Sequence[int]) -> None:
-        """Learns from the acceptance of a row's drafts."""
+        """Updates acceptance rates by the verified tokens of a row."""
         step = self._step
         if not step.looks:
             return
         step.tokens += len(verified)
-        for tokens, acceptance in self._found.pop(row, ()):  # the target's choice judges them, drafted or not
+        for tokens, acceptance in self._found.pop(row, ()):  # judged even if not drafted
             pairs = list(zip(tokens, verified, strict=False))
             right = next((place for place, (token, chosen) in enumerate(pairs) if token != chosen), len(pairs))
             acceptance.observe(min(right + 1, len(pairs)), right)
@@ -82,15 +82,15 @@ class AdaptiveDrafter:
                 step.arm.calibration.observe(len(verified) - 1, self._confidence)
 
     def _find(self, context: Context, limits: Sequence[int]) -> None:
-        """What a grammar forces, else what followed in the row's own text and in earlier answers."""
-        # Alone, a row's drafter runs through what is forced, and goes on after it.
+        """Collects the tokens that a grammar forces, else lookups in the row's own text and in earlier answers."""
+        # For a single row the drafter adds forced tokens itself, and drafts on after them.
         alone = len(limits) == 1 and self._reads_probs and bool(self._drafters)
         forced = [[] if alone else context.forced(index, limit) for index, limit in enumerate(limits)]
         self._source = "grammar" if any(forced) else "lookup"
         lookups = zip(self._lookup.find(context, limits), self._lookup.recall(context, limits), strict=True)
         for row, must, found in zip(context.rows, forced, lookups, strict=True):
             if must:
-                found = ([], 0), (must, _FORCED)  # as an earlier answer
+                found = ([], 0), (must, _FORCED)  # in the place of earlier answers
             acceptance = self.bandit.lookup_acceptance
             self._found[row] = [(ids, acceptance(kind > 0, evidence)) for kind, (ids, evidence) in enumerate(found) if ids]
 
@@ -107,9 +107,9 @@ class AdaptiveDrafter:
         return draft
 
     def _looked_up(self, rows: Sequence[Row], rate: float) -> tuple[list[list[int]], float]:
-        """By row, as much of the best continuation as pays where other drafts give this rate; the rate that this promises."""
+        """By row, the part of the best lookup that pays if other drafts give `rate` tokens per second; and the rate with it."""
         passes, expected, drafts = self.bandit.passes, float(len(rows)), list[list[int]]()
-        least = rate * passes.slope(len(rows))  # probability of a token that is worth its time
+        least = rate * passes.slope(len(rows))  # least probability of a draft that pays
         for row in rows:
             draft, most = list[int](), 0.0
             for tokens, acceptance in self._found.get(row, ()):
@@ -128,14 +128,14 @@ _REMEMBERED: WeakKeyDictionary[Backend, dict[str, Bandit]] = WeakKeyDictionary()
 
 
 def bandit_of(setup: DrafterSetup, drafters: Mapping[str, Drafting], remembered: bool) -> Bandit:
-    """Of drafters by their names.
+    """The bandit over these drafters, by name.
 
-    `remembered`: with all that was learnt from the model's earlier outputs in this process. Otherwise every output starts from
-    the profile, and from usual values for what that lacks.
+    `remembered`: shared with earlier outputs of the model in this process. Otherwise every output starts from the profile, or
+    from usual values where that has none.
     """
     model, config = setup.model, setup.config
     by_drafters = _REMEMBERED.setdefault(model, {}) if remembered else {}
-    # Where logits are changed, drafts are no single calls of a kernel.
+    # With changed logits a draft is no single call of a kernel, and has other times.
     key = f"{config.changes_logits} {config.num_draft_tokens} {', '.join(drafters)}"
     if key not in by_drafters:
         known = config.profile.passes
@@ -146,7 +146,7 @@ def bandit_of(setup: DrafterSetup, drafters: Mapping[str, Drafting], remembered:
 
 
 def _arm(name: str, drafter: Drafting, model: Backend, profile: DraftProfile, passes: PassTimes) -> Arm:
-    """With priors from the profile, and from the weights that a step reads."""
+    """Priors are from the profile, else from the weights that a step reads."""
     spec = model.spec
     head = spec.vocab * spec.hidden / spec.weights_read(1)  # its share of the weights that a pass reads
     layer = (1 - head) / spec.layers
@@ -158,19 +158,19 @@ def _arm(name: str, drafter: Drafting, model: Backend, profile: DraftProfile, pa
         scored = 1.0 if drafter.vocabulary is None else drafter.vocabulary.count / spec.vocab
         part = (exit_layer + (drafter.submodel.block is not None)) * layer + head * scored
     is_exit = exit_layer < spec.layers
-    known = profile.drafts if profile.passes else {}  # without both the units would differ
+    known = profile.drafts if profile.passes else {}  # times of drafts and passes need one unit
     step = known.get(name, part * passes.of(1) * _COPY_COST.get(kind, 1.0))
     prior, strength = profile.acceptance.get(name), _STORED
     if prior is None:
         of_exit = profile.acceptance.get(f"exit {exit_layer}", _EXIT_ACCEPTANCE) if is_exit else 1.0
         prior, strength = of_exit * _COPY_ACCEPTANCE.get(kind, 1.0), GUESS
-    share = 1.0 if kind else 1 - exit_layer * layer  # the target goes on from the exit
+    share = 1.0 if kind else 1 - exit_layer * layer  # the target continues from the exit
     calibration = Calibration(*_CALIBRATIONS["" if is_exit else kind])
     return Arm(name, Acceptance(prior, prior, strength), step, part, share, calibration, reach, not is_exit)
 
 
 def drafter(setup: DrafterSetup) -> AdaptiveDrafter:
-    """Drafts by the trained exits, low-bit copies with as many layers and with all, drafters beside it, a draft model."""
+    """Over the trained exits, low-bit copies of them and of all layers, drafters beside the model, and a draft model."""
     model, config = setup.model, setup.config
     drafters: dict[str, Drafting] = {} if model.draft_model is None else {DRAFT_MODEL: ModelDrafter(setup)}
     blocks: list[DraftBlock] = [block for exit_layer, block in model.exit_blocks.items() if exit_layer in config.exits]
