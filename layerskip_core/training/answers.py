@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from ..checkpoint.open import for_decoding
 from ..config.decoding import DecodingConfig
 from ..config.training import FinetuneConfig
 from ..decoding import decode_batch
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError, require
 from ..files import append_lines, whole_lines, write_file
 from ..losses import IGNORED
 from .data import EncodedData, step_rows
@@ -27,6 +27,14 @@ BATCH = 32  # prompts decoded together
 _APART = 1 << 31  # flips a bit of the seed: `own_texts` and replayed texts differ
 OWN_TEXTS, OWN_TOKENS = 32, 64  # texts of the original, and tokens of each, to measure a training's cost on
 MOST_REPLAYED = 4096  # texts; longer runs repeat them, because writing a text takes longer than training on it
+_PROMPT_TOKENS, _TRIES = 64, 8  # most tokens of a prompt of the model's own; tries for each, because many do not end
+# First words of prompts, for more kinds of them (examples/LOG.md).
+_OPENINGS = (
+    *("Write a", "Write a short", "Explain", "What is", "How do I", "How can I", "Translate", "Summarize", "Rewrite", "List"),
+    *("Correct the", "Give me", "Why", "Who", "Which", "Calculate", "Solve", "If", "Compare", "Describe", "Create a", "Make a"),
+    *("Convert", "Extract", "Classify", "Answer", "Fix the", "Implement", "Write a function", "Continue", "Suggest", "Plan"),
+    *("Draft an email", "Tell me", "Define", "Find", "Can you", "Write code", "Fill in", "Given"),
+)
 _WAIT = 1.0  # seconds between two looks into the journal
 
 
@@ -113,6 +121,31 @@ def own_texts(decoder: Decoder, seed: int) -> list[dict[str, Any]]:
         decoder.backend, starts, config, frozenset(), seeds=[(seed + row) % 2**32 for row in range(OWN_TEXTS)]
     )
     return [answered(starts[output.row], output.ids) for output in outputs]
+
+
+def own_prompts(decoder: Decoder, count: int, seed: int) -> Iterator[str]:
+    """Different prompts that a chat model writes in the user's place, sampled (Magpie: Xu et al., ICLR 2025).
+
+    Every second begins with one of `_OPENINGS`, for more kinds. Raises ConfigError for a model that rarely ends a prompt.
+    """
+    start, known = decoder.prompt_start(), set[str]()
+    room = min(_PROMPT_TOKENS, decoder.backend.room - len(start) - _PROMPT_TOKENS)
+    require(bool(start) and room > 0, "model", "one whose chat template begins a prompt, and has room for it", decoder.name)
+    config = DecodingConfig("autoregressive", max_new_tokens=room, temperature=1.0, top_p=0.95)
+    for first in range(0, _TRIES * count + BATCH, BATCH):
+        numbers = range(first, first + BATCH)
+        openings = [_OPENINGS[number // 2 % len(_OPENINGS)] if number % 2 else "" for number in numbers]
+        prompts = [[*start, *decoder.tokenizer(opening, add_special_tokens=False)["input_ids"]] for opening in openings]
+        seeds = [(seed + number) % 2**32 for number in numbers]
+        outputs = decode_batch(decoder.backend, prompts, config, decoder.eos_ids, decoder.detokenize, seeds)
+        for answer in sorted(outputs, key=lambda answer: answer.row):
+            text = (openings[answer.row] + answer.text).strip()
+            if answer.finish_reason == "eos" and answer.text.strip() and text not in known and len(known) < count:
+                known.add(text)
+                yield text
+        if len(known) == count:
+            return
+    raise ConfigError(f"`model` must write prompts that end, got {len(known)} in {numbers.stop} tries by {decoder.name}")
 
 
 def answered(prompt: list[int], answer: list[int]) -> dict[str, Any]:

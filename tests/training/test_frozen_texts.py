@@ -1,13 +1,20 @@
-"""The answers that a frozen model writes: the same after an interruption."""
+"""The texts that a model writes: answers, the same after an interruption, and prompts of its own."""
+
+import json
+from dataclasses import replace
 
 import pytest
 import torch
+from chatml import talking_model
+from command_line import fails, run
 from evaluating import tiny_loaded
 
+from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding import decode
+from layerskip_core.errors import ConfigError
 from layerskip_core.training import answers as answering
-from layerskip_core.training.answers import Answers, Writing
+from layerskip_core.training.answers import Answers, Writing, own_prompts
 
 PROMPTS = [[5, 6, 7], [8] * 9, [9, 10], [11, 12, 13, 14], [15] * 5]
 GREEDY = Writing(6, 64, 0.0, 0)
@@ -76,3 +83,21 @@ def test_equal_prompts_have_different_sampled_answers(loaded, tmp_path):
     assert len(set(map(tuple, found))) == 4
     alone = DecodingConfig("autoregressive", max_new_tokens=6, temperature=1.0, seed=5)
     assert found[2] == [token for [step] in decode(loaded.backend, [5, 6], alone, loaded.eos_ids) for token in step.ids]
+
+
+def test_a_chat_model_writes_different_prompts_half_with_an_opening(tmp_path):
+    loaded = for_decoding(talking_model(tmp_path, 256), "cpu", "fp32").with_template("chat", None)
+    ending = replace(loaded, eos_ids=frozenset(range(0, loaded.backend.spec.vocab, 8)))
+    prompts = list(own_prompts(ending, 12, 0))
+    assert len({*prompts}) == 12 and prompts == list(own_prompts(ending, 12, 0)) != list(own_prompts(ending, 12, 1))
+    assert len({prompt.startswith(answering._OPENINGS) for prompt in prompts}) == 2
+    with pytest.raises(ConfigError, match="must write prompts that end, got 0 in 64 tries"):
+        next(own_prompts(replace(loaded, eos_ids=frozenset()), 1, 0))
+
+
+def test_prompts_of_a_chat_model_as_json_lines(tmp_path):
+    model = talking_model(tmp_path, 256)
+    [line] = run("data", "--model", model, "--samples", "1").out.splitlines()
+    assert json.loads(line).keys() == {"prompt"}
+    fails("--model must be given without flags of a data set, got both", "data", "--model", model, "--split", "train")
+    fails("a chat template was asked for, but the model's tokenizer has none", "data", "--model", "embedded")
