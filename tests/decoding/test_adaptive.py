@@ -173,6 +173,14 @@ def test_a_copy_has_other_times_where_it_looks_up_what_may_be_right():
     assert found.rate > 2 * alone.rate and found.ends.survival < alone.ends.survival
 
 
+def test_a_draft_does_not_end_by_the_times_of_longer_ones():
+    known = bandit(a=(0.99, 0.1, 0.5))
+    times = known.times(known.arms["a"], 1, found=False)
+    times._times[5:] = [100 * time for time in times._times[5:]]  # of 32 tokens and more, which nothing measures
+    plan = known.plan(1, 0, False)
+    assert plan.length == 12 and plan.ends.survival < 0.99**12
+
+
 def test_a_disturbance_does_not_end_drafting_for_good():
     known, seconds = bandit((1.0, 1.05), 8, a=(0.8, 0.2, 0.8), b=(0.8, 0.4, 0.6)), {"a": 0.2, "b": 0.4}
     right = {"a": 0.8, "b": 0.8}

@@ -294,8 +294,11 @@ class Bandit:
         return best / self.unit(arm, times), length
 
     def _ends(self, arm: Arm, found: bool, rate: float, length: int) -> DraftEnds:
-        """Ends a draft of one row where the probability that it is accepted whole is too low for one more to pay at `rate`."""
-        times, gain = self.times(arm, 1, found), arm.acceptance.means()[1]
-        cost = rate * self.unit(arm, times) * times.slope(length + 1)  # in tokens
-        survival = cost / gain if cost < gain else 1.0
+        """Ends a draft of one row where the probability that it is accepted whole is too low for one more to pay at `rate`.
+
+        The last drafts up to `length` pay on average, or a shorter length would be better: the threshold is below 1.
+        """
+        times, shorter = self.times(arm, 1, found), max((other for other in self._lengths if other < length), default=0)
+        seconds = (times.of(length + 1) - times.of(shorter + 1)) / (length - shorter)
+        survival = min(rate * self.unit(arm, times) * seconds / max(arm.acceptance.means()[1], 1e-9), 1.0)
         return DraftEnds(survival=survival, doubt=arm.calibration.doubt, power=arm.calibration.power)
