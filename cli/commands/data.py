@@ -35,7 +35,7 @@ def data(
         for example in load_examples(rows):
             typer.echo(json.dumps({"prompt": example.prompt, "completion": example.completion}, ensure_ascii=False))
         return
-    require(replace(rows, limit=10, seed=0) == _TEN_ROWS, "model", "given without flags of a data set", "both")
+    require(rows == replace(_TEN_ROWS, limit=rows.limit, seed=rows.seed), "model", "given without flags of a data set", "both")
     require(rows.limit > 0, "limit", "at least 1 with `model`", rows.limit)
     loaded = load_model(model, machine, prompting=PromptingConfig("chat"))
     from layerskip_core.training.answers import own_prompts

@@ -296,7 +296,7 @@ class Bandit:
     def _ends(self, arm: Arm, found: bool, rate: float, length: int) -> DraftEnds:
         """Ends a draft of one row where the probability that it is accepted whole is too low for one more to pay at `rate`.
 
-        The last drafts up to `length` pay on average, or a shorter length would be better: the threshold is below 1.
+        One more takes the mean time of the last drafts up to `length`: times of longer ones are never measured.
         """
         times, shorter = self.times(arm, 1, found), max((other for other in self._lengths if other < length), default=0)
         seconds = (times.of(length + 1) - times.of(shorter + 1)) / (length - shorter)
