@@ -20,8 +20,8 @@ FOLDERS = (ROOT / name for name in ("cli", "examples", "layerskip_core", "tests"
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(path for folder in FOLDERS for path in folder.rglob("*.md"))])
 SCRIPTS = sorted((ROOT / "examples").rglob("*.py"))
 CODE = (".py", ".c", ".h")
-MOST_WORDS, MOST_LINES = 20_000, 90  # of all documents; of README
-MOST_WORDS_OF = {"README.md": 900, "CHANGELOG.md": 1_500}
+MOST_WORDS, MOST_LINES = 20_000, 100  # of all documents; of README
+MOST_WORDS_OF = {"README.md": 1_100, "CHANGELOG.md": 1_500}
 COMMANDS = get_command(app).commands
 
 
