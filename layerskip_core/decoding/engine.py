@@ -233,8 +233,10 @@ class DecodingLoop:
                 self._recorder.counts, self._cache = self._seconds, self._recorder.cache
             self._recorder.reach(max(len(row.ids) + limit for row, limit in zip(rows, limits, strict=True)))
         if self._drafter is not None and max(limits, default=0) > 0:
-            filled, seconds = [row.filled for row in self.active], self._seconds["total_seconds"]
-            context = Context(rows, newest, self._cache, drafting, filled, seconds, self.piece, self._recorder)
+            seconds, blocks = self._seconds["total_seconds"], self._target.exit_cache
+            context = Context(
+                rows, newest, self._cache, drafting, self._filled, seconds, self.piece, self._recorder, blocks=blocks
+            )
             first = instant(device)
             draft = self._drafter.draft(context, limits)
             instants = (first, instant(device)) if any(draft.counts) else None
@@ -276,12 +278,11 @@ class DecodingLoop:
         self, draft: Draft, output: TargetOutput, verified: Mapping[Row, list[int]], bounds: list[int]
     ) -> list[RowStep]:
         """Commits verified tokens, drops finished rows. Later tokens overwrite the KV entries of rejected drafts."""
-        steps, staying, scored = list[RowStep](), list[int](), 0
-        last = dict[int, int]()  # by row, the index in the pass whose logits gave its newest token; in a prefill, its last
+        steps, scored = list[RowStep](), 0
+        committed = [0] * len(self.active)  # by row: tokens of the pass whose KV entries stay
+        prefilled = list[int]()  # rows whose prompt is complete with this pass
         for index, row in enumerate(self.active):
             ids = verified.get(row, [])
-            if row.runs:
-                last[index] = bounds[index] + (row.runs if row.fills else len(ids)) - 1
             if ids:
                 if self._drafter is not None and row.source not in (None, _NOTHING):
                     self._drafter.observe(row, row.drafts, ids)
@@ -289,26 +290,40 @@ class DecodingLoop:
                 steps.append(row.commit(ids, output.layers, logits))
                 scored += row.drafts + 1
                 if row.fills:
-                    self._keep(index, row.ids[: row.prompt_tokens])
-                if self._earlier is not None and row.scanner.reason is not None:
-                    self._earlier.add(row.ids, row.prompt_tokens)
+                    prefilled.append(index)
+            if row.runs:
+                committed[index] = row.runs if row.fills else len(ids)
             row.filled = row.filled + row.runs if row.fills else len(row.ids) - 1
+        if self._target.exit_cache is not None:
+            self._target.exit_cache.commit(self._cache, bounds, committed, self._filled)
+        staying = list[int]()
+        for index, row in enumerate(self.active):
+            if index in prefilled:
+                self._keep(index, row.ids[: row.prompt_tokens])
             if row.runs and row.filled == row.stop:
                 self._keep(index, row.ids[: row.stop])
             if row.scanner.reason is None and not row.is_dropped:
                 staying.append(index)
-            elif row.output and not row.lacks:
+                continue
+            if row.output and not row.lacks:
                 self._keep(index)
-        if self._target.exit_cache is not None and last:
-            self._target.exit_cache.go_on(self._cache, last)
+            if self._earlier is not None and row.scanner.reason is not None:
+                self._earlier.add(row.ids, row.prompt_tokens)
         if len(staying) < len(self.active):
             self._stay(staying)
         return steps
+
+    @property
+    def _filled(self) -> list[int]:
+        """By row of the cache: how many tokens have KV entries."""
+        return [row.filled for row in self.active]
 
     def _keep(self, index: int, prompt: list[int] | None = None) -> None:
         """Adds the KV entries of a row's prompt, or of its text so far, to the prefixes."""
         row = self.active[index]
         if prompt is not None or self._target.decodes_like_prefill:
+            if self._target.exit_cache is not None and self._prefixes is not NO_PREFIXES:
+                self._target.exit_cache.write(self._cache, self._filled)
             self._prefixes_of(row).keep(self._model, self._target, prompt or row.ids[:-1], self._cache, index)
 
     def _prefixes_of(self, row: Row) -> Prefixes:

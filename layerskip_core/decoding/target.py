@@ -11,13 +11,17 @@ from torch import Tensor
 
 from ..config.decoding import DecodingConfig
 from ..model.backend import Backend, Submodel, states_at
-from ..model.cache import KVCache, Places, on_device
+from ..model.cache import KVCache, Places, States, joined, on_device
 from ..model.exit_blocks import DraftBlock
 from ..model.spec import ModelSpec
 from .graphs import Recorder
 
 if TYPE_CHECKING:
     from .drafters import Draft
+
+# Most tokens of a row that wait for the KV entries of blocks. Their states take memory, and where all layers have a window,
+# a row keeps at least so many more positions than the window.
+_MOST_WAITING = 64
 
 
 class TargetOutput(NamedTuple):
@@ -70,7 +74,7 @@ class FixedTarget:
                 hidden[index] = finals = self._model.run_layers(hidden[index], writing, self._layers, ends)
                 logits = self.head(finals)
             if self.exit_cache is not None:  # of blocks without KV entries, which read states of scored tokens only
-                self.exit_cache.write({}, hidden, places)
+                self.exit_cache.record({}, hidden, places)
             return TargetOutput(logits, self._layers)
         states, _ = self._run(tokens, {}, places, chooses=False)
         return TargetOutput(self.head(states[on_device(scored, states)]) if scored else None, self._layers, states=states)
@@ -110,7 +114,7 @@ class FixedTarget:
             reached = states_at(self._model, states[start], kept or (self._layers,), places, start)
         hidden = reached.get(self._layers, tokens)  # unused after a choice without blocks
         if blocks is not None:
-            blocks.write({**states, **reached}, hidden, places)
+            blocks.record({**states, **reached}, hidden, places)
         if self._block is not None:
             hidden = self._model.run_layers(hidden, self._block.layer, self._block.layer + 1, places)
         return hidden, choices
@@ -185,51 +189,90 @@ class CalmTarget:
 
 
 class ExitBlockCache:
-    """Writes the KV entries of blocks that draft, after each pass of the target, from its own states.
+    """Writes the KV entries of blocks that draft, from the target's own states, before a block drafts.
 
-    A pass stops at `taps` and ends with one `write`. If a block `needs_feature` of the previous token, a pass leaves it to the
-    next one in the cache's `features`.
+    Between drafts the states of committed tokens wait in the cache's `unwritten`, so a block that does not draft costs no
+    pass, and rejected drafts are never written. A block that `needs_feature` of the previous token finds that of the last
+    written token in the cache's `features`.
     """
 
     def __init__(self, model: Backend, blocks: Mapping[int | str, DraftBlock]) -> None:
         """`blocks`: by the exits at which their drafts start, or the names of drafters."""
         self._model, self._blocks = model, blocks
         self.taps = tuple(sorted({tap for block in blocks.values() for tap in block.taps}))
-        self._of_pass: dict[int | str, Tensor] = {}  # by block, the features (N, D) of the last pass
+        self._of_pass: States | None = None  # of all N tokens of the last pass
 
-    def write(self, states: Mapping[int, Tensor], finals: Tensor, places: Places) -> None:
-        """Writes the blocks' KV entries of the tokens of a pass.
+    def record(self, states: Mapping[int, Tensor], finals: Tensor, places: Places) -> None:
+        """Takes the states of a pass: those after each of `taps`, and `finals` after the last layer, (N, D)."""
+        of_taps = {tap: states[tap] for tap in self.taps if tap in states}
+        if places.recorded is not None:  # the pass is a CUDA graph, whose states the next replay overwrites
+            self._write_all(States(of_taps, finals), places)
+        else:
+            self._of_pass = States(of_taps, finals)
 
-        `states` are those after each of `taps`, `finals` those after the last layer, (N, D). After a cached prefix, the
-        first token is rerun only to get the second token's feature: its own KV entries are there.
+    def commit(self, cache: KVCache, bounds: Sequence[int], counts: Sequence[int], filled: Sequence[int]) -> None:
+        """Keeps the states of the first `counts[row]` tokens of each row in the last pass, where they begin at `bounds[row]`.
+
+        `filled`: by row, how many tokens have KV entries of the target, these included.
         """
-        for name, block in self._blocks.items():
-            features = block.features(self._model, states, finals)
-            own, before = {tap: states[tap] for tap in block.taps}, None
-            if features is None:
-                block.write(self._model, own, before, places)
-                continue
-            known = [found.get(name) for found in places.cache.features]
-            before, none = features.roll(1, 0), features.new_zeros(features.shape[1])
-            for first, count, feature in zip(places.bounds, places.counts, known, strict=False):
-                if count:
-                    before[first] = none if feature is None else feature
-            self._of_pass[name] = features
-            skipped = [int(count > 0 and feature is None) for feature, count in zip(known, places.counts, strict=True)]
-            if any(skipped):
-                parts = zip(pairwise(places.bounds), skipped, strict=True)
-                kept = [place for (first, end), count in parts for place in range(first + count, end)]
-                if not kept:
-                    continue
-                index = on_device(kept, before)
-                own, before = {tap: state[index] for tap, state in own.items()}, before[index]
-            block.write(self._model, own, before, places.moved(0, skipped) if any(skipped) else places)
+        if self._of_pass is None:
+            return
+        for unwritten, first, count in zip(cache.unwritten, bounds, counts, strict=False):
+            if count:
+                unwritten.append(self._of_pass.part(first, first + count))
+        self._of_pass = None
+        if max(cache.waiting) >= _MOST_WAITING:
+            self.write(cache, filled)
 
-    def go_on(self, cache: KVCache, last: Mapping[int, int]) -> None:
-        """Keeps features for the next pass. `last`: by row, the index in this pass of the token before the row's next."""
-        for name, found in self._of_pass.items():
-            for row, place in last.items():
-                cache.features[row][name] = found[place]
+    def write(self, cache: KVCache, filled: Sequence[int]) -> None:
+        """Writes the KV entries of all waiting tokens in one pass. `filled`: as for `commit`."""
+        counts = cache.waiting
+        if not any(counts):
+            return
+        waiting = joined([part for unwritten in cache.unwritten for part in unwritten])
+        starts = [stop - count for stop, count in zip(filled, counts, strict=True)]
+        places = Places(cache, starts, counts)
+        self._write_all(waiting, places)
+        for unwritten in cache.unwritten:
+            unwritten.clear()
+
+    def _write_all(self, waiting: States, places: Places) -> None:
+        for name, block in self._blocks.items():
+            features = block.features(self._model, waiting.taps, waiting.finals)
+            own = {tap: waiting.taps[tap] for tap in block.taps}
+            if features is None:
+                block.write(self._model, own, None, places)
+            else:
+                self._write_fed(name, block, own, features, places)
+
+    def _write_fed(self, name: int | str, block: DraftBlock, own: dict[int, Tensor], features: Tensor, places: Places) -> None:
+        """Writes the entries of a block that reads the previous token's feature, and keeps that of each row's last token.
+
+        Without a feature of the token before, a row's first token gets no entry: it is the first of its text, or, after a
+        cached prefix, was rerun only for its feature, and has its entry already.
+        """
+        of_rows = places.cache.features
+        before = features.roll(1, 0)
+        skipped = [0] * len(places.counts)
+        for row, (first, count) in enumerate(zip(places.bounds, places.counts, strict=False)):
+            if not count:
+                continue
+            known = of_rows[row].get(name)
+            if known is None:
+                skipped[row] = 1
+            else:
+                before[first] = known
+            of_rows[row][name] = features[first + count - 1]
+        if any(skipped):
+            ends = zip(pairwise(places.bounds), skipped, strict=True)
+            kept = [index for (first, end), less in ends for index in range(first + less, end)]
+            if not kept:
+                return
+            index = on_device(kept, before)
+            own = {tap: state[index] for tap, state in own.items()}
+            before = before[index]
+            places = places.moved(0, skipped)
+        block.write(self._model, own, before, places)
 
 
 Target = FixedTarget | CalmTarget

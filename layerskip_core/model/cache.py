@@ -3,8 +3,9 @@
 import re
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, chain, pairwise, repeat
 from math import inf
@@ -26,6 +27,28 @@ Indices = Sequence[int]
 _FEW = 16  # rows of at most so many tokens share a grid, whatever the padding
 
 
+@dataclass(frozen=True)
+class States:
+    """Hidden states of N consecutive tokens of a row, or of several rows, row by row."""
+
+    taps: Mapping[int, Tensor]  # (N, D), by the number of layers run
+    finals: Tensor  # (N, D), after the last layer
+
+    def __len__(self) -> int:
+        return len(self.finals)
+
+    def part(self, start: int, stop: int) -> "States":
+        return States({tap: states[start:stop] for tap, states in self.taps.items()}, self.finals[start:stop])
+
+
+def joined(parts: Sequence[States]) -> States:
+    """The states of all parts, in their order; there is at least one."""
+    if len(parts) == 1:
+        return parts[0]
+    taps = {tap: torch.cat([part.taps[tap] for part in parts]) for tap in parts[0].taps}
+    return States(taps, torch.cat([part.finals for part in parts]))
+
+
 class KVCache(ABC):
     """KV entries of all L layers for B rows. The index of an entry is the position of its token.
 
@@ -38,12 +61,19 @@ class KVCache(ABC):
     def __init__(self, batch_size: int, max_positions: int) -> None:
         """`max_positions`: the context, or the end of the text if known; tokens beyond it are refused."""
         self.rows, self.max_positions = batch_size, max_positions
-        # By row, by exit or drafter: the feature (D,) of the token before the row's next, which the block reads to draft.
+        # By row, by exit or drafter: the feature (D,) of the last token with a KV entry of this block, which reads it to draft.
         self.features = [dict[int | str, Tensor]() for _ in range(batch_size)]
+        # By row: states of its last tokens, whose KV entries of blocks that draft are not written yet.
+        self.unwritten = [list[States]() for _ in range(batch_size)]
 
     def span(self, start: int, stop: int, settled: bool = False) -> "Places":
         """The positions start..stop-1 of every row. `settled`: see Places."""
         return Places(self, [start] * self.rows, [stop - start] * self.rows, settled)
+
+    @property
+    def waiting(self) -> list[int]:
+        """By row: how many tokens still need KV entries of blocks that draft."""
+        return [sum(map(len, unwritten)) for unwritten in self.unwritten]
 
     @property
     @abstractmethod
@@ -67,12 +97,14 @@ class KVCache(ABC):
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Keeps only the rows at the indices `rows`, which differ, in that order."""
         self.rows, self.features = len(rows), [self.features[row] for row in rows]
+        self.unwritten = [self.unwritten[row] for row in rows]
 
     @abstractmethod
     def join(self, other: "KVCache") -> None:
         """Adds the rows of another cache of the same model after its own."""
         self.max_positions, self.rows = max(self.max_positions, other.max_positions), self.rows + other.rows
         self.features = self.features + other.features
+        self.unwritten = self.unwritten + other.unwritten
 
     @abstractmethod
     def branch(self, rows: Indices, starts: Indices, stops: Indices | None = None, end: int | None = None) -> "KVCache":

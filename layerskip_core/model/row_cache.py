@@ -69,7 +69,8 @@ class RowCache(KVCache):
 
     def branch(self, rows: Indices, starts: Indices, stops: Indices | None = None, end: int | None = None) -> "RowCache":
         branch, stops = copy(self), stops or starts
-        branch.rows, branch.max_positions, branch.features = len(rows), end or self.max_positions, [{} for _ in rows]
+        branch.rows, branch.max_positions = len(rows), end or self.max_positions
+        branch.features, branch.unwritten = [{} for _ in rows], [[] for _ in rows]
         branch.written = min(_in_blocks(max(stops)), self.capacity)
         with torch.inference_mode():  # the storage may be an inference tensor
             held = branch._hold(self.storage[:, :, list(rows), :, : branch.written])
@@ -173,7 +174,8 @@ class MixedCache(KVCache):
     def branch(self, rows: Indices, starts: Indices, stops: Indices | None = None, end: int | None = None) -> "MixedCache":
         """Without stops, each row gets one recurrent state: the one before its start."""
         branch = copy(self)
-        branch.rows, branch.max_positions, branch.features = len(rows), end or self.max_positions, [{} for _ in rows]
+        branch.rows, branch.max_positions = len(rows), end or self.max_positions
+        branch.features, branch.unwritten = [{} for _ in rows], [[] for _ in rows]
         branch.states = {}
         branch.parts = {shape: part.branch(rows, starts, stops, end) for shape, part in self.parts.items()}
         with torch.inference_mode():

@@ -7,7 +7,7 @@ from math import inf
 import pytest
 import torch
 from conftest import run_texts, tiny_model
-from decodings import WIDE, ids_of, native_or_skip, plainly, prompt_of
+from decodings import WIDE, entries, ids_of, native_or_skip, plainly, prompt_of
 from exit_block_models import random_blocks
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -134,6 +134,33 @@ def test_no_schedule_changes_the_output_or_the_states_that_blocks_draft_on(kind,
         for row, ids, *_ in steps:
             found[row] += ids
     assert [*found.values()] == [plainly(backend, prompt, limit, eos_ids) for prompt in prompts]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_block_that_does_not_draft_writes_nothing_and_catches_up_when_it_does(kind):
+    """Two rows, ten steps without drafts, then one draft by exit 2: entries are those of a pass over each whole text."""
+    backend, plain_steps = backend_of(kind), 10
+    loop = scheduled(backend, [prompt_of(5), prompt_of(9, 1)], [(0, 0)] * plain_steps + [(1, 3)], 40)
+    block = backend.exit_blocks[2]
+    next(loop)  # the prompts
+    for _ in range(plain_steps):
+        next(loop)
+    for index, row in enumerate(loop.rows):
+        assert loop._cache.waiting[index] == row.filled
+        if kind != "native":  # whose new pages are not zeroed
+            assert not entries(loop._cache, index)[block.layer, ..., : row.filled, :].any()
+    before = [row.filled for row in loop.rows]
+    steps = next(loop)
+    assert all(step.counts.drafted == 3 for step in steps)
+    for index, (row, filled) in enumerate(zip(loop.rows, before, strict=True)):
+        assert loop._cache.waiting[index] == row.filled - filled
+        found = entries(loop._cache, index)[block.layer, ..., :filled, :]
+        cache = backend.new_cache(1)
+        tokens = torch.tensor(row.ids[:filled])
+        with torch.inference_mode():
+            states = backend.run_layers(backend.embed(tokens), 0, 2, cache.span(0, filled))
+            backend.run_layers(states, block.layer, block.layer + 1, cache.span(0, filled))
+        torch.testing.assert_close(found, entries(cache)[block.layer, ..., :filled, :])
 
 
 @pytest.mark.parametrize("kind", KINDS)

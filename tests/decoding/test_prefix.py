@@ -60,6 +60,8 @@ def conversation(backend, config, prefixes):
 def keys_and_values(decoding):
     """By layer and position: those of the whole text, or of the prompt alone where tokens leave at different depths."""
     [row] = decoding.rows
+    if (blocks := decoding._target.exit_cache) is not None:
+        blocks.write(decoding._cache, [row.filled])
     stop = len(row.ids) - 1 if decoding._target.decodes_like_prefill else row.prompt_tokens
     return entries(decoding._cache)[..., :stop, :]
 

@@ -21,7 +21,7 @@ from ..graphs import Recorder
 from ..output import Row
 
 if TYPE_CHECKING:
-    from ..target import Prefixes
+    from ..target import ExitBlockCache, Prefixes
     from .lookup import EarlierAnswers
 
 
@@ -40,12 +40,18 @@ class Context:
     seconds: float = 0.0  # that earlier steps took, without the caller's time between them
     piece: float = inf  # most prefill tokens in a step
     recorder: Recorder | None = None  # of this decoding's passes, if they are recorded
+    blocks: "ExitBlockCache | None" = None  # writes the KV entries of blocks that draft
     recorded: Tensor | None = None  # while a draft is recorded: the positions (B, d+1) of its tokens, on the device
 
     @property
     def ids(self) -> list[list[int]]:
         """By row: prompt and output so far, the newest token last; read-only."""
         return [row.ids for row in self.rows]
+
+    def write_blocks(self) -> None:
+        """Writes the KV entries of blocks that the rows lack, before a block drafts."""
+        if self.blocks is not None:
+            self.blocks.write(self.cache, self.filled)
 
     def feature(self, block: int | str) -> Tensor | None:
         """(B, D): the features of the previous tokens that an exit's block, or a drafter, reads; None if it reads none."""

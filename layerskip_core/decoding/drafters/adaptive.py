@@ -54,6 +54,7 @@ class AdaptiveDrafter:
         rows, last = len(limits), context.seconds - self._begun
         if last < inf and context.rows[0] in self._rows:  # else other steps ran in between
             self.bandit.observe(self._step, last)
+        newly_committed = self._step.verified  # at most
         step = self._step = self.bandit.next_step(rows) if self._by_clock else Step(rows)
         self._rows = [*context.rows]
         reads_prompts = rows < len(context.filled)
@@ -61,7 +62,10 @@ class AdaptiveDrafter:
         draft = Draft(context.newest, (0,) * rows)
         if step.looks:
             self._find(context, limits)
+            waited = sum(context.cache.waiting)
             draft = self._best_draft(context, limits, step)
+            if waited - sum(context.cache.waiting) > newly_committed:
+                self._begun = -inf  # a block that was off wrote KV entries of earlier steps: later drafts will not
         step.verified, self._confidence = len(draft.tokens), draft.confidence
         return draft
 

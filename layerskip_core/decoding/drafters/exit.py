@@ -136,6 +136,8 @@ class ExitDrafter:
         A greedy draft of one row also stops by `ends.survival`.
         """
         ends = ends._replace(ids=self._eos_ids, confidence=self._confidence)
+        if self.submodel.block is not None:
+            context.write_blocks()
         submodel, features, recorder, reuses = self.submodel, context.feature(self._fed_by), context.recorder, self._reuses
         if self._sampler.processes or not (self._sampler.is_greedy or self._cascade):
             return self._step_by_step(context, limits, ends)
