@@ -141,9 +141,9 @@ def test_the_target_goes_on_from_the_exit_that_drafted(kind, monkeypatch):
     backend, spans = backend_of(kind), []
     run_layers, choose = backend.run_layers, backend.choose
 
-    def choice(tokens, states, start, stop, kept, places):
+    def choice(tokens, states, start, stop, kept, places, noise):
         spans.extend((layer, len(tokens)) for layer in (start, *kept[:-1]))
-        return choose(tokens, states, start, stop, kept, places)
+        return choose(tokens, states, start, stop, kept, places, noise)
 
     def record(hidden, start, stop, places):
         spans.append((start, len(hidden)))
