@@ -51,7 +51,7 @@ class LanguageModel:
         config, ids = self._resolved(options), self.decoder.encode_prompt(prompt)
         check_prompt(ids, self.decoder.backend)
         updates = Updates()
-        request = Request(ids, config, partial(updates.deliver, 0), isolated="seed" in options)
+        request = Request(ids, config, partial(updates.deliver, 0))
         if self._engine is None:
             self._engine = Engine(self.decoder, _TOGETHER, _WAITING, earlier=self._earlier)
         engine = self._engine

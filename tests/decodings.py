@@ -53,7 +53,7 @@ def answer_of(model, prompt, config, eos_ids=frozenset(), **options):
 def context_of(texts, newest, cache, indices, filled, config=PLAIN):
     """Before a round of rows with these ids."""
     ends = StopScanner(frozenset(), (), 1000, 1000)
-    rows = [Row(ids, ends, OutputText(letters), config, torch.Generator().manual_seed(config.seed)) for ids in texts]
+    rows = [Row(ids, ends, OutputText(letters), config, config.seed) for ids in texts]
     return Context(rows, newest, cache, indices, filled)
 
 

@@ -173,8 +173,7 @@ class Service:
         jobs = list[Job]()
         for number, (ids, each) in enumerate(zip(prompts, options, strict=True)):
             config = decoder.resolve(each, self._packing)  # compiles a grammar
-            isolated = request.is_seeded and config.temperature > 0
-            jobs.append(Job(ids, config, partial(deliver, number), isolated, request.stream))
+            jobs.append(Job(ids, config, partial(deliver, number), request.stream))
         if family == "responses":
             return jobs, ResponseDocument(self.name, jobs[0], finder, body)
         echoed = (str(decoder.tokenizer.decode(each) if isinstance(each, list) else each) for each in request.prompts)

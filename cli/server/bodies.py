@@ -176,7 +176,6 @@ class Asked(NamedTuple):
     prompts: tuple[Prompt, ...]
     options: list[RequestOptions]  # by answer; they differ in seed
     n: int = 1
-    is_seeded: bool = False  # the request names a seed
     stream: bool = False
     include_usage: bool = False
     echo: bool = False
@@ -230,7 +229,7 @@ def request_of(document: Mapping[str, Any], family: Family, model: str, config: 
     tools = _tools(document, given.get("parallel_tool_calls", True)) if is_chat else None
     if tools is not None and tools.needed and decoding.keys() & set(GUIDES):
         raise invalid("tool_choice must be none or auto with response_format or a guided_ key", "tool_choice")
-    return Asked(prompts, of_answers, n, seed is not None, stream, include_usage, given.get("echo", False), tools)
+    return Asked(prompts, of_answers, n, stream, include_usage, given.get("echo", False), tools)
 
 
 def _tools(document: Mapping[str, Any], parallel: bool) -> Tools | None:

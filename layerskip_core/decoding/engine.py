@@ -18,6 +18,7 @@ from ..config.decoding import DRAFTERS, DecodingConfig
 from ..errors import require
 from ..model.backend import Backend, check_prompt
 from ..model.cache import Places, on_device
+from ..model.noise import Noise
 from .drafters import Context, Draft, Drafter, DrafterSetup, drafter_for
 from .drafters.lookup import EarlierAnswers
 from .graphs import Recorder, instant, seconds_between
@@ -39,7 +40,7 @@ def decode(
 ) -> "DecodingLoop":
     """Decode a prompt by the config's strategy: `[step.ids for [step] in decode(...)]` are the ids of each step.
 
-    Greedy self-speculative decoding gives the tokens of autoregressive decoding; sampled, it gives their distribution.
+    Every strategy that drafts gives the tokens of autoregressive decoding, sampled ones of equal seeds too.
     `detokenize`: ids to text, for stop strings only. `options`: DecodingLoop's. Raises ConfigError for a prompt that does not
     fit, and for draft weights that were not loaded.
     """
@@ -57,7 +58,7 @@ def decode_batch(
 ) -> Iterator[Answer]:
     """Decode prompts together by the config's strategy; yield each answer when it is complete.
 
-    In fp32 and above a row's greedy output equals that of `decode` for its prompt alone, near-ties excepted. Without
+    In fp32 and above a row's output equals that of `decode` for its prompt and seed alone, near-ties excepted. Without
     `detokenize` answers have ids only. `seeds`: by row, for sampling; None: the config's for all. Raises ConfigError as
     `decode`, and for several prompts with exact weights or an `exit_confidence`, where rows leave at different exits.
     """
@@ -97,15 +98,15 @@ class DecodingLoop:
 
         `reuse_exit_states`: False makes the target recompute the layers below the exit, to measure what reuse saves.
         `prefixes`: kept KV entries from which rows start; those of all rows are added. `earlier`: answers that lookups search
-        too, in greedy, batch-invariant decoding; those of all rows are added. `drafter`: instead of the config's.
+        too, in batch-invariant decoding; those of all rows are added. `drafter`: instead of the config's.
         """
         self._target, self._sampler = target_of(model, config), Sampler(config)
         self._prefixes = NO_PREFIXES if prefixes is None else prefixes
         self._model, self._earlier, self._detokenize = model, earlier, detokenize
         self.piece = inf  # most prompt tokens per step, the oldest rows first
         self.left = inf  # the part of `piece` that the last step did not need
-        # Only for greedy decoding on batch-invariant kernels: else remembered answers would change random draws or rounding.
-        searched = earlier if self._sampler.is_greedy and model.batch_invariant else None
+        # Only on batch-invariant kernels: else remembered answers would change rounding.
+        searched = earlier if model.batch_invariant else None
         if drafter is None and config.strategy in DRAFTERS:
             drafter = drafter_for(DrafterSetup(model, config, eos_ids, reuse_exit_states, searched, self._prefixes))
         self._drafter, self._num_draft_tokens = drafter, 0 if drafter is None else config.num_draft_tokens
@@ -146,7 +147,7 @@ class DecodingLoop:
         limits = config.max_new_tokens, self._model.room - len(prompt)
         scanner = StopScanner(eos_ids, config.stop, *limits, self._detokenize)
         text = OutputText(self._detokenize or (lambda ids: ""), eos_ids, config.stop)
-        return Row(prompt, scanner, text, config, torch.Generator(self._model.device).manual_seed(seed))
+        return Row(prompt, scanner, text, config, seed)
 
     def add(self, row: Row) -> None:
         """Adds a new row, or one that was set aside; it gets the same tokens as alone."""
@@ -195,13 +196,15 @@ class DecodingLoop:
         self._divide()
         drafting = [index for index, row in enumerate(self.active) if not row.fills]
         draft, instants = self._draft(drafting)
-        output, tokens, bounds = self._pass(draft, drafting)
-        rows, verified = [row for row in self.active if row.chooses], list[list[int]]()
+        rows = [row for row in self.active if row.chooses]
         counts = [1 + row.drafts for row in rows]
+        noise = self._sampler.noise(rows, [0] * len(rows), counts)
+        output, tokens, bounds = self._pass(draft, drafting, noise)
+        verified = list[list[int]]()
         if output.choices is not None:
             verified = accepted_choices(tokens, counts, output.choices)
         elif output.logits is not None:
-            verified = self._sampler.verify(tokens, counts, draft.probs, output.logits, rows)
+            verified = self._sampler.verify(tokens, counts, output.logits, noise, rows)
         draft_time = seconds_between(*instants) if instants else 0.0
         if not any(row.fills and row.runs for row in self.active):
             self._seconds["verify_seconds"] += time.perf_counter() - started - draft_time
@@ -244,13 +247,16 @@ class DecodingLoop:
             row.runs, row.drafts, row.source = 1 + count, count, None if self._drafter is None else draft.source
         return draft, instants
 
-    def _pass(self, draft: Draft, drafting: list[int]) -> tuple[TargetOutput, Tensor, list[int]]:
-        """Runs the target; returns its output, the scored tokens (the last of each row, its drafts) and where rows begin."""
+    def _pass(self, draft: Draft, drafting: list[int], noise: Noise | None) -> tuple[TargetOutput, Tensor, list[int]]:
+        """Runs the target; returns its output, the scored tokens (the last of each row, its drafts) and where rows begin.
+
+        `noise`: of the choices after scored tokens.
+        """
         rows = self.active
         places = Places(self._cache, [row.filled for row in rows], [row.runs for row in rows], settled=not drafting)
         bounds = places.bounds
         if len(drafting) == sum(row.runs > 0 for row in rows):
-            output = self._target.verify(draft, places, self._recorder) if drafting else TargetOutput(None, 0)
+            output = self._target.verify(draft, places, self._recorder, noise) if drafting else TargetOutput(None, 0)
             return output, draft.tokens, bounds
         drafts = iter(draft.by_row() if drafting else ())
         fills = ((row, row.ids[row.filled : row.filled + row.runs]) for row in rows)

@@ -226,18 +226,17 @@ class RowStep(NamedTuple):
 
 
 class Row:
-    """One prompt that is being decoded. It draws from a `generator` of its own."""
+    """One prompt that is being decoded."""
 
     # Of the current step: whether the row prefills; whether it gets new tokens; how many of its tokens are in the pass, and
     # how many of these are drafts, of which source, None in a prefill.
     fills, chooses, runs, drafts = False, False, 0, 0
     source: str | None = None
 
-    def __init__(
-        self, prompt: list[int], scanner: StopScanner, text: OutputText, config: DecodingConfig, generator: torch.Generator
-    ) -> None:
-        """`text`: the caller adds the output to it."""
-        self.config, self.text, self.generator = config, text, generator
+    def __init__(self, prompt: list[int], scanner: StopScanner, text: OutputText, config: DecodingConfig, seed: int) -> None:
+        """`text`: the caller adds the output to it. `seed`: of sampling."""
+        self.config, self.text = config, text
+        self.seed = seed
         self.ids = list(prompt)  # and the output
         self.filled = 0  # how many of its tokens have KV entries; the newest has none yet
         self.stop = 0  # length of a prefix shared with other prompts, at which a piece of a prefill ends

@@ -1,34 +1,47 @@
-"""From logits to tokens: greedy, or drawn after temperature, top-k and top-p; and the lossless verification of drafts.
+"""From logits to tokens: the most probable ones, or samples after temperature, top-k and top-p; and verification of drafts.
 
 Before that, a row's own options may change its logits: bias, penalties, forbidden tokens. The logits of each position change by
-the tokens before it, drafts included, so a draft is verified against the same distribution as the token that autoregressive
-decoding chooses in its place.
+the tokens before it, drafts included, so a draft is verified against the same logits as the token that autoregressive decoding
+chooses in its place. Noise makes a sample of the most probable token (see model/noise.py), so drafts are verified in the same
+way with and without it: those are accepted that the target chooses.
 """
 
-from collections.abc import Collection, Sequence
-from itertools import islice
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Iterator, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..config.decoding import DecodingConfig
+from ..model.noise import Noise, key_of, least_temperature, perturbed
 from ..model.vocabulary import most_probable
 
 if TYPE_CHECKING:
     from .output import Row
 
+_PIECE = 1 << 21  # most logits that are copied at once: some six copies of 8 MB in fp32
+
+
+class Scores(NamedTuple):
+    """What tokens are chosen by: of each row of scores the largest."""
+
+    values: Tensor  # (N, C): logits, of samples with their noise
+    ids: Tensor | None = None  # token ids of the columns, (C,) or by row (N, C); None for 0..C-1
+
 
 class Sampler:
     """Chooses the tokens of rows, for drafts and for the target alike: greedily at temperature 0, else drawn.
 
-    Each row draws from its own generator, so its tokens do not depend on the batch.
+    A token depends on its logits, its row's seed and its position, so on neither the batch nor drafts.
     """
 
     def __init__(self, config: DecodingConfig) -> None:
-        self.is_greedy, self.processes, self._config = config.temperature == 0, config.changes_logits, config
+        self.is_greedy = config.temperature == 0
+        self.processes = config.changes_logits
+        self.truncates = not self.is_greedy and truncates(config)
+        self._config = config
 
     def processed(
         self, logits: Tensor, drafts: Sequence[Sequence[int]], places: Sequence[int], rows: Sequence["Row"]
@@ -43,52 +56,73 @@ class Sampler:
                 row.processor.process(of_row, own)
         return changed
 
-    def probs(self, logits: Tensor) -> Tensor | None:
-        """The distribution (..., V) that `choose` draws from; None if nothing is drawn."""
-        return None if self.is_greedy else probabilities(logits, self._config)
+    def noise(self, rows: Sequence["Row"], ahead: Sequence[int], counts: Sequence[int]) -> Noise | None:
+        """Of the choices of `counts[row]` tokens per row, the first of them `ahead[row]` tokens after its next one.
 
-    def choose(self, logits: Tensor, probs: Tensor | None, rows: Sequence["Row"]) -> Tensor:
-        """Token ids (G,) of rows, from logits (G, V) and their `probs`."""
+        None if nothing is drawn.
+        """
         if self.is_greedy:
-            return self._best(logits)
-        probs = probabilities(logits, self._config) if probs is None else probs
-        return torch.stack([draw(of_row, row.generator) for of_row, row in zip(probs, rows, strict=True)])
+            return None
+        keys = []
+        for row, first, count in zip(rows, ahead, counts, strict=True):
+            start = len(row.ids) + first
+            keys += [key_of(row.seed, position) for position in range(start, start + count)]
+        return Noise(self._config.temperature, keys)
 
-    def _best(self, logits: Tensor) -> Tensor:
+    def scores(self, logits: Tensor, noise: Noise | None, ids: Tensor | None = None) -> Scores:
+        """The scores to choose by, from logits (N, C), which may be overwritten. `ids` (C,): None for 0..C-1."""
+        if noise is None:
+            return Scores(logits, ids)
+        if self.truncates:
+            logits, places = candidates(logits, self._config)
+            ids = places if ids is None else ids[places]
+        return Scores(perturbed(logits, noise, ids), ids)
+
+    def best(self, scores: Scores) -> Tensor:
+        """The token ids (N,) of the largest scores."""
+        values, ids = scores
         # NumPy's argmax is as fast as torch's on one thread, and has no barrier, at which threads stall on a busy machine.
-        if self.processes and logits.device.type == "cpu":
-            return torch.from_numpy(logits.numpy().argmax(-1))
-        return most_probable(logits)
+        if self.processes and values.device.type == "cpu":
+            found = torch.from_numpy(values.numpy().argmax(-1))
+        else:
+            found = most_probable(values)
+        if ids is None:
+            return found
+        return ids[found] if ids.dim() == 1 else ids.gather(-1, found[:, None])[:, 0]
 
     def verify(
-        self, tokens: Tensor, counts: Sequence[int], draft_probs: Tensor | None, logits: Tensor, rows: Sequence["Row"]
+        self, tokens: Tensor, counts: Sequence[int], logits: Tensor, noise: Noise | None, rows: Sequence["Row"]
     ) -> list[list[int]]:
         """Verifies drafts by the target's logits (S, V) after tokens (S,): `counts[row]` per row, its last, then its drafts.
 
-        Waits once for the device. `draft_probs` (S - B, V): the distributions that drafts were drawn from; None if they were
-        not drawn. Returns, by row, the accepted drafts and the target's own token after them.
+        Waits once for the device, with options of rows twice. `noise`: of S choices. The logits may be overwritten, unless log
+        probabilities are reported. Returns, by row, the accepted drafts and the target's own token after them.
         """
-        if self.processes:
-            ids = iter(tokens.tolist())
-            logits = self.processed(logits, [[*islice(ids, count)][1:] for count in counts], counts, rows)
-        if self.is_greedy:
-            return accepted_choices(tokens, counts, self._best(logits))
-        target_probs = torch.split(probabilities(logits, self._config), list(counts))
-        if max(counts) == 1:
-            newest: list[list[int]]
-            newest = torch.stack([draw(p, row.generator) for p, row in zip(target_probs, rows, strict=True)]).tolist()
-            return newest
-        drafts = [own[1:] for own in torch.split(tokens, list(counts))]
-        if draft_probs is None:  # drafts have probability 1
-            draft_probs = F.one_hot(torch.cat(drafts), logits.shape[-1]).to(target_probs[0].dtype)
-        parts = zip(drafts, torch.split(draft_probs, list(map(len, drafts))), target_probs, rows, strict=True)
-        judged = [verify(ids, probs, target, row.generator) for ids, probs, target, row in parts]
-        values: list[int] = torch.cat((*judged, *drafts)).tolist()
-        verified, first = [], 2 * len(counts)
-        for index, count in enumerate(counts):
-            verified.append([*values[first : first + values[2 * index]], values[2 * index + 1]])
-            first += count - 1
-        return verified
+        if noise is None and not self.processes:
+            return accepted_choices(tokens, counts, self.best(Scores(logits)))
+        ids = tokens.tolist() if self.processes else []
+        bounds = [0]
+        for count in counts:
+            bounds.append(bounds[-1] + count)
+        choices = []
+        for start, stop in _pieces(len(logits), logits.shape[-1]):
+            part = logits[start:stop]
+            part = part.to(torch.promote_types(part.dtype, torch.float32), copy=self._config.logprobs is not None)
+            if self.processes:
+                for row, (first, end) in zip(rows, pairwise(bounds), strict=True):
+                    begin, last = max(first, start), min(end, stop)
+                    if begin < last and row.processor is not None:
+                        row.processor.process(part[begin - start : last - start], ids[first + 1 : last])
+            own = None if noise is None else Noise(noise.temperature, noise.keys[start:stop])
+            choices.append(self.best(self.scores(part, own)))
+        return accepted_choices(tokens, counts, torch.cat(choices))
+
+
+def _pieces(rows: int, columns: int) -> Iterator[tuple[int, int]]:
+    """Spans of rows with at most `_PIECE` numbers each, at least one row."""
+    most = max(1, _PIECE // columns)
+    for start in range(0, rows, most):
+        yield start, min(start + most, rows)
 
 
 def accepted_choices(tokens: Tensor, counts: Sequence[int], choices: Tensor) -> list[list[int]]:
@@ -104,68 +138,50 @@ def accepted_choices(tokens: Tensor, counts: Sequence[int], choices: Tensor) -> 
     return verified
 
 
+def truncates(config: DecodingConfig) -> bool:
+    """Whether some tokens can never be drawn."""
+    return bool(config.min_p or config.top_k) or config.top_p < 1
+
+
 def probabilities(logits: Tensor, config: DecodingConfig) -> Tensor:
-    """Distribution (..., V), in at least fp32, from logits (..., V): temperature, min-p, top-k, then top-p, renormalised.
+    """Distribution (..., V), in at least fp32, from logits (..., V): temperature, min-p, top-k, then top-p, renormalised."""
+    if not truncates(config):
+        return _softmax(logits, config.temperature)
+    kept, ids = candidates(logits, config)
+    probs = _softmax(kept, config.temperature)
+    return torch.zeros(logits.shape, dtype=probs.dtype, device=probs.device).scatter(-1, ids, probs)
 
-    top-p keeps the smallest set of most probable tokens whose mass reaches it (Holtzman et al., 2020), never less than one.
+
+def candidates(logits: Tensor, config: DecodingConfig) -> tuple[Tensor, Tensor]:
+    """The logits (..., C), in at least fp32, of the C most probable tokens, and their ids (..., C).
+
+    They are -inf for those that min-p, top-k, then top-p leave out, which includes all other tokens. top-p keeps the smallest
+    set of most probable tokens whose mass reaches it (Holtzman et al., 2020), never less than one.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    # A smaller temperature or top-p would round to 0 in the logits' precision, and give 0 / 0 or keep no token.
-    least = torch.finfo(logits.dtype).tiny
-    # The maximum is subtracted first, because division by a small temperature could overflow.
-    probs = ((logits - logits.amax(-1, keepdim=True)) / max(config.temperature, least)).softmax(-1)
-    if config.min_p:
-        probs = probs.masked_fill(probs < config.min_p * probs.amax(-1, keepdim=True), 0)
-        probs = probs / probs.sum(-1, keepdim=True)
+    probs = _softmax(logits, config.temperature)
+    count = vocabulary = probs.shape[-1]
     if config.top_k:
-        top_probs, top_ids = probs.topk(min(config.top_k, probs.shape[-1]))
-        top_probs = top_probs / top_probs.sum(-1, keepdim=True)
-    elif config.top_p < 1:
-        # Tokens under (1 - top_p) / V have less than 1 - top_p together, so the others reach top_p without them. Counting
-        # the others saves the CPU a full sort. Other devices sort fast, and reading a count would wait for them.
-        kept = vocabulary = probs.shape[-1]
-        if probs.device.type == "cpu":  # the count is 0 if all tokens are equally probable and rounded down
-            kept = max(1, int((probs >= (1 - config.top_p) / vocabulary).sum(-1).max()))
-        top_probs, top_ids = probs.topk(kept)
-    else:
-        return probs
+        count = min(config.top_k, vocabulary)
+    elif probs.device.type == "cpu":
+        # A count saves the CPU a full sort. Other devices sort fast, and reading it would wait for them. Tokens under
+        # (1 - top_p) / V have less than 1 - top_p together, so the others reach top_p without them.
+        least = config.min_p * probs.amax(-1, keepdim=True) if config.min_p else (1 - config.top_p) / vocabulary
+        count = max(1, int((probs >= least).sum(-1).max()))  # 0 if all tokens are equally probable and rounded down
+    top_probs, ids = probs.topk(count)
+    if config.min_p:
+        top_probs = top_probs.masked_fill(top_probs < config.min_p * top_probs[..., :1], 0)
     if config.top_p < 1:
+        top_probs = top_probs / top_probs.sum(-1, keepdim=True) if config.top_k or config.min_p else top_probs
         mass_before = top_probs.cumsum(-1) - top_probs
-        top_probs = top_probs.masked_fill(mass_before >= max(config.top_p, least), 0)
-        top_probs = top_probs / top_probs.sum(-1, keepdim=True)
-    return torch.zeros_like(probs).scatter(-1, top_ids, top_probs)
+        # A smaller top-p would round to 0 and keep no token.
+        top_probs = top_probs.masked_fill(mass_before >= max(config.top_p, torch.finfo(probs.dtype).tiny), 0)
+    return logits.to(probs.dtype).gather(-1, ids).masked_fill(top_probs == 0, -torch.inf), ids
 
 
-def draw(probs: Tensor, generator: torch.Generator) -> Tensor:
-    """One token id (...) from each row of weights (..., V), which need not sum to 1; never one of weight 0.
-
-    By the inverse of the cumulative distribution: one random number per row, and no wait for the device as in
-    torch.multinomial.
-    """
-    # A parallel sum may round so that it grows over a weight of 0: multiplying by the sign removes such tokens.
-    edges = probs.cumsum(-1) * probs.sign()
-    chance = torch.rand((*probs.shape[:-1], 1), generator=generator, dtype=probs.dtype, device=probs.device)
-    return (edges > chance * edges.amax(-1, keepdim=True)).byte().argmax(-1)
-
-
-def verify(draft_ids: Tensor, draft_probs: Tensor, target_probs: Tensor, generator: torch.Generator) -> Tensor:
-    """Lossless speculative sampling (Leviathan et al. 2023, algorithm 1; Chen et al. 2023, algorithm 2).
-
-    A draft is accepted with probability min(1, target / draft). The first one rejected is replaced by a draw from
-    max(target - draft, 0), normalised. After K accepted drafts the next token is drawn from the target.
-
-    draft_ids (K,), draft_probs (K, V), target_probs (K+1, V); returns (accepted count, next token id), shape (2,), on device.
-    """
-    target_mass = target_probs[:-1].gather(1, draft_ids[:, None])[:, 0]
-    draft_mass = draft_probs.gather(1, draft_ids[:, None])[:, 0]
-    chance = torch.rand(draft_mass.shape, generator=generator, dtype=draft_mass.dtype, device=draft_mass.device)
-    accepted = (chance * draft_mass < target_mass).cumprod(0).sum()[None]
-    target_row = target_probs.index_select(0, accepted)
-    # A row of zeros stands for the position after the last draft: there the residual is the target itself.
-    residual = (target_row - F.pad(draft_probs, (0, 0, 0, 1)).index_select(0, accepted)).clamp_min(0)
-    # Rounding can reject a draft although target and draft are equal: the residual is then all zeros.
-    weights = torch.where(residual.sum() > 0, residual, target_row)
-    return torch.cat((accepted, draw(weights, generator)))
+def _softmax(logits: Tensor, temperature: float) -> Tensor:
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    # The maximum is subtracted first, because division by a small temperature could overflow.
+    return ((logits - logits.amax(-1, keepdim=True)) / least_temperature(temperature, logits.dtype)).softmax(-1)
 
 
 class LogitsProcessor:

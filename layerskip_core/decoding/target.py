@@ -13,8 +13,10 @@ from ..config.decoding import DecodingConfig
 from ..model.backend import Backend, Submodel, states_at
 from ..model.cache import KVCache, Places, States, joined, on_device
 from ..model.exit_blocks import DraftBlock
+from ..model.noise import Noise
 from ..model.spec import ModelSpec
 from .graphs import Recorder
+from .sampling import truncates
 
 if TYPE_CHECKING:
     from .drafters import Draft
@@ -52,9 +54,11 @@ class FixedTarget:
         # Which layers and blocks write KV entries; how many tokens of a cached prefix a prefill reruns.
         self.writes: Hashable = self._layers, self._block is not None, tuple(blocks)
         self.rerun = int(any(block.needs_feature for block in blocks.values()))
-        reads_logits = config.temperature > 0 or config.changes_logits or config.logprobs is not None
-        self._only_chooses = not (reads_logits or self._block)
         self.records = model.recordable and not self.rerun  # whether its passes can be recorded
+        reads_logits = config.changes_logits or config.logprobs is not None
+        if config.temperature > 0:  # a recorded pass has no noise
+            reads_logits |= self.records or truncates(config)
+        self._only_chooses = not (reads_logits or self._block)
         self._writing, spec = self._layers, model.spec  # layers that all tokens run; later ones write no KV entries
         if isinstance(spec, ModelSpec) and spec.sizes and not (any(block.taps for block in blocks.values()) or self._block):
             self._writing = spec.attending[-1] + 1
@@ -79,10 +83,15 @@ class FixedTarget:
         states, _ = self._run(tokens, {}, places, chooses=False)
         return TargetOutput(self.head(states[on_device(scored, states)]) if scored else None, self._layers, states=states)
 
-    def verify(self, draft: "Draft", places: Places, recorder: Recorder | None = None) -> TargetOutput:
-        """Logits (N, V), or choices, after each of the draft's tokens. `recorder`: of such passes, if they are recorded."""
+    def verify(
+        self, draft: "Draft", places: Places, recorder: Recorder | None = None, noise: Noise | None = None
+    ) -> TargetOutput:
+        """Logits (N, V), or choices, after each of the draft's tokens. `recorder`: of such passes, if they are recorded.
+
+        `noise`: of choices.
+        """
         if recorder is None:
-            return self._pass(draft.tokens, draft.exit_states, places)
+            return self._pass(draft.tokens, draft.exit_states, places, noise)
         stops, inputs = tuple(draft.exit_states), (draft.tokens, *draft.exit_states.values())
         positions, index, kept = places.padded(places.counts, recorder.slots)
         if is_padded := index.numel() > len(draft.tokens):
@@ -98,18 +107,20 @@ class FixedTarget:
         found = found[kept] if is_padded else found
         return TargetOutput(None, self._layers, found) if self._only_chooses else TargetOutput(found, self._layers)
 
-    def _pass(self, tokens: Tensor, states: Mapping[int, Tensor], places: Places) -> TargetOutput:
-        hidden, choices = self._run(tokens, states, places, self._only_chooses)
+    def _pass(self, tokens: Tensor, states: Mapping[int, Tensor], places: Places, noise: Noise | None = None) -> TargetOutput:
+        hidden, choices = self._run(tokens, states, places, self._only_chooses, noise)
         return TargetOutput(self.head(hidden) if choices is None else None, self._layers, choices)
 
-    def _run(self, tokens: Tensor, states: Mapping[int, Tensor], places: Places, chooses: bool) -> tuple[Tensor, Tensor | None]:
+    def _run(
+        self, tokens: Tensor, states: Mapping[int, Tensor], places: Places, chooses: bool, noise: Noise | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Runs tokens (N,) from their highest exit states; returns what the head reads and, if it `chooses`, tokens (N,)."""
         start, blocks, choices = max(states, default=0), self.exit_cache, None
         kept = () if blocks is None else (*(tap for tap in blocks.taps if tap > start), self._layers)
         if 0 not in states and ((start == 0 and not chooses) or (blocks is not None and 0 in blocks.taps)):
             states = {0: self._model.embed(tokens), **states}
         if chooses:
-            choices, reached = self._model.choose(tokens, states.get(start), start, self._layers, kept, places)
+            choices, reached = self._model.choose(tokens, states.get(start), start, self._layers, kept, places, noise)
         else:
             reached = states_at(self._model, states[start], kept or (self._layers,), places, start)
         hidden = reached.get(self._layers, tokens)  # unused after a choice without blocks
@@ -153,7 +164,9 @@ class CalmTarget:
                 chosen = chosen or self._leaving(after[on_device(scored, after)], stop)
         return chosen or TargetOutput(None, self._model.num_layers)
 
-    def verify(self, draft: "Draft", places: Places, recorder: Recorder | None = None) -> TargetOutput:
+    def verify(
+        self, draft: "Draft", places: Places, recorder: Recorder | None = None, noise: Noise | None = None
+    ) -> TargetOutput:
         count = places.starts[0] - self._begin  # of the tokens between the prompt and this one
         hidden, chosen = self._model.embed(draft.tokens), None
         for span, (start, stop) in enumerate(self._spans):

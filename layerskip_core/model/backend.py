@@ -13,6 +13,7 @@ from ..errors import ConfigError, ContextError
 from .cache import KVCache, Places
 from .eagle3 import Eagle3Weights
 from .exit_blocks import DraftBlock, PlacedBlock
+from .noise import Noise, perturbed
 from .spec import AnySpec
 from .vocabulary import DraftVocabulary, most_probable
 
@@ -66,9 +67,10 @@ class Submodel:
 
 
 class DraftEnds(NamedTuple):
-    """Stop conditions of a greedy draft.
+    """Stop conditions of a draft.
 
-    A token of probability p is assumed to be accepted with probability 1 - doubt (1 - p)^power.
+    A token's probability is the softmax of the logits, for a sample with its noise: it says how close other tokens came. One
+    of probability p is assumed to be accepted with probability 1 - doubt (1 - p)^power.
     """
 
     ids: frozenset[int] = frozenset()  # stop after one of these tokens
@@ -106,8 +108,9 @@ class DraftHead(NamedTuple):
 
 
 Drafted = tuple[Tensor, dict[int, Tensor], list[float]]
-DraftKernel = Callable[[DraftHead, Tensor, Submodel, Places, DraftEnds, Tensor | None, bool], Drafted]
-"""Drafts greedily for one row: at most d tokens after the newest, which ends the text (n,); the places are for all d + 1.
+DraftKernel = Callable[[DraftHead, Tensor, Submodel, Places, DraftEnds, Noise | None, Tensor | None, bool], Drafted]
+"""Drafts for one row: at most d tokens after the newest, which ends the text (n,); the places are for all d + 1, the noise, if
+any, for d.
 
 If n > 1, guesses are looked up in the text and verified in the newest token's pass (only without `taps`). The last arguments:
 the newest token's feature (1, D), if the block needs one, and whether the last draft runs too. Returns the tokens (K+1,), the
@@ -126,7 +129,7 @@ class DraftSide:
     at_exits: DraftHead  # at exits without a block; may score fewer tokens
     exit_blocks: Mapping[int, PlacedBlock] = field(default_factory=dict)  # by exit
     shares_states: bool = True  # hidden states equal the backend's, so verification can continue from them
-    kernel: DraftKernel | None = None  # makes a whole greedy draft in one call
+    kernel: DraftKernel | None = None  # makes a whole draft in one call
 
     def head(self, submodel: Submodel) -> DraftHead:
         if (block := submodel.block) is not None:
@@ -187,11 +190,18 @@ class Backend(Layers, Protocol):
         """An empty cache for all layers. `max_positions`: at most the context."""
 
     def choose(
-        self, tokens: Tensor, states: Tensor | None, start: int, stop: int, kept: Sequence[int], places: Places
+        self,
+        tokens: Tensor,
+        states: Tensor | None,
+        start: int,
+        stop: int,
+        kept: Sequence[int],
+        places: Places,
+        noise: Noise | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """The argmax token ids (N,) after `stop` layers, and the states after each of `kept` layers (ascending, above `start`).
 
-        `states` (N, D): of the tokens (N,) after `start` layers; None: their embeddings.
+        `states` (N, D): of the tokens (N,) after `start` layers; None: their embeddings. `noise`: added to the logits.
         """
 
     def write_kv(self, hidden: Tensor, start: int, stop: int, places: Places) -> None:
@@ -211,12 +221,20 @@ class Backend(Layers, Protocol):
 
 
 def choose_by_head(
-    model: Backend, tokens: Tensor, states: Tensor | None, start: int, stop: int, kept: Sequence[int], places: Places
+    model: Backend,
+    tokens: Tensor,
+    states: Tensor | None,
+    start: int,
+    stop: int,
+    kept: Sequence[int],
+    places: Places,
+    noise: Noise | None = None,
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """`Backend.choose` by `run_layers` and `unembed`."""
     hidden = model.embed(tokens) if states is None else states
     reached = states_at(model, hidden, dict.fromkeys((*kept, stop)), places, start)
-    return most_probable(model.unembed(reached[stop])), reached
+    logits = model.unembed(reached[stop])
+    return most_probable(logits if noise is None else perturbed(logits, noise)), reached
 
 
 def states_at_exits(

@@ -148,7 +148,7 @@ class PlacedBlock:
     layer: int  # its index in the chain of layers
     head: Callable[[Tensor], Tensor]  # norm and head, to logits (..., N)
     vocabulary: DraftVocabulary | None = None  # the N scored tokens; None for all
-    kernel: "DraftKernel | None" = None  # makes a whole greedy draft in one call; None: use the draft side's
+    kernel: "DraftKernel | None" = None  # makes a whole draft in one call; None: use the draft side's
 
     needs_feature = False  # whether it reads a feature of the previous token; then a text's first token has no KV entry
 

@@ -34,20 +34,22 @@ class DraftVocabulary:
         """(V, ...) to (N, ...)."""
         return weight[: len(weight) - self._left_out] if self.ids is None else weight[self.ids.to(weight.device)]
 
+    def ids_on(self, device: torch.device) -> Tensor | None:
+        """The ids of the N tokens; None for 0..N-1."""
+        if self.ids is not None:
+            self.ids = self.ids.to(device, non_blocking=True)
+        return self.ids
+
     def tokens(self, indices: Tensor) -> Tensor:
         """Token ids (...) of indices (...) into the N tokens of drafts."""
-        if self.ids is None:
-            return indices
-        self.ids = self.ids.to(indices.device, non_blocking=True)
-        return self.ids[indices]
+        ids = self.ids_on(indices.device)
+        return indices if ids is None else ids[indices]
 
-    def spread(self, scores: Tensor, other: float = 0.0) -> Tensor:
-        """Probabilities or logits (..., N) as (..., V), with `other` elsewhere."""
-        padded = F.pad(scores, (0, self._left_out), value=other)
-        if self.ids is None:
-            return padded
-        self.ids = self.ids.to(scores.device, non_blocking=True)
-        return torch.full_like(padded, other).index_copy(-1, self.ids, scores)
+    def spread(self, logits: Tensor) -> Tensor:
+        """Logits (..., N) as (..., V), with -inf elsewhere."""
+        padded = F.pad(logits, (0, self._left_out), value=-torch.inf)
+        ids = self.ids_on(logits.device)
+        return padded if ids is None else torch.full_like(padded, -torch.inf).index_copy(-1, ids, logits)
 
 
 def most_probable(logits: Tensor) -> Tensor:

@@ -60,7 +60,6 @@ class Request:
     ids: list[int]
     config: DecodingConfig
     deliver: Callable[[Update], None]  # called in the decoding thread; must not raise
-    isolated: bool = False  # has a loop of its own, so that a sampled answer depends on its seed alone
     streams: bool = True  # text comes as it is verified; False: all with the last update
     reused: int = 0  # prompt tokens with KV entries from a kept prefix
     _number: int = field(default_factory=count().__next__)  # in order of arrival
@@ -262,7 +261,7 @@ class Scheduler:
         """The next request joins the loop with its settings. Returns the requests that an error ends."""
         request = self._waiting.popleft()
         decoder, config = self._decoder, request.config
-        is_single = request.isolated or bool(config.exit_confidence) or decoder.backend.exact
+        is_single = bool(config.exit_confidence) or decoder.backend.exact
         # Equal for requests that can share a loop. Those that need logits do not join those that need none.
         key: Hashable = request if is_single else (config.shared, config.changes_logits, config.logprobs is None)
         loop = self._loops.get(key)

@@ -33,7 +33,8 @@ def test_a_seed_gives_the_same_sample_however_long_passes_take(kind, monkeypatch
     clock = iter(range(0, 1 << 20, 777))
     monkeypatch.setattr("time.perf_counter", lambda: float(next(clock)))
     second = decode(backend, prompt_of(9), config)
-    assert ids_of(second) == tokens and second.stats.steps_by_drafter == chosen
+    assert ids_of(second) == tokens
+    assert (second.stats.steps_by_drafter == chosen) != backend.batch_invariant  # which chooses by the clock
 
 
 # --- averages and times --------------------------------------------------------------------------------------------------

@@ -37,8 +37,6 @@ def test_the_drafts_are_those_of_single_steps(kind, temperature, ends, monkeypat
     texts, limits = [prompt_of(12, vocabulary=12), prompt_of(30, vocabulary=8), [*range(3, 20)]], [8, 6, 7]
     made, expected = (drafted(backend, texts, config, limits, ends, steps)[0] for steps in (False, True))
     assert made.counts == expected.counts and torch.equal(made.tokens, expected.tokens)
-    if temperature and any(made.counts):
-        torch.testing.assert_close(made.probs, expected.probs)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])

@@ -59,10 +59,9 @@ def recorded(loop, backend):
             for row, (count, first) in enumerate(zip(made.counts, firsts, strict=False)):
                 if count:
                     logits = first_logits(backend, list(context.ids[row]), int(made.source[-1])).double()
-                    if made.probs is None:
-                        assert int(made.tokens[first + row + 1]) == int(logits.argmax())
-                    else:
-                        torch.testing.assert_close(made.probs[first].double(), logits.softmax(-1), rtol=1e-3, atol=1e-5)
+                    noise = loop._sampler.noise([context.rows[row]], [0], [1])
+                    scores = loop._sampler.scores(logits[None], noise)
+                    assert int(made.tokens[first + row + 1]) == int(loop._sampler.best(scores))
                     seen.append(row)
         return made
 
@@ -169,9 +168,9 @@ def test_the_target_goes_on_from_the_exit_that_drafted(kind, monkeypatch):
     backend, spans = backend_of(kind), []
     run_layers, choose = backend.run_layers, backend.choose
 
-    def choice(tokens, states, start, stop, kept, places):
+    def choice(tokens, states, start, stop, kept, places, noise):
         spans.extend((layer, len(tokens)) for layer in (start, *kept[:-1]))
-        return choose(tokens, states, start, stop, kept, places)
+        return choose(tokens, states, start, stop, kept, places, noise)
 
     def record(hidden, start, stop, places):
         spans.append((start, len(hidden)))
@@ -189,7 +188,7 @@ def test_the_target_goes_on_from_the_exit_that_drafted(kind, monkeypatch):
 
 
 @pytest.mark.parametrize("exit_layer", EXITS)
-def test_sampled_drafts_are_drawn_from_the_block_s_probabilities(exit_layer):
+def test_sampled_drafts_are_chosen_from_the_block_s_logits_by_the_target_s_noise(exit_layer):
     backend = backend_of("generic")
     sampling = {"temperature": 1.0, "seed": 7}
     config = DecodingConfig("self-speculative", exit_layer, 3, max_new_tokens=30, **sampling)

@@ -107,7 +107,7 @@ def test_requests_that_come_at_any_time_get_their_own_answers(kind, config):
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_prompts_with_equal_settings_are_prefilled_together(monkeypatch, temperature):
-    """But for one that shall be alone, and what a step has no room for; one that does not fit is refused."""
+    """But for what a step has no room for; one that does not fit is refused."""
     decoder, passes, honest = decoder_of("generic"), [], FixedTarget.fill
 
     def recorded(target, tokens, places, scored, whole):
@@ -119,7 +119,7 @@ def test_prompts_with_equal_settings_are_prefilled_together(monkeypatch, tempera
     for length in (3, 9, 999, 5, 4, 100, 90, 2, 50, 8):
         limit = 12 if length == 2 else 6
         config = DecodingConfig("autoregressive", max_new_tokens=limit, temperature=temperature, seed=length)
-        clients.append(Client(prompt_of(length), config, isolated=length == 4, streams=length != 9))
+        clients.append(Client(prompt_of(length), config, streams=length != 9))
     scheduler = Scheduler(decoder, batch_size=9)
     assert len(run(scheduler, [clients])) == len(clients) and scheduler.held == 0
     assert passes == [[3, 9, 5, 100, 90, 2, 47], [1, 1, 1, 1, 1, 1, 3, 8], [4]]  # of the others their newest tokens, too
@@ -183,7 +183,7 @@ def test_settings_that_differ_take_turns():
     others = [
         Client(prompt_of(4), DecodingConfig("autoregressive", max_new_tokens=3)),
         Client(prompt_of(4), DecodingConfig("early-exit", exit_confidence=0.5, exits=(4,), max_new_tokens=3)),
-        Client(prompt_of(4), replace(SPECULATIVE, max_new_tokens=3, temperature=HOT), isolated=True),
+        Client(prompt_of(4), replace(SPECULATIVE, max_new_tokens=3, temperature=HOT)),
     ]
     scheduler = Scheduler(decoder, batch_size=8)
     finished = run(scheduler, [[slow, *others]])

@@ -87,10 +87,9 @@ class Draft:
 
     tokens: Tensor  # (N,), each row's newest token first
     counts: tuple[int, ...]  # by row: how many drafts
-    probs: Tensor | None = None  # (N - B, V), the distribution that each draft was drawn from; None if not drawn
     exit_states: Mapping[int, Tensor] = field(default_factory=dict)  # (N, D)
     source: str = "drafts"
-    confidence: Sequence[float] = ()  # the probabilities of a greedy draft of one row, if they were needed
+    confidence: Sequence[float] = ()  # the probabilities of a draft of one row, see DraftEnds, if they were needed
     ran: Sequence[int] = ()  # by row, how many of its tokens the drafter's layers ran (have KV entries)
 
     def by_row(self) -> tuple[Tensor, ...]:

@@ -13,6 +13,7 @@ from ...config.decoding import DraftProfile
 from ...model.backend import Backend, DraftEnds, Submodel
 from ...model.exit_blocks import DraftBlock
 from ..output import Row
+from ..sampling import truncates
 from . import Context, Draft, DrafterSetup
 from .bandit import GUESS, Acceptance, Arm, Bandit, Calibration, PassTimes, Step
 from .exit import DRAFT_MODEL, ExitDrafter, ModelDrafter, drafter_name
@@ -32,14 +33,13 @@ _CALIBRATIONS = {"": (1.0, 1), "int8": (0.15, 3), "int4": (0.8, 3), DRAFT_MODEL:
 class AdaptiveDrafter:
     """Drafts by lookups, exits, low-bit copies, a draft model or not at all, by the most expected tokens per second.
 
-    Step times are measured while decoding if the choice cannot change the output; otherwise they are the profile's, so that a
-    sample depends on its seed alone.
+    Step times are measured while decoding if the choice cannot change the output; otherwise they are the profile's.
     """
 
     def __init__(self, setup: DrafterSetup, drafters: dict[str, Drafting]) -> None:
         """`drafters`: by name in reports."""
         # Other devices run drafts asynchronously: reading their probabilities would wait.
-        self._drafters, self._reads_probs = drafters, setup.config.temperature == 0 and setup.model.device.type == "cpu"
+        self._drafters, self._reads_probs = drafters, setup.model.device.type == "cpu"
         self._by_clock = self._reads_probs and setup.model.batch_invariant
         self.bandit = bandit_of(setup, drafters, remembered=self._by_clock)
         self._lookup = LookupDrafter(setup.config.lookup or SHORTEST, setup.eos_ids, earlier=setup.earlier)
@@ -139,8 +139,10 @@ def bandit_of(setup: DrafterSetup, drafters: Mapping[str, Drafting], remembered:
     """
     model, config = setup.model, setup.config
     by_drafters = _REMEMBERED.setdefault(model, {}) if remembered else {}
-    # With changed logits a draft is no single call of a kernel, and has other times.
-    key = f"{config.changes_logits} {config.num_draft_tokens} {', '.join(drafters)}"
+    # With changed logits, or some left out, a draft is no single call of a kernel, and has other times; hot samples are
+    # harder to draft. Few temperatures, because clients may send any.
+    is_call = not (config.changes_logits or (config.temperature and truncates(config)))
+    key = f"{is_call} {min(round(config.temperature, 1), 2.0)} {config.num_draft_tokens} {', '.join(drafters)}"
     if key not in by_drafters:
         known = config.profile.passes
         passes = PassTimes.measured(known) if known else PassTimes.usual(model.row_cost, model.spec)

@@ -24,7 +24,7 @@ from ...model.backend import DraftEnds, Spans, Submodel, beyond_exit, states_at
 from ...model.cache import Places, on_device
 from ...model.eagle3 import NO_DRAFTER
 from ..output import Row
-from ..sampling import Sampler
+from ..sampling import Sampler, Scores
 from ..target import NO_PREFIXES, FixedTarget
 from . import Context, Draft, DrafterSetup
 from .cascade import Cascade
@@ -63,7 +63,7 @@ class _Unfinished:
         # The G rows that the next step runs, all with `step` drafts; their tokens that did not run yet; the features (G, D) of
         # the previous tokens.
         self.going, self.token, self.feature = list(range(len(rooms))), context.newest, feature
-        self.tokens, self.probs, self.states = _ByRow(), _ByRow(), defaultdict[int, _ByRow](_ByRow)
+        self.tokens, self.states = _ByRow(), defaultdict[int, _ByRow](_ByRow)
         self.run = [0] * len(rooms)  # by row, how many tokens ran
         self.ids, self.likely = [list[int]() for _ in rooms], [list[float]() for _ in rooms]  # drafts and probabilities read
         self.unread = list[tuple[list[int], Tensor]]()  # rows, and probabilities not yet read from the device
@@ -126,31 +126,33 @@ class ExitDrafter:
         # A whole copy or draft model verifies guesses while it drafts (Cascade; in C, which searches the row's text).
         guesses = self._looks and not self._reuses and submodel == Submodel(side.num_layers)
         self._cascade = Cascade(side, self._head, self._sampler, source) if guesses else None
-        self._is_call = self._kernel is not None and self._sampler.is_greedy  # a draft of one row is one call
+        self._is_call = self._kernel is not None and not self._sampler.truncates  # a draft of one row is one call
         self._text: tuple[Row | None, array[int]] = None, array("q")
         self.vocabulary = self._head.vocabulary
 
     def draft(self, context: Context, limits: Sequence[int], ends: DraftEnds = _NO_ENDS) -> Draft:
         """Each row's draft stops after an EOS, or before a token below `draft_confidence`.
 
-        A greedy draft of one row also stops by `ends.survival`.
+        A draft of one row also stops by `ends.survival`.
         """
         ends = ends._replace(ids=self._eos_ids, confidence=self._confidence)
         if self.submodel.block is not None:
             context.write_blocks()
         submodel, features, recorder, reuses = self.submodel, context.feature(self._fed_by), context.recorder, self._reuses
-        if self._sampler.processes or not (self._sampler.is_greedy or self._cascade):
+        if self._sampler.processes:
             return self._step_by_step(context, limits, ends)
         if self._kernel is not None and self._is_call and len(limits) == 1:
             places = context.places([limits[0] + 1], [0])
             text = self._searched(context.rows[0]) if self._cascade is not None else context.newest
-            tokens, states, probs = self._kernel(self._head, text, submodel, places, ends, features, reuses)
+            noise = self._sampler.noise(context.rows, [0], limits)
+            tokens, states, probs = self._kernel(self._head, text, submodel, places, ends, noise, features, reuses)
             count, states = len(tokens) - 1, states if reuses else {}
-            return Draft(tokens, (count,), None, states, self.source, confidence=probs, ran=(count + reuses,))
+            return Draft(tokens, (count,), states, self.source, confidence=probs, ran=(count + reuses,))
         if self._cascade is not None:
             return self._cascade.draft(context, limits, ends)
         ragged = len({*limits}) > 1 or len(limits) < len(context.filled)
-        if recorder is None or ends.needs_probs or features is not None or ragged:
+        is_recorded = self._sampler.is_greedy and not (ends.needs_probs or ragged)  # a recording has no noise
+        if recorder is None or not is_recorded or features is not None:
             return self._step_by_step(context, limits, ends)
         count, slots = len(limits), recorder.slots
         places = context.places([limit + 1 for limit in limits], [0] * count)
@@ -164,7 +166,7 @@ class ExitDrafter:
         newest, (positions, *_) = F.pad(context.newest, (0, slots - count)), places.padded(places.counts, slots)
         tokens, *kept = (part[: sum(places.counts)] for part in recorder.run(name, work, newest, positions))
         states = dict(zip(submodel.stops if reuses else (), kept, strict=True))
-        return Draft(tokens, tuple(limits), None, states, self.source)
+        return Draft(tokens, tuple(limits), states, self.source)
 
     def _searched(self, row: Row) -> Tensor:
         """The row's ids (n,); a call copies only new ones."""
@@ -178,9 +180,9 @@ class ExitDrafter:
         """Each step runs one token of each unfinished row and chooses the next."""
         made = _Unfinished(context, list(limits), context.feature(self._fed_by))
         while made.going and self._runs_on(made, ends):
-            logits, probs = self._judged(made, self._run(made), ends)
+            scores = self._judged(made, self._run(made), ends)
             if made.going:
-                self._choose(made, logits, probs, ends)
+                self._choose(made, scores, ends)
         rooms, counts = made.rooms, [made.tokens.rows.count(row) - 1 for row in range(len(limits))]
         if made.unread:
             rows = chain.from_iterable(rows for rows, _ in made.unread)
@@ -191,16 +193,15 @@ class ExitDrafter:
         tokens, states = made.tokens.by_row([count + 1 for count in counts]), {}
         if self._reuses and made.states:
             states = self._completed(made, counts, tokens)
-        probs = made.probs.by_row(counts) if made.probs.parts and any(counts) else None
         confidence = made.likely[0][: counts[0]] if len(counts) == 1 else ()
-        return Draft(tokens, tuple(counts), probs, states, self.source, confidence=confidence, ran=made.run)
+        return Draft(tokens, tuple(counts), states, self.source, confidence=confidence, ran=made.run)
 
     def _runs_on(self, made: "_Unfinished", ends: DraftEnds) -> bool:
         """Adds the tokens that a grammar forces, if one row drafts: they run in one pass.
 
         Returns False if they end the draft.
         """
-        alone = len(made.rooms) == 1 and self._sampler.is_greedy and self._looks and self.submodel.block is None
+        alone = len(made.rooms) == 1 and self._looks and self.submodel.block is None
         processor = made.context.rows[0].processor if alone else None
         if processor is not None and (forced := processor.forced(made.ids[0])[: made.rooms[0] - made.step]):
             made.ids[0] += forced
@@ -227,38 +228,35 @@ class ExitDrafter:
         made.run = [run + count for run, count in zip(made.run, counts, strict=True)]
         return reached[self._exit], places
 
-    def _judged(self, made: "_Unfinished", logits: Tensor, ends: DraftEnds) -> tuple[Tensor, Tensor | None]:
-        """The processed logits, and the distributions to draw from, of the rows that draft on after them."""
+    def _judged(self, made: "_Unfinished", logits: Tensor, ends: DraftEnds) -> Scores:
+        """The scores to choose by, of the rows that draft on after them."""
         sampler, few = self._sampler, self.vocabulary
+        rows = [made.context.rows[row] for row in made.going]
+        ids = None if few is None else few.ids_on(logits.device)
         if sampler.processes:
-            logits = logits if few is None else few.spread(logits, -torch.inf)
-            drafts, rows = [made.ids[row] for row in made.going], [made.context.rows[row] for row in made.going]
-            logits = sampler.processed(logits, drafts, [1] * len(rows), rows)
+            logits, ids = logits if few is None else few.spread(logits), None
+            logits = sampler.processed(logits, [made.ids[row] for row in made.going], [1] * len(rows), rows)
             if few is not None:  # a draft vocabulary may lack all permitted tokens
                 for row, best in zip(made.going, logits.amax(-1).tolist(), strict=True):
                     made.rooms[row] = made.step if best == -torch.inf else made.rooms[row]
-        probs = sampler.probs(logits)
-        if ends.needs_probs:  # judged before a token is drawn: dropping a drawn one by its probability would bias samples
-            largest = (logits.float().softmax(-1) if probs is None else probs).amax(-1)
+        scores = sampler.scores(logits, sampler.noise(rows, [made.step] * len(rows), [1] * len(rows)), ids)
+        if ends.needs_probs:
+            largest = scores.values.float().softmax(-1).amax(-1)
             if self._looks:
                 for row, prob in zip(made.going, largest.tolist(), strict=True):
                     made.likely[row].append(prob)
                     made.rooms[row] = ends.length(made.likely[row], made.rooms[row])
             else:
                 made.unread.append((made.going, largest))
-        logits, probs = made.narrow(logits, probs)
-        return logits, probs
+        values, ids = scores
+        if ids is not None and ids.dim() == 1:  # the same for all rows
+            return Scores(*made.narrow(values), ids)
+        return Scores(*made.narrow(values, ids))
 
-    def _choose(self, made: "_Unfinished", logits: Tensor, probs: Tensor | None, ends: DraftEnds) -> None:
-        rows, few = [made.context.rows[row] for row in made.going], self.vocabulary
-        token = self._sampler.choose(logits, probs, rows)
-        if few is not None and not self._sampler.processes:
-            token = few.tokens(token)
-            probs = None if probs is None else few.spread(probs)
+    def _choose(self, made: "_Unfinished", scores: Scores, ends: DraftEnds) -> None:
+        token = self._sampler.best(scores)
         made.token = token[:0]
         made.add(token, made.going)
-        if probs is not None:
-            made.probs.add(probs, made.going)
         if ends.ids or self._sampler.processes:
             for row, new in zip(made.going, token.tolist(), strict=True):
                 made.ids[row].append(new)

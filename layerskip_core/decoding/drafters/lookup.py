@@ -134,7 +134,7 @@ def _longest_match(
 
 
 class LookupDrafter:
-    """Drafts what followed earlier occurrences of the last tokens. Drafts are not drawn: they have no probabilities.
+    """Drafts what followed earlier occurrences of the last tokens.
 
     If no row has a match, the drafter `otherwise` drafts, if there is one.
     """

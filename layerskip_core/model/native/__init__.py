@@ -15,6 +15,7 @@ from ..cache import KVCache, Places
 from ..configuration import SLIDING
 from ..eagle3 import UNSUITED, Eagle3Weights
 from ..exit_blocks import INPUT_NORMS, MTP, DraftBlock, ExitBlocks
+from ..noise import Noise
 from ..pages import PAGE, PagePool
 from ..repacked import RepackedBackend
 from ..spec import AnySpec, ModelSpec
@@ -95,12 +96,20 @@ class NativeBackend(RepackedBackend):
         return sum(size * min(1.0, chosen / experts) for size, experts in held)
 
     def choose(
-        self, tokens: Tensor, states: Tensor | None, start: int, stop: int, kept: Sequence[int], places: Places
+        self,
+        tokens: Tensor,
+        states: Tensor | None,
+        start: int,
+        stop: int,
+        kept: Sequence[int],
+        places: Places,
+        noise: Noise | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        if not self._is_plain or sum(places.counts) > KEPT_ROWS:
-            return super().choose(tokens, states, start, stop, kept, places)
+        is_plain = self._is_plain and (noise is None or self.spec.logits_divisor == 1)
+        if not is_plain or sum(places.counts) > KEPT_ROWS:
+            return super().choose(tokens, states, start, stop, kept, places, noise)
         assert isinstance(self._layers, NativeLayers)
-        return choose(self._layers, self._head, tokens, states, start, stop, kept, places)
+        return choose(self._layers, self._head, tokens, states, start, stop, kept, places, noise)
 
     def limit_memory(self, kv_bytes: int) -> None:
         """Limits the memory of KV entries from now on; a draft model gets as many pages as this one."""

@@ -36,7 +36,7 @@ _CHEAP_ROWS = {"avx512_fma", *_OWN_BF16}  # variants that stay memory-bound at t
 _PROCESSORS = {("linux", "x86_64"): "x86_64", ("linux", "aarch64"): "aarch64", ("darwin", "arm64"): "aarch64"}
 _NEEDS = _CPU_FLAGS.get(_PROCESSORS.get((sys.platform, platform.machine()), ""), {})
 VARIANTS = tuple(_NEEDS)  # for this machine's processor
-INTERFACE = 29  # version of the functions and structures in kernels.c
+INTERFACE = 30  # version of the functions and structures in kernels.c
 _OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 SWITCH = "LAYERSKIP_KERNELS"  # environment variable: a variant, or `torch` for none
 _FALLBACK = (
@@ -118,12 +118,15 @@ class CDraft(Structure):
         *_fields(c_int32, "norms_output"),
         *_fields(c_void_p, "join"),
         ("input_norms", CNorm * 2),
+        *_fields(c_void_p, "keys"),
+        *_fields(c_float, "temperature"),
     ]
 
 
 class CChoice(Structure):
     _fields_ = [
-        *_fields(c_void_p, "embedding tokens stops states logits chosen"),
+        *_fields(c_void_p, "embedding tokens stops states logits chosen keys most"),
+        *_fields(c_float, "temperature"),
         *_fields(c_int32, "stop_count"),
     ]
 
@@ -148,8 +151,16 @@ class CTokenInputs(Structure):
     ]
 
 
+class CPerturbation(Structure):
+    _fields_ = [
+        *_fields(c_void_p, "scores most keys ids"),
+        *_fields(c_int32, "of_row rows columns"),
+        *_fields(c_float, "temperature"),
+    ]
+
+
 # in the numbering of layerskip_size_of in kernels.c
-STRUCTURES = (CMatrix, CLayer, CShape, CCall, CDraft, CChoice, CRecurrence, CStoredPanel, CTokenInputs)
+STRUCTURES = (CMatrix, CLayer, CShape, CCall, CDraft, CChoice, CRecurrence, CStoredPanel, CTokenInputs, CPerturbation)
 
 
 class Kernels:
@@ -170,6 +181,7 @@ class Kernels:
         self.score = function("score", CShape, CNorm, CMatrix, CCall, c_void_p, c_int)
         self.draft = function("draft", CShape, c_void_p, CNorm, CMatrix, CCall, CDraft, c_int)
         self.choose = function("choose", CShape, c_void_p, c_int, CNorm, CMatrix, CCall, CChoice, c_int)
+        self.perturb = function("perturb", CPerturbation, c_int)
         self.pack = function("pack", CMatrix, c_void_p, *[c_int] * 5)
         openmp = _openmp()
         self.has_threads = bool(openmp)  # else calls run on one thread

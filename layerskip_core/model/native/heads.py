@@ -1,4 +1,4 @@
-"""Heads, and calls that return tokens: a whole draft, a greedy verification."""
+"""Heads, and calls that return tokens: a whole draft, a verification."""
 
 import ctypes
 from collections.abc import Sequence
@@ -10,12 +10,14 @@ from torch import Tensor
 from ..backend import Drafted, DraftEnds, DraftHead, Submodel
 from ..cache import Places
 from ..exit_blocks import PlacedBlock, PlacedMtp
+from ..noise import Noise, least_temperature
 from ..repacked import rows_at_once
 from ..spec import ModelSpec
 from ..weights import Affine
 from .compiled import CChoice, CDraft, CNorm
 from .layers import Engine, NativeLayers, NativeNorm
 from .matrix import NativeMatrix
+from .noise import words_of
 
 _GUESSES = 4  # most tokens guessed by lookup in a pass of a low-bit copy
 
@@ -62,6 +64,7 @@ def draft(
     submodel: Submodel,
     places: Places,
     ends: DraftEnds,
+    noise: Noise | None,
     feature: Tensor | None,
     runs_last: bool,
     norms_output: bool = False,
@@ -97,6 +100,10 @@ def draft(
         call.join = ctypes.addressof(block.join.matrix.structure)
         call.input_norms = (CNorm * 2)(*(norm.structure for norm in block.join.input_norms))
     call.guesses, call.searched = guesses, searched
+    words = None if noise is None else words_of(noise.keys)
+    if noise is not None:
+        call.keys = _address(words)
+        call.temperature = least_temperature(noise.temperature)
     engine.kernels.draft(
         engine.shape, layers.address(0), head.norm.structure, head.matrix.structure, buffers.call, call, buffers.threads
     )
@@ -121,6 +128,7 @@ def choose(
     stop: int,
     kept: Sequence[int],
     places: Places,
+    noise: Noise | None = None,
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """`Backend.choose` in one call of the kernels."""
     count = sum(places.counts)
@@ -138,6 +146,10 @@ def choose(
         chosen=chosen.data_ptr(),
         stop_count=len(kept),
     )
+    if noise is not None:
+        words, most = words_of(noise.keys), torch.empty(count)  # read during the call
+        choice.keys, choice.most = words.data_ptr(), most.data_ptr()
+        choice.temperature = least_temperature(noise.temperature)
     reached = dict[int, Tensor]()
     if kept:
         states = rows.new_empty(len(kept), *rows.shape)

@@ -157,6 +157,8 @@ typedef struct {
     int32_t norms_output;      /* whether the head's norm is applied to the next feature */
     const Matrix *join;        /* MTP's projection from an entry to its layer's input; else NULL */
     Norm input_norms[2];       /* of both halves of an entry, before `join` */
+    const uint64_t *keys;      /* (most): of the noise of each draft; NULL for greedy drafts */
+    float temperature;         /* factor of the noise */
 } Draft;
 
 typedef struct {
@@ -166,6 +168,9 @@ typedef struct {
     float *states;         /* (stop_count, row, hidden) */
     float *logits;         /* (row, outputs) */
     int64_t *chosen;       /* by row: the output with the largest logit */
+    const uint64_t *keys;  /* by row: of the noise that is added to logits; NULL for none */
+    float *most;           /* (row): scratch, with keys */
+    float temperature;     /* factor of the noise */
     int32_t stop_count;
 } Choice;
 
@@ -680,6 +685,8 @@ static int largest_of(const float *x, int n) {
     return block + index;
 }
 
+#include "noise.h"
+
 static int ends(const Draft *draft, int64_t token) {
     for (int i = 0; i < draft->end_count; i++)
         if (draft->ends[i] == token) return 1;
@@ -693,8 +700,10 @@ INLINE vf logits_of(const Draft *draft, vf x) {
     return f_mul(cap, f_tanh(f_div(x, cap)));
 }
 
-/* The softmax probability of the largest of n logits. */
+/* The softmax probability of the largest of n outputs of the head, or of n scores with noise, which are scaled already. */
 static float prob_of_largest(const Draft *draft, const float *x, int n, float largest) {
+    const Draft plain = {.logits_scale = 1};
+    if (draft->keys) draft = &plain;
     vf sum = f_set(0), most = logits_of(draft, f_set(largest));
     float rest[16];
     int i = 0;
@@ -708,9 +717,24 @@ static float prob_of_largest(const Draft *draft, const float *x, int n, float la
     return 1 / total;
 }
 
-/* Takes the most probable token as the next draft. Returns whether the draft ends. */
+/* Scales n outputs of the head and adds the noise of the next draft, in place. */
+static void add_noise_of(const Draft *draft, float *x, int n) {
+    float rest[16], most;
+    int i = 0;
+    if (draft->logits_scale == 1 && draft->logits_cap <= 0) i = n;
+    for (; i + 16 <= n; i += 16) f_store(x + i, logits_of(draft, f_load(x + i)));
+    if (i < n) {
+        f_store(rest, logits_of(draft, f_load_some(x + i, n - i)));
+        memcpy(x + i, rest, sizeof(float) * (size_t)(n - i));
+    }
+    Perturbation noise = {x, &most, draft->keys + draft->drafted, draft->vocabulary, 0, 1, n, draft->temperature};
+    perturb(&noise, NULL, 0, 1);
+}
+
+/* Takes the most probable token, or with keys a sample, as the next draft. Returns whether the draft ends. */
 static int choose(Work *work, float *survival) {
     Draft *draft = work->draft;
+    if (draft->keys) add_noise_of(draft, work->logits, work->head->outputs);
     int chosen = largest_of(work->logits, work->head->outputs);
     if (draft->probs) {
         float prob = prob_of_largest(draft, work->logits, work->head->outputs, work->logits[chosen]);
@@ -838,7 +862,8 @@ static void draft(Work *work, int thread, int threads) {
     }
 }
 
-/* All layers, the head, and each row's largest logit. States are copied at the stops, after a span's barrier. */
+/* All layers, the head, and each row's largest logit, with its noise if any. States are copied at the stops, after a span's
+ * barrier. */
 static void choose_all(Work *work, int thread, int threads) {
     const Choice *choice = work->choice;
     const Call *call = work->call;
@@ -859,6 +884,10 @@ static void choose_all(Work *work, int thread, int threads) {
     span(work, from, work->count, thread, threads);
     score(work, thread, threads);
     barrier(&work->team, threads);
+    if (choice->keys) {
+        Perturbation noise = {choice->logits, choice->most, choice->keys, NULL, 0, call->rows, outputs, choice->temperature};
+        perturb(&noise, &work->team, thread, threads);
+    }
     for (int r = first; r < last; r++) choice->chosen[r] = largest_of(choice->logits + (size_t)r * (size_t)outputs, outputs);
 }
 
@@ -893,12 +922,12 @@ void layerskip_use_openmp(void *parallel_, void *number, void *count) {
 }
 
 /* Version of the functions and structures that compiled.py uses: raise it whenever they change. */
-int layerskip_interface(void) { return 29; }
+int layerskip_interface(void) { return 30; }
 
 /* Bytes of a structure, by its index in compiled.STRUCTURES; after the last, of a Passage. */
 int layerskip_size_of(int structure) {
     const size_t sizes[] = {sizeof(Matrix), sizeof(Layer), sizeof(Shape), sizeof(Call), sizeof(Draft), sizeof(Choice),
-                            sizeof(Recurrence), sizeof(StoredPanel), sizeof(TokenInputs), sizeof(Passage)};
+                            sizeof(Recurrence), sizeof(StoredPanel), sizeof(TokenInputs), sizeof(Perturbation), sizeof(Passage)};
     return (int)sizes[structure];
 }
 
@@ -942,6 +971,29 @@ void layerskip_draft(
     work.count = draft->layer_count, work.order = draft->order;
     work.logits = draft->logits, work.draft = draft;
     run(&work, threads);
+}
+
+typedef struct {
+    const Perturbation *of;
+    Team team;
+} Perturbing;
+
+static void perturb_in_thread(void *at) {
+    Perturbing *turn = at;
+    perturb(turn->of, &turn->team, thread_number(), thread_count());
+}
+
+/* Subtracts the largest score of each row, and adds noise. */
+void layerskip_perturb(const Perturbation *of, int threads) {
+    Perturbing turn = {.of = of};
+    int now = parallel ? threads_now(threads) : 1;
+    if (now == 1) {
+        perturb(of, &turn.team, 0, 1);
+        return;
+    }
+    Moment started = moment();
+    parallel(perturb_in_thread, &turn, (unsigned)now, 0);
+    adapt_threads(now, started);
 }
 
 typedef struct {
