@@ -112,7 +112,7 @@ def cast_weights(model: Any, dtype: torch.dtype) -> None:
 
 
 def block_weights(model: Any, weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The weights of blocks, which are copies of the model's layers, in `dtype` on the CPU; some stay in fp32 as in the model."""
+    """The weights of blocks (copies of the model's layers) in `dtype`, on the CPU. Some stay in fp32, as in the model."""
     kept = _kept_in_fp32(model, dtype)
     return {name: weight.to("cpu", torch.float32 if kept(name) else dtype) for name, weight in weights.items()}
 
