@@ -19,6 +19,7 @@ from torch import nn
 from ..errors import CheckpointError, ConfigError, first_line, require_overwrite
 from ..files import discard_folder, hold, new_staging, publish_folder, synchronise, write_file
 from ..model.vocabulary import ORDER_FILE
+from ..model.weights import cast_weights
 from .folder import quiet_transformers, read_settings
 from .info import ADAPTER_FILE, CONFIG_FILES, INFO_FILE, CheckpointInfo, holds_model, read_info
 
@@ -67,10 +68,17 @@ def save_checkpoint(
     dtype: torch.dtype,
     files: Mapping[str, bytes] = NO_FILES,
 ) -> None:
-    """Replaces the model in `output` by a checkpoint in `dtype` (of peft: the adapter), in one step, with further `files`."""
+    """Replaces the model in `output` by a checkpoint in `dtype` (of peft: the adapter), in one step, with further `files`.
+
+    Weights that transformers keeps in fp32 are written in fp32.
+    """
 
     def write(staging: Path) -> None:
-        write_model(model.to(dtype), staging)
+        if _is_adapter(model):
+            model.to(dtype)
+        else:
+            cast_weights(model, dtype)
+        write_model(model, staging)
         tokenizer.save_pretrained(staging)
 
     with quiet_transformers():
@@ -124,12 +132,17 @@ def save_files(write: Callable[[Path], None], info: CheckpointInfo, output: str,
 
 def write_model(model: Any, folder: Path, as_it_is: bool = False) -> None:
     """Writes a transformers model, or a peft model's adapter; `as_it_is`: under its parameters' own names."""
-    adapter = hasattr(model, "get_base_model")
+    adapter = _is_adapter(model)
     # For embedding layers "auto" would ask the hub.
     options = {"save_embedding_layers": False} if adapter else {"save_original_format": not as_it_is}
     model.save_pretrained(folder, **options)
     if adapter:
         (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card, which would replace the user's
+
+
+def _is_adapter(model: Any) -> bool:
+    """Whether a model is peft's."""
+    return hasattr(model, "get_base_model")
 
 
 def write_info(path: str, info: CheckpointInfo) -> None:

@@ -10,7 +10,7 @@ from ..errors import CheckpointError
 from ..model import ModelSpec, TransformersBackend
 from ..model.architectures import MULTIMODAL, known_architecture
 from ..model.transformers_backend import attention_for
-from ..model.weights import check_model
+from ..model.weights import cast_weights, check_model
 from .folder import (
     CONFIG_FILE,
     GENERATION_FILE,
@@ -119,10 +119,8 @@ def read_model(name: str, location: Location, device: torch.device, dtype: str) 
     files = open_model(location)
     spec, tokenizer, model = files.spec, tokenizer_of(files), files.model()
     check_model(model, spec)
-    precision, stored = pick_dtype(dtype, device, model.num_parameters()), model.dtype
-    for parameter in model.to(device).parameters():  # model.to(dtype) would also round buffers, such as rotary frequencies
-        if parameter.dtype == stored:  # transformers keeps some in fp32
-            parameter.data = parameter.data.to(precision)
+    precision = pick_dtype(dtype, device, model.num_parameters())
+    cast_weights(model.to(device), precision)
     return Trainable(name, model.eval(), TransformersBackend(model, spec=spec), tokenizer, read_info(location.path))
 
 

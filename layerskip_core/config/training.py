@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
-from ..errors import require
+from ..errors import ConfigError, require
 from .model import DataConfig, DType, PromptingConfig
 from .options import BatchSize, Count, CountOrNone, Flag, Fraction, Layer, Ratio, Seed, Steps, Text
 
@@ -30,6 +30,29 @@ _Vocabulary = Annotated[int, Meta(ge=260, le=10_000_000)]
 _BY_PRESET = "by --recipe"
 SHIPPED = "shipped"  # the drafter that the model's checkpoint has
 _LAYOUTS: dict[str, BlockLayout] = {"exits": "exit", "draft_vocab": "eagle3", "start_from": "eagle3"}
+# Arguments of transformers that a run decides. Others could end it early, hide its checkpoints, change what its losses mean,
+# or would have no effect.
+_SET_BY = {  # the setting to use instead
+    **{"max_steps": "steps", "num_train_epochs": "epochs", "learning_rate": "lr", "warmup_steps": "warmup"},
+    **{"per_device_train_batch_size": "batch_size", "gradient_accumulation_steps": "accumulation"},
+    **{"weight_decay": "weight_decay", "max_grad_norm": "max_grad_norm", "seed": "seed"},
+    **{"output_dir": "output", "save_strategy": "save_steps", "save_steps": "save_steps", "resume_from_checkpoint": "resume"},
+    **{"bf16": "dtype", "fp16": "dtype", "use_cpu": "device", "gradient_checkpointing": "gradient_checkpointing"},
+    **{"fsdp": "fsdp", "fsdp_config": "fsdp", "report_to": "report_to"},
+    **{"push_to_hub": "push_to_hub", "hub_model_id": "push_to_hub"},
+    **{"eval_strategy": "eval_steps", "eval_steps": "eval_steps", "do_eval": "validation"},
+}
+_DECIDED = frozenset(  # no setting changes these
+    (
+        *("average_tokens_across_devices", "auto_find_batch_size", "train_sampling_strategy", "data_seed", "ignore_data_skip"),
+        *("dataloader_drop_last", "remove_unused_columns", "label_smoothing_factor", "activation_checkpointing"),
+        *("accelerator_config", "parallelism_config", "deepspeed", "local_rank", "do_train", "do_predict"),
+        *("save_only_model", "save_on_each_node", "load_best_model_at_end"),
+        *("logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter", "disable_tqdm"),
+        *("per_device_eval_batch_size", "eval_on_start", "eval_delay", "eval_accumulation_steps", "batch_eval_metrics"),
+        *("bf16_full_eval", "fp16_full_eval"),
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -72,6 +95,19 @@ class TrainingSettings:
         require(self.validation is not None or asked is None, "validation_samples", "used with `validation`", asked)
         endless = self.data.is_endless and self.steps is None
         require(not endless or self.epochs is None, "epochs", "used with `limit` for `commands`, which has no end", self.epochs)
+        self._refuse_owned()
+
+    def _refuse_owned(self) -> None:
+        """Raises ConfigError for `training_arguments` that the run decides."""
+        reasons = []
+        for name in self.training_arguments or {}:
+            setting = _SET_BY.get(name, "")
+            if setting in vars(self):
+                reasons.append(f"{name} is set by `{setting}`")
+            elif setting or name in _DECIDED:  # a setting that the other training has
+                reasons.append(f"{name} is decided by the run")
+        if reasons:
+            raise ConfigError(f"`training_arguments`: {', '.join(reasons)}", "training_arguments")
 
     def _is_usual(self, name: str) -> bool:
         return bool(getattr(self, name) == getattr(type(self), name))

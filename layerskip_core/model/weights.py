@@ -8,11 +8,13 @@ byte tensor in place of the weight until a kernel packs it. Its rows can be reor
 a row of zero bytes is a row of zeros.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from itertools import starmap
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +93,34 @@ def named_weights(model: nn.Module) -> dict[str, Tensor]:
     stored = model.state_dict().keys()
     buffers = ((name, buffer) for name, buffer in model.named_buffers() if buffer.dim() and name in stored)
     return {name: weight.detach() for name, weight in (*model.named_parameters(), *buffers)}
+
+
+def cast_weights(model: Any, dtype: torch.dtype) -> None:
+    """Gives a transformers model's weights the precision in which transformers loads them for `dtype`.
+
+    That is `dtype` but for weights that the model's code creates in fp32 or keeps in fp32. Quantised weights with their scales
+    keep their precision, and so do buffers that are not stored, such as rotary frequencies.
+    """
+    with torch.device("meta"):
+        plain = type(model)._from_config(deepcopy(model.config), dtype=dtype)
+    created = {name: weight.dtype for name, weight in plain.state_dict().items()}
+    kept = _kept_in_fp32(model, dtype)
+    for name, weight in model.state_dict(keep_vars=True).items():
+        is_quantised = weight.dtype.itemsize == 1
+        if name in created and not is_quantised:
+            weight.data = weight.data.to(torch.float32 if kept(name) else created[name])
+
+
+def block_weights(model: Any, weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights of blocks (copies of the model's layers) in `dtype`, on the CPU. Some stay in fp32, as in the model."""
+    kept = _kept_in_fp32(model, dtype)
+    return {name: weight.to("cpu", torch.float32 if kept(name) else dtype) for name, weight in weights.items()}
+
+
+def _kept_in_fp32(model: Any, dtype: torch.dtype) -> Callable[[str], bool]:
+    """Whether transformers loads the weight of a name in fp32 though the model is loaded in `dtype`."""
+    patterns = [re.compile(pattern.replace("*", ".*")) for pattern in model._get_dtype_plan(dtype)]  # as it reads them
+    return lambda name: any(pattern.search(name) for pattern in patterns)
 
 
 def taken_from(model: nn.Module) -> Take:

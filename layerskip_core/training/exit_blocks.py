@@ -23,6 +23,7 @@ from ..model import Backend, TransformersBackend
 from ..model.backend import states_at
 from ..model.cache import Places, available_memory
 from ..model.exit_blocks import INPUT_NORMS, MTP, NO_BLOCKS, ExitBlock, ExitBlocks
+from ..model.weights import block_weights
 from .recipe import RunStep
 from .verdict import SpeedEstimate, exit_speedup
 
@@ -172,7 +173,7 @@ class FrozenExits(DrafterModule):
 
     def files(self, dtype: torch.dtype, kept: ExitBlocks, model_fingerprint: str, verifier: str) -> dict[str, bytes]:
         """Files to save with the model, by name. `kept`: its present blocks. `verifier`: the model's folder or hub id."""
-        weights = {name: weight.to("cpu", dtype) for name, weight in self.weights().items()}
+        weights = block_weights(self.backend.model, self.weights(), dtype)
         spec = self.backend.spec
         if MTP.exit_layer in self.layers:
             known = self.shipped if self.shipped.blocks else replace(NO_BLOCKS, blocks=(MTP,))

@@ -19,6 +19,7 @@ from ..errors import ConfigError, first_line
 from ..losses import summed_losses, target_rows
 from ..model import Backend, TransformersBackend
 from ..model.transformers_backend import DocumentRows
+from ..model.weights import block_weights
 from .exit_blocks import MUON_LR, copy_into, named_weights
 from .recipe import Recipe, RunStep, dropout_rates, exit_weights, exits_on, kept_rows, time_scale
 from .verdict import SpeedEstimate, exit_speedup
@@ -103,7 +104,7 @@ class RecipeModule(nn.Module):
 
     def readers_content(self, model: Any, dtype: torch.dtype) -> bytes:
         """The content of exit_blocks.safetensors for `model`; without the model's fingerprint for an adapter."""
-        weights = {name: weight.to("cpu", dtype) for name, weight in named_weights(self.readers).items()}
+        weights = block_weights(self.backend.model, named_weights(self.readers), dtype)
         spec, is_whole = self.backend.spec, not hasattr(model, "get_base_model")
         return exit_blocks_content(spec, weights, fingerprint(spec, model.get_parameter) if is_whole else "")
 

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ import msgspec
 
 from ..config.training import TrainingConfig
 from ..errors import CheckpointError, ConfigError
+from ..files import discard_folder, remove_leftovers
 
 LOSSES = "losses.jsonl"  # the history of a run, in each of its checkpoints
 KEPT = 2
@@ -134,11 +134,10 @@ def discard_after(folder: Path, kept: Path | None) -> None:
 
 
 def discard(folder: Path, checkpoints: Iterable[Path]) -> None:
-    """Removes checkpoints, each renamed first: a process killed meanwhile leaves no partial checkpoint."""
-    shutil.rmtree(discarded := folder / "discarded", ignore_errors=True)  # left by a killed process
+    """Removes checkpoints. A process killed meanwhile leaves no partial checkpoint. Needs the run's lock."""
+    remove_leftovers(folder)  # of a killed process
     for checkpoint in checkpoints:
-        checkpoint.rename(discarded)
-        shutil.rmtree(discarded)
+        discard_folder(checkpoint)
 
 
 def _step(checkpoint: Path) -> int:

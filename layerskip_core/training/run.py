@@ -29,6 +29,7 @@ from ..errors import CheckpointError, ConfigError, DataError, require
 from ..losses import IGNORED
 from ..model.exit_blocks import NO_BLOCKS, ExitBlock, ExitBlocks
 from ..model.vocabulary import ORDER_FILE
+from ..model.weights import cast_weights
 from . import data
 from .answers import Answers, Writing, answered, digest, plan_replay
 from .eagle3 import FrozenEagle3, suits_engines
@@ -178,7 +179,8 @@ class WholeModel(Plan):
             order = json.dumps(self.order, separators=(",", ":")).encode()
             files = {LOSSES: history.to_jsonl(), ORDER_FILE: order, **self.shipped}
             if self.module.readers:
-                files[EXIT_BLOCKS_FILE] = self.module.readers_content(trained.to(self.stored_dtype), self.stored_dtype)
+                cast_weights(trained, self.stored_dtype)
+                files[EXIT_BLOCKS_FILE] = self.module.readers_content(trained, self.stored_dtype)
             save_checkpoint(trained, self.trainable.tokenizer, info, config.output, self.stored_dtype, files)
         return info
 

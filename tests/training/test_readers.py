@@ -2,10 +2,12 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from command_line import fails
 from conftest import tiny_model
 from safetensors.torch import load_file
 from training_runs import batch, recipe_module, require_exact_resumption, same_weights, train, weights
@@ -14,11 +16,12 @@ from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import DataConfig
-from layerskip_core.config.training import RecipeSettings
+from layerskip_core.config.training import DrafterConfig, RecipeSettings
 from layerskip_core.decoding import decode, decode_batch
+from layerskip_core.errors import ConfigError
 from layerskip_core.model import TransformersBackend
 from layerskip_core.model.transformers_backend import DocumentRows
-from layerskip_core.training import verdict
+from layerskip_core.training import trainer, verdict
 from layerskip_core.training.recipe import RunStep
 from layerskip_core.training.run import prepare
 
@@ -216,3 +219,41 @@ def test_further_arguments_of_transformers(settings):
     plan.run(lambda report: None)
     with pytest.raises(Exception, match=r"`training_arguments`: .*no_such_argument"):
         prepare(settings(training_arguments={"no_such_argument": 1}, overwrite=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("max_steps", 2, "max_steps is set by `steps`"),
+        ("output_dir", "elsewhere", "output_dir is set by `output`"),
+        ("average_tokens_across_devices", False, "average_tokens_across_devices is decided by the run"),
+        ("gradient_checkpointing", True, "gradient_checkpointing is set by `gradient_checkpointing`"),
+    ],
+)
+def test_arguments_that_the_run_decides_are_refused(settings, name, value, reason):
+    with pytest.raises(ConfigError, match=f"^`training_arguments`: {reason}$"):
+        settings(training_arguments={"adam_beta2": 0.5, name: value})
+
+
+def test_a_setting_that_only_finetune_has_is_not_named_by_train_drafter(settings):
+    with pytest.raises(
+        ConfigError, match=r"^`training_arguments`: gradient_checkpointing is decided by the run, seed is set by"
+    ):
+        settings(DrafterConfig, training_arguments={"gradient_checkpointing": True, "seed": 3})
+
+
+def test_every_argument_that_a_run_gives_to_transformers_is_refused_or_named_here(settings, monkeypatch):
+    """An argument that is added to a run is owned, unless it is one of these, which a user may change."""
+    given = {}
+    monkeypatch.setattr(trainer, "TrainingArguments", lambda **arguments: given.update(arguments) or SimpleNamespace(n_gpu=1))
+    trainer.training_arguments(prepare(settings()))
+    free = {"lr_scheduler_type", "adam_beta1", "adam_beta2", "save_total_limit", "ddp_find_unused_parameters"}
+    for name in given.keys() - free - {"dataloader_pin_memory"}:
+        with pytest.raises(ConfigError, match=f"`training_arguments`: {name} is "):
+            settings(training_arguments={name: given[name]})
+    settings(training_arguments={name: given[name] for name in free})
+
+
+def test_the_command_names_the_flags(base):
+    given = ("--training-arguments", '{"max_steps": 1}')
+    fails("--training-arguments: max_steps is set by --steps", "finetune", "--model", base, *given)

@@ -13,9 +13,10 @@ import pytest
 from command_line import run
 from training_runs import RECIPE, Interrupted, require_exact_resumption, same_weights, saved_base, stop_at, train
 
+from layerskip_core import files
 from layerskip_core.config.model import DataConfig
 from layerskip_core.errors import CheckpointError, ConfigError, TrainingInterrupted
-from layerskip_core.training import module, progress
+from layerskip_core.training import module
 from layerskip_core.training.progress import SEAL
 from layerskip_core.training.run import prepare
 
@@ -196,21 +197,26 @@ def test_a_half_written_checkpoint_is_ignored(settings, two_checkpoints, monkeyp
 
 
 def test_a_checkpoint_that_was_removed_in_part_blocks_nothing(settings, two_checkpoints, monkeypatch):
-    """By a run at its third checkpoint, which keeps two, in the middle of the removal; the next run removes the rest."""
+    """By a run at its third checkpoint, which keeps two, in the middle of the removal; the next run removes the rest.
 
-    def killed(folder, ignore_errors=False, remove=shutil.rmtree):
-        if ignore_errors:
-            return remove(folder, ignore_errors)
-        (folder / SEAL).unlink()
+    A folder of the user's beside the checkpoints stays, whatever its name.
+    """
+    folder = two_checkpoints / "checkpoints"
+    own = folder / "discarded" / "notes.txt"
+    own.parent.mkdir()
+    own.write_text("mine")
+
+    def killed(path, ignore_errors=False):
+        (Path(path) / SEAL).unlink()
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(progress.shutil, "rmtree", killed)
+        patched.setattr(files.shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
             prepare(settings(save_steps=1, resume=True)).run(lambda report: None)
-    assert steps_saved(two_checkpoints) == [2, 3] and (two_checkpoints / "checkpoints" / "discarded").is_dir()
+    assert steps_saved(two_checkpoints) == [2, 3] and len(list(folder.iterdir())) == 4
     prepare(settings(save_steps=1, resume=True)).run(lambda report: None)
-    assert not (two_checkpoints / "checkpoints").exists()
+    assert list(folder.iterdir()) == [own.parent] and own.read_text() == "mine"
 
 
 def test_what_a_folder_holds_decides_what_the_same_command_says(settings, tmp_path):
