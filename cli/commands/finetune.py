@@ -150,10 +150,11 @@ def plan_text(plan: "WholeModel | FrozenModel") -> str:
     if plan.rows is not None:
         left_out = f", {plan.left_out} left out, prompt too long" if plan.left_out else ""
         rows = f"{plan.rows} rows and {plan.held_out} held out, {plan.tokens} tokens at most{left_out}"
+    why = f" ({plan.precision.reason})" if plan.precision.reason else ""
     lines = [
         f"{config.model} ({plan.parameters / 1e6:.1f}M parameters, {plan.num_layers} layers) on {config.data.name}: {rows}",
         f"{plan.steps} steps of {config.batch_size} x {config.accumulation} rows, lr {config.lr:g}, "
-        f"{plan.dtype} on {plan.device}",
+        f"{plan.precision.name} on {plan.device}{why}",
         *(_recipe_lines(plan) if isinstance(plan, WholeModel) else _drafter_lines(plan)),
     ]
     if (texts := plan.answers) is not None and texts.prompts:
