@@ -16,7 +16,7 @@ from layerskip_core.config.model import DataConfig
 from layerskip_core.config.options import Flag, Threads
 from layerskip_core.config.training import DrafterConfig, FinetuneConfig, TrainingConfig
 from layerskip_core.data import spread
-from layerskip_core.errors import ConfigError, TrainingInterrupted, first_line, shown
+from layerskip_core.errors import ConfigError, TrainingInterrupted, first_line, plural, shown
 from layerskip_core.files import read_bytes
 
 from ..console import narrate, stage_bars, waiting
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from layerskip_core.training.plan import Plan, Verdict
     from layerskip_core.training.progress import StepReport
     from layerskip_core.training.run import FrozenModel, WholeModel
+    from layerskip_core.training.verdict import Speedup
 
 _PAYS = 1.05  # least speedup over plain decoding
 _LOST = 0.05  # share of changed next tokens above which advice follows
@@ -119,7 +120,7 @@ def _run(plan: "Plan") -> "CheckpointInfo":
 def _next(plan: "Plan", verdicts: "list[Verdict]") -> str:
     """What to do next, with the whole command."""
     config = plan.config
-    pays = any(verdict.speed >= _PAYS for verdict in verdicts)
+    pays = any(_pays(verdict.speedup) is not False for verdict in verdicts)
     if plan.num_layers == 1:
         return f"next: {_command('generate', config)}"
     if isinstance(config, DrafterConfig):
@@ -191,7 +192,10 @@ def _recipe_lines(plan: "WholeModel") -> list[str]:
 
 def _drafter_lines(plan: "FrozenModel") -> list[str]:
     config, estimate = plan.config, plan.estimate
-    speeds = ", ".join(f"{estimate.speed(share)[0]:.2f}x at {share:.0%}" for share in (0.5, 0.6, 0.7, 0.8))
+    speedups = {share: estimate.speed(share) for share in (0.5, 0.6, 0.7, 0.8)}
+    speeds = ", ".join(f"{speedup.value:.2f}x at {share:.0%}" for share, speedup in speedups.items())
+    if not all(speedup.is_known for speedup in speedups.values()):
+        speeds = "not known, because times differ as on a busy machine"
     kinds = {
         "exit": f"blocks at exits {','.join(map(str, plan.module.layers))}",
         "eagle3": f"a drafter in the EAGLE-3 layout, at most {config.draft_vocab} tokens",
@@ -229,11 +233,7 @@ def result_text(info: "CheckpointInfo", plan: "Plan", verdicts: "list[Verdict]")
         for what, losses in kinds.items()
         if losses
     ]
-    lines += [
-        f"{verdict.name}: {verdict.accepted:.1%} of first drafts agree on held-out rows; with {verdict.drafts} drafts about "
-        f"{verdict.speed:.2f}x of plain decoding here{'' if verdict.speed >= _PAYS else ': does not pay'}"
-        for verdict in verdicts
-    ]
+    lines += [_verdict_text(verdict) for verdict in verdicts]
     if (cost := info.cost) is not None:
         costs = [
             f"cost: on {cost.tokens} tokens of the model's own text {cost.agreement:.1%} of next tokens as before, "
@@ -248,6 +248,26 @@ def result_text(info: "CheckpointInfo", plan: "Plan", verdicts: "list[Verdict]")
         if cost.agreement < 1 - _LOST:
             lines.append("to keep more of the model: --replay 0.5, --lora-rank 16, a lower --lr, or layerskip train-drafter")
     return "\n".join(lines)
+
+
+def _pays(speedup: "Speedup") -> bool | None:
+    """Whether drafts pay; None: the measurement does not tell."""
+    if speedup.most < _PAYS:
+        return False
+    return speedup.value >= _PAYS if speedup.is_known else None
+
+
+def _verdict_text(verdict: "Verdict") -> str:
+    speedup = verdict.speedup
+    bound = f"by arithmetic at most {speedup.most:.2f}x"
+    if speedup.is_known:
+        interval = f"{speedup.low:.2f} to {speedup.high:.2f}"
+        drafts = plural(speedup.drafts, "draft")
+        found = f"with {drafts} about {speedup.value:.2f}x of plain decoding here ({interval}, {bound})"
+    else:
+        found = f"the speed here is not known, because times differ as on a busy machine ({bound})"
+    ends = ": does not pay" if _pays(speedup) is False else ""
+    return f"{verdict.name}: {verdict.accepted:.1%} of first drafts agree on held-out rows; {found}{ends}"
 
 
 def _some(losses: Mapping[int, float]) -> list[tuple[int, float]]:

@@ -26,6 +26,7 @@ from .precision import Precision, choose_precision
 from .progress import SEAL, LossHistory, StepReport, checkpoints_folder, discard_after
 from .recipe import Recipe
 from .sharding import process_index, world_size
+from .verdict import Speedup
 
 _VALIDATIONS = 10  # per run, unless `eval_steps` is given
 
@@ -43,8 +44,7 @@ class Verdict:
 
     name: str
     accepted: float  # share of first drafts accepted on held-out rows
-    drafts: int  # best draft length
-    speed: float  # at this draft length, over plain decoding
+    speedup: Speedup  # over plain decoding, at the best draft length
 
 
 class Plan:
@@ -143,8 +143,8 @@ class Plan:
             return []
         backend = for_decoding(self.config.output, self.device, self.config.dtype).backend
         for exit_layer, share in known.items():
-            speed, drafts = self.module.estimated_speedup(backend, exit_layer).speed(share)
-            gains.append(Verdict(f"exit {exit_layer}" if exit_layer else "the drafter", share, drafts, speed))
+            speedup = self.module.estimated_speedup(backend, exit_layer).speed(share)
+            gains.append(Verdict(f"exit {exit_layer}" if exit_layer else "the drafter", share, speedup))
         return gains
 
     @property
