@@ -20,7 +20,7 @@ from layerskip_core.errors import ConfigError, TrainingInterrupted, first_line, 
 from layerskip_core.files import read_bytes
 
 from ..console import narrate, stage_bars, waiting
-from ..loading import use_free_threads
+from ..loading import FreeThreads
 from ..options import FLAGS, command
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
 
 
 DryRun = Annotated[bool, Flag("Print what would be done, and stop.", panel="Run")]
-TrainingThreads = Annotated[Threads, Flag("CPU threads; 0: torch's choice minus busy cores.", panel="Machine")]
+TrainingThreads = Annotated[Threads, Flag("CPU threads; 0: as many as other processes leave free.", panel="Machine")]
 ConfigFile = Annotated[
     Path | None,
     typer.Option(
@@ -87,7 +87,8 @@ def finetune(
 def run_training(settings: TrainingConfig, dry_run: bool, threads: int) -> None:
     reading = f"reading {settings.model} and {settings.data.name}"
     with waiting(reading):
-        use_free_threads(threads)
+        free_threads = FreeThreads(threads)
+        free_threads.start()
         from layerskip_core.training.plan import run_lock
         from layerskip_core.training.run import prepare
 
@@ -97,19 +98,25 @@ def run_training(settings: TrainingConfig, dry_run: bool, threads: int) -> None:
         narrate(plan_text(plan))
         if dry_run:
             return
-        info = _run(plan)
+        info = _run(plan, free_threads)
         with waiting("timing passes"):
             verdicts = plan.verdicts(info)
     narrate("\n".join((result_text(info, plan, verdicts), f"saved {settings.output}; {_next(plan, verdicts)}")))
 
 
-def _run(plan: "Plan") -> "CheckpointInfo":
+def _run(plan: "Plan", free_threads: FreeThreads) -> "CheckpointInfo":
     with stage_bars() as show:
+
+        def on_step(report: "StepReport") -> None:
+            show("training", report.step, report.total_steps, report_text(report))
+            free_threads.look()
+
+        def on_progress(stage: str, done: int, total: int) -> None:
+            show(stage, done, total, "")
+            free_threads.look()
+
         try:
-            return plan.run(
-                lambda report: show("training", report.step, report.total_steps, report_text(report)),
-                lambda stage, done, total: show(stage, done, total, ""),
-            )
+            return plan.run(on_step, on_progress)
         except TrainingInterrupted as interrupted:
             again = shlex.join(["layerskip", *(flag for flag in sys.argv[1:] if flag != "--resume"), "--resume"])
             where = " (under torchrun, as before)" if "WORLD_SIZE" in os.environ else ""

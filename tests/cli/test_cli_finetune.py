@@ -42,9 +42,7 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(finetune, checkpoint):
         r"4 rows and 0 held out, \d+ tokens at most",
         what,
     )
-    assert re.fullmatch(
-        r"7 steps of 2 x 2 rows, lr 0\.002, fp32 on cpu \(a product in bf16 is only [\d.]+ times as fast\)", how
-    )
+    assert re.fullmatch(r"7 steps of 2 x 2 rows, lr 0\.002, fp32 on cpu", how)
     assert recipe == ("recipe auto: p_max 0.3 falling, e_scale 0.2 uniform, all, exits 2 on 7 of 7 steps, each read by a block")
     assert list(Path().iterdir()) == []
 
@@ -258,7 +256,7 @@ def test_blocks_beside_a_frozen_model(finetune, checkpoint):
         rf"{re.escape(checkpoint)} \(0\.1M parameters, 6 layers\) on .*rows\.jsonl: 4 rows and 0 held out, \d+ tokens at most",
         rows,
     )
-    assert steps.startswith("2 steps of 2 x 1 rows, lr 0.01, fp32 on cpu (")
+    assert steps == "2 steps of 2 x 1 rows, lr 0.01, fp32 on cpu"
     assert answers == "4 answers by the model, at most 4 tokens; 0 exist already"
     speeds = "(" + ", ".join(rf"[\d.]+x at {share}%" for share in (50, 60, 70, 80)) + "|not known, because times differ.*)"
     draft = r"a draft takes about [\d.]+ of a step \([\d.]+ ms\) on this machine"
