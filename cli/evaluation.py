@@ -14,7 +14,7 @@ from layerskip_core.config.options import Flag
 from layerskip_core.errors import LayerSkipError, plural
 
 from .console import ResultsConsole, narrate, stage_bars
-from .loading import load_model
+from .loading import FreeThreads, load_model
 
 if TYPE_CHECKING:
     from layerskip_core.checkpoint.loaded import Decoder
@@ -48,13 +48,18 @@ def load(config: "MeasurementConfig", log_samples: bool = False) -> "tuple[Decod
     return loaded, rows
 
 
-def watch(events: "Iterator[Progress | Found]") -> "Found":
-    """Shows a progress bar per phase and returns the record."""
+def watch(events: "Iterator[Progress | Found]", free_threads: FreeThreads | None = None) -> "Found":
+    """Shows a progress bar per phase and returns the record.
+
+    `free_threads` may change between two events, when all settings have decoded a prompt: so each has the same share of them.
+    """
     from layerskip_core.evaluation.measure import Progress
 
     with stage_bars() as show:
         while isinstance(event := next(events), Progress):
             show(event.phase, event.done, event.total, "")
+            if free_threads is not None and not event.comparing:
+                free_threads.look()
     return event
 
 

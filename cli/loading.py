@@ -1,6 +1,7 @@
 """Sets CPU threads and loads the model as a command's flags say."""
 
-import os
+import math
+import time
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -9,7 +10,7 @@ from layerskip_core.config.decoding import UNLIMITED, DecodingConfig, RequestOpt
 from layerskip_core.config.model import PLAIN, MachineConfig, PackingConfig, PromptingConfig
 from layerskip_core.config.options import ModelName
 from layerskip_core.config.resolution import EXACT, implied_strategy
-from layerskip_core.errors import refused
+from layerskip_core.errors import plural, refused
 
 from .console import narrate
 
@@ -17,7 +18,10 @@ if TYPE_CHECKING:
     from layerskip_core.checkpoint.loaded import Decoder
 
 _SMALL_WIDTH = 256  # hidden size below which one thread is fastest
-_INTERVAL = 0.25  # seconds over which the load of the cores is measured
+_INTERVAL = 0.25  # seconds over which the load of the cores is measured before the work
+_BETWEEN_LOOKS = 1.0  # seconds between two later looks
+_BUSY, _STILL_BUSY = 0.4, 0.25  # load of a core that takes a thread away, and that does not let it come back
+_QUIET = 3.0  # seconds before a thread comes back
 
 
 def load_model(
@@ -86,21 +90,67 @@ def use_threads(threads: int, loaded: "Decoder | None" = None) -> None:
         torch.set_num_threads(threads or 1)
 
 
-def use_free_threads(threads: int) -> None:
-    """Sets torch's CPU threads for training. 0: torch's choice minus busy cores, whose threads would hold up all others."""
-    import torch
+class FreeThreads:
+    """Sets torch's CPU threads to the cores that other processes leave free, and looks again while the work goes on.
 
-    busy, most = 0 if threads else round(busy_cores()), torch.get_num_threads()
-    chosen = threads or max(1, most - busy)
-    if chosen < most and not threads:
-        narrate(f"{chosen} of {most} CPU threads, because other processes keep {busy} busy; --threads sets another number")
-    torch.set_num_threads(chosen)
+    All threads of a PyTorch operation wait for the slowest one: beside one busy process, training on all cores takes many
+    times as long as on one core fewer. (Our own kernels adapt by themselves.)
+    """
 
+    def __init__(self, threads: int = 0) -> None:
+        """`threads`: a fixed number; 0: torch's choice minus busy cores."""
+        import torch
 
-def busy_cores() -> float:
-    """How many of the cores that this process may use are busy now; processes with a positive nice value do not count."""
-    import psutil
+        from layerskip_core.processor import OtherLoad, usable_cores
 
-    times = psutil.cpu_times_percent(_INTERVAL, percpu=True)
-    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(times))
-    return float(sum(times[core].user + times[core].system for core in usable if core < len(times))) / 100
+        self._most = threads or torch.get_num_threads()
+        self._is_fixed = bool(threads) or self._most == 1
+        self._cores = len(usable_cores())
+        self._threads = self._most
+        self._quiet = 0.0  # seconds since more threads would have been chosen
+        self._load = OtherLoad()
+        torch.set_num_threads(self._most)
+
+    def start(self) -> None:
+        """Measures the load for a moment, before any work of our own."""
+        if not self._is_fixed:
+            time.sleep(_INTERVAL)
+            self._choose(self._free(self._load.busy_cores(), _BUSY))
+
+    def look(self) -> None:
+        """Chooses again, at most once a second; between two steps of the work.
+
+        A process that shares a core with a thread of ours gets about half of it, so less than half of a core takes a thread
+        away. One comes back after some quiet seconds only, so that the number does not go up and down.
+        """
+        passed = self._load.seconds
+        if self._is_fixed or passed < _BETWEEN_LOOKS:
+            return
+        busy = self._load.busy_cores()
+        free = self._free(busy, _BUSY)
+        if free <= self._threads:
+            self._quiet = 0.0
+            self._choose(free)
+            return
+        free = self._free(busy, _STILL_BUSY)
+        self._quiet = self._quiet + passed if free > self._threads else 0.0
+        if self._quiet >= _QUIET:
+            self._choose(free)
+
+    def _free(self, busy: float, least: float) -> int:
+        """How many threads find a free core. A load of `least` cores or more above a whole number takes another one."""
+        taken = math.floor(busy + 1 - least)
+        return max(1, min(self._most, self._cores - taken))
+
+    def _choose(self, threads: int) -> None:
+        if threads == self._threads:
+            return
+        import torch
+
+        self._threads = threads
+        self._quiet = 0.0
+        torch.set_num_threads(threads)
+        reason = "; --threads sets another number"
+        if threads < self._most:
+            reason = f", because other processes keep {plural(self._cores - threads, 'core')} busy{reason}"
+        narrate(f"{threads} of {plural(self._most, 'CPU thread')}{reason}")

@@ -7,6 +7,7 @@ from layerskip_core.config.options import Flag
 from layerskip_core.errors import require
 
 from .. import console, evaluation
+from ..loading import FreeThreads
 from ..options import Format, Overwrite, ReportFolder, SavedReport, command
 
 _NO_EXITS = "no exit was trained, so exits are left out; `exit_layer` or `strategies` asks for them"
@@ -47,7 +48,9 @@ def bench(
 
                 record = evaluation.watch(bench_scores(loaded, rows, config))
             else:
-                record = evaluation.watch(run_bench(loaded, rows, config, folder, resume))
+                fixed = "llama.cpp" in config.baselines  # whose number of threads stays as it is
+                free_threads = None if fixed else FreeThreads(config.machine.threads)
+                record = evaluation.watch(run_bench(loaded, rows, config, folder, resume), free_threads)
         evaluation.deliver_report(record, format, folder, saved)
         if folder is not None and saved is None and not scored:
             (folder / JOURNAL).replace(folder / OUTPUTS)  # a complete run cannot be resumed, and its answers can be read

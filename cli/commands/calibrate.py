@@ -8,21 +8,21 @@ from layerskip_core.config.model import CalibrationConfig
 from layerskip_core.config.options import Flag, Threads
 
 from ..console import narrate, stage_bars
-from ..loading import use_threads
+from ..loading import FreeThreads
 from ..options import command
 
 
 @command
 def calibrate(
     config: CalibrationConfig,
-    threads: Annotated[Threads, Flag("CPU threads; 0: torch's choice.", panel="Machine")] = 0,
+    threads: Annotated[Threads, Flag("CPU threads; 0: as many as other processes leave free.", panel="Machine")] = 0,
     clear: Annotated[bool, Flag("Only clear the cache of int4 weights for models in read-only folders.")] = False,
 ) -> None:
     """Calibrate int4 weights on text that the model writes. --quantize int4 and drafts use them from then on.
 
     Example: layerskip calibrate --model my-model
     """
-    use_threads(threads)
+    free_threads = FreeThreads(threads)
     from layerskip_core.calibration import calibrate, output_folder
     from layerskip_core.checkpoint.sidecars import cache_folder, clear_cache
     from layerskip_core.files import hold
@@ -31,6 +31,12 @@ def calibrate(
     with hold(cache_folder() if clear else output_folder(config), "layerskip calibrate"), stage_bars() as show:
         if clear:
             return narrate(f"removed {clear_cache()} files of int4 weights from {cache_folder()}")
-        path = calibrate(config, lambda stage, total, done: show(stage, done, total, ""))
+
+        def report(stage: str, total: int, done: int) -> None:
+            show(stage, done, total, "")
+            free_threads.look()
+
+        free_threads.start()
+        path = calibrate(config, report)
     narrate(f"saved int4 weights in {path} after {time.monotonic() - started:.0f} s")
     narrate(f"next: layerskip generate --model {shlex.quote(config.model)} --quantize int4")

@@ -16,11 +16,11 @@ from layerskip_core.config.model import DataConfig
 from layerskip_core.config.options import Flag, Threads
 from layerskip_core.config.training import DrafterConfig, FinetuneConfig, TrainingConfig
 from layerskip_core.data import spread
-from layerskip_core.errors import ConfigError, TrainingInterrupted, first_line, shown
+from layerskip_core.errors import ConfigError, TrainingInterrupted, first_line, plural, shown
 from layerskip_core.files import read_bytes
 
 from ..console import narrate, stage_bars, waiting
-from ..loading import use_free_threads
+from ..loading import FreeThreads
 from ..options import FLAGS, command
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from layerskip_core.training.plan import Plan, Verdict
     from layerskip_core.training.progress import StepReport
     from layerskip_core.training.run import FrozenModel, WholeModel
+    from layerskip_core.training.verdict import Speedup
 
 _PAYS = 1.05  # least speedup over plain decoding
 _LOST = 0.05  # share of changed next tokens above which advice follows
@@ -56,7 +57,7 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
 
 
 DryRun = Annotated[bool, Flag("Print what would be done, and stop.", panel="Run")]
-TrainingThreads = Annotated[Threads, Flag("CPU threads; 0: torch's choice minus busy cores.", panel="Machine")]
+TrainingThreads = Annotated[Threads, Flag("CPU threads; 0: as many as other processes leave free.", panel="Machine")]
 ConfigFile = Annotated[
     Path | None,
     typer.Option(
@@ -86,7 +87,8 @@ def finetune(
 def run_training(settings: TrainingConfig, dry_run: bool, threads: int) -> None:
     reading = f"reading {settings.model} and {settings.data.name}"
     with waiting(reading):
-        use_free_threads(threads)
+        free_threads = FreeThreads(threads)
+        free_threads.start()
         from layerskip_core.training.plan import run_lock
         from layerskip_core.training.run import prepare
 
@@ -96,19 +98,25 @@ def run_training(settings: TrainingConfig, dry_run: bool, threads: int) -> None:
         narrate(plan_text(plan))
         if dry_run:
             return
-        info = _run(plan)
+        info = _run(plan, free_threads)
         with waiting("timing passes"):
             verdicts = plan.verdicts(info)
     narrate("\n".join((result_text(info, plan, verdicts), f"saved {settings.output}; {_next(plan, verdicts)}")))
 
 
-def _run(plan: "Plan") -> "CheckpointInfo":
+def _run(plan: "Plan", free_threads: FreeThreads) -> "CheckpointInfo":
     with stage_bars() as show:
+
+        def on_step(report: "StepReport") -> None:
+            show("training", report.step, report.total_steps, report_text(report))
+            free_threads.look()
+
+        def on_progress(stage: str, done: int, total: int) -> None:
+            show(stage, done, total, "")
+            free_threads.look()
+
         try:
-            return plan.run(
-                lambda report: show("training", report.step, report.total_steps, report_text(report)),
-                lambda stage, done, total: show(stage, done, total, ""),
-            )
+            return plan.run(on_step, on_progress)
         except TrainingInterrupted as interrupted:
             again = shlex.join(["layerskip", *(flag for flag in sys.argv[1:] if flag != "--resume"), "--resume"])
             where = " (under torchrun, as before)" if "WORLD_SIZE" in os.environ else ""
@@ -119,7 +127,7 @@ def _run(plan: "Plan") -> "CheckpointInfo":
 def _next(plan: "Plan", verdicts: "list[Verdict]") -> str:
     """What to do next, with the whole command."""
     config = plan.config
-    pays = any(verdict.speed >= _PAYS for verdict in verdicts)
+    pays = any(_pays(verdict.speedup) is not False for verdict in verdicts)
     if plan.num_layers == 1:
         return f"next: {_command('generate', config)}"
     if isinstance(config, DrafterConfig):
@@ -150,10 +158,11 @@ def plan_text(plan: "WholeModel | FrozenModel") -> str:
     if plan.rows is not None:
         left_out = f", {plan.left_out} left out, prompt too long" if plan.left_out else ""
         rows = f"{plan.rows} rows and {plan.held_out} held out, {plan.tokens} tokens at most{left_out}"
+    why = f" ({plan.precision.reason})" if plan.precision.reason else ""
     lines = [
         f"{config.model} ({plan.parameters / 1e6:.1f}M parameters, {plan.num_layers} layers) on {config.data.name}: {rows}",
         f"{plan.steps} steps of {config.batch_size} x {config.accumulation} rows, lr {config.lr:g}, "
-        f"{plan.dtype} on {plan.device}",
+        f"{plan.precision.name} on {plan.device}{why}",
         *(_recipe_lines(plan) if isinstance(plan, WholeModel) else _drafter_lines(plan)),
     ]
     if (texts := plan.answers) is not None and texts.prompts:
@@ -190,7 +199,10 @@ def _recipe_lines(plan: "WholeModel") -> list[str]:
 
 def _drafter_lines(plan: "FrozenModel") -> list[str]:
     config, estimate = plan.config, plan.estimate
-    speeds = ", ".join(f"{estimate.speed(share)[0]:.2f}x at {share:.0%}" for share in (0.5, 0.6, 0.7, 0.8))
+    speedups = {share: estimate.speed(share) for share in (0.5, 0.6, 0.7, 0.8)}
+    speeds = ", ".join(f"{speedup.value:.2f}x at {share:.0%}" for share, speedup in speedups.items())
+    if not all(speedup.is_known for speedup in speedups.values()):
+        speeds = "not known, because times differ as on a busy machine"
     kinds = {
         "exit": f"blocks at exits {','.join(map(str, plan.module.layers))}",
         "eagle3": f"a drafter in the EAGLE-3 layout, at most {config.draft_vocab} tokens",
@@ -228,11 +240,7 @@ def result_text(info: "CheckpointInfo", plan: "Plan", verdicts: "list[Verdict]")
         for what, losses in kinds.items()
         if losses
     ]
-    lines += [
-        f"{verdict.name}: {verdict.accepted:.1%} of first drafts agree on held-out rows; with {verdict.drafts} drafts about "
-        f"{verdict.speed:.2f}x of plain decoding here{'' if verdict.speed >= _PAYS else ': does not pay'}"
-        for verdict in verdicts
-    ]
+    lines += [_verdict_text(verdict) for verdict in verdicts]
     if (cost := info.cost) is not None:
         costs = [
             f"cost: on {cost.tokens} tokens of the model's own text {cost.agreement:.1%} of next tokens as before, "
@@ -247,6 +255,26 @@ def result_text(info: "CheckpointInfo", plan: "Plan", verdicts: "list[Verdict]")
         if cost.agreement < 1 - _LOST:
             lines.append("to keep more of the model: --replay 0.5, --lora-rank 16, a lower --lr, or layerskip train-drafter")
     return "\n".join(lines)
+
+
+def _pays(speedup: "Speedup") -> bool | None:
+    """Whether drafts pay; None: the measurement does not tell."""
+    if speedup.most < _PAYS:
+        return False
+    return speedup.value >= _PAYS if speedup.is_known else None
+
+
+def _verdict_text(verdict: "Verdict") -> str:
+    speedup = verdict.speedup
+    bound = f"by arithmetic at most {speedup.most:.2f}x"
+    if speedup.is_known:
+        interval = f"{speedup.low:.2f} to {speedup.high:.2f}"
+        drafts = plural(speedup.drafts, "draft")
+        found = f"with {drafts} about {speedup.value:.2f}x of plain decoding here ({interval}, {bound})"
+    else:
+        found = f"the speed here is not known, because times differ as on a busy machine ({bound})"
+    ends = ": does not pay" if _pays(speedup) is False else ""
+    return f"{verdict.name}: {verdict.accepted:.1%} of first drafts agree on held-out rows; {found}{ends}"
 
 
 def _some(losses: Mapping[int, float]) -> list[tuple[int, float]]:

@@ -17,6 +17,7 @@ from layerskip_core.errors import ConfigError, require
 
 from .. import evaluation
 from ..console import narrate
+from ..loading import FreeThreads
 from ..options import Format, Overwrite, ReportFolder, SavedReport, command
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def sweep_exits(
 
                 record = evaluation.watch(sweep_scores(loaded, rows, config))
             else:
-                record = evaluation.watch(sweep(loaded, rows, config))
+                record = evaluation.watch(sweep(loaded, rows, config), FreeThreads(config.machine.threads))
         if save:  # first: the reader of stdout may go away
             _save(model, record)
         points = points_of(record)

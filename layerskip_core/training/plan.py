@@ -13,19 +13,20 @@ import torch
 
 from ..checkpoint.folder import quiet_transformers
 from ..checkpoint.info import CheckpointInfo
-from ..checkpoint.loaded import Trainable, pick_dtype
+from ..checkpoint.loaded import Trainable
 from ..checkpoint.open import for_decoding
 from ..checkpoint.save import claim_repository, push
 from ..config.training import DrafterConfig, TrainingConfig
 from ..errors import CheckpointError, ConfigError, TrainingInterrupted
 from ..files import hold, read_json
 from ..interruption import Interruption
-from ..model.native.compiled import multiplies_bf16
 from .answers import Answers
 from .module import use_fp32_attention
+from .precision import Precision, choose_precision
 from .progress import SEAL, LossHistory, StepReport, checkpoints_folder, discard_after
 from .recipe import Recipe
 from .sharding import process_index, world_size
+from .verdict import Speedup
 
 _VALIDATIONS = 10  # per run, unless `eval_steps` is given
 
@@ -43,8 +44,7 @@ class Verdict:
 
     name: str
     accepted: float  # share of first drafts accepted on held-out rows
-    drafts: int  # best draft length
-    speed: float  # at this draft length, over plain decoding
+    speedup: Speedup  # over plain decoding, at the best draft length
 
 
 class Plan:
@@ -54,7 +54,7 @@ class Plan:
     trainable: Trainable
     module: Any  # a RecipeModule or DrafterModule
     device: str
-    autocast: bool
+    precision: Precision
     steps: int
     rows: int | None  # None: a stream
     tokens: int  # answers not yet written count at full length
@@ -69,14 +69,15 @@ class Plan:
     recipe: Recipe | None = None
     exit_steps: Mapping[int, int]  # `finetune`: steps that train each exit, the last layer included
 
-    def place(self, config: TrainingConfig, device: torch.device, trainable: Trainable) -> None:
-        """`dtype` auto is bf16 autocast on a GPU, and on a CPU where that is faster (`multiplies_bf16`)."""
-        spec, self.trainable = trainable.backend.spec, trainable
-        self.device, self.parameters, self.num_layers = str(device), spec.parameters, spec.layers
-        self.autocast = pick_dtype(config.dtype, device, spec.parameters) == torch.bfloat16
-        if config.dtype == "auto" and device.type == "cpu":
-            self.autocast = multiplies_bf16()
-        if self.autocast and device.type == "cpu":
+    def place(self, config: TrainingConfig, device: torch.device, trainable: Trainable, resume: Path | None) -> None:
+        """Sets the model, the device and the precision of the run; `resume` is the checkpoint to go on from, if any."""
+        spec = trainable.backend.spec
+        self.trainable = trainable
+        self.device = str(device)
+        self.parameters = spec.parameters
+        self.num_layers = spec.layers
+        self.precision = choose_precision(config, device, trainable.backend, resume)
+        if self.precision.autocast and device.type == "cpu":
             use_fp32_attention(trainable.model)
 
     def seal(self, resume: Path | None, facts: Mapping[str, Any]) -> None:
@@ -84,7 +85,7 @@ class Plan:
         config = {name: value for name, value in asdict(self.config).items() if name not in _FREE}
         config |= config.pop("recipe", {})
         command = {"command": "train-drafter" if isinstance(self.config, DrafterConfig) else "finetune"}
-        run = {"steps": self.steps, "rows": self.rows, "dtype": self.dtype, "processes": world_size()}
+        run = {"steps": self.steps, "rows": self.rows, "dtype": self.precision.name, "processes": world_size()}
         self.resume = resume
         self.sealed = json.loads(json.dumps(command | config | run | dict(facts)))
         if resume is None:
@@ -142,13 +143,9 @@ class Plan:
             return []
         backend = for_decoding(self.config.output, self.device, self.config.dtype).backend
         for exit_layer, share in known.items():
-            speed, drafts = self.module.estimated_speedup(backend, exit_layer).speed(share)
-            gains.append(Verdict(f"exit {exit_layer}" if exit_layer else "the drafter", share, drafts, speed))
+            speedup = self.module.estimated_speedup(backend, exit_layer).speed(share)
+            gains.append(Verdict(f"exit {exit_layer}" if exit_layer else "the drafter", share, speedup))
         return gains
-
-    @property
-    def dtype(self) -> str:
-        return "bf16 autocast" if self.autocast else "fp32"
 
     @property
     def eval_steps(self) -> int:

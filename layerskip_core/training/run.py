@@ -80,7 +80,7 @@ class WholeModel(Plan):
             tokenizer = None if config.vocab_size is None else train_tokenizer(rows, config.vocab_size)
             trainable = blank(config.model, config.seed, tokenizer)
         self.shipped = {} if self.scratch or config.lora_keep else shipped_files(config.model, trainable)
-        self.place(config, device, trainable)
+        self.place(config, device, trainable, resume)
         self.stored_dtype = stored_dtype(config.model)  # of the saved weights
         encoder = data.make_encoder(config, trainable, rows)
         self.template = encoder.template
@@ -166,6 +166,7 @@ class WholeModel(Plan):
             "validation_rows": None if self.held_out_data is None else self.held_out_data.digest,
             "trained_exits": list(trained_exits(recipe, self.steps, self.num_layers)),
             "agreement": {str(layer): share for layer, share in history.agreement.items() if layer < self.num_layers},
+            "precision": self.precision.name,
             "versions": _VERSIONS,
         }
         if self.original is not None:
@@ -195,9 +196,9 @@ class FrozenModel(Plan):
     model_fingerprint: str
     answers: Answers
 
-    def __init__(self, config: DrafterConfig, device: torch.device, trainable: Trainable) -> None:
+    def __init__(self, config: DrafterConfig, device: torch.device, trainable: Trainable, resume: Path | None) -> None:
         self.config = config
-        self.place(config, device, trainable)
+        self.place(config, device, trainable, resume)
 
     @cached_property
     def estimate(self) -> SpeedEstimate:
@@ -285,7 +286,7 @@ def plan_drafter(config: DrafterConfig, device: torch.device, resume: Path | Non
     refuse_overwrite(config.output, config.overwrite or config.in_place)
     answers = config.answers or ("model" if has_prompts(config.data) else "data")
     trainable = for_training(config.model, str(device), config.dtype)
-    plan, backend, weight_of = FrozenModel(config, device, trainable), trainable.backend, trainable.model.get_parameter
+    plan, backend, weight_of = FrozenModel(config, device, trainable, resume), trainable.backend, trainable.model.get_parameter
     require(backend.num_layers > 1, "model", "a model of at least 2 layers", backend.num_layers)
     layout = config.implied_layout or ("eagle3" if suits_engines(backend) else "exit")
     module = (FrozenEagle3 if layout == "eagle3" else FrozenExits).of(backend, replace(config, layout=layout))

@@ -272,7 +272,7 @@ def training_arguments(plan: "Plan") -> TrainingArguments:
         adam_beta2=_BETAS[1],
         max_grad_norm=config.max_grad_norm,
         seed=config.seed,
-        bf16=plan.autocast,
+        bf16=plan.precision.autocast,
         use_cpu=plan.device == "cpu",
         num_train_epochs=1,  # the rows contain all epochs
         train_sampling_strategy="sequential",

@@ -15,7 +15,7 @@ from ..checkpoint.info import Cost
 from ..checkpoint.loaded import Trainable, decoder_of
 from ..config.decoding import DecodingConfig
 from ..config.model import PackingConfig
-from ..decoding import decode, decode_batch
+from ..decoding import DecodingLoop, decode, decode_batch
 from ..decoding.drafters.bandit import PassTimes, expected_accepted
 from ..losses import target_rows
 from ..model.backend import Backend, DraftEnds, DraftHead, Submodel
@@ -23,52 +23,139 @@ from ..model.cache import Places
 from ..model.eagle3 import Eagle3Weights
 from .answers import BATCH, own_texts
 from .data import FEWEST, with_whole_answers
+from .recipe import SMALL_MODEL
 
 _LONGEST = 4  # tokens of the longest timed pass
-_TIMES = 5  # timed runs of a pass
+_TURNS = 9  # in each a plain step and every kind of round is timed once
+_NARROW = 1.2  # greatest ratio of the ends of an interval; a wider one supports no number
 _MOST = 8  # drafts of a round at most
 _LENGTHS = (1, 2, 4, _MOST)  # draft lengths timed through exits
-_RUNS, _ROUNDS = 3, 5  # timed runs of decoding, and rounds in each
 _ANSWER = 64  # tokens of an answer at most
+_TIMED_TOKENS = 256  # of a timed answer, at most
 _PER_ANSWERED = 40  # training rows per answered row, so that answers take less than 5% of a run
 
 
 @dataclass(frozen=True)
-class SpeedEstimate:
-    """The estimated speedup by drafts."""
+class Turn:
+    """Seconds of a plain step and of rounds by number of drafts, measured one right after another."""
 
-    step: float  # seconds of a plain step
-    draft: float  # one more draft, as a share of `step`; for exits with its verification
-    speed: Callable[[float], tuple[float, int]]  # from an acceptance rate to (speedup, best draft length)
+    step: float
+    rounds: Mapping[int, float]
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """An estimated speedup over plain decoding, at the best number of drafts, with the interval of its measurement.
+
+    `most`: what arithmetic allows at any number of drafts: the tokens of a round over the weights that it reads.
+    """
+
+    value: float
+    low: float
+    high: float
+    drafts: int
+    most: float
+
+    @property
+    def is_known(self) -> bool:
+        """False where the turns differ too much, as on a busy machine."""
+        return self.high <= _NARROW * self.low
+
+
+@dataclass(frozen=True)
+class SpeedEstimate:
+    """Times of decoding with drafts, from which the speedup at an acceptance rate follows."""
+
+    turns: Sequence[Turn]
+    depth: float = 0.0  # weights that a draft reads at least, as a share of those of a plain step
+
+    @property
+    def step(self) -> float:
+        """Seconds of a plain step."""
+        return median(turn.step for turn in self.turns)
+
+    @property
+    def draft(self) -> float:
+        """The time of one more draft, as a share of a plain step; for exits with its verification."""
+        return median((turn.rounds[_MOST] - turn.rounds[1]) / (_MOST - 1) / turn.step for turn in self.turns)
+
+    def speed(self, accepted: float) -> Speedup:
+        """The speedup at an acceptance rate, with the number of drafts that gives the most."""
+        speedups = [self._speedup(accepted, drafts) for drafts in self.turns[0].rounds]
+        best = max(speedups, key=lambda speedup: speedup.value)
+        return replace(best, most=max(speedup.most for speedup in speedups))
+
+    def _speedup(self, accepted: float, drafts: int) -> Speedup:
+        tokens = 1 + expected_accepted((accepted, accepted), drafts)
+        most = tokens / (1 + drafts * self.depth)
+        value, low, high = self._ratios(accepted, drafts)
+        return Speedup(min(value, most), min(low, most), min(high, most), drafts, most)
+
+    def _ratios(self, accepted: float, drafts: int) -> tuple[float, float, float]:
+        """(median, low end, high end) of the turns' speedups.
+
+        The second and the second last of nine enclose the median with 96% confidence, whatever the distribution.
+        """
+        tokens = 1 + expected_accepted((accepted, accepted), drafts)
+        ratios = sorted(tokens * turn.step / turn.rounds[drafts] for turn in self.turns)
+        return median(ratios), ratios[1], ratios[-2]
 
 
 def exit_speedup(backend: Backend, exit_layer: int, has_block: bool) -> SpeedEstimate:
     """Times rounds of decoding with drafts through an exit. A block that does not exist yet is timed as one more layer."""
+    layers = exit_layer + has_block
     if exit_layer not in backend.exit_blocks:
-        exit_layer = min(exit_layer + has_block, backend.num_layers - 1)
-    plain = DecodingConfig("autoregressive", max_new_tokens=_ANSWER, ignore_eos=True)
+        exit_layer = min(layers, backend.num_layers - 1)
+    plain = DecodingConfig("autoregressive", max_new_tokens=_TIMED_TOKENS, ignore_eos=True)
     drafting = replace(plain, strategy="self-speculative", exit_layer=exit_layer)
-    step, rounds = _round(backend, plain), {n: _round(backend, replace(drafting, num_draft_tokens=n)) for n in _LENGTHS}
+    steps = _Rounds(backend, plain)
+    rounds = {drafts: _Rounds(backend, replace(drafting, num_draft_tokens=drafts)) for drafts in _LENGTHS}
+    turns = []
+    for _ in range(_TURNS):
+        step = steps.seconds()
+        turns.append(Turn(step, {drafts: each.seconds() for drafts, each in rounds.items()}))
+    return SpeedEstimate(turns, _depth(backend, layers))
 
-    def speed(accepted: float) -> tuple[float, int]:
-        return max((step * (1 + expected_accepted((accepted, accepted), n)) / rounds[n], n) for n in _LENGTHS)
 
-    return SpeedEstimate(step, (rounds[_MOST] - rounds[1]) / (_MOST - 1) / step, speed)
+def _depth(backend: Backend, layers: int) -> float:
+    """The share of a plain step's weights that the first `layers` layers have. 0 for a small model: there what a step costs
+    besides its weights counts, and drafts share it.
+    """
+    spec = backend.spec
+    if spec.parameters < SMALL_MODEL:
+        return 0.0
+    of_head = spec.vocab * spec.hidden / spec.weights_read(1)
+    return (1 - of_head) * layers / backend.num_layers
 
 
-def _round(backend: Backend, config: DecodingConfig) -> float:
-    """Seconds of a round of decoding, or of a plain step: the minimum over runs."""
-    times = []
-    for _ in range(_RUNS):
-        loop, rounds, begun, first = decode(backend, [0] * _LONGEST, config), 0, 0.0, 0
-        for steps, _ in enumerate(loop):
-            rounds = loop.stats.rounds or steps  # plain decoding counts no rounds
-            if not begun and rounds > 0:  # the first round includes the prefill
-                begun, first = time.perf_counter(), rounds
-            if rounds - first == _ROUNDS:
-                break
-        times.append((time.perf_counter() - begun) / max(1, rounds - first))
-    return min(times)
+class _Rounds:
+    """Rounds of decoding, one at a time; where an answer ends, another begins."""
+
+    def __init__(self, backend: Backend, config: DecodingConfig) -> None:
+        self._backend = backend
+        self._config = config
+        self._loop: DecodingLoop | None = None
+
+    def seconds(self) -> float:
+        """Seconds of the next round. A round with a prefill counts only where the context has no room for another."""
+        if self._loop is not None and (took := _time_of_step(self._loop)) is not None:
+            return took
+        self._loop = decode(self._backend, [0] * _LONGEST, self._config)
+        first = _time_of_step(self._loop)
+        second = _time_of_step(self._loop)
+        if second is None:
+            self._loop = None
+        took = first if second is None else second
+        assert took is not None  # an answer has at least one step
+        return took
+
+
+def _time_of_step(loop: DecodingLoop) -> float | None:
+    """Seconds of the loop's next step; None at its end."""
+    started = time.perf_counter()
+    done = next(loop, None)
+    took = time.perf_counter() - started
+    return None if done is None else took
 
 
 @torch.inference_mode()
@@ -85,7 +172,15 @@ def eagle3_speedup(backend: Backend, stored: Eagle3Weights) -> SpeedEstimate:
         outputs = (drafter.run(backend, feature, feature, place) for place in cache.span(1, _LONGEST + 1).parts(1))
         return torch.cat([drafter.head(output).argmax(-1) for output in outputs])
 
-    return _estimate(run, run.timed(drafts, _LONGEST) / _LONGEST)
+    turns = []
+    for turn in range(1 + _TURNS):
+        draft = run.timed(drafts, _LONGEST) / _LONGEST
+        known = [run.seconds(tokens) for tokens in range(1, _LONGEST + 1)]
+        passes = PassTimes.measured(known)
+        rounds = {count: count * draft + passes.of(count + 1) for count in range(1, _MOST + 1)}
+        if turn > 0:  # the first warms up
+            turns.append(Turn(known[0], rounds))
+    return SpeedEstimate(turns)
 
 
 class _Passes:
@@ -96,32 +191,16 @@ class _Passes:
         self.backend, self._cache, self.hidden = backend, backend.new_cache(1, _LONGEST), backend.embed(ids)
 
     def timed(self, run: Callable[[Tensor, Places], Tensor], tokens: int) -> float:
-        """Median seconds of `run` over the embeddings (T, D) of the first `tokens`, after a warm-up."""
-        places, times = self._cache.span(0, tokens), []
-        for _ in range(1 + _TIMES):
-            started = time.perf_counter()
-            float(run(self.hidden[:tokens], places).sum())  # synchronises with the device
-            times.append(time.perf_counter() - started)
-        return median(times[1:])
+        """Seconds of `run` over the embeddings (T, D) of the first `tokens`."""
+        places = self._cache.span(0, tokens)
+        started = time.perf_counter()
+        float(run(self.hidden[:tokens], places).sum())  # synchronises with the device
+        return time.perf_counter() - started
 
     def seconds(self, tokens: int) -> float:
         """Seconds of a whole pass, head included."""
         model = self.backend
         return self.timed(lambda hidden, places: model.unembed(model.run_layers(hidden, 0, model.num_layers, places)), tokens)
-
-
-def _estimate(run: _Passes, draft: float) -> SpeedEstimate:
-    """The estimate for drafts that take `draft` seconds each."""
-    known = [run.seconds(tokens) for tokens in range(1, _LONGEST + 1)]
-    step, passes = known[0], PassTimes.measured(known)
-
-    def speed(accepted: float) -> tuple[float, int]:
-        def speedup(drafts: int) -> float:
-            return step * (1 + expected_accepted((accepted, accepted), drafts)) / (drafts * draft + passes.of(drafts + 1))
-
-        return max((speedup(drafts), drafts) for drafts in range(1, _MOST + 1))
-
-    return SpeedEstimate(step, draft / step, speed)
 
 
 class Original:

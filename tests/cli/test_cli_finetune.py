@@ -64,11 +64,10 @@ def test_the_end_tells_what_the_exits_give_and_what_they_cost(finetune, monkeypa
     result = run(*finetune("--data", "rows.jsonl", "--steps", "2", "--exits", "2"))
     assert (result.code, result.out) == (0, "")
     given, cost, saved = [line for line in result.err.splitlines() if not line.startswith("to keep more")][-3:]
-    assert re.fullmatch(
-        r"exit 2: [\d.]+% of first drafts agree on held-out rows; with \d+ drafts about [\d.]+x of plain decoding here"
-        r"(: does not pay)?",
-        given,
-    )
+    bound = r"by arithmetic at most [\d.]+x\)(: does not pay)?"
+    known = rf"with \d drafts? about [\d.]+x of plain decoding here \([\d.]+ to [\d.]+, {bound}"
+    unknown = rf"the speed here is not known, because times differ as on a busy machine \({bound}"
+    assert re.fullmatch(rf"exit 2: [\d.]+% of first drafts agree on held-out rows; ({known}|{unknown})", given)
     assert re.fullmatch(
         r"cost: on \d+ tokens of the model's own text [\d.]+% of next tokens as before, perplexity [\d.]+ -> [\d.]+; "
         r"held-out loss [\d.]+ -> [\d.]+; exact match of 4 held-out rows 0\.0 -> 0\.0%",
@@ -259,7 +258,7 @@ def test_blocks_beside_a_frozen_model(finetune, checkpoint):
     )
     assert steps == "2 steps of 2 x 1 rows, lr 0.01, fp32 on cpu"
     assert answers == "4 answers by the model, at most 4 tokens; 0 exist already"
-    speeds = ", ".join(rf"[\d.]+x at {share}%" for share in (50, 60, 70, 80))
+    speeds = "(" + ", ".join(rf"[\d.]+x at {share}%" for share in (50, 60, 70, 80)) + "|not known, because times differ.*)"
     draft = r"a draft takes about [\d.]+ of a step \([\d.]+ ms\) on this machine"
     assert re.match(rf"{draft}; estimated speedup by acceptance rate: {speeds};", worth)
     assert note.startswith("saved settings that will be left out: exit 1; they were chosen without these blocks")

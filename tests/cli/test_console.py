@@ -1,11 +1,7 @@
-"""Progress in a terminal, and the number of CPU threads."""
+"""Progress in a terminal, and the number of CPU threads of a model; those beside other processes: test_threads.py."""
 
-import os
 from types import SimpleNamespace
-from typing import NamedTuple
 
-import psutil
-import pytest
 import torch
 
 from cli import console, loading
@@ -46,28 +42,3 @@ def test_a_small_model_decodes_with_one_thread_unless_told_otherwise():
             assert torch.get_num_threads() == expected
     finally:
         torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize(("given", "busy", "expected"), [(0, 0.3, 3), (0, 1.4, 2), (0, 5.0, 1), (3, 1.4, 3)])
-def test_training_leaves_busy_cores_to_others_and_says_so(monkeypatch, capsys, given, busy, expected):
-    before = torch.get_num_threads()
-    monkeypatch.setattr(loading, "busy_cores", lambda: busy)
-    try:
-        torch.set_num_threads(3)
-        loading.use_free_threads(given)
-        assert torch.get_num_threads() == expected
-    finally:
-        torch.set_num_threads(before)
-    said = capsys.readouterr().err
-    assert (f"{expected} of 3 CPU threads" in said) == (expected < 3)
-
-
-def test_busy_cores_are_those_that_this_process_may_use(monkeypatch):
-    class Times(NamedTuple):
-        user: float
-        nice: float
-        system: float
-
-    monkeypatch.setattr(psutil, "cpu_times_percent", lambda *_, percpu: [Times(60, 9, 10), Times(90, 0, 9), Times(5, 80, 25)])
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 2}, raising=False)
-    assert loading.busy_cores() == pytest.approx(1.0)

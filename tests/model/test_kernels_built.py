@@ -71,16 +71,41 @@ def test_kernels_of_another_version_are_refused(monkeypatch):
         compiled._load.__wrapped__(BUILT[0])
 
 
+CPUINFO = Path(__file__).with_name("cpuinfo")  # the lines of /proc/cpuinfo that matter, by kind of machine
+
+
 @pytest.mark.parametrize(
-    ("flags", "faster"),
-    [({"amx_tile", "amx_bf16", "GenuineIntel"}, True), ({"GenuineIntel"}, False), ({"AuthenticAMD"}, True)],
-    ids=["AMX", "Intel without AMX", "AMD"],
+    ("machine", "processor", "best"),
+    [
+        ("sapphire_rapids", "x86_64", "amx"),
+        ("sapphire_rapids_without_amx", "x86_64", "avx512_fma"),
+        ("zen5", "x86_64", "avx512"),
+        ("zen4", "x86_64", "avx512"),
+        ("ice_lake", "x86_64", "avx512_vnni"),
+        ("alder_lake", "x86_64", "avx_vnni"),
+        ("haswell", "x86_64", "avx2"),
+        ("sandy_bridge", "x86_64", None),
+        ("graviton3", "aarch64", "neon_bf16"),
+        ("graviton2", "aarch64", "neon_dot"),
+        ("graviton1", "aarch64", "neon"),
+    ],
 )
-def test_cpus_that_multiply_bf16_faster_than_fp32(monkeypatch, flags, faster):
-    on_processor(monkeypatch, "x86_64", compiled._AVX512 | flags)
-    assert compiled.multiplies_bf16() == faster
-    on_processor(monkeypatch, "x86_64", compiled._AVX2 | flags)
-    assert not compiled.multiplies_bf16()
+def test_the_flags_of_a_machine_name_its_best_variant(machine, processor, best):
+    flags = compiled.flags_in((CPUINFO / f"{machine}.txt").read_text())
+    runnable = [name for name, needs in compiled._CPU_FLAGS[processor].items() if needs <= flags]
+    assert next(iter(runnable), None) == best
+
+
+@needs_kernels
+@pytest.mark.skipif(not Path("/proc/cpuinfo").is_file(), reason="this system has no /proc/cpuinfo")
+def test_the_variants_that_run_are_those_that_the_flags_of_this_machine_name(monkeypatch):
+    """C asks the processor itself, Python reads /proc/cpuinfo: the spelling of a flag must not make a difference."""
+    monkeypatch.delenv(compiled.SWITCH, raising=False)
+    flags = compiled._cpu_flags()
+    named = [name for name in compiled.VARIANTS if compiled._NEEDS[name] <= flags]
+    built = [name for name in compiled.VARIANTS if (BUILT_FOLDER / f"_{name}.so").is_file()]
+    assert [name for name in built if name in named] == BUILT
+    assert compiled.kernels().variant == named[0]
 
 
 MISSING = "the compiled kernels are missing: decoding uses torch's"
@@ -116,6 +141,25 @@ def test_a_note_says_that_kernels_are_missing_if_the_machine_could_run_them(abse
         absent.setenv(compiled.SWITCH, requested)
         found = compiled.kernel_note()
         assert found == note if note is None else found.startswith(note)
+
+
+@pytest.mark.skipif("avx2" not in BUILT, reason="needs the avx2 kernels")
+def test_a_note_says_that_this_system_does_not_let_better_kernels_run(absent, tmp_path):
+    """As where a container or an old Linux refuses AMX: the flags are there, C says no."""
+    for name in ("avx2", "amx"):
+        shutil.copy(BUILT_FOLDER / f"_{name}.so", tmp_path)
+    on_processor(absent, "x86_64", compiled.flags_in((CPUINFO / "sapphire_rapids.txt").read_text()))
+    load = ctypes.CDLL
+
+    def refusing(path):
+        library = load(path)
+        if path is not None and path.endswith("_amx.so"):
+            library.layerskip_supported = lambda: 0
+        return library
+
+    absent.setattr(compiled.ctypes, "CDLL", refusing)
+    assert "the compiled amx kernels cannot be loaded (this system does not let them run)" in (note := compiled.kernel_note())
+    assert "decoding uses the avx2 kernels, which are slower" in note
 
 
 @pytest.mark.skipif("avx2" not in BUILT, reason="needs the avx2 kernels")

@@ -140,13 +140,13 @@ def test_the_reader_drafts_as_often_right_as_the_training_said(learnt):
 def test_a_verdict_is_what_rounds_on_this_machine_make_of_the_agreement(learnt, monkeypatch):
     """A plain step takes 8 seconds, a round 5 for each draft and 10."""
     times = {"autoregressive": lambda config: 8.0, "self-speculative": lambda config: 5.0 * config.num_draft_tokens + 10}
-    monkeypatch.setattr(verdict, "_round", lambda backend, config: times[config.strategy](config))
+    monkeypatch.setattr(verdict._Rounds, "seconds", lambda rounds: times[rounds._config.strategy](rounds._config))
     plan, info, _ = learnt
     [gain] = plan.verdicts(info)
     share = info.agreement["2"]
     speeds = {d: 8 * sum(share**drafts for drafts in range(d + 1)) / (5 * d + 10) for d in (1, 2, 4, 8)}
     assert (gain.name, gain.accepted) == ("exit 2", share)
-    assert gain.speed == pytest.approx(speeds[gain.drafts]) and gain.speed == pytest.approx(max(speeds.values()))
+    assert gain.speedup.value == pytest.approx(speeds[gain.speedup.drafts]) == pytest.approx(max(speeds.values()))
 
 
 def test_a_second_training_goes_on_with_the_readers(learnt, settings, tmp_path):

@@ -1,7 +1,5 @@
 """The training forward under the recipe, against plain computations."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from conftest import tiny_model
@@ -12,12 +10,10 @@ from layerskip_core import losses
 from layerskip_core.config.training import RecipeSettings
 from layerskip_core.losses import IGNORED
 from layerskip_core.training import module as recipe_modules
-from layerskip_core.training import plan as plans
 from layerskip_core.training.data import collate
 from layerskip_core.training.encoding import packed
 from layerskip_core.training.module import use_fp32_attention
 from layerskip_core.training.recipe import RunStep, exit_scales, exit_weights
-from layerskip_core.training.run import prepare
 
 
 def run(model, recipe, step, ids, labels, **keywords):
@@ -224,15 +220,3 @@ def test_attention_in_fp32_changes_nothing_but_rounding(kind, model_type):
     assert torch.equal(found(True, False), exact)
     ours, torchs = ((found(in_fp32, True) - exact).norm() / exact.norm() for in_fp32 in (True, False))
     assert 0 < ours < 1.1 * torchs < 0.2
-
-
-@pytest.mark.parametrize(
-    ("multiplies_bf16", "dtype", "attention"), [(True, "bf16 autocast", "sdpa_fp32"), (False, "fp32", "sdpa")]
-)
-def test_auto_is_bf16_where_the_cpu_is_faster_in_it(settings, monkeypatch, multiplies_bf16, dtype, attention):
-    monkeypatch.setattr(plans, "multiplies_bf16", lambda: multiplies_bf16)
-    config = settings(dtype="auto", steps=1)
-    plan = prepare(config)
-    plan.run(lambda report: None)
-    assert (plan.dtype, plan.trainable.model.config._attn_implementation) == (dtype, attention)
-    assert "sdpa" not in Path(config.output, "config.json").read_text()

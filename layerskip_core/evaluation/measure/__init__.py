@@ -40,6 +40,7 @@ class Progress:
     done: int
     total: int
     phase: str
+    comparing: bool = False  # True amid times that are compared: the number of threads must not change now
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from ...config.resolution import Recommended, resolve_as
 from ...decoding.output import DecodeStats, StopScanner, step_counts
 from ...errors import ConfigError, LayerSkipError, require
 from ...model import TransformersBackend
+from ...processor import OtherLoad
 from ..metrics import scores_by_exit
 from ..results import Journal, Output, RunRecord, Step
 from ..tasks import Task
@@ -48,6 +49,7 @@ def bench(
     own = {"exit_layer": speculative.exit_layer, "num_draft_tokens": speculative.num_draft_tokens}
     baselines = load_baselines(loaded, config, speculative)
     machine = environment(loaded) | ({"llama_cpp": describe_llama_cpp()} if "llama.cpp" in baselines else {})
+    load = OtherLoad()
     journal = None
     if folder is not None:
         rows = [*((example.prompt, example.completion) for example in task.examples), task.text]
@@ -59,6 +61,7 @@ def bench(
     perplexity = scores_by_exit(task.losses(loaded, depths)) if task.text is not None else {}
     settings += [replace(speculative, strategy=name) for name in baselines]
     measured = yield from measure(loaded, task, settings, config, config.repeats, baselines, journal, perplexity)
+    machine["busy_cores"] = load.busy_cores()
     full = measured[0]
     stats = sum((output.stats for output in full.answers), DecodeStats())
     decoding = [step for outputs in full.repeats for output in outputs for step in output.steps[1:]]  # without prefills

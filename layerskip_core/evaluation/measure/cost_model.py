@@ -245,7 +245,7 @@ def predict(
             for setting in settings:
                 drafted, ends = choices[side_of(setting)], loaded.ends(plain.stop)
                 rounds[setting] += simulate(drafted, output.ids, setting.num_draft_tokens, room, ends)
-        yield Progress(number, total, "prediction")
+        yield Progress(number, total, "prediction", comparing=True)
     require_outputs(outputs)
     # Ordered from the median length of prompt and answer outwards.
     by_length = enumerate(sorted(answered, key=lambda pair: len(pair[0]) + len(pair[1].ids)))
@@ -255,9 +255,9 @@ def predict(
     to_time = [group[place] for group in alike for place in sorted({0, len(group) // 2, len(group) - 1})]
     for timed in timed_visits(loaded, _parts(loaded, typical, to_time), to_time):
         visits.append(timed)
-        yield Progress(len(examples) + len(visits), total, "prediction")
+        yield Progress(len(examples) + len(visits), total, "prediction", comparing=True)
     if len(visits) < _MOST:
-        yield Progress(total, total, "prediction")
+        yield Progress(total, total, "prediction", comparing=True)
     tokens, prefill = sum(len(output.ids) for _, output in answered), sum(output.steps[0].seconds for _, output in answered)
     known, answers = dict[Side, list[PassTimes]](), len(answered)
     for setting in dict.fromkeys(chain.from_iterable(visits)):

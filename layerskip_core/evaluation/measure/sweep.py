@@ -12,6 +12,7 @@ from ...config.model import Quantization
 from ...config.resolution import default_exits, require_exit_layer, resolve_as, spread_exits
 from ...data import spread
 from ...errors import require
+from ...processor import OtherLoad
 from ..metrics import Scores, frontier, metric, scores_by_exit
 from ..results import NEAR_TIE, Result, RunRecord
 from ..tasks import Task, other_rows
@@ -35,6 +36,7 @@ def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress
     config = replace(_resolved(loaded, task, config, copies), task=task.config, generation=generation)
     loaded, layers, name = task.prepared(loaded), loaded.backend.num_layers, task.quality_metric
     machine, losses = environment(loaded), []
+    load = OtherLoad()
     for number, new in enumerate(task.losses(loaded, sorted({*config.exits, layers})), start=1):
         losses.append(new)
         yield Progress(min(number, len(task.examples)), len(task.examples), "perplexity")
@@ -54,6 +56,7 @@ def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress
     near_tie, again = NEAR_TIE[loaded.backend.dtype], None
     if places := finalists(results, near_tie):
         again = yield from _once_more(loaded, task, settings, places, _ONCE_MORE * (time.perf_counter() - started))
+    machine["busy_cores"] = load.busy_cores()
     named = asdict(config) | {"quality_metric": name, "prompt_template": loaded.template.name}
     advice = recommend(results, near_tie, name, config, measured, again)
     profile = draft_profile(loaded, results, config.packing, context)

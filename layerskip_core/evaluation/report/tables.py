@@ -15,6 +15,7 @@ from ..metrics import frontier, is_share, lower_is_better
 from ..results import NEAR_TIE, Result, RunRecord, bandwidth_text, result_name
 
 PARETO_NOTE = "* on the Pareto frontier of quality and speed; pred: predicted speedup."
+_DISTURBING = 0.2  # cores that other processes keep busy during a measurement
 _WIDE = 8  # the largest ratio of highest to lowest value for a linear axis
 _HALF_NOTE = "±: half-width of the 95% interval over prompts{}."
 _SHORT_NAMES = {"exact_match": "EM", "rouge1": "R1", "rouge2": "R2", "rougeL": "RL"}
@@ -261,6 +262,8 @@ def _settings_notes(record: RunRecord) -> Iterator[str]:
             speed = f"{plural(config['timed'], 'prompt')} at batch size 1, {medians}" if config.get("timed") else "not measured"
             method = f"Quality: answers in batches of {config['batch_size']}; speed: {speed}"
         yield f"{method}; {machine['dtype']} on {machine['device_name']}, {plural(machine['threads'], 'thread')}."
+    if (busy := machine.get("busy_cores", 0.0)) >= _DISTURBING:
+        yield f"Other processes kept {busy:.1f} cores busy: speeds are lower than on a quiet machine, and intervals wider."
     if read := machine.get("bandwidth"):
         yield f"P{bandwidth_text(read)[1:]}."
     if "prompt_template" in config:

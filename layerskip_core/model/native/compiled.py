@@ -19,8 +19,9 @@ ACTIVATIONS = {  # in the numbering of the C code
 }
 MOST_ROPES = 2  # rotary tables: one for each kind of layer
 _AVX2 = {"avx2", "fma", "f16c"}
-_AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16", "avx512_vbmi"}
-_CPU_FLAGS = {  # the flags (and vendor) of /proc/cpuinfo that each variant needs, by processor; the best variant first
+_AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16", "avx512vbmi"}
+# The flags (and vendor) of /proc/cpuinfo that each variant needs, as Linux spells them; by processor, the best variant first.
+_CPU_FLAGS = {
     "x86_64": {
         "amx": _AVX512 | {"amx_tile", "amx_bf16"},
         "avx512_fma": _AVX512 | {"GenuineIntel"},
@@ -225,18 +226,18 @@ def why_no_kernels() -> str:
 def _cpu_flags() -> set[str]:
     """The CPU's flags and vendor; on a Mac the flags that all of Apple's ARM processors have."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return flags_in(Path("/proc/cpuinfo").read_text(encoding="utf-8"))
     except OSError:
         return {"asimddp"} if sys.platform == "darwin" else set()
-    found = [line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features", "vendor_id"))]
-    return {flag for flags in found for flag in flags}
 
 
-def multiplies_bf16() -> bool:
-    """Whether PyTorch's products are faster in bf16 than in fp32 on this x86 CPU: with AMX, or on AMD with AVX-512 BF16. On
-    Intel without AMX oneDNN takes twice as long (75 to 85 GFLOP/s per core against 150); AMD and AMX were not measured.
-    """
-    return next((name for name in VARIANTS if _NEEDS[name] <= _cpu_flags()), None) in ("amx", "avx512")
+def flags_in(cpuinfo: str) -> set[str]:
+    """The flags and the vendor in the text of /proc/cpuinfo."""
+    found = set[str]()
+    for line in cpuinfo.splitlines():
+        if line.startswith(("flags", "Features", "vendor_id")):
+            found.update(line.partition(":")[2].split())
+    return found
 
 
 def kernels(variant: str | None = None) -> Kernels | None:
@@ -260,7 +261,7 @@ def requesting(variant: str) -> Iterator[None]:
 
 @cache
 def _load(requested: str | None) -> tuple[Kernels | None, dict[str, str]]:
-    """The kernels to use, and the errors of better variants that are built but cannot be loaded."""
+    """The kernels to use, and why better variants that are built were not chosen."""
     unloadable: dict[str, str] = {}
     for name in VARIANTS if requested is None else (requested,):
         path = Path(__file__).with_name(f"_{name}.so")
@@ -277,6 +278,8 @@ def _load(requested: str | None) -> tuple[Kernels | None, dict[str, str]]:
                 )
             if library.layerskip_supported():
                 return Kernels(name, library), unloadable
+            # Only a surprise if the CPU has their flags, see `kernel_note`: AMX needs the kernel's permission.
+            unloadable[name] = "this system does not let them run"
     return None, unloadable
 
 
