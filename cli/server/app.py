@@ -33,7 +33,7 @@ from layerskip_core.serving.engine import Engine, Updates
 from ..console import narrate, tell_error
 from .answers import Document, ResponseDocument, Vectors, usage_of
 from .bodies import ApiError, Asked, Family, Prompt, api_error, demand, invalid, parsed, request_of, text_of
-from .tools import Calls, Tools, as_texts, format_of, grammar
+from .tools import Calls, Tools, as_texts, format_of, format_of_answers, grammar
 
 Result = TypeVar("Result")
 
@@ -85,6 +85,7 @@ class Service:
         known = format_of(template or "")
         self._is_generic = template is not None and known is None  # tools, calls and results are texts
         self._format = "hermes" if self._is_generic else known
+        self._special = {} if self._is_generic else special_ids(decoder.tokenizer)  # tokens that may mark calls
         self._teller, self._narrate_once = _teller(decoder.tokenizer) if self._is_generic else "system", cache(narrate)
         self._packing, self._config, self._engine, self.name = packing, config, engine, name
         self._key = None if key is None else os.fsencode(key)
@@ -166,9 +167,9 @@ class Service:
             if self._is_generic:
                 self._narrate_once("the chat template has no tools: a text describes them, and a grammar constrains the calls")
             if tools.needed or (self._is_generic and options[0].keys().isdisjoint(GUIDES)):
-                calls = grammar(self._format, tools, {} if self._is_generic else special_ids(decoder.tokenizer))
+                calls = grammar(self._format, tools, self._special)
                 options = [changed(each, RequestOptions(grammar=calls)) for each in options]
-        finder = partial(Calls, self._format, tools)
+        finder = partial(Calls, format_of_answers(self._format, self._special), tools)
         prompts = [ids for prompt in request.prompts for ids in [self._encoded(prompt, tools)] * request.n]
         jobs = list[Job]()
         for number, (ids, each) in enumerate(zip(prompts, options, strict=True)):

@@ -1,12 +1,13 @@
 """Tool calls: the format that a chat template asks for, a grammar for it, and the calls in answers.
 
-Formats: Hermes (also Qwen), Llama 3 and Mistral; for templates without tools, Hermes as plain text.
+Formats: Hermes (also Qwen), Llama 3 and Mistral; for templates without tools, Hermes as plain text. A mark such as
+`<tool_call>` may be text, an added token with a text in the answer, or a special token, without one.
 """
 
 import json
 import re
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -73,6 +74,11 @@ def as_texts(messages: Sequence[Mapping[str, Any]], tools: Tools | None, teller:
     return [{"role": role, "content": "\n\n".join(content for _, content in group)} for role, group in groups]
 
 
+def format_of_answers(form: Format | None, special: Collection[str]) -> Format | None:
+    """The format that calls have in the text of answers. `special`: special tokens."""
+    return "llama" if form == "hermes" and _START in special else form  # without tags
+
+
 def grammar(form: Format, tools: Tools, special: dict[str, int]) -> str:
     """A Lark grammar for calls of `needed` tools; if none is, for text, calls or both. `special`: ids of special tokens."""
     key, shared, choices = "parameters" if form == "llama" else "arguments", dict[str, Any](), []
@@ -90,7 +96,7 @@ def grammar(form: Format, tools: Tools, special: dict[str, int]) -> str:
     start = "start: call" + (' ("\\n" call)*' if several else "")
     if form == "mistral":
         call = {"type": "array", "items": call, "minItems": 1} | ({} if several else {"maxItems": 1})
-        start = f"start: {token(_MISTRAL)} object" if _MISTRAL in special else "start: object"
+        start = f"start: {token(_MISTRAL)} object"
     elif form == "llama":
         start = "start: object"
     parts = [start, "object: %json " + json.dumps({"$defs": shared, "x-guidance": JSON_STYLE, **call})]
@@ -140,7 +146,7 @@ class Calls:
         return plain, calls
 
     def _unmarked(self, finished: bool) -> tuple[str, list[Call]]:
-        start = self._held.lstrip()
+        start = self._held.lstrip().removeprefix(_MISTRAL).lstrip()
         named = any(name.startswith(start[: len(name)]) for name in self._names)
         if not self._is_text and (not start or start[0] in "{[" or (self._form == "mistral" and named)):
             if not finished:

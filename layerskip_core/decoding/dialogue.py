@@ -16,7 +16,8 @@ from .target import Prefixes
 class TextStream:
     """Iterates over the pieces of one answer as they are verified.
 
-    `text`, `stats` and `finish_reason` describe the answer so far; `decoding` is its loop.
+    `text`, `stats` and `finish_reason` describe the answer so far; `decoding` is its loop. An answer that cannot match its
+    grammar raises LayerSkipError after its last piece.
     """
 
     def __init__(self, loaded: Decoder, prompt: str | list[int], config: DecodingConfig, **kept: Any) -> None:
@@ -59,6 +60,7 @@ class TextStream:
         for [step] in self.decoding:
             if piece := self._output.add(step.ids, step.finish_reason is not None):
                 yield piece
+            self._raise_error()
 
     def segments(self) -> Iterator[list[tuple[str, bool]]]:
         """The same text, one list per step (perhaps empty) of segments: text, and whether accepted drafts gave it.
@@ -81,6 +83,12 @@ class TextStream:
                     start = shown
             ends = [(end, from_draft) for end, from_draft in ends if end > stop]
             yield segments
+            self._raise_error()
+
+    def _raise_error(self) -> None:
+        """Raises LayerSkipError for an answer that ended without matching its grammar."""
+        if (error := self.decoding.rows[0].error) is not None:
+            raise error
 
 
 class Dialogue:

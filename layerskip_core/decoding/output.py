@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from ..config.decoding import DecodingConfig
-from ..errors import require
+from ..errors import LayerSkipError, require
 from .sampling import LogitsProcessor
 
-StopReason = Literal["eos", "stop", "length", "context"]
+# `stop`: a stop string; `length`: max_new_tokens; `context`: the model's context is full; `error`: the output cannot match its
+# grammar, because no token may follow.
+StopReason = Literal["eos", "stop", "length", "context", "error"]
 Detokenize = Callable[[list[int]], str]
 
 _INCOMPLETE = "\ufffd"  # decoded from a character whose last bytes are missing
@@ -110,7 +112,7 @@ class Answer:
     """A complete answer, with log probabilities if options ask for them."""
 
     text: str  # without the EOS token or the stop string that ended it
-    finish_reason: StopReason  # `stop`: a stop string; `length`: max_new_tokens; `context`: the model's context is full
+    finish_reason: StopReason
     stats: DecodeStats  # counts; seconds only if it was decoded alone
     ids: list[int] = field(default_factory=list)  # the new tokens, including those that ended the answer
     row: int = 0  # the index of its prompt in the batch
@@ -245,6 +247,7 @@ class Row:
         self.processor = LogitsProcessor(config, self.ids, len(prompt), scanner.eos_ids) if config.changes_logits else None
         self.steps = [DecodeStats(sequences=1, prompt_tokens=len(prompt))]  # counts
         self.is_dropped = False  # removed after the next step
+        self.error: LayerSkipError | None = None  # of an output that ended without matching its grammar
         self.logprobs: list[TokenLogprobs] = []  # of the output, if they were asked for
         self.prompt_logprobs: list[TokenLogprobs] = []  # of the prompt's tokens after the first
 
@@ -265,6 +268,9 @@ class Row:
         """
         count, reason = self.scanner.cut(verified)
         self.ids += verified[:count]
+        if reason == "eos" and self.processor is not None and (mismatch := self.processor.mismatch):
+            self.error = LayerSkipError(mismatch)
+            reason = self.scanner.reason = "error"
         step = step_counts(self.drafts, len(verified) - 1, count, self.source, layers)
         self.steps.append(step)
         if self.config.logprobs is not None and logits is not None:

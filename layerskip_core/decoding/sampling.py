@@ -229,6 +229,11 @@ class LogitsProcessor:
         return [] if self._matcher is None else self._matcher.forced([*self._output, *drafts])
 
     @property
+    def mismatch(self) -> str | None:
+        """Why the finished output does not match the row's grammar; None if it matches, or was cut."""
+        return None if self._matcher is None else self._matcher.mismatch(self._output)
+
+    @property
     def _output(self) -> list[int]:
         return self._ids[self._prompt_tokens :]
 

@@ -78,7 +78,8 @@ class Request:
             return Update("")
         self._delivered = len(row.ids) - row.prompt_tokens
         text = row.text.add(row.ids[row.prompt_tokens + known :], finished)
-        return Update(text, step.finish_reason, None, row.logprobs[known:], () if known else row.prompt_logprobs)
+        prompt_logprobs = () if known else row.prompt_logprobs
+        return Update(text, step.finish_reason, row.error, row.logprobs[known:], prompt_logprobs)
 
 
 @dataclass(eq=False)

@@ -6,14 +6,16 @@ from dataclasses import replace
 import msgspec
 import pytest
 import torch
+from added_tokens import few_letters
 from chatml import chatml_folder
 from conftest import tiny_model
 from evaluating import tiny_loaded
+from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from layerskip_core.grammar import guide
 from layerskip_core.model import TransformersBackend
-from layerskip_core.prompting import CHAT, PromptTemplate, encode_conversation
+from layerskip_core.prompting import CHAT, PromptTemplate, encode_conversation, special_ids
 
 NEEDED = "needs the extras dev and serve"
 openai = pytest.importorskip("openai", reason=NEEDED)
@@ -70,6 +72,8 @@ LLAMA = '{"name": "weather", "parameters": {"city": "Rome"}}'
         ("llama", "The weather is fine.", None, []),
         ("mistral", '[{"name": "weather", "arguments": {"city": "Rome"}}, {"name": "time", "arguments": {}}]', "", BOTH),
         ("mistral", 'weather{"city": "Rome"}', "", ["weather"]),
+        ("mistral", '[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Rome"}}]', "", ["weather"]),
+        ("mistral", "[TOOL_CALLS] is a mark", None, []),
         ("mistral", "weather is fine", None, []),
         ("mistral", "[1, 2] is a list", None, []),
     ],
@@ -100,17 +104,31 @@ def test_formats_are_known_by_the_template():
 TEMPLATES = {"hermes": HERMES, "llama": HERMES.replace("tool_call>", "call>"), "mistral": HERMES + "{# [TOOL_CALLS] #}"}
 
 
-def conversing(folder, template):
+# By style of the tokenizer: the format, and its marks that are added tokens: special ones, or with a text in an answer.
+STYLES = {
+    "hermes": ("hermes", {}),
+    "qwen": ("hermes", {"<tool_call>": False, "</tool_call>": False}),
+    "special tags": ("hermes", {"<tool_call>": True, "</tool_call>": True}),
+    "llama 3": ("llama", {"<|python_tag|>": True}),
+    "mistral": ("mistral", {"[TOOL_CALLS]": True}),
+    "mistral with a text": ("mistral", {"[TOOL_CALLS]": False}),
+    "mistral without": ("mistral", {}),
+}
+
+
+def conversing(folder, template, marks=()):
     tokenizer = AutoTokenizer.from_pretrained(chatml_folder(folder))
+    tokenizer.add_tokens([AddedToken(text, special=special, normalized=False) for text, special in dict(marks).items()])
     tokenizer.chat_template = template
     model = tiny_model("llama", torch.float64, vocab_size=len(tokenizer), max_position_embeddings=1024)
     named = {"tokenizer": tokenizer, "eos_ids": frozenset({tokenizer.eos_token_id}), "template": PromptTemplate(CHAT)}
     return replace(tiny_loaded(), backend=TransformersBackend(model), **named)
 
 
-@pytest.fixture(scope="module", params=TEMPLATES)
+@pytest.fixture(scope="module", params=STYLES)
 def decoder(folders, request):
-    return conversing(folders("chatml") / "chatml", TEMPLATES[request.param])
+    form, marks = STYLES[request.param]
+    return conversing(folders("chatml") / "chatml", TEMPLATES[form], marks)
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +156,49 @@ def test_a_needed_tool_is_called_as_its_schema_says(client):
             assert [part.index for part in parts] == [0, 0] and parts[0].function.name == call.function.name
             assert "".join(part.function.arguments for part in parts) == call.function.arguments
             assert chunks[-1].finish_reason == "tool_calls" and not any(chunk.delta.content for chunk in chunks)
+
+
+def test_a_call_that_the_model_chooses_is_read_with_auto_and_is_text_with_none(client, decoder, request):
+    """A grammar of the request stands for a model that calls: its only answer is a call, as the model would write it."""
+    pytest.importorskip("llguidance", reason="needs the extra grammar")
+    form, _ = STYLES[request.node.callspec.params["decoder"]]
+    call = {"name": "time", "parameters" if form == "llama" else "arguments": {}}
+    before, after = {"hermes": ("<tool_call>", "</tool_call>"), "mistral": ("[TOOL_CALLS]", "")}.get(form, ("", ""))
+    body = {"hermes": f"\n{json.dumps(call)}\n", "mistral": json.dumps([call])}.get(form, json.dumps(call))
+    special = special_ids(decoder.tokenizer)
+    parts = [f"<[{special[part]}]>" if part in special else json.dumps(part) for part in (before, body, after) if part]
+    shown = "".join(part for part in (before, body, after) if part not in special)
+    asked = {**ASKED, "extra_body": {"guided_grammar": f"start: {' '.join(parts)}"}}
+    for choice in ("auto", "none"):
+        answer = client.chat.completions.create(**asked, tool_choice=choice)
+        [choice_made] = answer.choices
+        chunks = list(client.chat.completions.create(**asked, tool_choice=choice, stream=True))
+        deltas = [chunk.choices[0].delta for chunk in chunks]
+        streamed = "".join(delta.content or "" for delta in deltas)
+        names = [part.function.name for delta in deltas for part in delta.tool_calls or [] if part.function.name]
+        if choice == "auto":
+            [made] = choice_made.message.tool_calls
+            assert (made.function.name, made.function.arguments) == ("time", "{}")
+            assert (choice_made.finish_reason, choice_made.message.content) == ("tool_calls", None)
+            assert (names, streamed, chunks[-1].choices[0].finish_reason) == (["time"], "", "tool_calls")
+        else:
+            assert choice_made.message.tool_calls is None and names == []
+            assert choice_made.message.content == streamed == shown
+            assert choice_made.finish_reason == "stop"
+
+
+def test_an_answer_that_cannot_match_is_an_error_of_its_request():
+    pytest.importorskip("llguidance", reason="needs the extra grammar")
+    message = "the answer ended after 2 tokens without matching guided_regex: it permits no token of the model there"
+    with serving(few_letters()) as api:
+        client = api.client()
+        asked = {"model": "tiny", "prompt": "abcd", "extra_body": {"guided_regex": "ab(e|f)"}}
+        with pytest.raises(openai.BadRequestError, match=message):
+            client.completions.create(**asked)
+        with pytest.raises(openai.APIError, match=message):
+            list(client.completions.create(**asked, stream=True))
+        answer = client.completions.create(**{**asked, "extra_body": {"guided_regex": "ab(c|f)"}})
+    assert (answer.choices[0].text, answer.choices[0].finish_reason) == ("abc", "stop")
 
 
 def test_a_needed_tool_is_called_where_the_server_s_own_flags_guide_answers(folders):

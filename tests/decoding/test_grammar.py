@@ -146,7 +146,8 @@ def test_sampled_output_follows_the_joint_distribution_of_what_the_grammar_permi
     """Against the exact joint, with tokens that the grammar forces among the drafts of an exit."""
     words = Tokenizer(models.BPE({"a": 0, "b": 1, "c": 2, "d": 3, "</s>": 4}, []))
     words.decoder = decoders.ByteLevel()
-    named = type("Named", (), {"backend_tokenizer": words, "__len__": lambda self: VOCABULARY})()
+    members = {"backend_tokenizer": words, "added_tokens_decoder": {}, "__len__": lambda self: VOCABULARY}
+    named = type("Named", (), members)()
     guide = grammar.guide(("regex", "((ab|ba|c|aa)d?){9}"), named, VOCABULARY, frozenset({4}))
     table = torch.randn(3, 8, VOCABULARY, VOCABULARY, dtype=torch.double, generator=torch.Generator().manual_seed(2))
     plain = DecodingConfig("autoregressive", max_new_tokens=NEW, temperature=1.0, guided=("regex", ""), guide=guide)
