@@ -262,7 +262,7 @@ def _as_stored(
         return None
 
     def take(weight: str) -> Tensor | None:
-        if weight in spec.mapped and isinstance(files, GgufFile):
+        if isinstance(files, GgufFile) and weight in (*spec.mapped, spec.embedding_name):
             return files.table(weight, precision)
         return weights.weight(weight).to(precision) if weight in spec.shapes else None
 
