@@ -1,8 +1,10 @@
 """Reads GGUF files with the package `gguf`: configuration, weights, tokenizer and MTP block, in transformers' form."""
 
+import mmap
 import struct
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -97,6 +99,7 @@ class GgufFile:
             self._values = {name: fields[name].contents() for name in read}
         except Exception as error:
             raise CheckpointError(f"{path.name} is damaged, or no GGUF file: {first_line(error)}") from error
+        self._data = reader.data
         self._path, self._tensors = path, {tensor.name: tensor for tensor in reader.tensors}
         self._architecture = str(self._values.get("general.architecture"))
         self._interleaved = self._architecture in _INTERLEAVED
@@ -206,6 +209,11 @@ class GgufFile:
             found = f"{_ROPE_FACTORS} with other factors than those of Llama 3"
         known = "plain, or scaled as linear, yarn or llama3"
         raise CheckpointError(f"{self._path.name}: its rope must be {known}; found {found}; use the original checkpoint")
+
+    def release(self) -> None:
+        """Gives back the memory of the file's pages; they are read again when needed."""
+        with suppress(AttributeError, OSError):  # not on every system
+            self._data._mmap.madvise(mmap.MADV_DONTNEED)
 
     def tokenizer(self) -> Any:
         """transformers' tokenizer. Raises CheckpointError for a file without one."""
