@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar
 
 from .errors import CheckpointError, ConfigError, LayerSkipError, require
 
@@ -27,20 +27,27 @@ Result = TypeVar("Result")
 class Tokenizer:
     """Text to token ids and back by the tokenizers library alone. transformers' tokenizers have the same methods."""
 
-    def __init__(self, folder: str | Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, backend: "tokenizers.Tokenizer", special_tokens_map: Mapping[str, str], chat_template: Any) -> None:
+        """`special_tokens_map`: texts by names such as `eos_token`. `chat_template`: a text, several by name, or None."""
+        self.backend_tokenizer = backend
+        self.backend_tokenizer.no_padding()
+        self.backend_tokenizer.no_truncation()
+        self.special_tokens_map = dict(special_tokens_map)
+        self.chat_template = chat_template
+        ids = {name: backend.token_to_id(content) for name, content in self.special_tokens_map.items()}
+        self.eos_token_id, self.pad_token_id = ids.get("eos_token"), ids.get("pad_token")
+
+    @classmethod
+    def in_folder(cls, folder: str | Path, settings: Mapping[str, Any]) -> Self:
         """`folder` has tokenizer.json and perhaps a chat template; `settings`: tokenizer_config.json."""
         import tokenizers
 
-        self.backend_tokenizer: tokenizers.Tokenizer = tokenizers.Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
-        self.backend_tokenizer.no_padding()
-        self.backend_tokenizer.no_truncation()
         named = {name: settings.get(name) for name in _NAMED_TOKENS}
         named = {name: token.get("content") if isinstance(token, dict) else token for name, token in named.items()}
-        self.special_tokens_map = {name: content for name, content in named.items() if isinstance(content, str)}
-        ids = {name: self.backend_tokenizer.token_to_id(content) for name, content in self.special_tokens_map.items()}
-        self.eos_token_id, self.pad_token_id = ids.get("eos_token"), ids.get("pad_token")
+        special = {name: content for name, content in named.items() if isinstance(content, str)}
         file = Path(folder) / "chat_template.jinja"  # a text; in the settings several by name, too
-        self.chat_template: Any = file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template")
+        template = file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template")
+        return cls(tokenizers.Tokenizer.from_file(str(Path(folder) / "tokenizer.json")), special, template)
 
     def __call__(self, text: str | list[str], *, add_special_tokens: bool = True) -> dict[str, Any]:
         """`input_ids` of a text, or a list of them for several texts."""

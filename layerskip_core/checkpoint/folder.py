@@ -51,13 +51,18 @@ def read_settings(folder: str | Path, name: str) -> dict[str, Any]:
 
 def lean_spec(folder: str) -> ModelSpec | None:
     """The spec of a folder's model, if our kernels run it and it needs no transformers. Raises CheckpointError."""
-    config = read_settings(folder, CONFIG_FILE)
+    has_weights = weight_files(folder) or is_packed(folder)
+    return spec_of_settings(read_settings(folder, CONFIG_FILE)) if has_weights else None
+
+
+def spec_of_settings(config: dict[str, Any]) -> ModelSpec | None:
+    """The spec by a config.json, if our kernels run it and it needs no transformers. Raises CheckpointError."""
     major = str(config.get("transformers_version", "")).split(".")[0]
     recent = major.isdecimal() and int(major) >= 5
     special = {"quantization_config", "auto_map"} & config.keys()
     if config.get("model_type") in MULTIMODAL and isinstance(config.get("text_config"), dict):
         config = config["text_config"]
-    if not recent or special or not is_complete(config) or not (weight_files(folder) or is_packed(folder)):
+    if not recent or special or not is_complete(config):
         return None
     spec = ModelSpec.of(SimpleNamespace(**config))
     simple = all(rope.type in ("default", "proportional") and "rope_theta" in rope.parameters for rope in spec.ropes)
@@ -95,7 +100,10 @@ class WeightFile:
     def read(self, name: str) -> Tensor:
         """A weight in memory of its own. Raises OSError."""
         like = self.mapped(name)
-        tensor = torch.empty(like.shape, dtype=like.dtype)
+        return self.read_into(name, torch.empty(like.shape, dtype=like.dtype))
+
+    def read_into(self, name: str, tensor: Tensor) -> Tensor:
+        """A weight in the memory of `tensor`, which has its size. Raises OSError."""
         self._bytes.seek(self._start + self._header[self._stored[name]]["data_offsets"][0])
         if self._bytes.readinto(tensor.view(-1).view(torch.uint8).numpy().data) < tensor.nbytes:
             raise OSError("the file ends too early")
@@ -273,7 +281,7 @@ def lean_tokenizer(folder: str) -> Tokenizer | None:
     """A folder's tokenizer, if tokenizer.json describes it completely; None if it needs transformers."""
     settings = read_settings(folder, TOKENIZER_FILE)
     whole = settings.get("tokenizer_class") == _TOKENIZER_CLASS and (Path(folder) / "tokenizer.json").is_file()
-    return Tokenizer(folder, settings) if whole else None
+    return Tokenizer.in_folder(folder, settings) if whole else None
 
 
 def checked_tokenizer(tokenizer: Any, vocab_size: int) -> Any:

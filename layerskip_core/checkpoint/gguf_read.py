@@ -1,6 +1,10 @@
 """Reads GGUF files with the package `gguf`: configuration, weights, tokenizer and MTP block, in transformers' form."""
 
+import mmap
+import struct
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,9 @@ from ..model.transformers_backend import attention_for
 
 _TOKENS = {"bos": "bos_token_id", "eos": "eos_token_id", "unknown": "unk_token_id", "padding": "pad_token_id"}
 _VOCABULARY = "tokenizer.ggml.tokens"
+_COUNT = 4  # the part of an array's field that has its length, after the key's length and text, and two types
+_FEW = 1024  # strings of an array whose texts are read
+_CHUNK = 1 << 17  # weights that a thread dequantises at once, so that they stay in its cache
 _HEAD_WEIGHT = "output.weight"
 _ROPE_FACTORS = "rope_freqs.weight"
 _LONG_ROPES = ("rope_factors_long.weight", "rope_factors_short.weight")  # of LongRoPE, which is refused
@@ -81,22 +88,23 @@ class GgufFile:
     def __init__(self, path: Path) -> None:
         """Raises CheckpointError for a damaged file, ConfigError without the package `gguf`."""
         try:
-            from gguf import GGUFReader, GGUFValueType
+            from gguf import GGUFValueType
         except ImportError:
             raise ConfigError("a .gguf file needs the library gguf: pip install 'layerskip[gguf]'") from None
         try:
-            reader = GGUFReader(path, "c")  # copy-on-write: torch warns about read-only memory
+            reader = _reader(path)
             fields = {name: field for name, field in reader.fields.items() if field.types}
             arrays = {name: field for name, field in fields.items() if field.types[0] == GGUFValueType.ARRAY}
             read = (name for name in fields if name not in arrays or not name.startswith("tokenizer."))
             self._values = {name: fields[name].contents() for name in read}
         except Exception as error:
             raise CheckpointError(f"{path.name} is damaged, or no GGUF file: {first_line(error)}") from error
+        self._data = reader.data
         self._path, self._tensors = path, {tensor.name: tensor for tensor in reader.tensors}
         self._architecture = str(self._values.get("general.architecture"))
         self._interleaved = self._architecture in _INTERLEAVED
         self.layers: int | None = self._values.get(f"{self._architecture}.block_count")
-        self.tokens = len(arrays[_VOCABULARY].data) if _VOCABULARY in arrays else None
+        self.tokens = int(arrays[_VOCABULARY].parts[_COUNT][0]) if _VOCABULARY in arrays else None
 
     @cached_property
     def config(self) -> Any:
@@ -202,6 +210,11 @@ class GgufFile:
         known = "plain, or scaled as linear, yarn or llama3"
         raise CheckpointError(f"{self._path.name}: its rope must be {known}; found {found}; use the original checkpoint")
 
+    def release(self) -> None:
+        """Gives back the memory of the file's pages; they are read again when needed."""
+        with suppress(AttributeError, OSError):  # not on every system
+            self._data._mmap.madvise(mmap.MADV_DONTNEED)
+
     def tokenizer(self) -> Any:
         """transformers' tokenizer. Raises CheckpointError for a file without one."""
         import transformers
@@ -224,12 +237,7 @@ class GgufFile:
         return self._dense(name, self._stored[name]).reshape(self.spec.shapes[name])
 
     def _dense(self, name: str, tensors: list[Any]) -> Tensor:
-        from gguf import dequantize
-
-        try:
-            values = [np.array(dequantize(tensor.data, tensor.tensor_type), np.float32) for tensor in tensors]
-        except (ValueError, NotImplementedError) as error:
-            raise CheckpointError(f"{name} is stored in a way that the library gguf does not read: {error}") from None
+        values = [_dequantised(name, tensor) for tensor in tensors]
         parts = [torch.from_numpy(part.reshape(_shape(tensor))) for part, tensor in zip(values, tensors, strict=True)]
         weight = from_gguf(name, parts, self.spec, self._interleaved)
         assert weight is not None
@@ -239,14 +247,18 @@ class GgufFile:
         return weight - 1 if added else weight
 
     def table(self, name: str, dtype: torch.dtype) -> Tensor:
-        """Dequantises a large weight to `dtype` in chunks, without a whole copy in fp32."""
-        from gguf import dequantize
-
+        """Dequantises an embedding to `dtype`, in chunks on all threads, without a whole copy in fp32."""
         [tensor] = self._stored[name]
         weight = torch.empty(_shape(tensor), dtype=dtype)
-        for start in range(0, len(weight), 1024):
-            rows = dequantize(tensor.data[start : start + 1024], tensor.tensor_type)
-            weight[start : start + 1024] = torch.from_numpy(np.array(rows, np.float32)).view(len(rows), -1)
+        size = max(1, _CHUNK // weight.shape[1])
+
+        @torch.inference_mode()  # as in the thread that makes a backend
+        def fill(start: int) -> None:
+            rows = _dequantised(name, tensor, slice(start, start + size))
+            weight[start : start + size] = torch.from_numpy(rows).view(len(rows), -1)
+
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+            list(threads.map(fill, range(0, len(weight), size)))
         return weight
 
     def rows(self, name: str) -> Tensor | None:
@@ -307,3 +319,52 @@ def dense_model(path: str, config: Any, weights: dict[str, Tensor], dtype: torch
 
 def _shape(tensor: Any) -> tuple[int, ...]:
     return tuple(int(size) for size in reversed(tensor.shape))
+
+
+def _dequantised(name: str, tensor: Any, rows: slice = slice(None)) -> Any:
+    """Rows of a tensor as a new array in fp32. Raises CheckpointError for an unknown type."""
+    from gguf import dequantize
+
+    try:
+        return np.array(dequantize(tensor.data[rows], tensor.tensor_type), np.float32)
+    except (ValueError, NotImplementedError) as error:
+        raise CheckpointError(f"{name} is stored in a way that the library gguf does not read: {error}") from None
+
+
+def _reader(path: Path) -> Any:
+    """gguf's reader of an open file, which reads arrays at once.
+
+    The library makes a field of each element: of a vocabulary of 150,000 tokens and its merges this takes seconds.
+    """
+    from gguf import GGUFEndian, GGUFReader, GGUFValueType
+
+    class ArrayReader(GGUFReader):
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[Any]]:
+            if raw_type != GGUFValueType.ARRAY:
+                return super()._get_field_parts(orig_offs, raw_type)
+            kind, count = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
+            element, start = GGUFValueType(kind[0]), orig_offs + 12
+            if element == GGUFValueType.STRING:
+                strings, size = self._strings(start, int(count[0]))
+                return 12 + size, [kind, count, *strings], list(range(2, 2 + len(strings))), [GGUFValueType.ARRAY, element]
+            if element not in self.gguf_scalar_to_np:
+                return super()._get_field_parts(orig_offs, raw_type)
+            values = self._get(start, self.gguf_scalar_to_np[element], count[0])
+            if len(values) < count[0]:
+                raise ValueError("an array ends after the file")
+            return 12 + values.nbytes, [kind, count, values], [2], [GGUFValueType.ARRAY, element]
+
+        def _strings(self, start: int, count: int) -> tuple[list[Any], int]:
+            """The bytes of each string of an array, and its size. Of a vocabulary, only the size."""
+            length_at = struct.Struct("<Q" if self.endianess == GGUFEndian.LITTLE else ">Q").unpack_from
+            content, offset, parts = memoryview(self.data), start, list[Any]()
+            for _ in range(count):
+                [length] = length_at(content, offset)
+                offset += 8 + length
+                if count <= _FEW:
+                    parts.append(self.data[offset - length : offset])
+            if offset > len(content):
+                raise ValueError("an array ends after the file")
+            return parts, offset - start
+
+    return ArrayReader(path, "c")  # copy-on-write: torch warns about read-only memory

@@ -1,5 +1,6 @@
 """Loads a model: `for_decoding` on the fastest kernels here, `for_training` as transformers does; `import_checkpoint`."""
 
+import functools
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -28,9 +29,12 @@ from .folder import (
     CONFIG_FILE,
     EXIT_BLOCKS_FILE,
     INT4_FILE,
+    LowBitWeights,
+    checked_tokenizer,
     generation_config,
     is_packed,
     lean_spec,
+    lean_tokenizer,
     open_weights,
     quiet_transformers,
     read_settings,
@@ -38,6 +42,7 @@ from .folder import (
 )
 from .gguf_read import GgufFile
 from .info import EXIT_BLOCKS, CheckpointInfo, read_info
+from .load_cache import KeptParts, kept_parts
 from .loaded import Decoder, Trainable, decoder, decoder_of, pick_device, pick_dtype
 from .locate import Location, adapters_of, fetched, is_adapter, present, reading
 from .packed_file import PackedFile
@@ -45,10 +50,12 @@ from .save import read_whole, save_checkpoint
 from .shipped import drafter_files, is_assistant, read_exit_blocks, shipped_by, shipped_files, with_drafters
 from .sidecars import EAGLE3_FOLDER, read_int4
 from .transformers_read import (
+    PretrainedModel,
     configured_spec,
     merge_adapters,
     open_model,
     read_model,
+    read_tokenizer,
     tokenizer_in,
     tokenizer_of,
     written_dtype,
@@ -76,6 +83,7 @@ class Source:
     stored: Take | None = None  # rows of blocks as in a GGUF file, which the compiled kernels read
     info: CheckpointInfo = field(default_factory=CheckpointInfo)
     notes: tuple[str, ...] = ()  # for the user
+    kept: KeptParts = field(default_factory=KeptParts)
 
 
 def for_decoding(
@@ -85,6 +93,7 @@ def for_decoding(
     packing: PackingConfig | None = None,
     policies: Collection[str] | None = (),
     memory: int | None = None,
+    cache: bool = False,
 ) -> Decoder:
     """Loads a model to generate text with, repacked for the fastest kernels of this machine where its architecture allows.
 
@@ -95,6 +104,7 @@ def for_decoding(
         packing: how weights are stored; policies add their low-bit copies, and their draft head if it sets no drafts.
         policies: saved policies whose low-bit copies are made too (on the CPU); None: all.
         memory: bytes for the weights and a copy for adaptive drafting; None: by `memory_budget`.
+        cache: whether packed weights are read from and kept in the user's cache (load_cache.py). The output is the same.
 
     Raises:
         CheckpointError: the model is absent, damaged or unsupported.
@@ -102,6 +112,9 @@ def for_decoding(
     """
     target, location = pick_device(device), present(name)
     requested_variant()
+
+    def parts(used: PackingConfig, on: torch.device) -> KeptParts:
+        return kept_parts(name, location, dtype, used) if cache and on == _CPU else KeptParts()
 
     def read() -> Decoder:
         info, used, folder = read_info(location.path), packing or PLAIN, location.folder
@@ -112,17 +125,18 @@ def for_decoding(
             used = _with_policies(used, info, policies, on)
             if mapped:
                 return _mapped(name, folder, info, on, dtype, used)
-            if (source := _lean_source(folder, on, dtype, used)) is not None:
+            kept = parts(used, on)
+            if (source := _lean_source(folder, on, dtype, used, kept)) is not None:
                 source = _with_sidecars(replace(source, info=info), folder, most)
-                return _decoder(name, folder, source.info, *_backend(source, folder))
+                return _decoder(name, folder, source, *_backend(source, folder))
         low_bits = location.gguf_file is not None or (folder and "quantization_config" in read_settings(folder, CONFIG_FILE))
-        if low_bits and (stored := _as_stored(name, location, target, dtype, used, most)) is not None:
+        if low_bits and (stored := _as_stored(name, location, target, dtype, used, most, parts(used, target))) is not None:
             return stored
         return _repacked(_trainable(name, location, target, dtype), location, used, most)
 
     loaded = reading(name, lambda: read_whole(location.path, read))
     if packing is not None and packing.draft_model is not None:
-        loaded.backend.draft_model = _draft_model(packing.draft_model, loaded, dtype, packing)
+        loaded.backend.draft_model = _draft_model(packing.draft_model, loaded, dtype, packing, cache)
     return loaded
 
 
@@ -198,10 +212,10 @@ def _trainable(name: str, location: Location, device: torch.device, dtype: str) 
     return read_model(name, location, device, dtype)
 
 
-def _draft_model(name: str, target: Decoder, dtype: str, packing: PackingConfig) -> Backend:
+def _draft_model(name: str, target: Decoder, dtype: str, packing: PackingConfig, cache: bool) -> Backend:
     """Loads a draft model. Raises ConfigError unless it has the target's vocabulary."""
     packing = PackingConfig(packing.quantize, draft_vocab=packing.draft_vocab)
-    draft = for_decoding(name, str(target.backend.device), dtype, packing)
+    draft = for_decoding(name, str(target.backend.device), dtype, packing, cache=cache)
     vocab, size = target.backend.spec.vocab, draft.backend.spec.vocab
     differing = target.tokenizer.get_vocab().items() ^ draft.tokenizer.get_vocab().items()
     if vocab != size or differing:
@@ -227,9 +241,12 @@ def _with_policies(
     return replace(packing, draft_weights=copies, draft_layers=0) if whole else packing
 
 
-def _lean_source(folder: str, device: torch.device, dtype: str, packing: PackingConfig) -> Source | None:
+def _lean_source(
+    folder: str, device: torch.device, dtype: str, packing: PackingConfig, kept: KeptParts | None = None
+) -> Source | None:
     """A folder whose weights can be read one by one; None if only transformers can read it."""
-    if (spec := lean_spec(folder) or configured_spec(folder)) is None:
+    kept = kept or KeptParts()
+    if (spec := lean_spec(folder) or kept.spec or configured_spec(folder)) is None:
         return None
     precision = pick_dtype(dtype, device, spec.parameters)
     if missing_feature(spec) and not can_run_native(spec, precision, device, packing):
@@ -245,33 +262,75 @@ def _lean_source(folder: str, device: torch.device, dtype: str, packing: Packing
             return table if table.dtype in (torch.float32, torch.bfloat16) else table.float()
         return files[name].read(name).to(device, precision) if name in files else None
 
-    return Source(spec, precision, device, lambda name: files[name].mapped(name), lambda: take, packing)
+    return Source(spec, precision, device, lambda name: files[name].mapped(name), lambda: take, packing, kept=kept)
 
 
-@quiet_transformers()
 def _as_stored(
-    name: str, location: Location, device: torch.device, dtype: str, packing: PackingConfig, memory: float
+    name: str,
+    location: Location,
+    device: torch.device,
+    dtype: str,
+    packing: PackingConfig,
+    memory: float,
+    kept: KeptParts,
 ) -> Decoder | None:
     """A GGUF file or a low-bit folder on kernels that read the stored blocks; None if they cannot run it."""
-    files = open_model(location)
-    weights, spec = files if isinstance(files, GgufFile) else files.low_bits, files.spec
-    if weights is None or spec is None:
-        return None
+
+    @functools.cache
+    @quiet_transformers()
+    def files() -> PretrainedModel | GgufFile:
+        """Opened only for what the cache lacks, because this imports transformers."""
+        opened = open_model(location)
+        assert opened.spec is None or opened.config is not None
+        return opened
+
+    def weights() -> GgufFile | LowBitWeights:
+        opened = files()
+        found = opened if isinstance(opened, GgufFile) else opened.low_bits
+        assert found is not None
+        return found
+
+    is_gguf, blocks, spec = location.gguf_file is not None, NO_BLOCKS, kept.spec
+    if spec is None:
+        opened = files()
+        spec = opened.spec
+        if spec is None or (isinstance(opened, PretrainedModel) and opened.low_bits is None):
+            return None
+        if isinstance(opened, GgufFile):
+            blocks = replace(NO_BLOCKS, mtp=opened.drafter)
     precision = pick_dtype(dtype, device, spec.parameters)
     if not can_run_native(spec, precision, device, packing):
         return None
 
-    def take(weight: str) -> Tensor | None:
-        if weight in spec.mapped and isinstance(files, GgufFile):
-            return files.table(weight, precision)
-        return weights.weight(weight).to(precision) if weight in spec.shapes else None
+    @quiet_transformers()
+    def make(weight: str) -> Tensor | None:
+        found = weights()
+        if isinstance(found, GgufFile) and weight in (*spec.mapped, spec.embedding_name):
+            return found.table(weight, precision)
+        return found.weight(weight).to(precision) if weight in spec.shapes else None
 
-    source = Source(spec, precision, device, weights.weight, lambda: take, packing, stored=weights.rows)
-    source = replace(source, exit_blocks=replace(NO_BLOCKS, mtp=files.drafter)) if isinstance(files, GgufFile) else source
+    take = kept.unpacked(make, spec, precision)
+    source = Source(
+        *(spec, precision, device, lambda weight: weights().weight(weight), lambda: take, packing),
+        stored=kept.stored(lambda weight: weights().rows(weight)),
+        exit_blocks=blocks,
+        kept=kept,
+    )
     backend, notes = _backend(_with_sidecars(source, location.folder, memory), location.path)
-    generation = None if isinstance(files, GgufFile) else generation_config(location.path)
-    found = read_info(location.path), files.config, generation
-    return decoder(name, backend, tokenizer_of(files), *found, *notes, *weights.notes)
+    tokenizer = kept.tokenizer
+    of_weights = kept.notes
+    if tokenizer is None:
+        opened = files()
+        if isinstance(opened, GgufFile):
+            opened.release()
+        tokenizer = quiet_transformers()(tokenizer_of)(opened)
+    else:
+        checked_tokenizer(tokenizer, spec.vocab)
+    if kept.spec is None:
+        of_weights = tuple(weights().notes)
+    kept.save(None if blocks.mtp is not None else spec, tokenizer, of_weights)  # a drafter needs the open file
+    generation = None if is_gguf else generation_config(location.path)
+    return decoder(name, backend, tokenizer, read_info(location.path), spec.config, generation, *notes, *of_weights)
 
 
 def _model_source(trainable: Trainable, packing: PackingConfig) -> Source:
@@ -324,9 +383,12 @@ def _backend(source: Source, path: str) -> tuple[Backend, tuple[str, ...]]:
     """The fastest repacked backend on this machine, and notes for the user."""
     spec, how = source.spec, (source.spec, source.dtype, source.device, source.packing)
     note = kernel_note() if suits_kernels(*how) else None
-    kind = NativeBackend if can_run_native(*how) else TorchBackend
-    given = (token_order(path, spec.vocab), source.int4, source.exit_blocks)
-    backend = kind(spec, source.take(), source.packing, *given, stored=source.stored)
+    given = (source.take(), source.packing, token_order(path, spec.vocab), source.int4, source.exit_blocks)
+    backend: Backend
+    if can_run_native(*how):
+        backend = NativeBackend(spec, *given, stored=source.stored, through=source.kept.through)
+    else:
+        backend = TorchBackend(spec, *given, stored=source.stored)
     return backend, source.notes if note is None else (note, *source.notes)
 
 
@@ -347,12 +409,20 @@ def _mapped(name: str, folder: str, info: CheckpointInfo, device: torch.device, 
     blocks = with_drafters(file.exit_blocks, folder, spec)
     backend = NativeBackend(spec, file.unpacked, packing, order, None, blocks, file.embedding(spec), pack=file.matrix)
     backend.implementation = named_int4(backend.implementation, file.content.calibrated)
-    return _decoder(name, folder, info, backend, blocks.notes)
+    tokenizer = tokenizer_in(folder, spec.vocab)
+    return decoder(name, backend, tokenizer, info, spec.config, generation_config(folder), *blocks.notes)
 
 
-def _decoder(name: str, folder: str, info: CheckpointInfo, backend: Backend, notes: tuple[str, ...]) -> Decoder:
-    spec = backend.spec
-    return decoder(name, backend, tokenizer_in(folder, spec.vocab), info, spec.config, generation_config(folder), *notes)
+def _decoder(name: str, folder: str, source: Source, backend: Backend, notes: tuple[str, ...]) -> Decoder:
+    spec, kept = source.spec, source.kept
+    tokenizer = lean_tokenizer(folder)
+    if tokenizer is not None:
+        kept.save(None if lean_spec(folder) else spec)
+    else:
+        tokenizer = read_tokenizer(folder) if kept.tokenizer is None else kept.tokenizer
+        kept.save(None if lean_spec(folder) else spec, tokenizer)
+    checked_tokenizer(tokenizer, spec.vocab)
+    return decoder(name, backend, tokenizer, source.info, spec.config, generation_config(folder), *notes)
 
 
 def _repacked(trainable: Trainable, location: Location, packing: PackingConfig, memory: float) -> Decoder:

@@ -29,10 +29,13 @@ from .sidecars import FINGERPRINT, naming, open_formed
 
 _FORM = {"format": "layerskip packed 1", "layout": str(LAYOUT)}
 _CONTENT = "content"  # key of the header
-_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}  # in safetensors
+NAMES = {  # in safetensors
+    **{torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"},
+    **{torch.uint8: "U8", torch.int8: "I8", torch.int32: "I32"},
+}
 _ADVICE = "export the model again with `--format packed`"
 _PAGE = 4096
-_ENTRY = 256  # bytes of a header entry, at most
+ENTRY = 256  # bytes of a header entry, at most
 
 
 @dataclass(frozen=True)
@@ -98,30 +101,50 @@ class PackedFile:
 
     def _part(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
         """A view of a tensor. Raises CheckpointError if it is missing, or not of the type and shape that the model needs."""
-        needed, found = (_NAMES[dtype], shape), self._file.entries.get(name)
+        needed, found = (NAMES[dtype], shape), self._file.entries.get(name)
         with naming(self._path, _ADVICE):
             if found != needed:
                 raise ValueError(f"{name} must be {needed}, as config.json says, found {found}")
             return self._file.mapped(name)
 
 
-class PackedWriter:
-    """Writes the file matrix by matrix while a backend is built, and keeps none in memory."""
+class TensorWriter:
+    """Writes a safetensors file tensor by tensor, and its header at the end, which makes the file valid."""
+
+    def __init__(self, file: BinaryIO, header_bytes: int) -> None:
+        """`file` is open and empty. `header_bytes`: the size of the header, at most."""
+        self._file = file
+        self._start = self._end = -(-header_bytes // _PAGE) * _PAGE  # of the tensors, after the header
+        self._file.seek(self._start)
+        self._entries: dict[str, object] = {}
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        self._file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        begin, self._end = self._end - self._start, self._end + tensor.nbytes
+        offsets = [begin, self._end - self._start]
+        self._entries[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+
+    def end(self, metadata: Mapping[str, str]) -> None:
+        """Writes the header."""
+        header = json.dumps({METADATA: dict(metadata), **self._entries}, separators=(",", ":")).encode()
+        size = self._start - 8
+        assert len(header) <= size
+        self._file.seek(0)
+        self._file.write(size.to_bytes(8, "little") + header.ljust(size))
+
+
+class PackedWriter(TensorWriter):
+    """Writes a packed file matrix by matrix while a backend is built, and keeps none in memory."""
 
     def __init__(self, file: BinaryIO, kernels: Kernels, most: int) -> None:
         """`file` is open and empty. The header has room for `most` tensors."""
-        self._kernels, self._file = kernels, file
-        self._start = self._end = -(-(most + 16) * _ENTRY // _PAGE) * _PAGE  # of the tensors, after the header
-        self._file.seek(self._start)
-        self._entries: dict[str, object] = {}
+        super().__init__(file, (most + 16) * ENTRY)
+        self._kernels = kernels
         self._samples: dict[str, bytes] = {}
 
     def add(self, name: str, tensor: Tensor) -> None:
         self._samples[name] = _sample(tensor)
-        self._file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-        begin, self._end = self._end - self._start, self._end + tensor.nbytes
-        offsets = [begin, self._end - self._start]
-        self._entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        super().add(name, tensor)
 
     def matrix(self, name: str, form: MatrixForm, read: Callable[[], Iterable[Affine]]) -> NativeMatrix:
         """Writes a matrix; the returned one has no memory, so the backend cannot run."""
@@ -135,12 +158,7 @@ class PackedWriter:
 
     def finish(self, content: Content) -> None:
         """Writes the header, which makes the file valid."""
-        described = {**_FORM, _CONTENT: json.dumps(asdict(content)), FINGERPRINT: _fingerprint(self._samples)}
-        header = json.dumps({METADATA: described, **self._entries}, separators=(",", ":")).encode()
-        size = self._start - 8
-        assert len(header) <= size
-        self._file.seek(0)
-        self._file.write(size.to_bytes(8, "little") + header.ljust(size))
+        self.end({**_FORM, _CONTENT: json.dumps(asdict(content)), FINGERPRINT: _fingerprint(self._samples)})
 
 
 def unpacked_names(spec: ModelSpec, shapes: Shapes) -> list[str]:

@@ -19,8 +19,9 @@ with 1 has indices: [1, 14, 26] means after 2, 15 and 27 layers.
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -41,8 +42,9 @@ EAGLE3_FOLDER = "eagle3"
 EAGLE3_FILES = f"{EAGLE3_FOLDER}/{CONFIG_FILE}", f"{EAGLE3_FOLDER}/model.safetensors"
 PROPOSED = 4  # drafts per round by default in other engines
 
-CACHE = "LAYERSKIP_CACHE"  # environment variable: the folder for int4 weights of models in read-only folders
-_CACHED = 10 << 30  # its limit in bytes: the oldest files are removed
+CACHE = "LAYERSKIP_CACHE"  # environment variable: the folder for int4 weights of read-only folders, and for packed models
+CACHED = 10 << 30  # its limit in bytes: the files that were not used for longest are removed
+_CACHE_FILES = "*.safetensors"
 
 _INT4 = {"format": "1", "group_size": str(GROUP_SIZE)}
 BLOCKS = {"format": "1"}
@@ -91,20 +93,37 @@ def cached_int4(model_fingerprint: str) -> Path:
 
 
 def keep_in_cache(model_fingerprint: str, content: bytes) -> None:
-    """Writes a file of the cache, whose lock the caller holds, and drops the oldest beyond _CACHED. Raises CheckpointError."""
+    """Writes int4 weights into the cache, whose lock the caller holds. Raises CheckpointError."""
     write_file(cached_int4(model_fingerprint), content, CheckpointError)
-    room = _CACHED
-    for path in sorted(cache_folder().glob(f"*.{INT4_FILE}"), key=lambda path: path.stat().st_mtime, reverse=True):
-        room -= path.stat().st_size
-        if room < 0 and path != cached_int4(model_fingerprint):
-            path.unlink()
+    drop_unused(cached_int4(model_fingerprint))
+
+
+def touch(path: Path) -> None:
+    """Marks a file of the cache as used now; the time of its content stays."""
+    with suppress(OSError):  # of a read-only cache
+        os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+
+
+def drop_unused(new: Path) -> None:
+    """Removes the files of the cache that were not used for longest beyond CACHED, but not `new`."""
+    used: list[tuple[int, int, Path]] = []
+    for path in cache_folder().glob(_CACHE_FILES):
+        with suppress(OSError):  # another process may remove it
+            state = path.stat()
+            used.append((state.st_atime_ns, state.st_size, path))
+    room = CACHED
+    for _, size, path in sorted(used, reverse=True):
+        room -= size
+        if room < 0 and path != new:
+            with suppress(OSError):
+                path.unlink()
 
 
 def clear_cache() -> int:
     """Removes all files of the cache, whose lock the caller holds; returns their number."""
-    paths = list(cache_folder().glob(f"*.{INT4_FILE}"))
+    paths = list(cache_folder().glob(_CACHE_FILES))
     for path in paths:
-        path.unlink()
+        path.unlink(missing_ok=True)
     return len(paths)
 
 
@@ -124,6 +143,7 @@ def read_int4(folder: str | Path | None, spec: ModelSpec, weight_of: Callable[[s
         path = cached_int4(fingerprint(spec, weight_of))
         if not path.is_file():
             return None
+        touch(path)
     shapes = {name: stored_shape(*spec.shapes[name]) for name in matrix_names(spec)}
     with naming(path):
         file = open_formed(path, _INT4)

@@ -68,12 +68,28 @@ class NativeBackend(RepackedBackend):
 
     batch_invariant = True  # without splitting calls
 
-    def __init__(self, spec: ModelSpec, take: Take, *arguments: Any, pack: PackMatrix | None = None, **options: Any) -> None:
-        """As `RepackedBackend`. `pack`: returns matrices (from a packed file); None: packs weights in memory."""
+    def __init__(
+        self,
+        spec: ModelSpec,
+        take: Take,
+        *arguments: Any,
+        pack: PackMatrix | None = None,
+        through: Callable[[PackMatrix], PackMatrix] | None = None,
+        **options: Any,
+    ) -> None:
+        """As `RepackedBackend`.
+
+        `pack`: returns matrices (from a packed file); None: packs weights in memory. `through`: what to call in place of the
+        function that packs in memory; it must give the same matrices (from a cache).
+        """
         compiled = kernels()
         assert compiled is not None
         packed = partial(NativeMatrix.packed, compiled, empty=HugePages().empty, narrows=compiled.widens_bf16)
-        self._kernels, self._packed, self._pack = compiled, packed, pack or packed
+        self._kernels, self._packed = compiled, packed
+        self._is_packed_file = pack is not None
+        if pack is None:
+            pack = packed if through is None else through(packed)
+        self._pack = pack
         self._scales = dict[int, float]()  # by layer
         super().__init__(spec, take, *arguments, **options)
         if not compiled.has_cheap_rows:  # arithmetic grows with cores, memory bandwidth hardly beyond two
@@ -157,7 +173,7 @@ class NativeBackend(RepackedBackend):
 
     def _drafter_kinds(self, packing: PackingConfig) -> tuple[Quantization | None, Quantization | None]:
         kind, of_head = packing.drafter
-        if self._pack is not self._packed:  # a packed file holds the head in few precisions
+        if self._is_packed_file:  # it holds the head in few precisions
             of_head = (packing.draft_head or "int8") if packing.draft_weights else packing.quantize
         fits = suits_kernels(self.spec, self._embedding.dtype, torch.device("cpu"), PackingConfig("int8"))
         return (kind, of_head) if fits else (packing.quantize,) * 2
