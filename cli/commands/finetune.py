@@ -27,11 +27,13 @@ if TYPE_CHECKING:
     from layerskip_core.checkpoint.info import CheckpointInfo
     from layerskip_core.training.plan import Plan, Verdict
     from layerskip_core.training.progress import StepReport
+    from layerskip_core.training.recipe import Recipe
     from layerskip_core.training.run import FrozenModel, WholeModel
     from layerskip_core.training.verdict import Speedup
 
 _PAYS = 1.05  # least speedup over plain decoding
 _LOST = 0.05  # share of changed next tokens above which advice follows
+_NO_GAIN = "in so short a run dropout gained nothing that was measured; --pmax 0 leaves it out"
 
 
 def read_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -175,6 +177,7 @@ def plan_text(plan: "WholeModel | FrozenModel") -> str:
 
 def _recipe_lines(plan: "WholeModel") -> list[str]:
     from layerskip_core.training.data import step_rows
+    from layerskip_core.training.recipe import LONG
     from layerskip_core.training.sharding import world_size
 
     config, recipe, processes, (own, replayed) = plan.config, plan.recipe, world_size(), step_rows(plan.config)
@@ -185,16 +188,34 @@ def _recipe_lines(plan: "WholeModel") -> list[str]:
     if not early and not recipe.p_max:
         lines.append("trained at full depth only, as in ordinary training")
     else:
-        profile = " constant over depth" if recipe.dropout_profile == "constant" else ""
         rotation = f" R={recipe.rotation}" if recipe.rotation else ""
         chosen = ", ".join(f"{layer} on {steps}" for layer, steps in _some(early))
         reader = ", each read by a block" if recipe.exit_reader == "block" else ""
         exits = f", exits {chosen} of {plan.steps} steps{reader}" if early else ""
+        if early and recipe.exit_gradient < 1:
+            exits += f", {recipe.exit_gradient:.2g} of their gradient trains the layers below"
         lines.append(
-            f"recipe {recipe.preset}: p_max {recipe.p_max:g} {recipe.dropout_schedule}{profile}, e_scale {recipe.e_scale:g} "
+            f"recipe {recipe.preset}: {_dropout_text(recipe, plan.steps)}, e_scale {recipe.e_scale:g} "
             f"{recipe.exit_weights}, {recipe.curriculum}{rotation}{exits}"
         )
+        if recipe.preset == "auto" and recipe.p_max and plan.steps < LONG:
+            lines.append(_NO_GAIN)
     return [*lines, f"replay: {replayed} of the {own + replayed} rows of a step"] if replayed else lines
+
+
+def _dropout_text(recipe: "Recipe", steps: int) -> str:
+    """The layer dropout of a run: the highest rate of the last layer, and when it applies."""
+    from layerskip_core.training.recipe import dropout_steps
+
+    if not recipe.p_max:
+        return "no dropout"
+    when = {
+        "constant": f"{recipe.p_max:g} in all steps",
+        "rising": f"rising to {recipe.p_max:g}",
+        "falling": f"up to {recipe.p_max:g}, ending after {plural(dropout_steps(steps), 'step')}",
+    }
+    profile = ", constant over depth" if recipe.dropout_profile == "constant" else ""
+    return f"dropout {when[recipe.dropout_schedule]}{profile}"
 
 
 def _drafter_lines(plan: "FrozenModel") -> list[str]:

@@ -124,13 +124,18 @@ class RecipeSettings:
     p_max: Annotated[Fraction | None, Flag("Dropout rate of the last layer.", "--pmax/--p-max", _BY_PRESET)] = None
     exits: Annotated[tuple[Layer, ...] | None, Flag("Exits to train: 3,6,8 or A:B:STEP.", None, _BY_PRESET)] = None
     exit_reader: Annotated[ExitReader | None, Flag("Before the head: a block (a layer and a norm).", None, _BY_PRESET)] = None
-    dropout_schedule: Annotated[DropoutSchedule | None, Flag("Falling: to 0 in a third of the run.", None, _BY_PRESET)] = None
+    dropout_schedule: Annotated[
+        DropoutSchedule | None, Flag("Falling: to 0 in at most a third of the run.", None, _BY_PRESET)
+    ] = None
     dropout_profile: Annotated[DropoutProfile | None, Flag("Constant: the same at every layer.", None, "exponential")] = None
     e_scale: Annotated[_Weight | None, Flag("Scale of the early exits' loss.", "--escale/--e-scale", _BY_PRESET)] = None
     exit_weights: Annotated[ExitWeights | None, Flag("Weights of the exits' losses.", default=_BY_PRESET)] = None
     curriculum: Annotated[Curriculum | None, Flag("Which exits a step trains.", default=_BY_PRESET)] = None
     rotation: Annotated[_Rotation | None, Flag("R: rotational trains each exit every R steps.", None, _BY_PRESET)] = None
     distill: Annotated[Ratio | None, Flag("Share of KL from the last layer in the exits' loss.", None, _BY_PRESET)] = None
+    exit_gradient: Annotated[
+        Ratio | None, Flag("Share of the exits' gradient that trains the layers below.", None, _BY_PRESET)
+    ] = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items() if self.preset == "none" else ():

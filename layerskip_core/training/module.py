@@ -76,6 +76,8 @@ class RecipeModule(nn.Module):
             return kept_rows(rates[layer], len(input_ids), self.seed, step.done, step.first_row, layer)
 
         states = self.texts.states(input_ids, exits, documents, kept, self.recompute and self.training)
+        for exit_layer in exits[:-1]:
+            states[exit_layer] = with_gradient(states[exit_layer], recipe.exit_gradient)
         rows = [self._read(exit_layer, states[exit_layer], input_ids, labels, documents) for exit_layer in exits]
         share = recipe.distill if self.training else 1.0  # in evaluation any weight makes agreement counted
         scales = exit_weights(exits, layers, recipe.e_scale, recipe.exit_weights)  # 0 for the paper's first exit
@@ -126,6 +128,16 @@ class RecipeModule(nn.Module):
             self.model.load_state_dict(stored, strict=False)  # tied weights are stored once
         if self.readers:
             copy_into(named_weights(self.readers), load_file(folder / EXIT_BLOCKS_FILE))
+
+
+def with_gradient(states: Tensor, share: float) -> Tensor:
+    """The same values, bit by bit. Only `share` of their gradient goes on to what computed them."""
+    if share == 1:
+        return states
+    fixed = states.detach()
+    if share == 0:
+        return fixed
+    return fixed + share * (states - fixed)
 
 
 @quiet_transformers()

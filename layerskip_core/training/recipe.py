@@ -20,6 +20,7 @@ _LEARNING_RATES = {"continual": 3e-5, "scratch": 8e-4}  # else 1e-4
 _SMALL_LEARNING_RATES = {"continual": 2e-4, "scratch": 2e-3}  # else 5e-4
 TEXT_PRESETS: tuple[Preset, ...] = ("continual", "scratch", "code")  # for plain text, in long rows
 TAUGHT = 100  # steps that an exit must be trained on to count as trained, or all steps of a shorter run
+LONG = 1000  # steps after which a run wins back what dropout and the exits' gradient cost the last layer
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Recipe:
     exits: tuple[int, ...] = ()  # the exit layers that the curriculum chooses among, ascending; empty for all L
     exit_reader: ExitReader = "none"
     distill: float = 0.0
+    exit_gradient: float = 1.0  # share of the gradient of the exits' losses that trains the layers below the exits
 
 
 @dataclass(frozen=True)
@@ -48,14 +50,18 @@ class RunStep:
     first_row: int = 0  # index of the batch's first row among all rows of the step
 
 
-def recipe_preset(preset: Preset, spec: AnySpec, steps: int) -> dict[str, Any]:
-    """The fields of a recipe: the paper's by parameters (LayerSkip tables 1 and 2; R = L-1 is our default), or ours, `auto`."""
+def recipe_preset(preset: Preset, spec: AnySpec, steps: int, can_read: bool = True) -> dict[str, Any]:
+    """The fields of a recipe: the paper's by parameters (LayerSkip tables 1 and 2; R = L-1 is our default), or ours, `auto`.
+
+    Without `can_read` exits have no readers.
+    """
     parameters = spec.parameters
     if preset == "none" or (preset == "auto" and spec.layers == 1):
         return {"p_max": 0.0, "e_scale": 0.0, "curriculum": "none"}
     if preset == "auto":
-        fields = {"p_max": 0.1, "dropout_schedule": "falling", "e_scale": 0.2, "exit_weights": "uniform", "curriculum": "all"}
-        reader = "block" if spec.block_shapes else "none"
+        p_max = 0.1 if steps >= LONG else 0.0  # in shorter runs dropout costs exact match, and exits agree as often without
+        fields = {"p_max": p_max, "dropout_schedule": "falling", "e_scale": 0.2, "exit_weights": "uniform", "curriculum": "all"}
+        reader = "block" if spec.block_shapes and can_read else "none"
         return {**fields, "exits": auto_exits(spec.layers, steps), "exit_reader": reader, "distill": 0.5}
     if preset == "continual":  # Llama2-7B; Llama2-13B; Llama3.2-1B and Llama3-8B
         if parameters >= 10e9:
@@ -89,24 +95,31 @@ def learning_rate(preset: Preset, parameters: int, is_lora: bool = False) -> flo
     return _LEARNING_RATES.get(preset, 1e-4)
 
 
-def resolve_recipe(asked: RecipeSettings, spec: AnySpec, steps: int) -> Recipe:
+def resolve_recipe(asked: RecipeSettings, spec: AnySpec, steps: int, can_read: bool = True) -> Recipe:
     """The requested settings, completed by the preset for this model and number of steps.
 
     R defaults to n-1 for n exits if the vocabulary is above 8k, where an exit's head is expensive, else to n/3. Raises
     ConfigError for unused settings, exits without any weight, and dropout in a model of one layer or a run of one step.
+    Without `can_read` the preset gives exits no readers.
     """
     given = {name: value for name, value in vars(asked).items() if value is not None}
-    preset = recipe_preset(asked.preset, spec, steps)
+    preset = recipe_preset(asked.preset, spec, steps, can_read)
     if asked.curriculum == "none":
         preset |= {"exits": (), "exit_reader": "none", "distill": 0.0}
     recipe = Recipe(**preset | given)
+    if recipe.preset == "auto" and recipe.exit_reader == "block" and asked.exit_gradient is None:
+        recipe = replace(recipe, exit_gradient=run_length(steps))
     for exit_layer in recipe.exits:
         require_exit_layer(exit_layer, spec.layers, field="exits")
     if recipe.curriculum == "none":
         for name in ("exits", "distill"):
             require(not getattr(recipe, name), name, "left out with `curriculum` none", getattr(recipe, name))
+        require(asked.exit_gradient is None, "exit_gradient", "left out with `curriculum` none", asked.exit_gradient)
         require(recipe.exit_reader == "none", "exit_reader", "none with `curriculum` none", recipe.exit_reader)
     else:
+        trains = recipe.exit_gradient > 0 or recipe.exit_reader == "block"
+        needed = "above 0 without `exit_reader` block: an exit has no weights of its own"
+        require(trains, "exit_gradient", needed, recipe.exit_gradient)
         require(recipe.e_scale > 0, "e_scale", "above 0 unless `curriculum` is none", recipe.e_scale)
         scales = exit_scales(spec.layers, recipe.e_scale, recipe.exit_weights)
         weighs = not recipe.exits or any(scales[exit_layer - 1] > 0 for exit_layer in recipe.exits)
@@ -128,15 +141,29 @@ def depth_scale(layer: int, num_layers: int) -> float:
     return math.exp(layer * math.log(2) / (num_layers - 1)) - 1
 
 
+def run_length(steps: int) -> float:
+    """The length of a run as a share of a long one, at most 1: what `auto` makes dropout and the exits' gradient follow."""
+    return min(1.0, steps / LONG)
+
+
+def dropout_steps(total_steps: int) -> int:
+    """The number of steps over which falling dropout reaches 0: a third of a long run, a smaller share of a shorter one.
+
+    The share is sqrt(T / 1000) / 3: a tenth of 100 steps, a sixth of 300, a quarter of 600.
+    """
+    share = math.sqrt(run_length(total_steps)) / 3
+    return max(1, round(share * total_steps))
+
+
 def time_scale(step: int, total_steps: int, schedule: DropoutSchedule = "constant") -> float:
     """S(t): 1, constant, for an existing checkpoint; exp(t ln2 / (T-1)) - 1, rising, for training from scratch (the paper).
 
-    Ours, falling: from 1 to 0 over the first third of the run; later steps win back what dropout costs the last layer.
+    Ours, falling: from 1 to 0 over `dropout_steps`; later steps win back what dropout costs the last layer.
     """
     if schedule == "constant":
         return 1.0
     if schedule == "falling":
-        return max(0.0, 1 - 3 * step / total_steps)
+        return max(0.0, 1 - step / dropout_steps(total_steps))
     require(total_steps > 1, "steps", "at least 2 to train from scratch with layer dropout", total_steps)
     return math.exp(step * math.log(2) / (total_steps - 1)) - 1
 

@@ -102,9 +102,8 @@ class WholeModel(Plan):
         if source is not None and Path(source, EAGLE3_FILES[0]).is_file():
             self.notes += (_LEFT.format(Path(source, EAGLE3_FOLDER)),)
         self.steps = data.run_steps(config, len(seen))
-        self.recipe = resolve_recipe(config.recipe, spec, self.steps)
-        if config.lora_keep:  # an adapter is saved without readers
-            self.recipe = replace(self.recipe, exit_reader="none")
+        # An adapter is saved without readers.
+        self.recipe = resolve_recipe(config.recipe, spec, self.steps, can_read=not config.lora_keep)
         self.exit_steps = steps_on(self.recipe, self.steps, spec.layers)
         usual = learning_rate(config.recipe.preset, spec.parameters, config.lora_rank > 0)
         self.config = replace(config, lr=config.lr or usual, max_length=encoder.max_length)

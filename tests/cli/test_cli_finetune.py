@@ -36,14 +36,18 @@ def files():
 def test_a_dry_run_tells_the_plan_and_writes_nothing(finetune, checkpoint):
     result = run(*finetune("--steps", "7", "--pmax", "0.3", "--lr", "0.002", "--accumulation", "2", "--dry-run"))
     assert (result.code, result.out) == (0, "")
-    what, how, recipe = result.err.splitlines()
+    what, how, recipe, note = result.err.splitlines()
     assert re.fullmatch(
         rf"{re.escape(checkpoint)} \(0\.1M parameters, 6 layers\) on .*rows\.jsonl: "
         r"4 rows and 0 held out, \d+ tokens at most",
         what,
     )
     assert re.fullmatch(r"7 steps of 2 x 2 rows, lr 0\.002, fp32 on cpu", how)
-    assert recipe == ("recipe auto: p_max 0.3 falling, e_scale 0.2 uniform, all, exits 2 on 7 of 7 steps, each read by a block")
+    assert recipe == (
+        "recipe auto: dropout up to 0.3, ending after 1 step, e_scale 0.2 uniform, all, "
+        "exits 2 on 7 of 7 steps, each read by a block, 0.007 of their gradient trains the layers below"
+    )
+    assert note == "in so short a run dropout gained nothing that was measured; --pmax 0 leaves it out"
     assert list(Path().iterdir()) == []
 
 
@@ -51,7 +55,7 @@ def test_the_papers_recipe_with_named_exits(finetune):
     """R is 1 of 2 exits in a small vocabulary; paper's weights."""
     result = run(*finetune("--recipe", "finetune", "--steps", "2", "--exits", "2:4:2"))
     assert (result.code, result.out) == (0, "")
-    expected = "recipe finetune: p_max 0.2 constant, e_scale 1 paper, rotational R=1, exits 2 on 2, 4 on 2 of 2 steps\n"
+    expected = "recipe finetune: dropout 0.2 in all steps, e_scale 1 paper, rotational R=1, exits 2 on 2, 4 on 2 of 2 steps\n"
     assert expected in result.err
     assert re.search(r"^loss by exit: 2: [\d.]+  4: [\d.]+  6: [\d.]+$", result.err, re.MULTILINE)
     assert not Path("out", "exit_blocks.safetensors").exists()
@@ -159,9 +163,9 @@ def test_a_config_file_gives_defaults_and_flags_win(finetune, checkpoint):
     )
     plan = plan_of("finetune", "--config", "run.toml")
     assert "4 rows" in plan and "4 rows are truncated at 12" in plan and "9 steps of 3 x 1" in plan
-    assert "recipe auto: p_max 0.4 falling, e_scale 0.2 uniform, gradual, " in plan
+    assert "recipe auto: dropout up to 0.4, ending after 1 step, e_scale 0.2 uniform, gradual, " in plan
     plan = plan_of("finetune", "--steps", "5", "--config", "run.toml", "--pmax", "0")
-    assert "truncated at 12" in plan and "5 steps of 3 x 1" in plan and "p_max 0 falling" in plan
+    assert "truncated at 12" in plan and "5 steps of 3 x 1" in plan and "no dropout" in plan
     Path("run.toml").write_text("dry-run = true\n")
     assert run(*finetune("--config", "run.toml")).code == 0  # a switch too
     assert not Path("out").exists()

@@ -1,5 +1,6 @@
 """The recipe's formulas against literal values."""
 
+from dataclasses import replace
 from itertools import chain
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from layerskip_core.model import TransformersBackend
 from layerskip_core.training.recipe import (
     depth_scale,
     dropout_rates,
+    dropout_steps,
     exits_on,
     kept_rows,
     learning_rate,
@@ -62,6 +64,8 @@ def test_named_exits_are_the_only_ones_besides_the_last(curriculum, expected):
     [
         ({"curriculum": "none", "exits": (6,)}, "exits"),
         ({"curriculum": "none", "distill": 0.5}, "distill"),
+        ({"curriculum": "none", "exit_gradient": 0.5}, "exit_gradient"),
+        ({"exit_gradient": 0.0}, "exit_gradient"),  # without readers an exit has no weights of its own
         ({"curriculum": "all", "e_scale": 0.0}, "e_scale"),
         ({"exits": (1,)}, "exits"),  # which the paper's formula gives no weight
         ({"curriculum": "all", "rotation": 3}, "rotation"),
@@ -108,7 +112,6 @@ def test_auto_trains_a_few_exits_on_every_step_and_reads_each():
     found = auto(p_max=0.2, exits=(3, 6))
     assert (found.p_max, found.exits, found.curriculum, found.exit_reader) == (0.2, (3, 6), "all", "block")
     assert trained_exits(found, 40, 24) == (3, 6)
-    assert [time_scale(step, 12, found.dropout_schedule) for step in (0, 2, 4, 8)] == [1, 0.5, 0, 0]
     assert auto(blocks=False).exit_reader == "none" and auto(exit_reader="none").exits == (4, 8)
     alone = auto(layers=1)
     assert (alone.curriculum, alone.exits, alone.p_max) == ("none", (), 0)
@@ -117,6 +120,29 @@ def test_auto_trains_a_few_exits_on_every_step_and_reads_each():
     assert auto(curriculum="none", p_max=0.2).exits == ()
     rates = [learning_rate("auto", int(size)) for size in (5e6, 135e6, 1.08e9, 8e9)]
     assert rates == [5e-4, 5e-5, 2.5e-5, 1.3e-5] and learning_rate("none", 135_000_000, is_lora=True) == 5e-4
+
+
+def test_the_recipe_of_auto_follows_from_the_number_of_steps():
+    """Dropout ends after T sqrt(T / 1000) / 3 steps, after T / 3 from 1,000 on; T / 1000 of the exits' gradient goes below."""
+    lengths = (1, 10, 50, 100, 300, 600, 1000, 3000)
+    assert [dropout_steps(steps) for steps in lengths] == [1, 1, 4, 11, 55, 155, 333, 1000]
+    assert [auto(steps=steps).exit_gradient for steps in lengths] == [0.001, 0.01, 0.05, 0.1, 0.3, 0.6, 1, 1]
+    assert [auto(steps=steps).p_max for steps in lengths] == [0, 0, 0, 0, 0, 0, 0.1, 0.1]
+    assert [time_scale(step, 3000, "falling") for step in (0, 250, 500, 1000, 2999)] == [1, 0.75, 0.5, 0, 0]
+    assert [time_scale(step, 50, "falling") for step in range(5)] == [1, 0.75, 0.5, 0.25, 0]
+
+
+def test_exits_without_readers_train_the_layers_below_them():
+    """So do those that are read where that is asked for, and all of the paper's."""
+    assert (
+        auto(exit_reader="none").exit_gradient == auto(blocks=False).exit_gradient == auto(exit_gradient=1.0).exit_gradient == 1
+    )
+    assert auto(curriculum="none").exit_gradient == auto(preset="none").exit_gradient == 1
+    papers = [RecipeSettings(preset, exit_reader=reader) for preset, *_ in PAPER for reader in (None, "block")]
+    named = [replace(asked, exits=(8,)) if asked.exit_reader else asked for asked in papers]
+    assert {resolve_recipe(asked, spec_of(24), 300).exit_gradient for asked in named} == {1.0}
+    kept = resolve_recipe(RecipeSettings(), spec_of(24), 300, can_read=False)
+    assert (kept.exit_reader, kept.exit_gradient) == ("none", 1)
 
 
 def test_the_literal_rates_and_constant_ones_of_the_same_mean():

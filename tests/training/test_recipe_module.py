@@ -188,6 +188,37 @@ def test_the_teacher_is_a_constant(llama, monkeypatch):
     llama.zero_grad()
 
 
+def test_a_share_of_the_exits_gradient_trains_the_layers_below():
+    """The gradient of the whole loss is that of the last layer's, and this share of what exit 3's adds.
+
+    The block that reads exit 3, and the losses, are the same bit by bit at every share.
+    """
+    model, (ids, labels) = tiny_model(dtype=torch.float32), batch()
+
+    def found(share):
+        recipe = RecipeSettings(p_max=0, exits=(3,), exit_gradient=share)
+        module = recipe_module(model, recipe).train()
+        model.zero_grad()
+        output = module(ids, labels, RunStep(0, 10))
+        output["loss"].backward()
+        trunk = [weight.grad.clone() for weight in model.model.layers[:3].parameters()]
+        reader = [weight.grad.clone() for weight in module.readers.parameters() if weight.requires_grad]
+        return torch.cat([each.flatten() for each in trunk]), torch.cat([each.flatten() for each in reader]), output
+
+    fixed, half, whole = (found(share) for share in (0.0, 0.5, 1.0))
+    for other in (half, whole):
+        assert torch.equal(fixed[1], other[1]) and torch.equal(fixed[2]["loss"], other[2]["loss"])
+    torch.testing.assert_close(half[0], (fixed[0] + whole[0]) / 2, rtol=1e-4, atol=1e-5)
+    assert (whole[0] - fixed[0]).norm() > 0.01 * whole[0].norm()
+    # Without the exits' gradient the layers get that of the last layer's loss alone, by its weight.
+    plain = recipe_module(model, RecipeSettings("none")).train()
+    model.zero_grad()
+    plain(ids, labels, RunStep(0, 10))["loss"].backward()
+    alone = torch.cat([weight.grad.flatten() for weight in model.model.layers[:3].parameters()])
+    weight = exit_weights((3, 6), 6, 0.2, "uniform")[-1]
+    torch.testing.assert_close(fixed[0], weight * alone, rtol=1e-4, atol=1e-5)
+
+
 def gradients(model, *, autocast, **inputs):
     module = recipe_module(model, RecipeSettings("finetune", p_max=0.3, curriculum="all")).train()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
