@@ -128,7 +128,8 @@ class DecodingLoop:
             with torch.inference_mode():
                 return self._step()
         except BaseException:  # rows may be half changed
-            self.active = []
+            self._recorder = None
+            self.end()
             raise
 
     def spare(self) -> float:
@@ -163,21 +164,23 @@ class DecodingLoop:
                 self._cache, self.active = cache, [row]
 
     def set_aside(self, row: Row) -> None:
-        """Removes a row and drops its KV entries: added again, its text is prefilled again.
+        """Removes a row and frees its KV entries at once: added again, its text is prefilled again.
 
-        Not for exits by confidence, where a prefill writes other entries than decoding.
+        A row that exits by confidence cannot be added again: a prefill writes other entries than decoding.
         """
         row.prompt_logprobs = row.prompt_logprobs if row.output else []
-        staying = [index for index, other in enumerate(self.active) if other is not row]
-        self._stay(staying)
-        if not staying:
-            self._cache.keep_rows(staying)  # frees its memory at once
+        self._stay([index for index, other in enumerate(self.active) if other is not row])
+
+    def cancel(self, row: Row) -> None:
+        """Removes a row before its end and frees its KV entries at once. Its text so far is added to the prefixes."""
+        index = self.active.index(row)
+        self._keep_so_far(index)
+        self._stay([other for other in range(len(self.active)) if other != index])
 
     def leave(self) -> None:
         """Adds the texts of all rows so far to the prefixes."""
-        for index, row in enumerate(self.active):
-            if row.output and not row.lacks:
-                self._keep(index)
+        for index in range(len(self.active)):
+            self._keep_so_far(index)
 
     @property
     def stats(self) -> DecodeStats:
@@ -295,15 +298,21 @@ class DecodingLoop:
             row.filled = row.filled + row.runs if row.fills else len(row.ids) - 1
             if row.runs and row.filled == row.stop:
                 self._keep(index, row.ids[: row.stop])
-            if row.scanner.reason is None and not row.is_dropped:
+            if row.scanner.reason is None:
                 staying.append(index)
-            elif row.output and not row.lacks:
-                self._keep(index)
+            else:
+                self._keep_so_far(index)
         if self._target.exit_cache is not None and last:
             self._target.exit_cache.go_on(self._cache, last)
         if len(staying) < len(self.active):
             self._stay(staying)
         return steps
+
+    def _keep_so_far(self, index: int) -> None:
+        """Adds a row's text so far to the prefixes, unless it waits for a prefill."""
+        row = self.active[index]
+        if row.output and not row.lacks:
+            self._keep(index)
 
     def _keep(self, index: int, prompt: list[int] | None = None) -> None:
         """Adds the KV entries of a row's prompt, or of its text so far, to the prefixes."""
@@ -320,5 +329,13 @@ class DecodingLoop:
         self.active = [self.active[index] for index in rows]
         if rows:
             self._cache.keep_rows(rows)
-        elif self._recorder is not None:
+            return
+        if self._recorder is not None:
             self._recorder.give_back(self._model)
+            self._recorder = None
+        self.end()
+
+    def end(self) -> None:
+        """Removes all rows and frees their KV entries at once, also if the loop is kept for its statistics."""
+        self.active = []
+        self._cache = self._model.new_cache(0)
