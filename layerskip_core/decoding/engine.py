@@ -9,7 +9,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import repeat
 from math import inf
+from threading import RLock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -26,7 +28,17 @@ from .sampling import Sampler, accepted_choices
 from .target import NO_PREFIXES, FixedTarget, Prefixes, TargetOutput, target_of
 
 _NOTHING = "plain"  # source of steps without room for drafts
+_LOCKS: WeakKeyDictionary[Backend, RLock] = WeakKeyDictionary()
 _SCORED = 64  # positions of a prompt whose logits are in memory at once
+
+
+def lock_of(model: Backend) -> RLock:
+    """The lock of a model. Its passes share buffers and pages, so one thread at a time runs them.
+
+    It is held during a step and never between two, so that answers of several threads take turns, and one that is abandoned
+    stops no other.
+    """
+    return _LOCKS.setdefault(model, RLock())
 
 
 def decode(
@@ -76,7 +88,8 @@ def decode_batch(
 class DecodingLoop:
     """Iterates over steps: the new tokens of the rows that are not finished yet.
 
-    A loop can be abandoned between any two steps. As in a generator, an exception in a step, such as Ctrl-C, ends it.
+    A loop can be abandoned between any two steps. As in a generator, an exception in a step, such as Ctrl-C, ends it. Loops of
+    one model can be in different threads.
     """
 
     def __init__(
@@ -102,6 +115,7 @@ class DecodingLoop:
         self._target, self._sampler = target_of(model, config), Sampler(config)
         self._prefixes = NO_PREFIXES if prefixes is None else prefixes
         self._model, self._earlier, self._detokenize = model, earlier, detokenize
+        self._lock = lock_of(model)
         self.piece = inf  # most prompt tokens per step, the oldest rows first
         self.left = inf  # the part of `piece` that the last step did not need
         # Only for greedy decoding on batch-invariant kernels: else remembered answers would change random draws or rounding.
@@ -125,7 +139,7 @@ class DecodingLoop:
             raise StopIteration
         # Entered here and not in a generator, whose caller would run in inference mode between two steps.
         try:
-            with torch.inference_mode():
+            with self._lock, torch.inference_mode():
                 return self._step()
         except BaseException:  # rows may be half changed
             self._recorder = None
@@ -152,7 +166,7 @@ class DecodingLoop:
     def add(self, row: Row) -> None:
         """Adds a new row, or one that was set aside; it gets the same tokens as alone."""
         known, end = self._prefixes_of(row), len(row.ids) + row.scanner.room
-        with torch.inference_mode():  # as in all writes to caches
+        with self._lock, torch.inference_mode():  # as in all writes to caches
             cache, row.filled = known.begin(self._model, self._target, row.ids, end)
             row.stop = known.parting(self._model, self._target, row.ids, row.filled)
             cache.steps_back = self._num_draft_tokens
@@ -174,13 +188,15 @@ class DecodingLoop:
     def cancel(self, row: Row) -> None:
         """Removes a row before its end and frees its KV entries at once. Its text so far is added to the prefixes."""
         index = self.active.index(row)
-        self._keep_so_far(index)
+        with self._lock:
+            self._keep_so_far(index)
         self._stay([other for other in range(len(self.active)) if other != index])
 
     def leave(self) -> None:
         """Adds the texts of all rows so far to the prefixes."""
-        for index in range(len(self.active)):
-            self._keep_so_far(index)
+        with self._lock:
+            for index in range(len(self.active)):
+                self._keep_so_far(index)
 
     @property
     def stats(self) -> DecodeStats:

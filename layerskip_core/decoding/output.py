@@ -111,7 +111,7 @@ class Answer:
 
     text: str  # without the EOS token or the stop string that ended it
     finish_reason: StopReason  # `stop`: a stop string; `length`: max_new_tokens; `context`: the model's context is full
-    stats: DecodeStats  # counts; seconds only if it was decoded alone
+    stats: DecodeStats  # counts; all seconds only if it was decoded alone
     ids: list[int] = field(default_factory=list)  # the new tokens, including those that ended the answer
     row: int = 0  # the index of its prompt in the batch
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # of `ids`

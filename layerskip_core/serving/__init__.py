@@ -21,6 +21,7 @@ from ..checkpoint.loaded import Decoder
 from ..config.decoding import DecodingConfig
 from ..decoding import DecodeStats, DecodingLoop, Prefixes, StopReason, check_prompt
 from ..decoding.drafters.lookup import EarlierAnswers
+from ..decoding.engine import lock_of
 from ..decoding.output import Row, RowStep, TokenLogprobs
 from ..decoding.target import NO_PREFIXES
 from ..errors import LayerSkipError
@@ -105,7 +106,7 @@ class Embedding:
         check_prompt(self.ids, backend, "the input")
         start, stop = self.stats.prompt_tokens, min(self.stats.prompt_tokens + _PREFILLED, len(self.ids))
         cache = self._cache = self._cache or backend.new_cache(1, len(self.ids))
-        with torch.inference_mode():
+        with lock_of(backend), torch.inference_mode():
             hidden = backend.embed(torch.tensor(self.ids[start:stop], device=backend.device))
             hidden = backend.run_layers(hidden, 0, self.layers, cache.span(start, stop, settled=True))
             self._sum = self._sum + backend.normed(hidden).float().sum(0)
