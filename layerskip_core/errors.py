@@ -29,6 +29,10 @@ class ContextError(ConfigError):
     """A text does not fit into the model's context."""
 
 
+class MemoryFull(LayerSkipError):
+    """The memory for KV entries is full at present: the same request may succeed later."""
+
+
 class LockedError(LayerSkipError):
     """Another process writes to a folder; the message says which."""
 

@@ -3,29 +3,34 @@
 import warnings
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
+from threading import Lock
 from typing import Unpack, cast
 
 from .checkpoint.loaded import Decoder
 from .checkpoint.open import for_decoding
 from .config.decoding import DecodingConfig, Remember, RequestOptions
 from .config.model import DType, PackingConfig, PromptingConfig, Quantization
-from .config.options import check, checked
-from .decoding import Answer, check_prompt, decode_batch
+from .config.options import BatchSize, check, checked
+from .decoding import Answer, check_prompt
 from .decoding.dialogue import Dialogue, TextStream
 from .decoding.drafters.lookup import EarlierAnswers
+from .errors import LayerSkipError
 from .serving import Request
+from .serving.batch import answers_to
 from .serving.engine import Engine, Updates
 
 _TOGETHER, _WAITING = 8, 1 << 16  # the most asynchronous answers decoded together, and waiting
+_TOGETHER_IN_BATCH = 32
 
 
 class LanguageModel:
-    """A model in memory, ready to decode. Not for two threads at once."""
+    """A model in memory, ready to decode. Answers of several threads are decoded in turns, a step of each."""
 
     def __init__(self, decoder: Decoder, packing: PackingConfig, earlier: EarlierAnswers | None = None) -> None:
         self.decoder = decoder
         self._packing, self._earlier = packing, earlier
         self._engine: Engine | None = None  # for `astream`, from its first call on
+        self._starting = Lock()
 
     def generate(self, prompt: str, **options: Unpack[RequestOptions]) -> Answer:
         """The whole answer to a prompt.
@@ -45,16 +50,17 @@ class LanguageModel:
             async for piece in model.astream("wake me up at six"):
                 print(piece, end="")
 
-        Leaving the iteration (`aclose`, a cancelled task) cancels the answer. A thread decodes until `close`: before that, do
-        not call the other methods. Raises as `generate` does.
+        Leaving the iteration (`aclose`, a cancelled task) cancels the answer. A thread decodes until `close`. Raises as
+        `generate` does.
         """
         config, ids = self._resolved(options), self.decoder.encode_prompt(prompt)
         check_prompt(ids, self.decoder.backend)
         updates = Updates()
         request = Request(ids, config, partial(updates.deliver, 0))
-        if self._engine is None:
-            self._engine = Engine(self.decoder, _TOGETHER, _WAITING, earlier=self._earlier)
-        engine = self._engine
+        with self._starting:
+            if self._engine is None:
+                self._engine = Engine(self.decoder, _TOGETHER, _WAITING, earlier=self._earlier)
+            engine = self._engine
         engine.hold(1)
         engine.submit(request)
         try:
@@ -72,14 +78,25 @@ class LanguageModel:
             self._engine.stop()
             self._engine = None
 
-    def generate_batch(self, prompts: Sequence[str], **options: Unpack[RequestOptions]) -> list[Answer]:
-        """Answers to several prompts, decoded together. Raises as `generate` does, for the first prompt that does not fit."""
+    def generate_batch(
+        self, prompts: Sequence[str], *, batch_size: int = _TOGETHER_IN_BATCH, **options: Unpack[RequestOptions]
+    ) -> list[Answer]:
+        """Answers to any number of prompts, at most `batch_size` of them decoded together.
+
+        Raises as `generate` does, for the first prompt that does not fit.
+        """
+        most = check("batch_size", BatchSize, batch_size)
         decoder, config = self.decoder, self._resolved(options)
-        if not (encoded := [decoder.encode_prompt(prompt) for prompt in prompts]):
-            return []
-        ends, earlier = decoder.ends_of(config), EarlierAnswers() if self._earlier is None else self._earlier
-        answers = decode_batch(decoder.backend, encoded, config, ends, decoder.detokenize, earlier=earlier)
-        return sorted(answers, key=lambda answer: answer.row)
+        encoded = [decoder.encode_prompt(prompt) for prompt in prompts]
+        for ids in encoded:
+            check_prompt(ids, decoder.backend)
+        earlier = EarlierAnswers() if self._earlier is None else self._earlier
+        answers = list[Answer]()
+        for answer in answers_to(decoder, ((ids, config) for ids in encoded), most, earlier):
+            if isinstance(answer, LayerSkipError):
+                raise answer
+            answers.append(answer)
+        return answers
 
     def dialogue(self, *, system: str | None = None, **options: Unpack[RequestOptions]) -> Dialogue:
         """A conversation: each answer sees the turns before it, and computes only new tokens.

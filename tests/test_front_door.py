@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ import layerskip_core
 from layerskip_core import Answer, load
 from layerskip_core.config.decoding import DecodingOptions
 from layerskip_core.config.options import checked
-from layerskip_core.errors import ConfigError
+from layerskip_core.decoding import DecodingLoop
+from layerskip_core.errors import ConfigError, ContextError
 
 PROMPT = "remind me to call mom at 5"
 
@@ -82,6 +84,59 @@ def test_asynchronous_answers_share_passes_and_are_given_up_by_closing(model):
     assert asyncio.run(session()) == (expected, 0)
     model.close()
     assert model.generate(PROMPT).text == expected[0]
+
+
+def test_a_batch_of_many_prompts_is_decoded_in_bounded_steps(model, monkeypatch):
+    prompts = [f"wake me up at {minute} past {hour} on monday" for hour in range(1, 9) for minute in range(1, 9)]
+    expected = [model.generate(prompt, max_new_tokens=5) for prompt in prompts[::9]]
+    passes, honest = [], DecodingLoop._pass
+
+    def recorded(loop, *given):
+        passes.append([row.runs for row in loop.active])
+        return honest(loop, *given)
+
+    monkeypatch.setattr(DecodingLoop, "_pass", recorded)
+    answers = model.generate_batch(prompts, max_new_tokens=5)
+    assert [answer.row for answer in answers] == list(range(64))
+    for answer, alone in zip(answers[::9], expected, strict=True):
+        assert (answer.text, answer.ids, answer.finish_reason) == (alone.text, alone.ids, alone.finish_reason)
+    assert max(map(len, passes)) == 32 and sum(map(sum, passes)) > 64 * 9
+    assert max(map(sum, passes)) <= 256 + 32 * 7  # pieces of prompts, and drafts
+    passes.clear()
+    assert model.generate_batch(prompts[:9], batch_size=2, max_new_tokens=2)[8].row == 8
+    assert max(map(len, passes)) == 2
+    with pytest.raises(ConfigError, match=r"`batch_size` must be a whole number in 1..65536, got 0"):
+        model.generate_batch(prompts, batch_size=0)
+    passes.clear()
+    with pytest.raises(ContextError, match="the prompt must be at most"):
+        model.generate_batch([PROMPT, "wake " * 2000])
+    assert not passes and model.generate_batch([]) == []
+
+
+def test_threads_that_share_a_model_get_the_answers_that_each_gets_alone(model):
+    """Also beside answers of `astream`, and while a stream that was begun is left."""
+    prompts = [f"remind me to call {name} at {hour}" for name in ("mom", "the office", "my wife") for hour in range(1, 9)]
+    expected = [model.generate(prompt, max_new_tokens=40).text for prompt in prompts]
+    found, left = dict[int, str](), [model.stream(PROMPT)]
+    assert next(iter(left[0]))
+
+    def ask(first):
+        for place in range(first, len(prompts), 4):
+            found[place] = model.generate(prompts[place], max_new_tokens=40).text
+
+    async def ask_too():
+        for place in range(3, len(prompts), 4):
+            found[place] = "".join([piece async for piece in model.astream(prompts[place], max_new_tokens=40)])
+
+    threads = [threading.Thread(target=ask, args=(first,), daemon=True) for first in range(3)]
+    threads.append(threading.Thread(target=lambda: asyncio.run(ask_too()), daemon=True))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(300)
+    model.close()
+    assert [found.get(place) for place in range(len(prompts))] == expected
+    assert left[0].finish().text == model.generate(PROMPT).text
 
 
 @pytest.fixture(scope="module")

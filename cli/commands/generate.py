@@ -3,7 +3,6 @@
 import json
 import re
 import sys
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -187,44 +186,28 @@ def _together(
     loaded: "Decoder", requests: Iterator[Request], earlier: "EarlierAnswers", batch_size: int, is_ready: Callable[[], bool]
 ) -> Answers:
     """Decodes up to `batch_size` requests at once. `is_ready`: whether the next can be read without waiting."""
-    from layerskip_core.decoding import Answer, DecodeStats
-    from layerskip_core.serving import Request as Job
-    from layerskip_core.serving import Scheduler, Update
+    from layerskip_core.serving.batch import Asked, answers_to
 
-    scheduler, has_more, seconds = Scheduler(loaded, batch_size, earlier), True, 0.0
-    unanswered: deque[tuple[Request, Job, list[Update]]] = deque()
-    while has_more or unanswered:
-        while has_more and scheduler.held < batch_size and (not unanswered or is_ready()):
-            if (request := next(requests, None)) is None:
-                has_more = False
-                break
-            updates: list[Update] = []
-            job = Job([], request.config, updates.append, streams=False)
-            unanswered.append((request, job, updates))
+    unanswered = deque[Request]()
+
+    def read() -> Iterator[Asked]:
+        for request in requests:
+            unanswered.append(request)
             try:
                 if request.error is not None:
                     raise request.error
-                job.ids = loaded.encode_prompt(request.prompt)
-                scheduler.add(job)
+                asked: Asked = (loaded.encode_prompt(request.prompt), request.config)
             except LayerSkipError as error:
-                updates.append(Update("", error=error))
-        started = time.perf_counter()
-        scheduler.step()
-        seconds += time.perf_counter() - started
-        for _, _, updates in unanswered:
-            fault = updates[-1].error if updates else None
-            if fault is not None and not isinstance(fault, LayerSkipError):
-                raise fault  # not of this request, such as Ctrl-C
-        while unanswered and (updates := unanswered[0][2]) and updates[-1].is_last:
-            (request, job, updates), end = unanswered.popleft(), updates[-1]
-            if isinstance(end.error, LayerSkipError):
-                request.error = end.error
-                yield request, None
-            elif end.finish_reason is not None:
-                stats, seconds = job.stats + DecodeStats(total_seconds=seconds), 0.0
-                text = "".join(update.text for update in updates)
-                counted = list(end.logprobs), list(end.prompt_logprobs)
-                yield request, Answer(text, end.finish_reason, stats, [], 0, *counted)
+                asked = error
+            yield asked
+
+    for answer in answers_to(loaded, read(), batch_size, earlier, is_ready):
+        request = unanswered.popleft()
+        if isinstance(answer, LayerSkipError):
+            request.error = answer
+            yield request, None
+        else:
+            yield request, answer
 
 
 def _logprob_document(one: "TokenLogprobs", text_of: Callable[[int], str]) -> dict[str, Any]:

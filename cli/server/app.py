@@ -44,7 +44,8 @@ _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)  # bounds of histograms
 _STREAM_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 # The rest of a body that is too long or too slow is not read: the connection cannot be used again.
 _CLOSE = {"Connection": "close"}
-_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 408: _CLOSE, 413: _CLOSE}
+_RETRY = {"Retry-After": "1"}
+_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: _RETRY, 503: _RETRY, 408: _CLOSE, 413: _CLOSE}
 
 
 class Metrics:
@@ -217,7 +218,13 @@ class Service:
     async def _tokenize(self, request: Request) -> Response:
         """The token ids that decoding would get for a prompt or a conversation."""
         self.authorize(request)
-        ids = await self.in_encoding(self._encoded, text_of(parsed(await self.body(request)), self.name), None)
+        body = await self.body(request)
+        self._engine.hold(1)  # the encoding thread works for all requests
+        try:
+            prompt = text_of(parsed(body), self.name)
+            ids = await self.in_encoding(self._encoded, prompt, None)
+        finally:
+            self._engine.release(1)
         return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": self._decoder.backend.room})
 
     async def _models(self, request: Request) -> Response:
@@ -259,8 +266,7 @@ class _Endpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         outcome = "cancelled"  # also by the server's shutdown
         try:
-            await self._answer(Request(scope, receive), receive, send)
-            outcome = "finished"
+            outcome = await self._answer(Request(scope, receive), receive, send)
         except (ClientDisconnect, OSError):
             pass
         except (ApiError, LayerSkipError) as error:
@@ -273,8 +279,11 @@ class _Endpoint:
         finally:
             self._service.metrics.requests.labels(self._family, outcome).inc()
 
-    async def _answer(self, request: Request, receive: Receive, send: Send) -> None:
-        """Sends one document, or server-sent events from the first token on; earlier errors still get an HTTP status."""
+    async def _answer(self, request: Request, receive: Receive, send: Send) -> str:
+        """Sends one document, or server-sent events from the first token on; earlier errors still get an HTTP status.
+
+        Returns the outcome: a later error ends the events.
+        """
         service, started, updates = self._service, time.monotonic(), Updates()
         service.authorize(request)
         asked, jobs, document = await service.submit(await service.body(request), self._family, updates.deliver)
@@ -303,10 +312,12 @@ class _Endpoint:
             if streamed is None or not begun:
                 raise
             await _send_part(send, streamed.failure(error), is_last=True)
+            return "failed"
         finally:
             watch.cancel()
             service.cancel(jobs)
         self._observe(service.metrics.seconds, started)
+        return "finished"
 
     def _observe(self, histogram: Histogram, started: float) -> None:
         if self._family != "embeddings":  # which have no tokens

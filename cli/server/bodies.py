@@ -10,7 +10,7 @@ from msgspec import Meta, Struct
 
 from layerskip_core.config.decoding import GUIDES, UNLIMITED, RequestOptions, ServeConfig, changed
 from layerskip_core.config.options import checked
-from layerskip_core.errors import ConfigError, ContextError, DataError, LayerSkipError
+from layerskip_core.errors import ConfigError, ContextError, DataError, LayerSkipError, MemoryFull
 from layerskip_core.files import parse_json
 from layerskip_core.serving import QueueFull, Stopped
 
@@ -26,7 +26,9 @@ _NOT_IN_RESPONSES: dict[str, Any] = {"n": 1, "truncation": "disabled", "prompt":
 _LOGPROBS = "message.output_text.logprobs"
 _SEEDS = 2**32
 _MOST_ANSWERS = 128
-_MOST_STOPS, _LONGEST_STOP = 16, 256  # each is searched for at every token, in the thread that decodes for all
+# Read at every token, in the thread that decodes for all. OpenAI documents 4 stops and 300 biased tokens.
+_MOST_STOPS, _LONGEST_STOP = 16, 256
+_MOST_TOKENS = 1_024  # in logit_bias and stop_token_ids
 # Unsupported keys, with the value that has no effect.
 _UNSUPPORTED: dict[str, Any] = {
     **dict.fromkeys(("best_of", "length_penalty", "typical_p"), 1),
@@ -83,6 +85,8 @@ def api_error(error: BaseException) -> ApiError:
         return ApiError(429, f"{error}; try again later", "rate_limit_error", code="queue_full")
     if isinstance(error, Stopped):
         return ApiError(503, str(error), "server_error", code="shutting_down")
+    if isinstance(error, MemoryFull):
+        return ApiError(503, f"{error}; try again later", "server_error", code="memory_full")
     if isinstance(error, ConfigError):
         param = None if error.field is None else _NAMES.get(error.field, error.field)
         code = "context_length_exceeded" if isinstance(error, ContextError) else None
@@ -143,6 +147,12 @@ class _Body(TypedDict, total=False):
     stop: Annotated[
         _Stop | Annotated[list[_Stop], Meta(max_length=_MOST_STOPS)],
         Meta(description=f"at most {_MOST_STOPS} texts of 1 to {_LONGEST_STOP} characters"),
+    ]
+    logit_bias: Annotated[
+        dict[Any, Any], Meta(max_length=_MOST_TOKENS, description=f"an object of at most {_MOST_TOKENS} token ids with numbers")
+    ]
+    stop_token_ids: Annotated[
+        list[Any], Meta(max_length=_MOST_TOKENS, description=f"a list of at most {_MOST_TOKENS} token ids")
     ]
     n: int
     stream: bool

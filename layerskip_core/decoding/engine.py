@@ -9,7 +9,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import repeat
 from math import inf
+from threading import RLock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -27,7 +29,17 @@ from .sampling import Sampler, accepted_choices
 from .target import NO_PREFIXES, FixedTarget, Prefixes, TargetOutput, target_of
 
 _NOTHING = "plain"  # source of steps without room for drafts
+_LOCKS: WeakKeyDictionary[Backend, RLock] = WeakKeyDictionary()
 _SCORED = 64  # positions of a prompt whose logits are in memory at once
+
+
+def lock_of(model: Backend) -> RLock:
+    """The lock of a model. Its passes share buffers and pages, so one thread at a time runs them.
+
+    It is held during a step and never between two, so that answers of several threads take turns, and one that is abandoned
+    stops no other.
+    """
+    return _LOCKS.setdefault(model, RLock())
 
 
 def decode(
@@ -77,7 +89,8 @@ def decode_batch(
 class DecodingLoop:
     """Iterates over steps: the new tokens of the rows that are not finished yet.
 
-    A loop can be abandoned between any two steps. As in a generator, an exception in a step, such as Ctrl-C, ends it.
+    A loop can be abandoned between any two steps. As in a generator, an exception in a step, such as Ctrl-C, ends it. Loops of
+    one model can be in different threads.
     """
 
     def __init__(
@@ -103,6 +116,7 @@ class DecodingLoop:
         self._target, self._sampler = target_of(model, config), Sampler(config)
         self._prefixes = NO_PREFIXES if prefixes is None else prefixes
         self._model, self._earlier, self._detokenize = model, earlier, detokenize
+        self._lock = lock_of(model)
         self.piece = inf  # most prompt tokens per step, the oldest rows first
         self.left = inf  # the part of `piece` that the last step did not need
         # Only on batch-invariant kernels: else remembered answers would change rounding.
@@ -126,10 +140,11 @@ class DecodingLoop:
             raise StopIteration
         # Entered here and not in a generator, whose caller would run in inference mode between two steps.
         try:
-            with torch.inference_mode():
+            with self._lock, torch.inference_mode():
                 return self._step()
         except BaseException:  # rows may be half changed
-            self.active = []
+            self._recorder = None
+            self.end()
             raise
 
     def spare(self) -> float:
@@ -152,7 +167,7 @@ class DecodingLoop:
     def add(self, row: Row) -> None:
         """Adds a new row, or one that was set aside; it gets the same tokens as alone."""
         known, end = self._prefixes_of(row), len(row.ids) + row.scanner.room
-        with torch.inference_mode():  # as in all writes to caches
+        with self._lock, torch.inference_mode():  # as in all writes to caches
             cache, row.filled = known.begin(self._model, self._target, row.ids, end)
             row.stop = known.parting(self._model, self._target, row.ids, row.filled)
             cache.steps_back = self._num_draft_tokens
@@ -164,21 +179,25 @@ class DecodingLoop:
                 self._cache, self.active = cache, [row]
 
     def set_aside(self, row: Row) -> None:
-        """Removes a row and drops its KV entries: added again, its text is prefilled again.
+        """Removes a row and frees its KV entries at once: added again, its text is prefilled again.
 
-        Not for exits by confidence, where a prefill writes other entries than decoding.
+        A row that exits by confidence cannot be added again: a prefill writes other entries than decoding.
         """
         row.prompt_logprobs = row.prompt_logprobs if row.output else []
-        staying = [index for index, other in enumerate(self.active) if other is not row]
-        self._stay(staying)
-        if not staying:
-            self._cache.keep_rows(staying)  # frees its memory at once
+        self._stay([index for index, other in enumerate(self.active) if other is not row])
+
+    def cancel(self, row: Row) -> None:
+        """Removes a row before its end and frees its KV entries at once. Its text so far is added to the prefixes."""
+        index = self.active.index(row)
+        with self._lock:
+            self._keep_so_far(index)
+        self._stay([other for other in range(len(self.active)) if other != index])
 
     def leave(self) -> None:
         """Adds the texts of all rows so far to the prefixes."""
-        for index, row in enumerate(self.active):
-            if row.output and not row.lacks:
-                self._keep(index)
+        with self._lock:
+            for index in range(len(self.active)):
+                self._keep_so_far(index)
 
     @property
     def stats(self) -> DecodeStats:
@@ -308,12 +327,11 @@ class DecodingLoop:
                 self._keep(index, row.ids[: row.prompt_tokens])
             if row.runs and row.filled == row.stop:
                 self._keep(index, row.ids[: row.stop])
-            if row.scanner.reason is None and not row.is_dropped:
+            if row.scanner.reason is None:
                 staying.append(index)
                 continue
-            if row.output and not row.lacks:
-                self._keep(index)
-            if self._earlier is not None and row.scanner.reason is not None:
+            self._keep_so_far(index)
+            if self._earlier is not None:
                 self._earlier.add(row.ids, row.prompt_tokens)
         if len(staying) < len(self.active):
             self._stay(staying)
@@ -323,6 +341,12 @@ class DecodingLoop:
     def _filled(self) -> list[int]:
         """By row of the cache: how many tokens have KV entries."""
         return [row.filled for row in self.active]
+
+    def _keep_so_far(self, index: int) -> None:
+        """Adds a row's text so far to the prefixes, unless it waits for a prefill."""
+        row = self.active[index]
+        if row.output and not row.lacks:
+            self._keep(index)
 
     def _keep(self, index: int, prompt: list[int] | None = None) -> None:
         """Adds the KV entries of a row's prompt, or of its text so far, to the prefixes."""
@@ -341,5 +365,13 @@ class DecodingLoop:
         self.active = [self.active[index] for index in rows]
         if rows:
             self._cache.keep_rows(rows)
-        elif self._recorder is not None:
+            return
+        if self._recorder is not None:
             self._recorder.give_back(self._model)
+            self._recorder = None
+        self.end()
+
+    def end(self) -> None:
+        """Removes all rows and frees their KV entries at once, also if the loop is kept for its statistics."""
+        self.active = []
+        self._cache = self._model.new_cache(0)

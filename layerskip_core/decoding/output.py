@@ -112,8 +112,8 @@ class Answer:
     """A complete answer, with log probabilities if options ask for them."""
 
     text: str  # without the EOS token or the stop string that ended it
-    finish_reason: StopReason
-    stats: DecodeStats  # counts; seconds only if it was decoded alone
+    finish_reason: StopReason  # `stop`: a stop string; `length`: max_new_tokens; `context`: the model's context is full
+    stats: DecodeStats  # counts; all seconds only if it was decoded alone
     ids: list[int] = field(default_factory=list)  # the new tokens, including those that ended the answer
     row: int = 0  # the index of its prompt in the batch
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # of `ids`
@@ -246,7 +246,6 @@ class Row:
         self.prompt_tokens = len(prompt)
         self.processor = LogitsProcessor(config, self.ids, len(prompt), scanner.eos_ids) if config.changes_logits else None
         self.steps = [DecodeStats(sequences=1, prompt_tokens=len(prompt))]  # counts
-        self.is_dropped = False  # removed after the next step
         self.error: LayerSkipError | None = None  # of an output that ended without matching its grammar
         self.logprobs: list[TokenLogprobs] = []  # of the output, if they were asked for
         self.prompt_logprobs: list[TokenLogprobs] = []  # of the prompt's tokens after the first

@@ -191,6 +191,8 @@ class LogitsProcessor:
         """`ids`: the row's, which grow while it is decoded. `ends`: the tokens that end it."""
         self._config, self._ids, self._prompt_tokens, self._ends = config, ids, prompt_tokens, ends
         self._matcher = None if config.guide is None else config.guide.matcher()
+        self._bias: tuple[Tensor, Tensor] | None = None  # token ids, and what their logits get; from the first call on
+        self._end_ids: Tensor | None = None  # those in the vocabulary
         self._counted = prompt_tokens  # how many of `ids` are in `_counts`
         # Occurrences in the output, by token; with a repetition penalty also the prompt's tokens, from 0.
         self._counts = dict.fromkeys(ids[:prompt_tokens] if config.repetition_penalty != 1 else (), 0)
@@ -203,14 +205,18 @@ class LogitsProcessor:
         config = self._config
         first = len(drafts) + 1 - len(logits)  # drafts before the first position
         if config.logit_bias:
-            ids, bias = zip(*config.logit_bias, strict=True)
-            logits[:, _tensor_on(logits, ids)] += _tensor_on(logits, bias, logits.dtype)
+            if self._bias is None:
+                ids, values = zip(*config.logit_bias, strict=True)
+                self._bias = _tensor_on(logits, ids), _tensor_on(logits, values, logits.dtype)
+            biased, bias = self._bias
+            logits[:, biased] += bias
         if config.penalises:
             self._penalise(logits, drafts, first)
         early = config.min_tokens - (len(self._ids) - self._prompt_tokens) - first
         if early > 0:
-            ends = [token for token in self._ends if token < logits.shape[-1]]
-            logits[:early].index_fill_(1, _tensor_on(logits, ends), -torch.inf)
+            if self._end_ids is None:
+                self._end_ids = _tensor_on(logits, [token for token in self._ends if token < logits.shape[-1]])
+            logits[:early].index_fill_(1, self._end_ids, -torch.inf)
         if self._matcher is not None:
             for place, scores in enumerate(logits, start=first):
                 forbidden = self._matcher.forbidden(self._output, drafts[:place])

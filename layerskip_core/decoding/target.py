@@ -325,6 +325,8 @@ class Prefixes:
             return model.new_cache(1, end), 0
         self._texts.remove(best)
         self._texts.append(best)
+        if not self._has_room(model, best.cache):
+            return model.new_cache(1, end), 0
         # A drafter's own KV entry of a rerun token stays.
         return best.cache.branch([0], [most], [most + target.rerun] if target.rerun else None, end), most
 
@@ -339,9 +341,23 @@ class Prefixes:
         known = max((_common(text.ids, ids) for text in self._texts), default=0) if others else 0
         return self._most_bytes > 0 and any(_common(other, ids) - known >= self._least for other in others)
 
-    def drop(self) -> bool:
-        """Drops the least recently used text. Returns False if there is none."""
-        return bool(self._texts) and self._texts.pop(0) is not None
+    def drop(self, model: Backend | None = None) -> bool:
+        """Drops the least recently used text, of a `model` if given: only its texts have pages of its pool.
+
+        Returns False if there is none.
+        """
+        for text in self._texts:
+            if model is None or text.written_by[0] is model:
+                self._texts.remove(text)
+                return True
+        return False
+
+    def _has_room(self, model: Backend, cache: KVCache) -> bool:
+        """Whether there is memory for a branch of a cache of `model`, after dropping its texts if need be."""
+        while cache.spare() < cache.branch_pages:
+            if not self.drop(model):
+                return False
+        return True
 
     def keep(self, model: Backend, target: Target, ids: Sequence[int], cache: KVCache, row: int) -> None:
         """Keeps the KV entries of a text, from a row of a cache, if it adds `least` tokens to the kept ones."""
@@ -350,9 +366,8 @@ class Prefixes:
         common = {text: _common(text.ids, ids) for text in self._texts if text.written_by == (model, target.writes)}
         if len(ids) - max((count for text, count in common.items() if count >= text.first), default=0) < self._least:
             return
-        while cache.spare() < cache.branch_pages:
-            if not self.drop():
-                return
+        if not self._has_room(model, cache):
+            return
         first, branch = min(cache.first(row), len(ids)), cache.branch([row], [len(ids)])  # a recurrent state is that of the end
         # Kept texts that are prefixes of the new one go.
         self._texts = [text for text in self._texts if common.get(text) != len(text.ids) or len(text.ids) < first]

@@ -8,7 +8,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-from ..errors import LayerSkipError
+from ..errors import MemoryFull
 from .cache import Indices, KVCache, Places
 
 Sizes = tuple[int, int, int]
@@ -49,7 +49,7 @@ class PagePool:
         return Page(_Slab(torch.zeros(1, self._numbers, dtype=self.dtype)), 0)
 
     def take(self) -> "Page":
-        """A free page. Raises LayerSkipError if the pool is full."""
+        """A free page. Raises MemoryFull if the pool is full."""
         self.require(1)
         slab = next((slab for slab in self._slabs if slab.free), None)
         if slab is None:
@@ -60,9 +60,9 @@ class PagePool:
         return Page(slab, slab.free.pop())
 
     def require(self, pages: int) -> None:
-        """Raises LayerSkipError if the pool has no room for `pages` more."""
+        """Raises MemoryFull if the pool has no room for `pages` more."""
         if self.used + pages > self.most:
-            raise LayerSkipError(f"the memory for keys and values is full: {self.used} pages of {self.page_bytes} bytes")
+            raise MemoryFull(f"the memory for keys and values is full: {self.used} pages of {self.page_bytes} bytes")
 
     def pages_of_memory(self, slots: int) -> int:
         """The size of a text's memory, in pages."""

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
+from traceback import clear_frames
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -20,6 +21,7 @@ from ..checkpoint.loaded import Decoder
 from ..config.decoding import DecodingConfig
 from ..decoding import DecodeStats, DecodingLoop, Prefixes, StopReason, check_prompt
 from ..decoding.drafters.lookup import EarlierAnswers
+from ..decoding.engine import lock_of
 from ..decoding.output import Row, RowStep, TokenLogprobs
 from ..decoding.target import NO_PREFIXES
 from ..errors import LayerSkipError
@@ -76,6 +78,8 @@ class Request:
         finished, row, known = step.finish_reason is not None, step.row, self._delivered
         if not (self.streams or finished):
             return Update("")
+        if len(row.output) <= known:  # decoded once more, after it was preempted
+            return Update("")
         self._delivered = len(row.ids) - row.prompt_tokens
         text = row.text.add(row.ids[row.prompt_tokens + known :], finished)
         prompt_logprobs = () if known else row.prompt_logprobs
@@ -102,7 +106,7 @@ class Embedding:
         check_prompt(self.ids, backend, "the input")
         start, stop = self.stats.prompt_tokens, min(self.stats.prompt_tokens + _PREFILLED, len(self.ids))
         cache = self._cache = self._cache or backend.new_cache(1, len(self.ids))
-        with torch.inference_mode():
+        with lock_of(backend), torch.inference_mode():
             hidden = backend.embed(torch.tensor(self.ids[start:stop], device=backend.device))
             hidden = backend.run_layers(hidden, 0, self.layers, cache.span(start, stop, settled=True))
             self._sum = self._sum + backend.normed(hidden).float().sum(0)
@@ -152,15 +156,19 @@ class Scheduler:
 
     def cancel(self, request: Request | Embedding) -> bool:
         """Cancels a request: it gets no further update. Returns False if it has ended already."""
-        if request in (queue := self._queue(request)):
+        queue = self._queue(request)
+        if request in queue:
             queue.remove(request)
+            if isinstance(request, Embedding):
+                request.give_back()
             return True
-        if isinstance(request, Embedding) or (row := request._row) is None:
+        row = None if isinstance(request, Embedding) else request._row
+        if row is None or row not in self._decoding:
             return False
-        row.is_dropped = True
-        found = self._decoding.pop(row, None)
+        del self._decoding[row]
+        self._loop_of(row).cancel(row)
         self._forget_empty()
-        return found is not None
+        return True
 
     def step(self) -> list[Request | Embedding]:
         """Admits waiting requests and takes a step of every loop. Returns the finished requests.
@@ -183,6 +191,8 @@ class Scheduler:
     def fail_all(self, error: BaseException) -> list[Request | Embedding]:
         """Ends all requests with an error, and returns them."""
         requests: list[Request | Embedding] = [*self._waiting, *self._embeddings, *self._decoding.values()]
+        for embedding in self._embeddings:
+            embedding.give_back()
         for held in (self._waiting, self._embeddings, self._decoding, self._loops):
             held.clear()
         return _failed(requests, error)
@@ -206,7 +216,9 @@ class Scheduler:
         try:
             update = first.read(self._decoder.backend)
         except BaseException as error:
-            update = Update("", error=error)
+            self._embeddings.popleft()
+            first.give_back()
+            return _failed([first], error)
         if not update.is_last:
             return []
         first.deliver(update)
@@ -216,7 +228,7 @@ class Scheduler:
         """Whether there is memory for one more request, after dropping kept prefixes if need be; True if none is running."""
         cache, row = self._decoder.backend.new_cache(), None if isinstance(request, Embedding) else request._row
         stops = [1 + len(request.ids if row is None else row.ids)]
-        while cache.spare(stops) < self.running and self._prefixes.drop():
+        while cache.spare(stops) < self.running and self._prefixes.drop(self._decoder.backend):
             pass
         return not self.running or cache.spare(stops) >= self.running
 
@@ -225,27 +237,35 @@ class Scheduler:
 
         Returns whether the loop still has rows.
         """
-        while loop.active:
-            if loop.spare() >= 0:
-                return True
-            if self._prefixes.drop() or (self._embeddings and self._embeddings[0].give_back()):
+        while loop.active and loop.spare() < 0:
+            if self._prefixes.drop(self._decoder.backend):
                 continue
-            loops = {row: other for other in self._loops.values() for row in other.active if not row.config.exit_confidence}
-            rows = loops.keys() & self._decoding
-            if len(rows) < 2:  # nothing left to preempt: the step raises the error
-                return True
-            youngest = max(rows, key=lambda row: self._decoding[row]._number)
-            loops[youngest].set_aside(youngest)
-            self._waiting.appendleft(self._decoding.pop(youngest))
-        return False
+            if self._embeddings and self._embeddings[0].give_back():
+                continue
+            if self.running == 1:  # nothing left to preempt: the step raises the error
+                break
+            self._preempt(max(self._decoding.values(), key=lambda request: request._number))
+        return bool(loop.active)
+
+    def _preempt(self, request: Request) -> None:
+        """Takes the memory of a request that is being decoded; it goes on when there is room."""
+        row = request._row
+        assert row is not None
+        del self._decoding[row]
+        self._loop_of(row).set_aside(row)
+        self._waiting.appendleft(request)
+
+    def _loop_of(self, row: Row) -> DecodingLoop:
+        return next(loop for loop in self._loops.values() if row in loop.active)
 
     def _advance(self, loop: DecodingLoop) -> list[Request]:
         """A step of a loop. Returns the requests that it ends: all of them if it fails."""
         rows = loop.active
         try:
             steps = next(loop)
-            updates = [(step.row, self._decoding[step.row].update(step)) for step in steps if step.row in self._decoding]
+            updates = [(step.row, self._decoding[step.row].update(step)) for step in steps]
         except BaseException as error:  # a panic of the tokenizers library is not an Exception
+            loop.end()
             return _failed(self._taken_out(rows), error)
         done = []
         for row, update in updates:
@@ -272,8 +292,12 @@ class Scheduler:
             if loop is None:
                 options: dict[str, Any] = {"earlier": self._earlier, "prefixes": self._prefixes}
                 loop = DecodingLoop(decoder.backend, [], config, ends, decoder.detokenize, **options)
-            if (row := request._row) is None:
+            row = request._row
+            if row is None or config.exit_confidence:
                 row = loop.row(request.ids, config, ends, config.seed)
+                # An exit by confidence writes other KV entries than a prefill: the answer is decoded once more.
+                if request._row is not None:
+                    row.text = request._row.text
             loop.add(row)
         except BaseException as error:
             lost = [] if loop is not None and loop.active else others  # a loop that lost its rows is over
@@ -286,13 +310,13 @@ class Scheduler:
         return []
 
     def _forget_empty(self) -> None:
-        for key in [key for key, loop in self._loops.items() if self._decoding.keys().isdisjoint(loop.active)]:
-            del self._loops[key]
+        self._loops = {key: loop for key, loop in self._loops.items() if loop.active}
 
 
 def _failed(requests: Iterable[Held], error: BaseException) -> list[Held]:
     """Delivers an error to requests, as their last update, and returns them."""
     failed = list(requests)
+    clear_frames(error.__traceback__)  # their variables hold KV entries, for as long as a client holds the error
     for request in failed:
         request.deliver(Update("", error=error))
     return failed

@@ -281,6 +281,20 @@ def test_a_wrong_request_is_told_why_in_openai_s_form(client, body, param):
     assert (error.status_code, error.param, error.type) == (status, param, "invalid_request_error")
 
 
+def test_what_is_read_at_every_token_is_bounded(client):
+    """Far above what OpenAI takes, 300 tokens."""
+    asked = {"model": "tiny", "prompt": PROMPT}
+    for body, needed in (
+        ({"logit_bias": {str(token): 1 for token in range(1_025)}}, "an object of at most 1024 token ids with numbers"),
+        ({"stop_token_ids": [5] * 1_025}, "a list of at most 1024 token ids"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=f"must be {needed}") as failed:
+            client.post("/completions", cast_to=object, body={**asked, **body})
+        assert failed.value.param == next(iter(body))
+    bias = {str(token): -1 for token in range(300)}
+    assert client.completions.create(**asked, logit_bias=bias).choices[0].text == expected(PROMPT)[0]
+
+
 def test_texts_are_tokenized_and_embedded(api, client):
     decoder, inputs = tiny_loaded(), [PROMPT, "play some jazz"]
     ids = [decoder.encode_prompt(text) for text in inputs]

@@ -6,8 +6,10 @@ import gc
 import json
 import threading
 from dataclasses import replace
+from math import inf
 
 import pytest
+from decodings import WIDE, backend_on
 from evaluating import tiny_loaded
 
 from layerskip_core.serving import Request
@@ -75,13 +77,19 @@ def test_a_full_queue_refuses_before_any_work():
         api.engine.hold(1)
         with pytest.raises(openai.RateLimitError, match="this server holds 2; try again later"):
             api.client().completions.create(model="tiny", prompt=["a", "b"])
-        api.engine.release(1)
+        api.engine.hold(1)
+        full = httpx.post(f"{api.url}/tokenize", json={"prompt": "a"})
+        assert (full.status_code, full.headers["retry-after"], full.json()["error"]["code"]) == (429, "1", "queue_full")
+        api.engine.release(2)
         with pytest.raises(openai.BadRequestError, match=r"must be in 1\.\.2, got 3"):  # it would never fit
             api.client().completions.create(model="tiny", prompt=["a", "b", "c"])
         assert not users
         for wrong in ({"top_p": 0}, {"prompt": "wake " * 200}):
             with pytest.raises(openai.BadRequestError):
                 api.client().post("/completions", cast_to=object, body={"model": "tiny", "prompt": "a", **wrong})
+        for wrong in ({"prompt": "wake " * 200}, {"prompt": ["a", "b"]}, {}):
+            assert httpx.post(f"{api.url}/tokenize", json=wrong).status_code == 400
+        assert httpx.post(f"{api.url}/tokenize", json={"prompt": "a"}).status_code == 200
         assert api.engine.held == 0
         with pytest.raises(openai.BadRequestError, match="input must be at most 2 texts, got 3"):
             api.client().embeddings.create(model="tiny", input=["a", "b", "c"])
@@ -91,6 +99,48 @@ def test_a_full_queue_refuses_before_any_work():
         api.engine.release(1)
         assert len(api.client().embeddings.create(model="tiny", input=["a", "b"]).data) == 2
         assert api.client().completions.create(model="tiny", prompt=["a", "b"]).choices[1].text == expected("b")[0]
+
+
+def test_a_full_memory_is_the_server_s_fault_and_clients_try_again(monkeypatch):
+    """Before the first token by the status, later by an event that ends the stream."""
+    decoder = replace(tiny_loaded(), backend=backend_on("native", **WIDE, vocab_size=300))
+    pool, refused = decoder.backend._pool, list[int]()
+    take = pool.take
+
+    def full():
+        pool.most = 0 if refused and refused.pop() else inf
+        try:
+            return take()
+        finally:
+            pool.most = inf
+
+    monkeypatch.setattr(pool, "take", full)
+    asked = {"model": "tiny", "prompt": PROMPT, "max_tokens": 100}
+    with serving(decoder) as api:
+        for stream in (False, True):
+            refused[:] = [True]
+            with pytest.raises(openai.InternalServerError, match="keys and values is full: .*; try again later") as failed:
+                api.client().completions.create(**asked, stream=stream)
+            error = failed.value
+            assert (error.status_code, error.code, error.type) == (503, "memory_full", "server_error")
+            assert error.response.headers["retry-after"] == "1"
+        refused[:] = [True, False]  # its second page, after some 50 tokens
+        with pytest.raises(openai.APIError) as failed:
+            for chunk in api.client().completions.create(**asked, stream=True):
+                assert chunk.choices[0].finish_reason is None
+        assert (failed.value.code, failed.value.type) == ("memory_full", "server_error")
+        refused[:] = [True]
+        again = api.client().with_options(max_retries=1).completions.create(**asked)
+        assert again.choices[0].text == expected(PROMPT, 100, decoder)[0] and not refused
+        counts = api.metrics()
+        assert counts['layerskip_requests_total{endpoint="completions",outcome="failed"}'] == 4
+        decoder.backend.limit_memory(pool.page_bytes)
+        try:
+            with pytest.raises(openai.BadRequestError, match="has room for 64 tokens") as failed:  # not even alone
+                api.client().completions.create(model="tiny", prompt=[5] * 70)
+            assert failed.value.code == "context_length_exceeded"
+        finally:
+            pool.most = inf
 
 
 async def _ask(client, place, answers):

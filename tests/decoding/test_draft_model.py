@@ -234,6 +234,45 @@ def test_a_common_beginning_runs_once(kind, monkeypatch):
     assert max(counts[0] for counts in passes) <= 24 + 40
 
 
+def kept_by(prefixes):
+    """The models whose texts are kept, and their lengths."""
+    return [(text.written_by[0], len(text.ids)) for text in prefixes._texts]
+
+
+def test_a_shortage_in_one_pool_drops_texts_of_that_pool_only():
+    """Those of the other model have no pages there."""
+    backend, prefixes = pair_of("native", max_position_embeddings=512, context=512), Prefixes(1 << 30, least=1)
+    draft, config, first, other = backend.draft_model, DRAFTED, prompt_of(130), prompt_of(250)
+    ids = ids_of(decode(backend, first, config, prefixes=prefixes))
+    assert {owner for owner, _ in kept_by(prefixes)} == {backend, draft}
+    draft._pool.most = 5  # of which 3 hold the kept text, and the other prompt needs 5
+    assert ids_of(decode(backend, other, config, prefixes=prefixes)) == plainly(backend, other, 24)
+    assert (backend, 130 + 23) in kept_by(prefixes) and (draft, 129) not in kept_by(prefixes)
+    again = decode(backend, [*first, *ids, 5], config, prefixes=prefixes)
+    assert again.reused_tokens == 130 + 23
+    list(again)
+    plain = DecodingConfig("autoregressive", max_new_tokens=24, ignore_eos=True)
+    told, of_draft = Told(prompt_of(300), plain), [text for text in kept_by(prefixes) if text[0] is draft]
+    backend._pool.most = 6
+    scheduler = Scheduler(replace(tiny_loaded(), backend=backend), 4, prefixes=prefixes)
+    scheduler.add(told.request)
+    while scheduler.held:
+        scheduler.step()
+    assert told.reason == "length" and of_draft and [text for text in kept_by(prefixes) if text[0] is draft] == of_draft
+
+
+def test_a_full_pool_of_the_draft_model_costs_drafts_and_no_answer():
+    """Where a kept text would be continued, whose last page is copied."""
+    backend, prefixes = pair_of("native", max_position_embeddings=512, context=512), Prefixes(1 << 30)
+    first = prompt_of(100)
+    ids = ids_of(decode(backend, first, DRAFTED, prefixes=prefixes))
+    draft, following = backend.draft_model, [*first, *ids, 5]
+    held = [draft._pool.take() for _ in range(3)]
+    draft._pool.most = draft._pool.used
+    assert ids_of(decode(backend, following, DRAFTED, prefixes=prefixes)) == plainly(backend, following, 24)
+    assert len(held) == 3
+
+
 class Told:
     def __init__(self, ids, config):
         self.text, self.reason = "", None

@@ -47,23 +47,24 @@ def of_turns():
 
 
 def conversation(backend, config, prefixes):
-    """Three turns, each the text so far and new tokens. Returns ids, the tokens reused, and the decodings."""
+    """Three turns, each the text so far and new tokens. Returns ids, the tokens reused, and the last decoding and its cache."""
     text, outputs, reused, last = prompt_of(9), [], [], None
     for turn in range(3):
-        last = decode(backend, text, config, prefixes=prefixes)
-        outputs.append(ids_of(last))
-        reused.append(last.reused_tokens)
+        decoding = decode(backend, text, config, prefixes=prefixes)
+        last = decoding, decoding._cache  # a loop drops it at its end
+        outputs.append(ids_of(decoding))
+        reused.append(decoding.reused_tokens)
         text = [*text, *outputs[-1], *prompt_of(5 + 80 * (turn == 0), turn)]  # a long one, so that tiled kernels run too
     return outputs, reused, last
 
 
-def keys_and_values(decoding):
+def keys_and_values(decoding, cache):
     """By layer and position: those of the whole text, or of the prompt alone where tokens leave at different depths."""
     [row] = decoding.rows
     if (blocks := decoding._target.exit_cache) is not None:
         blocks.write(decoding._cache, [row.filled])
     stop = len(row.ids) - 1 if decoding._target.decodes_like_prefill else row.prompt_tokens
-    return entries(decoding._cache)[..., :stop, :]
+    return entries(cache)[..., :stop, :]
 
 
 def assert_same_bits(backend, config, layers=None):
@@ -71,7 +72,7 @@ def assert_same_bits(backend, config, layers=None):
     expected, none, fresh = conversation(backend, config, None)
     assert outputs == expected and none == [0, 0, 0]
     assert reused[0] == 0 and 0 < reused[1] < reused[2]
-    assert torch.equal(keys_and_values(last)[:layers], keys_and_values(fresh)[:layers])
+    assert torch.equal(keys_and_values(*last)[:layers], keys_and_values(*fresh)[:layers])
     return reused
 
 
@@ -112,8 +113,9 @@ def test_a_drafter_keeps_its_entry_of_the_token_that_is_rerun(kind, kept):
     def of_drafter(**known):
         """Those of the drafter for the first 65 tokens of a text, in a loop that has taken its first step."""
         loop = DecodingLoop(backend, [[*first[:65], 7, 8]], config, **known)
+        cache = loop._cache
         next(loop)
-        return entries(loop._cache)[6, ..., :64, :], loop.reused_tokens
+        return entries(cache)[6, ..., :64, :], loop.reused_tokens
 
     known = {"prefixes": of_turns() if kept == "a conversation" else Prefixes(1 << 30)}
     list(DecodingLoop(backend, [first], config, **known))
@@ -170,8 +172,8 @@ def test_a_text_that_is_given_up_while_it_runs_again_is_not_kept():
     loop.add(row)
     loop.piece = 70
     next(loop)
-    row.is_dropped = True
-    assert next(loop) == [] and not loop.active
+    loop.cancel(row)
+    assert not loop.active
     again = decoded(backend, text, settings_of("exit"), shared)
     assert again.reused_tokens == 0 and ids_of(again) == ids_of(decoded(backend, text, settings_of("exit")))
 

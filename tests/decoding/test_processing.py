@@ -11,7 +11,7 @@ from test_loop import NEW, VOCABULARY, TableModel, joint_of, p_value_of
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
-from layerskip_core.decoding import DecodingLoop, decode, decode_batch
+from layerskip_core.decoding import DecodingLoop, decode, decode_batch, sampling
 from layerskip_core.decoding.sampling import probabilities
 
 PROMPT = prompt_of(9)
@@ -70,6 +70,21 @@ def test_greedy_drafts_change_nothing(kind, names):
     prompts, drafting = [PROMPT, PROMPT[:4], PROMPT], replace(config, strategy="self-speculative", exit_layer=5)
     for answer in decode_batch(model, prompts, drafting, eos):
         assert answer.ids == reference(model, prompts[answer.row], config, eos)
+
+
+def test_biased_tokens_and_ends_become_tensors_once(monkeypatch):
+    """Not at every pass: there may be a thousand of them, and other rows wait."""
+    made, honest = [], sampling._tensor_on
+
+    def counted(logits, values, *dtype):
+        made.append(list(values))
+        return honest(logits, values, *dtype)
+
+    monkeypatch.setattr(sampling, "_tensor_on", counted)
+    options = {name: ALL[name] for name in ("logit_bias", "min_tokens")}
+    decoding = decode(model_of("packed"), PROMPT, DecodingConfig(exit_layer=5, max_new_tokens=24, **options), {7})
+    assert len(ids_of(decoding)) >= 12 and decoding.stats.rounds > 2
+    assert sorted(made) == [[3, 11, 20], [4.0, -100.0, 6.0], [7]]
 
 
 def test_sampled_output_follows_the_joint_distribution_of_the_changed_logits():

@@ -1,5 +1,6 @@
 """Continuous batching: whoever joins and leaves, every request gets the answer that it gets alone."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
 from math import inf
@@ -18,7 +19,7 @@ from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import DecodingLoop, Prefixes
 from layerskip_core.decoding.dialogue import TextStream
-from layerskip_core.decoding.target import FixedTarget
+from layerskip_core.decoding.target import NO_PREFIXES, FixedTarget
 from layerskip_core.errors import ContextError
 from layerskip_core.model.exit_blocks import ExitBlock
 from layerskip_core.model.pages import PAGE
@@ -354,3 +355,93 @@ def test_a_full_pool_keeps_no_text_and_an_embedding_gives_back_what_it_has():
     finally:
         backend._pool.most = inf
     assert grown.answer == expected[1] and told["beside"] == told["alone"]
+
+
+CALM = DecodingConfig("early-exit", exits=(2, 4), exit_confidence=0.1)
+
+
+@contextmanager
+def memory_of(decoder, pages):
+    """Limits the pool, which nothing uses before and after."""
+    pool = decoder.backend._pool
+    assert pool.used == 0
+    decoder.backend.limit_memory(pages * pool.page_bytes)
+    try:
+        yield pool
+    finally:
+        pool.most = inf
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_whoever_leaves_a_full_pool_nothing_live_fails(seed):
+    """Greedy and sampled requests have loops of their own, those that exit by confidence one each; an embedding comes between.
+
+    The pool has room for the longest text and little more.
+    """
+    decoder, random = decoder_of("native", max_position_embeddings=703), Random(seed)
+    configs, clients, heard = [SPECULATIVE, replace(SPECULATIVE, temperature=HOT), CALM], [], []
+    for number in range(14):
+        limit = random.choice([1, 3, 30, 90, 200])
+        config = replace(random.choice(configs), max_new_tokens=limit, ignore_eos=True, seed=number)
+        prompt = prompt_of(random.choice([2, 60, 64, 130, 250]), random.randrange(3))
+        clients.append(Client(prompt, config, streams=random.random() < 0.7))
+    expected = [alone(decoder, client.request.ids, client.request.config)[0] for client in clients]
+    embedding, gone, late = Embedding(prompt_of(400), 6, heard.append), set(), list(clients)
+    prefixes = Prefixes(1 << 30) if seed % 2 else NO_PREFIXES
+    with memory_of(decoder, 8) as pool:
+        scheduler = Scheduler(decoder, 6, prefixes=prefixes)
+        scheduler.add(embedding)
+        while late or scheduler.held:
+            for _ in range(random.choice([0, 0, 0, 1, 3]) if late else 0):
+                if late:
+                    scheduler.add(late.pop(0).request)
+            if random.random() < 0.1:
+                leaving = random.choice(clients)
+                if scheduler.cancel(leaving.request):
+                    gone.add(leaving)
+            scheduler.step()
+        for client, answer in zip(clients, expected, strict=True):
+            assert client.updates or client in gone
+            assert client in gone or client.answer == answer
+        assert heard[-1].vector and gone and not scheduler.held
+        while prefixes.drop():
+            pass
+        assert pool.used == 0
+
+
+def test_a_cancelled_row_and_a_finished_loop_give_back_their_pages_at_once():
+    """Also in the middle of a step, while other loops have not taken theirs."""
+    decoder = decoder_of("native", max_position_embeddings=704)
+    plain = DecodingConfig("autoregressive", max_new_tokens=40, ignore_eos=True)
+    long, short = Client(prompt_of(200), plain), Client(prompt_of(190), replace(plain, max_new_tokens=3))
+    hot = Client(prompt_of(62), replace(plain, temperature=HOT))
+    expected = [alone(decoder, client.request.ids, client.request.config)[0] for client in (short, hot)]
+    with memory_of(decoder, 4) as pool:
+        scheduler = Scheduler(decoder, 4)
+        scheduler.add(long.request)
+        scheduler.step()
+        assert pool.used == 4
+        assert scheduler.cancel(long.request) and pool.used == 0
+        run(scheduler, [[short, hot]])  # in the third step one ends, with three pages, and the other needs its second
+        assert [short.answer, hot.answer] == expected and pool.used == 0
+
+
+def test_a_pass_that_fails_gives_back_its_memory_though_its_clients_keep_the_error(monkeypatch):
+    decoder = decoder_of("native", max_position_embeddings=705)
+    client, heard = Client(prompt_of(100), replace(SPECULATIVE, max_new_tokens=50)), []
+    embedding = Embedding(prompt_of(400), 6, heard.append)
+    with memory_of(decoder, 20) as pool:
+        scheduler = Scheduler(decoder, 4)
+        for request in (embedding, client.request):
+            scheduler.add(request)
+        scheduler.step()
+        assert pool.used == 4 + 2
+
+        def failing():
+            raise RuntimeError("no memory on this machine")
+
+        monkeypatch.setattr(pool, "take", failing)
+        while scheduler.held:
+            scheduler.step()
+        assert pool.used == 0
+        assert [str(told[-1].error) for told in (heard, client.updates)] == ["no memory on this machine"] * 2

@@ -311,7 +311,7 @@ class ModelDrafter:
             counts.append(int(min(lacking, room)))
             room -= counts[-1]
             allowed.append(limit if counts[-1] == lacking else 0)
-        while self._spare(counts, allowed) < 0 and self._prefixes.drop():
+        while self._spare(counts, allowed) < 0 and self._prefixes.drop(self.model):
             pass
         for index in reversed(range(len(counts))):
             if self._spare(counts, allowed) < 0:  # the youngest rows give way
