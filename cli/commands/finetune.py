@@ -233,6 +233,8 @@ def result_text(info: "CheckpointInfo", plan: "Plan", verdicts: "list[Verdict]")
         f"{verdict.speed:.2f}x of plain decoding here{'' if verdict.speed >= _PAYS else ': does not pay'}"
         for verdict in verdicts
     ]
+    if not plan.held_out and plan.rows is not None:
+        lines.append(f"drafts on held-out rows not measured: {plan.rows} rows are too few to hold some out; --validation FILE")
     if (cost := info.cost) is not None:
         costs = [
             f"cost: on {cost.tokens} tokens of the model's own text {cost.agreement:.1%} of next tokens as before, "
@@ -244,9 +246,19 @@ def result_text(info: "CheckpointInfo", plan: "Plan", verdicts: "list[Verdict]")
             before, after = cost.exact_match
             costs.append(f"exact match of {cost.answered} held-out rows {100 * before:.1f} -> {after:.1%}")
         lines.append("; ".join(costs))
+        lines += _example_lines(plan)
         if cost.agreement < 1 - _LOST:
             lines.append("to keep more of the model: --replay 0.5, --lora-rank 16, a lower --lr, or layerskip train-drafter")
     return "\n".join(lines)
+
+
+def _example_lines(plan: "Plan") -> list[str]:
+    """A held-out row, with the reference and the answer of the trained model."""
+    if plan.example is None:
+        return []
+    width = max(map(len, plan.example._fields))
+    named = plan.example._asdict().items()
+    return ["the first held-out row:", *(f"  {name:{width}} {shown(repr(text.strip()))}" for name, text in named)]
 
 
 def _some(losses: Mapping[int, float]) -> list[tuple[int, float]]:

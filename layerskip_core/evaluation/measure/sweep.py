@@ -14,7 +14,7 @@ from ...data import spread
 from ...errors import require
 from ..metrics import Scores, frontier, metric, scores_by_exit
 from ..results import NEAR_TIE, Result, RunRecord
-from ..tasks import Task, other_rows
+from ..tasks import Task
 from . import Measured, Progress, depth_of, drafts_tokens, measure, measure_prompt
 from .cost_model import Prediction, draft_profile, predict, side_of
 from .figures import Contest, contest, environment, finalists, recommend, result_of
@@ -65,7 +65,7 @@ def _once_more(
     loaded: Decoder, task: Task, settings: Sequence[DecodingConfig], places: Sequence[int], seconds: float
 ) -> Generator[Progress, None, Contest]:
     """Times the settings at these places on rows that were not measured, or on measured ones if there are no others."""
-    rows = other_rows(task, _OTHERS, (task.config.split, "validation", "train"))
+    rows = spread(task.examples, _OTHERS) if task.others is None else task.others(_OTHERS)
 
     def timed(row: int, place: int) -> tuple[float, int]:
         steps = measure_prompt(loaded, rows[row].prompt, settings[place]).steps
