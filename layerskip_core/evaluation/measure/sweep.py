@@ -17,7 +17,7 @@ from ..results import NEAR_TIE, Result, RunRecord
 from ..tasks import Task
 from . import Measured, Progress, depth_of, drafts_tokens, measure, measure_prompt
 from .cost_model import Prediction, draft_profile, predict, side_of
-from .figures import Contest, contest, environment, finalists, recommend, result_of
+from .figures import Contest, contest, environment, finalists, margins, recommend, result_of
 
 _LENGTHS = (2, 4, 6, 8, 12, 16, 24, 32)  # draft lengths to predict if none are given
 _UNPREDICTED = (4, 8, 16)  # draft lengths to measure of drafters without predictions
@@ -52,7 +52,7 @@ def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress
     optimal = frontier(results, name)
     results = [replace(result, pareto=place in optimal) for place, result in enumerate(results)]
     near_tie, again = NEAR_TIE[loaded.backend.dtype], None
-    if places := finalists(results, near_tie):
+    if places := finalists(results, near_tie, margins(results, measured, name, config.keep)):
         again = yield from _once_more(loaded, task, settings, places, _ONCE_MORE * (time.perf_counter() - started))
     named = asdict(config) | {"quality_metric": name, "prompt_template": loaded.template.name}
     advice = recommend(results, near_tie, name, config, measured, again)
