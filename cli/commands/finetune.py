@@ -149,7 +149,8 @@ def plan_text(plan: "WholeModel | FrozenModel") -> str:
     rows = f"a stream, cut at {config.max_length} tokens"
     if plan.rows is not None:
         left_out = f", {plan.left_out} left out, prompt too long" if plan.left_out else ""
-        rows = f"{plan.rows} rows and {plan.held_out} held out, {plan.tokens} tokens at most{left_out}"
+        held_out = max(plan.held_out, 0 if plan.division is None else plan.division.rows)  # a part is for `bench`
+        rows = f"{plan.rows} rows and {held_out} held out, {plan.tokens} tokens at most{left_out}"
     lines = [
         f"{config.model} ({plan.parameters / 1e6:.1f}M parameters, {plan.num_layers} layers) on {config.data.name}: {rows}",
         f"{plan.steps} steps of {config.batch_size} x {config.accumulation} rows, lr {config.lr:g}, "
@@ -234,7 +235,7 @@ def result_text(info: "CheckpointInfo", plan: "Plan", verdicts: "list[Verdict]")
         for verdict in verdicts
     ]
     if not plan.held_out and plan.rows is not None:
-        lines.append(f"drafts on held-out rows not measured: {plan.rows} rows are too few to hold some out; --validation FILE")
+        lines.append(f"held-out rows: not measured: {plan.rows} rows are too few to hold some out; --validation FILE")
     if (cost := info.cost) is not None:
         costs = [
             f"cost: on {cost.tokens} tokens of the model's own text {cost.agreement:.1%} of next tokens as before, "

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -148,7 +148,7 @@ class WholeModel(Plan):
         held_out = None if self.held_out_data is None else self.held_out_data.rows
         if process_index() == 0 and not self.scratch:
             progress("texts", 1, 0)
-            few: Sequence[Any] = held_out or ()
+            few: Any = held_out or ()
             if self.config.fsdp:  # rows would run on the CPU: minutes for a model that needs shards, while processes wait
                 few = ()
             trained_rows = self.steps * data.step_rows(self.config)[0]

@@ -175,8 +175,8 @@ class Original:
         """Whether the greedy answer to each question equals its reference, up to outer white space; and the first answer."""
         decoder, texts = self._decoder, [""] * len(self._asked)
         for at in range(0, len(self._asked), BATCH):
-            prompts, references = zip(*self._asked[at : at + BATCH], strict=True)
-            config = DecodingConfig("autoregressive", max_new_tokens=max(map(len, references)))
+            prompts, wanted = zip(*self._asked[at : at + BATCH], strict=True)
+            config = DecodingConfig("autoregressive", max_new_tokens=max(map(len, wanted)))
             for answer in decode_batch(self._backend, prompts, config, decoder.eos_ids, decoder.detokenize):
                 texts[at + answer.row] = answer.text
         references = [decoder.detokenize(reference) for _, reference in self._asked]

@@ -242,9 +242,11 @@ def recommend(
     best = first = max(known, key=lambda place: results[place].speedup or 0.0, default=0)
     speed, lower_end, gain = results[best].speedup, None, f"{results[best].speedup or 0.0:.2f}x"
     alike: list[int] = []
-    for place in () if again is None else again.places[1:]:
-        policies[place]["measured"]["speedup"] = again.speed(place).value or 0.0
-    drafting = [] if again is None else [place for place in again.places[1:] if place in known]
+    drafting: list[int] = []
+    if again is not None:
+        for place in again.places[1:]:
+            policies[place]["measured"]["speedup"] = again.speed(place).value or 0.0
+        drafting = [place for place in again.places[1:] if place in known]
     if again is not None and drafting:
         best, first = winner(again, results, drafting)
         speed, lower_end, gain = again.speed(best).value, again.lower_end(best), again.text(best)
