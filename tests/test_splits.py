@@ -167,8 +167,11 @@ def test_a_model_is_measured_on_rows_of_its_file_that_it_was_not_trained_on(sett
     parts, chosen, reported = measured()
     assert list(map(len, parts)) == [12, 13, 12]
     assert min(len({prompt.split()[1] for prompt in part}) for part in parts) >= 4  # of 8 domains in order
-    assert chosen == f"rows: 25 of the 400 in {file}, held out of the training; others report (`bench`), `samples` 0 takes both"
-    assert reported.startswith(f"rows: 12 of the 400 in {file}, held out of the training; others choose (`sweep-exits`)")
+    assert (
+        chosen
+        == f"rows: among 25 of the 400 in {file}, held out of the training; others report (`bench`), `samples` 0 takes both"
+    )
+    assert reported.startswith(f"rows: among 12 of the 400 in {file}, held out of the training; others choose (`sweep-exits`)")
     # The file is the same one when it is named, renamed, shuffled or longer.
     assert measured(str(file))[0] == parts
     shuffled = write_rows(tmp_path / "other.jsonl", Random(3).sample(range(400), 400))
@@ -221,7 +224,7 @@ def test_other_data_to_validate_on_is_divided_and_all_rows_train(settings, tmp_p
     assert plan.rows == 100 and of_task(chosen) == validated
     assert not of_task(reported) & validated and len(of_task(reported) | validated) == 100
     named = load_trained(TaskConfig(data=file, samples=20), str(tmp_path / "out"))
-    assert named.notes == (f"rows: 100 of the 100 in {file}, which the model was trained on; `data` gives others",)
+    assert named.notes == (f"rows: among 100 of the 100 in {file}, which the model was trained on; `data` gives others",)
 
 
 def test_lines_of_a_text_are_held_out_too_and_other_texts_are_divided(settings, tmp_path):

@@ -144,7 +144,7 @@ def test_without_a_recipe_train_drafter_is_next(finetune):
     assert re.search(r"^divergence: eagle3: \d", drafter.err, re.MULTILINE)
     measured = run("bench", "--model", "out", "--repeats", "1", "--max-new-tokens", "2", "--format", "json")
     assert json.loads(measured.out)["config"]["task"].items() >= {"data": rows, "prompt_column": "prompt"}.items()
-    assert f"rows: 4 of the 4 in {rows}, which the model was trained on; --data gives others\n" in measured.err
+    assert f"rows: among 4 of the 4 in {rows}, which the model was trained on; --data gives others\n" in measured.err
     adapter = run(*finetune("--recipe", "none", "--steps", "1", "--lora-rank", "2", "--lora-keep", "--output", "adapter"))
     assert adapter.err.endswith("saved adapter; next: layerskip generate --model adapter\n")
 

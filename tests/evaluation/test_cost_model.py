@@ -128,7 +128,7 @@ def test_a_sweep_chooses_and_checks_on_rows_that_bench_does_not_report(tmp_path)
     sides = prompts_of(chosen.examples) | prompts_of(checked), prompts_of(reported.examples)
     assert not sides[0] & sides[1] and len(sides[0]) + len(sides[1]) == 200 and min(map(len, sides)) > 80
     (note,) = reported.notes
-    assert note == f"rows: {len(sides[1])} of the 200 in {file}; others choose (`sweep-exits`), `samples` 0 takes both"
+    assert note == f"rows: among {len(sides[1])} of the 200 in {file}; others choose (`sweep-exits`), `samples` 0 takes both"
     everything = load_task(TaskConfig(data=str(file), samples=0))
     assert len(everything.examples) == 200 and everything.notes[0].endswith("the same rows choose and report")
     file.write_text("".join(lines[:30]))  # too few

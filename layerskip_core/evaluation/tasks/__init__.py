@@ -160,7 +160,7 @@ def part_for(keys: Sequence[str], config: TaskConfig, source: str, has_splits: b
     if side is None and not has_splits:
         side = VALIDATION if config.split == VALIDATION else TEST
     part = part_of(keys, side if config.samples else None, config.held_out or ())
-    chosen = f"rows: {len(part.places)} of the {len(keys)} in {source}"
+    chosen = f"rows: among {len(part.places)} of the {len(keys)} in {source}"
     other = "report (`bench`)" if side == VALIDATION else "choose (`sweep-exits`)"
     note = ""
     if part.seen:
