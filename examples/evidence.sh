@@ -33,8 +33,8 @@ from_scratch() { # NAME FLAGS...: fresh weights in the shape of embedded-base, w
 }
 
 sweep() { # NAME FLAGS...: measures a model, as RUNS/measured/NAME
-    measured "measured/$1" sweep-exits --model "$runs/$1" --exits 3:21:3 --specs 6 --samples "$ROWS" --batch-size 50 --timed 8 \
-        --threads 1 "${@:2}" >/dev/null
+    measured "measured/$1" sweep-exits --model "$runs/$1" --exits 3:21:3 --specs 6 --split test --samples "$ROWS" \
+        --batch-size 50 --timed 8 --threads 1 "${@:2}" >/dev/null
 }
 
 of_seeds() { # LABEL PREFIX: LABEL=the runs of all seeds

@@ -35,7 +35,7 @@ wait $!
 # Answers are decoded in batches. Speed is measured one prompt at a time, on 60 rows.
 for name in recipe control; do
     answer "$name" test
-    measured "$name-sweep" sweep-exits --model "$runs/$name" --task topv2 --data "$data" --samples "$rows" --batch-size 50 \
-        --timed 60 --threads 1 --exits 6,12,18 --specs 6,8
+    measured "$name-sweep" sweep-exits --model "$runs/$name" --task topv2 --data "$data" --split test --samples "$rows" \
+        --batch-size 50 --timed 60 --threads 1 --exits 6,12,18 --specs 6,8
 done
 python "$here/parsing_tables.py" "$runs/test.jsonl" "$runs/recipe-test.jsonl" "$runs/control-test.jsonl"

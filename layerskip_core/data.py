@@ -13,12 +13,15 @@ from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
+from .config.evaluation import PROMPT_NAMES, REFERENCE_NAMES
 from .config.model import COMPLETION_COLUMNS, PROMPT_COLUMNS, DataConfig
 from .embedded import commands
 from .errors import DataError, first_line, listed, shown
 from .files import parse_json, text_lines
+from .splits import key_of
 
 MESSAGES = "messages"  # the column of a conversation
+_CONTENT = frozenset((*PROMPT_NAMES, *REFERENCE_NAMES, *PROMPT_COLUMNS, *COMPLETION_COLUMNS))  # columns that make a row's key
 _ROLES = {"human": "user", "gpt": "assistant"}  # as ShareGPT names them
 _USUAL = {names[0]: names for names in (PROMPT_COLUMNS, COMPLETION_COLUMNS)}
 TEXT_COLUMN = "text"  # of a .txt file, whose lines are its rows
@@ -40,6 +43,11 @@ class Record(NamedTuple):
 
     where: str
     fields: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        """A hash of its content (splits.py)."""
+        return key_of(self.fields, _CONTENT)
 
     def text(self, column: str, setting: str = "") -> str:
         """A text field; a list of sentences is joined. Raises DataError for other values and for empty ones."""
@@ -199,19 +207,21 @@ FILE_ENDINGS = tuple(_READERS)
 
 @dataclass(frozen=True)
 class Example:
-    """One row: a prompt, empty for plain text, and its completion. `where` is its place, for errors."""
+    """One row: a prompt, empty for plain text, and its completion. `where` is its place, for errors; `key`: see splits.py."""
 
     prompt: str
     completion: str
     where: str = field(default="", compare=False)
+    key: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages as (role, content), at least one of them the assistant's. `where` is its place, for errors."""
+    """Messages as (role, content), at least one of them the assistant's. `where` and `key` as in an Example."""
 
     messages: tuple[tuple[str, str], ...]
     where: str = field(default="", compare=False)
+    key: str = field(default="", compare=False)
 
 
 Row = Example | Conversation
@@ -239,7 +249,8 @@ def load_rows(config: DataConfig) -> list[Row]:
         raise DataError(f"`split` must be one of {', '.join(commands.SPLITS)} for commands, got {config.split}")
     try:
         drawn = commands.rows(config.split, config.limit or _DEFAULT_COMMANDS, config.seed)
-        return [Example(row.utterance, row.parse) for row in drawn]
+        pairs = [{"prompt": row.utterance, "completion": row.parse} for row in drawn]
+        return [Example(**pair, key=key_of(pair, _CONTENT)) for pair in pairs]
     except ValueError as error:
         raise DataError(f"`limit` {config.limit}: {error}") from None
 
@@ -254,7 +265,7 @@ def load_prompts(config: DataConfig) -> list[Example]:
         if MESSAGES in record.fields and column not in record.fields:
             raise DataError(f"{record.where}: conversations have answers, found messages; needed `answers` data")
         if _holds_text(record.value(column, "prompt_column", names[1:])):
-            prompts.append(Example(record.text(column, "prompt_column"), "", record.where))
+            prompts.append(Example(record.text(column, "prompt_column"), "", record.where, record.key))
         names = (column,)  # the first row decides
     if not prompts:
         raise DataError(f"no row of {config.name} has a prompt in the column {names[0]!r} (`prompt_column`)")
@@ -290,6 +301,16 @@ def stream_rows(config: DataConfig) -> Iterator[Row]:
 def is_parsing(config: DataConfig) -> bool:
     """Whether the data is for semantic parsing (PARSING_TEMPLATE), by its name or layout."""
     return config.name in ("commands", "topv2") or os.path.isdir(config.name)
+
+
+def own_splits(config: DataConfig) -> tuple[str, ...]:
+    """The splits that parsing data has by its name or files; none for files and hub data sets, whose splits are not known."""
+    if config.name == "commands":
+        return commands.SPLITS
+    if not is_parsing(config):
+        return ()
+    splits = _TOPV2_SPLITS.items()
+    return tuple(split for split, name in splits if config.name == "topv2" or any(Path(config.name).glob(f"*_{name}.tsv")))
 
 
 def load_records(config: DataConfig, streaming: bool = False) -> Iterator[Record]:
@@ -349,7 +370,7 @@ def _rows(config: DataConfig, streaming: bool) -> Iterator[Row]:
             raise record.fault("the completion must be a text that is not empty", text)
         if not isinstance(asked, str | None):
             raise record.fault("the prompt must be a text", asked)
-        yield Example(asked or "", text, record.where)
+        yield Example(asked or "", text, record.where, record.key)
 
 
 def _topv2(config: DataConfig) -> Iterator[Record]:
@@ -374,7 +395,7 @@ def _conversation(record: Record) -> Conversation:
     if not any(message.role == "assistant" and message.content.strip() for message in messages):
         roles = listed(message.role for message in messages)
         raise DataError(f"{record.where}: needed a message of the role 'assistant' that is not empty, found {roles}")
-    return Conversation(tuple((message.role, message.content) for message in messages), record.where)
+    return Conversation(tuple((message.role, message.content) for message in messages), record.where, record.key)
 
 
 def spread(items: Sequence[Item], limit: int) -> list[Item]:

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent / "layerskip_core"
 
 # From the bottom up. Packages of one level do not import each other.
 LEVELS = [
-    {"errors", "interruption", "processor"},
+    {"errors", "interruption", "processor", "splits"},
     {"config", "files", "embedded"},
     {"data", "prompting", "grammar", "model", "losses"},
     {"checkpoint"},

@@ -159,7 +159,8 @@ def plan_text(plan: "WholeModel | FrozenModel") -> str:
     rows = f"a stream, cut at {config.max_length} tokens"
     if plan.rows is not None:
         left_out = f", {plan.left_out} left out, prompt too long" if plan.left_out else ""
-        rows = f"{plan.rows} rows and {plan.held_out} held out, {plan.tokens} tokens at most{left_out}"
+        held_out = max(plan.held_out, 0 if plan.division is None else plan.division.rows)  # a part is for `bench`
+        rows = f"{plan.rows} rows and {held_out} held out, {plan.tokens} tokens at most{left_out}"
     why = f" ({plan.precision.reason})" if plan.precision.reason else ""
     lines = [
         f"{config.model} ({plan.parameters / 1e6:.1f}M parameters, {plan.num_layers} layers) on {config.data.name}: {rows}",
@@ -262,6 +263,8 @@ def result_text(info: "CheckpointInfo", plan: "Plan", verdicts: "list[Verdict]")
         if losses
     ]
     lines += [_verdict_text(verdict) for verdict in verdicts]
+    if not plan.held_out and plan.rows is not None:
+        lines.append(f"held-out rows: not measured: {plan.rows} rows are too few to hold some out; --validation FILE")
     if (cost := info.cost) is not None:
         costs = [
             f"cost: on {cost.tokens} tokens of the model's own text {cost.agreement:.1%} of next tokens as before, "
@@ -273,6 +276,7 @@ def result_text(info: "CheckpointInfo", plan: "Plan", verdicts: "list[Verdict]")
             before, after = cost.exact_match
             costs.append(f"exact match of {cost.answered} held-out rows {100 * before:.1f} -> {after:.1%}")
         lines.append("; ".join(costs))
+        lines += _example_lines(plan)
         if cost.agreement < 1 - _LOST:
             lines.append("to keep more of the model: --replay 0.5, --lora-rank 16, a lower --lr, or layerskip train-drafter")
     return "\n".join(lines)
@@ -296,6 +300,15 @@ def _verdict_text(verdict: "Verdict") -> str:
         found = f"the speed here is not known, because times differ as on a busy machine ({bound})"
     ends = ": does not pay" if _pays(speedup) is False else ""
     return f"{verdict.name}: {verdict.accepted:.1%} of first drafts agree on held-out rows; {found}{ends}"
+
+
+def _example_lines(plan: "Plan") -> list[str]:
+    """A held-out row, with the reference and the answer of the trained model."""
+    if plan.example is None:
+        return []
+    width = max(map(len, plan.example._fields))
+    named = plan.example._asdict().items()
+    return ["the first held-out row:", *(f"  {name:{width}} {shown(repr(text.strip()))}" for name, text in named)]
 
 
 def _some(losses: Mapping[int, float]) -> list[tuple[int, float]]:

@@ -16,6 +16,7 @@ from ..config.resolution import Policy
 from ..errors import CheckpointError
 from ..files import read_json
 from ..prompting import PromptTemplate
+from ..splits import HeldOut
 
 INFO_FILE = "layerskip.json"
 ADAPTER_FILE = "adapter_config.json"
@@ -33,6 +34,7 @@ class _Block(msgspec.Struct, frozen=True):
     agreement: float | None = None
     data: DataConfig | str | None = None  # older versions wrote the name alone
     validation: str | None = None
+    held_out: HeldOut | None = None
 
 
 class Cost(msgspec.Struct, frozen=True):
@@ -56,6 +58,7 @@ class _Training(msgspec.Struct, frozen=True):
     final_losses: dict[str, float | None] = {}
     agreement: dict[str, float] = {}
     exit_blocks: dict[str, _Block] = {}
+    held_out: tuple[HeldOut, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,13 @@ class CheckpointInfo:
             if isinstance(block.data, DataConfig):
                 return block.data, block.validation
         return self._training.config.data, self._training.config.validation
+
+    @property
+    def held_out(self) -> tuple[HeldOut, ...]:
+        """The rows that trainings of the model and of its drafters held out of files and hub data sets, the newest first."""
+        training = self._training
+        blocks = [block.held_out for block in reversed(training.exit_blocks.values()) if block.held_out is not None]
+        return tuple(dict.fromkeys((*blocks, *training.held_out)))
 
     def draft_profile(self, num_layers: int, packing: PackingConfig = PLAIN) -> DraftProfile:
         """A sweep's measurements; those of drafts only for the same draft head and vocabulary.

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from ..errors import require
+from ..splits import VALIDATION, HeldOut
 from .decoding import REMEMBERED, STRATEGIES, DecodingOptions, Remember
 from .model import DraftModel, MachineConfig, PackingConfig, PromptingConfig
 from .options import BatchSize, Count, CountOrNone, Drafts, Flag, Layer, ModelName, Seed, Share, Text, Without, one_of
@@ -37,14 +38,20 @@ _OF_THE_TASK = ("max_new_tokens", "seed")  # options that TaskConfig has
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """The task and its rows. A `prompting.template` with {prompt} also replaces the task's own form of prompts."""
+    """The task and its rows. A `prompting.template` with {prompt} also replaces the task's own form of prompts.
+
+    `held_out`, what trainings of the model held out, and `side` (splits.py) are set by `load_trained`. `side` None: by `split`
+    in a file, both sides of a hub data set's split.
+    """
 
     task: Annotated[
         Text | None,
         Flag(f"{', '.join(TASKS)}, data, or {HARNESS}NAME.", None, "by --data or the model", "Task", reads="perhaps data"),
     ] = None
     data: Annotated[Text | None, Flag("A file, a TOPv2 folder or a hub id.", None, "the task's own", reads="data")] = None
-    split: Annotated[str, Flag("train, validation or test; compositional and sealed too for `commands`.")] = "test"
+    split: Annotated[
+        str, Flag("train, validation or test; compositional, sealed too for `commands`; of a file validation or test.")
+    ] = "test"
     samples: Annotated[CountOrNone, Flag("Number of rows; 0: all, 20000 for `commands`.", "--samples/--limit")] = 12
     seed: Annotated[Seed, Flag("Seed of generated rows and of sampling.")] = 0
     max_new_tokens: Annotated[Count | None, Flag("Most tokens in an answer.", None, "the task's", "Decoding")] = None
@@ -71,6 +78,8 @@ class TaskConfig:
     include_path: Annotated[str | None, Flag(f"Folder with task files of your own, for {HARNESS}.")] = None
     tasks: Annotated[Text | None, Flag(f"As in lm-eval: the same as --task {HARNESS}TASK,TASK.")] = None
     prompting: PromptingConfig = field(default_factory=PromptingConfig)
+    held_out: tuple[HeldOut, ...] | None = None
+    side: str | None = None
 
     def __post_init__(self) -> None:
         if self.tasks is not None:
@@ -153,6 +162,7 @@ class BenchConfig(MeasurementConfig):
 class SweepConfig(MeasurementConfig):
     """A sweep over exits and drafters, with the given draft lengths or those of the best predicted speed."""
 
+    task: TaskConfig = field(default_factory=lambda: TaskConfig(split=VALIDATION))
     exits: Annotated[
         tuple[Layer, ...], Flag("Exits: 3,6,8 or A:B:STEP.", None, "the trained, at most six, and the low-bit copy", "Decoding")
     ] = ()

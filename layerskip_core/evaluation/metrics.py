@@ -277,13 +277,15 @@ class Margin(NamedTuple):
     """By how much a metric exceeds the required share of full depth's, as a mean over the prompts."""
 
     mean: float
-    low: float  # end of its 95% interval
+    low: float  # end of its interval
     prompts: int
     needed: int | None  # prompts with which `low` would reach 0 at this mean and spread; None if the mean is not above 0
 
 
-def margin(scores: Scores, full_depth: Scores, share: float, name: str) -> Margin:
+def margin(scores: Scores, full_depth: Scores, share: float, name: str, compared: int = 1) -> Margin:
     """Compares a metric with this share of full depth's, paired by prompt. A perplexity may grow by 1 / share.
+
+    `compared`: how many settings are compared so; the intervals of all hold jointly at 95% (Bonferroni).
 
     Few prompts may show no spread, so metrics in 0..1 get two pseudo-observations: a prompt that only the setting gets right,
     and one that only full depth does (Bonett and Price, 2012, Journal of Educational and Behavioral Statistics 37).
@@ -295,11 +297,12 @@ def margin(scores: Scores, full_depth: Scores, share: float, name: str) -> Margi
         values = [full + count * allowed - nats for (nats, full), count in zip(pairs, tokens, strict=True)]
     else:
         values, added = [value - share * full for value, full in pairs], [1.0, -share]
-    ends = estimate(torch.div, Scores((*values, *added)).columns).bounds
+    level = 1 - 0.05 / compared
+    ends = estimate(torch.div, Scores((*values, *added)).columns, level=level).bounds
     mean, needed = fmean(values), None
     if mean > 0:
         # Normal approximation: the n with n * mean = z * sqrt(n * variance + sum of the squared pseudo-observations).
-        square = NormalDist().inv_cdf(0.975) ** 2
+        square = NormalDist().inv_cdf((1 + level) / 2) ** 2
         spread, extra = square * pvariance(values), square * sum(value**2 for value in added)
         enough = math.ceil((spread + math.sqrt(spread**2 + 4 * mean**2 * extra)) / (2 * mean**2))
         needed = max(enough, len(values) + 1)

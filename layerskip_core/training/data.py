@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,20 +18,32 @@ from torch.utils.data import IterableDataset
 from ..checkpoint.loaded import Trainable
 from ..config.model import DataConfig
 from ..config.training import DrafterConfig, FinetuneConfig, TrainingConfig
-from ..data import PARSING_TEMPLATE, Conversation, Example, Row, is_data, is_parsing, load_prompts, load_rows, stream_rows
+from ..data import (
+    PARSING_TEMPLATE,
+    Conversation,
+    Example,
+    Row,
+    is_data,
+    is_parsing,
+    load_prompts,
+    load_rows,
+    own_splits,
+    spread,
+    stream_rows,
+)
 from ..errors import ConfigError, DataError, require
 from ..losses import IGNORED
 from ..prompting import CHAT, RAW, PromptTemplate, resolve_template
+from ..splits import VALIDATION, HeldOut, hold_out, part_of, side_of, timely_rows
 from .encoding import Encoder
 from .recipe import TEXT_PRESETS
 from .sharding import world_size
 
-_HELD_OUT, _SHARE = 64, 20  # rows held out without `validation`: at most 64, and one in 20
-FEWEST = 16  # held-out rows of `finetune`: fewer say nothing about quality
 _LENGTH, _TEXT_LENGTH = 512, 2048  # tokens per row, of tasks and of plain text; the paper's table has none
 _VALIDATION_ROWS = 256
 _SHUFFLED = 10_000  # rows of a stream shuffled together
 _SAMPLED = 64  # rows of a stream that are read to plan a run
+_DIVIDED = 4096  # rows of a stream that decide which rows are held out
 _COUNTED = 10_000  # rows whose targets are counted: evenly spaced, or a stream's first ones
 _POOL = 50  # optimizer steps whose rows are sorted together
 
@@ -52,33 +64,63 @@ def run_steps(config: TrainingConfig, rows: int) -> int:
     return config.steps or max(1, math.ceil(rows / step_rows(config)[0] * (config.epochs or config.usual_epochs)))
 
 
-def read_rows(config: TrainingConfig) -> tuple[list[Row], list[Row]]:
-    """(training rows, held-out rows). Of a stream only the first row is read.
+class RunRows(NamedTuple):
+    """The rows of a run; of a stream, `training` has the first one only."""
 
-    `validation` names held-out data or a split of `data`. Without it the last twentieth is held out: at most 64 rows, for
-    `finetune` at least 16 or none. Rows need no completion where the model writes the answers.
+    training: list[Row]
+    held_out: list[Row]  # those that choose, see splits.py
+    division: HeldOut | None  # what `data` holds out; None if it has a split for that
+
+
+def read_rows(config: TrainingConfig) -> RunRows:
+    """Reads the rows of a run, and divides data that has no split `validation` (splits.py).
+
+    Rows need no completion where the model writes the answers.
     """
-    data, is_drafter, name = config.data, isinstance(config, DrafterConfig), config.validation
     prompts_only = isinstance(config, DrafterConfig) and config.answers == "model"
-    load: Callable[[DataConfig], Sequence[Row]] = load_prompts if prompts_only else load_rows
-    apart = _HELD_OUT if name is None else 0
+    load: Callable[[DataConfig], list[Row]] = load_prompts if prompts_only else load_rows  # type: ignore[assignment]
+    data = config.data
+    has_split = data.split == "train" and VALIDATION in own_splits(data)
     if config.streaming:
-        rows = list(itertools.islice(stream_rows(data), 1))
+        rows = list(itertools.islice(stream_rows(data), _DIVIDED))
     elif data.is_endless:
-        seen = run_steps(config, 0) * step_rows(config)[0] / (config.epochs or config.usual_epochs if is_drafter else 1.0)
-        rows = list(load(replace(data, limit=max(1, round(seen)) + apart)))
+        rows = load(replace(data, limit=_endless_rows(config)))
     else:
-        rows = list(load(data))
-    if name is None:
-        apart = apart if data.is_endless else min(apart, len(rows) // _SHARE)
-        count = len(rows) - (apart if is_drafter or apart >= FEWEST else 0)
-        return rows[:count], rows[count:]
-    other = is_data(name)
-    if not other and Path(data.name).is_file():
-        raise ConfigError(f"`validation` must be other data where `data` is a file, which has no splits, got {name}")
+        rows = load(data)
+    if has_split and config.validation is None:
+        limit = timely_rows(len(rows))
+        return RunRows(rows, load(replace(data, split=VALIDATION, limit=limit)), None)
+    division = hold_out([row.key for row in rows], nothing=config.validation is not None)
+    if config.validation is not None:
+        held_out = _named_rows(config, config.validation, load)
+    else:
+        held_out = [row for row in rows if division.holds(row.key) and side_of(row.key) == VALIDATION]
+    rows = rows[:1] if config.streaming else [row for row in rows if not division.holds(row.key)]
+    return RunRows(rows, held_out, None if has_split else division)
+
+
+def _endless_rows(config: TrainingConfig) -> int:
+    """How many rows a run on `commands` sees; a drafter sees each of them several times."""
+    rows = run_steps(config, 0) * step_rows(config)[0]
+    if isinstance(config, DrafterConfig):
+        rows /= config.epochs or config.usual_epochs  # type: ignore[assignment]
+    return max(1, round(rows))
+
+
+def _named_rows(config: TrainingConfig, name: str, load: Callable[[DataConfig], list[Row]]) -> list[Row]:
+    """The rows that choose of `validation`: of a split of `data`, or of other data. Raises ConfigError, DataError."""
+    data = replace(config.data, setting="validation")
     limit = _VALIDATION_ROWS if config.validation_samples is None else config.validation_samples
-    chosen: dict[str, Any] = {"name": name, "split": "validation"} if other else {"split": name}
-    return rows, list(load(replace(data, limit=limit, setting="validation", **chosen)))
+    if not is_data(name):
+        if Path(data.name).is_file():
+            raise ConfigError(f"`validation` must be other data where `data` is a file, which has no splits, got {name}")
+        return load(replace(data, split=name, limit=limit))
+    other = replace(data, name=name, split=VALIDATION, limit=0)
+    if own_splits(other):
+        return load(replace(other, limit=limit))
+    rows = load(other)
+    part = part_of([row.key for row in rows], VALIDATION if limit else None)
+    return spread([rows[place] for place in part.places], limit)
 
 
 def make_encoder(config: TrainingConfig, trainable: Trainable, rows: Sequence[Row]) -> Encoder:
@@ -123,14 +165,16 @@ class EncodedData:
         return sum(len(row["input_ids"]) for row in self.seen)
 
 
-def encode_rows(rows: Iterable[Row], encoder: Encoder, most: int | None = None) -> EncodedData:
-    """All rows, or the first `most`, in memory as int32. Raises DataError if none has a target within the maximum length."""
+def encode_rows(rows: Iterable[Row], encoder: Encoder, most: int | None = None, required: bool = True) -> EncodedData:
+    """All rows, or the first `most`, in memory as int32. Raises DataError if a target within the maximum length is `required`
+    and none has one.
+    """
     encoded = [
         {name: np.array(value, np.int32) if isinstance(value, list) else value for name, value in row.items()}
         for row in itertools.islice(encoder.rows(rows), most)
     ]
     kept = list(filter(has_target, encoded))
-    if not kept:
+    if not kept and required:
         raise no_room(encoder)
     digest = hashlib.sha256()
     for row in kept:
@@ -138,10 +182,11 @@ def encode_rows(rows: Iterable[Row], encoder: Encoder, most: int | None = None) 
     return EncodedData(kept, kept, len(encoded) - len(kept), digest.hexdigest()[:16])
 
 
-def encode_stream(config: DataConfig, encoder: Encoder, seed: int) -> EncodedData:
-    """An endless stream of rows. Raises DataError like `encode_rows`, judged by the first rows."""
-    first = encode_rows(stream_rows(config), encoder, _SAMPLED)
-    return replace(first, rows=StreamedRows(config, encoder, seed), digest=None)
+def encode_stream(config: DataConfig, encoder: Encoder, seed: int, division: HeldOut) -> EncodedData:
+    """An endless stream of rows, without those held out. Raises DataError like `encode_rows`, judged by the first rows."""
+    stream = StreamedRows(config, encoder, seed, division)
+    first = encode_rows(stream.unshuffled(), encoder, _SAMPLED)
+    return replace(first, rows=stream, digest=None)
 
 
 def no_room(encoder: Encoder) -> DataError:
@@ -152,9 +197,9 @@ def has_target(row: dict[str, Any]) -> bool:
     return bool((np.asarray(row["labels"])[1:] != IGNORED).any())  # nothing predicts the first token
 
 
-def with_whole_answers(rows: Any) -> list[tuple[dict[str, Any], int]]:
-    """The first rows that end with one uninterrupted answer, and the index of its first token; no packed rows."""
-    few = [(row, row["labels"] != IGNORED) for row in itertools.islice(rows, _HELD_OUT) if "documents" not in row]
+def with_whole_answers(rows: Sequence[Any]) -> list[tuple[dict[str, Any], int]]:
+    """The rows that end with one uninterrupted answer, and the index of its first token; no packed rows."""
+    few = [(row, row["labels"] != IGNORED) for row in rows if "documents" not in row]
     starts = [(row, targets, int(targets.argmax())) for row, targets in few]
     return [(row, start) for row, targets, start in starts if targets[max(1, start) :].all()]  # nothing predicts the very first
 
@@ -172,8 +217,12 @@ def token_order(data: EncodedData, vocab_size: int) -> list[int]:
 class StreamedRows(IterableDataset):  # type: ignore[type-arg]
     """Endless encoded rows of a file or hub data set, shuffled in chunks of 10,000. Every process reads all."""
 
-    def __init__(self, config: DataConfig, encoder: Encoder, seed: int) -> None:
-        self._config, self._encoder, self._seed = config, encoder, seed
+    def __init__(self, config: DataConfig, encoder: Encoder, seed: int, division: HeldOut) -> None:
+        self._config, self._encoder, self._seed, self._division = config, encoder, seed, division
+
+    def unshuffled(self) -> Iterator[Row]:
+        """One pass over the rows that are not held out."""
+        return (row for row in stream_rows(self._config) if not self._division.holds(row.key))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for number in itertools.count():
@@ -190,7 +239,7 @@ class StreamedRows(IterableDataset):  # type: ignore[type-arg]
 
     def _shuffled(self, number: int) -> Iterator[Row]:
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + number)
-        rows = stream_rows(self._config)
+        rows = self.unshuffled()
         while some := list(itertools.islice(rows, _SHUFFLED)):
             yield from (some[at] for at in torch.randperm(len(some), generator=generator).tolist())
 

@@ -20,13 +20,14 @@ from ..config.training import DrafterConfig, TrainingConfig
 from ..errors import CheckpointError, ConfigError, TrainingInterrupted
 from ..files import hold, read_json
 from ..interruption import Interruption
+from ..splits import HeldOut
 from .answers import Answers
 from .module import use_fp32_attention
 from .precision import Precision, choose_precision
 from .progress import SEAL, LossHistory, StepReport, checkpoints_folder, discard_after
 from .recipe import Recipe
 from .sharding import process_index, world_size
-from .verdict import Speedup
+from .verdict import AnsweredRow, Speedup
 
 _VALIDATIONS = 10  # per run, unless `eval_steps` is given
 
@@ -64,6 +65,7 @@ class Plan:
     sealed: Mapping[str, Any]  # values that a resumed run must share
     resume: Path | None  # the checkpoint to resume from
     held_out: int  # rows
+    division: HeldOut | None  # of the data, see splits.py
     notes: tuple[str, ...] = ()  # for the user, before the run
     answers: Answers | None = None  # written by the model, or texts to replay
     recipe: Recipe | None = None
@@ -134,6 +136,11 @@ class Plan:
     def save(self, history: LossHistory) -> CheckpointInfo:
         """Writes the result in the first process, and returns its info."""
         raise NotImplementedError
+
+    @property
+    def example(self) -> AnsweredRow | None:
+        """A held-out row with the trained model's answer, after the run."""
+        return None
 
     def verdicts(self, info: CheckpointInfo) -> list[Verdict]:
         """Verdicts on exits or the drafter, on this machine. Empty without held-out rows, and in processes but the first."""

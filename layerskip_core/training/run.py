@@ -30,6 +30,7 @@ from ..losses import IGNORED
 from ..model.exit_blocks import NO_BLOCKS, ExitBlock, ExitBlocks
 from ..model.vocabulary import ORDER_FILE
 from ..model.weights import cast_weights
+from ..splits import HeldOut
 from . import data
 from .answers import Answers, Writing, answered, digest, plan_replay
 from .eagle3 import FrozenEagle3, suits_engines
@@ -41,7 +42,7 @@ from .progress import LOSSES, LossHistory, checkpoints_folder, resume_point
 from .recipe import SMALL_MODEL, Recipe, learning_rate, resolve_recipe, steps_on, trained_exits
 from .sharding import check_sharding, gather_whole, process_index, world_size
 from .trainer import trackers, training_arguments
-from .verdict import Original, SpeedEstimate
+from .verdict import AnsweredRow, Original, SpeedEstimate
 
 _PACKED = "documents are packed into whole rows; attention stays within a document"
 _STREAMED = "streaming: `resume` reads past the rows already seen, and is exact only if they come in the same order again"
@@ -75,7 +76,8 @@ class WholeModel(Plan):
                 large = trainable.backend.spec.parameters >= SMALL_MODEL  # which may know more than its task
                 knows = large and config.recipe.preset in ("auto", "none") and not config.streaming
                 config = replace(config, replay=_REPLAY if knows and sum(data.step_rows(config)) * _REPLAY >= 1 else 0.0)
-        rows, held_out = data.read_rows(config)
+        given = data.read_rows(config)
+        rows, self.division = given.training, given.division
         if self.scratch:
             tokenizer = None if config.vocab_size is None else train_tokenizer(rows, config.vocab_size)
             trainable = blank(config.model, config.seed, tokenizer)
@@ -84,9 +86,15 @@ class WholeModel(Plan):
         self.stored_dtype = stored_dtype(config.model)  # of the saved weights
         encoder = data.make_encoder(config, trainable, rows)
         self.template = encoder.template
-        streamed = config.streaming
-        self.data = data.encode_stream(config.data, encoder, config.seed) if streamed else data.encode_rows(rows, encoder)
-        self.held_out_data = data.encode_rows(held_out, encoder) if held_out else None
+        if config.streaming:
+            assert given.division is not None  # data with splits of its own is not streamed
+            self.data = data.encode_stream(config.data, encoder, config.seed, given.division)
+        else:
+            self.data = data.encode_rows(rows, encoder)
+        self.held_out_data = None
+        if given.held_out:
+            held_out = data.encode_rows(given.held_out, encoder, required=config.validation is not None)
+            self.held_out_data = held_out if held_out.seen else None
         self._resolve(config, encoder, resume)
         self.module = self._module() if config.fsdp else self._module().to(device)
         self.order = data.token_order(self.data, trainable.backend.spec.vocab)
@@ -128,15 +136,22 @@ class WholeModel(Plan):
         module.tokenizer, module.by_muon = self.trainable.tokenizer, config.optimizer == "muon"
         return module
 
+    def _divisions(self) -> tuple[HeldOut, ...]:
+        """What this training and the earlier ones of its model held out, the newest first."""
+        new = () if self.division is None else (self.division,)
+        earlier = () if self.scratch else self.trainable.info.held_out
+        return tuple(dict.fromkeys((*new, *earlier)))
+
     def data_sets(self, progress: Callable[[str, int, int], None]) -> tuple[Any, Any]:
         """Batches have rows of similar length, replayed texts among them; a stream keeps its order."""
         rows: Any = self.data.rows
         held_out = None if self.held_out_data is None else self.held_out_data.rows
         if process_index() == 0 and not self.scratch:
             progress("texts", 1, 0)
-            trained_rows, few = self.steps * data.step_rows(self.config)[0], held_out or ()
+            few: Any = held_out or ()
             if self.config.fsdp:  # rows would run on the CPU: minutes for a model that needs shards, while processes wait
                 few = ()
+            trained_rows = self.steps * data.step_rows(self.config)[0]
             self.original = Original(self.trainable, few, self.config.seed, trained_rows)
         if isinstance(rows, data.StreamedRows):
             return rows, held_out
@@ -148,6 +163,10 @@ class WholeModel(Plan):
             documents = [{"documents": [0] * len(text)} if packed else {} for text in texts]
             rows = rows + [{"input_ids": text, "labels": text} | own for text, own in zip(texts, documents, strict=True)]
         return Subset(rows, data.ordered(self.config, lengths, self.steps, len(rows) - len(lengths))), held_out
+
+    @property
+    def example(self) -> AnsweredRow | None:
+        return None if self.original is None else self.original.example
 
     def save(self, history: LossHistory) -> CheckpointInfo:
         """The info has the last losses of every exit."""
@@ -163,6 +182,7 @@ class WholeModel(Plan):
             "final_losses": {str(layer): loss for layer, loss in history.latest.items()},
             "validation_losses": {str(layer): loss for layer, loss in history.validated.items()},
             "validation_rows": None if self.held_out_data is None else self.held_out_data.digest,
+            "held_out": [asdict(each) for each in self._divisions()],
             "trained_exits": list(trained_exits(recipe, self.steps, self.num_layers)),
             "agreement": {str(layer): share for layer, share in history.agreement.items() if layer < self.num_layers},
             "precision": self.precision.name,
@@ -206,7 +226,7 @@ class FrozenModel(Plan):
 
     def encode(self) -> None:
         """Reads the rows, and plans the answers to them."""
-        given = data.read_rows(self.config)
+        *given, self.division = data.read_rows(self.config)
         encoder = data.make_encoder(self.config, self.trainable, given[0])
         first, longest, self.template = self.module.first_target, encoder.max_length, encoder.template
         self.config = config = replace(self.config, max_length=longest)
@@ -254,7 +274,9 @@ class FrozenModel(Plan):
     def save(self, history: LossHistory) -> CheckpointInfo:
         """Adds the drafter or blocks, and how they were trained, to the model's own folder or to a copy of it."""
         config, info = self.config, self.trainable.info
-        how = {"data": asdict(config.data), "validation": config.validation, "versions": _VERSIONS}
+        how: dict[str, Any] = {"data": asdict(config.data), "validation": config.validation, "versions": _VERSIONS}
+        if self.division is not None:
+            how["held_out"] = asdict(self.division)
         shared = json.loads(json.dumps({**self.sealed, **self.module.details, **how}))  # as it is read back
         trained = {name: shared | {"divergence": history.latest[layer]} for layer, name in self.module.names.items()}
         for layer, share in history.agreement.items():

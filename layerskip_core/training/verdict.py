@@ -1,11 +1,11 @@
 """The speedup by drafts on this machine at an acceptance rate, and the cost of a training in quality."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import exp
-from statistics import median
-from typing import Any
+from statistics import fmean, median
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,9 @@ from ..losses import target_rows
 from ..model.backend import Backend, DraftEnds, DraftHead, Submodel
 from ..model.cache import Places
 from ..model.eagle3 import Eagle3Weights
+from ..splits import timely_rows
 from .answers import BATCH, own_texts
-from .data import FEWEST, with_whole_answers
+from .data import with_whole_answers
 from .recipe import SMALL_MODEL
 
 _LONGEST = 4  # tokens of the longest timed pass
@@ -32,7 +33,6 @@ _MOST = 8  # drafts of a round at most
 _LENGTHS = (1, 2, 4, _MOST)  # draft lengths timed through exits
 _ANSWER = 64  # tokens of an answer at most
 _TIMED_TOKENS = 256  # of a timed answer, at most
-_PER_ANSWERED = 40  # training rows per answered row, so that answers take less than 5% of a run
 
 
 @dataclass(frozen=True)
@@ -206,30 +206,37 @@ class _Passes:
 class Original:
     """Measures losses on a model's own texts and held-out rows, and exact match: before its training, in fp32, and after."""
 
-    def __init__(self, trainable: Trainable, held_out: Iterable[Any], seed: int, trained_rows: int) -> None:
-        """`trained_rows`: of the whole run. Shorter runs answer fewer rows, or none."""
-        self._model, self._backend, self._decoder = trainable.model.eval(), trainable.backend, decoder_of(trainable)
-        few = with_whole_answers(held_out)
-        self._own, self._held_out = own_texts(self._decoder, seed), [row for row, _ in few]
-        asked = [
-            (row["input_ids"][:start].tolist(), row["input_ids"][start:].tolist())
-            for row, start in few
-            if start > 1 and len(row["input_ids"]) - start <= _ANSWER and not row["truncated"]  # else no prompt, or BOS alone
-        ][: trained_rows // _PER_ANSWERED]
-        self._asked = asked if len(asked) >= FEWEST else []
+    def __init__(self, trainable: Trainable, held_out: Sequence[Any], seed: int, trained_rows: int) -> None:
+        """`trained_rows`: of the whole run. Shorter runs read and answer fewer held-out rows."""
+        self._model = trainable.model.eval()
+        self._backend = trainable.backend
+        self._decoder = decoder_of(trainable)
+        few = with_whole_answers(held_out[: timely_rows(trained_rows)])
+        self._own = own_texts(self._decoder, seed)
+        self._held_out = [row for row, _ in few]
+        self._asked = [_question(row, start) for row, start in few if _is_answerable(row, start)]
         self._before = self._measured()
+        self.example: AnsweredRow | None = None  # the first of the answered rows, after the training
 
     def cost(self) -> Cost:
         self._model.eval()
-        (best, own, task, right), (new_best, new_own, new_task, new_right) = self._before, self._measured()
-        losses, answered = (task, new_task) if self._held_out else None, (right, new_right) if self._asked else None
-        same = float((best == new_best).float().mean())
-        return Cost(len(best), same, exp(own), exp(new_own), losses, answered, len(self._asked))
+        before, after = self._before, self._measured()
+        losses = (before.loss, after.loss) if self._held_out else None
+        exact_match = None
+        if self._asked:
+            exact_match = (fmean(before.right), fmean(after.right))
+            prompt, reference = map(self._decoder.detokenize, self._asked[0])
+            self.example = AnsweredRow(prompt, reference, after.first_answer)
+        same = float((before.best == after.best).float().mean())
+        tokens, asked = len(before.best), len(self._asked)
+        return Cost(tokens, same, exp(before.own_loss), exp(after.own_loss), losses, exact_match, asked)
 
     @torch.no_grad()
-    def _measured(self) -> tuple[Tensor, float, float, float]:
-        """(argmax tokens and mean loss of its own texts, mean loss of held-out rows, exact match)."""
-        return *self._read(self._own), self._read(self._held_out)[1], self._answered()
+    def _measured(self) -> "_Measured":
+        best, own_loss = self._read(self._own)
+        _, loss = self._read(self._held_out)
+        right, first_answer = self._answered()
+        return _Measured(best, own_loss, loss, right, first_answer)
 
     def _read(self, rows: Sequence[Mapping[str, Any]]) -> tuple[Tensor, float]:
         """(argmax tokens (N,), mean loss) over the targets."""
@@ -243,12 +250,41 @@ class Original:
             loss += float(F.cross_entropy(logits, targets, reduction="sum"))
         return torch.cat(best) if best else torch.empty(0), loss / max(1, sum(map(len, best)))
 
-    def _answered(self) -> float:
-        """Exact match of greedy answers, up to outer white space."""
-        decoder, right = self._decoder, 0
+    def _answered(self) -> tuple[list[bool], str]:
+        """Whether the greedy answer to each question equals its reference, up to outer white space; and the first answer."""
+        decoder, texts = self._decoder, [""] * len(self._asked)
         for at in range(0, len(self._asked), BATCH):
             prompts, wanted = zip(*self._asked[at : at + BATCH], strict=True)
             config = DecodingConfig("autoregressive", max_new_tokens=max(map(len, wanted)))
             for answer in decode_batch(self._backend, prompts, config, decoder.eos_ids, decoder.detokenize):
-                right += answer.text.strip() == decoder.detokenize(wanted[answer.row]).strip()
-        return right / max(1, len(self._asked))
+                texts[at + answer.row] = answer.text
+        references = [decoder.detokenize(reference) for _, reference in self._asked]
+        right = [text.strip() == reference.strip() for text, reference in zip(texts, references, strict=True)]
+        return right, "".join(texts[:1])
+
+
+class AnsweredRow(NamedTuple):
+    """A held-out row and the trained model's answer, as text."""
+
+    prompt: str
+    reference: str
+    answer: str
+
+
+class _Measured(NamedTuple):
+    best: Tensor  # argmax tokens of the model's own texts
+    own_loss: float  # mean over these texts
+    loss: float  # mean over held-out rows
+    right: list[bool]  # by answered row
+    first_answer: str
+
+
+def _is_answerable(row: Mapping[str, Any], start: int) -> bool:
+    """Whether a row has a prompt, more than BOS, and a whole answer that is short."""
+    return start > 1 and len(row["input_ids"]) - start <= _ANSWER and not row["truncated"]
+
+
+def _question(row: Mapping[str, Any], start: int) -> tuple[list[int], list[int]]:
+    """(prompt, reference) as token ids."""
+    ids = row["input_ids"].tolist()
+    return ids[:start], ids[start:]

@@ -10,7 +10,6 @@ import pytest
 from command_line import fails, refused, run
 
 from layerskip_core.checkpoint.open import for_training
-from layerskip_core.training import verdict
 
 SHORT = ("--batch-size", "2", "--max-length", "48", "--device", "cpu", "--dtype", "fp32")
 
@@ -61,28 +60,46 @@ def test_the_papers_recipe_with_named_exits(finetune):
     assert not Path("out", "exit_blocks.safetensors").exists()
 
 
-def test_the_end_tells_what_the_exits_give_and_what_they_cost(finetune, monkeypatch):
-    monkeypatch.setattr(verdict, "_PER_ANSWERED", 1)  # 2 steps of 2 rows: so 4 rows are answered
-    monkeypatch.setattr(verdict, "FEWEST", 4)
+def test_the_end_tells_what_the_exits_give_and_what_they_cost(finetune):
+    """Of 340 rows 21 choose and 10 report; two steps of two rows answer eight of them."""
     Path("rows.jsonl").write_text("".join(f'{{"prompt": "row {row}", "completion": "a {row}"}}\n' for row in range(340)))
     result = run(*finetune("--data", "rows.jsonl", "--steps", "2", "--exits", "2"))
     assert (result.code, result.out) == (0, "")
-    given, cost, saved = [line for line in result.err.splitlines() if not line.startswith("to keep more")][-3:]
+    assert ": 309 rows and 31 held out, " in result.err and "not measured" not in result.err
+    given, cost, *example, saved = [line for line in result.err.splitlines() if not line.startswith("to keep more")][-7:]
     bound = r"by arithmetic at most [\d.]+x\)(: does not pay)?"
     known = rf"with \d drafts? about [\d.]+x of plain decoding here \([\d.]+ to [\d.]+, {bound}"
     unknown = rf"the speed here is not known, because times differ as on a busy machine \({bound}"
     assert re.fullmatch(rf"exit 2: [\d.]+% of first drafts agree on held-out rows; ({known}|{unknown})", given)
     assert re.fullmatch(
         r"cost: on \d+ tokens of the model's own text [\d.]+% of next tokens as before, perplexity [\d.]+ -> [\d.]+; "
-        r"held-out loss [\d.]+ -> [\d.]+; exact match of 4 held-out rows 0\.0 -> 0\.0%",
+        r"held-out loss [\d.]+ -> [\d.]+; exact match of 8 held-out rows 0\.0 -> 0\.0%",
         cost,
     )
+    head, prompt, reference, answer = example
+    assert head == "the first held-out row:" and answer.startswith("  answer    ")
+    number = re.fullmatch(r"  prompt    'row (\d+)'", prompt)[1]
+    assert reference == f"  reference 'a {number}'"
     drafter = f"layerskip train-drafter --model out --output out --data {Path('rows.jsonl')}"
     assert saved == "saved out; " + (
         f"no exit pays: train for more --steps, or leave the model as it is now: {drafter}"
         if "does not pay" in given
         else "next: layerskip sweep-exits --model out --save"
     )
+    details = json.loads(Path("out", "layerskip.json").read_text())
+    assert details["held_out"][0]["rows"] == 31 and details["cost"]["answered"] == 8
+    assert not any(f"row {number}" in value for value in map(str, details["held_out"]))  # keys, not texts
+
+
+def test_forty_rows_are_measured_and_fewer_are_said_to_be_too_few(finetune):
+    rows = [f'{{"prompt": "row {row}", "completion": "a {row}"}}\n' for row in range(40)]
+    Path("rows.jsonl").write_text("".join(rows))
+    enough = run(*finetune("--data", "rows.jsonl", "--steps", "1"))
+    assert "% of first drafts agree on held-out rows" in enough.err and "exact match of 8 held-out rows" in enough.err
+    Path("rows.jsonl").write_text("".join(rows[:39]))
+    few = run(*finetune("--data", "rows.jsonl", "--steps", "1", "--output", "few"))
+    told = "held-out rows: not measured: 39 rows are too few to hold some out; --validation FILE"
+    assert (few.code, few.err.splitlines().count(told)) == (0, 1)
 
 
 def test_a_replay_is_planned_written_and_found_again(finetune):
@@ -102,12 +119,13 @@ def test_a_replay_is_planned_written_and_found_again(finetune):
 def test_a_short_run_writes_a_checkpoint_and_names_the_next_command(finetune):
     result = run(*finetune("--steps", "2", "--curriculum", "all", "--recipe", "finetune", "--output", "my model"))
     assert (result.code, result.out) == (0, "")
-    *_, progress, exits, _, saved = [line for line in result.err.splitlines() if not line.startswith("to keep more")]
+    *_, progress, exits, told, _, saved = [line for line in result.err.splitlines() if not line.startswith("to keep more")]
     assert re.fullmatch(
         r"training 2/2 loss [\d.]+ exits 2:[\d.]+ 3:[\d.]+ 5:[\d.]+ 6:[\d.]+ "
         r"lr \d\.\de-\d\d \d+ tokens/s 0 s left",
         progress,
     )
+    assert told == "held-out rows: not measured: 4 rows are too few to hold some out; --validation FILE"
     assert re.fullmatch(r"loss by exit: 1: [\d.]+  2: [\d.]+  3: [\d.]+  4: [\d.]+  5: [\d.]+  6: [\d.]+", exits)
     assert saved == f"saved my model; next: layerskip sweep-exits --model {shlex.quote('my model')} --save"
     loaded = for_training("my model", "cpu", "fp32")
@@ -129,7 +147,7 @@ def test_without_a_recipe_train_drafter_is_next(finetune):
     assert re.search(r"^divergence: eagle3: \d", drafter.err, re.MULTILINE)
     measured = run("bench", "--model", "out", "--repeats", "1", "--max-new-tokens", "2", "--format", "json")
     assert json.loads(measured.out)["config"]["task"].items() >= {"data": rows, "prompt_column": "prompt"}.items()
-    assert f"rows: {rows}, split train, which the model was trained on; --data gives others\n" in measured.err
+    assert f"rows: among 4 of the 4 in {rows}, which the model was trained on; --data gives others\n" in measured.err
     adapter = run(*finetune("--recipe", "none", "--steps", "1", "--lora-rank", "2", "--lora-keep", "--output", "adapter"))
     assert adapter.err.endswith("saved adapter; next: layerskip generate --model adapter\n")
 

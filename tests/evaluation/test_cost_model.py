@@ -1,6 +1,7 @@
 """The cost model: simulated rounds, pass times, and the arithmetic on them; given layers to skip."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from evaluating import NEW_TOKENS, own_answers, tiny_loaded
@@ -26,7 +27,7 @@ from layerskip_core.evaluation.measure.cost_model import (
 from layerskip_core.evaluation.measure.sweep import sweep
 from layerskip_core.evaluation.report.tables import results_table
 from layerskip_core.evaluation.results import Result
-from layerskip_core.evaluation.tasks import load_task, other_rows
+from layerskip_core.evaluation.tasks import load_task
 
 EOS = frozenset({9})
 PLAIN = DecodingConfig("autoregressive", max_new_tokens=NEW_TOKENS)
@@ -105,21 +106,34 @@ def test_a_profile_has_acceptance_and_times_of_the_exits_and_copies_that_drafted
     assert profile == DraftProfile(expected, (), {"exit 2": 0.5, "int8": 0.25}, draft_vocab=9)
 
 
-def test_rows_that_choose_or_check_a_setting_are_not_those_measured(tmp_path):
-    task = load_task(TaskConfig("commands", samples=5))
-    own, splits = {example.prompt for example in task.examples}, ("validation", "train")
-    prompts = {example.prompt for example in other_rows(task, 8, splits)}
-    validation = {row.prompt for row in load_examples(DataConfig("commands", "validation", limit=13))}
-    assert len(prompts) == 8 and prompts <= validation - own
-    same = {example.prompt for example in other_rows(task, 8, ("test", *splits))}
-    assert len(same) == 8 and not same & (own | validation)
+def prompts_of(rows):
+    return {example.prompt for example in rows}
+
+
+def test_a_sweep_chooses_and_checks_on_rows_that_bench_does_not_report(tmp_path):
+    """Of `commands` by split; a file is divided by the content of its rows, in whatever order."""
+    chosen, reported = load_task(SweepConfig().task), load_task(BenchConfig().task)
+    checked = chosen.others(8)
+    validation = {row.prompt for row in load_examples(DataConfig("commands", "validation", limit=20))}
+    assert (len(chosen.examples), len(reported.examples), len(checked)) == (12, 20, 8)
+    assert prompts_of(chosen.examples) | prompts_of(checked) == validation and not validation & prompts_of(reported.examples)
     file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps({"prompt": f"p{number}", "completion": "x"}) + "\n" for number in range(9)))
-    task = load_task(TaskConfig(data=str(file), samples=4))
-    measured, others = ({example.prompt for example in rows} for rows in (task.examples, other_rows(task, 8, splits)))
-    assert len(others) == 5 and not measured & others  # a file has no splits
+    lines = [json.dumps({"prompt": f"p{number}", "completion": "x"}) + "\n" for number in range(200)]
+    file.write_text("".join(lines))
+    chosen = load_task(replace(SweepConfig().task, data=str(file)))
+    checked = chosen.others(256)
+    file.write_text("".join(reversed(lines)))
+    reported = load_task(TaskConfig(data=str(file), samples=199))
+    assert len(chosen.examples) == 12 and not prompts_of(chosen.examples) & prompts_of(checked)
+    sides = prompts_of(chosen.examples) | prompts_of(checked), prompts_of(reported.examples)
+    assert not sides[0] & sides[1] and len(sides[0]) + len(sides[1]) == 200 and min(map(len, sides)) > 80
+    (note,) = reported.notes
+    assert note == f"rows: among {len(sides[1])} of the 200 in {file}; others choose (`sweep-exits`), `samples` 0 takes both"
     everything = load_task(TaskConfig(data=str(file), samples=0))
-    assert len(other_rows(everything, 8, splits)) == 8
+    assert len(everything.examples) == 200 and everything.notes[0].endswith("the same rows choose and report")
+    file.write_text("".join(lines[:30]))  # too few
+    assert prompts_of(load_task(TaskConfig(data=str(file), samples=30)).examples) == {f"p{number}" for number in range(30)}
+    assert len(load_task(TaskConfig(data=str(file), samples=4)).others(99)) == 26
 
 
 def test_given_layers_are_measured_at_every_draft_length():

@@ -13,7 +13,7 @@ from layerskip_core.config.evaluation import SweepConfig, TaskConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.config.resolution import policy_packing
 from layerskip_core.evaluation.measure import Measured
-from layerskip_core.evaluation.measure.figures import Contest, contest, finalists, recommend
+from layerskip_core.evaluation.measure.figures import Contest, contest, finalists, margins, recommend
 from layerskip_core.evaluation.metrics import Scores, frontier, margin
 from layerskip_core.evaluation.results import Difference, Failure, Result
 
@@ -33,17 +33,21 @@ PLAIN = row("autoregressive")
 
 
 def known_contest(places, speeds, spread=0.01):
-    """16 prompts of 10 tokens, of which each setting is slower by the spread than its speed on its own half, else faster."""
-    slower = [torch.tensor([1.0 if prompt >> number & 1 else -1.0 for prompt in range(16)]) for number in range(len(places))]
+    """16 or 64 prompts of 10 tokens; each setting is slower by the spread than its speed on its own half, else faster."""
+    prompts = 16 if len(places) <= 4 else 64
+    bits = [[1.0 if prompt >> number & 1 else -1.0 for prompt in range(prompts)] for number in range(len(places))]
+    slower = list(map(torch.tensor, bits))
     seconds = [10 / speeds[place] * (1 + spread * signs) for place, signs in zip(places, slower, strict=True)]
-    return Contest(places, torch.stack([torch.stack([each, torch.full((16,), 10.0)]) for each in seconds]).double())
+    return Contest(places, torch.stack([torch.stack([each, torch.full((prompts,), 10.0)]) for each in seconds]).double())
 
 
 def advise(table, speeds=None, spread=0.01, scores=None, **config):
     """`speeds`: on other prompts, if not those of the table. Each row's score is certain, unless `scores` are given."""
-    places, speeds = finalists(table, 1e-3), speeds or [result.speedup for result in table]
+    speeds = speeds or [result.speedup for result in table]
     sure = [scores or Scores((result.metrics["exact_match"],) * 5000) for result in table]
     measured = [Measured(DecodingConfig(), (), (), scores={"exact_match": each}) for each in sure]
+    keep = config.get("keep", SweepConfig.keep)
+    places = finalists(table, 1e-3, margins(table, measured, "exact_match", keep))
     found = known_contest(places, speeds, spread) if places else None
     return recommend(table, 1e-3, "exact_match", SweepConfig(task=TaskConfig("known"), **config), measured, found)
 
@@ -211,7 +215,33 @@ def test_exact_is_the_recommendation_and_fast_the_fastest_exit_that_keeps_the_qu
         "exact": {"strategy": "self-speculative", "exit_layer": 4, "num_draft_tokens": 6, "measured": figures(0.9, 1.8)},
         "fast": {"strategy": "early-exit", "exit_layer": 4, "measured": figures(0.89, 2.4)},
     }
-    assert reason == "exit 4: 2.40x the speed of plain decoding, exact_match 0.89 (0.9 at full depth)"
+    timed = "timed on 64 other prompts"
+    assert reason == f"exit 4: 2.40x the speed of plain decoding, exact_match 0.89 (0.9 at full depth), {timed}"
+
+
+def test_an_exit_that_was_only_lucky_in_the_sweep_is_not_the_policy_fast():
+    """On other prompts exit 4 is slower than the drafts, exit 6 certainly faster; a third is not timed again."""
+    exits = [row("early-exit", 4, speedup=2.4), row("early-exit", 6, speedup=2.3), row("early-exit", 8, speedup=2.2)]
+    table = [PLAIN, *exits, row("self-speculative", 4, 6, speedup=1.8)]
+    advice = advise(table, [1.0, 1.7, 2.0, 9.0, 1.8])
+    assert advice.policies["fast"] == {"strategy": "early-exit", "exit_layer": 6, "measured": figures(0.9, 2.0)}
+    unsure = advise(table, [1.0, 1.7, 1.82, 9.0, 1.8], spread=0.1)
+    assert list(unsure.policies) == ["exact"]
+    assert unsure.fast_reason.startswith("none, because exit 6 (1.82x the speed of plain decoding")
+    assert unsure.fast_reason.endswith("is not certainly faster than the policy exact (1.80x)")
+    alone = advise([PLAIN, exits[0]], [1.0, 1.7])  # no setting that drafts was timed
+    assert (alone.policies["fast"]["exit_layer"], alone.policies["exact"]["strategy"]) == (4, "autoregressive")
+
+
+def test_many_exits_need_more_prompts_to_show_that_one_keeps_the_quality():
+    """One of ten equal exits passes by chance more often than one alone (Bonferroni)."""
+
+    def saved(exits, prompts):
+        table = [replace(PLAIN, metrics={"exact_match": 1.0})]
+        table += [row("early-exit", layer, quality=1.0, speedup=2.4) for layer in range(1, exits + 1)]
+        return "fast" in advise(table, scores=scores(prompts)).policies
+
+    assert [saved(1, 160), saved(10, 160), saved(10, 240)] == [True, False, True]
 
 
 def test_keep_decides_which_exit_is_good_enough():

@@ -16,6 +16,7 @@ from layerskip_core.data import PARSING_TEMPLATE, Conversation, Example, load_ex
 from layerskip_core.errors import ConfigError, DataError
 from layerskip_core.losses import IGNORED
 from layerskip_core.prompting import CHAT, RAW, PromptTemplate
+from layerskip_core.splits import HeldOut
 from layerskip_core.training import data as training_data
 from layerskip_core.training.data import StreamedRows, collate, encode_rows, encode_stream, make_encoder, token_order
 from layerskip_core.training.encoding import Encoder, packed, train_tokenizer
@@ -126,7 +127,7 @@ def test_language_model_data_is_packed_but_for_task_finetuning(settings, tmp_pat
     assert {len(row["labels"]) for row in plan.data.rows[:-1]} == {32} and "packed into whole rows" in plan.notes[0]
     assert plan.truncated == 0 and plan.tokens == prepare(settings(data=data)).tokens
     plan = prepare(settings(data=data))
-    assert plan.rows == 50 and not plan.notes
+    assert plan.rows == 42 and plan.held_out == 8 and not plan.notes
     with pytest.raises(DataError, match="packed rows are of plain text"):
         list(Encoder(plan.trainable.tokenizer, PromptTemplate(), 32, pack=True).rows([Example("a", "b")]))
     assert len(train(settings(data=data, recipe=replace(RECIPE, preset="scratch"), max_length=32, steps=2))) == 2
@@ -134,7 +135,7 @@ def test_language_model_data_is_packed_but_for_task_finetuning(settings, tmp_pat
 
 def test_a_stream_is_shuffled_the_same_way_each_time_and_has_no_end(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(training_data, "_SHUFFLED", 8)
-    stream = StreamedRows(DataConfig(name=written(tmp_path, 20)), Encoder(tokenizer, PromptTemplate(), 64), seed=1)
+    stream = StreamedRows(DataConfig(name=written(tmp_path, 20)), Encoder(tokenizer, PromptTemplate(), 64), 1, HeldOut())
     first = [tuple(row["input_ids"]) for row in itertools.islice(stream, 60)]
     assert first == [tuple(row["input_ids"]) for row in itertools.islice(stream, 60)]
     passes = [first[at : at + 20] for at in (0, 20, 40)]
@@ -154,7 +155,7 @@ def test_a_stream_that_has_lost_its_rows_ends_and_a_tokenizer_that_fails_is_an_e
     """As every pass without a row is followed by another."""
     file = tmp_path / "rows.jsonl"
     file.write_text('{"prompt": "a", "completion": "b"}\n')
-    stream = iter(StreamedRows(DataConfig(name=str(file)), Encoder(tokenizer, PromptTemplate("{prompt}"), 8), seed=1))
+    stream = iter(StreamedRows(DataConfig(name=str(file)), Encoder(tokenizer, PromptTemplate("{prompt}"), 8), 1, HeldOut()))
     next(stream)
     file.write_text('{"prompt": "a prompt longer than the row", "completion": "b"}\n')
     with pytest.raises(DataError, match="no row has room for a completion within `max_length` 8"):
@@ -240,9 +241,9 @@ def test_tokens_in_the_order_of_their_frequency(tokenizer, tmp_path, monkeypatch
     assert order[3:] == [token for token in range(300) if token not in (z, end, y)]
     file = tmp_path / "rows.jsonl"
     file.write_text('{"prompt": "q", "completion": "zzz"}\n{"prompt": "q", "completion": "zy"}\n')
-    assert token_order(encode_stream(DataConfig(str(file)), encoder, 0), 300) == order
+    assert token_order(encode_stream(DataConfig(str(file)), encoder, 0, HeldOut()), 300) == order
     monkeypatch.setattr(training_data, "_COUNTED", 1)
-    assert token_order(encode_stream(DataConfig(str(file)), encoder, 0), 300)[0] == z  # of one row alone
+    assert token_order(encode_stream(DataConfig(str(file)), encoder, 0, HeldOut()), 300)[0] == z  # of one row alone
 
 
 EXAMPLE, CONVERSATION = Example("hi", "ho"), Conversation((("user", "hi"), ("assistant", "ho")))

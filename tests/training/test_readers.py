@@ -17,6 +17,7 @@ from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import DataConfig
 from layerskip_core.config.training import DrafterConfig, RecipeSettings
+from layerskip_core.data import load_examples
 from layerskip_core.decoding import decode, decode_batch
 from layerskip_core.errors import ConfigError
 from layerskip_core.model import TransformersBackend
@@ -164,7 +165,7 @@ def test_without_a_recipe_only_the_task_is_learnt_and_its_loss_told(settings, tm
     assert all(list(report.exit_losses) == [4] for report in reports)
     info = read_info(tmp_path / "out")
     assert info.trained_exits == () and not (tmp_path / "out" / "exit_blocks.safetensors").exists()
-    assert (info.cost.tokens, info.cost.task, info.cost.exact_match) == (4 * 4, None, None)
+    assert info.cost.tokens == 4 * 4 and info.held_out == ()
     train(settings(data=replace(settings().data, limit=340), recipe=RecipeSettings("none"), steps=8, overwrite=True))
     info = read_info(tmp_path / "out")
     before, after = info.cost.task
@@ -180,23 +181,28 @@ def test_the_cost_has_how_many_held_out_rows_are_answered_right(settings, tmp_pa
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in written))
     data, held_out = DataConfig(str(tmp_path / "rows.jsonl")), str(tmp_path / "held.jsonl")
     run = {"data": data, "validation": held_out, "recipe": RecipeSettings("none"), "batch_size": 8, "lr": 1e-2}
-    train(settings(**run, steps=80))  # 640 rows: a fortieth of them is answered
+    plan = prepare(settings(**run, steps=80))  # 640 rows: up to an eighth as many are read and answered
+    plan.run(lambda report: None)
     decoder, right = for_decoding(str(tmp_path / "out"), "cpu", "fp32"), 0
     for row in rows + others:
         config = DecodingConfig("autoregressive", max_new_tokens=64)
         [answer] = decode_batch(decoder.backend, [decoder.encode_prompt(row["prompt"])], config, decoder.eos_ids)
         right += decoder.detokenize(answer.ids) == row["completion"]
+        if row == rows[0]:
+            assert plan.example == ("say a\n", "a is said", decoder.detokenize(answer.ids))
     cost = read_info(tmp_path / "out").cost
     assert (cost.answered, cost.exact_match) == (16, (0.0, right / 16)) and 4 <= right < 16
-    train(settings(**run, steps=79, output=str(tmp_path / "shorter")))
-    assert read_info(tmp_path / "shorter").cost.exact_match is None
+    train(settings(**run, steps=8, output=str(tmp_path / "shorter")))  # 64 rows: 8 are read, 6 of them answered
+    assert read_info(tmp_path / "shorter").cost.answered == 6
 
 
-def test_rows_are_held_out_of_many_and_none_of_few(settings):
-    plans = [prepare(settings(data=replace(settings().data, limit=limit), overwrite=True)) for limit in (32, 340)]
-    assert [(plan.rows, plan.held_out, plan.eval_steps) for plan in plans] == [(32, 0, 0), (323, 17, 4)]
-    endless = prepare(settings(data=replace(settings().data, limit=0), overwrite=True))
-    assert (endless.rows, endless.held_out) == (16, 64)
+def test_data_with_a_split_to_validate_on_trains_on_all_rows(settings):
+    plans = [prepare(settings(data=replace(settings().data, limit=limit), overwrite=True)) for limit in (32, 340, 0)]
+    found = [(plan.rows, plan.held_out, plan.eval_steps, plan.division) for plan in plans]
+    assert found == [(32, 8, 4, None), (340, 42, 4, None), (16, 8, 4, None)]
+    data = DataConfig("commands", "validation", limit=8, seed=plans[0].config.data.seed)
+    held = [plans[0].trainable.tokenizer.decode(row["input_ids"]) for row in plans[0].held_out_data.rows]
+    assert [text.split("\n")[0] for text in held] == [row.prompt for row in load_examples(data)]
 
 
 def test_merged_adapters_have_readers_and_an_adapter_alone_has_none(settings, base, tmp_path):

@@ -1,14 +1,14 @@
 """Figures of measurements, the machine, and the recommendation of a sweep.
 
 Against the winner's curse a sweep times the best few settings once more, in turns with plain and adaptive decoding, on other
-prompts, and decides by the lower end of the speedup's interval.
+prompts, and decides by the lower end of the speedup's interval. So it does with the fastest early exits that keep the quality.
 """
 
 import math
 import os
 import platform
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from operator import truediv
@@ -32,7 +32,7 @@ from . import Measured, Progress, drafts_tokens, in_turn
 
 _WITH_EXIT = ("early-exit", "self-speculative", "no-reuse", "assistant-early-exit")
 _CLOSE = 1.05  # adaptive drafting is preferred to a fixed setting less than 5% faster: it adapts to other prompts
-_FINALISTS = 2  # fixed settings that are timed once more
+_FINALISTS = 2  # fixed settings, and early exits, that are timed once more
 _FEWEST_TURNS, _MOST_TURNS = 8, 256
 _NARROW = 0.02  # timing ends when lower ends of speedups are less than 2% below them
 # The options of a policy that a Result holds.
@@ -144,6 +144,16 @@ class Contest:
         bounds = self.speed(place).bounds
         return 0.0 if bounds is None else bounds.low
 
+    def surely_faster(self, places: Sequence[int], other: int) -> list[int]:
+        """Those of the places that are faster than `other`, the fastest first. Lower ends hold jointly at 95% (Bonferroni)."""
+        found = []
+        for place in places:
+            mine, theirs = (self.times[self.places.index(each)][:, None] for each in (place, other))
+            value, bounds, _ = speed_ratio(theirs, mine, 1 - 0.1 / len(places))
+            if bounds is not None and bounds.low > 1:
+                found.append((value or 0.0, place))
+        return [place for _, place in sorted(found, reverse=True)]
+
     def text(self, place: int) -> str:
         """`1.82x the speed of autoregressive decoding on 16 other prompts (at least 1.74x with 95% confidence)`."""
         prompts, value = plural(self.times.shape[-1], self.noun), self.speed(place).value or 0.0
@@ -158,12 +168,33 @@ def faithful(results: Sequence[Result], near_tie: float) -> list[int]:
     return [place for place in drafting if results[place].keeps_outputs(results[0], near_tie)]
 
 
-def finalists(results: Sequence[Result], near_tie: float) -> list[int]:
-    """Full depth, the fastest faithful settings and adaptive drafting; empty if none was faster than full depth."""
+def finalists(results: Sequence[Result], near_tie: float, keeping: Mapping[int, Margin] | None = None) -> list[int]:
+    """What is timed once more, full depth first; empty if nothing was faster than full depth.
+
+    The fastest faithful settings and adaptive drafting, if any was faster; and the fastest early exits that certainly keep the
+    quality, by the margins `keeping`.
+    """
     known = sorted(faithful(results, near_tie), key=lambda place: -(results[place].speedup or 0.0))
     faster = [place for place in known if (results[place].speedup or 0.0) > 1]
     fixed = [place for place in faster if results[place].strategy != "adaptive"][:_FINALISTS]
-    return [0, *fixed, *(place for place in known if results[place].strategy == "adaptive")] if faster else []
+    adaptive = [place for place in known if results[place].strategy == "adaptive"] if faster else []
+    kept = [place for place, margin in (keeping or {}).items() if margin.low >= 0 and (results[place].speedup or 0.0) > 1]
+    exits = sorted(kept, key=lambda place: -(results[place].speedup or 0.0))[:_FINALISTS]
+    chosen = [*fixed, *adaptive, *exits]
+    return [0, *chosen] if chosen else []
+
+
+def margins(results: Sequence[Result], measured: Sequence[Measured], quality_metric: str, keep: float) -> dict[int, Margin]:
+    """By how much each early exit, by its index, exceeds the share `keep` of full depth's quality. Full depth comes first."""
+    full = measured[0].scores.get(quality_metric)
+    exits = {
+        place: each.scores[quality_metric]
+        for place, (result, each) in enumerate(zip(results, measured, strict=True))
+        if result.strategy == "early-exit" and quality_metric in each.scores
+    }
+    if full is None:
+        return {}
+    return {place: margin(scores, full, keep, quality_metric, len(exits)) for place, scores in exits.items()}
 
 
 def contest(
@@ -187,10 +218,10 @@ def contest(
     return outcome
 
 
-def winner(again: Contest, results: Sequence[Result]) -> tuple[int, int]:
-    """The setting to recommend (adaptive, unless clearly or certainly slower), and the one with the highest lower end."""
-    first = max(again.places[1:], key=again.lower_end)
-    for place in again.places[1:]:
+def winner(again: Contest, results: Sequence[Result], places: Sequence[int]) -> tuple[int, int]:
+    """Of these places the one to recommend (adaptive, unless clearly or certainly slower), and the one of highest lower end."""
+    first = max(places, key=again.lower_end)
+    for place in places:
         if results[place].strategy == "adaptive" and again.lower_end(place) > 1:
             lead, ends, _ = again.speed(first, place)
             if lead is None or (lead <= _CLOSE and (ends is None or ends.low <= 1)):
@@ -211,17 +242,21 @@ def recommend(
     best = first = max(known, key=lambda place: results[place].speedup or 0.0, default=0)
     speed, lower_end, gain = results[best].speedup, None, f"{results[best].speedup or 0.0:.2f}x"
     alike: list[int] = []
+    drafting: list[int] = []
     if again is not None:
-        best, first = winner(again, results)
+        for place in again.places[1:]:
+            policies[place]["measured"]["speedup"] = again.speed(place).value or 0.0
+        drafting = [place for place in again.places[1:] if place in known]
+    if again is not None and drafting:
+        best, first = winner(again, results, drafting)
         speed, lower_end, gain = again.speed(best).value, again.lower_end(best), again.text(best)
-        leads = {place: again.speed(best, place).bounds for place in again.places[1:] if place != best}
+        leads = {place: again.speed(best, place).bounds for place in drafting if place != best}
         alike = [place for place, ends in leads.items() if ends is not None and ends.low <= 1 <= ends.high]
-        policies[best]["measured"]["speedup"] = speed or 0.0
     pays = lower_end is not None and lower_end > 1
     result, name = results[best], policy_text(policies[best])
     if not known:
         verdict = "no setting that drafts kept the autoregressive outputs"
-    elif again is None or not pays:
+    elif not drafting or again is None or not pays:
         verdict = f"speculation does not pay on this model and machine: {name}, the best setting, reaches {gain}"
     else:
         rank = "the fastest" if best == first else f"close to the fastest ({again.speed(first).value or 0.0:.2f}x)"
@@ -237,14 +272,9 @@ def recommend(
         reason.append(f"not significantly different from {', '.join(policy_text(policies[place]) for place in alike)}")
     if tried > len(known):
         reason.append(f"{tried - len(known)} of {tried} settings changed the output and were excluded")
-    full = measured[0].scores.get(quality_metric)
-    exits = [
-        (policy, margin(each.scores[quality_metric], full, config.keep, quality_metric))
-        for result, policy, each in zip(results, policies, measured, strict=True)
-        if full and result.strategy == "early-exit" and quality_metric in each.scores
-    ]
-    fast, fast_reason = fast_policy(exits, policies[chosen], quality_metric, config.keep)
-    saved = {EXACT: policies[chosen]} | ({} if fast is None else {FAST: fast})
+    exits = margins(results, measured, quality_metric, config.keep)
+    fast, fast_reason = fast_policy(exits, policies, chosen, quality_metric, config.keep, again)
+    saved = {EXACT: policies[chosen]} | ({} if fast is None else {FAST: policies[fast]})
     own, speed = results[chosen], speed if known else None
     return Recommendation(own.exit_layer, own.num_draft_tokens, speed, "; ".join(reason), fast_reason, saved, lower_end)
 
@@ -268,35 +298,51 @@ def policy_of(result: Result, plain: Result, quality_metric: str, config: SweepC
 
 
 def fast_policy(
-    exits: Sequence[tuple[Policy, Margin]], exact: Policy, quality_metric: str, keep: float
-) -> tuple[Policy | None, str]:
-    """The fastest early exit, faster than `exact`, that certainly keeps this share of the quality, or None; and why."""
-    full, to_beat = exact["measured"]["full_depth"], exact["measured"]["speedup"]
+    exits: Mapping[int, Margin],
+    policies: Sequence[Policy],
+    exact: int,
+    quality_metric: str,
+    keep: float,
+    again: Contest | None,
+) -> tuple[int | None, str]:
+    """The fastest early exit that certainly keeps this share of the quality and is faster than `exact`, or None; and why.
+
+    `exits`: their margins, by index; `policies` have the speeds of the contest `again`, where they were timed in it.
+    """
+    full, to_beat = policies[exact]["measured"]["full_depth"], policies[exact]["measured"]["speedup"]
     if not full:
         return None, f"none, because {quality_metric} is 0 at full depth"
     if not exits:
         return None, "none, because no early exit was measured"
 
-    def described(policy: Policy) -> str:
-        speed, value = policy["measured"]["speedup"], policy["measured"]["value"]
+    def described(place: int) -> str:
+        speed, value = policies[place]["measured"]["speedup"], policies[place]["measured"]["value"]
         return f"{speed:.2f}x the speed of plain decoding, {quality_metric} {value:.3g} ({full:.3g} at full depth)"
 
-    exits = sorted(exits, key=lambda exit: -exit[0]["measured"]["speedup"])
-    good = [exit for exit in exits if exit[1].needed is not None]
+    ranked = sorted(exits, key=lambda place: -policies[place]["measured"]["speedup"])
+    good = [place for place in ranked if exits[place].needed is not None]
     if not good:
-        best, _ = max(exits, key=lambda exit: exit[1].mean)
+        best = max(ranked, key=lambda place: exits[place].mean)
         missed = f"no early exit keeps more than {keep:.4g} of {quality_metric}, {full:.3g} at full depth"
-        return None, f"none, because {missed}; the best, {policy_text(best)}, has {best['measured']['value']:.3g}"
-    faster = [exit for exit in good if exit[0]["measured"]["speedup"] > to_beat]
+        value = policies[best]["measured"]["value"]
+        return None, f"none, because {missed}; the best, {policy_text(policies[best])}, has {value:.3g}"
+    faster = [place for place in good if policies[place]["measured"]["speedup"] > to_beat]
     if not faster:
-        best, _ = good[0]
         not_faster = f"is not faster than the policy exact ({to_beat:.2f}x)"
-        return None, f"none, because {policy_text(best)} ({described(best)}) {not_faster}"
-    for best, kept in faster:
-        if kept.low >= 0:
-            return best, f"{policy_text(best)}: {described(best)}"
-    best, kept = min(faster, key=lambda exit: exit[1].needed or 0)
+        return None, f"none, because {policy_text(policies[good[0]])} ({described(good[0])}) {not_faster}"
+    timed = [] if again is None else [place for place in exits if place in again.places]
+    certain = [] if again is None else again.surely_faster(timed, exact)
+    if certain and again is not None:
+        best = certain[0]
+        prompts = plural(again.times.shape[-1], again.noun)
+        return best, f"{policy_text(policies[best])}: {described(best)}, timed on {prompts}"
+    if timed:
+        best = max(timed, key=lambda place: policies[place]["measured"]["speedup"])
+        uncertain = f"is not certainly faster than the policy exact ({to_beat:.2f}x)"
+        return None, f"none, because {policy_text(policies[best])} ({described(best)}) {uncertain}"
+    best = min(faster, key=lambda place: exits[place].needed or 0)
     return None, (
-        f"none, because {plural(kept.prompts, 'prompt')} cannot show that an early exit keeps {keep:.4g} of "
-        f"{quality_metric}; for {policy_text(best)} ({described(best)}) it would take about {kept.needed} (`samples`)"
+        f"none, because {plural(exits[best].prompts, 'prompt')} cannot show that an early exit keeps {keep:.4g} of "
+        f"{quality_metric}; for {policy_text(policies[best])} ({described(best)}) it would take about {exits[best].needed} "
+        "(`samples`)"
     )

@@ -15,10 +15,10 @@ from ...errors import require
 from ...processor import OtherLoad
 from ..metrics import Scores, frontier, metric, scores_by_exit
 from ..results import NEAR_TIE, Result, RunRecord
-from ..tasks import Task, other_rows
+from ..tasks import Task
 from . import Measured, Progress, depth_of, drafts_tokens, measure, measure_prompt
 from .cost_model import Prediction, draft_profile, predict, side_of
-from .figures import Contest, contest, environment, finalists, recommend, result_of
+from .figures import Contest, contest, environment, finalists, margins, recommend, result_of
 
 _LENGTHS = (2, 4, 6, 8, 12, 16, 24, 32)  # draft lengths to predict if none are given
 _UNPREDICTED = (4, 8, 16)  # draft lengths to measure of drafters without predictions
@@ -54,7 +54,7 @@ def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress
     optimal = frontier(results, name)
     results = [replace(result, pareto=place in optimal) for place, result in enumerate(results)]
     near_tie, again = NEAR_TIE[loaded.backend.dtype], None
-    if places := finalists(results, near_tie):
+    if places := finalists(results, near_tie, margins(results, measured, name, config.keep)):
         again = yield from _once_more(loaded, task, settings, places, _ONCE_MORE * (time.perf_counter() - started))
     machine["busy_cores"] = load.busy_cores()
     named = asdict(config) | {"quality_metric": name, "prompt_template": loaded.template.name}
@@ -68,7 +68,7 @@ def _once_more(
     loaded: Decoder, task: Task, settings: Sequence[DecodingConfig], places: Sequence[int], seconds: float
 ) -> Generator[Progress, None, Contest]:
     """Times the settings at these places on rows that were not measured, or on measured ones if there are no others."""
-    rows = other_rows(task, _OTHERS, (task.config.split, "validation", "train"))
+    rows = spread(task.examples, _OTHERS) if task.others is None else task.others(_OTHERS)
 
     def timed(row: int, place: int) -> tuple[float, int]:
         steps = measure_prompt(loaded, rows[row].prompt, settings[place]).steps

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from ...checkpoint.loaded import Decoder
 from ...config.decoding import DecodingOptions
@@ -14,6 +15,7 @@ from ...data import Example, Record, file_records, hub_records, spread
 from ...decoding.output import before_stop
 from ...errors import ConfigError, DataError, require
 from ...prompting import CHAT, RAW
+from ...splits import FEWEST, TEST, VALIDATION, part_of
 from ..metrics import Losses, Scores, reference_losses, text_losses
 from ..results import Answered
 
@@ -51,6 +53,7 @@ class Task:
     categories: dict[str, tuple[int, ...]] = field(default_factory=dict)  # indices of the examples in each category
     answers_per_prompt: int = 1  # consecutive examples with the same prompt
     against: Callable[[Sequence[Sequence[str]]], Scorer] | None = None  # without references: makes a scorer from later ones
+    others: Callable[[int], Sequence[Example]] | None = None  # at most so many further rows for the same purpose
 
     def score(self, predictions: Sequence[str], perplexity: Scores | None = None) -> dict[str, Scores]:
         """Scores predictions, one per example (empty if it failed); a task on text has its `perplexity` as the only score."""
@@ -111,24 +114,65 @@ def load_task(config: TaskConfig) -> Task:
         require(given is None or setting in loader.accepts, setting, f"{needed} for `task` {name}", given)
     require(config.data is not None or not loader.needs_data, "data", f"given for `task` {name}", "none")
     data, limit = config.data or loader.data, config.max_new_tokens or loader.max_new_tokens
-    task = loader.load(replace(config, task=config.task or config.data or name, data=data, max_new_tokens=limit))
+    config = replace(config, task=config.task or config.data or name, data=data, max_new_tokens=limit)
+    task = loader.load(config)
     if not task.examples:
         raise DataError(f"`data` {task.config.data} has no rows in split {config.split}")
     for number, example in enumerate(task.examples, start=1):
         if not example.prompt.strip():
             raise DataError(f"`data` {task.config.data}: every row needs a prompt, found none in row {number} of those read")
-    return task
+    described = replace(task.config, held_out=None, side=None)  # a report names the data, not its division
+    return replace(task, config=described, others=partial(_other_rows, loader, config, task.examples))
 
 
-def other_rows(task: Task, count: int, splits: Iterable[str]) -> Sequence[Example]:
-    """At most `count` rows outside the task, from the first split that has any; else some of the task's own rows."""
-    own = {example.prompt for example in task.examples}
-    for split in dict.fromkeys(splits):
-        with suppress(DataError, ConfigError):
-            rows = load_task(replace(task.config, split=split, samples=len(task.examples) + count)).examples
-            if others := list({row.prompt: row for row in rows if row.prompt not in own}.values()):
-                return spread(others, count)
-    return spread(task.examples, count)
+def _other_rows(loader: TaskLoader, config: TaskConfig, own: Sequence[Example], count: int) -> Sequence[Example]:
+    """At most `count` rows for the same purpose beside a task's `own`; else some of its own."""
+    prompts = {example.prompt for example in own}
+    with suppress(DataError, ConfigError):
+        rows = loader.load(replace(config, samples=len(own) + count)).examples
+        if others := list({row.prompt: row for row in rows if row.prompt not in prompts}.values()):
+            return spread(others, count)
+    return spread(own, count)
+
+
+def rows_for(
+    items: Sequence[Item], keys: Sequence[str], config: TaskConfig, source: str, has_splits: bool = False
+) -> tuple[list[Item], tuple[str, ...]]:
+    """`config.samples` evenly spaced rows of the side that the task asks for (splits.py), and a note for the user.
+
+    `keys`: those of the items. `has_splits`: the items are one split of the data, which is divided only if the model was
+    trained on it.
+    """
+    part = part_for(keys, config, source, has_splits)
+    return spread([items[place] for place in part.places], config.samples), part.notes
+
+
+class Places(NamedTuple):
+    """Indices of rows, and a note for the user that says which they are, unless they are simply all."""
+
+    places: Sequence[int]
+    notes: tuple[str, ...]
+
+
+def part_for(keys: Sequence[str], config: TaskConfig, source: str, has_splits: bool) -> Places:
+    """The rows of the side that the task asks for; `samples` 0 asks for both sides."""
+    side = config.side
+    if side is None and not has_splits:
+        side = VALIDATION if config.split == VALIDATION else TEST
+    part = part_of(keys, side if config.samples else None, config.held_out or ())
+    chosen = f"rows: among {len(part.places)} of the {len(keys)} in {source}"
+    other = "report (`bench`)" if side == VALIDATION else "choose (`sweep-exits`)"
+    note = ""
+    if part.seen:
+        note = f"{chosen}, which the model was trained on; `data` gives others"
+    elif part.divided:
+        held_out = ", held out of the training" if part.is_trained else ""
+        note = f"{chosen}{held_out}; others {other}, `samples` 0 takes both"
+    elif part.is_trained:
+        note = f"{chosen}, held out of the training; the same rows choose and report"
+    elif side == VALIDATION or (side is not None and len(keys) >= FEWEST):
+        note = f"{chosen}; the same rows choose and report"
+    return Places(part.places, (note,) if note else ())
 
 
 def _task_of(data: str | None) -> str:

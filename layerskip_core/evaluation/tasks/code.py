@@ -11,11 +11,12 @@ from statistics import fmean
 from typing import NamedTuple
 
 from ...config.evaluation import UNSANDBOXED, TaskConfig
-from ...data import Example, Record, spread
+from ...data import Example, Record
 from ...errors import ConfigError, require
+from ...splits import TEST, VALIDATION
 from ..metrics import pass_at_k, rouge
 from ..sandbox import LAYERS, run_tests, standing_layers
-from . import BARE, Task, TaskLoader, framed, rows_of, shots_and_rest
+from . import BARE, Task, TaskLoader, framed, rows_for, rows_of, shots_and_rest
 
 _HUMANEVAL = "openai/openai_humaneval"
 _HUMANEVAL_STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n@", "\n```")
@@ -37,14 +38,15 @@ class _Problem(NamedTuple):
 
 
 def humaneval(config: TaskConfig) -> Task:
-    rows = spread(rows_of(str(config.data), _HUMANEVAL, "test"), config.samples)
+    every = rows_of(str(config.data), _HUMANEVAL, "test")
+    rows, notes = rows_for(every, [row.key for row in every], config, str(config.data))
     problems = []
     for row in rows:
         head, solution, test, name = (_code(row, column) for column in ("prompt", "canonical_solution", "test", "entry_point"))
         prompt = head.rstrip()
         example = Example(prompt, head[len(prompt) :] + solution)
         problems.append(_Problem(example, head, f"{test}\ncheck({name.strip()})\n"))
-    return _task(replace(config, shots=0), problems, BARE, _HUMANEVAL_STOP)
+    return _task(replace(config, shots=0), problems, BARE, _HUMANEVAL_STOP, notes=notes)
 
 
 def mbpp(config: TaskConfig) -> Task:
@@ -55,15 +57,18 @@ def mbpp(config: TaskConfig) -> Task:
     solutions = rows_of(data, _MBPP, "prompt", name="full") if data == _MBPP else rows
     known = {number: row for row in solutions if isinstance(number := row.fields.get("task_id"), int)}
     shots = [known[number] for number in _MBPP_SHOT_IDS if number in known][:count]
+    has_splits = data == _MBPP
     if data == _MBPP:
         require(len(shots) == count, "shots", f"at most {len(shots)} for `task` mbpp", count)
     else:
-        asked = [row for number, row in known.items() if number in _MBPP_SPLITS[config.split]]
+        by_split = {split: [row for number, row in known.items() if number in own] for split, own in _MBPP_SPLITS.items()}
+        has_splits = bool(by_split[VALIDATION] and by_split[TEST])
+        asked = by_split[config.split] or by_split[VALIDATION] or by_split[TEST]
         shots, rows = (shots, asked) if len(shots) == count and asked else shots_and_rest(rows, count, data)
     solved = [_mbpp_problem(row).example for row in shots]
     solved = [Example(example.prompt, example.completion + "\n[DONE]") for example in solved]
-    problems = map(_mbpp_problem, spread(rows, config.samples))
-    return _task(replace(config, shots=count), problems, _MBPP_FORM, _MBPP_STOP, solved)
+    rows, notes = rows_for(rows, [row.key for row in rows], config, data, has_splits)
+    return _task(replace(config, shots=count), map(_mbpp_problem, rows), _MBPP_FORM, _MBPP_STOP, solved, notes)
 
 
 def _mbpp_problem(row: Record) -> _Problem:
@@ -83,7 +88,12 @@ def _code(row: Record, column: str, kind: type = str) -> str:
 
 
 def _task(
-    config: TaskConfig, rows: Iterable[_Problem], form: str, stop: tuple[str, ...], solved: Sequence[Example] = ()
+    config: TaskConfig,
+    rows: Iterable[_Problem],
+    form: str,
+    stop: tuple[str, ...],
+    solved: Sequence[Example] = (),
+    notes: tuple[str, ...] = (),
 ) -> Task:
     """A task with `problem_samples` answers per problem."""
     problems, count = list(rows), config.problem_samples
@@ -105,7 +115,7 @@ def _task(
         return scores | {"rouge2": [fmean(by_answer[start : start + count]) for start in starts]}
 
     metric = f"pass@{config.pass_k[0]}" if config.allow_code_execution else "rouge2"
-    return Task(examples, config, metric, score, stop, template, notes=_notes(config), answers_per_prompt=count)
+    return Task(examples, config, metric, score, stop, template, notes=(*notes, *_notes(config)), answers_per_prompt=count)
 
 
 def _notes(config: TaskConfig) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 Summaries: of news, with the prompts of LayerSkip's evaluation (CNN/DM, 1-shot; XSUM, 0-shot), and of papers in one sentence.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,13 +25,14 @@ from ...data import (
     is_parsing,
     load_examples,
     load_records,
-    spread,
+    own_splits,
 )
 from ...errors import DataError, require
 from ...files import text_lines
 from ...prompting import CHAT, RAW
+from ...splits import TEST, VALIDATION, key_of
 from ..metrics import ROUGES, exact_match, rouge
-from . import BARE, SHOT_END, Scorer, Task, TaskLoader, framed, load_task, rows_of, shots_and_rest
+from . import BARE, SHOT_END, Scorer, Task, TaskLoader, framed, load_task, part_for, rows_for, rows_of, shots_and_rest
 
 _TURNS = "turns"  # of a user, without the answers between them: only the first is a prompt
 _CATEGORY = "category"
@@ -46,6 +47,8 @@ _WIKITEXT = f"{_HUB}/{_HUB_NAME}"
 _TEXT_COLUMNS = ("text", "completion", "content")
 _PLAIN = ".txt"  # read as one text, like any file that does not hold rows
 _PROMPT_WORDS = 100  # as in LayerSkip's evaluation of continuations
+_PIECES = 128  # at most, of a text that is divided
+_ROWS = "rows: "  # how a note begins that says which rows are measured
 _PASSAGE = 2000  # characters: about the 512 tokens of a perplexity window
 _UNANSWERED = (
     f"the data has no references (one of the columns {', '.join(REFERENCE_NAMES)}, or the one that `completion_column` "
@@ -55,21 +58,48 @@ _UNANSWERED = (
 
 def load_trained(asked: TaskConfig, model: str) -> Task:
     """Like `load_task`; without `task` and `data` on the training data in layerskip.json, on unseen rows if possible."""
-    data, validation = (None, None) if asked.task or asked.data else read_info(present(model).path).trained_on
+    info = read_info(present(model).path)
+    asked = replace(asked, held_out=info.held_out or None)
+    data, validation = (None, None) if asked.task or asked.data else info.trained_on
     if data is None or data.name == "commands":
         return load_task(asked)
-    choices, fault = [(validation, "validation")] if validation and is_data(validation) else [], None
-    if is_parsing(DataConfig(data.name)) or file_ending(Path(data.name)) not in FILE_ENDINGS:  # a file has no splits
-        choices += [(data.name, split) for split in dict.fromkeys((asked.split, "validation"))]
-    for name, split in dict.fromkeys([*choices, (data.name, data.split)]):
-        seen = (name, split) == (data.name, data.split)
-        how = "which the model was trained on; `data` gives others" if seen else "which the model was not trained on"
+    fault = None
+    for choice in _unseen(asked, data, validation, bool(info.held_out)):
         try:
-            task = load_task(_like_training(replace(asked, data=name, split=split), data))
-            return replace(task, notes=(f"rows: {name}, split {split}, {how}", *task.notes))
+            task = load_task(_like_training(choice, data))
         except DataError as error:
             fault = error
+            continue
+        if not any(note.startswith(_ROWS) for note in task.notes):
+            seen = (choice.data, choice.split) == (data.name, data.split)
+            how = "which the model was trained on; `data` gives others" if seen else "which the model was not trained on"
+            task = replace(task, notes=(f"{_ROWS}{choice.data}, split {choice.split}, {how}", *task.notes))
+        return task
     raise DataError(f"the rows that {model} was trained for: {fault}; give `data` or `task`")
+
+
+def _unseen(asked: TaskConfig, data: DataConfig, validation: str | None, divided: bool) -> Iterator[TaskConfig]:
+    """Where rows that a model was not trained on can be, the best first; at last its training data. See splits.py.
+
+    `divided`: layerskip.json says which rows of the data were held out.
+    """
+    side = VALIDATION if asked.split == VALIDATION else TEST
+    if validation and is_data(validation):
+        own = own_splits(DataConfig(validation))
+        yield replace(asked, data=validation, split=asked.split if own else VALIDATION, side=None if own else side)
+    named = DataConfig(data.name)
+    own = own_splits(named)
+    if own:
+        alone = [split for split in (VALIDATION, TEST) if split in own]
+        if asked.split in own and len(alone) > 1:
+            yield replace(asked, data=data.name)
+        elif alone:  # one split chooses and reports
+            yield replace(asked, data=data.name, split=alone[0], side=side)
+    elif file_ending(Path(data.name)) not in FILE_ENDINGS:
+        yield replace(asked, data=data.name)
+        if not divided:  # by an older version
+            yield replace(asked, data=data.name, split=VALIDATION)
+    yield replace(asked, data=data.name, split=data.split, side=side)
 
 
 def _like_training(config: TaskConfig, trained: DataConfig) -> TaskConfig:
@@ -93,13 +123,18 @@ def parsing(config: TaskConfig) -> Task:
     """Sentences and their parses, compared with folded whitespace, in which tokenizers differ. Shots are training rows."""
     columns = config.prompt_column or "prompt", config.completion_column or "completion"
     data = DataConfig(str(config.data), config.split, *columns, limit=config.samples, seed=config.seed)
-    examples = load_examples(data)
+    notes: tuple[str, ...] = ()
+    if config.side is None:
+        examples = load_examples(data)
+    else:
+        every = load_examples(replace(data, limit=0))
+        examples, notes = rows_for(every, [row.key for row in every], config, data.name)
     # Evenly spaced, to cover all domains.
     shots = load_examples(replace(data, split="train", limit=config.shots)) if config.shots else []
     config = replace(config, prompt_column=columns[0], completion_column=columns[1])
     references = [[example.completion] for example in examples]
     scorer = partial(text_scores, ("exact_match",), references, fold_whitespace=True)
-    return _few_shot(config, "exact_match", scorer, examples, shots)
+    return replace(_few_shot(config, "exact_match", scorer, examples, shots), notes=notes)
 
 
 def prompts(config: TaskConfig) -> Task:
@@ -111,7 +146,8 @@ def prompts(config: TaskConfig) -> Task:
     source = str(config.data)
     every, config = _pairs(source, config)
     shots, rest = shots_and_rest(every, config.shots or 0, source)
-    rows = spread(rest, config.samples)
+    has_splits = is_parsing(DataConfig(source)) or not Path(source).exists()
+    rows, notes = rows_for(rest, [row.key for row in rest], config, source, has_splits)
     unanswered = not rows[0].references
     require(not (shots and unanswered), "shots", f"0 for {source}, which has no references", len(shots))
     longest = max((len(text.split()) for row in rows for text in row.references), default=0)
@@ -126,8 +162,8 @@ def prompts(config: TaskConfig) -> Task:
     numbers = range(len(rows))
     names = dict.fromkeys(row.category for row in rows if row.category)
     categories = {name: tuple(number for number in numbers if rows[number].category == name) for name in names}
-    task = replace(task, categories=categories)
-    return replace(task, notes=(_UNANSWERED,), against=partial(partial, text_scores, metrics)) if unanswered else task
+    task = replace(task, categories=categories, notes=notes)
+    return replace(task, notes=(*notes, _UNANSWERED), against=partial(partial, text_scores, metrics)) if unanswered else task
 
 
 def _few_shot(config: TaskConfig, metric: str, scorer: Scorer, examples: Sequence[Example], shots: Sequence[Example]) -> Task:
@@ -154,6 +190,7 @@ def text_scores(
 class _Pair(NamedTuple):
     example: Example
     references: list[str]
+    key: str
     category: str | None = None
 
 
@@ -161,7 +198,7 @@ def _pairs(source: str, config: TaskConfig) -> tuple[list[_Pair], TaskConfig]:
     """All rows, and the config with the column names. Without a reference column only conversations have references."""
     data = DataConfig(source, config.split, seed=config.seed)
     if is_parsing(data):
-        pairs = [_Pair(example, [example.completion]) for example in load_examples(data)]
+        pairs = [_Pair(example, [example.completion], example.key) for example in load_examples(data)]
         return pairs, replace(config, prompt_column="prompt", completion_column="completion")
     rows = list(load_records(data))
     first, answer = rows[0], config.completion_column
@@ -180,7 +217,7 @@ def _pairs(source: str, config: TaskConfig) -> tuple[list[_Pair], TaskConfig]:
         else:
             prompt = row.texts(asked, "prompt_column")[0] if asked == _TURNS else row.text(asked, "prompt_column")
         category = row.text(_CATEGORY) if row.fields.get(_CATEGORY) is not None else None
-        pairs.append(_Pair(Example(prompt, "".join(references[:1])), references, category))
+        pairs.append(_Pair(Example(prompt, "".join(references[:1])), references, row.key, category))
     return pairs, replace(config, prompt_column=asked, completion_column=answer or REFERENCE_NAMES[0])
 
 
@@ -211,10 +248,10 @@ def summaries(
         first = rows_of(data, hub_id, "train", count, **hub) if count else []
     else:
         first, rows = shots_and_rest(rows, count, data)
-    rows = spread(rows, config.samples)
+    rows, notes = rows_for(rows, [row.key for row in rows], config, data, has_splits=data == hub_id)
     examples, template = framed(config.prompting.asked, form, BARE, map(example, rows), list(map(example, first)))
     scorer = partial(text_scores, ROUGES, list(map(references, rows)))
-    return Task(examples, replace(config, shots=count), "rouge2", scorer, stop, template)
+    return Task(examples, replace(config, shots=count), "rouge2", scorer, stop, template, notes=notes)
 
 
 def _of_summaries(hub_id: str, max_new_tokens: int, hub: Mapping[str, Any], **form: Any) -> TaskLoader:
@@ -223,17 +260,19 @@ def _of_summaries(hub_id: str, max_new_tokens: int, hub: Mapping[str, Any], **fo
 
 def language_modelling(config: TaskConfig) -> Task:
     """A plain text, or the joined texts of rows, for perplexity; for speed, continuations of evenly spaced passages."""
-    path = Path(str(config.data))
+    path, notes = Path(str(config.data)), tuple[str, ...]()
     if config.data == _WIKITEXT:
         text = "".join(str(row.value("text")) for row in hub_records(_HUB, config.split, name=_HUB_NAME))
     elif file_ending(path) != _PLAIN and (file_ending(path) in FILE_ENDINGS or not path.exists()):
-        rows = list(load_records(DataConfig(str(config.data), config.split)))
-        column = config.completion_column or rows[0].first_column(_TEXT_COLUMNS)
-        text = "\n\n".join(row.text(column, "completion_column") for row in rows)
+        text, notes = _text_of_rows(config, "\n\n", has_splits=not path.exists())
     else:
         text = "".join(text_lines(path, "data"))
         if not text.strip():
             raise DataError(f"`data` {path} holds no text")
+        if file_ending(path) == _PLAIN and _was_trained_on(config):
+            text, notes = _text_of_rows(config, "\n")
+        else:
+            text, notes = _text_of_pieces(config, text)
     most = max(len(text) // _PASSAGE, 1)
     count, examples = min(config.samples or most, most), []
     for start in (number * len(text) // count for number in range(count)):
@@ -242,7 +281,33 @@ def language_modelling(config: TaskConfig) -> Task:
         if words:  # a passage can be all whitespace
             reference = " ".join(words[_PROMPT_WORDS : 2 * _PROMPT_WORDS])
             examples.append(Example(" ".join(words[:_PROMPT_WORDS]), f" {reference}"))
-    return Task(tuple(examples), config, "perplexity", lambda predictions: {}, template=BARE, text=text)
+    return Task(tuple(examples), config, "perplexity", lambda predictions: {}, template=BARE, text=text, notes=notes)
+
+
+def _text_of_rows(config: TaskConfig, between: str, has_splits: bool = False) -> tuple[str, tuple[str, ...]]:
+    """The joined texts of the rows that the task asks for, and a note for the user. All of them: `samples` counts windows."""
+    rows = list(load_records(DataConfig(str(config.data), config.split)))
+    column = config.completion_column or rows[0].first_column(_TEXT_COLUMNS)
+    part = part_for([row.key for row in rows], config, str(config.data), has_splits)
+    return between.join(rows[place].text(column, "completion_column") for place in part.places), part.notes
+
+
+def _was_trained_on(config: TaskConfig) -> bool:
+    """Whether the lines of the text are rows that the model was trained on."""
+    keys = [row.key for row in load_records(DataConfig(str(config.data)))] if config.held_out else []
+    return any(training.recognises(keys) for training in config.held_out or ())
+
+
+def _text_of_pieces(config: TaskConfig, text: str) -> tuple[str, tuple[str, ...]]:
+    """The pieces of a running text that the task asks for: whole lines, of a passage's length or a 128th of the text."""
+    size = max(_PASSAGE, len(text) // _PIECES)
+    pieces = [""]
+    for line in text.splitlines(keepends=True):
+        if len(pieces[-1]) >= size:
+            pieces.append("")
+        pieces[-1] += line
+    part = part_for([key_of({"text": piece}, ()) for piece in pieces], config, f"pieces of {config.data}", False)
+    return "".join(pieces[place] for place in part.places), part.notes
 
 
 COMMANDS = TaskLoader(parsing, ("shots", "template"), "commands")
