@@ -168,7 +168,7 @@ def eagle3_speedup(backend: Backend, stored: Eagle3Weights) -> SpeedEstimate:
     def drafts(embedded: Tensor, _: Places) -> Tensor:
         feature = embedded[:1]
         if drafter.kernel is not None:
-            return drafter.kernel(head, newest, submodel, cache.span(1, _LONGEST + 2), DraftEnds(), feature, False)[0]
+            return drafter.kernel(head, newest, submodel, cache.span(1, _LONGEST + 2), DraftEnds(), None, feature, False)[0]
         outputs = (drafter.run(backend, feature, feature, place) for place in cache.span(1, _LONGEST + 1).parts(1))
         return torch.cat([drafter.head(output).argmax(-1) for output in outputs])
 
