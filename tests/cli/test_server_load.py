@@ -119,7 +119,7 @@ def test_a_full_memory_is_the_server_s_fault_and_clients_try_again(monkeypatch):
     with serving(decoder) as api:
         for stream in (False, True):
             refused[:] = [True]
-            with pytest.raises(openai.InternalServerError, match="keys and values is full: .*; try again later") as failed:
+            with pytest.raises(openai.InternalServerError, match=r"keys and values is full: .*; try again later") as failed:
                 api.client().completions.create(**asked, stream=stream)
             error = failed.value
             assert (error.status_code, error.code, error.type) == (503, "memory_full", "server_error")

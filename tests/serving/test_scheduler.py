@@ -413,17 +413,19 @@ def test_a_cancelled_row_and_a_finished_loop_give_back_their_pages_at_once():
     """Also in the middle of a step, while other loops have not taken theirs."""
     decoder = decoder_of("native", max_position_embeddings=704)
     plain = DecodingConfig("autoregressive", max_new_tokens=40, ignore_eos=True)
-    long, short = Client(prompt_of(200), plain), Client(prompt_of(190), replace(plain, max_new_tokens=3))
-    hot = Client(prompt_of(62), replace(plain, temperature=HOT))
-    expected = [alone(decoder, client.request.ids, client.request.config)[0] for client in (short, hot)]
+    long, short = Client(prompt_of(140), plain), Client(prompt_of(190), replace(plain, max_new_tokens=3))
+    beside, hot = Client(prompt_of(60), plain), Client(prompt_of(63), replace(plain, temperature=HOT))
+    expected = [alone(decoder, client.request.ids, client.request.config)[0] for client in (beside, short, hot)]
     with memory_of(decoder, 4) as pool:
         scheduler = Scheduler(decoder, 4)
-        scheduler.add(long.request)
+        for client in (long, beside):
+            scheduler.add(client.request)
         scheduler.step()
-        assert pool.used == 4
-        assert scheduler.cancel(long.request) and pool.used == 0
+        assert pool.used == 3 + 1
+        assert scheduler.cancel(long.request) and pool.used == 1
+        run(scheduler, [])
         run(scheduler, [[short, hot]])  # in the third step one ends, with three pages, and the other needs its second
-        assert [short.answer, hot.answer] == expected and pool.used == 0
+        assert [beside.answer, short.answer, hot.answer] == expected and pool.used == 0
 
 
 def test_a_pass_that_fails_gives_back_its_memory_though_its_clients_keep_the_error(monkeypatch):
