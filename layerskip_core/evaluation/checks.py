@@ -30,6 +30,7 @@ Pair = tuple[int, ...]  # the first two tokens of an output, or its only one
 ROWS, PIECES, THREADS = "row alone = among others", "token by token = at once", "any number of threads"
 DRAFTS, BATCH, JOINED, TURN = "speculative = plain", "batch = single", "joining a batch = single", "next turn = fresh"
 SEED, ROW, DISTRIBUTION = "sampled: a seed repeats", "sampled: batch = single", "sampled: the model's distribution"
+SAMPLED_DRAFTS = "sampled: every drafter = plain"
 
 LOW_BIT: dict[str, Quantization] = {"int8": "int8", "int4": "int4"}
 _COUNTED: dict[str, Any] = {"temperature": 2.0, "top_k": 4}  # few candidate tokens, so that each pair is drawn often
@@ -240,15 +241,20 @@ def check_turns(subject: Subject) -> Iterator[CheckResult]:
 
 
 def check_sampling(subject: Subject) -> Iterator[CheckResult]:
-    """A seed repeats its tokens; drafts keep the distribution: a chi-square test of first token pairs against the logits."""
+    """A seed repeats its tokens, with any drafter; a chi-square test of first token pairs against the logits."""
     backend, draws, seed = subject.backend, subject.config.draws, subject.config.seed
     settings = subject.usual | {"lookup": drafting(subject)["lookup"]}
     for weights, exit_layer in zip(subject.copies[-1:], subject.middle, strict=False):
         settings[f"{weights} copy, exit {exit_layer}"] = subject.setting("self-speculative", exit_layer, draft_weights=weights)
+    plain = list[Ids]()  # the samples of the first setting, which has no drafter
     for setting, config in settings.items():
         sampled = replace(config, temperature=1.0, seed=seed)
         first = subject.alone(sampled)
         yield subject.compared(SEED, setting, subject.alone(sampled), first, promise="tokens")
+        if config.strategy == "autoregressive":
+            plain = first
+        elif backend.batch_invariant:
+            yield subject.compared(SAMPLED_DRAFTS, setting, first, plain)
         if backend.exact:
             continue
         if backend.batch_invariant:

@@ -7,7 +7,7 @@ from layerskip_core.decoding.output import Row
 
 
 class RepeatingDrafter:
-    """Without exit states and probabilities: the target starts at layer 0, and a draft is certain."""
+    """Without exit states: the target starts at layer 0."""
 
     def __init__(self) -> None:
         self.verdicts: dict[Row, list[tuple[int, int]]] = {}  # by row: how many tokens were drafted, and accepted
