@@ -58,6 +58,9 @@ def serve(serving: ServeConfig, prompting: PromptingConfig, packing: PackingConf
             loaded.backend.limit_memory(kv_bytes)
             needed = "megabytes that hold the keys and values of at least 64 tokens"
             require(loaded.backend.room > 0, "kv_memory", needed, kv_bytes // 2**20)
+        else:
+            unbounded = f"left out: nothing bounds the KV entries of {loaded.backend.implementation}"
+            require(serving.kv_memory is None, "kv_memory", unbounded, serving.kv_memory)
         kept = {"earlier": EarlierAnswers(serving.remember), "prefixes": Prefixes(serving.prefix_cache * 2**20)}
         engine = Engine(loaded, serving.batch_size, serving.queue_size, **kept)
         try:

@@ -12,7 +12,7 @@ from .options import CountOrNone, counts_text
 
 EXACT = "exact"  # the policy with the fastest setting whose outputs equal plain decoding; the default
 FAST = "fast"  # the policy with the fastest early exit that keeps a share of the quality
-_MOST_DRAFTS = 32  # per round of adaptive drafting
+MOST_DRAFTS = 32  # per round of adaptive drafting
 # The strategies that options imply; the first given option counts.
 _IMPLIED = {
     **{"exit_confidence": "early-exit", "skip": "draft-and-verify"},
@@ -108,7 +108,7 @@ def resolve_as(
         case "draft-model":
             require(packing.draft_model is not None, "draft_model", "given for `strategy` draft-model", "none")
         case "adaptive":
-            completed |= {"exits": known.exits, "num_draft_tokens": _MOST_DRAFTS, "profile": known.profile}
+            completed |= {"exits": known.exits, "num_draft_tokens": MOST_DRAFTS, "profile": known.profile}
     return decoding(strategy, cast(DecodingOptions, completed | asked))
 
 

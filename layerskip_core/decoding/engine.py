@@ -158,8 +158,9 @@ class DecodingLoop:
 
         Raises ConfigError for a prompt that does not fit.
         """
-        check_prompt(prompt, self._model)
-        limits = config.max_new_tokens, self._model.room - len(prompt)
+        check_prompt(prompt, self._model, num_draft_tokens=self._num_draft_tokens)
+        room = self._model.room_for(self._num_draft_tokens) - len(prompt)
+        limits = config.max_new_tokens, room
         scanner = StopScanner(eos_ids, config.stop, *limits, self._detokenize)
         text = OutputText(self._detokenize or (lambda ids: ""), eos_ids, config.stop)
         return Row(prompt, scanner, text, config, seed)

@@ -172,7 +172,10 @@ class Backend(Layers, Protocol):
 
     @property
     def room(self) -> int:
-        """Tokens of the longest text that fits the context and the memory for KV entries."""
+        """Tokens of the longest text that fits the context and the memory for KV entries, with adaptive drafting."""
+
+    def room_for(self, num_draft_tokens: int) -> int:
+        """As `room`, with at most `num_draft_tokens` drafts per round: a text's memory in recurrent layers grows with them."""
 
     @property
     def exit_blocks(self) -> Mapping[int, PlacedBlock]:
@@ -251,13 +254,16 @@ def states_at_exits(
             yield stop, model.run_layers(hidden, block.layer, block.layer + 1, places), block.head
 
 
-def check_prompt(prompt_ids: list[int], model: Backend, what: str = "the prompt") -> None:
+def check_prompt(
+    prompt_ids: list[int], model: Backend, what: str = "the prompt", num_draft_tokens: int = KVCache.steps_back
+) -> None:
     """Raises ConfigError for an empty prompt, ContextError if context or memory have no room for a token after it.
 
-    `what`: the prompt's name in the error.
+    `what`: the prompt's name in the error. `num_draft_tokens`: the most per round.
     """
     if not prompt_ids:
         raise ConfigError(f"{what} is empty")
-    if len(prompt_ids) >= (limit := model.room):
+    limit = model.room_for(num_draft_tokens)
+    if len(prompt_ids) >= limit:
         why = "the model's context is" if limit == model.spec.context else "the memory for keys and values has room for"
         raise ContextError(f"{what} must be at most {limit - 1} tokens, got {len(prompt_ids)} ({why} {limit} tokens)")

@@ -20,7 +20,8 @@ class PagePool:
     """Memory for KV entries in pages, each (2 for key and value, kv heads, PAGE, head dim) of all layers that have them.
 
     A page returns to the pool with its last reference. It is not cleared: the next row masks the old entries, and masked
-    entries change no bit (attention.h).
+    entries change no bit (attention.h). Pages beside memories of texts are allocated and freed one by one, because both share
+    the limit: free pages would hold what a text's memory needs.
     `most`: the limit of pages. `window`: the positions that a token sees, if all layers have a sliding window: pages before
     it are given back. If some layers have full attention, a page stays for them, with its entries of the other layers.
     """
@@ -36,33 +37,56 @@ class PagePool:
         self.page_bytes = self._numbers * dtype.itemsize
         self.most: float = inf
         self.remembered = 0  # size of all memories, in pages
-        self._slabs: list[_Slab] = []
+        self.in_use = 0  # pages
+        self._slabs: list[_Slab] = []  # allocations whose pages stay in the pool
 
     @property
     def used(self) -> int:
-        """The number of pages in use."""
-        return self.remembered + sum(len(slab.pages) - len(slab.free) for slab in self._slabs)
+        """The number of pages in use, memories included."""
+        return self.remembered + self.in_use
+
+    @property
+    def allocated(self) -> int:
+        """The number of allocated pages, memories included."""
+        kept = sum(len(slab.free) for slab in self._slabs)
+        return self.used + kept
 
     @cached_property
     def nowhere(self) -> "Page":
         """Replaces pages that were given back: kernels read it at masked positions, and write late entries to it."""
-        return Page(_Slab(torch.zeros(1, self._numbers, dtype=self.dtype)), 0)
+        return Page(self._new_slab(1), 0, self)
 
     def take(self) -> "Page":
         """A free page. Raises MemoryFull if the pool is full."""
         self.require(1)
         slab = next((slab for slab in self._slabs if slab.free), None)
         if slab is None:
-            there = sum(len(slab.pages) for slab in self._slabs)
-            count = int(max(1, min(_SLAB_BYTES // self.page_bytes, 1 + there, self.most - self.remembered - there)))
-            slab = _Slab(torch.zeros(count, self._numbers, dtype=self.dtype))
-            self._slabs.append(slab)
-        return Page(slab, slab.free.pop())
+            slab = self._grow()
+        self.in_use += 1
+        return Page(slab, slab.free.pop(), self)
+
+    def _grow(self) -> "_Slab":
+        """Allocates free pages."""
+        has_memories = any(self.memory)
+        if has_memories:
+            return self._new_slab(1)
+        there = sum(len(slab.pages) for slab in self._slabs)
+        count = int(max(1, min(_SLAB_BYTES // self.page_bytes, 1 + there, self.most - there)))
+        slab = self._new_slab(count)
+        self._slabs.append(slab)
+        return slab
+
+    def _new_slab(self, count: int) -> "_Slab":
+        return _Slab(torch.zeros(count, self._numbers, dtype=self.dtype))
 
     def require(self, pages: int) -> None:
         """Raises MemoryFull if the pool has no room for `pages` more."""
         if self.used + pages > self.most:
             raise MemoryFull(f"the memory for keys and values is full: {self.used} pages of {self.page_bytes} bytes")
+
+    def slots_for(self, num_draft_tokens: int) -> int:
+        """The slots of a text's memory: a round's drafts, and the last token, may run again."""
+        return num_draft_tokens + self.memory[2]
 
     def pages_of_memory(self, slots: int) -> int:
         """The size of a text's memory, in pages."""
@@ -84,6 +108,7 @@ class Page:
 
     _slab: _Slab
     _index: int
+    _pool: PagePool
 
     @property
     def content(self) -> Tensor:
@@ -95,6 +120,7 @@ class Page:
 
     def __del__(self) -> None:
         self._slab.free.append(self._index)
+        self._pool.in_use -= 1
 
 
 class Memory:
@@ -203,7 +229,7 @@ class PagedCache(KVCache):
 
     @property
     def _slots(self) -> int:
-        return self._margin + self._pool.memory[2] - 1
+        return self._pool.slots_for(self.steps_back)
 
     def memories(self, places: Places) -> Tensor:
         """(4, T), on the host, for the T rows with tokens in a pass: addresses of states and of rings, the number of slots, and

@@ -167,6 +167,9 @@ class RepackedBackend(ABC):
     def room(self) -> int:
         return self.spec.context
 
+    def room_for(self, num_draft_tokens: int) -> int:
+        return self.spec.context
+
     def new_cache(self, batch_size: int = 1, max_positions: int | None = None) -> KVCache:
         context = self.spec.context
         return self._layers.new_cache(batch_size, min(max_positions or context, context))

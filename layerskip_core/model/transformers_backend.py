@@ -117,6 +117,9 @@ class TransformersBackend:
     def room(self) -> int:
         return self.spec.context
 
+    def room_for(self, num_draft_tokens: int) -> int:
+        return self.spec.context
+
     @property
     def row_cost(self) -> float:
         return 0.5 if self.device.type == "cpu" else 0.11  # PyTorch's CPU kernels are tuned for one row or many, not a few

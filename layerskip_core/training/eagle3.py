@@ -16,7 +16,8 @@ from ..model import Backend, TransformersBackend
 from ..model.eagle3 import MATRICES, ROPE_VALUES, ROPES, Eagle3, Eagle3Form, Eagle3Layer, Eagle3Weights
 from ..model.exit_blocks import ExitBlocks
 from ..model.spec import ModelSpec
-from .exit_blocks import DrafterModule, copy_into
+from .exit_blocks import DrafterModule
+from .progress import copy_into
 from .recipe import RunStep
 from .verdict import SpeedEstimate, eagle3_speedup
 

@@ -24,6 +24,7 @@ from ..model.backend import states_at
 from ..model.cache import Places, available_memory
 from ..model.exit_blocks import INPUT_NORMS, MTP, NO_BLOCKS, ExitBlock, ExitBlocks
 from ..model.weights import block_weights
+from .progress import copy_into, restore
 from .recipe import RunStep
 from .verdict import SpeedEstimate, exit_speedup
 
@@ -140,7 +141,7 @@ class DrafterModule(nn.Module):
 
     def load(self, folder: Path) -> None:
         """Reads the weights that `save` wrote."""
-        copy_into(self.weights(), load_file(folder / _FILE))
+        restore(self.weights(), load_file(folder / _FILE))
 
 
 class FrozenExits(DrafterModule):
@@ -217,10 +218,3 @@ def named_weights(blocks: nn.ModuleDict) -> dict[str, Tensor]:
     known = {name for block in blocks.values() for name in cast(Block, block).names}
     weights = blocks.state_dict(prefix="exits.")  # also weights that are not trained
     return {name: weight for name, weight in weights.items() if name in known}
-
-
-@torch.no_grad()
-def copy_into(weights: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Overwrites the weights that have `values`, in place."""
-    for name, value in values.items():
-        weights[name].copy_(value)

@@ -3,7 +3,7 @@
 Layers and loss run inside the module's own `forward`, because DDP and FSDP2 act there.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from ..losses import summed_losses, target_rows
 from ..model import Backend, TransformersBackend
 from ..model.transformers_backend import DocumentRows
 from ..model.weights import block_weights
-from .exit_blocks import MUON_LR, copy_into, named_weights
+from .exit_blocks import MUON_LR, named_weights
+from .progress import require_same_names, restore
 from .recipe import Recipe, RunStep, dropout_rates, exit_weights, exits_on, kept_rows, time_scale
 from .verdict import SpeedEstimate, exit_speedup
 
@@ -119,15 +120,29 @@ class RecipeModule(nn.Module):
             self.tokenizer.save_pretrained(folder)
 
     def load(self, folder: Path) -> None:
+        """Reads the weights that `save` wrote. Raises ValueError unless it finds these and no others."""
         stored = {name: file.mapped(name) for name, file in open_weights(folder).items()}
         if hasattr(self.model, "get_base_model"):
-            from peft import set_peft_model_state_dict
+            from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
+            require_same_names(stored, get_peft_model_state_dict(self.model, save_embedding_layers=False))
             set_peft_model_state_dict(self.model, stored)
         else:
-            self.model.load_state_dict(stored, strict=False)  # tied weights are stored once
+            restore(_written_weights(self.model, stored), stored)
         if self.readers:
-            copy_into(named_weights(self.readers), load_file(folder / EXIT_BLOCKS_FILE))
+            restore(named_weights(self.readers), load_file(folder / EXIT_BLOCKS_FILE))
+
+
+def _written_weights(model: Any, stored: Collection[str]) -> dict[str, Tensor]:
+    """The weights that a checkpoint of a transformers model has: of tied ones those in `stored`."""
+    weights = {name: weight for name, weight in model.state_dict(keep_vars=True).items() if name not in _unwritten(model)}
+    found = {id(weights[name]) for name in stored if name in weights}
+    return {name: weight for name, weight in weights.items() if name in stored or id(weight) not in found}
+
+
+def _unwritten(model: Any) -> Collection[str]:
+    """The names of weights that transformers does not write."""
+    return model._keys_to_ignore_on_save or ()
 
 
 def with_gradient(states: Tensor, share: float) -> Tensor:

@@ -115,12 +115,11 @@ class WholeModel(Plan):
         self.exit_steps = steps_on(self.recipe, self.steps, spec.layers)
         usual = learning_rate(config.recipe.preset, spec.parameters, config.lora_rank > 0)
         self.config = replace(config, lr=config.lr or usual, max_length=encoder.max_length)
-        facts = asdict(self.recipe) | {"original": None, "tokens": rows.tokens, "data_digest": rows.digest}
-        if config.replay or config.lora_rank:
-            facts["original"] = original = fingerprint(spec, self.trainable.model.get_parameter)
-            if config.replay:
-                self.answers = plan_replay(self.config, original, rows, encoder, self.device, self.steps)
-                facts["replayed"] = self.answers.journal.name
+        facts = asdict(self.recipe) | {"tokens": rows.tokens, "data_digest": rows.digest}
+        facts["model_digest"] = original = fingerprint(spec, self.trainable.model.get_parameter)
+        if config.replay:
+            self.answers = plan_replay(self.config, original, rows, encoder, self.device, self.steps)
+            facts["replayed"] = self.answers.journal.name
         self.seal(resume, facts)
 
     def _module(self) -> RecipeModule:
@@ -260,7 +259,7 @@ class FrozenModel(Plan):
             self.notes = (f"saved settings that will be left out: {advice}; they were {why}",)
         self.steps = data.run_steps(config, self.rows or 0)
         texts = [(text["input_ids"], text["labels"]) for text in self.texts]
-        self.seal(resume, {"original": self.model_fingerprint, "texts": digest(answers.journal.name, texts)})
+        self.seal(resume, {"model_digest": self.model_fingerprint, "texts": digest(answers.journal.name, texts)})
 
     def data_sets(self, progress: Callable[[str, int, int], None]) -> tuple[Any, Any]:
         texts: Any = self.texts

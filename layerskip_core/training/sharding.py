@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ..config.training import FinetuneConfig
 from ..errors import require
+from .progress import restore
 
 _SHARD = "shard-{}.pt"
 
@@ -70,10 +71,9 @@ def write_shard(module: nn.Module, optimizer: Optimizer, scheduler: LRScheduler,
 
 @torch.no_grad()
 def read_shard(module: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, folder: Path) -> None:
-    """Loads what `write_shard` wrote, in a run of as many processes."""
+    """Loads what `write_shard` wrote, in a run of as many processes. Raises ValueError unless it has the same weights."""
     stored = torch.load(folder / _SHARD.format(process_index()), weights_only=True)
-    for name, weight in _trained(module):
-        weight.copy_(stored["weights"][name])
+    restore(dict(_trained(module)), stored["weights"])
     optimizer.load_state_dict(stored["optimizer"])
     scheduler.load_state_dict(stored["scheduler"])
 

@@ -7,7 +7,7 @@ import socket
 import sys
 
 import pytest
-from command_line import ENVIRONMENT, fails, finish, run, start
+from command_line import ENVIRONMENT, fails, finish, refused, run, start
 from conftest import edit_json
 
 from layerskip_core.config.decoding import UNLIMITED
@@ -68,6 +68,11 @@ def test_answers_are_not_remembered_unless_asked(extras, monkeypatch, flags, kep
 
     monkeypatch.setattr("layerskip_core.serving.engine.Engine", engine)
     fails("far enough", "serve", "--port", "0", *flags)
+
+
+def test_a_bound_on_memory_that_nothing_keeps_is_refused(extras, checkpoint):
+    given = ("--exact", "--model", checkpoint, "--kv-memory", "100")
+    refused("--kv-memory must be left out: nothing bounds the KV entries of ", "serve", "--port", "0", *given)
 
 
 def test_requests_are_sampled_as_the_model_s_maker_says_unless_a_flag_does(extras, monkeypatch, checkpoint, tmp_path):

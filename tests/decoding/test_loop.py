@@ -164,7 +164,7 @@ class TableModel:
 
     def __init__(self, table):
         self.table, self.spec, self.layers = table, SimpleNamespace(context=table.shape[1]), self
-        self.draft_sides, self.room = {None: self}, table.shape[1]
+        self.draft_sides, self.room_for = {None: self}, lambda num_draft_tokens: table.shape[1]
 
     def head(self, submodel):
         return DraftHead(self.unembed)

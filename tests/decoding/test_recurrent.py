@@ -182,6 +182,51 @@ def test_memories_count_as_pages(model_type):
     assert pool.used == before
 
 
+@pytest.mark.parametrize("drafts", [6, 32])
+@pytest.mark.parametrize("model_type", RECURRENT)
+def test_an_answer_ends_where_the_memory_does(model_type, drafts):
+    """A text's memory has a slot for each draft of a round."""
+    backend, config = backend_of(model_type), replace(drafting("lookup", ignore_eos=True), num_draft_tokens=drafts)
+    config = replace(config, max_new_tokens=1000)
+    pool = backend._pool
+    pool.most = pool.used + pool.pages_of_memory(drafts + backend.spec.recurrence.taps) + 1
+    try:
+        loop = decode(backend, prompt_of(10), config)
+        ids = ids_of(loop)
+        assert len(ids) == PAGE - 10 and loop.rows[0].scanner.room == 0
+        assert backend.room_for(drafts) == PAGE and backend.room == backend.room_for(32)
+    finally:
+        pool.most = inf
+    assert ids == ids_of(decode(backend, prompt_of(10), replace(config, max_new_tokens=PAGE - 10)))
+
+
+@pytest.mark.parametrize("model_type", RECURRENT)
+def test_freed_pages_make_room_for_memories(model_type):
+    """What is allocated stays within the limit, whatever pages were in use before."""
+    backend = backend_of(model_type)
+    pool, rows = backend._pool, 3
+    pool.most = pool.used + 3 * pool.pages_of_memory(backend.new_cache()._slots) + 12
+    try:
+        tokens, most = PAGE * 3, 0
+        cache = backend.new_cache(rows)
+        with torch.inference_mode():
+            hidden = backend.embed(torch.tensor([prompt_of(tokens)] * rows))
+            backend.run_layers(hidden, 0, 6, cache.span(0, tokens, settled=True))
+            assert pool.allocated == pool.used > 9
+            del cache
+            held = [backend.new_cache() for _ in range(50)]
+            for each in held:
+                if each.spare([1]) < 0:
+                    break
+                backend.run_layers(backend.embed(torch.tensor([[3]])), 0, 6, each.span(0, 1))
+                most = max(most, pool.allocated)
+        assert pool.most - pool.pages_of_memory(each._slots) - 1 <= most <= pool.most
+        del held, each
+    finally:
+        pool.most = inf
+    assert pool.allocated == pool.used
+
+
 def served(model_type):
     shape = {**SHAPE, "vocab_size": 300, "max_position_embeddings": 512}
     backend = native_or_skip(tiny_model(model_type, torch.float32, **shape), PackingConfig(draft_weights=("int8",)))

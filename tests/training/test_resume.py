@@ -10,11 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from command_line import run
-from training_runs import RECIPE, Interrupted, require_exact_resumption, same_weights, saved_base, stop_at, train
+from safetensors.torch import load_file, save_file
+from training_runs import RECIPE, Interrupted, require_exact_resumption, same_weights, saved_base, stop_at, train, weights
 
 from layerskip_core import files
 from layerskip_core.config.model import DataConfig
+from layerskip_core.config.training import DrafterConfig, RecipeSettings
 from layerskip_core.errors import CheckpointError, ConfigError, TrainingInterrupted
 from layerskip_core.training import module
 from layerskip_core.training.progress import SEAL
@@ -154,6 +157,90 @@ def test_a_run_is_resumed_with_the_same_settings_or_not_at_all(settings, two_che
         with pytest.raises(ConfigError, match=f"`resume`: {message}"):
             prepare(settings(**changes, resume=True))
     prepare(settings(save_steps=3, resume=True))
+
+
+def test_another_model_of_the_same_shape_is_not_resumed_with(settings, two_checkpoints, base, tmp_path):
+    other = shutil.copytree(base, tmp_path / "other")
+    scaled = {name: 1.5 * weight for name, weight in weights(base).items()}
+    save_file(scaled, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"`resume`: model_digest was [0-9a-f]{64} in the run"):
+        prepare(settings(model=str(other), resume=True))
+    moved = shutil.copytree(base, tmp_path / "moved")
+    prepare(settings(model=str(moved), resume=True))
+
+
+def without_a_shard(folder):
+    """As transformers writes large models, without the second of two files."""
+    held = weights(folder)
+    names = sorted(held)
+    first = {name: held[name] for name in names[:9]}
+    save_file(first, folder / "model-00001-of-00002.safetensors", {"format": "pt"})
+    (folder / "model.safetensors").unlink()
+    return f"{len(names) - 9} weights missing in it, {names[9]} the first"
+
+
+def without_a_weight(folder):
+    held = weights(folder)
+    del held["model.norm.weight"]
+    save_file(held, folder / "model.safetensors", {"format": "pt"})
+    return "1 weight missing in it, model.norm.weight the first"
+
+
+def with_a_further_weight(folder):
+    save_file(weights(folder) | {"more": torch.ones(2)}, folder / "model.safetensors", {"format": "pt"})
+    return "1 weight in it unknown to this run, more the first"
+
+
+def with_another_shape(folder):
+    save_file(weights(folder) | {"model.norm.weight": torch.ones(1)}, folder / "model.safetensors", {"format": "pt"})
+    return r"model.norm.weight must have the shape \[32\], found \[1\]"
+
+
+def without_a_reader_s_weight(folder):
+    path = folder / "exit_blocks.safetensors"
+    held = load_file(path)
+    del held["exits.2.norm.weight"]
+    save_file(held, path)
+    return "1 weight missing in it, exits.2.norm.weight the first"
+
+
+DAMAGED = (without_a_shard, without_a_weight, with_a_further_weight, with_another_shape, without_a_reader_s_weight)
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_checkpoint_has_the_weights_of_the_run_and_no_others(settings, tmp_path, damage):
+    read = settings(save_steps=1, recipe=RecipeSettings(p_max=0.0, exits=(2,)))
+    with pytest.raises(Interrupted):
+        prepare(read).run(stop_at(2))
+    folder = checkpoint(tmp_path / "out", 1)
+    reason = damage(folder)
+    with pytest.raises(CheckpointError, match=f"^cannot resume from {folder}: {reason}$"):
+        prepare(replace(read, resume=True)).run(lambda report: None)
+
+
+def test_an_adapter_is_resumed_whole(settings, tmp_path):
+    lora = settings(save_steps=1, lora_rank=2)
+    with pytest.raises(Interrupted):
+        prepare(lora).run(stop_at(2))
+    path = checkpoint(tmp_path / "out", 1) / "adapter_model.safetensors"
+    held = load_file(path)
+    lost = min(held)
+    del held[lost]
+    save_file(held, path, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"1 weight missing in it, {lost} the first"):
+        prepare(replace(lora, resume=True)).run(lambda report: None)
+
+
+def test_a_drafter_is_resumed_whole(settings, tmp_path):
+    blocks = settings(DrafterConfig, save_steps=1, exits=(1, 2), answers="data", output=str(tmp_path / "out"))
+    with pytest.raises(Interrupted):
+        prepare(blocks).run(stop_at(2))
+    path = checkpoint(tmp_path / "out", 1) / "drafter.safetensors"
+    held = load_file(path)
+    del held["exits.2.norm.weight"]
+    save_file(held, path)
+    with pytest.raises(CheckpointError, match=r"1 weight missing in it, exits\.2\.norm\.weight the first"):
+        prepare(replace(blocks, resume=True)).run(lambda report: None)
 
 
 class Payload:

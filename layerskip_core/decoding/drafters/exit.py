@@ -290,6 +290,7 @@ class ModelDrafter:
         self._drafter = ExitDrafter(own, None, Submodel(self.model.num_layers), DRAFT_MODEL)
         self._cache = self.model.new_cache(0)
         self._cache.steps_back = setup.config.num_draft_tokens
+        self._max_tokens = self.model.room_for(setup.config.num_draft_tokens)  # of a text
         self._filled = dict[Row, int]()  # in the order of the cache's rows: how many tokens have KV entries
         self._ran = dict[Row, int]()  # how many more the last draft wrote
 
@@ -306,7 +307,7 @@ class ModelDrafter:
         self._take_rows(context)
         counts, allowed, room = list[int](), list[int](), context.piece if len(limits) > 1 else inf
         for ids, filled, limit in zip(context.ids, self._filled.values(), limits, strict=True):
-            limit = max(0, min(limit, self.model.room - len(ids)))
+            limit = max(0, min(limit, self._max_tokens - len(ids)))
             lacking = len(ids) - 1 - filled if limit else 0
             counts.append(int(min(lacking, room)))
             room -= counts[-1]
@@ -343,7 +344,7 @@ class ModelDrafter:
         """Gives the cache the rows of the context, in their order."""
         for row, ids in zip(context.rows, context.ids, strict=True):
             if row not in self._filled:
-                cache, self._filled[row] = self._prefixes.begin(self.model, self._target, ids, self.model.room)
+                cache, self._filled[row] = self._prefixes.begin(self.model, self._target, ids, self._max_tokens)
                 self._cache.join(cache)
         rows = list(self._filled)
         order = [rows.index(row) for row in context.rows]

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ...config.model import PackingConfig, Quantization
+from ...config.resolution import MOST_DRAFTS
 from ...errors import CheckpointError
 from ..backend import DraftKernel
-from ..cache import KVCache, Places
+from ..cache import Places
 from ..configuration import SLIDING
 from ..eagle3 import UNSUITED, Eagle3Weights
 from ..exit_blocks import INPUT_NORMS, MTP, DraftBlock, ExitBlocks
@@ -99,7 +100,11 @@ class NativeBackend(RepackedBackend):
 
     @property
     def room(self) -> int:
-        return int(min(self.spec.context, max(0, self._pool.most - self._pool.pages_of_memory(KVCache.steps_back)) * PAGE))
+        return self.room_for(MOST_DRAFTS)
+
+    def room_for(self, num_draft_tokens: int) -> int:
+        pages = self._pool.most - self._pool.pages_of_memory(self._pool.slots_for(num_draft_tokens))
+        return int(min(self.spec.context, max(0, pages) * PAGE))
 
     @property
     def bytes_read(self) -> float:
