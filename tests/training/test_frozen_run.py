@@ -87,7 +87,7 @@ def test_blocks_are_added_to_the_models_own_folder_and_exits_one_by_one(frozen, 
         prepare(frozen(model=model, output=model, exits=(2, 3)))
 
     config = frozen(model=model, output=model, exits=(3,))
-    assert len(prepare(config).answers.known) == 40
+    assert len(prepare(config).answers.known) == 48
     train(config)
     second = blocks(model)
     assert hashes(Path(model) / "checkpoints") == answers  # the same answers, not decoded again
@@ -142,7 +142,7 @@ def test_resuming_gives_the_same_blocks_bit_by_bit(frozen, tmp_path):
     _, reports, stages = train(frozen(**changes, output=cut, resume=True))
     assert [report.step for report in reports] == [3, 4]
     assert [report.loss for report in reports] == [report.loss for report in expected[2:]]
-    assert stages == [("answers", 40, 40)]  # not again
+    assert stages == [("answers", 48, 48)]  # not again
     assert same(blocks(cut), blocks(whole))
 
 
@@ -171,7 +171,7 @@ def test_a_signal_before_the_training_keeps_what_is_done(frozen):
     def interrupt(stage, done, total):
         os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(TrainingInterrupted, match=r"interrupted after 32 of 40 answers, which are kept"):
+    with pytest.raises(TrainingInterrupted, match=r"interrupted after 32 of 48 answers, which are kept"):
         plan.run(lambda report: None, interrupt)
     assert len(prepare(frozen(resume=True)).answers.known) == 32
 
@@ -194,7 +194,7 @@ def test_rows_need_prompts_only(frozen, tmp_path):
         "".join(json.dumps({"prompt": f"row {row}"}) + "\n" for row in range(30)) + '{"prompt": "%s"}\n' % ("x " * 99)
     )
     plan = prepare(frozen(data=DataConfig(str(file)), steps=None))
-    assert (plan.rows, plan.held_out, plan.left_out) == (30, 0, 1)  # the long one was the one to hold out
+    assert (plan.rows, plan.held_out, plan.left_out) == (30, 0, 1)  # too few to hold some out
     assert plan.steps == 15  # two passes, 4 rows a step
     with pytest.raises(DataError, match="no column 'completion'"):
         prepare(frozen(data=DataConfig(str(file)), **DATA))
