@@ -24,13 +24,9 @@ class Stopped(Exception):
     pass
 
 
-def stopping_after(calls):
-    count = 0
-
+def stopping_after(batches):
     def report(done, begun):
-        nonlocal count
-        count += begun == 0
-        if count > calls:
+        if done >= 2 * batches:
             raise Stopped
 
     return report
