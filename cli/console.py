@@ -104,6 +104,8 @@ def _plain_lines() -> Callable[[str, int, int, str], None]:
         now = time.monotonic()
         if name != stage:
             stage, first, started, shown = name, done, now, now
+            if done == 0:  # the first answers of a large model take minutes
+                print(f"{name} 0/{total}", file=sys.stderr, flush=True)
         if done < total and now - shown < _PLAIN_SECONDS:
             return
         shown = now

@@ -96,7 +96,7 @@ def run_training(settings: TrainingConfig, dry_run: bool, threads: int) -> None:
 
     with nullcontext() if dry_run else run_lock(settings.output):
         with waiting(reading):
-            plan = prepare(settings)
+            plan = prepare(settings, dry_run)
         narrate(plan_text(plan))
         if dry_run:
             return

@@ -14,6 +14,7 @@ from ..config.decoding import DraftProfile
 from ..config.model import PLAIN, PackingConfig, Quantization
 from ..config.resolution import policy_packing
 from ..errors import CheckpointError, ConfigError, refused
+from ..model.architectures import MULTIMODAL
 from ..model.backend import Backend
 from ..model.cache import memory_budget
 from ..model.exit_blocks import NO_BLOCKS, ExitBlocks
@@ -51,6 +52,7 @@ from .shipped import drafter_files, is_assistant, read_exit_blocks, shipped_by, 
 from .sidecars import EAGLE3_FOLDER, read_int4
 from .transformers_read import (
     PretrainedModel,
+    blank_on_meta,
     configured_spec,
     merge_adapters,
     open_model,
@@ -161,6 +163,22 @@ def for_training(name: str, device: str = "auto", dtype: str = "auto") -> Traina
     target, location = pick_device(device), present(name)
     requested_variant()
     return reading(name, lambda: read_whole(location.path, lambda: _trainable(name, location, target, dtype)))
+
+
+def outline(name: str) -> tuple[Trainable, Callable[[str], Tensor]] | None:
+    """A model as `for_training` loads it, but with parameters on the meta device; and a reader of single weights.
+
+    Takes as long as reading its configuration and tokenizer. None for models that only loading makes: adapters, GGUF files, and
+    types that our kernels do not know.
+    """
+    location = present(name)
+    folder = location.folder
+    if folder is None or is_packed(folder) or adapters_of(name)[0]:
+        return None
+    source = reading(name, lambda: _lean_source(folder, _CPU, "fp32", PLAIN))
+    if source is None or read_settings(folder, CONFIG_FILE).get("model_type") in MULTIMODAL:
+        return None
+    return reading(name, lambda: blank_on_meta(name, location)), source.weight_of
 
 
 def import_checkpoint(name: str, output: str, dtype: str, drafter: str | None = None) -> tuple[torch.dtype, list[str]]:

@@ -146,6 +146,18 @@ def blank(name: str, seed: int, tokenizer: Any = None) -> Trainable:
 
 
 @quiet_transformers()
+def blank_on_meta(name: str, location: Location) -> Trainable:
+    """A folder's architecture and tokenizer; the parameters have shapes and no values."""
+    from transformers import AutoModelForCausalLM
+
+    files = open_model(location)
+    with torch.device("meta"):
+        attention = attention_for(files.config)
+        model = AutoModelForCausalLM.from_config(files.config, dtype=torch.float32, attn_implementation=attention)
+    return Trainable(name, model, TransformersBackend(model), tokenizer_of(files), read_info(location.path))
+
+
+@quiet_transformers()
 def merge_adapters(adapters: list[str], base: Trainable) -> Trainable:
     """Merges adapters into `base`, from the last to the first, and takes the first one's tokenizer. Raises CheckpointError."""
     from peft import PeftModel, get_peft_model_state_dict

@@ -28,6 +28,7 @@ _Length = Annotated[int, Meta(ge=2, le=10_000_000)]
 _Rotation = Annotated[int, Meta(ge=1, le=10_000)]
 _Vocabulary = Annotated[int, Meta(ge=260, le=10_000_000)]
 _BY_PRESET = "by --recipe"
+_REPLAY_HELP = "Share of a step's rows that the model itself wrote before the training, so that it keeps what it knew."
 SHIPPED = "shipped"  # the drafter that the model's checkpoint has
 _LAYOUTS: dict[str, BlockLayout] = {"exits": "exit", "draft_vocab": "eagle3", "start_from": "eagle3"}
 # Arguments of transformers that a run decides. Others could end it early, hide its checkpoints, change what its losses mean,
@@ -153,7 +154,7 @@ class FinetuneConfig(TrainingSettings):
     recipe: RecipeSettings = field(default_factory=RecipeSettings)
     optimizer: Annotated[OptimizerName, Flag("muon: for the matrices of the layers.", panel="Optimisation")] = "adamw"
     gradient_checkpointing: Annotated[bool, Flag("Recompute layers in the backward pass: less memory, more time.")] = False
-    replay: Annotated[Fraction | None, Flag("Share of rows of the model's own text.", None, "0.25 with auto and none")] = None
+    replay: Annotated[Fraction | None, Flag(_REPLAY_HELP, None, "0.25 with auto and none, from 50M parameters on")] = None
     lora_rank: Annotated[int, Meta(ge=0, le=16_384), Flag("Rank of LoRA adapters; 0 trains all weights.", panel="Adapters")] = 0
     lora_alpha: Annotated[Count | None, Flag("Scale of the adapters, over the rank.", default="twice the rank")] = None
     lora_dropout: Annotated[Fraction, Flag("Dropout before the adapters.")] = 0.0

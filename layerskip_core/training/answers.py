@@ -5,16 +5,16 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..checkpoint.loaded import Decoder
-from ..checkpoint.open import for_decoding
 from ..config.decoding import DecodingConfig
 from ..config.training import FinetuneConfig
-from ..decoding import decode_batch
+from ..decoding import DecodingLoop, decode_batch
 from ..errors import CheckpointError, ConfigError, require
 from ..files import append_lines, whole_lines, write_file
 from ..losses import IGNORED
@@ -60,11 +60,15 @@ class Answers:
         self._decoder: Decoder | None = decoder
         self.known = self._read()
 
-    def write(self, report: Callable[[int], None]) -> list[list[int]]:
-        """The answers with their EOS. The first process decodes, others wait. `report` gets how many are done; it may raise."""
+    def write(self, report: Callable[[int, int], None]) -> list[list[int]]:
+        """The answers with their EOS. The first process decodes, others wait.
+
+        `report` gets how many are kept, and how many more are written as far as the tokens of the present batch say. It may
+        raise, which loses this batch.
+        """
         known = self._read()
         if process_index() == 0 and len(known) < len(self.prompts):
-            decoder, how = self._decoder, self.how
+            decoder = self._decoder
             assert decoder is not None
             if self.journal.exists():
                 write_file(self.journal, b"".join(whole_lines(self.journal, CheckpointError)), CheckpointError)
@@ -72,21 +76,29 @@ class Answers:
             for batch in (order[at : at + BATCH] for at in range(0, len(order), BATCH)):
                 if all(row in known for row in batch):
                     continue
-                report(len(known))
-                room = how.room(len(self.prompts[batch[0]]))
-                config = DecodingConfig("autoregressive", max_new_tokens=room, temperature=how.temperature)
-                prompts, seeds = [self.prompts[row] for row in batch], [(how.seed + row) % 2**32 for row in batch]
-                outputs = decode_batch(decoder.backend, prompts, config, decoder.eos_ids, seeds=seeds)
-                written = {batch[output.row]: output.ids for output in outputs}
+                written = self._written(decoder, batch, partial(report, len(known)))
                 append_lines(self.journal, ({"row": row, "ids": ids} for row, ids in written.items()), CheckpointError)
                 known |= written
         self._decoder = None  # frees its weights
         while len(known) < len(self.prompts):
-            report(len(known))
+            report(len(known), 0)
             time.sleep(_WAIT)
             known = self._read()
-        report(len(known))
+        report(len(known), 0)
         return [known[row] for row in range(len(self.prompts))]
+
+    def _written(self, decoder: Decoder, batch: Sequence[int], report: Callable[[int], None]) -> dict[int, list[int]]:
+        """The answers to the prompts of these rows. `report` gets after each step how many are written, by their tokens."""
+        how = self.how
+        prompts = [self.prompts[row] for row in batch]
+        room = how.room(len(prompts[0]))
+        config = DecodingConfig("autoregressive", max_new_tokens=room, temperature=how.temperature)
+        seeds = [(how.seed + row) % 2**32 for row in batch]
+        loop = DecodingLoop(decoder.backend, prompts, config, decoder.eos_ids, seeds=seeds)
+        report(0)
+        for number, _ in enumerate(loop, start=1):
+            report(min(len(batch) * number // room, len(batch) - 1))
+        return {row: answer.output for row, answer in zip(batch, loop.rows, strict=True)}
 
     def _read(self) -> dict[int, list[int]]:
         """The journal's answers, without an incomplete last line (its process was killed or still writes)."""
@@ -99,9 +111,10 @@ def digest(*values: object) -> str:
     return hashlib.sha256(json.dumps(values, default=asdict).encode()).hexdigest()[:16]
 
 
-def plan_replay(config: FinetuneConfig, original: str, data: EncodedData, encoder: Encoder, device: str, steps: int) -> Answers:
-    """Plans sampled texts to replay (Sun et al., LAMOL, ICLR 2020). `original`: the fingerprint of the model that writes."""
-    decoder = for_decoding(config.model, device, config.dtype)
+def plan_replay(
+    config: FinetuneConfig, original: str, data: EncodedData, encoder: Encoder, decoder: Decoder, steps: int
+) -> Answers:
+    """Plans texts for `decoder` to sample and a run to replay (Sun et al., LAMOL, ICLR 2020). `original`: its fingerprint."""
     endless = replace(decoder, eos_ids=frozenset())  # texts run past EOS
     count = min(steps * step_rows(config)[1], MOST_REPLAYED)
     tokens = round(data.tokens / len(data.seen))

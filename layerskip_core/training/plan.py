@@ -115,11 +115,11 @@ class Plan:
         _keep_memory()
         with run_lock(self.config.output), Interruption() as interruption, quiet_transformers():
 
-            def progress(stage: str, total: int, done: int) -> None:
+            def progress(stage: str, total: int, done: int, begun: int = 0) -> None:
                 if interruption.signal is not None:
                     kept = f"interrupted after {done} of {total} {stage}, which are kept"
                     raise TrainingInterrupted(kept, interruption.signal, 0)
-                on_progress(stage, done, total)
+                on_progress(stage, done + begun, total)
 
             history = RunTrainer(self, *self.data_sets(progress), on_step, interruption).run()
             info = self.save(history)
@@ -129,8 +129,8 @@ class Plan:
                     push(self.config.output, repository)
         return info
 
-    def data_sets(self, progress: Callable[[str, int, int], None]) -> tuple[Any, Any]:
-        """(training rows in the run's order, held-out rows). `progress` gets (stage, total, done) of texts."""
+    def data_sets(self, progress: Callable[..., None]) -> tuple[Any, Any]:
+        """(training rows in the run's order, held-out rows). `progress` gets (stage, total, done, begun) of texts."""
         raise NotImplementedError
 
     def save(self, history: LossHistory) -> CheckpointInfo:

@@ -12,15 +12,16 @@ from typing import Any
 
 import msgspec
 import torch
+from torch import Tensor
 from torch.utils.data import Subset
 
 from ..checkpoint.folder import EXIT_BLOCKS_FILE, MTP_FILE, weight_files
 from ..checkpoint.info import EXIT_BLOCKS, CheckpointInfo
-from ..checkpoint.loaded import Decoder, Trainable, pick_device
+from ..checkpoint.loaded import Decoder, Trainable, decoder_of, pick_device
 from ..checkpoint.locate import EMBEDDED, adapters_of, downloaded, locate
-from ..checkpoint.open import for_decoding, for_training
+from ..checkpoint.open import for_decoding, for_training, outline
 from ..checkpoint.save import RUN_FILES, copy_checkpoint, refuse_overwrite, save_checkpoint, save_sidecar
-from ..checkpoint.shipped import files_of_shipped, read_exit_blocks, shipped_files
+from ..checkpoint.shipped import files_of_shipped, read_exit_blocks, shipped_by
 from ..checkpoint.sidecars import EAGLE3_FILES, EAGLE3_FOLDER, fingerprint
 from ..checkpoint.transformers_read import blank, stored_dtype
 from ..config.training import DrafterConfig, FinetuneConfig, TrainingConfig
@@ -41,7 +42,6 @@ from .plan import Plan
 from .progress import LOSSES, LossHistory, checkpoints_folder, resume_point
 from .recipe import SMALL_MODEL, Recipe, learning_rate, resolve_recipe, steps_on, trained_exits
 from .sharding import check_sharding, gather_whole, process_index, world_size
-from .trainer import trackers, training_arguments
 from .verdict import AnsweredRow, Original, SpeedEstimate
 
 _PACKED = "documents are packed into whole rows; attention stays within a document"
@@ -62,7 +62,8 @@ class WholeModel(Plan):
     recipe: Recipe
     truncated: int  # rows
 
-    def __init__(self, config: FinetuneConfig, device: torch.device, resume: Path | None) -> None:
+    def __init__(self, config: FinetuneConfig, device: torch.device, resume: Path | None, dry: bool) -> None:
+        """`dry`: the plan is for reading only. Then it takes as long as reading the configuration and the data."""
         refuse_overwrite(config.output, config.overwrite, RUN_FILES)
         if config.lora_keep:
             (adapters, below), output = adapters_of(config.model), config.output
@@ -71,7 +72,12 @@ class WholeModel(Plan):
         self.original: Original | None = None  # None from scratch
         self.scratch = config.recipe.preset == "scratch"
         if not self.scratch:
-            trainable = for_training(config.model, "cpu", "fp32")
+            outlined = outline(config.model) if dry else None
+            if outlined is None:
+                trainable = for_training(config.model, "cpu", "fp32")
+                weight_of = trainable.model.get_parameter
+            else:
+                trainable, weight_of = outlined
             if config.replay is None:
                 large = trainable.backend.spec.parameters >= SMALL_MODEL  # which may know more than its task
                 knows = large and config.recipe.preset in ("auto", "none") and not config.streaming
@@ -81,7 +87,10 @@ class WholeModel(Plan):
         if self.scratch:
             tokenizer = None if config.vocab_size is None else train_tokenizer(rows, config.vocab_size)
             trainable = blank(config.model, config.seed, tokenizer)
-        self.shipped = {} if self.scratch or config.lora_keep else shipped_files(config.model, trainable)
+            weight_of = trainable.model.get_parameter
+        spec = trainable.backend.spec
+        shipped = NO_BLOCKS if self.scratch or config.lora_keep else shipped_by(config.model, spec)
+        self.shipped = files_of_shipped(shipped, spec, weight_of)
         self.place(config, device, trainable, resume)
         self.stored_dtype = stored_dtype(config.model)  # of the saved weights
         encoder = data.make_encoder(config, trainable, rows)
@@ -95,11 +104,17 @@ class WholeModel(Plan):
         if given.held_out:
             held_out = data.encode_rows(given.held_out, encoder, required=config.validation is not None)
             self.held_out_data = held_out if held_out.seen else None
-        self._resolve(config, encoder, resume)
+        self._resolve(config, encoder, resume, dry, weight_of)
+        if dry:
+            if config.lora_rank:  # peft may refuse the names of modules
+                with_lora(trainable.model, config)
+            return
         self.module = self._module() if config.fsdp else self._module().to(device)
-        self.order = data.token_order(self.data, trainable.backend.spec.vocab)
+        self.order = data.token_order(self.data, spec.vocab)
 
-    def _resolve(self, config: FinetuneConfig, encoder: Encoder, resume: Path | None) -> None:
+    def _resolve(
+        self, config: FinetuneConfig, encoder: Encoder, resume: Path | None, dry: bool, weight_of: Callable[[str], Tensor]
+    ) -> None:
         spec, rows, seen = self.trainable.backend.spec, self.data, self.data.seen
         self.rows, self.tokens, self.left_out = None if config.streaming else len(seen), rows.tokens, rows.left_out
         self.truncated = sum(row["truncated"] for row in seen)
@@ -116,9 +131,10 @@ class WholeModel(Plan):
         usual = learning_rate(config.recipe.preset, spec.parameters, config.lora_rank > 0)
         self.config = replace(config, lr=config.lr or usual, max_length=encoder.max_length)
         facts = asdict(self.recipe) | {"tokens": rows.tokens, "data_digest": rows.digest}
-        facts["model_digest"] = original = fingerprint(spec, self.trainable.model.get_parameter)
+        facts["model_digest"] = original = fingerprint(spec, weight_of)
         if config.replay:
-            self.answers = plan_replay(self.config, original, rows, encoder, self.device, self.steps)
+            decoder = decoder_of(self.trainable) if dry else for_decoding(config.model, self.device, config.dtype)
+            self.answers = plan_replay(self.config, original, rows, encoder, decoder, self.steps)
             facts["replayed"] = self.answers.journal.name
         self.seal(resume, facts)
 
@@ -141,12 +157,12 @@ class WholeModel(Plan):
         earlier = () if self.scratch else self.trainable.info.held_out
         return tuple(dict.fromkeys((*new, *earlier)))
 
-    def data_sets(self, progress: Callable[[str, int, int], None]) -> tuple[Any, Any]:
+    def data_sets(self, progress: Callable[..., None]) -> tuple[Any, Any]:
         """Batches have rows of similar length, replayed texts among them; a stream keeps its order."""
         rows: Any = self.data.rows
         held_out = None if self.held_out_data is None else self.held_out_data.rows
         if process_index() == 0 and not self.scratch:
-            progress("texts", 1, 0)
+            progress("measuring the model before its training", 1, 0)
             few: Any = held_out or ()
             if self.config.fsdp:  # rows would run on the CPU: minutes for a model that needs shards, while processes wait
                 few = ()
@@ -261,7 +277,7 @@ class FrozenModel(Plan):
         texts = [(text["input_ids"], text["labels"]) for text in self.texts]
         self.seal(resume, {"model_digest": self.model_fingerprint, "texts": digest(answers.journal.name, texts)})
 
-    def data_sets(self, progress: Callable[[str, int, int], None]) -> tuple[Any, Any]:
+    def data_sets(self, progress: Callable[..., None]) -> tuple[Any, Any]:
         texts: Any = self.texts
         trained = self.rows or 0
         if prompts := self.answers.prompts:
@@ -327,19 +343,27 @@ def plan_drafter(config: DrafterConfig, device: torch.device, resume: Path | Non
     return plan
 
 
-def prepare(config: TrainingConfig) -> WholeModel | FrozenModel:
-    """Plans the run of `config`. Raises LayerSkipError for anything that would make it fail."""
+def prepare(config: TrainingConfig, dry: bool = False) -> WholeModel | FrozenModel:
+    """Plans the run of `config`. Raises LayerSkipError for anything that would make it fail.
+
+    `dry`: the plan of a `finetune` is for reading only, and its weights are not loaded.
+    """
     require(config.output not in EMBEDDED, "output", "a name that no embedded model has", config.output)
     device = own_device(pick_device(config.device))
-    trackers(config.report_to)
+    if config.report_to:
+        from .trainer import trackers  # imports transformers' Trainer, which a plan does not need
+
+        trackers(config.report_to)
     resume = resume_point(config)
     plan: WholeModel | FrozenModel
     if isinstance(config, DrafterConfig):
         plan = plan_drafter(config, device, resume)
     else:
         check_sharding(config, device)
-        plan = WholeModel(config, device, resume)
+        plan = WholeModel(config, device, resume, dry)
     if config.training_arguments:
+        from .trainer import training_arguments
+
         training_arguments(plan)
     return plan
 

@@ -258,7 +258,7 @@ def training_arguments(plan: "Plan") -> TrainingArguments:
     # A backward pass may not reach readers of exits that are off, and experts that no token chose. (A layer without rows and
     # an exit that is off leave no parameter unused.)
     rests = recipe is not None and recipe.exit_reader != "none" and recipe.curriculum != "all"
-    unused = rests or not isinstance(plan.module.backend.spec, ModelSpec)
+    unused = rests or not isinstance(plan.trainable.backend.spec, ModelSpec)
     given: dict[str, Any] = dict(
         output_dir=str(progress.checkpoints_folder(config.output)),
         max_steps=plan.steps,

@@ -20,7 +20,7 @@ def test_time_left_counts_from_where_a_run_began(monkeypatch, capsys):
     with console.stage_bars() as show:
         show("answers", 0, 64, "")
         show("answers", 32, 64, "")
-    assert capsys.readouterr().err.splitlines() == ["answers 32/64 10 s left"]
+    assert capsys.readouterr().err.splitlines() == ["answers 0/64", "answers 32/64 10 s left"]
 
 
 def test_a_small_model_decodes_with_one_thread_unless_told_otherwise():

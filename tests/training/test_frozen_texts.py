@@ -24,19 +24,15 @@ class Stopped(Exception):
     pass
 
 
-def stopping_after(calls):
-    count = 0
-
-    def report(done):
-        nonlocal count
-        count += 1
-        if count > calls:
+def stopping_after(batches):
+    def report(done, begun):
+        if done >= 2 * batches:
             raise Stopped
 
     return report
 
 
-def ignored(done):
+def ignored(done, begun):
     pass
 
 
@@ -48,12 +44,15 @@ def loaded(monkeypatch):
 
 def test_an_answer_is_what_decoding_gives_each_prompt_alone_within_the_maximum_length(loaded, tmp_path):
     reports = []
-    found = Answers(loaded, PROMPTS, GREEDY, tmp_path / "journal").write(reports.append)
+    found = Answers(loaded, PROMPTS, GREEDY, tmp_path / "journal").write(lambda *counts: reports.append(counts))
     alone = DecodingConfig("autoregressive", max_new_tokens=6)
     for prompt, answer in zip(PROMPTS, found, strict=True):
         steps = decode(loaded.backend, prompt, alone, loaded.eos_ids)
         assert answer == [token for [step] in steps for token in step.ids]
-    assert reports == [0, 2, 4, 5]
+    assert list(dict.fromkeys(done for done, _ in reports)) == [0, 2, 4, 5]
+    sums = [done + begun for done, begun in reports]
+    # Within a batch the tokens so far count: in a half of the steps, one of two answers.
+    assert sums == sorted(sums) and set(sums) == {0, 1, 2, 3, 4, 5}
     found = Answers(loaded, PROMPTS, Writing(6, 10, 0.0, 0), tmp_path / "short").write(ignored)
     # Prompts of 9 and 5 tokens share a batch, in which the longest has room for one token.
     assert [len(answer) for answer in found] == [6, 1, 6, 6, 1]
@@ -69,11 +68,11 @@ def test_an_interrupted_run_goes_on_from_its_journal(loaded, tmp_path, temperatu
     with journal.open("a") as file:
         file.write('{"row": 4, "ids": [1')  # a process that was killed in the middle of a line
     reports = []
-    assert Answers(loaded, PROMPTS, how, journal).write(reports.append) == whole
+    assert Answers(loaded, PROMPTS, how, journal).write(lambda done, _: reports.append(done)) == whole
     assert reports[0] == 4  # two batches were there
     again = []
-    assert Answers(loaded, PROMPTS, how, journal).write(again.append) == whole
-    assert again == [5]
+    assert Answers(loaded, PROMPTS, how, journal).write(lambda *counts: again.append(counts)) == whole
+    assert again == [(5, 0)]
 
 
 def test_equal_prompts_have_different_sampled_answers(loaded, tmp_path):
