@@ -12,7 +12,7 @@ from ...config.decoding import DecodingOptions
 from ...config.evaluation import HARNESS, TASKS, TaskConfig
 from ...data import Example, Record, file_records, hub_records, spread
 from ...decoding.output import before_stop
-from ...errors import ConfigError, DataError, require
+from ...errors import ConfigError, DataError, refused, require, shown
 from ...prompting import CHAT, RAW
 from ..metrics import Losses, Scores, reference_losses, text_losses
 from ..results import Answered
@@ -98,8 +98,7 @@ def load_task(config: TaskConfig) -> Task:
     name = config.task or _task_of(config.data)
     if name not in TASKS:
         if "/" not in name and not Path(name).suffix and not Path(name).exists():
-            known = f"{', '.join(TASKS)}, {HARNESS}TASK, or data with prompts and references"
-            raise ConfigError(f"`task` must be one of {known}; got {name}")
+            raise refused("task", f"one of {', '.join(TASKS)}, {HARNESS}TASK, or data with prompts and references", shown(name))
         config = replace(config, data=config.data or name)
         name = _task_of(name)
     module, _, attribute = TASKS[name].partition(":")
