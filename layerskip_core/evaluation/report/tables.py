@@ -167,7 +167,9 @@ def _verdict(record: RunRecord) -> Iterator[str]:
         speedup, ends = best.speedup or 0.0, best.intervals.get("speedup")
         summary = f"{result_name(best)}, {speedup:.2f}x autoregressive"
         rows = best.rows_to_halve
-        halved = "" if rows is None else f"; about {rows} rows would halve it" if rows else "; more repeats would halve it"
+        halved = (
+            "" if rows is None else f"; about {plural(rows, 'row')} would halve it" if rows else "; more repeats would halve it"
+        )
         if ends is not None and ends.high - ends.low >= 2 * speedup:
             summary += " (too few rows for an interval)"
         elif ends is not None:
