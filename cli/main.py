@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from .console import give_up, take, tell_error
-from .options import Command
+from .options import Command, usage_error
 
 # One module per command, in the order of --help, which shows the module's docstring.
 _COMMANDS = (
@@ -74,18 +74,16 @@ def _root(
 
 
 def main() -> None:
-    """Runs the command line and exits: 0 done, 1 an error in one line, 2 wrong usage, 130 interrupted."""
+    """Runs the command line and exits: 0 done; after an error in one line 2 for wrong usage, else 1; 130 interrupted."""
     take()
     arguments = sys.argv[1:]
     end = arguments.index("--") if "--" in arguments else len(arguments)
     kept = [argument for argument in arguments[:end] if argument != "--debug"]
     debug = len(kept) < end or os.environ.get("LAYERSKIP_DEBUG", "0") not in ("", "0")
-    status: str | int | None = 0
+    given = kept + arguments[end:]
+    status: int = 0
     try:
-        try:
-            app(kept + arguments[end:])
-        except SystemExit as ended:
-            status = ended.code
+        status = app(given, standalone_mode=False) or 0
         sys.stdout.flush()
     except BrokenPipeError:
         give_up()
@@ -94,7 +92,12 @@ def main() -> None:
         give_up()
         status = 130
     except BaseException as error:  # including panics of the tokenizers library, which are not Exceptions
+        wrong_usage = usage_error(error, given)
+        if wrong_usage is None:
+            status = 1
+        else:
+            status = 2
+            error = wrong_usage
         tell_error(error, debug)
         give_up()
-        status = 1
     sys.exit(status)

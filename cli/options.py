@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass, replace
 from functools import wraps
 from pathlib import Path
@@ -16,10 +16,11 @@ from layerskip_core.checkpoint.locate import require_model
 from layerskip_core.config.evaluation import HARNESS
 from layerskip_core.config.options import Flag, Panel, Text, Without, alternatives, check, flag_of, hints_of, needed, parse_list
 from layerskip_core.data import is_data, require_data
-from layerskip_core.errors import ConfigError
+from layerskip_core.errors import ConfigError, ContextError, did_you_mean, refused, shown
 from layerskip_core.files import parse_json, text_lines
 
 FLAGS: dict[str, str] = {}  # by setting, of all commands, for messages
+_HINTS: dict[tuple[str, str], Any] = {}  # annotations by command and setting
 _ALONE: set[str] = set()  # flags whose value is optional
 # Flags of transformers and vLLM, and the equivalents here.
 _MEANT = {
@@ -57,6 +58,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     for name in given:
         for field, hint, default, panel in _flags(name, hints[name], defaults[name]):
             parameters.setdefault(field, _parameter(field, hint, default, panel))
+            _HINTS[function.__name__.removesuffix("_model").replace("_", "-"), field] = hint
             read[field] = "model" if hint == ModelArgument else getattr(flag_of(hint), "reads", None) or ""
 
     @wraps(function)
@@ -80,6 +82,34 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 def with_flags(message: str) -> str:
     """A message of the core, with flags in place of settings in backquotes."""
     return re.sub(r"`(\w+)`", lambda match: FLAGS.get(match[1], match[0]), message)
+
+
+def usage_error(error: BaseException, arguments: Sequence[str]) -> ConfigError | None:
+    """The error to show for wrong usage, of a setting or of the arguments; None for an error while running."""
+    if isinstance(error, ConfigError):
+        return None if isinstance(error, ContextError) else error
+    if not hasattr(error, "format_message"):  # as Typer's errors, of classes that it does not export
+        return None
+    context, parameter = getattr(error, "ctx", None), getattr(error, "param", None)
+    hint = None if context is None or parameter is None else _HINTS.get((context.info_name, parameter.name))
+    if hint is not None and (value := _given(parameter.opts, arguments)) is not None:
+        return refused(parameter.name, needed(hint), shown(value))
+    if possibilities := getattr(error, "possibilities", None):
+        message = f"{error.message}{did_you_mean(possibilities)}"  # type: ignore[attr-defined]
+    else:
+        message = error.format_message().rstrip(".").replace(". Did", "; did")
+    help_of = "" if context is None else f" (see {context.command_path} --help)"
+    return ConfigError(message[:1].lower() + message[1:] + help_of)
+
+
+def _given(flags: Sequence[str], arguments: Sequence[str]) -> str | None:
+    """The last value that arguments give to a flag; None if there is none."""
+    value = None
+    for argument, after in zip(arguments, [*arguments[1:], None], strict=True):
+        flag, equals, attached = argument.replace("_", "-").partition("=")
+        if flag in flags:
+            value = attached if equals else after
+    return value
 
 
 class Command(TyperCommand):

@@ -16,7 +16,7 @@ import msgspec
 from .config.evaluation import PROMPT_NAMES, REFERENCE_NAMES
 from .config.model import COMPLETION_COLUMNS, PROMPT_COLUMNS, DataConfig
 from .embedded import commands
-from .errors import DataError, first_line, listed, shown
+from .errors import DataError, first_line, listed, refused, shown
 from .files import parse_json, text_lines
 from .splits import key_of
 
@@ -246,7 +246,7 @@ def load_rows(config: DataConfig) -> list[Row]:
     if config.name != "commands":
         return spread(list(_rows(config, streaming=False)), config.limit)
     if config.split not in commands.SPLITS:
-        raise DataError(f"`split` must be one of {', '.join(commands.SPLITS)} for commands, got {config.split}")
+        raise refused("split", f"one of {', '.join(commands.SPLITS)}", f"{config.split} for commands")
     try:
         drawn = commands.rows(config.split, config.limit or _DEFAULT_COMMANDS, config.seed)
         pairs = [{"prompt": row.utterance, "completion": row.parse} for row in drawn]
@@ -376,7 +376,7 @@ def _rows(config: DataConfig, streaming: bool) -> Iterator[Row]:
 def _topv2(config: DataConfig) -> Iterator[Record]:
     """The rows of a folder with TOPv2's files, or of the data set's copy on the hub."""
     if config.split not in _TOPV2_SPLITS:
-        raise DataError(f"`split` must be one of {', '.join(_TOPV2_SPLITS)} for TOPv2, got {config.split}")
+        raise refused("split", f"one of {', '.join(_TOPV2_SPLITS)}", f"{config.split} for TOPv2")
     split = _TOPV2_SPLITS[config.split]
     if config.name == "topv2":
         return hub_records(_TOPV2_HUB, split)

@@ -5,12 +5,13 @@ flags instead.
 """
 
 from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 
 _SHOWN = 60  # characters of a refused value
 
 
 class LayerSkipError(Exception):
-    """Base of the errors that a command reports with exit status 1."""
+    """Base of the errors that a command reports in one line: with exit status 2 for a ConfigError, else 1."""
 
 
 class ConfigError(LayerSkipError):
@@ -26,7 +27,7 @@ class CheckpointError(LayerSkipError):
 
 
 class ContextError(ConfigError):
-    """A text does not fit into the model's context."""
+    """A text does not fit into the model's context. Found while running: exit status 1."""
 
 
 class MemoryFull(LayerSkipError):
@@ -78,9 +79,19 @@ def require_overwrite(output: str, held: str, overwrite: bool) -> None:
 
 
 def refused(field: str, needed: str, got: str) -> ConfigError:
-    """The error `field must be needed, got got`; a `field` that is no name ("the prompt") stays as it is."""
+    """The error `field must be needed, got got`; a `field` that is no name ("the prompt") stays as it is.
+
+    Where `needed` is `one of a, b`, the error asks whether the nearest of these was meant.
+    """
     known = field.isidentifier() and field.islower()  # an environment variable is named as it stands
-    return ConfigError(f"{f'`{field}`' if known else field} must be {needed}, got {got}", field if known else None)
+    _, _, choices = needed.partition("one of ")
+    meant = did_you_mean(get_close_matches(got, choices.split(", "), n=1))
+    return ConfigError(f"{f'`{field}`' if known else field} must be {needed}, got {got}{meant}", field if known else None)
+
+
+def did_you_mean(choices: Sequence[str]) -> str:
+    """The end of a message about an unknown name: the first of the choices; empty without one."""
+    return f"; did you mean {choices[0]}?" if choices else ""
 
 
 def shown(value: object) -> str:

@@ -168,6 +168,6 @@ class _Chat:
         counts, limit = stream.stats, self._loaded.backend.spec.context
         reused = stream.decoding.reused_tokens
         return (
-            f"{stats_text(counts, self._loaded, self._policy)}; prompt: {counts.prompt_tokens} tokens, "
+            f"{stats_text(counts, self._loaded, self._policy)}; prompt: {plural(counts.prompt_tokens, 'token')}, "
             f"{reused} of them reused; context: {counts.prompt_tokens + counts.new_tokens} of {limit} tokens"
         )

@@ -5,6 +5,7 @@ from dataclasses import replace
 import typer
 
 from layerskip_core.config.model import ExportConfig
+from layerskip_core.errors import plural
 from layerskip_core.files import hold
 
 from ..console import narrate, waiting
@@ -34,7 +35,7 @@ def export(model: ModelArgument = "embedded", *, config: ExportConfig) -> None:
     if exported.lost:
         narrate("the drafter that the checkpoint ships (mtp) is left out: GGUF files are written without it")
     usage = f", and how to use it to {output}/{README}" if exported.readme else ""
-    written = f"exit {exported.exit_layer} of {model}, {exported.layers} layers,"
+    written = f"exit {exported.exit_layer} of {model}, {plural(exported.layers, 'layer')},"
     if exported.exit_layer is None:
         written = f"{model} and its drafter in the EAGLE-3 layout"
     narrate(f"wrote {written} to {output}{usage}")

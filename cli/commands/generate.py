@@ -12,7 +12,7 @@ import typer
 
 from layerskip_core.config.decoding import REMEMBERED, DecodingConfig, Remember, RequestOptions, changed
 from layerskip_core.config.options import BatchSize, Flag, checked, hints_of
-from layerskip_core.errors import DataError, LayerSkipError
+from layerskip_core.errors import ConfigError, DataError, LayerSkipError, plural
 from layerskip_core.files import parse_json
 
 from .. import console
@@ -67,7 +67,7 @@ def generate(
         (prompt is None and not (is_piped or console.is_terminal()), "give a PROMPT, or pipe one into standard input"),
     ):
         if is_wrong:
-            raise typer.BadParameter(reason)
+            raise ConfigError(reason)
     loaded, usual = load_to_decode(flags, all_policies=jsonl)
     given = console.PromptLines()
     if several:
@@ -233,8 +233,8 @@ def stats_text(stats: "DecodeStats", loaded: "Decoder", policy: str | None) -> s
         by_exit = (f"exit {layers}: {count}" for layers, count in enumerate(stats.tokens_by_layers, start=1) if count)
         exits = f"{stats.mean_layers:.1f} layers per token ({', '.join(by_exit)}); "
     return (
-        f"{stats.new_tokens} tokens, {stats.tokens_per_second:.1f} tokens/s; {exits}drafted {stats.drafted}, "
-        f"accepted {stats.accepted} ({stats.acceptance_rate:.1%}) in {stats.rounds} rounds; "
+        f"{plural(stats.new_tokens, 'token')}, {stats.tokens_per_second:.1f} tokens/s; {exits}drafted {stats.drafted}, "
+        f"accepted {stats.accepted} ({stats.acceptance_rate:.1%}) in {plural(stats.rounds, 'round')}; "
         f"{f'steps by {steps}; ' if steps else ''}"
         f"layers: {backend.implementation}{graphs}, {str(backend.dtype).removeprefix('torch.')} on "
         f"{backend.device}; prompt template: {loaded.template.name}{'' if policy is None else f'; policy: {policy}'}"

@@ -3,12 +3,13 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import TypeVar
 
-from ..errors import CheckpointError, ConfigError, LockedError, first_line
+from ..errors import CheckpointError, ConfigError, LockedError, did_you_mean, first_line
 from ..files import is_empty, read_json
 from .info import ADAPTER_FILE, holds_model
 
@@ -48,11 +49,12 @@ class Location:
 def require_model(name: str) -> None:
     """Raises CheckpointError unless a name is of one of the four kinds. Reads nothing and imports no torch."""
     path = Path(name)
-    if not (name in EMBEDDED or path.is_dir() or (path.suffix == ".gguf" and path.is_file()) or _may_be_hub_id(name)):
-        names = ", ".join(EMBEDDED)
-        raise CheckpointError(
-            f"no model {name!r}: needed {names}, a folder, a .gguf file or a hub id such as owner/name or owner/name@revision"
-        )
+    needed = f"{', '.join(EMBEDDED)}, a folder, a .gguf file or a hub id such as owner/name or owner/name@revision"
+    if path.is_file() and path.suffix != ".gguf":
+        raise CheckpointError(f"the file {name!r} is no model: needed {needed}")
+    if not (name in EMBEDDED or path.is_dir() or path.is_file() or _may_be_hub_id(name)):
+        meant = did_you_mean(get_close_matches(name, EMBEDDED, n=1))
+        raise CheckpointError(f"no model {name!r}: needed {needed}{meant}")
 
 
 def is_folder(name: str) -> bool:

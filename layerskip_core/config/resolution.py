@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypedDict, cast
 
-from ..errors import refused, require
+from ..errors import plural, refused, require
 from .decoding import GUIDES, DecodingConfig, DecodingOptions, DraftProfile, changed, choices, decoding, normalized, used_by
 from .model import PLAIN, PackingConfig, Quantization
 from .options import CountOrNone, counts_text
@@ -156,7 +156,7 @@ def policy_text(policy: Policy) -> str:
     name = "plain decoding" if strategy == "autoregressive" else strategy
     if strategy == "self-speculative":
         name = f"exit {exit_layer}" + (f" of the {policy['draft_weights']} copies" if "draft_weights" in policy else "")
-    return name if drafts is None else f"{name} with {drafts} draft tokens"
+    return name if drafts is None else f"{name} with {plural(drafts, 'draft token')}"
 
 
 def default_exits(num_layers: int) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, variance
@@ -22,6 +22,8 @@ OWN_AGREEMENT, OWN_PERPLEXITY, ANSWERED = "own_text_agreement", "own_text_perple
 SHOWN = ("perplexity", "agreement", "acceptance_rate", "speedup", HELD_OUT, ANSWERED, OWN_AGREEMENT, OWN_PERPLEXITY)  # last
 _OF_DECODING = ("acceptance_rate", "mean_accepted_tokens", "speedup", "tokens_per_second", "identical_outputs")
 _NO_SHARES = (HELD_OUT, OWN_PERPLEXITY, "mean_accepted_tokens", "speedup", "tokens_per_second")
+_MEASURED = {RESULTS: "metrics", LOSSES: "held-out losses"}  # in the files of a run
+_OF_HELD_OUT, _OF_OWN_TEXT = (HELD_OUT, ANSWERED), (OWN_AGREEMENT, OWN_PERPLEXITY)
 _SEED = re.compile(r"[-_./]?seed[-_]?\d+$")
 
 _FEWEST_RUNS = 3  # for an interval: with two it would be the mean ± 12.7 standard errors
@@ -165,14 +167,24 @@ class Comparison:
 
 def compare(groups: Mapping[str, Sequence[Run]], only: Sequence[str] = (), exits: Sequence[int] = ()) -> Comparison:
     """Compares the labels with the first one, paired by run if they have equally many on the same rows."""
-    notes = tuple(_notes(groups))
+    differing = list(_differing(groups))
+    first = next(iter(groups))
+    notes = tuple(
+        f"The {_MEASURED[file]} of {first} and {label} are of different rows, or of other settings of the task: "
+        "differences are left out."
+        for file, label in differing
+    )
     paired = not notes and len({len(runs) for runs in groups.values()}) == 1
     known = figures_of(groups)
     hidden = {"mean_accepted_tokens", "tokens_per_second", "identical_outputs", *SHOWN}
     usual = [name for name in known if name not in hidden] + [name for name in SHOWN if name in known]
-    lines = tuple(line for figure in only or usual for line in _lines(groups, figure, exits, paired))
+    lines = list[Line]()
+    for figure in only or usual:
+        file = LOSSES if figure in _OF_HELD_OUT else RESULTS
+        incomparable = {label for of, label in differing if of == file and figure not in _OF_OWN_TEXT}
+        lines += _lines(groups, figure, exits, paired, incomparable)
     paths = {label: tuple(run.path for run in runs) for label, runs in groups.items()}
-    return Comparison(paths, lines, paired, notes)
+    return Comparison(paths, tuple(lines), paired, notes)
 
 
 def figures_of(groups: Mapping[str, Sequence[Run]]) -> list[str]:
@@ -190,8 +202,10 @@ def is_percentage(figure: str) -> bool:
     return is_share(figure) and figure not in _NO_SHARES
 
 
-def _lines(groups: Mapping[str, Sequence[Run]], figure: str, exits: Sequence[int], paired: bool) -> Iterator[Line]:
-    """By draft length, then exit; settings without an exit last."""
+def _lines(
+    groups: Mapping[str, Sequence[Run]], figure: str, exits: Sequence[int], paired: bool, incomparable: Collection[str]
+) -> Iterator[Line]:
+    """By draft length, then exit; settings without an exit last. `incomparable`: labels that get no difference."""
     settings = dict.fromkeys(setting for runs in groups.values() for run in runs for setting in run.figures.get(figure, {}))
     for setting in sorted(settings, key=lambda each: (each.exit_layer is None, each.drafts, each.exit_layer or 0)):
         if exits and setting.exit_layer not in (None, *exits):
@@ -206,22 +220,22 @@ def _lines(groups: Mapping[str, Sequence[Run]], figure: str, exits: Sequence[int
         for label, own in values.items():
             share, difference = is_percentage(figure), None
             mean = interval_of(own, logarithmic=logarithmic, share=share)
-            if label != first and first in values:
+            if label != first and first in values and label not in incomparable:
                 difference = interval_of(own, values[first], paired, logarithmic, share)
             cells.append(Cell(label, tuple(own), mean, difference))
         if cells:
             yield Line(figure, setting, tuple(cells))
 
 
-def _notes(groups: Mapping[str, Sequence[Run]]) -> Iterator[str]:
-    """Notes on labels that were measured on other rows than the first label."""
-    for file, what in ((RESULTS, "metrics"), (LOSSES, "held-out losses")):
+def _differing(groups: Mapping[str, Sequence[Run]]) -> Iterator[tuple[str, str]]:
+    """Labels that were measured on other rows than the first label, each with the file of the figures."""
+    for file in _MEASURED:
         rows = {
             label: [json.dumps(run.rows[file], sort_keys=True) for run in runs if file in run.rows]
             for label, runs in groups.items()
         }
-        (first, known), *others = rows.items()
+        (_, known), *others = rows.items()
         for label, own in others:
             same = own == known if len(own) == len(known) else set(own) == set(known)
             if own and known and not same:
-                yield f"The {what} of {first} and {label} are of different rows, or of other settings of the task."
+                yield file, label

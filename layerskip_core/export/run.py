@@ -24,7 +24,7 @@ from ..checkpoint.sidecars import EAGLE3_FILES, EAGLE3_FOLDER, PROPOSED
 from ..checkpoint.transformers_read import open_model, written_dtype
 from ..config.model import Engine, ExportConfig, PackingConfig, Quantization
 from ..config.resolution import require_exit_layer
-from ..errors import CheckpointError, ConfigError, first_line, require
+from ..errors import CheckpointError, ConfigError, first_line, plural, require
 from ..files import new_staging, synchronise
 from ..model import NativeBackend, TransformersBackend, can_run_native
 from ..model.backend import states_at_exits
@@ -283,7 +283,7 @@ def _readme(config: ExportConfig, exit_layer: int | None, layers: int, drafts: i
     assert config.engine is not None
     output, engine = Path(config.output).resolve(), config.engine
     draft = "The drafter" if exit_layer is None else f"Exit {exit_layer}"
-    parts = [f"# {draft} of {config.model} as a draft model, with {engine}", f"{drafts} draft tokens: {why}."]
+    parts = [f"# {draft} of {config.model} as a draft model, with {engine}", f"{plural(drafts, 'draft token')}: {why}."]
     if config.as_gguf:
         method = "eagle3" if exit_layer is None else "simple"
         return "\n\n".join([*parts, instructions(engine, str(output / TARGET), str(output / DRAFT), drafts, method)])

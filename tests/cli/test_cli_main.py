@@ -51,17 +51,42 @@ def test_what_is_not_there_is_told_before_a_library_of_models_is_loaded(argument
 
 
 @pytest.mark.parametrize(
-    ("arguments", "named"),
+    ("arguments", "line"),
     [
-        (["generat"], "No such command 'generat'"),
-        (["generate", "--spek", "3"], "--spek"),  # "No such option", worded by click or by typer
-        (["generate", "x", "--exit", "half"], "Invalid value for '--exit'"),
+        (["generat"], "no such command 'generat'; did you mean 'generate'? (see layerskip --help)"),
+        (["generate", "--spek", "3"], "no such option: --spek; did you mean --spec? (see layerskip generate --help)"),
+        (["generate", "x", "--max-tokens", "3"], "--max-tokens; did you mean --max-new-tokens? (see layerskip generate"),
+        (["generate", "x", "y"], "unexpected extra argument"),
+        (["generate", "x", "--spec"], "'--spec' requires an argument"),
+        (["generate", "x", "--exit", "half"], "--exit must be a whole number of at least 1, got half"),
+        (["generate", "x", "--top_p=z"], "--top-p must be a number in (0, 1], got z"),
+        (["generate", "x", "--spec", "-3"], "--spec must be a whole number in 1..10000, got -3"),
+        (["generate", "x", "--strategy", "lokup"], "autoregressive, got lokup; did you mean lookup?"),
+        (["generate", "x", "--dtype", "fp23"], "got fp23; did you mean fp32?"),
+        (["generate", "x", "--exit", "99"], "--exit must be in 1..23, got 99 (model has 24 layers)"),
+        (["generate", "x", "--lines"], "--lines and --jsonl read standard input; give no PROMPT with them"),
+        (["bench", "--task", "comands"], "got comands; did you mean commands?"),
+        (["data", "--split", "tset"], "--split must be one of train, validation, test, compositional, sealed, got tset"),
     ],
 )
-def test_wrong_usage_is_status_2(arguments, named):
+def test_wrong_usage_is_one_line_and_status_2(arguments, line):
     result = run(*arguments)
     assert (result.code, result.out) == (2, "")
-    assert named in result.err and "Traceback" not in result.err
+    assert result.err.startswith("error: ") and result.err.count("\n") == 1 and line in result.err
+
+
+def test_what_fails_while_running_is_status_1(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "x"}\n')
+    for arguments, line in (
+        (["generate", "x", "--model", str(rows)], f"error: the file {str(rows)!r} is no model: needed embedded, "),
+        (["generate", "x", "--model", "embeded"], "error: no model 'embeded': needed embedded, "),
+        (["generate", "x" * 9000], "error: the prompt"),  # does not fit into the context
+        (["compare", str(tmp_path / "none")], "error: RUNS"),
+    ):
+        result = run(*arguments)
+        assert (result.code, result.out) == (1, "")
+        assert result.err.startswith(line) and result.err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -125,8 +125,11 @@ def test_held_out_rows_are_the_same_whatever_a_run_was_trained_on(tmp_path, rows
     one = [trained(tmp_path / f"a{n}", {4: 1.0 + n}, "1f") for n in (1, 2)]
     other = [trained(tmp_path / f"b{n}", {4: 0.5 + n}, rows) for n in (1, 2)]
     result = run("compare", f"a={','.join(one)}", f"b={','.join(other)}")
-    note = "The held-out losses of a and b are of different rows, or of other settings of the task."
+    note = "The held-out losses of a and b are of different rows, or of other settings of the task: differences are left out."
     assert (note in result.err) == ("not paired" in result.out) == (rows == "2e")
+    # What cannot be compared is not subtracted; of equal rows the ratio of perplexities has an x.
+    lines = [line for line in result.out.splitlines() if line.startswith("held out perplexity")]
+    assert lines and all(line.rstrip().endswith(" -") == (rows == "2e") for line in lines)
 
 
 def test_means_and_differences_over_seeds(tmp_path):

@@ -9,10 +9,20 @@ from types import SimpleNamespace
 import pytest
 
 from cli.commands.sweep_exits import front
+from layerskip_core.config.resolution import policy_text
 from layerskip_core.errors import LayerSkipError
 from layerskip_core.evaluation.report import output_folder, to_csv, to_json
 from layerskip_core.evaluation.report.tables import points_of, results_table
-from layerskip_core.evaluation.results import Bounds, Difference, Failure, Recommendation, Result, RunRecord, read_record
+from layerskip_core.evaluation.results import (
+    Bounds,
+    Difference,
+    Failure,
+    Recommendation,
+    Result,
+    RunRecord,
+    drafts_name,
+    read_record,
+)
 
 MACHINE = {"dtype": "float32", "device_name": "a CPU", "implementation": "packed", "threads": 2}
 PLAIN = Result(
@@ -87,6 +97,8 @@ def test_the_table_of_a_sweep():
     assert table.text == (
         "* on the Pareto frontier of quality and speed; pred: predicted speedup.\n"
         "±: half-width of the 95% interval over prompts.\n"
+        "EM: exact match; ppl: perplexity; accept: share of drafts accepted; mean: accepted drafts per round; "
+        "speed: speedup over plain decoding; same: share of outputs equal to plain decoding.\n"
         "Policy fast: none.\nPolicy exact: lookup with 4 draft tokens.\nRecommended: it is the only one."
     )
     assert len(table.column_blocks(80)) == 1
@@ -100,7 +112,8 @@ def test_tables_show_how_a_metric_differs_from_full_depth_and_json_never_holds_a
     config = SWEEP.config | {"quality_metric": "exact_match"}
     table = results_table(replace(SWEEP, config=config, results=(SWEEP.results[0], replace(SWEEP.results[1], **ends))))
     assert [row[3:5] for row in table.rows] == [("87.5%", "-"), ("50±25%", "-38±31%")]
-    assert any(str(each).endswith("±∞") for each in table.rows[1])  # of two prompts nothing is known
+    assert any(str(each).endswith("±?") for each in table.rows[1])  # of two prompts nothing is known
+    assert "±?: too few rows for an interval." in table.note.splitlines()
     assert "change: of EM from full depth, on the same prompts." in table.note.splitlines()
     with pytest.raises(ValueError, match="JSON"):
         to_json(RunRecord({"x": math.nan}, {}, ()))
@@ -131,6 +144,8 @@ def test_the_table_of_a_benchmark_has_its_categories_and_ends_with_a_verdict():
     [
         ({"intervals": {"speedup": Bounds(0.98, 2.1)}}, "Nothing was certainly faster with the same outputs; best: exit 8"),
         ({"differences": (Difference(0, 3, 1e-4),)}, "(95% interval 1.94 to 2.10); 1 output differed at a near-tie."),
+        ({"intervals": {"speedup": Bounds(0.0, 4.2)}}, "with the same outputs; best: exit 8, 6 drafts, 2.00x autoregressive"),
+        ({"intervals": {"speedup": Bounds(0.0, 4.2)}}, "2.00x autoregressive (too few rows for an interval)."),
         ({"rows_to_halve": 75}, "2.00x autoregressive (95% interval 1.94 to 2.10; about 75 rows would halve it)."),
         ({"rows_to_halve": 0}, "2.00x autoregressive (95% interval 1.94 to 2.10; more repeats would halve it)."),
         ({"differences": (Difference(0, 3, 1.0),)}, "No other strategy had the same outputs as autoregressive decoding."),
@@ -156,6 +171,27 @@ def test_a_benchmark_says_what_drafted_and_how_near_the_memory_bandwidth_is():
     note = results_table(replace(BENCH, environment=MACHINE | {"bandwidth": read})).note
     told = "Plain decoding reads 212 MB per token at 30.8 GB/s, 88% of what a plain sum of as many bytes reaches."
     assert told in note.splitlines()
+    slower_sum = read | {"sum_bytes_per_second": 28e9}  # 110%: it is no yardstick
+    note = results_table(replace(BENCH, environment=MACHINE | {"bandwidth": slower_sum})).note
+    assert "Plain decoding reads 212 MB per token at 30.8 GB/s." in note.splitlines()
+
+
+def test_a_benchmark_without_references_has_no_scores_against_itself():
+    """Answers are scored against full depth: only an early exit's score says something."""
+    config = BENCH.config | {"has_references": False}
+    assert not {"R2", "EM"} & set(results_table(replace(BENCH, config=config)).headers)
+    assert {"R2", "EM"} < set(results_table(replace(BENCH, config=config | {"has_references": True})).headers)
+    early = replace(FASTER, strategy="early-exit", categories={})
+    assert {"R2", "EM"} < set(results_table(replace(BENCH, config=config, results=(BENCHED, early))).headers)
+
+
+@pytest.mark.parametrize(
+    ("drafts", "weights", "text"), [(1, None, "1 draft"), (6, None, "6 drafts"), (1, "int8", "1 int8 draft")]
+)
+def test_drafts_are_counted(drafts, weights, text):
+    assert drafts_name(replace(DRAFTED, num_draft_tokens=drafts, draft_weights=weights)) == text
+    policy = {"strategy": "self-speculative", "exit_layer": 8, "num_draft_tokens": drafts}
+    assert policy_text(policy) == f"exit 8 with {'1 draft token' if drafts == 1 else '6 draft tokens'}"
 
 
 @pytest.mark.parametrize("text", ["", "[]", to_json(BENCH), to_json(SWEEP).replace("182.4", '"fast"')])

@@ -78,7 +78,8 @@ def bench(
                 by_category[name] = replace(figures, samples=len(samples))
         results.append(replace(result_of(each, full, transformers), categories=by_category))
     used = tuple(dict.fromkeys(setting.strategy for setting in settings if setting.strategy not in baselines))
-    named = {"strategies": used, "quality_metric": task.quality_metric, "prompt_template": loaded.template.name}
+    named: dict[str, Any] = {"strategies": used, "quality_metric": task.quality_metric, "prompt_template": loaded.template.name}
+    named["has_references"] = task.against is None
     answered = task.answered([each.texts for each in measured])
     yield RunRecord(asdict(config) | own | named, machine, tuple(results), answered=answered)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from ...errors import LayerSkipError
+from ...errors import LayerSkipError, plural
 from ...files import read_json
 from ..comparison import Comparison, Interval, is_logarithmic, is_percentage
 from . import csv_text
@@ -57,9 +57,10 @@ def to_csv(comparison: Comparison) -> str:
 
 def _note(comparison: Comparison) -> str:
     counts = {len(paths) for paths in comparison.paths.values()}
-    runs = " or ".join(map(str, sorted(counts)))
+    *fewer, most = sorted(counts)
+    runs = " or ".join([*map(str, fewer), plural(most, "run")])
     spread = "" if max(counts) < 3 else ", with 95% intervals (Student t) of three runs and more that are not all equal"
-    lines = [f"Means over {runs} run{'' if counts == {1} else 's'} of a label, of perplexities the geometric mean{spread}."]
+    lines = [f"Means over {runs} of a label, of perplexities the geometric mean{spread}."]
     if len(comparison.paths) > 1:
         how = "paired run by run" if comparison.paired else "not paired"
         lines.append(f"vs: the difference, in points for percentages, of perplexities the ratio (x); {how}.")

@@ -17,6 +17,20 @@ from ..results import NEAR_TIE, Result, RunRecord, bandwidth_text, result_name
 PARETO_NOTE = "* on the Pareto frontier of quality and speed; pred: predicted speedup."
 _DISTURBING = 0.2  # cores that other processes keep busy during a measurement
 _WIDE = 8  # the largest ratio of highest to lowest value for a linear axis
+_LEGEND = {
+    "EM": "EM: exact match",
+    "R1": "R1: ROUGE-1",
+    "R2": "R2: ROUGE-2",
+    "RL": "RL: ROUGE-L",
+    "ppl": "ppl: perplexity",
+    "accept": "accept: share of drafts accepted",
+    "mean": "mean: accepted drafts per round",
+    "speed": "speed: speedup over plain decoding",
+    "same": "same: share of outputs equal to plain decoding",
+    "first": "first: milliseconds to the first token",
+    "MB": "MB: peak memory",
+}  # of columns
+_FEW_ROWS = "?"  # in place of an interval wider than its value
 _HALF_NOTE = "±: half-width of the 95% interval over prompts{}."
 _SHORT_NAMES = {"exact_match": "EM", "rouge1": "R1", "rouge2": "R2", "rougeL": "RL"}
 
@@ -83,8 +97,12 @@ def results_table(record: RunRecord) -> TextTable:
         note.append("exits at P: each token leaves at the first exit with a probability above P; exit: its layers, on average.")
     if any(result.intervals for result in results):
         note.append(_HALF_NOTE.format(" and repeats" if record.config.get("repeats", 1) > 1 else ""))
+    if any(of_row.endswith(f"±{_FEW_ROWS}") for of_rows in cells for of_row in of_rows):
+        note.append(f"±{_FEW_ROWS}: too few rows for an interval.")
     if any(name.endswith("_change") for _, name, _ in columns):
         note.append(f"change: of {_short(str(record.config['quality_metric']))} from full depth, on the same prompts.")
+    if legend := [_LEGEND[header] for header, _, _ in columns if header in _LEGEND]:
+        note.append(f"{'; '.join(legend)}.")
     note += _settings_notes(record)
     return TextTable(tuple(header for header, _, _ in columns), cells, "\n".join(note), 3, _SPARE, tuple(findings(record)))
 
@@ -93,6 +111,9 @@ def columns_of(record: RunRecord, rows: Sequence[Row]) -> list[Column]:
     """The columns that name a row, and those with a figure in any row."""
     results, ranked = record.results, str(record.config.get("quality_metric"))
     metrics = [name for name in results[0].metrics if name != "perplexity"]  # it has its own column
+    # Without references answers are compared with those at full depth. `same` says it of strategies with its outputs.
+    if record.config.get("has_references") is False and not any(each.strategy == "early-exit" for each in results):
+        metrics = []
     percent = f"±.{1 if len(metrics) == 1 else 0}%"  # with two metrics there is no room for decimals
     changed = is_share(ranked) and any(ranked in result.changes for result in results)
     setting = [("strategy", "setting", ""), ("exit", "exit", ""), ("spec", "num_draft_tokens", "")]
@@ -147,8 +168,13 @@ def _verdict(record: RunRecord) -> Iterator[str]:
         speedup, ends = best.speedup or 0.0, best.intervals.get("speedup")
         summary = f"{result_name(best)}, {speedup:.2f}x autoregressive"
         rows = best.rows_to_halve
-        halved = "" if rows is None else f"; about {rows} rows would halve it" if rows else "; more repeats would halve it"
-        summary += f" (95% interval {ends.low:.2f} to {ends.high:.2f}{halved})" if ends else ""
+        halved = (
+            "" if rows is None else f"; about {plural(rows, 'row')} would halve it" if rows else "; more repeats would halve it"
+        )
+        if ends is not None and ends.high - ends.low >= 2 * speedup:
+            summary += " (too few rows for an interval)"
+        elif ends is not None:
+            summary += f" (95% interval {ends.low:.2f} to {ends.high:.2f}{halved})"
         if best.differences and not sampled:
             summary += f"; {plural(len(best.differences), 'output')} differed at a near-tie"
         surely = ends is not None and ends.low > 1
@@ -247,8 +273,9 @@ def cell(row: Row, name: str, form: str) -> str:
         return format(value, form)
     if form.endswith("%"):
         return f"{100 * value:.0f}±{50 * (high - low):.0f}%"
-    half = (high - low) / 2  # from two prompts it can have ten digits
-    return f"{value:{form}}" + ("±∞" if half > 99 else f"±{half:{form}}".replace("±0.", "±."))
+    half = (high - low) / 2
+    shown = _FEW_ROWS if half >= value else f"{half:{form}}".removeprefix("0" if half < 1 else "")
+    return f"{value:{form}}±{shown}"
 
 
 def _settings_notes(record: RunRecord) -> Iterator[str]:

@@ -13,7 +13,7 @@ from ...config.decoding import DecodingOptions
 from ...config.evaluation import HARNESS, TASKS, TaskConfig
 from ...data import Example, Record, file_records, hub_records, spread
 from ...decoding.output import before_stop
-from ...errors import ConfigError, DataError, require
+from ...errors import ConfigError, DataError, refused, require, shown
 from ...prompting import CHAT, RAW
 from ...splits import FEWEST, TEST, VALIDATION, part_of
 from ..metrics import Losses, Scores, reference_losses, text_losses
@@ -101,8 +101,7 @@ def load_task(config: TaskConfig) -> Task:
     name = config.task or _task_of(config.data)
     if name not in TASKS:
         if "/" not in name and not Path(name).suffix and not Path(name).exists():
-            known = f"{', '.join(TASKS)}, {HARNESS}TASK, or data with prompts and references"
-            raise ConfigError(f"`task` must be one of {known}; got {name}")
+            raise refused("task", f"one of {', '.join(TASKS)}, {HARNESS}TASK, or data with prompts and references", shown(name))
         config = replace(config, data=config.data or name)
         name = _task_of(name)
     module, _, attribute = TASKS[name].partition(":")
