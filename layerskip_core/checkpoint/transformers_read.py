@@ -28,6 +28,7 @@ from .gguf_read import GgufFile, dense_model
 from .info import read_info
 from .loaded import TORCH_DTYPES, Trainable, pick_dtype
 from .locate import Location, adapters_of, is_adapter, locate, present, reading
+from .settings import info_of
 
 _NO_FOREIGN_CODE = {"trust_remote_code": False}  # the default asks on standard input
 _SAME = {"mimo": "qwen2"}  # model types that transformers runs as another type
@@ -123,7 +124,7 @@ def read_model(name: str, location: Location, device: torch.device, dtype: str) 
     for parameter in model.to(device).parameters():  # model.to(dtype) would also round buffers, such as rotary frequencies
         if parameter.dtype == stored:  # transformers keeps some in fp32
             parameter.data = parameter.data.to(precision)
-    return Trainable(name, model.eval(), TransformersBackend(model, spec=spec), tokenizer, read_info(location.path))
+    return Trainable(name, model.eval(), TransformersBackend(model, spec=spec), tokenizer, info_of(name, location))
 
 
 @quiet_transformers()
