@@ -7,6 +7,7 @@ import gguf
 import pytest
 import torch
 from command_line import run
+from conftest import run_texts
 from exit_block_models import add_blocks, add_int4
 from test_gguf import written
 
@@ -70,11 +71,13 @@ def outputs(decoder):
     ids = decoder.encode_prompt(TEXT)
     backend, found = decoder.backend, [ids, decoder.detokenize(ids), decoder.eos_ids, decoder.template, decoder.notes]
     prompt = torch.tensor([ids[:20]])
-    for side in backend.draft_sides.values():
-        places = backend.new_cache(1, 32).span(0, prompt.shape[1])
-        hidden = side.layers.run_layers(side.layers.embed(prompt), 0, side.depth, places)
-        found.append(side.whole.unembed(hidden).tolist())
-        found += [block.head(hidden).tolist() for block in side.exit_blocks.values()]
+    with torch.inference_mode():
+        for side in backend.draft_sides.values():
+            hidden = run_texts(side.layers, side.layers.embed(prompt), 0, 2)
+            found += [side.whole.unembed(hidden).tolist(), side.at_exits.unembed(hidden).tolist()]
+            for block in side.exit_blocks.values():
+                found.append(block.head(run_texts(side.layers, hidden, block.layer, block.layer + 1)).tolist())
+        found.append(backend.unembed(run_texts(backend, backend.embed(prompt), 0, backend.num_layers)).tolist())
     return found
 
 
@@ -219,7 +222,7 @@ def test_a_vocabulary_is_no_field_for_each_string(gguf_model, monkeypatch):
     before = len(strings)
     strings.clear()
     file = GgufFile(gguf_model)
-    assert len(strings) < before - 2 * len(expected.fields["tokenizer.ggml.tokens"].data) + 10
+    assert len(strings) <= before - len(expected.fields["tokenizer.ggml.tokens"].data)
     assert file.tokens == len(expected.fields["tokenizer.ggml.tokens"].data)
     values = {name: field.contents() for name, field in expected.fields.items() if not name.startswith(("tokenizer.", "GGUF."))}
     assert {name: file._values[name] for name in values} == values
