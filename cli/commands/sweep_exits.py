@@ -77,7 +77,7 @@ def _settings_file(model: str) -> Iterator[Path]:
     from layerskip_core.checkpoint.info import holds_model
     from layerskip_core.checkpoint.locate import EMBEDDED, locate
     from layerskip_core.checkpoint.save import settle
-    from layerskip_core.checkpoint.settings import info_of, settings_file
+    from layerskip_core.checkpoint.settings import info_of, settings_file, write_settings
     from layerskip_core.files import hold, require_writable
 
     path = Path(model)
@@ -91,9 +91,11 @@ def _settings_file(model: str) -> Iterator[Path]:
     settings = settings_file(model, location)
     is_own = settings.parent == Path(location.path)
     with hold(settings.parent, "layerskip sweep-exits --save") if is_own else nullcontext():
-        info_of(model, location)
+        info = info_of(model, location)
         if is_own:
             require_writable(settings, ConfigError)
+        else:
+            write_settings(settings, info)  # a copy, so that a cache that cannot be written is told before the sweep
         yield settings
 
 
