@@ -29,6 +29,8 @@ LogSamples = Annotated[bool, Flag("Also write lm-eval's record of each row to sa
 
 def load(config: "MeasurementConfig", log_samples: bool = False) -> "tuple[Decoder, Any]":
     """Loads the model, packed for the measurement, and the Task or HarnessTasks; prints their notes."""
+    from layerskip_core.checkpoint.load_cache import finish_writing
+
     harness = bool(config.task.harness_tasks)
     if harness:
         from layerskip_core.harness.tasks import load_tasks  # needs lm-eval
@@ -43,6 +45,7 @@ def load(config: "MeasurementConfig", log_samples: bool = False) -> "tuple[Decod
     # Adaptive drafting, which a sweep always measures, gets the same low-bit copy as in `generate`.
     packing = replace(config.packing, adaptive="adaptive" in (getattr(config, "strategies", ()) or ("adaptive",)))
     loaded = load_model(config.model, config.machine, packing)
+    finish_writing()
     if not harness:
         rows.prepared(loaded).encode_prompt("hello")  # so that a bad template is one error, not one per prompt
     return loaded, rows

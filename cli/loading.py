@@ -1,9 +1,12 @@
 """Sets CPU threads and loads the model as a command's flags say."""
 
 import math
+import os
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from threading import Timer
 from typing import TYPE_CHECKING
 
 from layerskip_core.config.decoding import UNLIMITED, DecodingConfig, RequestOptions, choices, used_by
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from layerskip_core.checkpoint.loaded import Decoder
 
 _SMALL_WIDTH = 256  # hidden size below which one thread is fastest
+_PATIENCE = 2.0  # seconds of loading without a message
 _INTERVAL = 0.25  # seconds over which the load of the cores is measured before the work
 _BETWEEN_LOOKS = 1.0  # seconds between two later looks
 _BUSY, _STILL_BUSY = 0.4, 0.25  # load of a core that takes a thread away, and that does not let it come back
@@ -36,7 +40,8 @@ def load_model(
     use_threads(machine.threads)
     from layerskip_core.checkpoint.open import for_decoding
 
-    loaded = for_decoding(model, machine.device, machine.dtype, packing, policies, memory)
+    with _telling_slowness(model):
+        loaded = for_decoding(model, machine.device, machine.dtype, packing, policies, memory, cache=not machine.no_cache)
     if prompting is not None:
         loaded = loaded.with_template(prompting.asked, prompting.system)
     for note in loaded.notes:
@@ -71,6 +76,18 @@ def load_to_decode(
     if packing.draft_model and config.strategy not in users:
         raise refused("draft_model", f"used with `strategy` {' or '.join(users)}", f"`strategy` {config.strategy}")
     return loaded, config
+
+
+@contextmanager
+def _telling_slowness(model: str) -> Iterator[None]:
+    """Says on stderr that the model is still loading, if it takes long."""
+    timer = Timer(_PATIENCE, narrate, (f"loading {model} ...",))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def of_answers(loaded: "Decoder", flags: RequestOptions) -> RequestOptions:

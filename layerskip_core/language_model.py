@@ -135,13 +135,15 @@ def load(
     draft_model: str | None = None,
     exact: bool = False,
     remember: int = 0,
+    cache: bool = True,
 ) -> LanguageModel:
     """Loads a model to decode with: an embedded name, a folder, a GGUF file or a hub id.
 
     `template`: `chat`, `raw` or a text with {prompt} in it, instead of the checkpoint's own. `system`: a system message, for a
     chat template. `remember`: tokens of earlier answers for lookups, for programs that repeat themselves; without it
-    `generate_batch` searches the answers of its call. The others are fields of PackingConfig. On a small model one thread is
-    fastest: torch.set_num_threads(1).
+    `generate_batch` searches the answers of its call. `cache`: read packed weights from the user's cache (LAYERSKIP_CACHE,
+    else ~/.cache/layerskip) and keep them there, so that later loads are faster. The others are fields of PackingConfig. On a
+    small model one thread is fastest: torch.set_num_threads(1).
 
     Raises:
         CheckpointError: the model is not there, is damaged, or has an unsupported architecture.
@@ -151,7 +153,7 @@ def load(
     weights = {"quantize": quantize, "draft_weights": copies, "draft_head": draft_head, "draft_vocab": draft_vocab}
     packing = PackingConfig(**checked(PackingConfig, weights | {"draft_model": draft_model}), exact=exact, adaptive=True)
     prompting = PromptingConfig(template, system)
-    decoder = for_decoding(name, device, dtype, packing, policies=None).with_template(prompting.asked, system)
+    decoder = for_decoding(name, device, dtype, packing, policies=None, cache=cache).with_template(prompting.asked, system)
     for note in decoder.notes:
         warnings.warn(note, stacklevel=2)
     earlier = EarlierAnswers(remember) if check("remember", Remember, remember) else None

@@ -16,7 +16,7 @@ from ..options import command
 def calibrate(
     config: CalibrationConfig,
     threads: Annotated[Threads, Flag("CPU threads; 0: as many as other processes leave free.", panel="Machine")] = 0,
-    clear: Annotated[bool, Flag("Only clear the cache of int4 weights for models in read-only folders.")] = False,
+    clear: Annotated[bool, Flag("Only clear the cache: packed models, and what read-only folders could not hold.")] = False,
 ) -> None:
     """Calibrate int4 weights on text that the model writes. --quantize int4 and drafts use them from then on.
 
@@ -30,7 +30,7 @@ def calibrate(
     started = time.monotonic()
     with hold(cache_folder() if clear else output_folder(config), "layerskip calibrate"), stage_bars() as show:
         if clear:
-            return narrate(f"removed {clear_cache()} files of int4 weights from {cache_folder()}")
+            return narrate(f"removed {clear_cache()} files from {cache_folder()}")
 
         def report(stage: str, total: int, done: int) -> None:
             show(stage, done, total, "")

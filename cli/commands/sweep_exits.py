@@ -39,7 +39,7 @@ def sweep_exits(
     log_samples: evaluation.LogSamples = False,
     saved: SavedReport = None,
     save: Annotated[
-        bool, Flag("Write the recommendation and the policies exact and fast into the model's layerskip.json.", panel="Output")
+        bool, Flag("Save the recommendation and the policies exact and fast with the model, for generate.", panel="Output")
     ] = False,
 ) -> None:
     """Measure every exit, alone and as the draft of self-speculative decoding, predict its speed, and recommend a setting.
@@ -57,7 +57,7 @@ def sweep_exits(
     require(not (save and scored), "save", "left out for tasks of lm-eval, whose sweep recommends nothing", config.task.task)
     model = config.model if record is None else str(record.config["model"])
     holding = output_folder(output, "layerskip sweep-exits", REPORT, overwrite)
-    with _model_folder(model) if save else nullcontext(), holding as folder:
+    with _settings_file(model) if save else nullcontext() as settings, holding as folder:
         if record is None:
             loaded, rows = evaluation.load(config, log_samples)
             if scored:
@@ -66,35 +66,46 @@ def sweep_exits(
                 record = evaluation.watch(sweep_scores(loaded, rows, config))
             else:
                 record = evaluation.watch(sweep(loaded, rows, config), FreeThreads(config.machine.threads))
-        if save:  # first: the reader of stdout may go away
-            _save(model, record)
+        if settings is not None:  # first: the reader of stdout may go away
+            _save(model, settings, record)
         points = points_of(record)
         evaluation.deliver_report(record, format, folder, saved, None if points is None else partial(front, points))
 
 
 @contextmanager
-def _model_folder(model: str) -> Iterator[None]:
-    """Holds the lock of the folder that --save writes to. Raises ConfigError if the model is no folder."""
-    from layerskip_core.checkpoint.info import INFO_FILE, holds_model, read_info
+def _settings_file(model: str) -> Iterator[Path]:
+    """The file that --save writes, whose folder it locks if it is the model's. Raises ConfigError for other kinds of models."""
+    from layerskip_core.checkpoint.info import holds_model
+    from layerskip_core.checkpoint.locate import EMBEDDED, locate
     from layerskip_core.checkpoint.save import settle
+    from layerskip_core.checkpoint.settings import info_of, settings_file, write_settings
     from layerskip_core.files import hold, require_writable
 
-    if Path(model).is_dir():
-        settle(model)
-    if not holds_model(model):
-        raise ConfigError(f"`save` needs a `model` that is a folder, to write its layerskip.json; got {model}")
-    with hold(model, "layerskip sweep-exits --save"):
-        read_info(model)
-        require_writable(Path(model) / INFO_FILE, ConfigError)
-        yield
+    path = Path(model)
+    is_gguf = path.suffix == ".gguf" and path.is_file()
+    if path.is_dir():
+        settle(path)
+    if model in EMBEDDED or not (is_gguf or holds_model(path)):
+        needed = "a folder or a .gguf file, to save settings with it"
+        raise ConfigError(f"`save` needs a `model` that is {needed}; got {model}: `layerskip import {model}` writes a folder")
+    location = locate(model)
+    settings = settings_file(model, location)
+    is_own = settings.parent == Path(location.path)
+    with hold(settings.parent, "layerskip sweep-exits --save") if is_own else nullcontext():
+        info = info_of(model, location)
+        if is_own:
+            require_writable(settings, ConfigError)
+        else:
+            write_settings(settings, info)  # a copy, so that a cache that cannot be written is told before the sweep
+        yield settings
 
 
-def _save(model: str, record: "RunRecord") -> None:
-    """Stores profile and recommendation in layerskip.json, in one write, and reports them."""
-    from layerskip_core.checkpoint.info import read_info
-    from layerskip_core.checkpoint.save import write_info
+def _save(model: str, settings: Path, record: "RunRecord") -> None:
+    """Stores profile and recommendation in one write, and reports them."""
+    from layerskip_core.checkpoint.info import INFO_FILE
+    from layerskip_core.checkpoint.settings import info_of, write_settings
 
-    advice, info, lines = record.recommendation, read_info(model), []
+    advice, info, lines = record.recommendation, info_of(model), []
     info = replace(info, profile=record.profile or info.profile)
     if advice is not None:
         exact = advice.policies[EXACT]
@@ -103,8 +114,9 @@ def _save(model: str, record: "RunRecord") -> None:
         strategy = "autoregressive" if exit_layer is None else None
         info = replace(info, exit_layer=exit_layer, num_draft_tokens=count, strategy=strategy, policies=advice.policies)
         found, why = (policy_text(exact), "") if advice.pays else ("plain decoding", f": {advice.reason}")
-        lines = [f"saved {found} as the default of {model}{why}", f"policy {FAST}: {advice.fast_reason}"]
-    write_info(model, info)
+        where = "" if settings.name == INFO_FILE else f", in {settings}"
+        lines = [f"saved {found} as the default of {model}{where}{why}", f"policy {FAST}: {advice.fast_reason}"]
+    write_settings(settings, info)
     for line in lines:
         narrate(line)
 

@@ -4,9 +4,11 @@
 """
 
 import json
+import os
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -39,6 +41,7 @@ _LOW_BITS: dict[str, tuple[Any, ...]] = {  # the values of quantization_config t
     "bits": (4, 8),
     "version": ("gemm",),
 }
+_PIECE = 4 << 20  # bytes that a thread reads at once
 _TEXT_PART = "language_model."  # in names of a multimodal model's text part
 _TOKENIZER_CLASS = "TokenizersBackend"  # of tokenizers without code of their own
 
@@ -104,8 +107,19 @@ class WeightFile:
 
     def read_into(self, name: str, tensor: Tensor) -> Tensor:
         """A weight in the memory of `tensor`, which has its size. Raises OSError."""
-        self._bytes.seek(self._start + self._header[self._stored[name]]["data_offsets"][0])
-        if self._bytes.readinto(tensor.view(-1).view(torch.uint8).numpy().data) < tensor.nbytes:
+        start = self._start + self._header[self._stored[name]]["data_offsets"][0]
+        content = tensor.view(-1).view(torch.uint8).numpy().data
+
+        if len(content) <= _PIECE or not hasattr(os, "preadv"):  # not on Windows
+            self._bytes.seek(start)
+            count = self._bytes.readinto(content)
+        else:
+            file = self._bytes.fileno()
+            pieces = range(0, len(content), _PIECE)
+            with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+                each = threads.map(lambda at: os.preadv(file, [content[at : at + _PIECE]], start + at), pieces)
+                count = sum(each)
+        if count < len(content):
             raise OSError("the file ends too early")
         return tensor
 

@@ -156,6 +156,11 @@ class CheckpointInfo:
         kept = replace(self, exit_layer=None, num_draft_tokens=None, strategy=None)
         return replace(kept, policies={}, profile=profile, details=details)
 
+    def dequantised(self) -> "CheckpointInfo":
+        """What stays true once low-bit weights are dequantised: not the recommendation and the times, which are measured."""
+        kept = replace(self, exit_layer=None, num_draft_tokens=None, strategy=None, policies={})
+        return kept if self.profile is None else replace(kept, profile=DraftProfile(self.profile.acceptance))
+
     def without_int4(self) -> "CheckpointInfo":
         """Drops a sweep's acceptance rates of int4 weights, which a new calibration replaces."""
         if self.profile is None:
@@ -178,8 +183,11 @@ class CheckpointInfo:
 def read_info(path: str | Path) -> CheckpointInfo:
     """A folder's layerskip.json, empty if there is none. Raises CheckpointError for invalid content."""
     file = Path(path) / INFO_FILE
-    if not file.is_file():
-        return CheckpointInfo()
+    return read_info_file(file) if file.is_file() else CheckpointInfo()
+
+
+def read_info_file(file: Path) -> CheckpointInfo:
+    """The content of a file like layerskip.json. Raises CheckpointError."""
     details = read_json(file, CheckpointError)
     details.pop("format", None)
     try:

@@ -42,12 +42,13 @@ from .folder import (
     refuse_packed,
 )
 from .gguf_read import GgufFile
-from .info import EXIT_BLOCKS, CheckpointInfo, read_info
+from .info import EXIT_BLOCKS, CheckpointInfo
 from .load_cache import KeptParts, kept_parts
 from .loaded import Decoder, Trainable, decoder, decoder_of, pick_device, pick_dtype
 from .locate import Location, adapters_of, fetched, is_adapter, present, reading
 from .packed_file import PackedFile
 from .save import read_whole, save_checkpoint
+from .settings import info_of
 from .shipped import drafter_files, is_assistant, read_exit_blocks, shipped_by, shipped_files, with_drafters
 from .sidecars import EAGLE3_FOLDER, read_int4
 from .transformers_read import (
@@ -119,7 +120,7 @@ def for_decoding(
         return kept_parts(name, location, dtype, used) if cache and on == _CPU else KeptParts()
 
     def read() -> Decoder:
-        info, used, folder = read_info(location.path), packing or PLAIN, location.folder
+        info, used, folder = info_of(name, location), packing or PLAIN, location.folder
         most = memory_budget()[1] if memory is None else memory
         if folder is not None:
             mapped = is_packed(folder)
@@ -146,7 +147,7 @@ def for_packing(folder: str, dtype: str, packing: PackingConfig) -> Source:
     """A folder's model as `for_decoding` repacks it on the CPU, with the copies of all policies. Raises the same errors."""
 
     def read() -> Source:
-        info = read_info(folder)
+        info = info_of(folder, Location(folder))
         used = _with_policies(packing, info, None, _CPU)
         source = _lean_source(folder, _CPU, dtype, used)
         if source is None:
@@ -216,7 +217,9 @@ def import_checkpoint(name: str, output: str, dtype: str, drafter: str | None = 
         for trained, how in details.pop(EXIT_BLOCKS, {}).items()
         if (not replaces if trained == EAGLE3_FOLDER else EXIT_BLOCKS_FILE in sidecars)
     }
-    info = replace(loaded.info, details=details | ({EXIT_BLOCKS: described} if described else {}))
+    is_low_bit = present(adapters_of(name)[1]).gguf_file is not None
+    info = loaded.info.dequantised() if is_low_bit else loaded.info
+    info = replace(info, details=details | ({EXIT_BLOCKS: described} if described else {}))
     save_checkpoint(loaded.model, loaded.tokenizer, info, output, precision, sidecars)
     return precision, left_out
 
@@ -348,7 +351,7 @@ def _as_stored(
         of_weights = tuple(weights().notes)
     kept.save(None if blocks.mtp is not None else spec, tokenizer, of_weights)  # a drafter needs the open file
     generation = None if is_gguf else generation_config(location.path)
-    return decoder(name, backend, tokenizer, read_info(location.path), spec.config, generation, *notes, *of_weights)
+    return decoder(name, backend, tokenizer, info_of(name, location), spec.config, generation, *notes, *of_weights)
 
 
 def _model_source(trainable: Trainable, packing: PackingConfig) -> Source:

@@ -37,6 +37,7 @@ from ..model.exit_blocks import NO_BLOCKS, ExitBlocks, blocks_named
 from ..model.spec import AnySpec, ModelSpec, Shapes
 from ..model.weights import GROUP_SIZE, Take, stored_shape
 from .folder import CONFIG_FILE, INT4_FILE, METADATA, WeightFile
+from .info import INFO_FILE
 
 EAGLE3_FOLDER = "eagle3"
 EAGLE3_FILES = f"{EAGLE3_FOLDER}/{CONFIG_FILE}", f"{EAGLE3_FOLDER}/model.safetensors"
@@ -121,7 +122,7 @@ def drop_unused(new: Path) -> None:
 
 def clear_cache() -> int:
     """Removes all files of the cache, whose lock the caller holds; returns their number."""
-    paths = list(cache_folder().glob(_CACHE_FILES))
+    paths = [*cache_folder().glob(_CACHE_FILES), *cache_folder().glob(f"*.{INFO_FILE}")]
     for path in paths:
         path.unlink(missing_ok=True)
     return len(paths)

@@ -28,6 +28,7 @@ from .gguf_read import GgufFile, dense_model
 from .info import read_info
 from .loaded import TORCH_DTYPES, Trainable, pick_dtype
 from .locate import Location, adapters_of, is_adapter, locate, present, reading
+from .settings import info_of
 
 _NO_FOREIGN_CODE = {"trust_remote_code": False}  # the default asks on standard input
 _SAME = {"mimo": "qwen2"}  # model types that transformers runs as another type
@@ -121,7 +122,7 @@ def read_model(name: str, location: Location, device: torch.device, dtype: str) 
     check_model(model, spec)
     precision = pick_dtype(dtype, device, model.num_parameters())
     cast_weights(model.to(device), precision)
-    return Trainable(name, model.eval(), TransformersBackend(model, spec=spec), tokenizer, read_info(location.path))
+    return Trainable(name, model.eval(), TransformersBackend(model, spec=spec), tokenizer, info_of(name, location))
 
 
 @quiet_transformers()

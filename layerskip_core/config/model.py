@@ -22,11 +22,12 @@ _Unicode = Annotated[str, Meta(pattern="^[^\ud800-\udfff]*$", description="valid
 
 @dataclass(frozen=True)
 class MachineConfig:
-    """Device, precision of the weights, and CPU threads (0: torch's choice, or 1 for decoding with a small model)."""
+    """Device, precision of the weights, CPU threads (0: torch's choice, or 1 for decoding with a small model), and cache."""
 
     device: Annotated[str, Flag("auto, cpu, cuda, cuda:N or mps.", panel="Machine")] = "auto"
     dtype: Annotated[DType, Flag("Precision of the weights.")] = "auto"
     threads: Annotated[Threads, Flag("CPU threads; 0: torch's choice, or 1 to decode with a small model.")] = 0
+    no_cache: Annotated[bool, Flag("Neither read packed weights from the user's cache nor write them there.")] = False
 
 
 DraftModel = Annotated[

@@ -9,8 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ...checkpoint.info import read_info
-from ...checkpoint.locate import present
+from ...checkpoint.settings import info_of
 from ...config.evaluation import PROMPT_NAMES, REFERENCE_NAMES, TaskConfig
 from ...config.model import DataConfig
 from ...data import (
@@ -58,7 +57,7 @@ _UNANSWERED = (
 
 def load_trained(asked: TaskConfig, model: str) -> Task:
     """Like `load_task`; without `task` and `data` on the training data in layerskip.json, on unseen rows if possible."""
-    info = read_info(present(model).path)
+    info = info_of(model)
     asked = replace(asked, held_out=info.held_out or None)
     data, validation = (None, None) if asked.task or asked.data else info.trained_on
     if data is None or data.name == "commands":
