@@ -1,7 +1,6 @@
 """Sets CPU threads and loads the model as a command's flags say."""
 
 import math
-import os
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
