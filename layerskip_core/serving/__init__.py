@@ -78,9 +78,10 @@ class Request:
         finished, row, known = step.finish_reason is not None, step.row, self._delivered
         if not (self.streams or finished):
             return Update("")
-        if len(row.output) <= known:  # decoded once more, after it was preempted
+        count = len(row.ids) - row.prompt_tokens
+        if count <= known:  # decoded once more, after it was preempted
             return Update("")
-        self._delivered = len(row.ids) - row.prompt_tokens
+        self._delivered = count
         text = row.text.add(row.ids[row.prompt_tokens + known :], finished)
         prompt_logprobs = () if known else row.prompt_logprobs
         return Update(text, step.finish_reason, row.error, row.logprobs[known:], prompt_logprobs)
