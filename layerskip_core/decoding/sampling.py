@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..config.decoding import DecodingConfig
-from ..model.noise import Noise, key_of, least_temperature, perturbed
+from ..model.native.noise import perturbed
+from ..model.noise import Noise, key_of, least_temperature
 from ..model.vocabulary import most_probable
 
 if TYPE_CHECKING:

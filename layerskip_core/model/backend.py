@@ -232,12 +232,13 @@ def choose_by_head(
     kept: Sequence[int],
     places: Places,
     noise: Noise | None = None,
+    add_noise: Callable[[Tensor, Noise], Tensor] = perturbed,
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """`Backend.choose` by `run_layers` and `unembed`."""
     hidden = model.embed(tokens) if states is None else states
     reached = states_at(model, hidden, dict.fromkeys((*kept, stop)), places, start)
     logits = model.unembed(reached[stop])
-    return most_probable(logits if noise is None else perturbed(logits, noise)), reached
+    return most_probable(logits if noise is None else add_noise(logits, noise)), reached
 
 
 def states_at_exits(

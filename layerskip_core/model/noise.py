@@ -48,15 +48,10 @@ def perturbed(logits: Tensor, noise: Noise, ids: Tensor | None = None) -> Tensor
     """Logits (N, C) minus the largest of their row, plus temperature * noise; in place if they are fp32 or fp64.
 
     `ids`: the token ids of the columns, (C,) or by row (N, C); None for 0..C-1. Logits of -inf stay so; each row needs a finite
-    one. A row's bits do not depend on other rows.
+    one. A row's bits do not depend on other rows. `native.noise` has the same function for our kernels.
     """
-    from .native.noise import can_perturb, perturb  # late: the backends there import this module
-
     scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
     temperature = least_temperature(noise.temperature, scores.dtype)
-    if can_perturb(scores):
-        perturb(scores, temperature, noise.keys, ids)
-        return scores
     scores -= scores.amax(-1, keepdim=True)
     tokens = _mixed_ids(scores.shape[-1], scores.device) if ids is None else _mixed32(ids.to(scores.device, torch.int32))
     # torch's logarithm rounds the rest of a vector differently: in fp64 on a CPU, no fp32 number shows it.

@@ -12,7 +12,8 @@ from layerskip_core.decoding import sampling
 from layerskip_core.decoding.sampling import Sampler, Scores, probabilities
 from layerskip_core.model import noise as noises
 from layerskip_core.model.native import noise as native_noise
-from layerskip_core.model.noise import Noise, key_of, perturbed
+from layerskip_core.model.native.noise import perturbed
+from layerskip_core.model.noise import Noise, key_of
 from layerskip_core.model.vocabulary import most_probable
 
 

@@ -117,7 +117,7 @@ def test_the_target_goes_on_from_the_states_before_the_first_skipped_layer(kind,
         draft, cache = draft_of(model, config_of(kind, skip), reuse=reuse)
         last = len(PROMPT) - 1
         with torch.inference_mode():
-            target = FixedTarget(model, DecodingConfig("autoregressive", temperature=1.0))
+            target = FixedTarget(model, DecodingConfig("autoregressive", logprobs=0))
             logits = target.verify(draft, cache.span(last, last + MOST + 1)).logits
             # The next token sees all that was written.
             newest = torch.tensor([[7]])

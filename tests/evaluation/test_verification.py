@@ -145,9 +145,9 @@ def _stale_turns(monkeypatch):
 def _biased_sampling(monkeypatch):
     honest = Sampler.verify
 
-    def careless(self, tokens, counts, draft_probs, logits, rows):
-        if self.is_greedy or max(counts) == 1:
-            return honest(self, tokens, counts, draft_probs, logits, rows)
+    def careless(self, tokens, counts, logits, noise, rows):
+        if noise is None or max(counts) == 1:
+            return honest(self, tokens, counts, logits, noise, rows)
         return [[*own[1:].tolist(), 5] for own in torch.split(tokens, list(counts))]
 
     monkeypatch.setattr(Sampler, "verify", careless)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...config.model import PackingConfig, Quantization
 from ...config.resolution import MOST_DRAFTS
 from ...errors import CheckpointError
-from ..backend import DraftKernel
+from ..backend import DraftKernel, choose_by_head
 from ..cache import Places
 from ..configuration import SLIDING
 from ..eagle3 import UNSUITED, Eagle3Weights
@@ -29,6 +29,7 @@ from .drafters import NativeAssistant, NativeEagle3, Target
 from .heads import NativeLinear, choose, draft
 from .layers import KEPT_ROWS, Engine, NativeLayer, NativeLayers, NativeNorm, NativeTokenInputs
 from .matrix import HugePages, MatrixForm, NativeMatrix, PackMatrix
+from .noise import perturbed
 from .recurrence import LARGEST_KEY, MOST_TAPS, memory_of
 
 _LARGEST_HEAD = 512
@@ -128,7 +129,7 @@ class NativeBackend(RepackedBackend):
     ) -> tuple[Tensor, dict[int, Tensor]]:
         is_plain = self._is_plain and (noise is None or self.spec.logits_divisor == 1)
         if not is_plain or sum(places.counts) > KEPT_ROWS:
-            return super().choose(tokens, states, start, stop, kept, places, noise)
+            return choose_by_head(self, tokens, states, start, stop, kept, places, noise, perturbed)
         assert isinstance(self._layers, NativeLayers)
         return choose(self._layers, self._head, tokens, states, start, stop, kept, places, noise)
 

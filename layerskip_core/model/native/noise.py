@@ -5,21 +5,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..noise import Noise, least_temperature
+from ..noise import perturbed as perturbed_by_torch
 from .compiled import CPerturbation, kernels
 
 
 def can_perturb(scores: Tensor) -> bool:
-    """Whether the C kernels run here, and read these scores."""
-    is_readable = scores.device.type == "cpu" and scores.dtype == torch.float32 and scores.is_contiguous()
-    return is_readable and kernels() is not None
+    """Whether the C kernels read these scores."""
+    return scores.device.type == "cpu" and scores.dtype == torch.float32 and scores.is_contiguous()
 
 
-def perturb(scores: Tensor, temperature: float, keys: Sequence[int], ids: Tensor | None) -> None:
-    """`model.noise.perturbed` for scores (N, C), in place."""
+def perturbed(logits: Tensor, noise: Noise, ids: Tensor | None = None) -> Tensor:
+    """As `model.noise.perturbed`, by the C kernels where they can."""
     found = kernels()
-    assert found is not None
+    scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if found is None or not can_perturb(scores):
+        return perturbed_by_torch(scores, noise, ids)
     rows, columns = scores.shape
-    words = words_of(keys)
+    words = words_of(noise.keys)
     most = torch.empty(rows)
     ids = None if ids is None else ids.contiguous()
     call = CPerturbation(
@@ -30,9 +33,10 @@ def perturb(scores: Tensor, temperature: float, keys: Sequence[int], ids: Tensor
         of_row=ids is not None and ids.dim() == 2,
         rows=rows,
         columns=columns,
-        temperature=temperature,
+        temperature=least_temperature(noise.temperature),
     )
     found.perturb(call, torch.get_num_threads())
+    return scores
 
 
 def words_of(keys: Sequence[int]) -> Tensor:
