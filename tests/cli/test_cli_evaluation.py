@@ -96,7 +96,7 @@ def only(monkeypatch, strategy, pays=True):
     monkeypatch.setattr(f"{measure}.figures.DRAFTERS", (strategy,))
     monkeypatch.setattr(f"{measure}.figures.Contest.lower_end", lambda *_: 2.0 if pays else 0.5)
     monkeypatch.setattr(
-        f"{measure}.sweep.finalists", lambda every, _: [0, *(n for n, each in enumerate(every) if chosen(each))]
+        f"{measure}.sweep.finalists", lambda every, *_: [0, *(n for n, each in enumerate(every) if chosen(each))]
     )
 
 
