@@ -74,9 +74,10 @@ class Answers:
                 write_file(self.journal, b"".join(whole_lines(self.journal, CheckpointError)), CheckpointError)
             order = sorted(range(len(self.prompts)), key=lambda row: (-len(self.prompts[row]), row))
             for batch in (order[at : at + BATCH] for at in range(0, len(order), BATCH)):
-                if all(row in known for row in batch):
+                missing = sum(row not in known for row in batch)
+                if missing == 0:
                     continue
-                written = self._written(decoder, batch, partial(report, len(known)))
+                written = self._written(decoder, batch, missing, partial(report, len(known)))
                 append_lines(self.journal, ({"row": row, "ids": ids} for row, ids in written.items()), CheckpointError)
                 known |= written
         self._decoder = None  # frees its weights
@@ -87,8 +88,10 @@ class Answers:
         report(len(known), 0)
         return [known[row] for row in range(len(self.prompts))]
 
-    def _written(self, decoder: Decoder, batch: Sequence[int], report: Callable[[int], None]) -> dict[int, list[int]]:
-        """The answers to the prompts of these rows. `report` gets after each step how many are written, by their tokens."""
+    def _written(
+        self, decoder: Decoder, batch: Sequence[int], missing: int, report: Callable[[int], None]
+    ) -> dict[int, list[int]]:
+        """The answers to the prompts of these rows. `report` gets after each step how many of the `missing` its tokens make."""
         how = self.how
         prompts = [self.prompts[row] for row in batch]
         room = how.room(len(prompts[0]))
@@ -97,7 +100,7 @@ class Answers:
         loop = DecodingLoop(decoder.backend, prompts, config, decoder.eos_ids, seeds=seeds)
         report(0)
         for number, _ in enumerate(loop, start=1):
-            report(min(len(batch) * number // room, len(batch) - 1))
+            report(min(missing * number // room, missing - 1))
         return {row: answer.output for row, answer in zip(batch, loop.rows, strict=True)}
 
     def _read(self) -> dict[int, list[int]]:

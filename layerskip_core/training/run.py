@@ -162,7 +162,7 @@ class WholeModel(Plan):
         rows: Any = self.data.rows
         held_out = None if self.held_out_data is None else self.held_out_data.rows
         if process_index() == 0 and not self.scratch:
-            progress("measuring the model before its training", 1, 0)
+            progress("measurements before the training", 1, 0)
             few: Any = held_out or ()
             if self.config.fsdp:  # rows would run on the CPU: minutes for a model that needs shards, while processes wait
                 few = ()

@@ -250,8 +250,10 @@ class ExitDrafter:
                 made.unread.append((made.going, largest))
         values, ids = scores
         if ids is not None and ids.dim() == 1:  # the same for all rows
-            return Scores(*made.narrow(values), ids)
-        return Scores(*made.narrow(values, ids))
+            [values] = made.narrow(values)
+        else:
+            values, ids = made.narrow(values, ids)
+        return Scores(values, ids)
 
     def _choose(self, made: "_Unfinished", scores: Scores, ends: DraftEnds) -> None:
         token = self._sampler.best(scores)
