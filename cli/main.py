@@ -83,7 +83,7 @@ def main() -> None:
     given = kept + arguments[end:]
     status: int = 0
     try:
-        status = app(given, standalone_mode=False) or 0
+        status = app(given, prog_name="layerskip", standalone_mode=False) or 0
         sys.stdout.flush()
     except BrokenPipeError:
         give_up()

@@ -87,7 +87,8 @@ def with_flags(message: str) -> str:
 def usage_error(error: BaseException, arguments: Sequence[str]) -> ConfigError | None:
     """The error to show for wrong usage, of a setting or of the arguments; None for an error while running."""
     if isinstance(error, ConfigError):
-        return None if isinstance(error, ContextError) else error
+        is_setting = error.field is not None and not isinstance(error, ContextError)
+        return error if is_setting else None  # else a prompt is at fault, or what is on disk
     if not hasattr(error, "format_message"):  # as Typer's errors, of classes that it does not export
         return None
     context, parameter = getattr(error, "ctx", None), getattr(error, "param", None)
@@ -97,7 +98,7 @@ def usage_error(error: BaseException, arguments: Sequence[str]) -> ConfigError |
     if possibilities := getattr(error, "possibilities", None):
         message = f"{error.message}{did_you_mean(possibilities)}"  # type: ignore[attr-defined]
     else:
-        message = error.format_message().rstrip(".").replace(". Did", "; did")
+        message = error.format_message().removeprefix("Invalid value: ").rstrip(".").replace(". Did", "; did")
     help_of = "" if context is None else f" (see {context.command_path} --help)"
     return ConfigError(message[:1].lower() + message[1:] + help_of)
 

@@ -11,7 +11,7 @@ _SHOWN = 60  # characters of a refused value
 
 
 class LayerSkipError(Exception):
-    """Base of the errors that a command reports in one line: with exit status 2 for a ConfigError, else 1."""
+    """Base of the errors that a command reports in one line: with exit status 2 for a wrong setting, else 1."""
 
 
 class ConfigError(LayerSkipError):
@@ -86,7 +86,9 @@ def refused(field: str, needed: str, got: str) -> ConfigError:
     known = field.isidentifier() and field.islower()  # an environment variable is named as it stands
     _, _, choices = needed.partition("one of ")
     meant = did_you_mean(get_close_matches(got, choices.split(", "), n=1))
-    return ConfigError(f"{f'`{field}`' if known else field} must be {needed}, got {got}{meant}", field if known else None)
+    return ConfigError(
+        f"{f'`{field}`' if known else field} must be {needed}, got {got}{meant}", field if field.isidentifier() else None
+    )
 
 
 def did_you_mean(choices: Sequence[str]) -> str:

@@ -75,7 +75,7 @@ def _words(tokenizer: Any, vocab: int, eos_ids: frozenset[int]) -> "LLTokenizer"
     from llguidance import LLTokenizer
 
     try:
-        words = _Words(tokenizer, max(vocab, len(tokenizer)), sorted(eos_ids))
+        words: Any = _Words(tokenizer, max(vocab, len(tokenizer)), sorted(eos_ids))
     except (AttributeError, ValueError) as error:
         raise ConfigError(f"llguidance cannot use this model's tokenizer: {first_line(error)}") from None
     return LLTokenizer(words, eos_token=sorted(eos_ids))

@@ -12,7 +12,7 @@ import typer
 
 from layerskip_core.config.decoding import REMEMBERED, DecodingConfig, Remember, RequestOptions, changed
 from layerskip_core.config.options import BatchSize, Flag, checked, hints_of
-from layerskip_core.errors import ConfigError, DataError, LayerSkipError, plural
+from layerskip_core.errors import DataError, LayerSkipError, plural
 from layerskip_core.files import parse_json
 
 from .. import console
@@ -67,7 +67,7 @@ def generate(
         (prompt is None and not (is_piped or console.is_terminal()), "give a PROMPT, or pipe one into standard input"),
     ):
         if is_wrong:
-            raise ConfigError(reason)
+            raise typer.BadParameter(reason)
     loaded, usual = load_to_decode(flags, all_policies=jsonl)
     given = console.PromptLines()
     if several:

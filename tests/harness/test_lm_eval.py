@@ -238,7 +238,7 @@ def test_errors_of_the_command_line(checkpoint, tasks, tmp_path):
     fails("--exits must be in 1..6, got 9 (model has 6 layers)", *ours, "--exits", "9")
     for flag, value in (("--specs", "3"), ("--metric", "rouge1")):
         failed = run(*ours, flag, value)
-        assert failed.code == 1 and failed.err.startswith(f"error: {flag} must be left out for --task lm-eval:...")
+        assert failed.code == 2 and failed.err.startswith(f"error: {flag} must be left out for --task lm-eval:...")
     gone = tmp_path / "gone.yaml"
     gone.write_text((tasks / "choice.yaml").read_text().replace("rows.jsonl", "no-rows.jsonl"))
     failed = run("sweep-exits", "--task", f"lm-eval:{gone}")
