@@ -209,7 +209,8 @@ class KeptParts:
 
     @cached_property
     def _stored_types(self) -> dict[str, list[tuple[str, int]]]:
-        return json.loads(self._text("types") or "{}")
+        types: dict[str, list[tuple[str, int]]] = json.loads(self._text("types") or "{}")
+        return types
 
 
 def kept_parts(name: str, location: Location, dtype: str, packing: PackingConfig) -> KeptParts:
