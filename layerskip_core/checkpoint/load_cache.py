@@ -124,14 +124,14 @@ class KeptParts:
         def get(name: str) -> Tensor | None:
             if name not in kept or self._path is None:
                 return take(name)
-            place, weight = f"plain.{name}", None
+            place = f"plain.{name}"
             if self._file is not None and self._file.entries.get(place) == (NAMES[dtype], spec.shapes[name]):
-                weight = self._file.mapped(place)
-            if weight is None:
-                weight = take(name)
-                self._lacks_parts = True
+                self._parts[place] = self._file.mapped(place)
+                return self._parts[place]
+            weight = take(name)
             if weight is not None:
                 self._parts[place] = weight
+                self._lacks_parts = True
             return weight
 
         return get
@@ -169,7 +169,11 @@ class KeptParts:
         size = sum(part.nbytes for part in parts.values())
         if not _LEAST <= size <= sidecars.CACHED // _SHARE:
             return
-        if self._name() != path:  # the model's files have changed since
+        try:
+            is_same = self._name() == path
+        except OSError:
+            is_same = False
+        if not is_same:  # the model's files have changed since
             return
         thread = threading.Thread(target=_write, args=(path, parts, {**_FORM, **self._texts}), name="layerskip cache")
         _writing.append(thread)
@@ -205,7 +209,8 @@ class KeptParts:
 
     @cached_property
     def _stored_types(self) -> dict[str, list[tuple[str, int]]]:
-        return json.loads(self._text("types") or "{}")
+        types: dict[str, list[tuple[str, int]]] = json.loads(self._text("types") or "{}")
+        return types
 
 
 def kept_parts(name: str, location: Location, dtype: str, packing: PackingConfig) -> KeptParts:
@@ -320,7 +325,11 @@ def _tokenizer_parts(tokenizer: Any) -> tuple[str, Tensor] | None:
         return None
     if any(getattr(type(tokenizer), name, None) is not getattr(Base, name, None) for name in _ENCODING):
         return None
-    content = torch.frombuffer(bytearray(tokenizer.backend_tokenizer.to_str().encode()), dtype=torch.uint8)
+    try:
+        text = tokenizer.backend_tokenizer.to_str()
+    except Exception:  # of tokenizers, for parts written in Python
+        return None
+    content = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if not isinstance(token, list)}
     known = _tokenizer(content, special, tokenizer.chat_template)
     ids = tokenizer(_PROBE)["input_ids"]

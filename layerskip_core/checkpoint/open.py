@@ -323,12 +323,14 @@ def _as_stored(
     if not can_run_native(spec, precision, device, packing):
         return None
 
+    tables, shapes = {*spec.mapped, spec.embedding_name}, spec.shapes
+
     @quiet_transformers()
     def make(weight: str) -> Tensor | None:
         found = weights()
-        if isinstance(found, GgufFile) and weight in (*spec.mapped, spec.embedding_name):
+        if isinstance(found, GgufFile) and weight in tables:
             return found.table(weight, precision)
-        return found.weight(weight).to(precision) if weight in spec.shapes else None
+        return found.weight(weight).to(precision) if weight in shapes else None
 
     take = kept.unpacked(make, spec, precision)
     source = Source(
