@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 _PAYS = 1.05  # least speedup over plain decoding
 _LOST = 0.05  # share of changed next tokens above which advice follows
-_NO_GAIN = "in so short a run dropout gained nothing that was measured; --pmax 0 leaves it out"
+_NO_GAIN = "dropout gained nothing in runs of 100 steps (SmolLM2); --pmax 0 leaves it out"
 
 
 def read_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -178,7 +178,7 @@ def plan_text(plan: "WholeModel | FrozenModel") -> str:
 
 def _recipe_lines(plan: "WholeModel") -> list[str]:
     from layerskip_core.training.data import step_rows
-    from layerskip_core.training.recipe import LONG
+    from layerskip_core.training.recipe import SHORT
     from layerskip_core.training.sharding import world_size
 
     config, recipe, processes, (own, replayed) = plan.config, plan.recipe, world_size(), step_rows(plan.config)
@@ -193,13 +193,15 @@ def _recipe_lines(plan: "WholeModel") -> list[str]:
         chosen = ", ".join(f"{layer} on {steps}" for layer, steps in _some(early))
         reader = ", each read by a block" if recipe.exit_reader == "block" else ""
         exits = f", exits {chosen} of {plan.steps} steps{reader}" if early else ""
-        if early and recipe.exit_gradient < 1:
-            exits += f", {recipe.exit_gradient:.2g} of their gradient trains the layers below"
+        if early and recipe.exit_gradient == 0:
+            exits += "; their losses train no other layer"
+        elif early and recipe.exit_gradient < 1:
+            exits += f"; {recipe.exit_gradient:.2g} of their gradient trains the layers below"
         lines.append(
             f"recipe {recipe.preset}: {_dropout_text(recipe, plan.steps)}, e_scale {recipe.e_scale:g} "
             f"{recipe.exit_weights}, {recipe.curriculum}{rotation}{exits}"
         )
-        if recipe.preset == "auto" and recipe.p_max and plan.steps < LONG:
+        if recipe.preset == "auto" and recipe.p_max and plan.steps <= SHORT:
             lines.append(_NO_GAIN)
     return [*lines, f"replay: {replayed} of the {own + replayed} rows of a step"] if replayed else lines
 

@@ -20,7 +20,8 @@ _LEARNING_RATES = {"continual": 3e-5, "scratch": 8e-4}  # else 1e-4
 _SMALL_LEARNING_RATES = {"continual": 2e-4, "scratch": 2e-3}  # else 5e-4
 TEXT_PRESETS: tuple[Preset, ...] = ("continual", "scratch", "code")  # for plain text, in long rows
 TAUGHT = 100  # steps that an exit must be trained on to count as trained, or all steps of a shorter run
-LONG = 1000  # steps after which a run wins back what dropout and the exits' gradient cost the last layer
+SHORT = 300  # steps; up to here the exits' losses of `auto` train no layer of the model
+LONG = 1000  # steps; from here on they train all layers below, and dropout is a default: the last layer can win back the cost
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def resolve_recipe(asked: RecipeSettings, spec: AnySpec, steps: int, can_read: b
         preset |= {"exits": (), "exit_reader": "none", "distill": 0.0}
     recipe = Recipe(**preset | given)
     if recipe.preset == "auto" and recipe.exit_reader == "block" and asked.exit_gradient is None:
-        recipe = replace(recipe, exit_gradient=run_length(steps))
+        recipe = replace(recipe, exit_gradient=exit_gradient(steps))
     for exit_layer in recipe.exits:
         require_exit_layer(exit_layer, spec.layers, field="exits")
     if recipe.curriculum == "none":
@@ -141,17 +142,20 @@ def depth_scale(layer: int, num_layers: int) -> float:
     return math.exp(layer * math.log(2) / (num_layers - 1)) - 1
 
 
-def run_length(steps: int) -> float:
-    """The length of a run as a share of a long one, at most 1: what `auto` makes dropout and the exits' gradient follow."""
-    return min(1.0, steps / LONG)
+def exit_gradient(total_steps: int) -> float:
+    """The share of the gradient of the exits' losses that `auto` lets train the layers below exits with readers.
+
+    0 up to 300 steps, where the readers learn enough alone and the last layer is trained as without exits; 1 from 1,000 on.
+    """
+    return min(1.0, max(0.0, (total_steps - SHORT) / (LONG - SHORT)))
 
 
 def dropout_steps(total_steps: int) -> int:
-    """The number of steps over which falling dropout reaches 0: a third of a long run, a smaller share of a shorter one.
+    """The number of steps over which falling dropout reaches 0: a share of sqrt(T) / 100 of T steps, at most a third.
 
-    The share is sqrt(T / 1000) / 3: a tenth of 100 steps, a sixth of 300, a quarter of 600.
+    This is a tenth of 100 steps, a sixth of 300, a quarter of 600 and a third from 1,111 on.
     """
-    share = math.sqrt(run_length(total_steps)) / 3
+    share = min(1 / 3, math.sqrt(total_steps) / 100)
     return max(1, round(share * total_steps))
 
 
