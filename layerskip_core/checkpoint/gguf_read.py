@@ -357,7 +357,7 @@ def _reader(path: Path) -> Any:
         def _strings(self, start: int, count: int) -> tuple[list[Any], int]:
             """The bytes of each string of an array, and its size. Of a vocabulary, only the size."""
             length_at = struct.Struct("<Q" if self.endianess == GGUFEndian.LITTLE else ">Q").unpack_from
-            content, offset, parts = memoryview(self.data), start, list[Any]()
+            content, offset, parts = self.data.data, start, list[Any]()
             for _ in range(count):
                 [length] = length_at(content, offset)
                 offset += 8 + length

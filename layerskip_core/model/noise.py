@@ -77,7 +77,8 @@ def gumbel(keys: Sequence[int], tokens: Tensor, dtype: torch.dtype) -> Tensor:
     bits ^= _shifted(bits, 16)
     bits &= 0x7FFFFFFF
     uniform = bits.clamp_(max=_MOST).to(dtype).add_(0.5).mul_(_SMALLEST)
-    return uniform.neg_().log1p_().neg_().log_().neg_()
+    noise: Tensor = uniform.neg_().log1p_().neg_().log_().neg_()
+    return noise
 
 
 def _mixed32(ids: Tensor) -> Tensor:

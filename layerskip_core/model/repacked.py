@@ -1,7 +1,7 @@
 """The base of both backends on repacked weights: makes layers, heads and low-bit copies."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self, cast
 
@@ -13,6 +13,7 @@ from .backend import Backend, DraftHead, DraftKernel, DraftSide, choose_by_head
 from .cache import KVCache, Places
 from .eagle3 import Eagle3Weights
 from .exit_blocks import INPUT_NORMS, MTP, NO_BLOCKS, DraftBlock, ExitBlock, ExitBlocks, PlacedBlock, PlacedMtp, with_blocks
+from .noise import Noise
 from .spec import ModelSpec
 from .vocabulary import EXIT_VOCABULARY, DraftVocabulary
 from .weights import Affine, Take, Weights, checked, named_int4, norm_weights, taken_from
@@ -178,7 +179,17 @@ class RepackedBackend(ABC):
         logits: Tensor = self._head(hidden)
         return logits
 
-    choose = choose_by_head
+    def choose(
+        self,
+        tokens: Tensor,
+        states: Tensor | None,
+        start: int,
+        stop: int,
+        kept: Sequence[int],
+        places: Places,
+        noise: Noise | None = None,
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        return choose_by_head(self, tokens, states, start, stop, kept, places, noise)
 
     # What subclasses make. A head is a norm and a matrix, (..., D) to logits (..., N); `with_norm(norm)` is the same matrix
     # after another norm. Matrices have the precision of the weights, or `low_bits`. `exact`: batch-invariant.

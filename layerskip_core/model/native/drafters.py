@@ -110,7 +110,9 @@ class NativeEagle3:
     def kernel(self, head: DraftHead, text: Tensor, submodel: Submodel, places: Places, *others: Any) -> Drafted:
         """A `DraftKernel`."""
         layer, norms = replace(submodel, block=None, beyond=((self._place, self._place + 1),)), self._form.norm_output
-        return draft(self._layers, self._spec, head, text, layer, places.moved(-1), *others, norms_output=norms)
+        ends, noise, feature, runs_last = others
+        moved = places.moved(-1)
+        return draft(self._layers, self._spec, head, text, layer, moved, ends, noise, feature, runs_last, norms)
 
 
 def _entries(states: Tensor, before: Tensor | None) -> Tensor:
