@@ -92,9 +92,11 @@ def usage_error(error: BaseException, arguments: Sequence[str]) -> ConfigError |
     if not hasattr(error, "format_message"):  # as Typer's errors, of classes that it does not export
         return None
     context, parameter = getattr(error, "ctx", None), getattr(error, "param", None)
-    hint = None if context is None or parameter is None else _HINTS.get((context.info_name, parameter.name))
-    if hint is not None and (value := _given(parameter.opts, arguments)) is not None:
-        return refused(parameter.name, needed(hint), shown(value))
+    if context is not None and parameter is not None:
+        hint = _HINTS.get((context.info_name, parameter.name))
+        value = _given(parameter.opts, arguments)
+        if hint is not None and value is not None:
+            return refused(parameter.name, needed(hint), shown(value))
     if possibilities := getattr(error, "possibilities", None):
         message = f"{error.message}{did_you_mean(possibilities)}"  # type: ignore[attr-defined]
     else:
