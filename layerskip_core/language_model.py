@@ -83,7 +83,8 @@ class LanguageModel:
     ) -> list[Answer]:
         """Answers to any number of prompts, at most `batch_size` of them decoded together.
 
-        Raises as `generate` does, for the first prompt that does not fit.
+        Raises as `generate` does, for the first prompt that does not fit. An answer that cannot match its grammar has an
+        `error` in place of an exception.
         """
         most = check("batch_size", BatchSize, batch_size)
         decoder, config = self.decoder, self._resolved(options)

@@ -11,7 +11,8 @@ ROOT = Path(__file__).parent.parent / "layerskip_core"
 LEVELS = [
     {"errors", "interruption", "processor", "splits"},
     {"config", "files", "embedded"},
-    {"data", "prompting", "grammar", "model", "losses"},
+    {"data", "prompting", "model", "losses"},
+    {"grammar"},
     {"checkpoint"},
     {"decoding"},
     {"training", "evaluation", "calibration", "export", "serving"},

@@ -203,8 +203,8 @@ def _together(
 
     for answer in answers_to(loaded, read(), batch_size, earlier, is_ready):
         request = unanswered.popleft()
+        request.error = answer if isinstance(answer, LayerSkipError) else answer.error
         if isinstance(answer, LayerSkipError):
-            request.error = answer
             yield request, None
         else:
             yield request, answer

@@ -118,6 +118,7 @@ class Answer:
     row: int = 0  # the index of its prompt in the batch
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # of `ids`
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the prompt's tokens after the first
+    error: LayerSkipError | None = None  # why `finish_reason` is `error`
 
 
 class OutputText:

@@ -58,12 +58,12 @@ def answers_to(
                 raise fault  # not of this prompt, such as Ctrl-C
         while unanswered and unanswered[0][1] and unanswered[0][1][-1].is_last:
             request, updates = unanswered.popleft()
-            error = updates[-1].error
-            if isinstance(error, LayerSkipError):
-                yield error
+            end = updates[-1]
+            if isinstance(end.error, LayerSkipError) and end.finish_reason is None:
+                yield end.error
             else:
                 assert request is not None
-                yield _answer(request, updates[-1], seconds, index)
+                yield _answer(request, end, seconds, index)
                 seconds = 0.0
             index += 1
 
@@ -73,4 +73,4 @@ def _answer(request: Request, end: Update, seconds: float, index: int) -> Answer
     row = request._row
     assert row is not None and end.finish_reason is not None
     stats = request.stats + DecodeStats(total_seconds=seconds)
-    return Answer(end.text, end.finish_reason, stats, row.output, index, row.logprobs, row.prompt_logprobs)
+    return Answer(end.text, end.finish_reason, stats, row.output, index, row.logprobs, row.prompt_logprobs, row.error)

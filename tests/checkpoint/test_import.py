@@ -260,7 +260,7 @@ def test_a_result_is_pushed_if_the_repository_is_ours(checkpoint, tmp_path, monk
     out, short = tmp_path / "out", ("--steps", "1", "--batch-size", "2", "--samples", "2", "--threads", "1")
     command = ("finetune", "--model", checkpoint, *short, "--output", str(out), "--overwrite", "--push-to-hub")
     refused = run(*command, "other/theirs")
-    assert refused.code == 1 and refused.err.splitlines()[-1] == "error: --push-to-hub other/theirs: 401 Client Error"
+    assert refused.code == 2 and refused.err.splitlines()[-1] == "error: --push-to-hub other/theirs: 401 Client Error"
     assert not (out / "config.json").exists()
     assert run(*command, "me/mine").code == 0
     [(repository, folder, files)] = Hub.uploads

@@ -165,9 +165,9 @@ def test_bench_formats(tmp_path, model, data):
 def test_adaptive_drafting_has_the_copy_that_generate_gives_it(model, data, monkeypatch):
     packings = []
 
-    def recorded(name, device, dtype, packing, *policies):
+    def recorded(name, device, dtype, packing, *policies, **options):
         packings.append(packing)
-        return for_decoding(name, device, dtype, packing, *policies)
+        return for_decoding(name, device, dtype, packing, *policies, **options)
 
     monkeypatch.setattr("layerskip_core.checkpoint.open.for_decoding", recorded)
     arguments = ("--model", model, "--data", data, "--samples", "1", "--max-new-tokens", "6", "--format", "json")

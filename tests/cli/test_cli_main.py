@@ -217,4 +217,4 @@ def test_any_locale(tmp_path, locale):
     result = finish(start("data", "--data", str(file), env={**ENVIRONMENT, **locale}, encoding="utf-8"))
     assert (result.code, result.out, result.err) == (0, file.read_text(encoding="utf-8"), "")
     result = finish(start("data", "--data", "n\u00e9.csv", env={**ENVIRONMENT, **locale}))
-    assert (result.code, result.out, result.err.count("\n")) == (1, "", 1)
+    assert (result.out, result.err.count("\n")) == ("", 1) and result.code in (1, 2)  # 2: a path of bytes is no text

@@ -16,7 +16,7 @@ from layerskip_core.config.evaluation import TaskConfig
 from layerskip_core.config.model import DataConfig
 from layerskip_core.data import Conversation, Example, has_prompts, load_examples, load_prompts, load_rows, stream_rows
 from layerskip_core.embedded import commands
-from layerskip_core.errors import DataError
+from layerskip_core.errors import ConfigError, DataError
 from layerskip_core.evaluation.tasks import load_task
 
 TOPV2_HEADER = "domain\tutterance\tsemantic_parse\n"
@@ -198,7 +198,7 @@ def test_a_topv2_folder_reads_every_domain_of_a_split(tmp_path):
 def test_bad_topv2_folders(tmp_path):
     with pytest.raises(DataError, match=r"holds no TOPv2 files named DOMAIN_train\.tsv"):
         load(str(tmp_path))
-    with pytest.raises(DataError, match="`split` must be one of train, validation, test for TOPv2, got dev"):
+    with pytest.raises(ConfigError, match="`split` must be one of train, validation, test, got dev for TOPv2"):
         load(str(tmp_path), split="dev")
     for row, fault in (
         ("a\tgo\t[IN:A go ]\na\tgo\n", "3: needed 3 fields, found 2"),
@@ -222,7 +222,7 @@ def test_topv2_by_name_comes_from_the_hub(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", hub)
     assert load("topv2", split="validation") == [("go", "[IN:A go ]")]
     assert asked == [("WillHeld/top_v2", {"split": "eval"})]
-    with pytest.raises(DataError, match="`split` must be one of"):
+    with pytest.raises(ConfigError, match="`split` must be one of"):
         load("topv2", split="dev")
 
 
@@ -249,7 +249,7 @@ def test_the_limit_is_spread_over_the_rows(tmp_path):
 def test_commands_by_name():
     rows = load_examples(DataConfig(limit=5, seed=1))
     assert rows == load_examples(DataConfig(limit=7, seed=1))[:5] != load_examples(DataConfig(limit=5, seed=2))
-    with pytest.raises(DataError, match=r"`split` must be one of train, validation, .* sealed for commands, got dev"):
+    with pytest.raises(ConfigError, match=r"`split` must be one of train, validation, .* sealed, got dev for commands"):
         load("commands", split="dev")
 
 

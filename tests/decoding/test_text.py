@@ -25,7 +25,7 @@ class Scripted:
 
     def __init__(self, chunks, reason, stop):
         self._chunks, self._reason = chunks, reason
-        self.rows = [SimpleNamespace(text=OutputText(bytes_to_text, frozenset({EOS}), stop))]
+        self.rows = [SimpleNamespace(text=OutputText(bytes_to_text, frozenset({EOS}), stop), error=None)]
         self.finish_reason = None
 
     def __iter__(self):

@@ -177,7 +177,7 @@ def test_what_cannot_be_read(tmp_path):
     file = tmp_path / "rows.jsonl"
     fails("--data none.csv: there is no such file", "data", "--data", "none.csv")
     splits = "train, validation, test, compositional, sealed"
-    fails(f"--split must be one of {splits} for commands, got dev", "data", "--split", "dev")
+    fails(f"--split must be one of {splits}, got dev for commands", "data", "--split", "dev")
     file.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
     message = f"{file} holds conversations (a column 'messages'); needed a prompt and a completion"
     fails(message, "data", "--data", str(file))

@@ -41,7 +41,9 @@ def test_a_sweep_of_the_tiny_model():
     loaded, task = tiny_loaded(), own_answers()
     *progress, record = sweep(loaded, task, SweepConfig("tiny", exits=(2, 5), specs=(2, 4)))
     phases = (("perplexity", 3), ("prediction", 4), ("prompts", 3))  # 3 prompts, and all settings timed once
-    expected = [Progress(done + 1, total, phase) for phase, total in phases for done in range(total)]
+    expected = [
+        Progress(done + 1, total, phase, comparing=phase == "prediction") for phase, total in phases for done in range(total)
+    ]
     once_more = progress[len(expected) :]  # as far as a draft was faster than full depth
     assert progress[: len(expected)] == expected and {event.phase for event in once_more} <= {"the best once more"}
     settings = [(result.strategy, result.exit_layer, result.num_draft_tokens) for result in record.results]

@@ -156,7 +156,8 @@ def test_wrong_input_is_one_error(checkpoint, tmp_path, monkeypatch):
     output = ("export", checkpoint, "--output", str(tmp_path / "draft"))
     for flags in (("--engine", "llama.cpp", "--format", "transformers"), ("--engine", "vllm", "--format", "gguf")):
         assert f"--format must be {'gguf' if 'llama.cpp' in flags else 'transformers'} for --engine" in run(*output, *flags).err
-    fails("--dtype must be one of auto, f16, q8_0, q4_0, got bf16", *output, "--format", "gguf", "--dtype", "bf16")
+    message = "--dtype must be one of auto, f16, q8_0, q4_0, got bf16; did you mean f16?"
+    fails(message, *output, "--format", "gguf", "--dtype", "bf16")
     (tmp_path / "draft").mkdir()
     (tmp_path / "draft" / "README.md").write_text("mine")
     assert "in the way is README.md" in run(*output, "--format", "gguf").err

@@ -257,7 +257,7 @@ def test_guesses_save_passes_of_a_copy_and_change_no_draft(variant, model_type, 
         context.cache.steps_back = most
         places, submodel, ends = context.places([most + 1], [0]), Submodel(side.num_layers), DraftEnds(survival=1e-30)
         with torch.inference_mode():
-            tokens, _, probs = side.kernel(side.whole, torch.tensor(text), submodel, places, ends, None, False)
+            tokens, _, probs = side.kernel(side.whole, torch.tensor(text), submodel, places, ends, None, None, False)
         return tokens.tolist(), probs
 
     monkeypatch.setattr(kernels, "draft", draft)

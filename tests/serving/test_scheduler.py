@@ -123,7 +123,7 @@ def test_prompts_with_equal_settings_are_prefilled_together(monkeypatch, tempera
         clients.append(Client(prompt_of(length), config, streams=length != 9))
     scheduler = Scheduler(decoder, batch_size=9)
     assert len(run(scheduler, [clients])) == len(clients) and scheduler.held == 0
-    assert passes == [[3, 9, 5, 100, 90, 2, 47], [1, 1, 1, 1, 1, 1, 3, 8], [4]]  # of the others their newest tokens, too
+    assert passes == [[3, 9, 5, 4, 100, 90, 2, 43], [1, 1, 1, 1, 1, 1, 1, 7, 8]]  # of the others their newest tokens, too
     assert isinstance(clients[2].updates[-1].error, ContextError)
     assert len([update for update in clients[1].updates if update.text]) == 1
     for client in [*clients[:2], *clients[3:]]:
