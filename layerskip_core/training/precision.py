@@ -15,6 +15,7 @@ from ..errors import CheckpointError
 from ..files import read_json
 from ..model import TransformersBackend
 from .progress import SEAL
+from .recipe import SMALL_MODEL
 from .sharding import world_size
 
 _TOKENS = 512  # rows of the timed product
@@ -49,6 +50,8 @@ def choose_precision(
         return Precision(sealed == Precision(True).name, "as before the interruption")
     if world_size() > 1:  # processes could choose differently
         return Precision(False, "several processes do not time a product; `dtype` bf16 may be faster")
+    if backend.spec.parameters < SMALL_MODEL:
+        return Precision(False, "a model below 50M parameters spends its time on other work than products")
     fp32, bf16 = product_seconds(*widest_projection(backend.layers))
     faster = fp32 / bf16
     if faster >= _WORTHWHILE:

@@ -15,6 +15,7 @@ from layerskip_core.training.run import prepare
 
 
 def timed(monkeypatch, fp32, bf16):
+    monkeypatch.setattr(precision, "SMALL_MODEL", 0)
     monkeypatch.setattr(precision, "product_seconds", lambda outputs, inputs: (fp32, bf16))
 
 
@@ -54,6 +55,13 @@ def test_a_resumed_run_keeps_its_precision_whatever_is_faster_now(settings, monk
     plan = prepare(settings(dtype="auto", save_steps=2, resume=True))
     assert plan.resume is not None and plan.precision.autocast
     plan.run(lambda report: None)
+
+
+def test_a_small_model_trains_in_fp32_untimed(settings, monkeypatch):
+    """`embedded-base` has products twice as fast in bf16, and steps that take 1.5 times as long."""
+    monkeypatch.setattr(precision, "product_seconds", lambda *_: pytest.fail("timed"))
+    plan = prepare(settings(dtype="auto"))
+    assert not plan.precision.autocast and "below 50M parameters" in plan.precision.reason
 
 
 def test_processes_do_not_choose_differently(settings, monkeypatch):
