@@ -20,7 +20,8 @@ _LEARNING_RATES = {"continual": 3e-5, "scratch": 8e-4}  # else 1e-4
 _SMALL_LEARNING_RATES = {"continual": 2e-4, "scratch": 2e-3}  # else 5e-4
 TEXT_PRESETS: tuple[Preset, ...] = ("continual", "scratch", "code")  # for plain text, in long rows
 TAUGHT = 100  # steps that an exit must be trained on to count as trained, or all steps of a shorter run
-SHORT = 300  # steps; up to here the exits' losses of `auto` train no layer of the model
+SHORT = 300  # steps; up to here dropout gained nothing where it was measured
+_LEAST_GRADIENT = 0.3  # of the exits' losses in short runs of `auto`
 LONG = 1000  # steps; from here on they train all layers below, and dropout is a default: the last layer can win back the cost
 
 
@@ -145,9 +146,10 @@ def depth_scale(layer: int, num_layers: int) -> float:
 def exit_gradient(total_steps: int) -> float:
     """The share of the gradient of the exits' losses that `auto` lets train the layers below exits with readers.
 
-    0 up to 300 steps, where the readers learn enough alone and the last layer is trained as without exits; 1 from 1,000 on.
+    It rises to 1 at 1,000 steps. In 300 steps of `embedded-base` a share of 0 cost 0.6 points of exact match, 0.3 cost 1.3
+    and 1 cost 3.4; drafts of exit 8 gave 1.45, 1.53 and 1.57 times the speed.
     """
-    return min(1.0, max(0.0, (total_steps - SHORT) / (LONG - SHORT)))
+    return min(1.0, max(_LEAST_GRADIENT, total_steps / LONG))
 
 
 def dropout_steps(total_steps: int) -> int:

@@ -44,7 +44,7 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(finetune, checkpoint):
     assert re.fullmatch(r"7 steps of 2 x 2 rows, lr 0\.002, fp32 on cpu", how)
     assert recipe == (
         "recipe auto: dropout up to 0.3, ending after 1 step, e_scale 0.2 uniform, all, "
-        "exits 2 on 7 of 7 steps, each read by a block; their losses train no other layer"
+        "exits 2 on 7 of 7 steps, each read by a block; 0.3 of their gradient trains the layers below"
     )
     assert note == "dropout gained nothing in runs of 100 steps (SmolLM2); --pmax 0 leaves it out"
     assert list(Path().iterdir()) == []
