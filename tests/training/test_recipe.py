@@ -123,7 +123,7 @@ def test_auto_trains_a_few_exits_on_every_step_and_reads_each():
 
 
 def test_the_recipe_of_auto_follows_from_the_number_of_steps():
-    """Dropout ends after T sqrt(T) / 100 steps, at most T / 3; a share T / 1,000 of the exits' gradient, at least 0.3, goes below."""
+    """Dropout ends after T sqrt(T) / 100 steps, at most T / 3. T / 1,000 of the exits' gradient goes below, at least 0.3."""
     lengths = (1, 10, 50, 100, 300, 650, 1000, 3000)
     assert [dropout_steps(steps) for steps in lengths] == [1, 1, 4, 10, 52, 166, 316, 1000]
     assert [auto(steps=steps).exit_gradient for steps in lengths] == [0.3, 0.3, 0.3, 0.3, 0.3, 0.65, 1, 1]
