@@ -92,6 +92,8 @@ class FixedTarget:
         """
         if recorder is None:
             return self._pass(draft.tokens, draft.exit_states, places, noise)
+        if self.exit_cache is not None:  # a recorded pass writes the entries of its own tokens, so no earlier ones may wait
+            self.exit_cache.write(places.cache, places.starts)
         stops, inputs = tuple(draft.exit_states), (draft.tokens, *draft.exit_states.values())
         positions, index, kept = places.padded(places.counts, recorder.slots)
         if is_padded := index.numel() > len(draft.tokens):

@@ -1,8 +1,8 @@
 """Drafts of drafts (ML-SpecQD: Georganas et al., 2025): a copy of the target verifies guesses while it drafts.
 
 A pass of the copy runs its newest token and guesses of the next ones, and continues after each guess that it agrees with: the
-same drafts as token by token, in fewer passes. Guesses are lookups (those of a trained drafter
-were slower). Our kernels do the same in C for a draft of one row.
+same drafts as token by token, in fewer passes. Guesses are lookups (those of a trained drafter were slower). Our kernels do the
+same in C for a draft of one row.
 """
 
 from collections.abc import Sequence
