@@ -10,15 +10,18 @@ import pytest
 import torch
 from conftest import tiny_model
 from decodings import answer_of, ids_of
+from exit_block_models import random_blocks
 from simulated_cuda import simulated_cuda
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import DecodingLoop, Prefixes, decode, graphs
+from layerskip_core.decoding.drafters import Draft
 from layerskip_core.decoding.graphs import Recorder
 from layerskip_core.errors import ConfigError
 from layerskip_core.model import TorchBackend, row_cache
 from layerskip_core.model.cache import Places
+from layerskip_core.model.exit_blocks import ExitBlock
 
 PROMPT, OTHER = [5, 11, 23, 42, 8], [7, 9, 30, 31]
 JOINING = [PROMPT, OTHER, [3] * 9, [12, 40, 2], [50, 51, 7, 7, 8, 1]]
@@ -70,6 +73,29 @@ def test_a_pass_is_recorded_once_and_replayed_for_later_texts(gpu, model, record
     assert recordings.count(draft) == recordings.count(verification) == 1
     assert ids_of(decode(model, OTHER, PLAIN)) == on_cpu(OTHER)
     assert ((1, 1), (1,)) in recordings
+
+
+class Silent:
+    """Drafts nothing."""
+
+    def draft(self, context, limits):
+        return Draft(context.newest, (0,) * len(limits))
+
+    def observe(self, row, drafted, verified):
+        pass
+
+
+def test_no_entries_of_a_block_wait_across_a_recorded_pass(gpu):
+    """It writes its own tokens' entries: those of the prompt would later be written one position too far."""
+    tiny = tiny_model(num_hidden_layers=3, max_position_embeddings=128)
+    blocks = random_blocks(tiny, ExitBlock(2))
+    model = TorchBackend.of(tiny.to("cuda"), PackingConfig(), exit_blocks=blocks)
+    loop = DecodingLoop(model, [PROMPT], DRAFTED, drafter=Silent())
+    next(loop)
+    assert loop._cache.waiting == [len(PROMPT)]
+    for _ in range(4):
+        next(loop)
+    assert loop.stats.replayed > 0 and loop._cache.waiting == [0]
 
 
 def test_two_decodings_at_once_keep_apart(model):
