@@ -112,7 +112,7 @@ class Answer:
     """A complete answer, with log probabilities if options ask for them."""
 
     text: str  # without the EOS token or the stop string that ended it
-    finish_reason: StopReason  # `stop`: a stop string; `length`: max_new_tokens; `context`: the model's context is full
+    finish_reason: StopReason
     stats: DecodeStats  # counts; all seconds only if it was decoded alone
     ids: list[int] = field(default_factory=list)  # the new tokens, including those that ended the answer
     row: int = 0  # the index of its prompt in the batch
