@@ -57,8 +57,8 @@ def labelled(arguments: Sequence[str]) -> dict[str, list[str]]:
         require(all(listed) and bool(label or not equals), "RUNS", "[LABEL=]PATH[,PATH...]", repr(argument))
         named += [(label, path) for path in listed]
     seen = [Path(path).absolute() for _, path in named]
-    if twice := [run for run in seen if seen.count(run) > 1]:
-        raise ConfigError(f"RUNS must name every run once, found {twice[0]} twice")
+    for run in seen:
+        require(seen.count(run) == 1, "RUNS", "named once each", f"{run} twice")
     folders = {path: str(Path(path).parent if Path(path).name in (RESULTS, LOSSES) else Path(path)) for _, path in named}
     stems = {path: _SEED.sub("", folder) or folder for path, folder in folders.items()}
     unlabelled = dict.fromkeys(stems[path] for label, path in named if not label)
