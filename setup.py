@@ -1,7 +1,9 @@
-"""Builds the compiled kernels, whose variants depend on the target machine: pyproject.toml cannot express that.
+"""Builds the compiled kernels, whose variants depend on the target machine: pyproject.toml cannot
+express that.
 
-They are optional: without a C compiler, and on other processors and systems, decoding runs on PyTorch's kernels alone. They
-use no Python API (native/compiled.py loads them with ctypes), so one wheel serves every Python version.
+They are optional: without a C compiler, and on other processors and systems, decoding runs on
+PyTorch's kernels alone. They use no Python API (native/compiled.py loads them with ctypes), so one
+wheel serves every Python version.
 """
 
 import os
@@ -17,7 +19,16 @@ from setuptools.command.build_ext import build_ext
 FOLDER = Path("layerskip_core", "model", "native")
 FLAGS = ["-O3", "-std=c11", "-fno-strict-aliasing", "-fno-math-errno", "-ffp-contract=off"]
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-_AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx512bf16", "-mavx512vbmi"]
+_AVX512 = [
+    *_AVX2,
+    "-mavx512f",
+    "-mavx512bw",
+    "-mavx512vl",
+    "-mavx512dq",
+    "-mavx512vnni",
+    "-mavx512bf16",
+    "-mavx512vbmi",
+]
 VARIANTS = {  # by processor: the flags of each variant
     "x86_64": {
         "amx": [*_AVX512, "-mamx-tile", "-mamx-bf16"],
@@ -33,7 +44,11 @@ VARIANTS = {  # by processor: the flags of each variant
         "neon": ["-march=armv8-a"],
     },
 }
-PROCESSORS = {("linux", "x86_64"): "x86_64", ("linux", "aarch64"): "aarch64", ("macosx", "arm64"): "aarch64"}
+PROCESSORS = {
+    ("linux", "x86_64"): "x86_64",
+    ("linux", "aarch64"): "aarch64",
+    ("macosx", "arm64"): "aarch64",
+}
 
 
 def target() -> str | None:
@@ -71,9 +86,15 @@ class KernelWheel(bdist_wheel):
 
 
 if __name__ == "__main__":
-    if get_platform().endswith("universal2"):  # a Python for both of Apple's processors: build for this one
+    # A Python for both of Apple's processors: build for this one
+    if get_platform().endswith("universal2"):
         os.environ["_PYTHON_HOST_PLATFORM"] = f"macosx-11.0-{platform.machine()}"
         os.environ.setdefault("ARCHFLAGS", f"-arch {platform.machine()}")
     if target() is None:
-        print(f"layerskip: there are no compiled kernels for {get_platform()}: decoding will run on PyTorch's", file=sys.stderr)
-    setup(ext_modules=extensions(), cmdclass={"build_ext": BuildKernels, "bdist_wheel": KernelWheel})
+        print(
+            f"layerskip: there are no compiled kernels for {get_platform()}: decoding will run on PyTorch's",
+            file=sys.stderr,
+        )
+    setup(
+        ext_modules=extensions(), cmdclass={"build_ext": BuildKernels, "bdist_wheel": KernelWheel}
+    )

@@ -1,4 +1,6 @@
-"""Prompts on stdin, progress on stderr, results on stdout; any of them may be closed, full or without a reader."""
+"""Prompts on stdin, progress on stderr, results on stdout; any of them may be closed, full or
+without a reader.
+"""
 
 import io
 import os
@@ -14,7 +16,14 @@ from functools import cache
 from typing import TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from layerskip_core.errors import LayerSkipError
 
@@ -33,7 +42,9 @@ def stderr_console() -> Console:
 
 
 class ResultsConsole(Console):
-    """Prints results on stdout. A closed pipe ends the command quietly; rich alone would exit with status 1."""
+    """Prints results on stdout. A closed pipe ends the command quietly; rich alone would exit with
+    status 1.
+    """
 
     def __init__(self) -> None:
         super().__init__(highlight=False, emoji=False)
@@ -52,18 +63,27 @@ def tell_error(error: BaseException, debug: bool) -> None:
     """Prints `error: ...`; with `debug`, the traceback before it."""
     if debug:
         traceback.print_exception(error, file=sys.stderr)
-    stderr_console().print(f"error: {one_line(error)}", style=None, markup=False, highlight=False, soft_wrap=True)
+    stderr_console().print(
+        f"error: {one_line(error)}", style=None, markup=False, highlight=False, soft_wrap=True
+    )
 
 
 def one_line(error: BaseException) -> str:
     """The error message. An unexpected exception comes with its type and a hint at --debug."""
     line = " ".join(part for part in map(str.strip, with_flags(str(error)).splitlines()) if part)
-    text = "".join(ascii(each)[1:-1] if unicodedata.category(each) in _UNSHOWN else each for each in line[: _LONGEST + 1])
+    text = "".join(
+        ascii(each)[1:-1] if unicodedata.category(each) in _UNSHOWN else each
+        for each in line[: _LONGEST + 1]
+    )
     text = text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
     kind = type(error).__name__
     if isinstance(error, LayerSkipError | OSError):
         return text or kind
-    if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "DefaultCPUAllocator" in text:
+    if (
+        isinstance(error, MemoryError)
+        or kind == "OutOfMemoryError"
+        or "DefaultCPUAllocator" in text
+    ):
         return f"out of memory: {text}" if text else "out of memory"
     if isinstance(error, RecursionError):
         return f"something is nested too deeply: {text}; --debug shows where"
@@ -77,40 +97,69 @@ def waiting(text: str) -> AbstractContextManager[object]:
 
 @contextmanager
 def stage_bars() -> Iterator[Callable[[str, int, int, str], None]]:
-    """Yields `show(stage, done, total, text)`: bars on a terminal, elsewhere lines every ten seconds."""
+    """Yields `show(stage, done, total, text)`: bars on a terminal, elsewhere lines every ten
+    seconds.
+    """
     if not _is_first_process():
         yield lambda *_: None
     elif not stderr_console().is_terminal:
         yield _plain_lines()
     else:
-        description, text = TextColumn("{task.description}"), TextColumn("{task.fields[text]}")
-        columns = (SpinnerColumn(), description, BarColumn(bar_width=None), MofNCompleteColumn(), TimeRemainingColumn(), text)
+        description = TextColumn("{task.description}")
+        text = TextColumn("{task.fields[text]}")
+        columns = (
+            SpinnerColumn(),
+            description,
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            text,
+        )
         with Progress(*columns, console=stderr_console(), transient=True) as bar:
             task = bar.add_task("", visible=False, text="")
 
             def show(stage: str, done: int, total: int, text: str) -> None:
-                if bar.tasks[0].description != stage:  # steps done before a resume must not count as speed
-                    bar.reset(task, total=total, completed=max(done - 1, 0), visible=True, description=stage, text=text)
+                # Steps done before a resume must not count as speed
+                if bar.tasks[0].description != stage:
+                    bar.reset(
+                        task,
+                        total=total,
+                        completed=max(done - 1, 0),
+                        visible=True,
+                        description=stage,
+                        text=text,
+                    )
                 bar.update(task, completed=done, text=text)
 
             yield show
 
 
 def _plain_lines() -> Callable[[str, int, int, str], None]:
-    stage, first, started, shown = "", 0, 0.0, 0.0  # a resumed run starts in the middle
+    # A resumed run starts in the middle
+    stage = ""
+    first = 0
+    started = 0.0
+    shown = 0.0
 
     def show(name: str, done: int, total: int, text: str) -> None:
         nonlocal stage, first, started, shown
         now = time.monotonic()
         if name != stage:
-            stage, first, started, shown = name, done, now, now
+            stage = name
+            first = done
+            started = now
+            shown = now
             if done == 0:  # the first answers of a large model take minutes
                 print(f"{name} 0/{total}", file=sys.stderr, flush=True)
         if done < total and now - shown < _PLAIN_SECONDS:
             return
         shown = now
         left = (now - started) / max(done - first, 1) * (total - done)
-        print(f"{name} {done}/{total}{text and f' {text}'} {left:.0f} s left", file=sys.stderr, flush=True)
+        print(
+            f"{name} {done}/{total}{text and f' {text}'} {left:.0f} s left",
+            file=sys.stderr,
+            flush=True,
+        )
 
     return show
 
@@ -130,16 +179,18 @@ class _Narration(io.TextIOWrapper):
 
 
 def take() -> None:
-    """Makes the three streams usable, and standard input unreadable for libraries. `main` calls this first.
+    """Makes the three streams usable, and standard input unreadable for libraries. `main` calls
+    this first.
 
-    Closed descriptors become /dev/null, opened read-only, so that writing results fails. Invalid bytes in prompts become lone
-    surrogates, as in arguments; such prompts are refused.
+    Closed descriptors become /dev/null, opened read-only, so that writing results fails. Invalid
+    bytes in prompts become lone surrogates, as in arguments; such prompts are refused.
     """
     global _taken
     while (descriptor := os.open(os.devnull, os.O_RDONLY)) <= 2:
         pass
     os.close(descriptor)
-    _taken, sys.stdin = sys.stdin, io.StringIO()
+    _taken = sys.stdin
+    sys.stdin = io.StringIO()
     if isinstance(_taken, io.TextIOWrapper):
         _taken.reconfigure(encoding="utf-8-sig", errors="surrogateescape")  # before the first read
     if sys.stdout is None:
@@ -180,13 +231,16 @@ def given_prompt(prompt: str | None, may_be_empty: bool) -> str:
 
 
 def typed_line(prompt: str) -> str:
-    """A line typed at a terminal, without its newline, with the usual editing keys. Raises EOFError after Ctrl-D."""
+    """A line typed at a terminal, without its newline, with the usual editing keys. Raises EOFError
+    after Ctrl-D.
+    """
     if not sys.stdout.isatty():  # `input` would write the prompt to the results
         sys.stderr.write(prompt)
         prompt = ""
     with suppress(ImportError):  # Windows has none; its consoles edit lines themselves
         import readline  # noqa: F401  `input` uses it
-    kept, sys.stdin = sys.stdin, prompts_stream()
+    kept = sys.stdin
+    sys.stdin = prompts_stream()
     try:
         return input(prompt)
     finally:
@@ -194,7 +248,9 @@ def typed_line(prompt: str) -> str:
 
 
 def prompts_stream() -> TextIO:
-    """The standard input that `take` kept, as UTF-8 text; empty if the process was started without one."""
+    """The standard input that `take` kept, as UTF-8 text; empty if the process was started without
+    one.
+    """
     return io.StringIO() if _taken is None else _taken
 
 
@@ -202,7 +258,9 @@ class PromptLines(Iterator[str]):
     """Iterates over the lines of standard input, without newlines."""
 
     def __init__(self) -> None:
-        self._read, self._is_over, self._encoding = bytearray(), _taken is None, "utf-8-sig"
+        self._read = bytearray()
+        self._is_over = _taken is None
+        self._encoding = "utf-8-sig"
         self._descriptor = -1 if _taken is None else _taken.fileno()
 
     def __next__(self) -> str:
@@ -214,7 +272,9 @@ class PromptLines(Iterator[str]):
             raise StopIteration
         line, end, _ = self._read.partition(b"\n")
         del self._read[: len(line) + len(end)]
-        text, self._encoding = line.decode(self._encoding, "surrogateescape"), "utf-8"  # the first may begin with a BOM
+        # The first may begin with a BOM
+        text = line.decode(self._encoding, "surrogateescape")
+        self._encoding = "utf-8"
         return text.rstrip("\r")
 
     def is_ready(self) -> bool:

@@ -8,7 +8,13 @@ from dataclasses import dataclass, field, replace
 from threading import Timer
 from typing import TYPE_CHECKING
 
-from layerskip_core.config.decoding import UNLIMITED, DecodingConfig, RequestOptions, choices, used_by
+from layerskip_core.config.decoding import (
+    UNLIMITED,
+    DecodingConfig,
+    RequestOptions,
+    choices,
+    used_by,
+)
 from layerskip_core.config.model import PLAIN, MachineConfig, PackingConfig, PromptingConfig
 from layerskip_core.config.options import ModelName
 from layerskip_core.config.resolution import EXACT, implied_strategy
@@ -23,7 +29,9 @@ _SMALL_WIDTH = 256  # hidden size below which one thread is fastest
 _PATIENCE = 2.0  # seconds of loading without a message
 _INTERVAL = 0.25  # seconds over which the load of the cores is measured before the work
 _BETWEEN_LOOKS = 1.0  # seconds between two later looks
-_BUSY, _STILL_BUSY = 0.4, 0.25  # load of a core that takes a thread away, and that does not let it come back
+# Load of a core that takes a thread away, and that does not let it come back
+_BUSY = 0.4
+_STILL_BUSY = 0.25
 _QUIET = 3.0  # seconds before a thread comes back
 
 
@@ -35,12 +43,22 @@ def load_model(
     prompting: PromptingConfig | None = None,
     memory: int | None = None,
 ) -> "Decoder":
-    """Loads a model with its template and the low-bit copies of these policies (None: all); prints notes, sets threads."""
+    """Loads a model with its template and the low-bit copies of these policies (None: all); prints
+    notes, sets threads.
+    """
     use_threads(machine.threads)
     from layerskip_core.checkpoint.open import for_decoding
 
     with _telling_slowness(model):
-        loaded = for_decoding(model, machine.device, machine.dtype, packing, policies, memory, cache=not machine.no_cache)
+        loaded = for_decoding(
+            model,
+            machine.device,
+            machine.dtype,
+            packing,
+            policies,
+            memory,
+            cache=not machine.no_cache,
+        )
     if prompting is not None:
         loaded = loaded.with_template(prompting.asked, prompting.system)
     for note in loaded.notes:
@@ -63,17 +81,25 @@ class DecoderFlags:
 def load_to_decode(
     flags: DecoderFlags, all_policies: bool = False, memory: int | None = None
 ) -> "tuple[Decoder, DecodingConfig]":
-    """Loads the model, packed for the flags (or for all policies), and resolves its decoding. `memory`: see `for_decoding`."""
-    decoding, packing = flags.decoding, flags.packing
+    """Loads the model, packed for the flags (or for all policies), and resolves its decoding.
+    `memory`: see `for_decoding`.
+    """
+    decoding = flags.decoding
+    packing = flags.packing
     given = choices(decoding)
     policy = decoding.get("policy") if given or packing.drafts_apart else EXACT
     adaptive = "policy" not in given and implied_strategy(decoding) in (None, "adaptive")
     kept = replace(packing, draft_layers=decoding.get("exit_layer", 0), adaptive=adaptive)
     policies = None if all_policies else () if policy is None else (policy,)
     loaded = load_model(flags.model, flags.machine, kept, policies, flags.prompting, memory)
-    config, users = loaded.resolve(decoding, packing), used_by("draft_model")
+    config = loaded.resolve(decoding, packing)
+    users = used_by("draft_model")
     if packing.draft_model and config.strategy not in users:
-        raise refused("draft_model", f"used with `strategy` {' or '.join(users)}", f"`strategy` {config.strategy}")
+        raise refused(
+            "draft_model",
+            f"used with `strategy` {' or '.join(users)}",
+            f"`strategy` {config.strategy}",
+        )
     return loaded, config
 
 
@@ -90,16 +116,28 @@ def _telling_slowness(model: str) -> Iterator[None]:
 
 
 def of_answers(loaded: "Decoder", flags: RequestOptions) -> RequestOptions:
-    """Flags of `chat` and `serve` with their defaults: answers without limit, sampling by generation_config.json."""
+    """Flags of `chat` and `serve` with their defaults: answers without limit, sampling by
+    generation_config.json.
+    """
     if own := loaded.own_sampling:
-        listed = ", ".join(f"{name} {value:g}" for name, value in own.items() if isinstance(value, int | float))
-        narrate(f"generation_config.json: {listed}, unless a flag or a request says otherwise; `temperature` 0 is greedy")
+        listed = ", ".join(
+            f"{name} {value:g}" for name, value in own.items() if isinstance(value, int | float)
+        )
+        narrate(
+            f"generation_config.json: {listed}, unless a flag or a request says otherwise; `temperature` 0 is greedy"
+        )
     return {"max_new_tokens": UNLIMITED, **own, **flags}
 
 
 def use_threads(threads: int, loaded: "Decoder | None" = None) -> None:
-    """Sets torch's CPU threads. 0: torch's choice, but 1 for a small model (`loaded`), where barriers take as long as work."""
-    small = loaded is not None and loaded.backend.device.type == "cpu" and loaded.backend.spec.hidden < _SMALL_WIDTH
+    """Sets torch's CPU threads. 0: torch's choice, but 1 for a small model (`loaded`), where
+    barriers take as long as work.
+    """
+    small = (
+        loaded is not None
+        and loaded.backend.device.type == "cpu"
+        and loaded.backend.spec.hidden < _SMALL_WIDTH
+    )
     if threads or small:
         import torch
 
@@ -107,10 +145,12 @@ def use_threads(threads: int, loaded: "Decoder | None" = None) -> None:
 
 
 class FreeThreads:
-    """Sets torch's CPU threads to the cores that other processes leave free, and looks again while the work goes on.
+    """Sets torch's CPU threads to the cores that other processes leave free, and looks again while
+    the work goes on.
 
-    All threads of a PyTorch operation wait for the slowest one: beside one busy process, training on all cores takes many
-    times as long as on one core fewer. (Our own kernels adapt by themselves.)
+    All threads of a PyTorch operation wait for the slowest one: beside one busy process, training
+    on all cores takes many times as long as on one core fewer. (Our own kernels adapt by
+    themselves.)
     """
 
     def __init__(self, threads: int = 0) -> None:
@@ -136,8 +176,9 @@ class FreeThreads:
     def look(self) -> None:
         """Chooses again, at most once a second; between two steps of the work.
 
-        A process that shares a core with a thread of ours gets about half of it, so less than half of a core takes a thread
-        away. One comes back after some quiet seconds only, so that the number does not go up and down.
+        A process that shares a core with a thread of ours gets about half of it, so less than half
+        of a core takes a thread away. One comes back after some quiet seconds only, so that the
+        number does not go up and down.
         """
         passed = self._load.seconds
         if self._is_fixed or passed < _BETWEEN_LOOKS:
@@ -154,7 +195,9 @@ class FreeThreads:
             self._choose(free)
 
     def _free(self, busy: float, least: float) -> int:
-        """How many threads find a free core. A load of `least` cores or more above a whole number takes another one."""
+        """How many threads find a free core. A load of `least` cores or more above a whole number
+        takes another one.
+        """
         taken = math.floor(busy + 1 - least)
         return max(1, min(self._most, self._cores - taken))
 

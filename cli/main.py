@@ -18,7 +18,20 @@ from .options import Command, usage_error
 
 # One module per command, in the order of --help, which shows the module's docstring.
 _COMMANDS = (
-    "finetune train_drafter sweep_exits generate chat bench verify compare inspect calibrate import_model export serve data"
+    "finetune",
+    "train_drafter",
+    "sweep_exits",
+    "generate",
+    "chat",
+    "bench",
+    "verify",
+    "compare",
+    "inspect",
+    "calibrate",
+    "import_model",
+    "export",
+    "serve",
+    "data",
 )
 
 
@@ -49,11 +62,16 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": lambda name: name.replace("_", "-")},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda name: name.replace("_", "-"),
+    },
 )
-for _name in _COMMANDS.split():
+for _name in _COMMANDS:
     _module = import_module(f".commands.{_name}", __package__)
-    _command = app.command(_name.removesuffix("_model").replace("_", "-"), cls=Command, short_help=_module.__doc__)
+    _command = app.command(
+        _name.removesuffix("_model").replace("_", "-"), cls=Command, short_help=_module.__doc__
+    )
     _command(getattr(_module, _name))
 
 
@@ -66,15 +84,22 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _root(
     _: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; accepted anywhere.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error; accepted anywhere.")
+    ] = False,
 ) -> None:
     pass
 
 
 def main() -> None:
-    """Runs the command line and exits: 0 done; after an error in one line 2 for wrong usage, else 1; 130 interrupted."""
+    """Runs the command line and exits: 0 done; after an error in one line 2 for wrong usage, else
+    1; 130 interrupted.
+    """
     take()
     arguments = sys.argv[1:]
     end = arguments.index("--") if "--" in arguments else len(arguments)
@@ -91,7 +116,8 @@ def main() -> None:
     except KeyboardInterrupt:
         give_up()
         status = 130
-    except BaseException as error:  # including panics of the tokenizers library, which are not Exceptions
+    # Including panics of the tokenizers library, which are not Exceptions
+    except BaseException as error:
         wrong_usage = usage_error(error, given)
         if wrong_usage is None:
             status = 1

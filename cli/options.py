@@ -1,4 +1,6 @@
-"""Builds commands from settings: Typer gets the flags of the fields, the command's function gets validated settings."""
+"""Builds commands from settings: Typer gets the flags of the fields, the command's function gets
+validated settings.
+"""
 
 import inspect
 import re
@@ -14,7 +16,18 @@ from typer.core import TyperCommand
 
 from layerskip_core.checkpoint.locate import require_model
 from layerskip_core.config.evaluation import HARNESS
-from layerskip_core.config.options import Flag, Panel, Text, Without, alternatives, check, flag_of, hints_of, needed, parse_list
+from layerskip_core.config.options import (
+    Flag,
+    Panel,
+    Text,
+    Without,
+    alternatives,
+    check,
+    flag_of,
+    hints_of,
+    needed,
+    parse_list,
+)
 from layerskip_core.data import is_data, require_data
 from layerskip_core.errors import ConfigError, ContextError, did_you_mean, refused, shown
 from layerskip_core.files import parse_json, text_lines
@@ -31,35 +44,78 @@ _MEANT = {
     "--num-speculative-tokens": "--spec",
 }
 _FIRST = {  # flags that people use first, in commands with many
-    "finetune": ("model", "name", "output", "preset", "p_max", "exits", "steps", "batch_size", "lr", "lora_rank", "dry_run"),
-    "train-drafter": ("model", "name", "output", "layout", "exits", "steps", "batch_size", "start_from", "dry_run"),
+    "finetune": (
+        "model",
+        "name",
+        "output",
+        "preset",
+        "p_max",
+        "exits",
+        "steps",
+        "batch_size",
+        "lr",
+        "lora_rank",
+        "dry_run",
+    ),
+    "train-drafter": (
+        "model",
+        "name",
+        "output",
+        "layout",
+        "exits",
+        "steps",
+        "batch_size",
+        "start_from",
+        "dry_run",
+    ),
 }
 _WIDEST = 40  # characters of the choices next to a flag; longer ones go into its help
 _DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
 
-Format = Annotated[Literal["table", "json", "csv", "markdown"], Flag("Format of standard output.", panel="Output")]
+Format = Annotated[
+    Literal["table", "json", "csv", "markdown"], Flag("Format of standard output.", panel="Output")
+]
 ReportFolder = Annotated[
-    Text | None, Flag("Folder for report.html, answers.html, results.json, results.csv and plots.", panel="Output")
+    Text | None,
+    Flag(
+        "Folder for report.html, answers.html, results.json, results.csv and plots.", panel="Output"
+    ),
 ]
 Overwrite = Annotated[bool, Flag("Replace an earlier result in --output.", panel="Output")]
-SavedReport = Annotated[Text | None, Flag("Measure nothing: render this results.json again.", "--from", panel="Output")]
-ModelArgument = Annotated[
-    Text, typer.Argument(help="embedded, embedded-base, a folder (also an adapter's), a .gguf file or a hub id.")
+SavedReport = Annotated[
+    Text | None, Flag("Measure nothing: render this results.json again.", "--from", panel="Output")
 ]
-Prompt = Annotated[str | None, typer.Argument(help="The prompt. [default: standard input, or an example on a terminal]")]
+ModelArgument = Annotated[
+    Text,
+    typer.Argument(
+        help="embedded, embedded-base, a folder (also an adapter's), a .gguf file or a hub id."
+    ),
+]
+Prompt = Annotated[
+    str | None,
+    typer.Argument(help="The prompt. [default: standard input, or an example on a terminal]"),
+]
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Decorator: parameters with a Flag, and groups of settings, become flags; equal names share one."""
-    hints, given = get_type_hints(function, include_extras=True), inspect.signature(function).parameters
-    defaults = {name: None if each.default is each.empty else each.default for name, each in given.items()}
+    """Decorator: parameters with a Flag, and groups of settings, become flags; equal names share
+    one.
+    """
+    hints = get_type_hints(function, include_extras=True)
+    given = inspect.signature(function).parameters
+    defaults = {
+        name: None if each.default is each.empty else each.default for name, each in given.items()
+    }
     parameters: dict[str, inspect.Parameter] = {}
-    read = dict[str, str]()  # what a field names (model, data): if that is missing, the error comes before torch is imported
+    # What a field names (model, data): if that is missing, the error comes before torch is imported
+    read = dict[str, str]()
     for name in given:
         for field, hint, default, panel in _flags(name, hints[name], defaults[name]):
             parameters.setdefault(field, _parameter(field, hint, default, panel))
             _HINTS[function.__name__.removesuffix("_model").replace("_", "-"), field] = hint
-            read[field] = "model" if hint == ModelArgument else getattr(flag_of(hint), "reads", None) or ""
+            read[field] = (
+                "model" if hint == ModelArgument else getattr(flag_of(hint), "reads", None) or ""
+            )
 
     @wraps(function)
     def run(**values: Any) -> None:
@@ -75,7 +131,9 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         function(**arguments)
 
     run.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
-    run.__annotations__ = {name: parameter.annotation for name, parameter in parameters.items()} | {"return": None}
+    run.__annotations__ = {name: parameter.annotation for name, parameter in parameters.items()} | {
+        "return": None
+    }
     return run
 
 
@@ -85,13 +143,17 @@ def with_flags(message: str) -> str:
 
 
 def usage_error(error: BaseException, arguments: Sequence[str]) -> ConfigError | None:
-    """The error to show for wrong usage, of a setting or of the arguments; None for an error while running."""
+    """The error to show for wrong usage, of a setting or of the arguments; None for an error while
+    running.
+    """
     if isinstance(error, ConfigError):
         is_setting = error.field is not None and not isinstance(error, ContextError)
         return error if is_setting else None  # else a prompt is at fault, or what is on disk
-    if not hasattr(error, "format_message"):  # as Typer's errors, of classes that it does not export
+    # As Typer's errors, of classes that it does not export
+    if not hasattr(error, "format_message"):
         return None
-    context, parameter = getattr(error, "ctx", None), getattr(error, "param", None)
+    context = getattr(error, "ctx", None)
+    parameter = getattr(error, "param", None)
     if context is not None and parameter is not None:
         hint = _HINTS.get((context.info_name, parameter.name))
         value = _given(parameter.opts, arguments)
@@ -100,7 +162,12 @@ def usage_error(error: BaseException, arguments: Sequence[str]) -> ConfigError |
     if possibilities := getattr(error, "possibilities", None):
         message = f"{error.message}{did_you_mean(possibilities)}"  # type: ignore[attr-defined]
     else:
-        message = error.format_message().removeprefix("Invalid value: ").rstrip(".").replace(". Did", "; did")
+        message = (
+            error.format_message()
+            .removeprefix("Invalid value: ")
+            .rstrip(".")
+            .replace(". Did", "; did")
+        )
     help_of = "" if context is None else f" (see {context.command_path} --help)"
     return ConfigError(message[:1].lower() + message[1:] + help_of)
 
@@ -116,13 +183,21 @@ def _given(flags: Sequence[str], arguments: Sequence[str]) -> str | None:
 
 
 class Command(TyperCommand):
-    """A command whose --help has options under headings, and whose flags can have optional values."""
+    """A command whose --help has options under headings, and whose flags can have optional
+    values.
+    """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         followers = [*args[1:], "-"][: len(args)]
-        alone = [flag in _ALONE and after.startswith("-") for flag, after in zip(args, followers, strict=True)]
+        alone = [
+            flag in _ALONE and after.startswith("-")
+            for flag, after in zip(args, followers, strict=True)
+        ]
         try:
-            return super().parse_args(ctx, [f"{flag}=" if empty else flag for flag, empty in zip(args, alone, strict=True)])
+            return super().parse_args(
+                ctx,
+                [f"{flag}=" if empty else flag for flag, empty in zip(args, alone, strict=True)],
+            )
         except Exception as error:  # of a class that Typer does not export
             meant = _MEANT.get(getattr(error, "option_name", ""), "")
             if any(meant.partition(" ")[0] in parameter.opts for parameter in self.params):
@@ -130,9 +205,13 @@ class Command(TyperCommand):
             raise
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        panels: dict[str, list[tuple[str, str]]] = {name: [] for name in ("Arguments", "First", *get_args(Panel), "Other")}
+        panels: dict[str, list[tuple[str, str]]] = {
+            name: [] for name in ("Arguments", "First", *get_args(Panel), "Other")
+        }
         first = _FIRST.get(self.name or "", ())
-        for parameter in sorted(self.get_params(ctx), key=lambda each: [*first, each.name].index(each.name)):
+        for parameter in sorted(
+            self.get_params(ctx), key=lambda each: [*first, each.name].index(each.name)
+        ):
             if record := parameter.get_help_record(ctx):
                 panel = getattr(parameter, "rich_help_panel", None) or "Other"
                 panel = "Arguments" if parameter.param_type_name == "argument" else panel
@@ -154,17 +233,25 @@ def _value(group: Any, field: str) -> Any:
 
 
 def _flags(field: str, hint: Any, default: Any) -> Iterator[tuple[str, Any, Any, Panel | None]]:
-    """Yields field, annotation, default and panel of a parameter, or of a group's fields, which hide nested ones."""
+    """Yields field, annotation, default and panel of a parameter, or of a group's fields, which
+    hide nested ones.
+    """
     kind = _group(hint)
     if kind is None:
         yield field, hint, default, None if (flag := flag_of(hint)) is None else flag.panel
         return
-    inner, default = hints_of(kind), kind() if default is None else default
+    inner = hints_of(kind)
+    default = kind() if default is None else default
     panels: dict[str, Panel | None] = {}
     for name, each in inner.items():
         if flag := flag_of(each):
             panels[name] = flag.panel or (list(panels.values())[-1] if panels else None)
-    hidden = {name for note in getattr(hint, "__metadata__", ()) if isinstance(note, Without) for name in note}
+    hidden = {
+        name
+        for note in getattr(hint, "__metadata__", ())
+        if isinstance(note, Without)
+        for name in note
+    }
     for name in {**kind.__annotations__, **inner}:  # a subclass's own fields come first
         if name in panels:
             if name not in hidden:
@@ -179,13 +266,19 @@ def _made(field: str, hint: Any, default: Any, values: Mapping[str, Any]) -> Any
     """The value of a parameter, or the group, from Typer's values."""
     kind = _group(hint)
     if kind is not None:
-        group, inner = kind() if default is None else default, hints_of(kind)
-        named = [name for name in inner if _group(inner[name]) or (name in values and flag_of(inner[name]))]
+        group = kind() if default is None else default
+        inner = hints_of(kind)
+        named = [
+            name
+            for name in inner
+            if _group(inner[name]) or (name in values and flag_of(inner[name]))
+        ]
         made = {name: _made(name, inner[name], _value(group, name), values) for name in named}
         if is_typeddict(kind):
             return {name: value for name, value in made.items() if value is not None}
         return replace(group, **made)
-    value, flag = values[field], flag_of(hint)
+    value = values[field]
+    flag = flag_of(hint)
     if value is None:
         return default
     if flag is not None and flag.reads == "file":
@@ -209,14 +302,18 @@ def _is_list(hint: Any) -> bool:
 def _parameter(field: str, hint: Any, default: Any, panel: Panel | None) -> inspect.Parameter:
     flag = flag_of(hint)
     if flag is None:
-        return inspect.Parameter(field, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+        return inspect.Parameter(
+            field, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint
+        )
     names = (flag.flag or "--" + field.replace("_", "-")).split("/")
     FLAGS[field] = names[0]
     kind: Any = alternatives(hint)[0]
     if flag.repeated:
-        kind, default = list[str], None
+        kind = list[str]
+        default = None
     elif flag.optional or _is_list(hint):
-        kind, default = str, ",".join(map(str, default or ())) or None
+        kind = str
+        default = ",".join(map(str, default or ())) or None
     elif get_origin(kind) in (Literal, dict):
         kind = str
     if flag.optional:
@@ -225,11 +322,15 @@ def _parameter(field: str, hint: Any, default: Any, panel: Panel | None) -> insp
         names = [f"{names[0]}/--no-{names[0][2:]}"] if default is None else names
     shown = f" [default: {flag.default}]" if flag.default and default is None else ""
     choices = needed(hint).partition("one of ")[2]
-    metavar, text = f"<{choices.replace(', ', '|')}{',...' if _is_list(hint) else ''}>", flag.help
+    metavar = f"<{choices.replace(', ', '|')}{',...' if _is_list(hint) else ''}>"
+    text = flag.help
     if flag.optional or flag.repeated or not choices:
         metavar = f"[{flag.optional}]" if flag.optional else "<str>" if flag.repeated else ""
     elif len(metavar) > _WIDEST:
-        metavar, text = "", f"{text.removesuffix('.')}: {choices}."
+        metavar = ""
+        text = f"{text.removesuffix('.')}: {choices}."
     option = typer.Option(*names, help=text + shown, rich_help_panel=panel, metavar=metavar or None)
     annotation: Any = Annotated[kind if default is not None else kind | None, option]
-    return inspect.Parameter(field, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+    return inspect.Parameter(
+        field, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+    )

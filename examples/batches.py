@@ -1,14 +1,17 @@
 """Adaptive drafting against plain decoding, by batch size.
 
-    python examples/batches.py --model MODEL --prompts examples/kinds.jsonl --rows 1,2,4,8,16 --context 0,2000
+    python examples/batches.py --model MODEL --prompts examples/kinds.jsonl --rows 1,2,4,8,16
+    --context 0,2000
 
-Both decode all prompts in batches of --rows, in turns in one process. Outputs must be identical. `--context`: tokens of this
-folder's documents before each prompt. `--through serve`: by the server's scheduler. Run nothing else meanwhile.
+Both decode all prompts in batches of --rows, in turns in one process. Outputs must be identical.
+`--context`: tokens of this folder's documents before each prompt. `--through serve`: by the
+server's scheduler. Run nothing else meanwhile.
 """
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -29,26 +32,46 @@ from layerskip_core.serving import Request, Scheduler, Update
 def main() -> None:
     arguments = parsed()
     torch.set_num_threads(arguments.threads)
-    loaded = for_decoding(arguments.model, "cpu", arguments.dtype, PackingConfig(arguments.quantize, adaptive=True))
+    loaded = for_decoding(
+        arguments.model, "cpu", arguments.dtype, PackingConfig(arguments.quantize, adaptive=True)
+    )
     if arguments.prompts is None:
-        texts = [row.prompt for row in load_examples(DataConfig("commands", "validation", limit=arguments.samples))]
+        texts = [
+            row.prompt
+            for row in load_examples(DataConfig("commands", "validation", limit=arguments.samples))
+        ]
     else:
         texts = read_prompts(arguments.prompts, arguments.samples)
     prompts = [loaded.encode_prompt(text) for text in texts]
     options = {"max_new_tokens": arguments.max_new_tokens}
     configs = {
-        name: resolve({**options, "strategy": name}, loaded.recommended(), loaded.backend.num_layers)
+        name: resolve(
+            {**options, "strategy": name}, loaded.recommended(), loaded.backend.num_layers
+        )
         for name in ("autoregressive", "adaptive")
     }
-    print(f"{loaded.name}: {loaded.backend.implementation}, {loaded.backend.dtype}, {torch.get_num_threads()} threads\n")
-    head("context", "rows", "plain, tokens/s", "adaptive over plain", "lowest", "accepted", "steps by")
+    print(
+        f"{loaded.name}: {loaded.backend.implementation}, {loaded.backend.dtype}, {torch.get_num_threads()} threads\n"
+    )
+    head(
+        "context",
+        "rows",
+        "plain, tokens/s",
+        "adaptive over plain",
+        "lowest",
+        "accepted",
+        "steps by",
+    )
     answer = served if arguments.through == "serve" else generated
     for context in arguments.context:
         before = pieces(loaded.tokenizer, len(prompts), context)
         ids = [[*text, *prompt] for text, prompt in zip(before, prompts, strict=True)]
         for rows in arguments.rows:
             some = ids[: max(rows, arguments.least)]
-            runs = {name: lambda config=config: answer(loaded, config, some, rows) for name, config in configs.items()}  # noqa: B023
+            runs = {
+                name: partial(answer, loaded, config, some, rows)
+                for name, config in configs.items()
+            }
             times, results = in_turns(runs, arguments.repeats)
             (expected, plain), (outputs, stats) = (results[name] for name in configs)
             if outputs != expected:
@@ -58,36 +81,57 @@ def main() -> None:
             steps = sorted(stats.steps_by_drafter.items(), key=lambda item: -item[1])
             by = ", ".join(f"{name} {count}" for name, count in steps)
             ratio = f"{median(seconds) / median(adaptive):.2f}"
-            rate, accepted = f"{plain.new_tokens / median(seconds):.1f}", share(stats.accepted, stats.drafted)
+            rate = f"{plain.new_tokens / median(seconds):.1f}"
+            accepted = share(stats.accepted, stats.drafted)
             line(context, rows, rate, ratio, f"{lowest:.2f}", accepted, by)
 
 
 def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True)
-    parser.add_argument("--prompts", help="a .jsonl file (default: validation rows of the embedded `commands`)")
+    parser.add_argument(
+        "--prompts", help="a .jsonl file (default: validation rows of the embedded `commands`)"
+    )
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--quantize", choices=("int8", "int4"))
-    parser.add_argument("--rows", type=lambda text: parse_counts(text, "rows"), default=(1, 2, 4, 8, 16))
-    parser.add_argument("--context", type=lambda text: tuple(map(int, text.split(","))), default=(0,))
-    for flag, default in (("samples", 16), ("max-new-tokens", 128), ("repeats", 3), ("threads", torch.get_num_threads())):
+    parser.add_argument(
+        "--rows", type=lambda text: parse_counts(text, "rows"), default=(1, 2, 4, 8, 16)
+    )
+    parser.add_argument(
+        "--context", type=lambda text: tuple(map(int, text.split(","))), default=(0,)
+    )
+    for flag, default in (
+        ("samples", 16),
+        ("max-new-tokens", 128),
+        ("repeats", 3),
+        ("threads", torch.get_num_threads()),
+    ):
         parser.add_argument(f"--{flag}", type=int, default=default)
     parser.add_argument("--least", type=int, default=8, help="least prompts per measurement")
     parser.add_argument("--through", choices=("generate", "serve"), default="generate")
     return parser.parse_args()
 
 
-def generated(loaded: Decoder, config: DecodingConfig, prompts: Sequence[list[int]], rows: int) -> tuple[Any, DecodeStats]:
-    outputs, stats = list[list[int]](), DecodeStats()
+def generated(
+    loaded: Decoder, config: DecodingConfig, prompts: Sequence[list[int]], rows: int
+) -> tuple[Any, DecodeStats]:
+    outputs = list[list[int]]()
+    stats = DecodeStats()
     for start in range(0, len(prompts), rows):
-        batch = decode_batch(loaded.backend, prompts[start : start + rows], config, loaded.eos_ids, loaded.detokenize)
+        batch = decode_batch(
+            loaded.backend, prompts[start : start + rows], config, loaded.eos_ids, loaded.detokenize
+        )
         for answer in sorted(batch, key=lambda answer: answer.row):
             outputs.append(list(answer.ids))
             stats += answer.stats
     return outputs, stats
 
 
-def served(loaded: Decoder, config: DecodingConfig, prompts: Sequence[list[int]], rows: int) -> tuple[Any, DecodeStats]:
+def served(
+    loaded: Decoder, config: DecodingConfig, prompts: Sequence[list[int]], rows: int
+) -> tuple[Any, DecodeStats]:
     texts = [""] * len(prompts)
 
     def receiver(place: int) -> Callable[[Update], None]:
@@ -97,7 +141,9 @@ def served(loaded: Decoder, config: DecodingConfig, prompts: Sequence[list[int]]
         return deliver
 
     scheduler = Scheduler(loaded, rows)
-    requests = [Request(ids, config, receiver(place), streams=False) for place, ids in enumerate(prompts)]
+    requests = [
+        Request(ids, config, receiver(place), streams=False) for place, ids in enumerate(prompts)
+    ]
     for request in requests:
         scheduler.add(request)
     while scheduler.held:

@@ -1,13 +1,16 @@
-"""Times passes of a model on this machine, in turns in one process, relative to the first pass of each part.
+"""Times passes of a model on this machine, in turns in one process, relative to the first pass of
+each part.
 
-    python examples/decoder_speed.py PART... [--model FOLDER] [--threads N] [--exit E] [--quantize int8|int4]
+    python examples/decoder_speed.py PART... [--model FOLDER] [--threads N] [--exit E] [--quantize
+    int8|int4]
 
     rows      all layers and the head over several tokens: the model's weights, and low-bit copies
     rounds    one drafted token at --exit, by the model's own layers and by an int4 copy
     context   one token after 2,048 tokens of context, relative to 128
     prefill   the first token of prompts of 128, 512 and 2,048 tokens, against transformers' generate
 
-Medians of --repeats runs. Tokens are random. Whole answers are measured by `layerskip bench`. Run nothing else meanwhile.
+Medians of --repeats runs. Tokens are random. Whole answers are measured by `layerskip bench`. Run
+nothing else meanwhile.
 """
 
 import argparse
@@ -38,57 +41,93 @@ def random_ids(count: int) -> Tensor:
 
 def filled_cache(backend: Any, context: int) -> Any:
     cache = backend.new_cache()
-    backend.run_layers(backend.embed(random_ids(context)), 0, backend.num_layers, cache.span(0, context))
+    backend.run_layers(
+        backend.embed(random_ids(context)), 0, backend.num_layers, cache.span(0, context)
+    )
     return cache
 
 
-def one_pass(side: Any, cache: Any, count: int, context: int, layers: int | None = None) -> Callable[[], Tensor]:
-    """Runs `count` tokens after the context through the layers of a model or a draft side and its head, and chooses a token."""
+def one_pass(
+    side: Any, cache: Any, count: int, context: int, layers: int | None = None
+) -> Callable[[], Tensor]:
+    """Runs `count` tokens after the context through the layers of a model or a draft side and its
+    head, and chooses a token.
+    """
     chain, whole = (side.layers, side.whole) if isinstance(side, DraftSide) else (side, side)
-    places, ids = cache.span(context, context + count), random_ids(count)
-    return lambda: most_probable(whole.unembed(chain.run_layers(chain.embed(ids), 0, layers or side.num_layers, places)))
+    places = cache.span(context, context + count)
+    ids = random_ids(count)
+    return lambda: most_probable(
+        whole.unembed(chain.run_layers(chain.embed(ids), 0, layers or side.num_layers, places))
+    )
 
 
 def rows(arguments: argparse.Namespace) -> Runs:
     copies = ("int8", "int4") if arguments.quantize is None else ()
     backend = load(arguments, draft_weights=copies).backend
     cache = filled_cache(backend, 64)
-    sides = {"own weights": backend, **{name: side for name, side in backend.draft_sides.items() if name}}
-    return {f"{name}, {count} rows": one_pass(side, cache, count, 64) for name, side in sides.items() for count in ROWS}
+    sides = {
+        "own weights": backend,
+        **{name: side for name, side in backend.draft_sides.items() if name},
+    }
+    return {
+        f"{name}, {count} rows": one_pass(side, cache, count, 64)
+        for name, side in sides.items()
+        for count in ROWS
+    }
 
 
 def rounds(arguments: argparse.Namespace) -> Runs:
     backend = load(arguments, draft_weights=("int4",), draft_layers=arguments.exit).backend
-    cache, sides = filled_cache(backend, 128), {"own weights": backend, "int4": backend.draft_sides["int4"]}
-    drafts = {f"a draft, {name}": one_pass(side, cache, 1, 128, arguments.exit) for name, side in sides.items()}
+    cache = filled_cache(backend, 128)
+    sides = {"own weights": backend, "int4": backend.draft_sides["int4"]}
+    drafts = {
+        f"a draft, {name}": one_pass(side, cache, 1, 128, arguments.exit)
+        for name, side in sides.items()
+    }
     return {"one pass": one_pass(backend, cache, 1, 128), **drafts}
 
 
 def context(arguments: argparse.Namespace) -> Runs:
     backend = load(arguments).backend
     lengths = (128, min(2048, backend.spec.context - 1))
-    return {f"after {length:,}": one_pass(backend, filled_cache(backend, length), 1, length) for length in lengths}
+    return {
+        f"after {length:,}": one_pass(backend, filled_cache(backend, length), 1, length)
+        for length in lengths
+    }
 
 
 def prefill(arguments: argparse.Namespace) -> Runs:
-    loaded, model = load(arguments), for_training(arguments.model, "cpu", arguments.dtype).model
-    one, runs = DecodingConfig("autoregressive", max_new_tokens=1), Runs()
+    loaded = load(arguments)
+    model = for_training(arguments.model, "cpu", arguments.dtype).model
+    one = DecodingConfig("autoregressive", max_new_tokens=1)
+    runs = Runs()
     for length in (length for length in PROMPTS if length < loaded.backend.spec.context):
         ids = random_ids(length)
-        runs[f"{length:,} tokens"] = lambda ids=ids: list(decode(loaded.backend, ids.tolist(), one, frozenset()))
-        given = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None]), "max_new_tokens": 1, "do_sample": False}
+        runs[f"{length:,} tokens"] = lambda ids=ids: list(
+            decode(loaded.backend, ids.tolist(), one, frozenset())
+        )
+        given = {
+            "input_ids": ids[None],
+            "attention_mask": torch.ones_like(ids[None]),
+            "max_new_tokens": 1,
+            "do_sample": False,
+        }
         runs[f"{length:,} tokens, transformers"] = lambda given=given: model.generate(**given)
     return runs
 
 
 def load(arguments: argparse.Namespace, **packing: Any) -> Any:
-    return for_decoding(arguments.model, "cpu", arguments.dtype, PackingConfig(arguments.quantize, **packing))
+    return for_decoding(
+        arguments.model, "cpu", arguments.dtype, PackingConfig(arguments.quantize, **packing)
+    )
 
 
 @torch.inference_mode()
 def main() -> None:
     parts = {"rows": rows, "rounds": rounds, "context": context, "prefill": prefill}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("parts", nargs="+", choices=list(parts), metavar="PART")
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--dtype", default="auto")
@@ -98,7 +137,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     loaded = load(arguments)
-    print(f"{loaded.name}: {loaded.backend.implementation}, {loaded.backend.dtype}, {torch.get_num_threads()} threads\n")
+    print(
+        f"{loaded.name}: {loaded.backend.implementation}, {loaded.backend.dtype}, {torch.get_num_threads()} threads\n"
+    )
     head("part", "", "ms", "relative to the first")
     for part in arguments.parts:
         times, _ = in_turns(parts[part](arguments), arguments.repeats)

@@ -1,12 +1,16 @@
-"""Time to the first token and peak memory of a model packed at load, and of one that `layerskip export --format packed` wrote.
+"""Time to the first token and peak memory of a model packed at load, and of one that `layerskip
+export --format packed` wrote.
 
-    python examples/first_token.py make FOLDER [--hidden 2048 --inner 8192 --layers 16 --heads 32 --kv-heads 8 --vocab 49152]
+    python examples/first_token.py make FOLDER [--hidden 2048 --inner 8192 --layers 16 --heads 32
+    --kv-heads 8 --vocab 49152]
                                                [--type llama --values JSON]
-    python examples/first_token.py measure MODEL... [--settings bf16,int8,int4] [--repeats N] [--tokens N] [--cold]
+    python examples/first_token.py measure MODEL... [--settings bf16,int8,int4] [--repeats N]
+    [--tokens N] [--cold]
 
-`make` writes random bf16 weights (by default a Llama of 1.07B, with a tied head) and the embedded tokenizer. `--values` are
-further values of config.json, such as experts'. `measure` decodes in a fresh process for each run and prints medians; times
-count from the end of the imports. `--cold` drops the model's files from the page cache before each run.
+`make` writes random bf16 weights (by default a Llama of 1.07B, with a tied head) and the embedded
+tokenizer. `--values` are further values of config.json, such as experts'. `measure` decodes in a
+fresh process for each run and prints medians; times count from the end of the imports. `--cold`
+drops the model's files from the page cache before each run.
 """
 
 import argparse
@@ -35,7 +39,8 @@ def make(arguments: argparse.Namespace) -> None:
     from layerskip_core.checkpoint.locate import locate
     from layerskip_core.model import ModelSpec
 
-    folder, source = Path(arguments.folder), Path(locate("embedded").path)
+    folder = Path(arguments.folder)
+    source = Path(locate("embedded").path)
     folder.mkdir(parents=True)
     config = AutoConfig.for_model(
         arguments.type, vocab_size=arguments.vocab, hidden_size=arguments.hidden, intermediate_size=arguments.inner,
@@ -45,9 +50,13 @@ def make(arguments: argparse.Namespace) -> None:
     config.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(source / name, folder / name)
-    spec, generator, parts = ModelSpec.of(config), torch.Generator().manual_seed(0), dict[str, list[str]]()
+    spec = ModelSpec.of(config)
+    generator = torch.Generator().manual_seed(0)
+    parts = dict[str, list[str]]()
     for name in spec.shapes:
-        parts.setdefault(name.split(".")[2] if name.startswith("model.layers.") else name, []).append(name)
+        parts.setdefault(
+            name.split(".")[2] if name.startswith("model.layers.") else name, []
+        ).append(name)
     index: dict[str, str] = {}
     for number, names in enumerate(parts.values(), 1):
         weights = {name: torch.ones(spec.shapes[name], dtype=torch.bfloat16) for name in names}
@@ -68,12 +77,17 @@ def once(arguments: argparse.Namespace) -> None:
     from layerskip_core.config.model import PackingConfig
     from layerskip_core.decoding import decode
 
-    imported, started = memory("VmRSS"), time.perf_counter()
+    imported = memory("VmRSS")
+    started = time.perf_counter()
     quantize = arguments.setting if arguments.setting in ("int8", "int4") else None
     loaded = for_decoding(arguments.model, "cpu", "auto", PackingConfig(quantize))
-    ready, config = time.perf_counter(), DecodingConfig("autoregressive", max_new_tokens=arguments.tokens)
-    times = [time.perf_counter() for _ in decode(loaded.backend, [1, 5, 9, 33], config, frozenset())]
-    steps, peak = [1000 * (after - before) for before, after in pairwise(times)] or [0.0], memory("VmHWM")
+    ready = time.perf_counter()
+    config = DecodingConfig("autoregressive", max_new_tokens=arguments.tokens)
+    times = [
+        time.perf_counter() for _ in decode(loaded.backend, [1, 5, 9, 33], config, frozenset())
+    ]
+    steps = [1000 * (after - before) for before, after in pairwise(times)] or [0.0]
+    peak = memory("VmHWM")
     print(json.dumps([ready - started, times[0] - started, peak, peak - imported, median(steps)]))
 
 
@@ -92,7 +106,15 @@ def drop_from_cache(model: str) -> None:
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    head("model", "weights", "load, s", "first token, s", "peak memory, MB", "above imports, MB", "a further token, ms")
+    head(
+        "model",
+        "weights",
+        "load, s",
+        "first token, s",
+        "peak memory, MB",
+        "above imports, MB",
+        "a further token, ms",
+    )
     for model in arguments.models:
         packed = (Path(model) / "packed.safetensors").exists()
         for setting in ("packed",) if packed else arguments.settings.split(","):
@@ -100,14 +122,38 @@ def measure(arguments: argparse.Namespace) -> None:
             for _ in range(arguments.repeats):
                 if arguments.cold:
                     drop_from_cache(model)
-                command = [sys.executable, __file__, "once", model, setting, "--tokens", str(arguments.tokens)]
-                runs.append(json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout))
+                command = [
+                    sys.executable,
+                    __file__,
+                    "once",
+                    model,
+                    setting,
+                    "--tokens",
+                    str(arguments.tokens),
+                ]
+                runs.append(
+                    json.loads(
+                        subprocess.run(
+                            command, stdout=subprocess.PIPE, text=True, check=True
+                        ).stdout
+                    )
+                )
             load, first, peak, above, step = map(median, zip(*runs, strict=True))
-            line(Path(model).name, setting, f"{load:.2f}", f"{first:.2f}", f"{peak:,.0f}", f"{above:,.0f}", f"{step:.1f}")
+            line(
+                Path(model).name,
+                setting,
+                f"{load:.2f}",
+                f"{first:.2f}",
+                f"{peak:,.0f}",
+                f"{above:,.0f}",
+                f"{step:.1f}",
+            )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     ways = parser.add_subparsers(dest="way", required=True)
     maker, measurer, one = (ways.add_parser(way) for way in ("make", "measure", "once"))
     maker.add_argument("folder")
@@ -115,7 +161,9 @@ def main() -> None:
         maker.add_argument(f"--{name}", type=int, default=size)
     maker.add_argument("--type", default="llama", help="model_type of transformers")
     maker.add_argument("--values", default="{}", metavar="JSON")
-    maker.add_argument("--untied", action="store_true", help="a head that is not tied to the embedding")
+    maker.add_argument(
+        "--untied", action="store_true", help="a head that is not tied to the embedding"
+    )
     measurer.add_argument("models", nargs="+")
     measurer.add_argument("--settings", default="bf16,int8,int4")
     measurer.add_argument("--repeats", type=int, default=3)

@@ -1,6 +1,8 @@
-"""Scores, log-likelihoods and seconds of lm-eval's model type `hf` beside those of `layerskip`, on the same requests.
+"""Scores, log-likelihoods and seconds of lm-eval's model type `hf` beside those of `layerskip`, on
+the same requests.
 
-    python examples/lm_eval_agreement.py TASK_FOLDER LIMIT layerskip:MODEL:DTYPE[:EXIT] hf:FOLDER:DTYPE ...
+    python examples/lm_eval_agreement.py TASK_FOLDER LIMIT layerskip:MODEL:DTYPE[:EXIT]
+    hf:FOLDER:DTYPE ...
 
 The first model is the reference. Loading is not timed.
 """
@@ -29,7 +31,9 @@ class Timed:
     """Wraps a model and times its calls by kind of request."""
 
     def __init__(self, model: Any) -> None:
-        self._model, self.seconds, self.responses = model, dict[str, float](), dict[str, list[Any]]()
+        self._model = model
+        self.seconds = dict[str, float]()
+        self.responses = dict[str, list[Any]]()
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._model, name)
@@ -49,9 +53,13 @@ def run(spec: str, folder: str, limit: int) -> tuple[Timed, dict[str, float]]:
     kind, model, dtype, *rest = spec.split(":")
     arguments = {"pretrained": model, "dtype": {"fp32": "float32", "bf16": "bfloat16"}[dtype]}
     arguments |= {"exit": int(rest[0])} if rest else {}
-    timed = Timed(get_model(kind).create_from_arg_obj(arguments, {"batch_size": BATCH, "device": "cpu"}))
+    timed = Timed(
+        get_model(kind).create_from_arg_obj(arguments, {"batch_size": BATCH, "device": "cpu"})
+    )
     tasks = TaskManager(include_path=folder, include_defaults=False).load(TASKS)
-    found = evaluate(timed, tasks, limit=limit or None, bootstrap_iters=0, log_samples=False)["results"]
+    found = evaluate(timed, tasks, limit=limit or None, bootstrap_iters=0, log_samples=False)[
+        "results"
+    ]
     return timed, {
         f"{task} {key.removesuffix(',none')}": value
         for task, values in found.items()
@@ -72,9 +80,12 @@ def main(folder: str, limit: str, *specs: str) -> None:
     choices, answers, texts = (runs[0][0].responses[kind] for kind in KINDS)
     for spec, (other, _) in zip(specs[1:], runs[1:], strict=True):
         pairs = list(zip(choices, other.responses[KINDS[0]], strict=True))
-        gap, verdicts = max(abs(a[0] - b[0]) for a, b in pairs), sum(a[1] == b[1] for a, b in pairs)
+        gap = max(abs(a[0] - b[0]) for a, b in pairs)
+        verdicts = sum(a[1] == b[1] for a, b in pairs)
         same = sum(a == b for a, b in zip(answers, other.responses[KINDS[1]], strict=True))
-        relative = max(abs(a / b - 1) for a, b in zip(texts, other.responses[KINDS[2]], strict=True))
+        relative = max(
+            abs(a / b - 1) for a, b in zip(texts, other.responses[KINDS[2]], strict=True)
+        )
         print(
             f"\n{spec} against {specs[0]}: largest gap of {len(pairs)} log-likelihoods {gap:.2g} nats, same greedy verdict "
             f"{verdicts} of {len(pairs)}; same answer {same} of {len(answers)}; largest relative gap of {len(texts)} texts "

@@ -2,8 +2,8 @@
 
     python examples/lm_eval_tasks.py FOLDER
 
-`facts_choice` (240 rows, multiple choice of four), `facts_answer` (240, generated answers, exact match), `facts_text` (120,
-perplexity).
+`facts_choice` (240 rows, multiple choice of four), `facts_answer` (240, generated answers, exact
+match), `facts_text` (120, perplexity).
 """
 
 import json
@@ -29,11 +29,27 @@ KINDS = (
     "juice beer; metal: iron gold silver copper tin lead; body part: hand foot knee nose ear arm; instrument: piano guitar "
     "violin drum flute trumpet; clothing: shirt coat hat glove sock scarf"
 )
-NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+NUMBERS = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+]
 
 
 def mean_of(*metrics: str) -> list[dict[str, object]]:
-    return [{"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in metrics]
+    return [
+        {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in metrics
+    ]
 
 
 CHOICE = {
@@ -52,7 +68,11 @@ TEXT = {
 }  # fmt: skip
 
 
-TASKS = {"facts_choice": ("facts", CHOICE), "facts_answer": ("facts", ANSWER), "facts_text": ("texts", TEXT)}
+TASKS = {
+    "facts_choice": ("facts", CHOICE),
+    "facts_answer": ("facts", ANSWER),
+    "facts_text": ("texts", TEXT),
+}
 
 
 def facts(draw: random.Random) -> list[dict[str, object]]:
@@ -67,11 +87,19 @@ def facts(draw: random.Random) -> list[dict[str, object]]:
     ):
         for first, second in pairs:
             others = [other for _, other in pairs if other != second]
-            asked += [(form.format(shown.format(first)), second, draw.sample(others, 3)) for form in forms]
+            asked += [
+                (form.format(shown.format(first)), second, draw.sample(others, 3)) for form in forms
+            ]
     for kind, members in kinds.items():
         others = [other for other in kinds if other != kind]
         for word in members:
-            asked.append((f"Q: Is {word} a fruit, an animal, a tool or what?\nA: It is a", kind, draw.sample(others, 3)))
+            asked.append(
+                (
+                    f"Q: Is {word} a fruit, an animal, a tool or what?\nA: It is a",
+                    kind,
+                    draw.sample(others, 3),
+                )
+            )
     for first in range(1, 7):
         for second in range(1, 7):
             total = NUMBERS[first + second]
@@ -81,7 +109,9 @@ def facts(draw: random.Random) -> list[dict[str, object]]:
         wrong = draw.sample([number for number in NUMBERS if number not in (before, after)], 3)
         asked += [(f"When you count, the number after {before} is", after, wrong)]
         asked += [(f"When you count down, the number after {after} is", before, wrong)]
-    return [_row(draw, question, answer, wrong) for question, answer, wrong in draw.sample(asked, 240)]
+    return [
+        _row(draw, question, answer, wrong) for question, answer, wrong in draw.sample(asked, 240)
+    ]
 
 
 def texts(draw: random.Random) -> list[dict[str, object]]:
@@ -92,18 +122,31 @@ def texts(draw: random.Random) -> list[dict[str, object]]:
 
 def _row(draw: random.Random, question: str, answer: str, wrong: list[str]) -> dict[str, object]:
     choices = draw.sample([answer, *wrong], 4)
-    return {"question": question, "answer": answer, "choices": choices, "label": choices.index(answer)}
+    return {
+        "question": question,
+        "answer": answer,
+        "choices": choices,
+        "label": choices.index(answer),
+    }
 
 
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     draw = random.Random(0)
     for name, rows in {"facts": facts(draw), "texts": texts(draw)}.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+        )
     for name, (rows, task) in TASKS.items():
         files = {"data_files": {"test": str((folder / f"{rows}.jsonl").resolve())}}
-        where = {"task": name, "dataset_path": "json", "dataset_kwargs": files, "test_split": "test"}
-        (folder / f"{name}.yaml").write_text(json.dumps({**where, **task}), encoding="utf-8")  # JSON is YAML
+        where = {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_kwargs": files,
+            "test_split": "test",
+        }
+        # JSON is YAML
+        (folder / f"{name}.yaml").write_text(json.dumps({**where, **task}), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Shared by the scripts here: runs in turns, prompts, tables in Markdown, a server under load. Needs openai at most."""
+"""Shared by the scripts here: runs in turns, prompts, tables in Markdown, a server under load.
+Needs openai at most.
+"""
 
 import asyncio
 import json
@@ -14,9 +16,14 @@ from typing import Any, NamedTuple
 from urllib.request import urlopen
 
 
-def in_turns(runs: Mapping[str, Callable[[], Any]], repeats: int) -> tuple[dict[str, list[float]], dict[str, Any]]:
-    """Seconds of each run by repeat, and its last result. A first turn warms up; each turn begins with another run."""
-    names, results = list(runs), dict[str, Any]()
+def in_turns(
+    runs: Mapping[str, Callable[[], Any]], repeats: int
+) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """Seconds of each run by repeat, and its last result. A first turn warms up; each turn begins
+    with another run.
+    """
+    names = list(runs)
+    results = dict[str, Any]()
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(repeats + 1):
         begin = turn % len(names)
@@ -30,12 +37,17 @@ def in_turns(runs: Mapping[str, Callable[[], Any]], repeats: int) -> tuple[dict[
 
 def read_prompts(file: str, most: int | None = None) -> list[str]:
     """The `prompt` of the first rows of a .jsonl file."""
-    return [json.loads(line)["prompt"] for line in Path(file).read_text(encoding="utf-8").splitlines()[:most]]
+    return [
+        json.loads(line)["prompt"]
+        for line in Path(file).read_text(encoding="utf-8").splitlines()[:most]
+    ]
 
 
 def pieces(tokenizer: Any, count: int, tokens: int) -> list[list[int]]:
     """`count` different token sequences of this length, from this folder's documents."""
-    text = "\n".join(path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.rglob("*.md")))
+    text = "\n".join(
+        path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.rglob("*.md"))
+    )
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     step = (len(ids) - tokens) // count
     return [ids[step * number : step * number + tokens] for number in range(count)]
@@ -88,8 +100,12 @@ class Stream(NamedTuple):
     longest: float  # seconds between two later chunks, at most
 
 
-def streams(url: str, model: str, prompts: Sequence[str | list[int]], at_once: int, limits: Sequence[int]) -> list[Stream]:
-    """Greedy answers of a server to all prompts, `at_once` of them in flight; `limits`: most tokens of each."""
+def streams(
+    url: str, model: str, prompts: Sequence[str | list[int]], at_once: int, limits: Sequence[int]
+) -> list[Stream]:
+    """Greedy answers of a server to all prompts, `at_once` of them in flight; `limits`: most tokens
+    of each.
+    """
     from openai import AsyncOpenAI
 
     async def ask() -> list[Stream]:
@@ -97,10 +113,17 @@ def streams(url: str, model: str, prompts: Sequence[str | list[int]], at_once: i
         async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=600) as client:
 
             async def one(prompt: Any, limit: int) -> Stream:
-                options: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}, "temperature": 0}
+                options: dict[str, Any] = {
+                    "stream": True,
+                    "stream_options": {"include_usage": True},
+                    "temperature": 0,
+                }
                 async with free:
-                    times, texts = [time.perf_counter()], list[str]()
-                    async for chunk in await client.completions.create(model=model, prompt=prompt, max_tokens=limit, **options):
+                    times = [time.perf_counter()]
+                    texts = list[str]()
+                    async for chunk in await client.completions.create(
+                        model=model, prompt=prompt, max_tokens=limit, **options
+                    ):
                         if chunk.choices:
                             times.append(time.perf_counter())
                         texts += [choice.text for choice in chunk.choices]

@@ -1,4 +1,5 @@
-"""LayerSkip: train early exits into a causal language model, and decode with them by self-speculation.
+"""LayerSkip: train early exits into a causal language model, and decode with them by
+self-speculation.
 
     from layerskip_core import load
 
@@ -24,5 +25,9 @@ __all__ = ["Answer", "Dialogue", "LanguageModel", "TextStream", "load"]
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = {"Answer": "decoding", "Dialogue": "decoding.dialogue", "TextStream": "decoding.dialogue"}
+    module = {
+        "Answer": "decoding",
+        "Dialogue": "decoding.dialogue",
+        "TextStream": "decoding.dialogue",
+    }
     return getattr(import_module(f".{module.get(name, 'language_model')}", __name__), name)

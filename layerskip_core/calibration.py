@@ -1,12 +1,13 @@
 """Better int4 weights from texts that the model itself wrote, kept beside the model or in a cache.
 
-A model's own text has the distribution that it decodes in, and needs no data (LLM-QAT, Liu et al., 2023). Every second text
-begins with what the prompt template puts before a prompt, so that the model writes the prompt, too (Magpie, Xu et al., 2024),
-the others with a random token.
+A model's own text has the distribution that it decodes in, and needs no data (LLM-QAT, Liu et al.,
+2023). Every second text begins with what the prompt template puts before a prompt, so that the
+model writes the prompt, too (Magpie, Xu et al., 2024), the others with a random token.
 
-Layers are quantised in order, each on the outputs of the quantised layers before it. GPTQ (Frantar et al., ICLR 2023) rounds a
-weight input by input, and corrects the weights of later inputs for each error. The error of a weight W (out, in) is the sum
-over inputs x of |(W - W4) x|^2, which is the trace of (W - W4) H (W - W4)^T with H = sum x x^T.
+Layers are quantised in order, each on the outputs of the quantised layers before it. GPTQ (Frantar
+et al., ICLR 2023) rounds a weight input by input, and corrects the weights of later inputs for each
+error. The error of a weight W (out, in) is the sum over inputs x of |(W - W4) x|^2, which is the
+trace of (W - W4) H (W - W4)^T with H = sum x x^T.
 """
 
 import os
@@ -24,7 +25,14 @@ from .checkpoint.loaded import Decoder
 from .checkpoint.locate import own_folder, reading
 from .checkpoint.open import for_decoding, for_training
 from .checkpoint.save import refuse_sidecar, save_sidecar
-from .checkpoint.sidecars import cache_folder, cached_int4, fingerprint, int4_content, keep_in_cache, matrix_names
+from .checkpoint.sidecars import (
+    cache_folder,
+    cached_int4,
+    fingerprint,
+    int4_content,
+    keep_in_cache,
+    matrix_names,
+)
 from .config.decoding import DecodingConfig
 from .config.model import CalibrationConfig
 from .decoding import decode_batch
@@ -43,22 +51,27 @@ Report = Callable[..., None]  # gets (stage, total, done)
 
 
 def output_folder(config: CalibrationConfig) -> str:
-    """The model's folder if it can be written, else that of the cache. Raises CheckpointError for a model that is not there."""
+    """The model's folder if it can be written, else that of the cache. Raises CheckpointError for a
+    model that is not there.
+    """
     own = own_folder(config.model)
     return own if own is not None and os.access(own, os.W_OK) else str(cache_folder())
 
 
 def calibrate(config: CalibrationConfig, report: Report = lambda *_: None) -> str:
-    """Writes int4 weights to `output_folder`, whose lock the caller holds, and returns the file's path.
+    """Writes int4 weights to `output_folder`, whose lock the caller holds, and returns the file's
+    path.
 
-    Nothing is written before the end. The same settings give the same weights on one machine. The file records the acceptance
-    rate of drafts by these weights: how often they choose the tokens of the model's greedy answers to held-out texts.
+    Nothing is written before the end. The same settings give the same weights on one machine. The
+    file records the acceptance rate of drafts by these weights: how often they choose the tokens of
+    the model's greedy answers to held-out texts.
 
     Raises:
-        CheckpointError: the model cannot be read, or the folder not be written.
-        ConfigError: the folder has a file of this name that is not the model's, or the model has no int4 kernels.
+        CheckpointError: the model cannot be read, or the folder not be written. ConfigError: the
+        folder has a file of this name that is not the model's, or the model has no int4 kernels.
     """
-    folder, own = output_folder(config), own_folder(config.model)
+    folder = output_folder(config)
+    own = own_folder(config.model)
     if own is not None:
         reading(own, lambda: refuse_packed(own))  # before the slow part
     if folder == own:
@@ -69,7 +82,12 @@ def calibrate(config: CalibrationConfig, report: Report = lambda *_: None) -> st
     weights = quantize(backend, texts, partial(report, "layers", backend.num_layers + 1))
     chosen = choices(backend, torch.cat([others, answers[:, :-1]], dim=1))[:, others.shape[1] - 1 :]
     agreement = (chosen == answers).double().mean().item()
-    details = {"texts": len(texts), "seed": config.seed, "agreement": agreement, "torch": torch.__version__}
+    details = {
+        "texts": len(texts),
+        "seed": config.seed,
+        "agreement": agreement,
+        "torch": torch.__version__,
+    }
     rows = {name: stored(weights[name]) for name in matrix_names(backend.own_spec)}
     content = int4_content(rows, made_from, {name: str(value) for name, value in details.items()})
     if folder == own:
@@ -87,42 +105,68 @@ def choices(backend: TransformersBackend, texts: Tensor) -> Tensor:
 
 
 def _texts(config: CalibrationConfig, report: Report) -> tuple[Tensor, Tensor, Tensor]:
-    """(texts (N, T), halves of held-out texts, greedy answers to these). Raises ConfigError without an int4 kernel for it."""
+    """(texts (N, T), halves of held-out texts, greedy answers to these). Raises ConfigError without
+    an int4 kernel for it.
+    """
     decoder = for_decoding(config.model, "cpu")
     spec = decoder.backend.spec
     if (missing := missing_feature(spec, native=True)) or not isinstance(spec, ModelSpec):
-        raise ConfigError(f"int4 weights need a `model` that can be repacked, got {spec.model_type} with {missing}")
+        raise ConfigError(
+            f"int4 weights need a `model` that can be repacked, got {spec.model_type} with {missing}"
+        )
     if spec.experts is not None:
         raise ConfigError(f"calibration needs a `model` without experts, got {spec.model_type}")
     if spec.sizes:
-        raise ConfigError(f"calibration needs a `model` whose layers share no keys, got {spec.model_type}")
+        raise ConfigError(
+            f"calibration needs a `model` whose layers share no keys, got {spec.model_type}"
+        )
     if spec.architecture.transposed:
-        raise ConfigError(f"calibration needs a `model` that stores weights by outputs, got {spec.model_type}")
+        raise ConfigError(
+            f"calibration needs a `model` that stores weights by outputs, got {spec.model_type}"
+        )
     for name in matrix_names(spec):
         width = spec.shapes[name][1]
-        require(width % GROUP_SIZE == 0, "model", f"one whose layer widths {GROUP_SIZE} divides", f"{width} in {name}")
+        require(
+            width % GROUP_SIZE == 0,
+            "model",
+            f"one whose layer widths {GROUP_SIZE} divides",
+            f"{width} in {name}",
+        )
     count = _HELD_OUT + config.samples
-    texts = written_texts(decoder, count, min(_LENGTH, spec.context), config.seed, partial(report, "texts", count))
+    texts = written_texts(
+        decoder, count, min(_LENGTH, spec.context), config.seed, partial(report, "texts", count)
+    )
     others = texts[:_HELD_OUT, : texts.shape[1] // 2]
     greedy = DecodingConfig("autoregressive", max_new_tokens=texts.shape[1] - others.shape[1])
     return texts[_HELD_OUT:], others, torch.tensor(_answers(decoder, others.tolist(), greedy))
 
 
 def _answers(
-    decoder: Decoder, prompts: list[list[int]], config: DecodingConfig, seeds: list[int] | None = None
+    decoder: Decoder,
+    prompts: list[list[int]],
+    config: DecodingConfig,
+    seeds: list[int] | None = None,
 ) -> list[list[int]]:
     answers = decode_batch(decoder.backend, prompts, config, seeds=seeds)
     return [answer.ids for answer in sorted(answers, key=lambda answer: answer.row)]
 
 
-def written_texts(decoder: Decoder, count: int, length: int, seed: int, report: Callable[[int], None]) -> Tensor:
+def written_texts(
+    decoder: Decoder, count: int, length: int, seed: int, report: Callable[[int], None]
+) -> Tensor:
     """(count, at most `length`) tokens, sampled at temperature 1. Texts run past EOS."""
-    draw, start = Random(seed), decoder.prompt_start()[: length - 1]
-    config = DecodingConfig("autoregressive", max_new_tokens=length - max(len(start), 1), temperature=1.0)
+    draw = Random(seed)
+    start = decoder.prompt_start()[: length - 1]
+    config = DecodingConfig(
+        "autoregressive", max_new_tokens=length - max(len(start), 1), temperature=1.0
+    )
     texts: list[list[int]] = []
     while len(texts) < count:
         places = range(len(texts), min(len(texts) + _ROWS, count))
-        prompts = [start if start and place % 2 else [draw.randrange(decoder.backend.spec.vocab)] for place in places]
+        prompts = [
+            start if start and place % 2 else [draw.randrange(decoder.backend.spec.vocab)]
+            for place in places
+        ]
         seeds = [draw.randrange(2**32) for _ in prompts]
         answers = _answers(decoder, prompts, config, seeds)
         texts += [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
@@ -137,32 +181,42 @@ def nearest(weights: Tensor, scale: Tensor, low: Tensor) -> Tensor:
 def fitted(group: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
     """(scale, lowest value), each (out,), of weights (in group, out), near the least squared error.
 
-    From the whole range on, alternates rounding to levels with regression on these. `importance` (in group,) weighs the errors.
+    From the whole range on, alternates rounding to levels with regression on these. `importance`
+    (in group,) weighs the errors.
     """
     low, high = group.aminmax(dim=0)
-    scale, share = ((high - low) / (LEVELS - 1)).clamp_min_(_TINY), importance / importance.sum()
+    scale = ((high - low) / (LEVELS - 1)).clamp_min_(_TINY)
+    share = importance / importance.sum()
     for _ in range(_FITS):
         levels = nearest(group, scale, low)
-        middle, mean = share @ levels, share @ group
+        middle = share @ levels
+        mean = share @ group
         centred = levels.sub_(middle)
-        scale = ((share @ (centred * (group - mean))) / (share @ centred.square()).clamp_min_(_TINY)).clamp_min_(_TINY)
+        scale = (
+            (share @ (centred * (group - mean))) / (share @ centred.square()).clamp_min_(_TINY)
+        ).clamp_min_(_TINY)
         low = mean - scale * middle
     return scale.bfloat16().float(), low.bfloat16().float()
 
 
 def gptq(weight: Tensor, square: Tensor) -> Int4:
-    """A weight (out, in) in 4 bits, for inputs with H `square` (in, in). Scales and lowest values are rounded to bf16.
+    """A weight (out, in) in 4 bits, for inputs with H `square` (in, in). Scales and lowest values
+    are rounded to bf16.
 
     For uncorrelated inputs of equal size this is `fitted` for each group.
     """
-    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(square)), upper=True)
+    factor = torch.linalg.cholesky(
+        torch.cholesky_inverse(torch.linalg.cholesky(square)), upper=True
+    )
     diagonal = factor.diagonal()
-    left = weight.T.float().clone(memory_format=torch.contiguous_format)  # (in, out): weights, corrected for the errors so far
+    # (in, out): weights, corrected for the errors so far
+    left = weight.T.float().clone(memory_format=torch.contiguous_format)
     levels = torch.empty_like(left)
     scales, lows = left.new_empty(2, len(left) // GROUP_SIZE, len(weight))
     for number, start in enumerate(range(0, len(left), GROUP_SIZE)):
         stop = start + GROUP_SIZE
-        block, errors = left[start:stop], torch.empty_like(left[start:stop])
+        block = left[start:stop]
+        errors = torch.empty_like(left[start:stop])
         scales[number], lows[number] = scale, low = fitted(block, diagonal[start:stop].pow(-2))
         for place, column in enumerate(range(start, stop)):
             levels[column] = level = nearest(block[place], scale, low)
@@ -173,34 +227,47 @@ def gptq(weight: Tensor, square: Tensor) -> Int4:
 
 
 @torch.no_grad()
-def quantize(backend: TransformersBackend, texts: Tensor, report: Callable[[int], None]) -> dict[str, Int4]:
-    """All projections and the head in 4 bits, by name, on texts (N, T). The projections of `backend` get their int4 values.
+def quantize(
+    backend: TransformersBackend, texts: Tensor, report: Callable[[int], None]
+) -> dict[str, Int4]:
+    """All projections and the head in 4 bits, by name, on texts (N, T). The projections of
+    `backend` get their int4 values.
 
-    `report` gets the number of layers done, the head as the last. The head of `backend` stays as it is, because drafts use
-    it in 8 bits.
+    `report` gets the number of layers done, the head as the last. The head of `backend` stays as it
+    is, because drafts use it in 8 bits.
     """
     states = [backend.embed(part) for part in torch.split(texts, max(1, _TOKENS // texts.shape[1]))]
-    spec, weights = backend.own_spec, dict[str, Int4]()
-    others = () if spec.architecture.mixer is None else spec.architecture.mixer.steps  # kernels have them in no low-bit form
+    spec = backend.own_spec
+    weights = dict[str, Int4]()
+    # Kernels have them in no low-bit form
+    others = () if spec.architecture.mixer is None else spec.architecture.mixer.steps
     for index in range(backend.num_layers):
-        layer, run = backend.layers[index], partial(backend.run_texts, start=index, stop=index + 1)
+        layer = backend.layers[index]
+        run = partial(backend.run_texts, start=index, stop=index + 1)
         for names, square in _squares(layer, run, states, others).items():
             matrices = [layer.get_parameter(f"{name}.weight") for name in names]
-            joint, sizes = gptq(torch.cat(matrices), damped(square, texts.numel())), [*map(len, matrices)]
-            for name, matrix, *part in zip(names, matrices, *(torch.split(part, sizes) for part in joint), strict=True):
+            joint = gptq(torch.cat(matrices), damped(square, texts.numel()))
+            sizes = [*map(len, matrices)]
+            for name, matrix, *part in zip(
+                names, matrices, *(torch.split(part, sizes) for part in joint), strict=True
+            ):
                 weights[f"{spec.layer_prefix(index)}{name}.weight"] = made = Int4(*part)
                 matrix.copy_(made.weight)
         states = [run(hidden) for hidden in states]
         report(index + 1)
     square = sum(map(_square, map(backend.normed, states)), torch.zeros(spec.hidden, spec.hidden))
-    weights[spec.head_name] = gptq(backend.model.get_parameter(spec.head_name), damped(square, texts.numel()))
+    weights[spec.head_name] = gptq(
+        backend.model.get_parameter(spec.head_name), damped(square, texts.numel())
+    )
     report(backend.num_layers + 1)
     return weights
 
 
 def damped(square: Tensor, tokens: int) -> Tensor:
     """H / mean(diagonal) + (in / tokens) I: H of few tokens is noisy."""
-    return square / square.diagonal().mean().clamp_min(_TINY) + len(square) / tokens * torch.eye(len(square))
+    return square / square.diagonal().mean().clamp_min(_TINY) + len(square) / tokens * torch.eye(
+        len(square)
+    )
 
 
 def _square(inputs: Tensor) -> Tensor:
@@ -209,14 +276,19 @@ def _square(inputs: Tensor) -> Tensor:
 
 
 def _squares(
-    layer: nn.Module, run: Callable[[Tensor], Tensor], states: Sequence[Tensor], others: Sequence[str]
+    layer: nn.Module,
+    run: Callable[[Tensor], Tensor],
+    states: Sequence[Tensor],
+    others: Sequence[str],
 ) -> dict[tuple[str, ...], Tensor]:
     """H by the names of the projections that share their inputs."""
     squares = dict[tuple[str, ...], Tensor]()
     for hidden in states:
         inputs = dict[str, Tensor]()
 
-        def note(name: str, _: nn.Module, given: tuple[Tensor, ...], inputs: dict[str, Tensor] = inputs) -> None:
+        def note(
+            name: str, _: nn.Module, given: tuple[Tensor, ...], inputs: dict[str, Tensor] = inputs
+        ) -> None:
             inputs[name] = given[0]
 
         with ExitStack() as hooks:

@@ -21,7 +21,8 @@ from .files import parse_json, text_lines
 from .splits import key_of
 
 MESSAGES = "messages"  # the column of a conversation
-_CONTENT = frozenset((*PROMPT_NAMES, *REFERENCE_NAMES, *PROMPT_COLUMNS, *COMPLETION_COLUMNS))  # columns that make a row's key
+# Columns that make a row's key
+_CONTENT = frozenset((*PROMPT_NAMES, *REFERENCE_NAMES, *PROMPT_COLUMNS, *COMPLETION_COLUMNS))
 _ROLES = {"human": "user", "gpt": "assistant"}  # as ShareGPT names them
 _USUAL = {names[0]: names for names in (PROMPT_COLUMNS, COMPLETION_COLUMNS)}
 TEXT_COLUMN = "text"  # of a .txt file, whose lines are its rows
@@ -35,7 +36,8 @@ _PARQUET_ROWS = 1000  # per read
 Item = TypeVar("Item")
 
 
-# `datasets` is not used for files: it silently changes values (2020-01-01, 7, NA, bad rows) and keeps a copy of each file.
+# `datasets` is not used for files: it silently changes values (2020-01-01, 7, NA, bad rows) and
+# keeps a copy of each file.
 
 
 class Record(NamedTuple):
@@ -50,23 +52,37 @@ class Record(NamedTuple):
         return key_of(self.fields, _CONTENT)
 
     def text(self, column: str, setting: str = "") -> str:
-        """A text field; a list of sentences is joined. Raises DataError for other values and for empty ones."""
+        """A text field; a list of sentences is joined. Raises DataError for other values and for
+        empty ones.
+        """
         texts = self.texts(column, setting)
         return texts[0] if len(texts) == 1 else " ".join(sentence.strip() for sentence in texts)
 
     def texts(self, column: str, setting: str = "") -> list[str]:
-        """A field with one or several texts. Raises DataError for other values and for empty texts."""
+        """A field with one or several texts. Raises DataError for other values and for empty
+        texts.
+        """
         value = self.value(column, setting)
         texts = [value] if isinstance(value, str) else value
-        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        if (
+            not isinstance(texts, list)
+            or not texts
+            or not all(isinstance(text, str) and text.strip() for text in texts)
+        ):
             raise self.fault(f"{column} must be a text that is not empty, or a list of them", value)
         return [text.replace("\r\n", "\n") for text in texts]
 
     def value(self, column: str, setting: str = "", others: Sequence[str] = ()) -> Any:
-        """Any field. Raises DataError if the row has no such column. `others`: further possible names."""
+        """Any field. Raises DataError if the row has no such column. `others`: further possible
+        names.
+        """
         if column not in self.fields:
-            named = (f", nor {', '.join(others)}" if others else "") + (f" (`{setting}`)" if setting else "")
-            raise DataError(f"{self.where}: no column {column!r}{named}; found {listed(self.fields)}")
+            named = (f", nor {', '.join(others)}" if others else "") + (
+                f" (`{setting}`)" if setting else ""
+            )
+            raise DataError(
+                f"{self.where}: no column {column!r}{named}; found {listed(self.fields)}"
+            )
         return self.fields[column]
 
     def first_column(self, names: Sequence[str]) -> str:
@@ -74,14 +90,23 @@ class Record(NamedTuple):
         return next((name for name in names if name in self.fields), names[0])
 
     def as_usual(self) -> "Record":
-        """Joins Alpaca's `instruction` and `input` to one prompt, turns ShareGPT's turns into `messages`; else unchanged."""
+        """Joins Alpaca's `instruction` and `input` to one prompt, turns ShareGPT's turns into
+        `messages`; else unchanged.
+        """
         fields, (asked, given) = self.fields, map(self.fields.get, ("instruction", "input"))
         if isinstance(asked, str) and isinstance(given, str) and given.strip():
             return Record(self.where, {**fields, "instruction": f"{asked}\n\n{given}"})
         turns = fields.get("conversations")
-        if MESSAGES in fields or not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        if (
+            MESSAGES in fields
+            or not isinstance(turns, list)
+            or not all(isinstance(turn, dict) for turn in turns)
+        ):
             return self
-        spoken = [{"role": _ROLES.get(turn.get("from"), turn.get("from")), "content": turn.get("value")} for turn in turns]
+        spoken = [
+            {"role": _ROLES.get(turn.get("from"), turn.get("from")), "content": turn.get("value")}
+            for turn in turns
+        ]
         return Record(self.where, {**fields, MESSAGES: spoken})
 
     def fault(self, needed: str, found: Any) -> DataError:
@@ -90,14 +115,18 @@ class Record(NamedTuple):
 
 
 def file_records(path: Path, setting: str = "data") -> Iterator[Record]:
-    """The rows of a file: JSON lines (.jsonl, .json, .gz), a JSON array (.json), CSV, Parquet, or a text's lines (.txt).
+    """The rows of a file: JSON lines (.jsonl, .json, .gz), a JSON array (.json), CSV, Parquet, or a
+    text's lines (.txt).
 
-    All formats but Parquet may be gzipped (.gz after the ending), and all but JSON arrays are read lazily. Raises
-    DataError, possibly after some rows, for another format, a damaged file and one without rows.
+    All formats but Parquet may be gzipped (.gz after the ending), and all but JSON arrays are read
+    lazily. Raises DataError, possibly after some rows, for another format, a damaged file and one
+    without rows.
     """
     ending = file_ending(path)
     if ending not in _READERS:
-        raise DataError(f"{path}: needed one of {', '.join(_READERS)}, found the ending {ending or 'none'!r}")
+        raise DataError(
+            f"{path}: needed one of {', '.join(_READERS)}, found the ending {ending or 'none'!r}"
+        )
     records = _READERS[ending](path, setting)
     if (first := next(records, None)) is None:
         raise DataError(f"{path} holds no rows")
@@ -123,36 +152,53 @@ def quiet_datasets() -> None:
         library.logging.set_verbosity(logging.CRITICAL)
 
 
-def hub_records(hub_id: str, split: str, streaming: bool = False, most: int | None = None, **keywords: Any) -> Iterator[Record]:
+def hub_records(
+    hub_id: str, split: str, streaming: bool = False, most: int | None = None, **keywords: Any
+) -> Iterator[Record]:
     """The rows of a data set on the hub; `most` fetches only the first ones. Raises DataError."""
     import datasets
 
     quiet_datasets()
     try:
-        rows = datasets.load_dataset(hub_id, split=split, streaming=streaming or most is not None, **keywords)
-        yield from (Record(f"{hub_id}:{number}", dict(row)) for number, row in enumerate(islice(rows, most), start=1))
-    except Exception as error:  # datasets and the hub client raise many kinds; each means the data cannot be read
+        rows = datasets.load_dataset(
+            hub_id, split=split, streaming=streaming or most is not None, **keywords
+        )
+        yield from (
+            Record(f"{hub_id}:{number}", dict(row))
+            for number, row in enumerate(islice(rows, most), start=1)
+        )
+    # Datasets and the hub client raise many kinds; each means the data cannot be read
+    except Exception as error:
         reason = f"{first_line(error)}; a file with its rows can be given by `data`"
         raise DataError(f"cannot load data {hub_id}: {reason}") from error
 
 
 def delimited(path: Path, setting: str, **dialect: Any) -> Iterator[Record]:
-    """The rows below a header of column names; columns without a name are left out. Raises DataError."""
+    """The rows below a header of column names; columns without a name are left out. Raises
+    DataError.
+    """
     csv.field_size_limit(_MAX_FIELD)
     rows = csv.reader(text_lines(path, setting), **dialect)
     header: list[str] = []
     number = 1
     try:
         for fields in rows:
-            where, number = f"{path}:{number}", rows.line_num + 1
+            where = f"{path}:{number}"
+            number = rows.line_num + 1
             if not header:
                 header = fields
-                if repeated := [name for name, count in Counter(header).items() if name and count > 1]:
-                    raise DataError(f"{where}: needed distinct column names, found {listed(repeated)} more than once")
+                if repeated := [
+                    name for name, count in Counter(header).items() if name and count > 1
+                ]:
+                    raise DataError(
+                        f"{where}: needed distinct column names, found {listed(repeated)} more than once"
+                    )
             elif fields and len(fields) != len(header):
                 raise DataError(f"{where}: needed {len(header)} fields, found {len(fields)}")
             elif fields:
-                yield Record(where, {name: field for name, field in zip(header, fields, strict=True) if name})
+                yield Record(
+                    where, {name: field for name, field in zip(header, fields, strict=True) if name}
+                )
     except csv.Error as error:
         raise DataError(f"{path}:{number}: {error}") from None
 
@@ -160,7 +206,9 @@ def delimited(path: Path, setting: str, **dialect: Any) -> Iterator[Record]:
 def _json(path: Path, setting: str) -> Iterator[Record]:
     """One object per line; a .json file may also hold an array of objects."""
     lines = text_lines(path, setting)
-    numbered = ((f"{path}:{number}", line) for number, line in enumerate(lines, start=1) if line.strip())
+    numbered = (
+        (f"{path}:{number}", line) for number, line in enumerate(lines, start=1) if line.strip()
+    )
     where, first = next(numbered, ("", ""))
     if file_ending(path) == ".json" and first.lstrip().startswith("["):
         array = parse_json("".join((first, *lines)), str(path), DataError)
@@ -184,9 +232,12 @@ def _parquet(path: Path, setting: str) -> Iterator[Record]:
             for fields in batch.to_pylist():
                 number += 1
                 yield Record(f"{path}:{number}", fields)
-    except Exception as error:  # pyarrow raises many kinds; each means a damaged file or unusual types
+    # Pyarrow raises many kinds; each means a damaged file or unusual types
+    except Exception as error:
         place = f" after row {number}" if number else ""
-        raise DataError(f"`{setting}` {path}: not readable as Parquet{place}: {first_line(error)}") from None
+        raise DataError(
+            f"`{setting}` {path}: not readable as Parquet{place}: {first_line(error)}"
+        ) from None
 
 
 def _text(path: Path, setting: str) -> Iterator[Record]:
@@ -207,7 +258,9 @@ FILE_ENDINGS = tuple(_READERS)
 
 @dataclass(frozen=True)
 class Example:
-    """One row: a prompt, empty for plain text, and its completion. `where` is its place, for errors; `key`: see splits.py."""
+    """One row: a prompt, empty for plain text, and its completion. `where` is its place, for
+    errors; `key`: see splits.py.
+    """
 
     prompt: str
     completion: str
@@ -217,7 +270,9 @@ class Example:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages as (role, content), at least one of them the assistant's. `where` and `key` as in an Example."""
+    """Messages as (role, content), at least one of them the assistant's. `where` and `key` as in an
+    Example.
+    """
 
     messages: tuple[tuple[str, str], ...]
     where: str = field(default="", compare=False)
@@ -233,11 +288,15 @@ class _Message(msgspec.Struct):
 
 
 def load_examples(config: DataConfig) -> list[Example]:
-    """The rows of a data set in order, or `config.limit` evenly spaced ones. Raises DataError with file:line."""
+    """The rows of a data set in order, or `config.limit` evenly spaced ones. Raises DataError with
+    file:line.
+    """
     rows = load_rows(config)
     examples = [row for row in rows if isinstance(row, Example)]
     if len(examples) < len(rows):
-        raise DataError(f"{config.name} holds conversations (a column 'messages'); needed a prompt and a completion")
+        raise DataError(
+            f"{config.name} holds conversations (a column 'messages'); needed a prompt and a completion"
+        )
     return examples
 
 
@@ -246,7 +305,9 @@ def load_rows(config: DataConfig) -> list[Row]:
     if config.name != "commands":
         return spread(list(_rows(config, streaming=False)), config.limit)
     if config.split not in commands.SPLITS:
-        raise refused("split", f"one of {', '.join(commands.SPLITS)}", f"{config.split} for commands")
+        raise refused(
+            "split", f"one of {', '.join(commands.SPLITS)}", f"{config.split} for commands"
+        )
     try:
         drawn = commands.rows(config.split, config.limit or _DEFAULT_COMMANDS, config.seed)
         pairs = [{"prompt": row.utterance, "completion": row.parse} for row in drawn]
@@ -256,24 +317,35 @@ def load_rows(config: DataConfig) -> list[Row]:
 
 
 def load_prompts(config: DataConfig) -> list[Example]:
-    """The prompts of a data set; rows without one are left out. Raises DataError like `load_examples`."""
+    """The prompts of a data set; rows without one are left out. Raises DataError like
+    `load_examples`.
+    """
     if is_parsing(config):
         return [replace(row, completion="") for row in load_examples(config)]
-    names, prompts = _prompt_columns(config), []
+    names = _prompt_columns(config)
+    prompts = []
     for record in load_records(config):
         column = record.first_column(names)
         if MESSAGES in record.fields and column not in record.fields:
-            raise DataError(f"{record.where}: conversations have answers, found messages; needed `answers` data")
+            raise DataError(
+                f"{record.where}: conversations have answers, found messages; needed `answers` data"
+            )
         if _holds_text(record.value(column, "prompt_column", names[1:])):
-            prompts.append(Example(record.text(column, "prompt_column"), "", record.where, record.key))
+            prompts.append(
+                Example(record.text(column, "prompt_column"), "", record.where, record.key)
+            )
         names = (column,)  # the first row decides
     if not prompts:
-        raise DataError(f"no row of {config.name} has a prompt in the column {names[0]!r} (`prompt_column`)")
+        raise DataError(
+            f"no row of {config.name} has a prompt in the column {names[0]!r} (`prompt_column`)"
+        )
     return spread(prompts, config.limit)
 
 
 def has_prompts(config: DataConfig) -> bool:
-    """Whether the first row has a prompt; True for a named column, whose absence is an error. Raises DataError."""
+    """Whether the first row has a prompt; True for a named column, whose absence is an error.
+    Raises DataError.
+    """
     if is_parsing(config) or config.prompt_column not in (TEXT_COLUMN, DataConfig.prompt_column):
         return True
     first = next(load_records(config, streaming=True))
@@ -294,7 +366,9 @@ def _holds_text(prompt: Any) -> bool:
 def stream_rows(config: DataConfig) -> Iterator[Row]:
     """The rows of a file or a hub data set, read lazily. Raises DataError like `load_examples`."""
     if is_parsing(config):
-        raise DataError(f"`streaming` needs a file or a hub id as `data`, got {config.name}, which fits in memory")
+        raise DataError(
+            f"`streaming` needs a file or a hub id as `data`, got {config.name}, which fits in memory"
+        )
     return _rows(config, streaming=True)
 
 
@@ -304,21 +378,33 @@ def is_parsing(config: DataConfig) -> bool:
 
 
 def own_splits(config: DataConfig) -> tuple[str, ...]:
-    """The splits that parsing data has by its name or files; none for files and hub data sets, whose splits are not known."""
+    """The splits that parsing data has by its name or files; none for files and hub data sets,
+    whose splits are not known.
+    """
     if config.name == "commands":
         return commands.SPLITS
     if not is_parsing(config):
         return ()
     splits = _TOPV2_SPLITS.items()
-    return tuple(split for split, name in splits if config.name == "topv2" or any(Path(config.name).glob(f"*_{name}.tsv")))
+    return tuple(
+        split
+        for split, name in splits
+        if config.name == "topv2" or any(Path(config.name).glob(f"*_{name}.tsv"))
+    )
 
 
 def load_records(config: DataConfig, streaming: bool = False) -> Iterator[Record]:
-    """The rows of a file or a hub data set, by `as_usual`. Raises DataError, also for a name that is neither."""
+    """The rows of a file or a hub data set, by `as_usual`. Raises DataError, also for a name that
+    is neither.
+    """
     require_data(config.name, config.setting)
     path = Path(config.name)
     is_file = os.path.exists(path) or file_ending(path) in FILE_ENDINGS
-    rows = file_records(path, config.setting) if is_file else hub_records(config.name, config.split, streaming)
+    rows = (
+        file_records(path, config.setting)
+        if is_file
+        else hub_records(config.name, config.split, streaming)
+    )
     return map(Record.as_usual, rows)
 
 
@@ -336,35 +422,54 @@ def require_data(name: str, setting: str = "data") -> None:
 
 def is_data(name: str) -> bool:
     """Whether a value of `validation` or `task` names data, and not a split or a task."""
-    named = name in ("commands", "topv2") or "/" in name or Path(name).exists() or Path(name).suffix != ""
+    named = (
+        name in ("commands", "topv2")
+        or "/" in name
+        or Path(name).exists()
+        or Path(name).suffix != ""
+    )
     return named and name not in commands.SPLITS
 
 
 def first_turn(record: Record) -> tuple[str, str]:
     """A conversation's first user message and the answer to it. Raises DataError if it has none."""
     messages = iter(_conversation(record).messages)
-    asked, answer = (next((text for role, text in messages if role == each), "") for each in ("user", "assistant"))
+    asked, answer = (
+        next((text for role, text in messages if role == each), "")
+        for each in ("user", "assistant")
+    )
     if not asked.strip() or not answer.strip():
-        raise record.fault("messages must have one of the role 'user', and an answer to it", record.fields[MESSAGES])
+        raise record.fault(
+            "messages must have one of the role 'user', and an answer to it",
+            record.fields[MESSAGES],
+        )
     return asked, answer
 
 
 def _rows(config: DataConfig, streaming: bool) -> Iterator[Row]:
-    prompts, completions = (_USUAL.get(name, (name,)) for name in (config.prompt_column, config.completion_column))
+    prompts, completions = (
+        _USUAL.get(name, (name,)) for name in (config.prompt_column, config.completion_column)
+    )
     if is_parsing(config):
-        prompts, completions = ("utterance",), ("semantic_parse",)
+        prompts = ("utterance",)
+        completions = ("semantic_parse",)
     elif file_ending(Path(config.name)) == ".txt":
-        prompts, completions = PROMPT_COLUMNS, (TEXT_COLUMN,)
+        prompts = PROMPT_COLUMNS
+        completions = (TEXT_COLUMN,)
     records = _topv2(config) if is_parsing(config) else load_records(config, streaming)
-    needs_prompt = None if prompts == PROMPT_COLUMNS else True  # only plain text may lack the usual column
+    # Only plain text may lack the usual column
+    needs_prompt = None if prompts == PROMPT_COLUMNS else True
     for record in records:
-        prompt, completion = record.first_column(prompts), record.first_column(completions)
+        prompt = record.first_column(prompts)
+        completion = record.first_column(completions)
         if MESSAGES in record.fields and completion not in record.fields:
             yield _conversation(record)
             continue
         text = record.value(completion, "completion_column", completions[1:])
         needs_prompt = prompt in record.fields if needs_prompt is None else needs_prompt
-        prompts, completions = (prompt,), (completion,)  # the first row decides
+        # The first row decides
+        prompts = (prompt,)
+        completions = (completion,)
         asked = record.value(prompt, "prompt_column") if needs_prompt else record.fields.get(prompt)
         if not isinstance(text, str) or not text.strip():
             raise record.fault("the completion must be a text that is not empty", text)
@@ -383,7 +488,9 @@ def _topv2(config: DataConfig) -> Iterator[Record]:
     files = sorted(Path(config.name).glob(f"*_{split}.tsv"))
     if not files:
         raise DataError(f"folder {config.name} holds no TOPv2 files named DOMAIN_{split}.tsv")
-    return chain.from_iterable(delimited(file, config.setting, delimiter="\t", quoting=csv.QUOTE_NONE) for file in files)
+    return chain.from_iterable(
+        delimited(file, config.setting, delimiter="\t", quoting=csv.QUOTE_NONE) for file in files
+    )
 
 
 def _conversation(record: Record) -> Conversation:
@@ -391,11 +498,17 @@ def _conversation(record: Record) -> Conversation:
     try:
         messages = msgspec.convert(record.fields[MESSAGES], list[_Message])
     except msgspec.ValidationError as error:
-        raise DataError(f"{record.where}: messages must be a list of objects with role and content: {error}") from None
+        raise DataError(
+            f"{record.where}: messages must be a list of objects with role and content: {error}"
+        ) from None
     if not any(message.role == "assistant" and message.content.strip() for message in messages):
         roles = listed(message.role for message in messages)
-        raise DataError(f"{record.where}: needed a message of the role 'assistant' that is not empty, found {roles}")
-    return Conversation(tuple((message.role, message.content) for message in messages), record.where, record.key)
+        raise DataError(
+            f"{record.where}: needed a message of the role 'assistant' that is not empty, found {roles}"
+        )
+    return Conversation(
+        tuple((message.role, message.content) for message in messages), record.where, record.key
+    )
 
 
 def spread(items: Sequence[Item], limit: int) -> list[Item]:

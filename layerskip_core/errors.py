@@ -1,7 +1,8 @@
-"""Errors that a user can cause or fix, the checks that raise them, and the format of values in messages.
+"""Errors that a user can cause or fix, the checks that raise them, and the format of values in
+messages.
 
-A message says what was needed and what was found. It names settings in backquotes (`exit_layer`); the command line shows the
-flags instead.
+A message says what was needed and what was found. It names settings in backquotes (`exit_layer`);
+the command line shows the flags instead.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,11 +12,15 @@ _SHOWN = 60  # characters of a refused value
 
 
 class LayerSkipError(Exception):
-    """Base of the errors that a command reports in one line: with exit status 2 for a wrong setting, else 1."""
+    """Base of the errors that a command reports in one line: with exit status 2 for a wrong
+    setting, else 1.
+    """
 
 
 class ConfigError(LayerSkipError):
-    """A setting is outside its range. `field` is its name in the configs; None where no single setting is at fault."""
+    """A setting is outside its range. `field` is its name in the configs; None where no single
+    setting is at fault.
+    """
 
     def __init__(self, message: str, field: str | None = None) -> None:
         super().__init__(message)
@@ -39,7 +44,9 @@ class LockedError(LayerSkipError):
 
 
 class DataError(LayerSkipError):
-    """A data set cannot be found or one of its rows cannot be used; the message names file and line."""
+    """A data set cannot be found or one of its rows cannot be used; the message names file and
+    line.
+    """
 
 
 class TrainingError(LayerSkipError):
@@ -73,21 +80,28 @@ def require_choice(value: str, field: str, choices: Sequence[str]) -> None:
 
 
 def require_overwrite(output: str, held: str, overwrite: bool) -> None:
-    """Raises ConfigError if `output` holds something (`held`; empty: nothing) that may not be replaced."""
+    """Raises ConfigError if `output` holds something (`held`; empty: nothing) that may not be
+    replaced.
+    """
     if held and not overwrite:
-        raise ConfigError(f"`output` {output} already holds {held}; give `overwrite` to replace it, or another folder")
+        raise ConfigError(
+            f"`output` {output} already holds {held}; give `overwrite` to replace it, or another folder"
+        )
 
 
 def refused(field: str, needed: str, got: str) -> ConfigError:
-    """The error `field must be needed, got got`; a `field` that is no name ("the prompt") stays as it is.
+    """The error `field must be needed, got got`; a `field` that is no name ("the prompt") stays as
+    it is.
 
     Where `needed` is `one of a, b`, the error asks whether the nearest of these was meant.
     """
-    known = field.isidentifier() and field.islower()  # an environment variable is named as it stands
+    # An environment variable is named as it stands
+    known = field.isidentifier() and field.islower()
     _, _, choices = needed.partition("one of ")
     meant = did_you_mean(get_close_matches(got, choices.split(", "), n=1))
     return ConfigError(
-        f"{f'`{field}`' if known else field} must be {needed}, got {got}{meant}", field if field.isidentifier() else None
+        f"{f'`{field}`' if known else field} must be {needed}, got {got}{meant}",
+        field if field.isidentifier() else None,
     )
 
 
@@ -123,5 +137,6 @@ def number(value: float | None, form: str) -> str:
 
 def visible(token: str) -> str:
     """A token on one line, with visible whitespace."""
-    line_end, blank = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}", "\N{OPEN BOX}"
+    line_end = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}"
+    blank = "\N{OPEN BOX}"
     return token.replace("\n", line_end).replace("\t", blank).replace(" ", blank)

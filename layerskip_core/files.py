@@ -1,4 +1,6 @@
-"""Files: read whole or by lines, written aside and renamed, locked by folder; JSON, parsed by type."""
+"""Files: read whole or by lines, written aside and renamed, locked by folder; JSON, parsed by
+type.
+"""
 
 import errno
 import gzip
@@ -21,7 +23,8 @@ from .errors import DataError, LayerSkipError, LockedError, first_line
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _LOCK = ".layerskip.lock"
-_STAGING = ".layerskip-staging-"  # a folder being written; only the holder of the parent folder's lock makes one
+# A folder being written; only the holder of the parent folder's lock makes one
+_STAGING = ".layerskip-staging-"
 
 
 def read_bytes(path: Path, name: str, error: type[LayerSkipError]) -> bytes:
@@ -35,14 +38,18 @@ def read_bytes(path: Path, name: str, error: type[LayerSkipError]) -> bytes:
 
 
 def text_lines(path: Path, setting: str) -> Iterator[str]:
-    """The lines of a UTF-8 file, unpacked if it ends in .gz, without a byte order mark. Raises DataError by line."""
+    """The lines of a UTF-8 file, unpacked if it ends in .gz, without a byte order mark. Raises
+    DataError by line.
+    """
     number = 0
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}:{number}: not UTF-8 text: {error.reason} at byte {error.start + 1}") from None
+        raise DataError(
+            f"{path}:{number}: not UTF-8 text: {error.reason} at byte {error.start + 1}"
+        ) from None
     except FileNotFoundError:
         raise DataError(f"`{setting}` {path}: there is no such file") from None
     except (OSError, EOFError, zlib.error) as error:
@@ -61,18 +68,24 @@ def parse_json(text: str | bytes, where: str, error: type[LayerSkipError], kind:
 
 
 def read_json(path: Path, error: type[LayerSkipError], kind: Any = dict[str, Any]) -> Any:
-    """The value of a JSON file, of the type `kind`. Raises `error` as `parse_json` and `read_bytes` do."""
+    """The value of a JSON file, of the type `kind`. Raises `error` as `parse_json` and `read_bytes`
+    do.
+    """
     return parse_json(read_bytes(path, str(path), error), str(path), error, kind)
 
 
 def whole_lines(path: Path, error: type[LayerSkipError]) -> list[bytes]:
-    """The lines of a journal with their ends, without an incomplete last one; none if there is no file."""
+    """The lines of a journal with their ends, without an incomplete last one; none if there is no
+    file.
+    """
     content = read_bytes(path, str(path), error) if path.exists() else b""
     return [line + b"\n" for line in content.split(b"\n")[:-1]]
 
 
 def append_lines(path: Path, values: Iterable[object], error: type[LayerSkipError]) -> None:
-    """Adds a JSON line for each value to a journal. Raises `error` if the file cannot be written."""
+    """Adds a JSON line for each value to a journal. Raises `error` if the file cannot be
+    written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
@@ -82,9 +95,12 @@ def append_lines(path: Path, values: Iterable[object], error: type[LayerSkipErro
 
 
 def write_file(path: Path, content: bytes, error: type[LayerSkipError]) -> None:
-    """Replaces a file by a rename (a device is written to). Raises `error` if that fails; the file is then unchanged."""
+    """Replaces a file by a rename (a device is written to). Raises `error` if that fails; the file
+    is then unchanged.
+    """
     target = Path(os.path.realpath(path))
-    # A killed process leaves this file, the next one overwrites it. No file of a model ends in .part.
+    # A killed process leaves this file, the next one overwrites it. No file of a model ends in
+    # .part.
     temporary = target.with_name(f".layerskip-writing-{target.name}.part")
     try:
         if target.exists() and not target.is_file():
@@ -108,7 +124,9 @@ def write_file(path: Path, content: bytes, error: type[LayerSkipError]) -> None:
 def require_writable(path: Path, error: type[LayerSkipError]) -> None:
     """Raises `error` for a folder, and if there is no folder to write to."""
     if path.is_dir() or not path.parent.is_dir():
-        raise error(f"cannot write {path}: {'it is a folder' if path.is_dir() else f'there is no folder {path.parent}'}")
+        raise error(
+            f"cannot write {path}: {'it is a folder' if path.is_dir() else f'there is no folder {path.parent}'}"
+        )
 
 
 def is_empty(folder: Path) -> bool:
@@ -117,20 +135,26 @@ def is_empty(folder: Path) -> bool:
 
 
 def new_staging(folder: Path) -> Path:
-    """A new, empty folder inside `folder`, to be renamed into place when complete. Needs the lock of `folder`."""
+    """A new, empty folder inside `folder`, to be renamed into place when complete. Needs the lock
+    of `folder`.
+    """
     staging = folder / f"{_STAGING}{secrets.token_hex(4)}"
     staging.mkdir(parents=True)
     return staging
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes the staging folders of processes that were killed while writing. Needs the lock of `folder`."""
+    """Removes the staging folders of processes that were killed while writing. Needs the lock of
+    `folder`.
+    """
     for staging in folder.glob(f"{_STAGING}*"):
         shutil.rmtree(staging, ignore_errors=True)
 
 
 def publish_folder(written: Path, target: Path) -> None:
-    """Renames a staging folder once everything in it is on disk, so that `target` is never incomplete."""
+    """Renames a staging folder once everything in it is on disk, so that `target` is never
+    incomplete.
+    """
     for path in (*written.rglob("*"), written):
         synchronise(path)
     os.rename(written, target)
@@ -145,14 +169,17 @@ def discard_folder(folder: Path) -> None:
 
 
 def synchronise(path: Path) -> None:
-    """Flushes a file, or a folder's entries, to disk: else a rename could survive a power cut without its content."""
+    """Flushes a file, or a folder's entries, to disk: else a rename could survive a power cut
+    without its content.
+    """
     if sys.platform == "win32":  # flushes neither folders nor what is open for reading
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as reason:
-        if reason.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot flush folders
+        # Some network file systems cannot flush folders
+        if reason.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
         os.close(descriptor)
@@ -162,9 +189,10 @@ def synchronise(path: Path) -> None:
 def hold(folder: str | Path, doing: str, wait: float = 0.0) -> Iterator[None]:
     """Holds the lock of a folder, and removes what killed processes left there.
 
-    A missing folder is created, and removed again if still empty at the end. A thread may take a lock that it holds.
-    `doing`: this process's work, for the message that others get. `wait`: seconds to wait for another process. Raises
-    LockedError while another process holds the lock, LayerSkipError for a folder that cannot be created or written.
+    A missing folder is created, and removed again if still empty at the end. A thread may take a
+    lock that it holds. `doing`: this process's work, for the message that others get. `wait`:
+    seconds to wait for another process. Raises LockedError while another process holds the lock,
+    LayerSkipError for a folder that cannot be created or written.
     """
     from filelock import FileLock, Timeout
 
@@ -172,7 +200,8 @@ def hold(folder: str | Path, doing: str, wait: float = 0.0) -> Iterator[None]:
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     file = folder / _LOCK
     lock = FileLock(file, is_singleton=True)
-    first, holder = not lock.is_locked, "another process"
+    first = not lock.is_locked
+    holder = "another process"
     try:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -180,13 +209,17 @@ def hold(folder: str | Path, doing: str, wait: float = 0.0) -> Iterator[None]:
         except Timeout:
             with suppress(OSError):
                 holder = file.read_text(encoding="utf-8", errors="replace").strip() or holder
-            raise LockedError(f"{folder} is being written by {holder}; wait until it ends, or give another folder") from None
+            raise LockedError(
+                f"{folder} is being written by {holder}; wait until it ends, or give another folder"
+            ) from None
         except OSError as reason:
             raise LayerSkipError(f"cannot write to {folder}: {reason.strerror}") from reason
         try:
             if first:
                 with suppress(OSError):  # on a full disk the lock works without its text
-                    file.write_text(f"pid {os.getpid()} on {socket.gethostname()}, {doing}\n", encoding="utf-8")
+                    file.write_text(
+                        f"pid {os.getpid()} on {socket.gethostname()}, {doing}\n", encoding="utf-8"
+                    )
                 remove_leftovers(folder)
             yield
         finally:

@@ -12,7 +12,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Interruption:
     """A context that notes the first of these signals. A second one has its usual effect.
 
-    Under torchrun further signals are ignored, because it forwards the ones that the terminal has already sent.
+    Under torchrun further signals are ignored, because it forwards the ones that the terminal has
+    already sent.
     """
 
     def __init__(self, *signals: int) -> None:
@@ -22,7 +23,8 @@ class Interruption:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Interruption":
-        if threading.current_thread() is threading.main_thread():  # the only one where Python allows handlers
+        # The only one where Python allows handlers
+        if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in self._signals}
         return self
 

@@ -19,24 +19,31 @@ from .serving import Request
 from .serving.batch import answers_to
 from .serving.engine import Engine, Updates
 
-_TOGETHER, _WAITING = 8, 1 << 16  # the most asynchronous answers decoded together, and waiting
+# The most asynchronous answers decoded together, and waiting
+_TOGETHER = 8
+_WAITING = 1 << 16
 _TOGETHER_IN_BATCH = 32
 
 
 class LanguageModel:
-    """A model in memory, ready to decode. Answers of several threads are decoded in turns, a step of each."""
+    """A model in memory, ready to decode. Answers of several threads are decoded in turns, a step
+    of each.
+    """
 
-    def __init__(self, decoder: Decoder, packing: PackingConfig, earlier: EarlierAnswers | None = None) -> None:
+    def __init__(
+        self, decoder: Decoder, packing: PackingConfig, earlier: EarlierAnswers | None = None
+    ) -> None:
         self.decoder = decoder
-        self._packing, self._earlier = packing, earlier
+        self._packing = packing
+        self._earlier = earlier
         self._engine: Engine | None = None  # for `astream`, from its first call on
         self._starting = Lock()
 
     def generate(self, prompt: str, **options: Unpack[RequestOptions]) -> Answer:
         """The whole answer to a prompt.
 
-        Raises ConfigError for a prompt or an option that does not suit the model, TypeError for an unknown option,
-        CheckpointError for a chat template that fails.
+        Raises ConfigError for a prompt or an option that does not suit the model, TypeError for an
+        unknown option, CheckpointError for a chat template that fails.
         """
         return self.stream(prompt, **options).finish()
 
@@ -45,15 +52,17 @@ class LanguageModel:
         return TextStream(self.decoder, prompt, self._resolved(options), earlier=self._earlier)
 
     async def astream(self, prompt: str, **options: Unpack[RequestOptions]) -> AsyncIterator[str]:
-        """The pieces of an answer as they are verified, for your own server: concurrent answers share passes.
+        """The pieces of an answer as they are verified, for your own server: concurrent answers
+        share passes.
 
             async for piece in model.astream("wake me up at six"):
                 print(piece, end="")
 
-        Leaving the iteration (`aclose`, a cancelled task) cancels the answer. A thread decodes until `close`. Raises as
-        `generate` does.
+        Leaving the iteration (`aclose`, a cancelled task) cancels the answer. A thread decodes
+        until `close`. Raises as `generate` does.
         """
-        config, ids = self._resolved(options), self.decoder.encode_prompt(prompt)
+        config = self._resolved(options)
+        ids = self.decoder.encode_prompt(prompt)
         check_prompt(ids, self.decoder.backend)
         updates = Updates()
         request = Request(ids, config, partial(updates.deliver, 0))
@@ -79,15 +88,20 @@ class LanguageModel:
             self._engine = None
 
     def generate_batch(
-        self, prompts: Sequence[str], *, batch_size: int = _TOGETHER_IN_BATCH, **options: Unpack[RequestOptions]
+        self,
+        prompts: Sequence[str],
+        *,
+        batch_size: int = _TOGETHER_IN_BATCH,
+        **options: Unpack[RequestOptions],
     ) -> list[Answer]:
         """Answers to any number of prompts, at most `batch_size` of them decoded together.
 
-        Raises as `generate` does, for the first prompt that does not fit. An answer that cannot match its grammar has an
-        `error` in place of an exception.
+        Raises as `generate` does, for the first prompt that does not fit. An answer that cannot
+        match its grammar has an `error` in place of an exception.
         """
         most = check("batch_size", BatchSize, batch_size)
-        decoder, config = self.decoder, self._resolved(options)
+        decoder = self.decoder
+        config = self._resolved(options)
         encoded = [decoder.encode_prompt(prompt) for prompt in prompts]
         for ids in encoded:
             check_prompt(ids, decoder.backend)
@@ -107,11 +121,13 @@ class LanguageModel:
             for piece in talk.ask("And when?"):
                 print(piece, end="")
 
-        `talk.turns` are the messages with their answers, `talk.forget(1)` leaves out the oldest and `talk.forget()` all.
-        `system`: instead of the message given to `load`. Without a chat template each message is a prompt of its own
-        (`talk.has_turns` is False). Several conversations can take turns, but not at once.
+        `talk.turns` are the messages with their answers, `talk.forget(1)` leaves out the oldest and
+        `talk.forget()` all. `system`: instead of the message given to `load`. Without a chat
+        template each message is a prompt of its own (`talk.has_turns` is False). Several
+        conversations can take turns, but not at once.
 
-        Raises ConfigError for a system message without a chat template, and for options as `generate` does.
+        Raises ConfigError for a system message without a chat template, and for options as
+        `generate` does.
         """
         decoder = self.decoder
         if system is not None:
@@ -119,7 +135,9 @@ class LanguageModel:
         return Dialogue(decoder, self._resolved(options))
 
     def _resolved(self, options: RequestOptions) -> DecodingConfig:
-        return self.decoder.resolve(cast(RequestOptions, checked(RequestOptions, options)), self._packing)
+        return self.decoder.resolve(
+            cast(RequestOptions, checked(RequestOptions, options)), self._packing
+        )
 
 
 def load(
@@ -140,21 +158,31 @@ def load(
 ) -> LanguageModel:
     """Loads a model to decode with: an embedded name, a folder, a GGUF file or a hub id.
 
-    `template`: `chat`, `raw` or a text with {prompt} in it, instead of the checkpoint's own. `system`: a system message, for a
-    chat template. `remember`: tokens of earlier answers for lookups, for programs that repeat themselves; without it
-    `generate_batch` searches the answers of its call. `cache`: read packed weights from the user's cache (LAYERSKIP_CACHE,
-    else ~/.cache/layerskip) and keep them there, so that later loads are faster. The others are fields of PackingConfig. On a
-    small model one thread is fastest: torch.set_num_threads(1).
+    `template`: `chat`, `raw` or a text with {prompt} in it, instead of the checkpoint's own.
+    `system`: a system message, for a chat template. `remember`: tokens of earlier answers for
+    lookups, for programs that repeat themselves; without it `generate_batch` searches the answers
+    of its call. `cache`: read packed weights from the user's cache (LAYERSKIP_CACHE, else
+    ~/.cache/layerskip) and keep them there, so that later loads are faster. The others are fields
+    of PackingConfig. On a small model one thread is fastest: torch.set_num_threads(1).
 
     Raises:
         CheckpointError: the model is not there, is damaged, or has an unsupported architecture.
         ConfigError: a setting is out of its range or does not suit the model or this machine.
     """
     copies = () if draft_weights is None else (draft_weights,)
-    weights = {"quantize": quantize, "draft_weights": copies, "draft_head": draft_head, "draft_vocab": draft_vocab}
-    packing = PackingConfig(**checked(PackingConfig, weights | {"draft_model": draft_model}), exact=exact, adaptive=True)
+    weights = {
+        "quantize": quantize,
+        "draft_weights": copies,
+        "draft_head": draft_head,
+        "draft_vocab": draft_vocab,
+    }
+    packing = PackingConfig(
+        **checked(PackingConfig, weights | {"draft_model": draft_model}), exact=exact, adaptive=True
+    )
     prompting = PromptingConfig(template, system)
-    decoder = for_decoding(name, device, dtype, packing, policies=None, cache=cache).with_template(prompting.asked, system)
+    decoder = for_decoding(name, device, dtype, packing, policies=None, cache=cache).with_template(
+        prompting.asked, system
+    )
     for note in decoder.notes:
         warnings.warn(note, stacklevel=2)
     earlier = EarlierAnswers(remember) if check("remember", Remember, remember) else None

@@ -12,7 +12,9 @@ _CACHED_LOGITS = 1 << 18  # logits at a time on a CPU: 1 MB in fp32
 
 
 def target_rows(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The hidden states (N, D) that predict a target, and the targets (N,), of (B, T, D) and (B, T)."""
+    """The hidden states (N, D) that predict a target, and the targets (N,), of (B, T, D) and (B,
+    T).
+    """
     shifted = labels[:, 1:]
     is_target = shifted != IGNORED
     return hidden[:, :-1][is_target], shifted[is_target]
@@ -26,23 +28,30 @@ def summed_losses(
     weights: Sequence[tuple[float, float]],
     teacher: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(weighted loss, sums (K, 3) of cross-entropy, divergence and agreement) of K exits, summed over N tokens, in fp32.
+    """(weighted loss, sums (K, 3) of cross-entropy, divergence and agreement) of K exits, summed
+    over N tokens, in fp32.
 
-    `runs`: the hidden states (N, D) of each exit. `targets` (N,). `unembed`: a head for all exits, or one for each. `weights`:
-    by exit, the factors in the loss of its cross-entropy and of its divergence KL(reference || exit).
+    `runs`: the hidden states (N, D) of each exit. `targets` (N,). `unembed`: a head for all exits,
+    or one for each. `weights`: by exit, the factors in the loss of its cross-entropy and of its
+    divergence KL(reference || exit).
 
-    The reference is the last head's logits for the states `teacher` (N, D). Without a teacher it is the last exit, for earlier
-    ones, if any of these weights its divergence; else the divergence is 0. Gradients reach the runs and the head's weights, not
-    the reference. Agreement counts the tokens whose argmax is the reference's, only where gradients are disabled.
+    The reference is the last head's logits for the states `teacher` (N, D). Without a teacher it is
+    the last exit, for earlier ones, if any of these weights its divergence; else the divergence is
+    0. Gradients reach the runs and the head's weights, not the reference. Agreement counts the
+    tokens whose argmax is the reference's, only where gradients are disabled.
 
-    Each chunk of tokens computes its gradient at once: no logits are kept for the backward pass, and none are computed twice.
+    Each chunk of tokens computes its gradient at once: no logits are kept for the backward pass,
+    and none are computed twice.
     """
     unembeds = unembed if isinstance(unembed, Sequence) else [unembed] * len(runs)
     trains = [torch.is_grad_enabled() and any(pair) for pair in weights]
     sums = torch.zeros(len(runs), 3, device=runs[0].device)
-    gradients = {run: torch.zeros_like(run) for run, trained in zip(runs, trains, strict=True) if trained}
+    gradients = {
+        run: torch.zeros_like(run) for run, trained in zip(runs, trains, strict=True) if trained
+    }
     heads: dict[Tensor, Tensor] = {}  # gradients of the head's weights
-    last, distils = len(runs) - 1, any(share for _, share in weights[:-1])
+    last = len(runs) - 1
+    distils = any(share for _, share in weights[:-1])
     for chunk in _chunks(len(runs[0]), vocab_size):
         with torch.no_grad():
             reference = None if teacher is None else unembeds[last](teacher[chunk])
@@ -77,22 +86,34 @@ def summed_losses(
 
 
 def _chunks(tokens: int, vocab_size: int) -> list[slice]:
-    """Slices of at most CHUNK_LOGITS logits; at least one, maybe empty, so that every process runs the head (DDP, FSDP2)."""
+    """Slices of at most CHUNK_LOGITS logits; at least one, maybe empty, so that every process runs
+    the head (DDP, FSDP2).
+    """
     rows = max(1, CHUNK_LOGITS // vocab_size)
     return [slice(at, at + rows) for at in range(0, max(1, tokens), rows)]
 
 
 def _losses(
-    logits: Tensor, targets: Tensor | None, reference: Tensor | None, weights: tuple[float, float], trains: bool
+    logits: Tensor,
+    targets: Tensor | None,
+    reference: Tensor | None,
+    weights: tuple[float, float],
+    trains: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """((2,) cross-entropy and divergence from the reference, summed over tokens; gradient of their weighted sum).
+    """((2,) cross-entropy and divergence from the reference, summed over tokens; gradient of their
+    weighted sum).
 
-    `logits` and `reference` are (N, V), with probabilities q and p. The gradient with respect to `logits` is
-    q - one_hot(target) for the cross-entropy, q - p for KL(p || q). On a CPU a few tokens at a time stay in its cache.
+    `logits` and `reference` are (N, V), with probabilities q and p. The gradient with respect to
+    `logits` is q - one_hot(target) for the cross-entropy, q - p for KL(p || q). On a CPU a few
+    tokens at a time stay in its cache.
     """
     sums = torch.zeros(2, device=logits.device)
     gradient = torch.empty_like(logits) if trains else None
-    rows = max(1, _CACHED_LOGITS // logits.shape[1]) if logits.device.type == "cpu" else max(1, len(logits))
+    rows = (
+        max(1, _CACHED_LOGITS // logits.shape[1])
+        if logits.device.type == "cpu"
+        else max(1, len(logits))
+    )
     hard, soft = weights
     wide = torch.promote_types(logits.dtype, torch.float32)
     for at in range(0, len(logits), rows):
@@ -119,7 +140,9 @@ def _losses(
 
 def _leaves(output: Tensor) -> list[Tensor]:
     """The leaf tensors of an output's autograd graph."""
-    leaves, seen, open_nodes = list[Tensor](), set[Any](), [output.grad_fn]
+    leaves = list[Tensor]()
+    seen = set[Any]()
+    open_nodes = [output.grad_fn]
     while open_nodes:
         node = open_nodes.pop()
         if node is not None and node not in seen:

@@ -22,7 +22,9 @@ class _Reading:
 
 
 class OtherLoad:
-    """Measures how many of the usable cores other processes keep busy, from one call to the next."""
+    """Measures how many of the usable cores other processes keep busy, from one call to the
+    next.
+    """
 
     def __init__(self) -> None:
         self._last = _read()
@@ -49,9 +51,13 @@ def _read() -> _Reading:
             if _is_nice():
                 busy += times[core].nice
     own = os.times()
-    return _Reading(time.monotonic(), busy, own.user + own.system + own.children_user + own.children_system)
+    return _Reading(
+        time.monotonic(), busy, own.user + own.system + own.children_user + own.children_system
+    )
 
 
 def _is_nice() -> bool:
-    """True if this process has a positive nice value: then other such processes have no lower priority."""
+    """True if this process has a positive nice value: then other such processes have no lower
+    priority.
+    """
     return hasattr(os, "getpriority") and os.getpriority(os.PRIO_PROCESS, 0) > 0

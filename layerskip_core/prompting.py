@@ -18,41 +18,74 @@ if TYPE_CHECKING:
 
 CHAT = "chat"  # the tokenizer's chat template
 RAW = "raw"  # nothing is added, and the text of special tokens in a prompt becomes tokens
-_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_NAMED_TOKENS = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
 PLACE = "{prompt}"  # the prompt's place in a template that is a text
 
 Result = TypeVar("Result")
 
 
 class Tokenizer:
-    """Text to token ids and back by the tokenizers library alone. transformers' tokenizers have the same methods."""
+    """Text to token ids and back by the tokenizers library alone. transformers' tokenizers have the
+    same methods.
+    """
 
-    def __init__(self, backend: "tokenizers.Tokenizer", special_tokens_map: Mapping[str, str], chat_template: Any) -> None:
-        """`special_tokens_map`: texts by names such as `eos_token`. `chat_template`: a text, several by name, or None."""
+    def __init__(
+        self,
+        backend: "tokenizers.Tokenizer",
+        special_tokens_map: Mapping[str, str],
+        chat_template: Any,
+    ) -> None:
+        """`special_tokens_map`: texts by names such as `eos_token`. `chat_template`: a text,
+        several by name, or None.
+        """
         self.backend_tokenizer = backend
         self.backend_tokenizer.no_padding()
         self.backend_tokenizer.no_truncation()
         self.special_tokens_map = dict(special_tokens_map)
         self.chat_template = chat_template
-        ids = {name: backend.token_to_id(content) for name, content in self.special_tokens_map.items()}
-        self.eos_token_id, self.pad_token_id = ids.get("eos_token"), ids.get("pad_token")
+        ids = {
+            name: backend.token_to_id(content) for name, content in self.special_tokens_map.items()
+        }
+        self.eos_token_id = ids.get("eos_token")
+        self.pad_token_id = ids.get("pad_token")
 
     @classmethod
     def in_folder(cls, folder: str | Path, settings: Mapping[str, Any]) -> Self:
-        """`folder` has tokenizer.json and perhaps a chat template; `settings`: tokenizer_config.json."""
+        """`folder` has tokenizer.json and perhaps a chat template; `settings`:
+        tokenizer_config.json.
+        """
         import tokenizers
 
         named = {name: settings.get(name) for name in _NAMED_TOKENS}
-        named = {name: token.get("content") if isinstance(token, dict) else token for name, token in named.items()}
+        named = {
+            name: token.get("content") if isinstance(token, dict) else token
+            for name, token in named.items()
+        }
         special = {name: content for name, content in named.items() if isinstance(content, str)}
         file = Path(folder) / "chat_template.jinja"  # a text; in the settings several by name, too
-        template = file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template")
-        return cls(tokenizers.Tokenizer.from_file(str(Path(folder) / "tokenizer.json")), special, template)
+        template = (
+            file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template")
+        )
+        return cls(
+            tokenizers.Tokenizer.from_file(str(Path(folder) / "tokenizer.json")), special, template
+        )
 
     def __call__(self, text: str | list[str], *, add_special_tokens: bool = True) -> dict[str, Any]:
         """`input_ids` of a text, or a list of them for several texts."""
         if isinstance(text, str):
-            return {"input_ids": self.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids}
+            return {
+                "input_ids": self.backend_tokenizer.encode(
+                    text, add_special_tokens=add_special_tokens
+                ).ids
+            }
         encoded = self.backend_tokenizer.encode_batch(text, add_special_tokens=add_special_tokens)
         return {"input_ids": [encoding.ids for encoding in encoded]}
 
@@ -70,10 +103,16 @@ class Tokenizer:
         return dict(self.backend_tokenizer.get_added_tokens_decoder())
 
     def decode(
-        self, token_ids: list[int], skip_special_tokens: bool = False, *, clean_up_tokenization_spaces: bool = False
+        self,
+        token_ids: list[int],
+        skip_special_tokens: bool = False,
+        *,
+        clean_up_tokenization_spaces: bool = False,
     ) -> str:
         assert not clean_up_tokenization_spaces, "only transformers cleans up"
-        return str(self.backend_tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens))
+        return str(
+            self.backend_tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        )
 
     def get_vocab(self) -> dict[str, int]:
         return dict(self.backend_tokenizer.get_vocab(with_added_tokens=True))
@@ -85,19 +124,27 @@ class Tokenizer:
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
     """The ids of special tokens, which have no text in an answer, by their names."""
-    return {str(token.content): token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return {
+        str(token.content): token_id
+        for token_id, token in tokenizer.added_tokens_decoder.items()
+        if token.special
+    }
 
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """A resolved template: `chat`, `raw` or a text with {prompt} in it. `system`: for `chat` only."""
+    """A resolved template: `chat`, `raw` or a text with {prompt} in it. `system`: for `chat`
+    only.
+    """
 
     text: str = RAW
     system: str | None = None
 
     @property
     def name(self) -> str:
-        """For statistics and reports: `chat`, `chat with a system message`, `raw`, or the text in quotes."""
+        """For statistics and reports: `chat`, `chat with a system message`, `raw`, or the text in
+        quotes.
+        """
         if self.text == CHAT:
             return CHAT if self.system is None else f"{CHAT} with a system message"
         return RAW if self.text == RAW else repr(self.text)
@@ -106,10 +153,11 @@ class PromptTemplate:
 def resolve_template(
     requested: str | None, system: str | None, stored: PromptTemplate | None, tokenizer: Tokenizer
 ) -> PromptTemplate:
-    """The requested template, else the checkpoint's (`stored`), else the tokenizer's chat template, else `raw`.
+    """The requested template, else the checkpoint's (`stored`), else the tokenizer's chat template,
+    else `raw`.
 
-    `system` replaces the stored system message. Raises ConfigError for `chat` without a chat template, and for a system
-    message in another template.
+    `system` replaces the stored system message. Raises ConfigError for `chat` without a chat
+    template, and for a system message in another template.
     """
     if requested == CHAT:
         require_chat_template(tokenizer)
@@ -117,7 +165,12 @@ def resolve_template(
     template = template or PromptTemplate(requested or (CHAT if tokenizer.chat_template else RAW))
     if system is None:
         return template
-    require(template.text == CHAT, "system", "given with the chat template only", f"the template {template.name}")
+    require(
+        template.text == CHAT,
+        "system",
+        "given with the chat template only",
+        f"the template {template.name}",
+    )
     return PromptTemplate(CHAT, system)
 
 
@@ -138,27 +191,44 @@ def chat_template(tokenizer: Tokenizer, with_tools: bool = False) -> Any:
 
 
 def render_chat(
-    tokenizer: Tokenizer, messages: Sequence[Any], add_generation_prompt: bool, tools: Sequence[Any] | None = None
+    tokenizer: Tokenizer,
+    messages: Sequence[Any],
+    add_generation_prompt: bool,
+    tools: Sequence[Any] | None = None,
 ) -> str:
-    """The text of a conversation, as `apply_chat_template` renders it. Raises ConfigError, and CheckpointError if it fails."""
+    """The text of a conversation, as `apply_chat_template` renders it. Raises ConfigError, and
+    CheckpointError if it fails.
+    """
     require_chat_template(tokenizer)
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if not isinstance(token, list)}
+    special = {
+        name: str(token)
+        for name, token in tokenizer.special_tokens_map.items()
+        if not isinstance(token, list)
+    }
     values = {**special, "messages": messages, "tools": tools, "documents": None}
     try:
-        return _compiled(chat_template(tokenizer, bool(tools))).render(values, add_generation_prompt=add_generation_prompt)
+        return _compiled(chat_template(tokenizer, bool(tools))).render(
+            values, add_generation_prompt=add_generation_prompt
+        )
     except Exception as error:
-        raise CheckpointError(f"the model's chat template cannot be used: {type(error).__name__}: {error}") from None
+        raise CheckpointError(
+            f"the model's chat template cannot be used: {type(error).__name__}: {error}"
+        ) from None
 
 
 @lru_cache(maxsize=4)
 def _compiled(template: str) -> "jinja2.Template":
-    """A template in the environment of transformers' `apply_chat_template`. It can neither run code nor touch files."""
+    """A template in the environment of transformers' `apply_chat_template`. It can neither run code
+    nor touch files.
+    """
     import jinja2
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """`{% generation %}` marks the assistant's text in training data; the text itself stays as it is."""
+        """`{% generation %}` marks the assistant's text in training data; the text itself stays as
+        it is.
+        """
 
         tags = {"generation"}  # noqa: RUF012
 
@@ -172,7 +242,9 @@ def _compiled(template: str) -> "jinja2.Template":
     def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
@@ -180,30 +252,41 @@ def _compiled(template: str) -> "jinja2.Template":
 
 
 def encode_prompt(
-    tokenizer: Tokenizer, template: PromptTemplate, prompt: str, turns: Sequence[tuple[str, str]] = ()
+    tokenizer: Tokenizer,
+    template: PromptTemplate,
+    prompt: str,
+    turns: Sequence[tuple[str, str]] = (),
 ) -> list[int]:
-    """Token ids of a prompt in its template, with the tokenizer's special tokens at the start and none at the end.
+    """Token ids of a prompt in its template, with the tokenizer's special tokens at the start and
+    none at the end.
 
-    Only the template's special tokens become tokens; in the prompt and the system message they stay text. In the raw
-    template those of the prompt become tokens. `turns`: earlier prompts with their answers, for the chat template only; special
-    tokens in them stay text too. Raises ConfigError for a prompt that is not valid Unicode and for `chat` without such a
-    template, CheckpointError if the template or the tokenizer fails.
+    Only the template's special tokens become tokens; in the prompt and the system message they stay
+    text. In the raw template those of the prompt become tokens. `turns`: earlier prompts with their
+    answers, for the chat template only; special tokens in them stay text too. Raises ConfigError
+    for a prompt that is not valid Unicode and for `chat` without such a template, CheckpointError
+    if the template or the tokenizer fails.
     """
     try:
         prompt.encode()
     except UnicodeEncodeError as error:  # an argument can hold any bytes
-        raise ConfigError(f"the prompt must be valid Unicode, got {prompt[error.start]!r} in it") from None
+        raise ConfigError(
+            f"the prompt must be valid Unicode, got {prompt[error.start]!r} in it"
+        ) from None
     if template.text == CHAT:
         spoken = [] if template.system is None else [("system", template.system)]
         for earlier, answer in turns:
             spoken += [("user", earlier), ("assistant", answer)]
-        messages = [{"role": role, "content": content} for role, content in [*spoken, ("user", prompt)]]
+        messages = [
+            {"role": role, "content": content} for role, content in [*spoken, ("user", prompt)]
+        ]
         return encode_conversation(tokenizer, messages)
     text = prompt if template.text == RAW else template.text.replace(PLACE, prompt)
     special = None if template.text == RAW else special_text(tokenizer, prompt)
     # The prompt may also complete a special token that the template begins.
     if special is not None and special.found(text) != special.found(template.text):
-        ids = special.encode(special.sealed(template.text).replace(PLACE, prompt), add_special_tokens=True).ids
+        ids = special.encode(
+            special.sealed(template.text).replace(PLACE, prompt), add_special_tokens=True
+        ).ids
     else:
         ids = list(encoded(lambda: tokenizer(text)["input_ids"]))
     while ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers append it to every text
@@ -214,7 +297,9 @@ def encode_prompt(
 def encode_conversation(
     tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None
 ) -> list[int]:
-    """Token ids of messages, up to the assistant's next turn; their special tokens stay text. Raises as `render_chat`."""
+    """Token ids of messages, up to the assistant's next turn; their special tokens stay text.
+    Raises as `render_chat`.
+    """
     texts: list[str] = []
     _mapped([messages, tools], texts.append)
     special = special_text(tokenizer, *texts)
@@ -222,7 +307,11 @@ def encode_conversation(
         text = render_chat(tokenizer, messages, True, tools)
         return list(encoded(lambda: tokenizer(text, add_special_tokens=False)["input_ids"]))
     messages, tools = _mapped([messages, tools], special.masked)
-    return list(special.encode(special.sealed(render_chat(tokenizer, messages, True, tools)), add_special_tokens=False).ids)
+    return list(
+        special.encode(
+            special.sealed(render_chat(tokenizer, messages, True, tools)), add_special_tokens=False
+        ).ids
+    )
 
 
 def _mapped(value: Any, change: Callable[[str], Any]) -> Any:
@@ -248,8 +337,8 @@ def encoded(encode: Callable[[], Result]) -> Result:
 class SpecialText:
     """The special tokens of a tokenizer, and a copy of it that knows them by secret random names.
 
-    A prompt cannot contain these names, so the only special tokens of a `sealed` text are the template's. The text is
-    encoded in one piece and splits as with the tokenizer itself.
+    A prompt cannot contain these names, so the only special tokens of a `sealed` text are the
+    template's. The text is encoded in one piece and splits as with the tokenizer itself.
     """
 
     tokenizer: "tokenizers.Tokenizer"
@@ -266,12 +355,18 @@ class SpecialText:
         return [token for token in ids if token in special]
 
     def masked(self, text: str) -> str:
-        """A prompt with marks in place of its special tokens, for rendering a chat template around it."""
+        """A prompt with marks in place of its special tokens, for rendering a chat template around
+        it.
+        """
         tokens = list(self.names)
-        return self._pattern.sub(lambda match: f"{self.mark}{tokens.index(match[0])}{self.mark}", text)
+        return self._pattern.sub(
+            lambda match: f"{self.mark}{tokens.index(match[0])}{self.mark}", text
+        )
 
     def sealed(self, text: str) -> str:
-        """A template's text with secret names for its special tokens; masked ones of the prompt become text again."""
+        """A template's text with secret names for its special tokens; masked ones of the prompt
+        become text again.
+        """
         tokens = list(self.names)
         named = self._pattern.sub(lambda match: self.names[match[0]], text)
         return re.sub(f"{self.mark}(\\d+){self.mark}", lambda match: tokens[int(match[1])], named)
@@ -283,7 +378,9 @@ class SpecialText:
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
         """Prefers the longest of several tokens at one place, as the tokenizers library does."""
-        return re.compile("|".join(map(re.escape, sorted(self.names, key=len, reverse=True))) or "(?!)")
+        return re.compile(
+            "|".join(map(re.escape, sorted(self.names, key=len, reverse=True))) or "(?!)"
+        )
 
     @cached_property
     def _renamed(self) -> "tokenizers.Tokenizer":
@@ -308,20 +405,28 @@ class SpecialText:
 
 
 def special_text(tokenizer: Tokenizer, *texts: str) -> SpecialText | None:
-    """Special tokens; None for a tokenizer in Python, which cannot keep them as text (ConfigError for such texts)."""
+    """Special tokens; None for a tokenizer in Python, which cannot keep them as text (ConfigError
+    for such texts).
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None and hasattr(backend, "get_added_tokens_decoder"):
         return _special_text(tokenizer)
     for token in special_ids(tokenizer) if texts else ():
         if any(token in text for text in texts):
-            raise ConfigError(f"the prompt must be without the special token {token} for this model's tokenizer, or `raw`")
+            raise ConfigError(
+                f"the prompt must be without the special token {token} for this model's tokenizer, or `raw`"
+            )
     return None
 
 
 @lru_cache(maxsize=4)
 def _special_text(tokenizer: Any) -> SpecialText:
     backend = tokenizer.backend_tokenizer
-    special = [token for token in backend.get_added_tokens_decoder().values() if token.special and token.content]
+    special = [
+        token
+        for token in backend.get_added_tokens_decoder().values()
+        if token.special and token.content
+    ]
     secret = secrets.token_hex(8)
     names = {token.content: f"{secret}x{number}x" for number, token in enumerate(special)}
     hides = backend.normalizer is not None and any(token.normalized for token in special)

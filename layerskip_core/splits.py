@@ -1,25 +1,30 @@
 """Which rows train, which choose, and which report. No row does two of these.
 
-Rows that choose: losses on held-out rows, the verdict of a training, and a sweep. Rows that report: `bench`.
+Rows that choose: losses on held-out rows, the verdict of a training, and a sweep. Rows that report:
+`bench`.
 
 | data | train | choose | report |
 |---|---|---|---|
 | `commands`, TOPv2 | split train | split validation | split test |
-| a file or a hub data set's split, of its model | those not held out | held out, side validation | held out, side test |
+| a file or a hub data set's split, of its model | those not held out | held out, side validation |
+held out, side test |
 | the same with `validation` FILE | all rows | FILE, side validation | FILE, side test |
 | the same as a stream | divided as its first 4,096 rows are | as above | as above |
 | a file that the model was not trained on | | side validation | side test |
 | a hub data set, cnn_dm, xsum, scitldr, mbpp, WikiText-2 | | split validation | split test |
 | humaneval; a named task on a file | | side validation | side test |
-| a plain text for `lm` | lines that are not held out | as a file, else its pieces | as a file, else its pieces |
+| a plain text for `lm` | lines that are not held out | as a file, else its pieces | as a file, else
+its pieces |
 | tasks of lm-eval | | nothing is chosen on them | lm-eval's own rows |
 
-Conversations and packed documents are rows like others. A model trained on a hub data set reports on the set's own split
-`test` if there is one, else on held-out rows. `samples` 0 takes both sides. Fewer than 40 rows are not divided.
+Conversations and packed documents are rows like others. A model trained on a hub data set reports
+on the set's own split `test` if there is one, else on held-out rows. `samples` 0 takes both sides.
+Fewer than 40 rows are not divided.
 
-A row is known by its key, a hash of its content: half of all keys belong to each side, and of each side the rows with the
-smallest keys are held out. So the division depends on the content alone: on no order, process, resumption or seed, and a file
-that was shuffled, renamed or extended still has the same rows on each side. Equal rows are never apart.
+A row is known by its key, a hash of its content: half of all keys belong to each side, and of each
+side the rows with the smallest keys are held out. So the division depends on the content alone: on
+no order, process, resumption or seed, and a file that was shuffled, renamed or extended still has
+the same rows on each side. Equal rows are never apart.
 """
 
 import hashlib
@@ -43,7 +48,9 @@ _KEY_BYTES = 8
 
 
 def key_of(fields: Mapping[str, Any], columns: Collection[str]) -> str:
-    """16 hex digits by the content of a row: its values in these columns, or in all if it has none of them."""
+    """16 hex digits by the content of a row: its values in these columns, or in all if it has none
+    of them.
+    """
     known = {name: value for name, value in fields.items() if name in columns}
     text = json.dumps(known or dict(fields), sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=_KEY_BYTES).hexdigest()
@@ -69,13 +76,15 @@ class HeldOut:
         return key <= (self.validation if side_of(key) == VALIDATION else self.test)
 
     def recognises(self, keys: Iterable[str]) -> bool:
-        """True if about half of the trained rows have one of these keys, or about half of these rows were trained on.
+        """True if about half of the trained rows have one of these keys, or about half of these
+        rows were trained on.
 
         A sample of the trained rows is compared: those of the smallest keys.
         """
         if not self.trained:
             return False
-        first, last = self.trained[0], self.trained[-1]
+        first = self.trained[0]
+        last = self.trained[-1]
         near = {key for key in keys if first <= key <= last and not self.holds(key)}
         hits = len(near.intersection(self.trained))
         enough = min(_FEWEST_HITS, len(self.trained))
@@ -83,12 +92,15 @@ class HeldOut:
 
 
 def timely_rows(trained: int) -> int:
-    """How many rows choose, at most, so that reading them takes little of a run that trains on so many rows."""
+    """How many rows choose, at most, so that reading them takes little of a run that trains on so
+    many rows.
+    """
     return min(_MOST_HELD_OUT, max(_FEWEST_HELD_OUT, trained // _TRAINED_PER_ROW))
 
 
 def hold_out(keys: Sequence[str], nothing: bool = False) -> HeldOut:
-    """Divides the rows of a training: 8 to 128 rows choose (128 from 2,048 rows on), from 256 rows on half as many report.
+    """Divides the rows of a training: 8 to 128 rows choose (128 from 2,048 rows on), from 256 rows
+    on half as many report.
 
     Below 40 rows, or if `nothing` is asked for, no row is held out.
     """
@@ -97,17 +109,23 @@ def hold_out(keys: Sequence[str], nothing: bool = False) -> HeldOut:
         counts[VALIDATION] = min(_MOST_HELD_OUT, max(_FEWEST_HELD_OUT, len(keys) // _SHARE))
         counts[TEST] = counts[VALIDATION] // 2 if len(keys) >= _FEWEST_TO_REPORT else 0
     ordered = sorted(keys)
-    highest = {side: _highest([key for key in ordered if side_of(key) == side], count) for side, count in counts.items()}
+    highest = {
+        side: _highest([key for key in ordered if side_of(key) == side], count)
+        for side, count in counts.items()
+    }
     bounds = HeldOut(highest[VALIDATION], highest[TEST])
     held = [key for key in ordered if bounds.holds(key)]
     trained = sorted({key for key in keys if not bounds.holds(key)})[:_SKETCH]
-    digest = hashlib.blake2b("".join(held).encode(), digest_size=_KEY_BYTES).hexdigest() if held else ""
+    digest = (
+        hashlib.blake2b("".join(held).encode(), digest_size=_KEY_BYTES).hexdigest() if held else ""
+    )
     return HeldOut(bounds.validation, bounds.test, len(held), digest, tuple(trained))
 
 
 def _highest(ordered: Sequence[str], count: int) -> str:
     """The last of the first keys that at most `count` rows have; equal keys are not parted."""
-    highest, rows = "", 0
+    highest = ""
+    rows = 0
     for key, same in groupby(ordered):
         rows += len(list(same))
         if rows > count:
@@ -127,12 +145,16 @@ class Part:
 
 
 def part_of(keys: Sequence[str], side: str | None, trainings: Sequence[HeldOut] = ()) -> Part:
-    """The rows of a `side` that none of the `trainings` (the newest first) trained on. None: the rows of both sides.
+    """The rows of a `side` that none of the `trainings` (the newest first) trained on. None: the
+    rows of both sides.
 
-    If no row is new to all trainings, the newest one decides; if all rows were trained on, the part has all of them.
+    If no row is new to all trainings, the newest one decides; if all rows were trained on, the part
+    has all of them.
     """
     known = [training for training in trainings if training.recognises(keys)]
-    new = [place for place, key in enumerate(keys) if all(training.holds(key) for training in known)]
+    new = [
+        place for place, key in enumerate(keys) if all(training.holds(key) for training in known)
+    ]
     if known and not new:
         new = [place for place, key in enumerate(keys) if known[0].holds(key)]
     if not new:

@@ -25,9 +25,14 @@ def chatml_folder(folder: Path) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=400,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
-    tokenizer.train_from_iterator(["remind me to start a system for the user", "im_start im_end start end"] * 20, trainer)
+    tokenizer.train_from_iterator(
+        ["remind me to start a system for the user", "im_start im_end start end"] * 20, trainer
+    )
     tokenizer.add_tokens([AddedToken("<note>", special=False)])
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -50,8 +55,14 @@ def full_tokenizer(folder: Path):
 def talking_model(folder, context):
     """A random model with a chat template, which never ends an answer."""
     tokenizer = full_tokenizer(chatml_folder(folder / "tokenizer"))
-    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
-    model = tiny_model("llama", torch.float32, vocab_size=len(tokenizer), max_position_embeddings=context, **ids)
+    ids = {
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": None,
+    }
+    model = tiny_model(
+        "llama", torch.float32, vocab_size=len(tokenizer), max_position_embeddings=context, **ids
+    )
     model.get_output_embeddings().weight.data[tokenizer.eos_token_id] = 0
     info = CheckpointInfo(exit_layer=3, num_draft_tokens=4)
     save_checkpoint(model, tokenizer, info, str(folder / "model"), torch.float32)

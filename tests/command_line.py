@@ -19,7 +19,8 @@ from cli.main import main
 ROOT = Path(__file__).parent.parent
 COMMAND = (sys.executable, "-m", "cli")
 _LISTING = "import sys; from cli.main import main\ntry: main()\nfinally: print(*sys.modules, file=sys.stderr)"
-LISTING_MODULES = (sys.executable, "-c", _LISTING)  # at the end it prints the names of all loaded modules to stderr
+# At the end it prints the names of all loaded modules to stderr
+LISTING_MODULES = (sys.executable, "-c", _LISTING)
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}
 
 
@@ -33,7 +34,12 @@ class Result:
 def run(*arguments: str, stdin: str | bytes = b"", encoding: str = "utf-8") -> Result:
     """Calls `main()`, which turns every error into its message and exit status, as for a user."""
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding, write_through=True) for _ in range(2))
-    with TemporaryFile() as file, redirect_stdout(out), redirect_stderr(err), patch("sys.argv", ["layerskip", *arguments]):
+    with (
+        TemporaryFile() as file,
+        redirect_stdout(out),
+        redirect_stderr(err),
+        patch("sys.argv", ["layerskip", *arguments]),
+    ):
         file.write(stdin.encode() if isinstance(stdin, str) else stdin)
         file.seek(0)
         try:
@@ -45,23 +51,36 @@ def run(*arguments: str, stdin: str | bytes = b"", encoding: str = "utf-8") -> R
 
 
 def fails(message: str, *arguments: str, **keywords: str | bytes) -> None:
-    """The command ends with status 1 or 2, one line that is exactly `error: message`, and nothing on stdout."""
+    """The command ends with status 1 or 2, one line that is exactly `error: message`, and nothing
+    on stdout.
+    """
     result = run(*arguments, **keywords)
     assert result == Result(result.code, "", f"error: {message}\n") and result.code in (1, 2)
 
 
 def refused(part: str, *arguments: str, **keywords: str | bytes) -> None:
-    """The command ends with status 1 or 2, one line of error that has this part, and nothing on stdout."""
+    """The command ends with status 1 or 2, one line of error that has this part, and nothing on
+    stdout.
+    """
     result = run(*arguments, **keywords)
     assert (result.out, result.err.count("\n")) == ("", 1) and part in result.err, (part, result)
     assert result.code in (1, 2)
 
 
-def start(*arguments: str, command: tuple[str, ...] = COMMAND, **keywords: object) -> subprocess.Popen[str]:
-    """Starts a command that reacts to Ctrl-C, even if the tests run in the background, where the shell ignores it."""
+def start(
+    *arguments: str, command: tuple[str, ...] = COMMAND, **keywords: object
+) -> subprocess.Popen[str]:
+    """Starts a command that reacts to Ctrl-C, even if the tests run in the background, where the
+    shell ignores it.
+    """
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    return subprocess.Popen([*command, *arguments], text=True, preexec_fn=heed, **{"env": ENVIRONMENT, **pipes, **keywords})
+    return subprocess.Popen(
+        [*command, *arguments],
+        text=True,
+        preexec_fn=heed,
+        **{"env": ENVIRONMENT, **pipes, **keywords},
+    )
 
 
 def finish(process: subprocess.Popen[str], stdin: str | None = None) -> Result:

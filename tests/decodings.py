@@ -1,4 +1,6 @@
-"""What the tests of decoding share: prompts, the ids of a decoding, and the tiny model on native kernels."""
+"""What the tests of decoding share: prompts, the ids of a decoding, and the tiny model on native
+kernels.
+"""
 
 import pytest
 import torch
@@ -10,7 +12,14 @@ from layerskip_core.decoding import decode
 from layerskip_core.decoding.drafters import Context, DrafterSetup
 from layerskip_core.decoding.drafters.exit import ExitDrafter
 from layerskip_core.decoding.output import OutputText, Row, StopScanner
-from layerskip_core.model import DraftEnds, ModelSpec, NativeBackend, TorchBackend, TransformersBackend, can_run_native
+from layerskip_core.model import (
+    DraftEnds,
+    ModelSpec,
+    NativeBackend,
+    TorchBackend,
+    TransformersBackend,
+    can_run_native,
+)
 from layerskip_core.model.exit_blocks import NO_BLOCKS
 from layerskip_core.model.pages import PAGE, PagedCache
 
@@ -19,7 +28,9 @@ WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}  # widths th
 
 
 def prompt_of(length, seed=0, vocabulary=67):
-    return torch.randint(3, vocabulary, (length,), generator=torch.Generator().manual_seed(length + seed)).tolist()
+    return torch.randint(
+        3, vocabulary, (length,), generator=torch.Generator().manual_seed(length + seed)
+    ).tolist()
 
 
 def ids_of(decoding):
@@ -28,7 +39,8 @@ def ids_of(decoding):
 
 def rounds_of(backend, prompt, config):
     """The text before each round of a decoding, and its drafts."""
-    loop, rounds = decode(backend, prompt, config), []
+    loop = decode(backend, prompt, config)
+    rounds = []
     draft = loop._drafter.draft
 
     def recorded(context, limits):
@@ -59,37 +71,61 @@ def context_of(texts, newest, cache, indices, filled, config=PLAIN):
 
 def context_after(backend, ids):
     """Before a round: all of `ids` but the last are cached."""
-    last, cache = len(ids) - 1, backend.new_cache()
+    last = len(ids) - 1
+    cache = backend.new_cache()
     with torch.inference_mode():
         hidden = backend.embed(torch.tensor([ids[:last]]))
         backend.run_layers(hidden, 0, backend.num_layers, cache.span(0, last))
     return context_of([ids], torch.tensor(ids[last:]), cache, [0], [last])
 
 
-def draft_of(backend, weights, submodel, ids, positions, cache, feature=None, eos_ids=frozenset(), survival=0.0, **settings):
-    """A draft after the last of `ids` (1, T); `positions` (1, d+1) are that token's and the drafts'."""
+def draft_of(
+    backend,
+    weights,
+    submodel,
+    ids,
+    positions,
+    cache,
+    feature=None,
+    eos_ids=frozenset(),
+    survival=0.0,
+    **settings,
+):
+    """A draft after the last of `ids` (1, T); `positions` (1, d+1) are that token's and the
+    drafts'.
+    """
     config = DecodingConfig(**settings)
     setup = DrafterSetup(backend, config, eos_ids)
     if feature is not None:
         cache.features[0][submodel.exit_layer or "drafts"] = feature.flatten()
     context = context_of(ids.tolist(), ids[0, -1:], cache, [0], [int(positions[0, 0])], config)
     with torch.inference_mode():
-        return ExitDrafter(setup, weights, submodel).draft(context, [positions.shape[1] - 1], DraftEnds(survival=survival))
+        return ExitDrafter(setup, weights, submodel).draft(
+            context, [positions.shape[1] - 1], DraftEnds(survival=survival)
+        )
 
 
 def entries(cache, row=0):
-    """What a row has, (L, 2, kv heads, places, head dim), in their order; attention.h tells that of our kernels.
+    """What a row has, (L, 2, kv heads, places, head dim), in their order; attention.h tells that of
+    our kernels.
 
     Where head sizes differ, L is 1 and head dim all of them.
     """
     if not isinstance(cache, PagedCache):
         [cache] = getattr(cache, "parts", {"all": cache}).values()
         return cache.storage[:, :, row]
-    held, found, start = torch.stack([page.content for page in cache._pages[row]]), [], 0
+    held = torch.stack([page.content for page in cache._pages[row]])
+    found = []
+    start = 0
     together = 4 // held.element_size()  # numbers that stand side by side
     for heads, size in cache._pool.sizes:
         stop = start + 2 * heads * PAGE * size
-        keys, values = held[:, start:stop].reshape(-1, 2, heads, PAGE // 16, 16 * size).transpose(0, 2).unbind(1)
+        keys, values = (
+            held[:, start:stop]
+            .reshape(-1, 2, heads, PAGE // 16, 16 * size)
+            .transpose(0, 2)
+            .unbind(1)
+        )
         keys = keys.reshape(heads, -1, size // together, 16, together).transpose(2, 3)
         values = values.reshape(heads, -1, size, together).transpose(2, 3)
         found.append(torch.stack([part.reshape(heads, -1, size) for part in (keys, values)]))
@@ -98,18 +134,25 @@ def entries(cache, row=0):
 
 
 def plainly(backend, prompt, limit=40, eos_ids=frozenset()):
-    return ids_of(decode(backend, prompt, DecodingConfig("autoregressive", max_new_tokens=limit), eos_ids))
+    return ids_of(
+        decode(backend, prompt, DecodingConfig("autoregressive", max_new_tokens=limit), eos_ids)
+    )
 
 
-def backend_on(kind, packing=None, model_type="llama", blocks_of=lambda model: NO_BLOCKS, **changes):
-    """The tiny model on transformers' layers (`generic`) or torch's kernels (`packed`), in fp64, or on ours (`native`).
+def backend_on(
+    kind, packing=None, model_type="llama", blocks_of=lambda model: NO_BLOCKS, **changes
+):
+    """The tiny model on transformers' layers (`generic`) or torch's kernels (`packed`), in fp64, or
+    on ours (`native`).
 
     `blocks_of`: makes its exit blocks.
     """
     model = tiny_model(model_type, torch.float32 if kind == "native" else torch.float64, **changes)
     if kind == "generic":
         return TransformersBackend(model, blocks_of(model))
-    return (native_or_skip if kind == "native" else TorchBackend.of)(model, packing, exit_blocks=blocks_of(model))
+    return (native_or_skip if kind == "native" else TorchBackend.of)(
+        model, packing, exit_blocks=blocks_of(model)
+    )
 
 
 def silent_layers(*layers, **changes):

@@ -27,10 +27,11 @@ NEW_TOKENS = 12
 
 @cache
 def tiny_loaded(dtype: torch.dtype = torch.float64, **changes: object) -> Decoder:
-    """Six random layers with `changes` of the config, a context of 128 tokens, and a tokenizer of 300 entries.
+    """Six random layers with `changes` of the config, a context of 128 tokens, and a tokenizer of
+    300 entries.
 
-    EOS is never the most probable token. If it were drafted after a wrong draft, a real round would end early, which the cost
-    model cannot predict.
+    EOS is never the most probable token. If it were drafted after a wrong draft, a real round would
+    end early, which the cost model cannot predict.
     """
     tokenizer = train_tokenizer(load_examples(DataConfig("commands", "train", limit=60)), 300)
     model = tiny_model(
@@ -38,7 +39,11 @@ def tiny_loaded(dtype: torch.dtype = torch.float64, **changes: object) -> Decode
         eos_token_id=tokenizer.eos_token_id, **changes,
     )  # fmt: skip
     model.get_output_embeddings().weight.data[tokenizer.eos_token_id] = 0
-    return decoder_of(Trainable("tiny", model, TransformersBackend(model), tokenizer, CheckpointInfo(PARSING_TEMPLATE)))
+    return decoder_of(
+        Trainable(
+            "tiny", model, TransformersBackend(model), tokenizer, CheckpointInfo(PARSING_TEMPLATE)
+        )
+    )
 
 
 TRAINED = CheckpointInfo(PARSING_TEMPLATE, details={"trained_exits": [2, 4]})
@@ -62,7 +67,12 @@ def collect(events):
 def task_of(*examples: Example) -> Task:
     config = TaskConfig("known", "known", max_new_tokens=NEW_TOKENS, completion_column="completion")
     references = [[example.completion] for example in examples]
-    return Task(examples, config, "exact_match", lambda texts: {"exact_match": exact_match(texts, references)})
+    return Task(
+        examples,
+        config,
+        "exact_match",
+        lambda texts: {"exact_match": exact_match(texts, references)},
+    )
 
 
 def score(task: Task, predictions: list[str]) -> dict[str, float]:
@@ -75,7 +85,9 @@ def own_answers(samples: int = 3) -> Task:
     loaded = tiny_loaded()
     prompts = [row.prompt for row in load_examples(DataConfig("commands", "test", limit=samples))]
     setting = DecodingConfig("autoregressive", max_new_tokens=NEW_TOKENS)
-    return task_of(*(Example(prompt, measure_prompt(loaded, prompt, setting).text) for prompt in prompts))
+    return task_of(
+        *(Example(prompt, measure_prompt(loaded, prompt, setting).text) for prompt in prompts)
+    )
 
 
 def early_exit_share(loaded: Decoder, task: Task, exit_layer: int) -> float:
@@ -88,7 +100,9 @@ TOO_LONG = Example("word " * 200, "x")  # longer than the tiny model's context
 
 
 def outputs_of(
-    *steps: list[tuple[int, float]], ids: tuple[tuple[int, ...], ...] = (), stats: DecodeStats | None = None
+    *steps: list[tuple[int, float]],
+    ids: tuple[tuple[int, ...], ...] = (),
+    stats: DecodeStats | None = None,
 ) -> list[Output]:
     """Outputs with the given steps (tokens, seconds). Only the first output has the given stats."""
     each = []
@@ -96,5 +110,7 @@ def outputs_of(
         count = sum(tokens for tokens, _ in own_steps)
         tokens = ids[number] if ids else tuple(range(count))
         own_stats = stats if stats is not None and number == 0 else DecodeStats()
-        each.append(Output(tokens, "", tuple(Step(*step) for step in own_steps), own_stats, "length"))
+        each.append(
+            Output(tokens, "", tuple(Step(*step) for step in own_steps), own_stats, "length")
+        )
     return each

@@ -8,9 +8,11 @@ from layerskip_core.model.architectures import ARCHITECTURES
 
 
 def compute_in_fp64(model, monkeypatch):
-    """transformers' norms, the softmax of eager attention and of routers, and some rotations compute in fp32 even in fp64.
+    """transformers' norms, the softmax of eager attention and of routers, and some rotations
+    compute in fp32 even in fp64.
 
-    That would hide any difference under 1e-6. Skips with transformers 5.17, whose rotary embedding refuses fp64 positions.
+    That would hide any difference under 1e-6. Skips with transformers 5.17, whose rotary embedding
+    refuses fp64 positions.
     """
     if transformers.__version__.startswith("5.17."):
         pytest.skip("the rotary embedding of transformers 5.17 refuses fp64 positions")
@@ -29,6 +31,13 @@ def compute_in_fp64(model, monkeypatch):
                 eps=getattr(n, "variance_epsilon", None) or n.eps,
             ),
         )
-    softmax, rounded = torch.nn.functional.softmax, torch.Tensor.float
-    monkeypatch.setattr(torch.nn.functional, "softmax", lambda scores, dim, dtype=None: softmax(scores, dim))
-    monkeypatch.setattr(torch.Tensor, "float", lambda numbers: numbers if numbers.dtype == torch.float64 else rounded(numbers))
+    softmax = torch.nn.functional.softmax
+    rounded = torch.Tensor.float
+    monkeypatch.setattr(
+        torch.nn.functional, "softmax", lambda scores, dim, dtype=None: softmax(scores, dim)
+    )
+    monkeypatch.setattr(
+        torch.Tensor,
+        "float",
+        lambda numbers: numbers if numbers.dtype == torch.float64 else rounded(numbers),
+    )

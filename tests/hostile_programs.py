@@ -1,15 +1,19 @@
-"""What programs try in order to break out of the sandbox, as data. Each attempt must end with an error.
+"""What programs try in order to break out of the sandbox, as data. Each attempt must end with an
+error.
 
-`{home}` is a folder of the user with the files `secret` (text) and `link` (a symbolic link), `{pid}` a process of the user.
+`{home}` is a folder of the user with the files `secret` (text) and `link` (a symbolic link),
+`{pid}` a process of the user.
 """
 
 import platform
 
-DENIED = r"PermissionError|FileNotFoundError|OSError: \[Errno (18|30)\]"  # 18: another file system, 30: a read-only one
+# 18: another file system, 30: a read-only one
+DENIED = r"PermissionError|FileNotFoundError|OSError: \[Errno (18|30)\]"
 _UNKNOWN = r"OSError: \[Errno 38\]"
 _NO_SUCH = f"{DENIED}|ProcessLookupError"
 
-# One program makes all of these attempts. `call`: a system call by its numbers on x86_64 and aarch64.
+# One program makes all of these attempts. `call`: a system call by its numbers on x86_64 and
+# aarch64.
 ATTEMPTS = {
     # a file of the user is changed or read
     "chmod": "os.chmod('{home}/secret', 0o666)",
@@ -120,16 +124,19 @@ ATTEMPTS = {
     "subprocess": "subprocess.run(['/bin/true'], check=True)",
     "posix_spawn": "os.waitpid(os.posix_spawn('/bin/true', ['true'], {}), 0)",
 }
-# Without a tree of its own a program can find out whether a file exists, as the sandbox's README says.
+# Without a tree of its own a program can find out whether a file exists, as the sandbox's README
+# says.
 ASKED = {
     "stat": "os.stat('{home}/secret')",
     "access": "if not os.access('{home}/secret', os.F_OK): raise PermissionError",
     "readlink": "os.readlink('{home}/link')",
     "chdir": "os.chdir('{home}')",
 }
-# How an attempt must end, unless as DENIED says: an attempt that failed for another reason proves nothing.
+# How an attempt must end, unless as DENIED says: an attempt that failed for another reason proves
+# nothing.
 _REFUSED = {"fchmodat2": _UNKNOWN, "clone3": _UNKNOWN} | dict.fromkeys(
-    ("kill", "question by signal 0", "kill of a group", "owner of a pipe", "rt_sigqueueinfo"), _NO_SUCH
+    ("kill", "question by signal 0", "kill of a group", "owner of a pipe", "rt_sigqueueinfo"),
+    _NO_SUCH,
 )
 CALL = """
 import ctypes, fcntl, os, re, resource, socket, struct, subprocess, traceback
@@ -156,9 +163,14 @@ for name, (attempt, refused) in ATTEMPTS.items():
 
 
 def making(attempts: dict[str, str], home: str, pid: int) -> str:
-    """A program that makes all attempts and ends without an error; the first that succeeds is the reason why not."""
+    """A program that makes all attempts and ends without an error; the first that succeeds is the
+    reason why not.
+    """
     named = {
-        name: (attempt.replace("{home}", home).replace("{pid}", str(pid)), _REFUSED.get(name, DENIED))
+        name: (
+            attempt.replace("{home}", home).replace("{pid}", str(pid)),
+            _REFUSED.get(name, DENIED),
+        )
         for name, attempt in attempts.items()
     }
     return f"{CALL}\nATTEMPTS = {named!r}\n{_ALL}"

@@ -1,11 +1,12 @@
 """A simulated GPU, for machines without one: `with simulated_cuda() as gpu`.
 
-Tensors on `cuda` then hold their numbers on the CPU, so that decoding and training run as a whole and give real numbers. An
-operation that mixes devices fails as it does on a GPU, `gpu.waits` lists what the host waited for, and `torch.cuda.CUDAGraph`
-records and replays. Not simulated: a GPU's own kernels, its memory, streams and autocast.
+Tensors on `cuda` then hold their numbers on the CPU, so that decoding and training run as a whole
+and give real numbers. An operation that mixes devices fails as it does on a GPU, `gpu.waits` lists
+what the host waited for, and `torch.cuda.CUDAGraph` records and replays. Not simulated: a GPU's own
+kernels, its memory, streams and autocast.
 
-A tensor is a wrapper around its numbers. To torch's C++ code its device is `meta`, which needs no support for CUDA there; all
-Python code sees `cuda:0`. Every operation comes to `SimulatedGpu.run`.
+A tensor is a wrapper around its numbers. To torch's C++ code its device is `meta`, which needs no
+support for CUDA there; all Python code sees `cuda:0`. Every operation comes to `SimulatedGpu.run`.
 """
 
 import sys
@@ -21,7 +22,8 @@ from torch import Tag, Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
+GPU = torch.device("cuda", 0)
+CPU = torch.device("cpu")
 _aten = torch.ops.aten
 _INDEXING = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default}
 _FROM_DATA = {torch.tensor, torch.as_tensor, Tensor.new_tensor}
@@ -33,7 +35,11 @@ class GpuTensor(Tensor):
 
     @staticmethod
     def __new__(cls, numbers: Tensor):
-        layout = {"strides": numbers.stride(), "storage_offset": numbers.storage_offset(), "dtype": numbers.dtype}
+        layout = {
+            "strides": numbers.stride(),
+            "storage_offset": numbers.storage_offset(),
+            "dtype": numbers.dtype,
+        }
         return Tensor._make_wrapper_subclass(cls, numbers.shape, device="meta", **layout)
 
     def __init__(self, numbers: Tensor) -> None:
@@ -66,12 +72,19 @@ class SimulatedGpu:
         placed = [isinstance(tensor, GpuTensor) for tensor in tensors]
         target = next((leaf for leaf in leaves if isinstance(leaf, torch.device)), None)
         decomposes, is_view, is_mutable, *_ = _facts(operation)
-        if operation is _aten._pin_memory.default:  # a build for CUDA asks the driver for such memory
+        # A build for CUDA asks the driver for such memory
+        if operation is _aten._pin_memory.default:
             return args[0].clone()
         if operation is _aten._to_copy.default:
             return self._copied(args[0], kwargs)
-        if operation is _aten.empty_like.default and any(placed) and (device := kwargs.get("device")) and not _on_gpu(device):
-            # What transformers makes on `meta`, the GPU here, has its numbers already: it leaves the place on the host empty.
+        if (
+            operation is _aten.empty_like.default
+            and any(placed)
+            and (device := kwargs.get("device"))
+            and not _on_gpu(device)
+        ):
+            # What transformers makes on `meta`, the GPU here, has its numbers already: it leaves
+            # the place on the host empty.
             return _numbers(args[0]).clone()
         if operation is _aten.copy_.default and any(placed) and not all(placed):
             if not placed[0]:
@@ -87,13 +100,17 @@ class SimulatedGpu:
             return operation(*args, **kwargs)
         as_view = is_view and not args[0].is_inference()  # so it is normal, in inference mode too
         own = [tensor for tensor in tensors if isinstance(tensor, GpuTensor)] if is_mutable else []
-        changed = {id(tensor.numbers): tensor for tensor in own}  # what changes a tensor returns the same one
-        args, kwargs = _mapped(_numbers, args), {name: _mapped(_numbers, value) for name, value in kwargs.items()}
+        # What changes a tensor returns the same one
+        changed = {id(tensor.numbers): tensor for tensor in own}
+        args = _mapped(_numbers, args)
+        kwargs = {name: _mapped(_numbers, value) for name, value in kwargs.items()}
         found = operation(*args, **kwargs)
         if self.tape is not None:
             self.tape.append((operation, args, kwargs, found))
         with torch.inference_mode(False) if as_view else nullcontext():
-            return _mapped(lambda made: changed[id(made)] if id(made) in changed else _placed(made), found)
+            return _mapped(
+                lambda made: changed[id(made)] if id(made) in changed else _placed(made), found
+            )
 
     def from_host(self, tensor: Tensor) -> GpuTensor:
         """A tensor of Python's numbers, for which torch waits."""
@@ -104,23 +121,38 @@ class SimulatedGpu:
         self._wait("synchronize")
 
     def _copied(self, source, kwargs):
-        to_gpu = isinstance(source, GpuTensor) if kwargs.get("device") is None else _on_gpu(kwargs["device"])
+        to_gpu = (
+            isinstance(source, GpuTensor)
+            if kwargs.get("device") is None
+            else _on_gpu(kwargs["device"])
+        )
         if isinstance(source, GpuTensor) and not to_gpu:
             self._wait("a copy to the host")
         elif to_gpu and not isinstance(source, GpuTensor) and not kwargs.get("non_blocking"):
             self._wait("a copy from the host")
         numbers = _numbers(source)
-        kept = {name: value for name, value in kwargs.items() if name not in ("device", "non_blocking", "pin_memory")}
+        kept = {
+            name: value
+            for name, value in kwargs.items()
+            if name not in ("device", "non_blocking", "pin_memory")
+        }
         found = _aten._to_copy.default(numbers, **kept)
         if self.tape is not None and to_gpu:
-            assert isinstance(source, GpuTensor), "a graph would replay the copy of memory of the host that is gone"
+            assert isinstance(source, GpuTensor), (
+                "a graph would replay the copy of memory of the host that is gone"
+            )
             self.tape.append((_aten._to_copy.default, (numbers,), kept, found))
         return GpuTensor(found) if to_gpu else found
 
     def _check(self, operation, args, tensors) -> None:
         (_, _, is_mutable, is_pointwise, waits), indexes = _facts(operation), operation in _INDEXING
-        if operation is _aten.native_layer_norm.default and len({tensor.dtype for tensor in tensors}) > 1:
-            raise RuntimeError(f"expected scalar type {tensors[0].dtype} but found {tensors[1].dtype}")
+        if (
+            operation is _aten.native_layer_norm.default
+            and len({tensor.dtype for tensor in tensors}) > 1
+        ):
+            raise RuntimeError(
+                f"expected scalar type {tensors[0].dtype} but found {tensors[1].dtype}"
+            )
         for tensor in tensors:
             if isinstance(tensor, GpuTensor):
                 if indexes and tensor is not args[0] and tensor.dtype in (torch.bool, torch.uint8):
@@ -151,12 +183,18 @@ def _placed(made: object) -> object:
 
 @cache
 def _facts(operation) -> tuple[bool, bool, bool, bool, bool]:
-    """Whether it decomposes, gives a view, changes an argument, is pointwise, and waits: for numbers that its result, or the
-    shape of it, depends on.
+    """Whether it decomposes, gives a view, changes an argument, is pointwise, and waits: for
+    numbers that its result, or the shape of it, depends on.
     """
     tags = {*operation.tags}
     waits = bool({Tag.data_dependent_output, Tag.dynamic_output_shape} & tags)
-    return operation._can_decompose(), operation.is_view, operation._schema.is_mutable, Tag.pointwise in tags, waits
+    return (
+        operation._can_decompose(),
+        operation.is_view,
+        operation._schema.is_mutable,
+        Tag.pointwise in tags,
+        waits,
+    )
 
 
 def _leaves(value: object) -> Iterator[object]:
@@ -175,7 +213,13 @@ def _mapped(function: Callable[[object], object], value: object) -> object:
 
 
 def _numbers(leaf: object) -> object:
-    return leaf.numbers if isinstance(leaf, GpuTensor) else CPU if isinstance(leaf, torch.device) else leaf
+    return (
+        leaf.numbers
+        if isinstance(leaf, GpuTensor)
+        else CPU
+        if isinstance(leaf, torch.device)
+        else leaf
+    )
 
 
 def _on_gpu(device: torch.device | None) -> bool:
@@ -194,14 +238,20 @@ class _Calls(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         assert _active is not None
-        args, kwargs = [_indexed(value) for value in args], {name: _indexed(value) for name, value in (kwargs or {}).items()}
-        generator, device = kwargs.get("generator"), kwargs.get("device")
+        args = [_indexed(value) for value in args]
+        kwargs = {name: _indexed(value) for name, value in (kwargs or {}).items()}
+        generator = kwargs.get("generator")
+        device = kwargs.get("device")
         if generator is not None and device is not None:
-            assert _on_gpu(generator.device) == _on_gpu(torch.device(device)), f"a generator on {generator.device}"
+            assert _on_gpu(generator.device) == _on_gpu(torch.device(device)), (
+                f"a generator on {generator.device}"
+            )
         if function in _FROM_DATA:
             device = kwargs.pop("device", None)
             beside = args[0] if function is Tensor.new_tensor else None
-            if isinstance(beside, GpuTensor) or _on_gpu(None if device is None else torch.device(device)):
+            if isinstance(beside, GpuTensor) or _on_gpu(
+                None if device is None else torch.device(device)
+            ):
                 data = args[1:] if function is Tensor.new_tensor else args
                 if isinstance(data[0], Tensor):
                     return data[0].to(GPU, **kwargs)
@@ -217,7 +267,10 @@ class _Calls(TorchFunctionMode):
             return args[0].cpu().tolist()
         if function in (Tensor.__getitem__, Tensor.__setitem__) and isinstance(args[0], GpuTensor):
             whole = args[1] if isinstance(args[1], tuple) else (args[1],)
-            parts = tuple(_active.from_host(torch.tensor(part)) if isinstance(part, list) else part for part in whole)
+            parts = tuple(
+                _active.from_host(torch.tensor(part)) if isinstance(part, list) else part
+                for part in whole
+            )
             args = (args[0], parts if isinstance(args[1], tuple) else parts[0], *args[2:])
         result = function(*args, **kwargs)
         if isinstance(result, Tensor) and not isinstance(result, GpuTensor):
@@ -317,7 +370,9 @@ def _forget_devices() -> None:
 def simulated_cuda() -> Iterator[SimulatedGpu]:
     global _active
     assert _active is None
-    properties = SimpleNamespace(name="simulated", total_memory=1 << 34, major=8, minor=0, multi_processor_count=1)
+    properties = SimpleNamespace(
+        name="simulated", total_memory=1 << 34, major=8, minor=0, multi_processor_count=1
+    )
     gpu = SimulatedGpu()
     nothing = {name: lambda *_, **__: None for name in (
         "_lazy_init", "set_device", "empty_cache", "manual_seed", "manual_seed_all", "reset_peak_memory_stats"
@@ -337,8 +392,11 @@ def simulated_cuda() -> Iterator[SimulatedGpu]:
     with ExitStack() as stack:
         stack.enter_context(patch.multiple(torch.cuda, **nothing, **called, **classes))
         stack.enter_context(patch.object(torch, "Generator", GpuGenerator))
-        # The optimizer asks its current stream whether it is recorded, which PyTorch's build for CUDA does in C++.
-        stack.enter_context(patch.object(torch.accelerator, "current_accelerator", lambda *_, **__: None))
+        # The optimizer asks its current stream whether it is recorded, which PyTorch's build for
+        # CUDA does in C++.
+        stack.enter_context(
+            patch.object(torch.accelerator, "current_accelerator", lambda *_, **__: None)
+        )
         swaps = torch.__future__.get_swap_module_params_on_conversion()
         torch.__future__.set_swap_module_params_on_conversion(True)  # tied parameters stay tied
         stack.callback(torch.__future__.set_swap_module_params_on_conversion, swaps)

@@ -19,7 +19,10 @@ from layerskip_core.decoding.graphs import Recorder
 from layerskip_core.evaluation.verification import verify
 from layerskip_core.model import TorchBackend
 
-pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
 
 PROMPTS = ["wake me up at 7", "remind me to call mom at 5", "play some jazz"]
 PLAIN = DecodingConfig("autoregressive", max_new_tokens=48)
@@ -27,14 +30,25 @@ DRAFTED = DecodingConfig("self-speculative", 4, 8, 48)
 
 
 def answers(loaded, config):
-    return [ids_of(decode(loaded.backend, loaded.encode_prompt(prompt), config, loaded.eos_ids)) for prompt in PROMPTS]
+    return [
+        ids_of(decode(loaded.backend, loaded.encode_prompt(prompt), config, loaded.eos_ids))
+        for prompt in PROMPTS
+    ]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_outputs_are_what_is_promised(precision):
-    """Identical, or different first at a near-tie: drafts, batches, resumed texts and conversations."""
+    """Identical, or different first at a near-tie: drafts, batches, resumed texts and
+    conversations.
+    """
     kernels = ("torch", "exact", "generic")
-    config = VerifyConfig(samples=4, precisions=(precision,), kernels=kernels, draws=100, machine=MachineConfig("cuda"))
+    config = VerifyConfig(
+        samples=4,
+        precisions=(precision,),
+        kernels=kernels,
+        draws=100,
+        machine=MachineConfig("cuda"),
+    )
     *_, record = verify(config)
     assert {result.kernels for result in record.results} == {*kernels}
     assert [result for result in record.results if not result.passed] == []
@@ -49,14 +63,19 @@ def test_greedy_answers_in_fp32_are_those_of_the_cpu():
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("config", [PLAIN, DRAFTED], ids=["plain", "drafted"])
 def test_replayed_passes_give_the_bits_of_those_that_ran_as_usual(monkeypatch, precision, config):
-    """Every replay beside the same work on the same inputs, which writes the same keys and values."""
-    usual, compared = Recorder.run, []
+    """Every replay beside the same work on the same inputs, which writes the same keys and
+    values.
+    """
+    usual = Recorder.run
+    compared = []
 
     def both(self, name, work, *inputs):
         replayed = usual(self, name, work, *inputs)
         if self._recordings:
             ran = work(*(tensor.to(self._device) for tensor in inputs))
-            compared.extend(torch.equal(one, other) for one, other in zip(replayed, ran, strict=True))
+            compared.extend(
+                torch.equal(one, other) for one, other in zip(replayed, ran, strict=True)
+            )
         return replayed
 
     monkeypatch.setattr(Recorder, "run", both)
@@ -125,7 +144,16 @@ def test_training_takes_the_steps_of_the_cpu(base, tmp_path, precision):
     """Dropout draws the same rows on every device."""
     make = settings_on(base, tmp_path)
     runs = [
-        train(make(device=device, dtype=precision, output=str(tmp_path / device), recipe=RECIPE, accumulation=2, batch_size=2))
+        train(
+            make(
+                device=device,
+                dtype=precision,
+                output=str(tmp_path / device),
+                recipe=RECIPE,
+                accumulation=2,
+                batch_size=2,
+            )
+        )
         for device in ("cuda", "cpu")
     ]
     for one, other in zip(*runs, strict=True):

@@ -1,4 +1,6 @@
-"""All that runs on a GPU, on a simulated one: no tensor is left on the CPU, results are the CPU's, and waits are few."""
+"""All that runs on a GPU, on a simulated one: no tensor is left on the CPU, results are the CPU's,
+and waits are few.
+"""
 
 from contextlib import contextmanager
 from dataclasses import replace
@@ -46,20 +48,36 @@ SETTINGS = {
     "sampled by a draft model": {"strategy": "draft-model", "num_draft_tokens": 4, **SAMPLED},
     "layers left out": {"strategy": "draft-and-verify", "skip": (2, 5), "num_draft_tokens": 4},
     "confident drafts": {**DRAFTED, "draft_confidence": 0.05},
-    "penalties": {**DRAFTED, "frequency_penalty": 0.5, "repetition_penalty": 1.3, "logit_bias": ((3, 2.0),), "min_tokens": 4},
+    "penalties": {
+        **DRAFTED,
+        "frequency_penalty": 0.5,
+        "repetition_penalty": 1.3,
+        "logit_bias": ((3, 2.0),),
+        "min_tokens": 4,
+    },
     "sampled": {**DRAFTED, **SAMPLED},
-    "sampled by top-p": {**DRAFTED, "temperature": 0.8, "top_p": 0.9, "seed": 3, "draft_confidence": 0.05},
+    "sampled by top-p": {
+        **DRAFTED,
+        "temperature": 0.8,
+        "top_p": 0.9,
+        "seed": 3,
+        "draft_confidence": 0.05,
+    },
     "sampled plainly": {"strategy": "autoregressive", **SAMPLED},
     "to an end": DRAFTED,
 }
 ENDS = {"to an end": frozenset(range(3, 67, 3)), "penalties": frozenset({2})}
-# Waits of the host in a step, if not one, in which it reads the verified tokens: it reads what is probable enough before, and
-# each draft where logits depend on the tokens before them.
+# Waits of the host in a step, if not one, in which it reads the verified tokens: it reads what is
+# probable enough before, and each draft where logits depend on the tokens before them.
 WAITS = {"confident drafts": 2, "sampled by top-p": 2, "penalties": 6}
 ORDER = torch.randperm(67, generator=torch.Generator().manual_seed(3)).tolist()
 KINDS = {  # and what is decoded on them; blocks draft
     "generic": ("self-speculative", "sampled"),
-    "packed": tuple(name for name in SETTINGS if name not in ("mtp", "eagle3", "draft-model", "sampled by a draft model")),
+    "packed": tuple(
+        name
+        for name in SETTINGS
+        if name not in ("mtp", "eagle3", "draft-model", "sampled by a draft model")
+    ),
     "drafter": ("mtp", "eagle3"),
     "generic drafter": ("mtp", "eagle3"),
     "draft model": ("draft-model", "sampled by a draft model"),
@@ -68,16 +86,24 @@ KINDS = {  # and what is decoded on them; blocks draft
     "few tokens": ("self-speculative", "sampled", "exits by confidence"),
     "blocks": ("self-speculative", "adaptive", "early exit"),
 }
-WITHOUT_GRAPHS = "generic", "packed without graphs", "drafter", "generic drafter"  # a pass leaves the last two states
+# A pass leaves the last two states
+WITHOUT_GRAPHS = "generic", "packed without graphs", "drafter", "generic drafter"
 
 
 def backend_on(device, kind):
-    """`kind`: the layers and what drafts. In fp64, so that the kernels of both devices give the same tokens."""
+    """`kind`: the layers and what drafts. In fp64, so that the kernels of both devices give the
+    same tokens.
+    """
     model = tiny_model("gemma3_text", sliding_window=5) if kind == "windows" else tiny_model()
     blocks = random_blocks(model, ExitBlock(3), ExitBlock(4)) if kind == "blocks" else None
     if kind.endswith("drafter"):
-        blocks = replace(NO_BLOCKS, eagle3=random_eagle3(ModelSpec.of(model.config)), mtp=random_blocks(model, MTP))
-    model, keywords = model.to(device), {} if blocks is None else {"exit_blocks": blocks}
+        blocks = replace(
+            NO_BLOCKS,
+            eagle3=random_eagle3(ModelSpec.of(model.config)),
+            mtp=random_blocks(model, MTP),
+        )
+    model = model.to(device)
+    keywords = {} if blocks is None else {"exit_blocks": blocks}
     if kind.startswith("generic"):
         return TransformersBackend(model, **keywords)
     packing = PackingConfig(draft_vocab=40) if kind == "few tokens" else None
@@ -95,7 +121,9 @@ def gpu_backend(kind, monkeypatch):
 
 
 def answers(model, name, gpu=None):
-    """The tokens of a prompt alone, then those of several in a batch, by their number and the row."""
+    """The tokens of a prompt alone, then those of several in a batch, by their number and the
+    row.
+    """
     config = DecodingConfig(**{"max_new_tokens": 8, **SETTINGS[name]})
     found = {}
     for prompts in (PROMPTS[:1], PROMPTS)[: 1 if config.exit_confidence else 2]:
@@ -105,7 +133,8 @@ def answers(model, name, gpu=None):
                 found.setdefault((len(prompts), loop.rows.index(step.row)), []).extend(step.ids)
             if gpu is not None:
                 copied = any(step.finish_reason for step in steps)  # the rows of the others
-                if number > 0 and not copied and not config.exit_confidence:  # with which each exit is asked
+                # With which each exit is asked
+                if number > 0 and not copied and not config.exit_confidence:
                     assert 1 <= len(gpu.waits) <= WAITS.get(name, 1), (name, prompts, gpu.waits)
                 gpu.waits.clear()
     return found
@@ -163,7 +192,8 @@ def test_low_bit_weights_are_refused():
 
 def test_texts_that_begin_alike_share_keys_and_values():
     config = DecodingConfig(max_new_tokens=12, **DRAFTED)
-    first, second = [5, 11, 23, 42, 8], [5, 11, 23, 42, 8, 9, 30]
+    first = [5, 11, 23, 42, 8]
+    second = [5, 11, 23, 42, 8, 9, 30]
 
     def texts(model):
         prefixes = Prefixes(inf, least=1)
@@ -181,7 +211,8 @@ def on_gpu(checkpoint):
 
 
 def test_benchmarks(on_gpu, checkpoint):
-    strategies, baselines = ("autoregressive", "self-speculative"), ("transformers", "no-reuse")
+    strategies = ("autoregressive", "self-speculative")
+    baselines = ("transformers", "no-reuse")
     config = BenchConfig(
         checkpoint,
         own_answers(1).config,
@@ -192,7 +223,10 @@ def test_benchmarks(on_gpu, checkpoint):
     )
     *_, record = bench(on_gpu, own_answers(1), config)
     assert {result.strategy for result in record.results} >= {*strategies, "transformers"}
-    assert record.environment["device_name"] == "simulated" and record.environment["implementation"] == "packed, CUDA graphs"
+    assert (
+        record.environment["device_name"] == "simulated"
+        and record.environment["implementation"] == "packed, CUDA graphs"
+    )
 
 
 def test_stats_say_what_ran(on_gpu):
@@ -200,7 +234,9 @@ def test_stats_say_what_ran(on_gpu):
     config = DecodingConfig("autoregressive", max_new_tokens=12, ignore_eos=True)
     for prefixes in (None, Prefixes(inf)):
         stats = TextStream(on_gpu, PROMPTS[0], config, prefixes=prefixes).finish().stats
-        assert "; layers: packed, CUDA graphs, float32 on cuda:0; " in stats_text(stats, on_gpu, None)
+        assert "; layers: packed, CUDA graphs, float32 on cuda:0; " in stats_text(
+            stats, on_gpu, None
+        )
 
 
 def test_log_likelihoods(on_gpu):
@@ -209,10 +245,14 @@ def test_log_likelihoods(on_gpu):
 
 
 def test_verification(checkpoint):
-    """Which decodes in every way there is: batches, rows that join, turns of a conversation, samples."""
+    """Which decodes in every way there is: batches, rows that join, turns of a conversation,
+    samples.
+    """
     kernels = ("torch",)
     sizes = {"samples": 2, "max_new_tokens": 3, "draws": 4, "exits": (2,), "specs": (2,)}
-    config = VerifyConfig(checkpoint, precisions=("fp32",), kernels=kernels, machine=MachineConfig("cuda"), **sizes)
+    config = VerifyConfig(
+        checkpoint, precisions=("fp32",), kernels=kernels, machine=MachineConfig("cuda"), **sizes
+    )
     with simulated_cuda() as gpu:
         *_, record = verify(config)
     assert {result.kernels for result in record.results} == {*kernels} and gpu.replays
@@ -221,13 +261,15 @@ def test_verification(checkpoint):
 
 @pytest.fixture
 def run_on(base, tmp_path, monkeypatch):
-    """Trains on a device, and returns the reports. Nothing is saved: transformers asks weights for their memory, which those of
-    a simulated GPU do not have.
+    """Trains on a device, and returns the reports. Nothing is saved: transformers asks weights for
+    their memory, which those of a simulated GPU do not have.
     """
     monkeypatch.setattr(running, "save_checkpoint", lambda *_: None)
 
     def run(device, **changes):
-        config = settings_on(base, tmp_path)(device=device, output=str(tmp_path / device), overwrite=True, **changes)
+        config = settings_on(base, tmp_path)(
+            device=device, output=str(tmp_path / device), overwrite=True, **changes
+        )
         return train(config)
 
     return run
@@ -252,5 +294,6 @@ def test_training_takes_the_steps_of_the_cpu(run_on, name):
         found = run_on("cuda", steps=2, **RUNS[name])
     assert [report.step for report in found] == [1, 2]
     for one, other in zip(found, expected, strict=True):
-        assert one.loss == pytest.approx(other.loss, rel=0.02)  # the original's own text may differ at near-ties
+        # The original's own text may differ at near-ties
+        assert one.loss == pytest.approx(other.loss, rel=0.02)
         assert one.validation_losses == pytest.approx(other.validation_losses, rel=0.02)

@@ -17,10 +17,14 @@ from cli.main import app
 ROOT = Path(__file__).parents[1]
 CORE = ROOT / "layerskip_core"
 FOLDERS = (ROOT / name for name in ("cli", "examples", "layerskip_core", "tests"))
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(path for folder in FOLDERS for path in folder.rglob("*.md"))])
+DOCUMENTS = sorted(
+    [*ROOT.glob("*.md"), *(path for folder in FOLDERS for path in folder.rglob("*.md"))]
+)
 SCRIPTS = sorted((ROOT / "examples").rglob("*.py"))
 CODE = (".py", ".c", ".h")
-MOST_WORDS, MOST_LINES = 20_000, 100  # of all documents; of README
+# Of all documents; of README
+MOST_WORDS = 20_000
+MOST_LINES = 100
 MOST_WORDS_OF = {"README.md": 1_100, "CHANGELOG.md": 2_000}
 COMMANDS = get_command(app).commands
 
@@ -39,22 +43,33 @@ def anchor_of(heading):
 
 
 def section(link):
-    """The lines that a link names: those below the heading of its anchor, up to the next heading, or the whole document."""
+    """The lines that a link names: those below the heading of its anchor, up to the next heading,
+    or the whole document.
+    """
     path, _, anchor = link.partition("#")
     if not anchor:
         return text_of(ROOT / path).splitlines()
     parts = re.split(r"^#+ (.*)$", text_of(ROOT / path), flags=re.MULTILINE)
-    below = {anchor_of(heading): text.splitlines() for heading, text in zip(parts[1::2], parts[2::2], strict=True)}
+    below = {
+        anchor_of(heading): text.splitlines()
+        for heading, text in zip(parts[1::2], parts[2::2], strict=True)
+    }
     return below[anchor]
 
 
 def numbers(text):
     """Without their units; those in names (bf16, SmolLM2-135M) do not count."""
-    return {number.replace(",", "") for number in re.findall(r"(?<![\w.,-])\d[\d,]*(?:\.\d+)?", text)}
+    return {
+        number.replace(",", "") for number in re.findall(r"(?<![\w.,-])\d[\d,]*(?:\.\d+)?", text)
+    }
 
 
 def flags_of(command):
-    return {flag for parameter in COMMANDS[command].params for flag in (*parameter.opts, *parameter.secondary_opts)}
+    return {
+        flag
+        for parameter in COMMANDS[command].params
+        for flag in (*parameter.opts, *parameter.secondary_opts)
+    }
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
@@ -67,7 +82,9 @@ def test_links_and_commands(document):
         target = document.parent / path if path else document
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
-    for command, rest in re.findall(r"\blayerskip ([a-z][a-z-]*)((?:[^`|>\n]|\\\n)*)", text_of(document)):
+    for command, rest in re.findall(
+        r"\blayerskip ([a-z][a-z-]*)((?:[^`|>\n]|\\\n)*)", text_of(document)
+    ):
         assert command in COMMANDS
         unknown = set(re.findall(r"(?<!\S)--[a-z][a-z0-9-]*", rest)) - flags_of(command)
         assert not unknown, f"layerskip {command} {rest}"
@@ -81,19 +98,28 @@ def test_documents_are_short():
 
 
 def test_the_results_are_those_of_the_pages():
-    """The numbers of a row of README's table stand in one line for each link of its last cell, of the page that it names."""
-    _, _, *rows = next(part for part in text_of(ROOT / "README.md").split("\n\n") if part.startswith("| model |")).splitlines()
+    """The numbers of a row of README's table stand in one line for each link of its last cell, of
+    the page that it names.
+    """
+    _, _, *rows = next(
+        part for part in text_of(ROOT / "README.md").split("\n\n") if part.startswith("| model |")
+    ).splitlines()
     assert 3 < len(rows) <= 5
     for row in rows:
         told, _, sources = row.rpartition(" | ")
-        sections = [[numbers(line) for line in section(link)] for link in re.findall(r"\]\((.*?)\)", sources)]
+        sections = [
+            [numbers(line) for line in section(link)]
+            for link in re.findall(r"\]\((.*?)\)", sources)
+        ]
         assert any(numbers(told) <= set().union(*lines) for lines in product(*sections)), row
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_what_scripts_import_is_there(script):
     for node in ast.walk(ast.parse(text_of(script))):
-        if isinstance(node, ast.ImportFrom) and node.module.startswith(("layerskip_core", "layerskip_cli")):
+        if isinstance(node, ast.ImportFrom) and node.module.startswith(
+            ("layerskip_core", "layerskip_cli")
+        ):
             for name in node.names:
                 resolve_name(f"{node.module}.{name.name}")
 
@@ -113,29 +139,52 @@ def test_every_command_has_an_example():
 def test_the_python_example_is_the_tested_one():
     """tests/test_front_door.py runs the example of the package's docstring."""
     tested = layerskip_core.__doc__.split("\n\n", 1)[1].rsplit("\n\n", 1)[0]
-    shown = re.search(r"^```python\n(.*?)^```$", text_of(ROOT / "README.md"), re.MULTILINE | re.DOTALL)[1]
+    shown = re.search(
+        r"^```python\n(.*?)^```$", text_of(ROOT / "README.md"), re.MULTILINE | re.DOTALL
+    )[1]
     assert dedent(tested).strip() == shown.strip()
 
 
 def test_the_map_has_every_module():
-    """Each folder's part of the map has its modules' names, and no others, as often as there are modules of the name."""
-    told = re.search(r"^## Map\n+```\n(.*?)^```$", text_of(CORE / "README.md"), re.MULTILINE | re.DOTALL)[1]
+    """Each folder's part of the map has its modules' names, and no others, as often as there are
+    modules of the name.
+    """
+    told = re.search(
+        r"^## Map\n+```\n(.*?)^```$", text_of(CORE / "README.md"), re.MULTILINE | re.DOTALL
+    )[1]
     parts = {part.partition("/")[0]: part for part in re.split(r"\n(?=\w)", told)}
     for folder in sorted(path.parent for path in CORE.glob("*/__init__.py")):
-        modules = Counter(path.name for path in folder.rglob("*.py") if not path.name.startswith("__"))
+        modules = Counter(
+            path.name for path in folder.rglob("*.py") if not path.name.startswith("__")
+        )
         assert Counter(re.findall(r"(?<![\w/])\w+\.py", parts[folder.name])) == modules, folder
     assert {path.name for path in CORE.glob("[!_]*.py")} <= set(re.findall(r"\w+\.py", told))
 
 
 def test_files_that_the_code_cites_are_there():
-    there = {path.name for folder in ("cli", "layerskip_core", "tests", "examples") for path in (ROOT / folder).rglob("*.*")}
-    sources = [path for folder in ("cli", "layerskip_core") for path in (ROOT / folder).rglob("*.*") if path.suffix in CODE]
-    cited = {(path.name, name) for path in sources for name in re.findall(r"\b\w+\.(?:py|c)\b(?!\()", text_of(path))}
+    there = {
+        path.name
+        for folder in ("cli", "layerskip_core", "tests", "examples")
+        for path in (ROOT / folder).rglob("*.*")
+    }
+    sources = [
+        path
+        for folder in ("cli", "layerskip_core")
+        for path in (ROOT / folder).rglob("*.*")
+        if path.suffix in CODE
+    ]
+    cited = {
+        (path.name, name)
+        for path in sources
+        for name in re.findall(r"\b\w+\.(?:py|c)\b(?!\()", text_of(path))
+    }
     assert {(name, file) for name, file in cited if file not in {*there, "setup.py"}} == set()
 
 
 def test_names_in_the_table_from_paper_to_code():
-    names = re.findall(r"`((?:decoding|evaluation|losses|model|training)\.[\w.]+)`", text_of(CORE / "README.md"))
+    names = re.findall(
+        r"`((?:decoding|evaluation|losses|model|training)\.[\w.]+)`", text_of(CORE / "README.md")
+    )
     assert len(names) > 15
     for name in names:
         resolve_name(f"layerskip_core.{name}")

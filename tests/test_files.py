@@ -1,4 +1,6 @@
-"""Files are replaced as a whole, one process writes a folder at a time, and bad JSON is one error."""
+"""Files are replaced as a whole, one process writes a folder at a time, and bad JSON is one
+error.
+"""
 
 import errno
 import os
@@ -31,7 +33,9 @@ def names(folder):
 
 
 @pytest.mark.parametrize(
-    "text", ["{", b"\xff", "NaN", "[-1e999]", '{"a": "\\ud800 "}', '"\udc80"', "[" * 100_000, "1" * 5000], ids=range(8)
+    "text",
+    ["{", b"\xff", "NaN", "[-1e999]", '{"a": "\\ud800 "}', '"\udc80"', "[" * 100_000, "1" * 5000],
+    ids=range(8),
 )
 def test_bad_json_is_one_error_of_one_line(text):
     with pytest.raises(DataError, match=r"^here: not valid JSON: ") as caught:
@@ -64,7 +68,11 @@ def test_a_file_is_replaced_as_a_whole_and_keeps_its_mode(tmp_path):
     write_file(file, b"one", LayerSkipError)
     file.chmod(0o640)
     write_file(file, b"two", LayerSkipError)
-    assert (file.read_bytes(), stat.S_IMODE(file.stat().st_mode), names(tmp_path)) == (b"two", 0o640, ["a"])
+    assert (file.read_bytes(), stat.S_IMODE(file.stat().st_mode), names(tmp_path)) == (
+        b"two",
+        0o640,
+        ["a"],
+    )
     (tmp_path / "link").symlink_to("a")
     write_file(tmp_path / "link", b"three", LayerSkipError)
     assert (tmp_path / "link").is_symlink() and file.read_bytes() == b"three"
@@ -175,26 +183,43 @@ def test_only_folders_created_for_the_lock_are_removed_and_only_if_empty(tmp_pat
     with hold(tmp_path / "a" / "b" / "c", "me"):
         (tmp_path / "a" / "file").touch()
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["a", "a/file"]
-    with pytest.raises(LayerSkipError, match=r"cannot write to .*file/out: "), hold(tmp_path / "a" / "file" / "out", "me"):
+    with (
+        pytest.raises(LayerSkipError, match=r"cannot write to .*file/out: "),
+        hold(tmp_path / "a" / "file" / "out", "me"),
+    ):
         pass
 
 
 def test_every_command_that_writes_a_folder_takes_its_lock(holder, checkpoint, tmp_path):
     """Before it does any work: the models that the commands name do not exist."""
     process = holder(tmp_path / "out")
-    for command in (("import", "no/model"), ("finetune", "--model", "no/model"), ("bench", "--model", "no/model")):
+    for command in (
+        ("import", "no/model"),
+        ("finetune", "--model", "no/model"),
+        ("bench", "--model", "no/model"),
+    ):
         result = run(*command, "--output", str(tmp_path / "out"))
-        assert result.code == 1 and result.err.startswith(f"error: {tmp_path}/out is being written by pid {process.pid} on ")
+        assert result.code == 1 and result.err.startswith(
+            f"error: {tmp_path}/out is being written by pid {process.pid} on "
+        )
         assert result.err.count("\n") == 1
     assert names(tmp_path / "out") == [".layerskip.lock"]
     holder(tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text("{}")
     saved = run("sweep-exits", "--model", str(tmp_path / "model"), "--save")
-    assert saved.code == 1 and saved.err.startswith(f"error: {tmp_path}/model is being written by pid ")
+    assert saved.code == 1 and saved.err.startswith(
+        f"error: {tmp_path}/model is being written by pid "
+    )
 
 
 def test_a_failed_command_leaves_no_folder(tmp_path):
     assert run("import", "here/none/such", "--output", str(tmp_path / "new" / "out")).code == 1
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
-    fails(f"cannot write to {tmp_path}/file: File exists", "import", "x/y", "--output", str(tmp_path / "file"))
+    fails(
+        f"cannot write to {tmp_path}/file: File exists",
+        "import",
+        "x/y",
+        "--output",
+        str(tmp_path / "file"),
+    )

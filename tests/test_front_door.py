@@ -87,9 +87,14 @@ def test_asynchronous_answers_share_passes_and_are_given_up_by_closing(model):
 
 
 def test_a_batch_of_many_prompts_is_decoded_in_bounded_steps(model, monkeypatch):
-    prompts = [f"wake me up at {minute} past {hour} on monday" for hour in range(1, 9) for minute in range(1, 9)]
+    prompts = [
+        f"wake me up at {minute} past {hour} on monday"
+        for hour in range(1, 9)
+        for minute in range(1, 9)
+    ]
     expected = [model.generate(prompt, max_new_tokens=5) for prompt in prompts[::9]]
-    passes, honest = [], DecodingLoop._pass
+    passes = []
+    honest = DecodingLoop._pass
 
     def recorded(loop, *given):
         passes.append([row.runs for row in loop.active])
@@ -99,13 +104,19 @@ def test_a_batch_of_many_prompts_is_decoded_in_bounded_steps(model, monkeypatch)
     answers = model.generate_batch(prompts, max_new_tokens=5)
     assert [answer.row for answer in answers] == list(range(64))
     for answer, alone in zip(answers[::9], expected, strict=True):
-        assert (answer.text, answer.ids, answer.finish_reason) == (alone.text, alone.ids, alone.finish_reason)
+        assert (answer.text, answer.ids, answer.finish_reason) == (
+            alone.text,
+            alone.ids,
+            alone.finish_reason,
+        )
     assert max(map(len, passes)) == 32 and sum(map(sum, passes)) > 64 * 9
     assert max(map(sum, passes)) <= 256 + 32 * 7  # pieces of prompts, and drafts
     passes.clear()
     assert model.generate_batch(prompts[:9], batch_size=2, max_new_tokens=2)[8].row == 8
     assert max(map(len, passes)) == 2
-    with pytest.raises(ConfigError, match=r"`batch_size` must be a whole number in 1..65536, got 0"):
+    with pytest.raises(
+        ConfigError, match=r"`batch_size` must be a whole number in 1..65536, got 0"
+    ):
         model.generate_batch(prompts, batch_size=0)
     passes.clear()
     with pytest.raises(ContextError, match="the prompt must be at most"):
@@ -115,9 +126,14 @@ def test_a_batch_of_many_prompts_is_decoded_in_bounded_steps(model, monkeypatch)
 
 def test_threads_that_share_a_model_get_the_answers_that_each_gets_alone(model):
     """Also beside answers of `astream`, and while a stream that was begun is left."""
-    prompts = [f"remind me to call {name} at {hour}" for name in ("mom", "the office", "my wife") for hour in range(1, 9)]
+    prompts = [
+        f"remind me to call {name} at {hour}"
+        for name in ("mom", "the office", "my wife")
+        for hour in range(1, 9)
+    ]
     expected = [model.generate(prompt, max_new_tokens=40).text for prompt in prompts]
-    found, left = dict[int, str](), [model.stream(PROMPT)]
+    found = dict[int, str]()
+    left = [model.stream(PROMPT)]
     assert next(iter(left[0]))
 
     def ask(first):
@@ -126,7 +142,9 @@ def test_threads_that_share_a_model_get_the_answers_that_each_gets_alone(model):
 
     async def ask_too():
         for place in range(3, len(prompts), 4):
-            found[place] = "".join([piece async for piece in model.astream(prompts[place], max_new_tokens=40)])
+            found[place] = "".join(
+                [piece async for piece in model.astream(prompts[place], max_new_tokens=40)]
+            )
 
     threads = [threading.Thread(target=ask, args=(first,), daemon=True) for first in range(3)]
     threads.append(threading.Thread(target=lambda: asyncio.run(ask_too()), daemon=True))
@@ -149,7 +167,11 @@ def test_what_a_dialogue_says_first(talking, model):
     stream = talk.ask("start")
     stream.finish()
     with_system = talking.decoder.with_template("chat", "Be brief.")
-    assert stream.stats.prompt_tokens == len(with_system.encode_prompt("start")) != len(talking.decoder.encode_prompt("start"))
+    assert (
+        stream.stats.prompt_tokens
+        == len(with_system.encode_prompt("start"))
+        != len(talking.decoder.encode_prompt("start"))
+    )
     alone = model.dialogue(max_new_tokens=4)
     alone.ask(PROMPT).finish()
     assert (alone.has_turns, alone.turns) == (False, ())
@@ -170,12 +192,21 @@ def test_bad_options_name_themselves(model):
         model.generate("")
     with pytest.raises(ConfigError, match="`dtype` must be one of auto, fp32, bf16, got fp16"):
         load("embedded", device="cpu", dtype="fp16")
-    with pytest.raises(ConfigError, match=r"`template` must be raw, chat or a text with {prompt} in it, got Answer: "):
+    with pytest.raises(
+        ConfigError,
+        match=r"`template` must be raw, chat or a text with {prompt} in it, got Answer: ",
+    ):
         load("embedded", device="cpu", template="Answer: ")
 
 
 def test_numbers_of_numpy_are_numbers_and_none_is_left_out():
-    asked = {"exit_layer": np.int64(8), "skip": np.array([2, 3]), "top_p": np.float32(0.5), "temperature": None, "stop": None}
+    asked = {
+        "exit_layer": np.int64(8),
+        "skip": np.array([2, 3]),
+        "top_p": np.float32(0.5),
+        "temperature": None,
+        "stop": None,
+    }
     plain = {"exit_layer": 8, "skip": [2, 3], "top_p": 0.5}
     assert checked(DecodingOptions, asked) == checked(DecodingOptions, plain) == plain
     assert type(checked(DecodingOptions, asked)["exit_layer"]) is int
@@ -183,4 +214,6 @@ def test_numbers_of_numpy_are_numbers_and_none_is_left_out():
 
 def test_importing_the_package_imports_nothing_heavy():
     code = "import json, sys, layerskip_core; print(json.dumps([name in sys.modules for name in ('torch', 'transformers')]))"
-    assert json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout) == [False, False]
+    assert json.loads(
+        subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
+    ) == [False, False]

@@ -22,22 +22,33 @@ LEVEL_OF = {package: level for level, packages in enumerate(LEVELS) for package 
 
 
 def modules():
-    """Name -> syntax tree, of every module below layerskip_core; a package has the name of its folder."""
+    """Name -> syntax tree, of every module below layerskip_core; a package has the name of its
+    folder.
+    """
     trees = {}
     for file in sorted(ROOT.rglob("*.py")):
         parts = file.relative_to(ROOT).with_suffix("").parts
-        trees[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = (ast.parse(file.read_text()), file)
+        trees[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = (
+            ast.parse(file.read_text()),
+            file,
+        )
     return trees
 
 
 def imports(name, tree, file, known):
     """The modules that a module imports, in functions too; not those under `if TYPE_CHECKING`."""
-    guards = [node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    guards = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    ]
     for_types = {child for guard in guards for child in ast.walk(guard)}
     package = name.split(".") if file.name == "__init__.py" else name.split(".")[:-1]
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level and node not in for_types:
-            base = package[: len(package) - (node.level - 1)] + (node.module.split(".") if node.module else [])
+            base = package[: len(package) - (node.level - 1)] + (
+                node.module.split(".") if node.module else []
+            )
             for alias in node.names:
                 target = ".".join([*base, alias.name])
                 yield target if target in known else ".".join(base)
@@ -46,14 +57,22 @@ def imports(name, tree, file, known):
 @cache
 def graph():
     trees = modules()
-    return {name: set(imports(name, tree, file, trees)) - {name} for name, (tree, file) in trees.items()}
+    return {
+        name: set(imports(name, tree, file, trees)) - {name} for name, (tree, file) in trees.items()
+    }
 
 
 def test_no_package_imports_a_package_above_it():
     edges = [(name, target) for name, targets in graph().items() if name for target in targets]
-    tops = [(name.split(".")[0], target.split(".")[0], f"{name} imports {target}") for name, target in edges]
-    assert [text for top, other, text in tops if top != other and LEVEL_OF[top] <= LEVEL_OF[other]] == []
-    assert {"data", "model", "checkpoint"} <= {other for top, other, _ in tops if top == "training"}  # edges are found at all
+    tops = [
+        (name.split(".")[0], target.split(".")[0], f"{name} imports {target}")
+        for name, target in edges
+    ]
+    assert [
+        text for top, other, text in tops if top != other and LEVEL_OF[top] <= LEVEL_OF[other]
+    ] == []
+    # Edges are found at all
+    assert {"data", "model", "checkpoint"} <= {other for top, other, _ in tops if top == "training"}
 
 
 def test_measurements_and_reports_know_each_other_only_through_the_results_below_both():
@@ -63,10 +82,20 @@ def test_measurements_and_reports_know_each_other_only_through_the_results_below
         "measure": {"report"},
         "report": {"tasks", "measure", "sandbox"},
     }
-    inside = [(name, target) for name, targets in graph().items() for target in targets if name.startswith("evaluation.")]
-    parts = [(name.split(".")[1], target.split(".")[1]) for name, target in inside if target.startswith("evaluation.")]
+    inside = [
+        (name, target)
+        for name, targets in graph().items()
+        for target in targets
+        if name.startswith("evaluation.")
+    ]
+    parts = [
+        (name.split(".")[1], target.split(".")[1])
+        for name, target in inside
+        if target.startswith("evaluation.")
+    ]
     assert [(part, other) for part, other in parts if other in beside.get(part, ())] == []
-    assert {("measure", "results"), ("report", "results"), ("tasks", "sandbox")} <= set(parts)  # edges are found at all
+    # Edges are found at all
+    assert {("measure", "results"), ("report", "results"), ("tasks", "sandbox")} <= set(parts)
 
 
 def circle(edges):
@@ -78,23 +107,37 @@ def circle(edges):
 
 
 def test_no_modules_or_folders_import_each_other_in_a_circle():
-    """Nor does a module beside a folder: what lies in one package has an order, from the bottom up."""
-    modules, circles = graph(), {}
+    """Nor does a module beside a folder: what lies in one package has an order, from the bottom
+    up.
+    """
+    modules = graph()
+    circles = {}
     for package in {name.rpartition(".")[0] for name in modules if name}:
         start = f"{package}." if package else ""
-        child_of = {name: name.removeprefix(start).split(".")[0] for name in modules if name.startswith(start) and name}
+        child_of = {
+            name: name.removeprefix(start).split(".")[0]
+            for name in modules
+            if name.startswith(start) and name
+        }
         edges = {child: set() for child in child_of.values()}
         for name, child in child_of.items():
-            edges[child] |= {child_of[target] for target in modules[name] if target in child_of} - {child}
+            edges[child] |= {child_of[target] for target in modules[name] if target in child_of} - {
+                child
+            }
         circles[package] = circle(edges)
     assert {package: names for package, names in circles.items() if names} == {}
     assert circle(graph()) == []
 
 
 def test_every_package_is_in_the_wheel():
-    """setuptools leaves out what pyproject.toml does not list, and an editable installation does not show it."""
+    """setuptools leaves out what pyproject.toml does not list, and an editable installation does
+    not show it.
+    """
     with (ROOT.parent / "pyproject.toml").open("rb") as file:
         listed = tomllib.load(file)["tool"]["setuptools"]["packages"]
     files = [*ROOT.rglob("__init__.py"), *(ROOT.parent / "cli").rglob("__init__.py")]
-    there = {".".join(file.parent.relative_to(ROOT.parent).parts).replace("cli", "layerskip_cli") for file in files}
+    there = {
+        ".".join(file.parent.relative_to(ROOT.parent).parts).replace("cli", "layerskip_cli")
+        for file in files
+    }
     assert there == set(listed)

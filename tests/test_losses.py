@@ -31,7 +31,9 @@ def test_divergences_and_their_gradients_do_not_depend_on_chunks(monkeypatch, ro
     torch.testing.assert_close(sums[:, 1], torch.stack(expected))
     wanted = 0.5 * expected[0] + 3 * expected[1]
     torch.testing.assert_close(loss, wanted)
-    for gradient, known in zip(torch.autograd.grad(loss, runs), torch.autograd.grad(wanted, runs), strict=True):
+    for gradient, known in zip(
+        torch.autograd.grad(loss, runs), torch.autograd.grad(wanted, runs), strict=True
+    ):
         torch.testing.assert_close(gradient, known)
 
     with torch.no_grad():
@@ -44,11 +46,14 @@ def test_divergences_and_their_gradients_do_not_depend_on_chunks(monkeypatch, ro
 
 @pytest.mark.parametrize(("rows", "cached"), [(1, 1), (3, 2), (100, 100)])
 def test_losses_and_their_gradients_are_those_of_the_formulas(monkeypatch, rows, cached):
-    """Exits of weights (CE, KL) (0, 0), (0.3, 0.6) and (0.5, 0) after a matrix that trains with the head, behind a cap."""
+    """Exits of weights (CE, KL) (0, 0), (0.3, 0.6) and (0.5, 0) after a matrix that trains with the
+    head, behind a cap.
+    """
     monkeypatch.setattr(losses, "CHUNK_LOGITS", rows * VOCABULARY)
     monkeypatch.setattr(losses, "_CACHED_LOGITS", cached * VOCABULARY)
     torch.manual_seed(0)
-    weight, matrix = torch.randn(VOCABULARY, 5, requires_grad=True), torch.randn(5, 5, requires_grad=True)
+    weight = torch.randn(VOCABULARY, 5, requires_grad=True)
+    matrix = torch.randn(5, 5, requires_grad=True)
     inputs = torch.randn(3, 7, 5).unbind()
     targets = torch.randint(VOCABULARY, (7,))
     weights = [(0.0, 0.0), (0.3, 0.6), (0.5, 0.0)]
@@ -76,9 +81,14 @@ def test_losses_and_their_gradients_are_those_of_the_formulas(monkeypatch, rows,
 
 def test_a_batch_without_targets_has_a_gradient_of_zero_for_the_head():
     """Else its process would wait for the others in vain (DDP)."""
-    weight, states = torch.randn(VOCABULARY, 5, requires_grad=True), torch.randn(0, 5, requires_grad=True)
+    weight = torch.randn(VOCABULARY, 5, requires_grad=True)
+    states = torch.randn(0, 5, requires_grad=True)
     loss, *_ = losses.summed_losses(
-        lambda part: part @ weight.T, [states], torch.zeros(0, dtype=torch.long), VOCABULARY, [(1.0, 0.0)]
+        lambda part: part @ weight.T,
+        [states],
+        torch.zeros(0, dtype=torch.long),
+        VOCABULARY,
+        [(1.0, 0.0)],
     )
     loss.backward()
     assert float(loss.detach()) == 0 and not weight.grad.any()

@@ -1,4 +1,6 @@
-"""Without what only Unix has, as on Windows, a model answers and files are written. No run there is replaced by this."""
+"""Without what only Unix has, as on Windows, a model answers and files are written. No run there is
+replaced by this.
+"""
 
 import subprocess
 import sys
@@ -40,5 +42,7 @@ print(load("embedded", device="cpu").generate("play some jazz").text)
 
 
 def test_a_model_answers_and_files_are_written(tmp_path):
-    done = subprocess.run([sys.executable, "-c", HERE, str(tmp_path)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", HERE, str(tmp_path)], capture_output=True, text=True
+    )
     assert done.stdout.startswith("[IN:PLAY_MUSIC "), done.stderr

@@ -1,7 +1,8 @@
 """Every script of examples/ runs once with tiny settings, and prints what it is for.
 
-`layerskip` and `python` on the PATH of a script are clients of this process, which does their work in forks that have imported
-all libraries, with fewer steps, rows and tokens than the script asks for.
+`layerskip` and `python` on the PATH of a script are clients of this process, which does their work
+in forks that have imported all libraries, with fewer steps, rows and tokens than the script asks
+for.
 """
 
 import json
@@ -34,13 +35,38 @@ with socket.socket(socket.AF_UNIX) as server:
     socket.send_fds(server, [json.dumps([os.getcwd(), os.environ["PATH"], name, *given]).encode()], [0, 1, 2])
     sys.exit((server.recv(1) or b"\\1")[0])
 """
-_MEASURED = {"--samples": "2", "--timed": "1", "--max-new-tokens": "3", "--threads": "1", "--batch-size": "2"}
+_MEASURED = {
+    "--samples": "2",
+    "--timed": "1",
+    "--max-new-tokens": "3",
+    "--threads": "1",
+    "--batch-size": "2",
+}
 FEWER = {  # by command: flags with these values in place of the script's
-    "finetune": {"--steps": "2", "--batch-size": "2", "--epochs": None, "--samples": "40", "--threads": "1"},
-    "train-drafter": {"--steps": "1", "--batch-size": "2", "--answers": "data", "--samples": "8", "--draft-vocab": "100"},
+    "finetune": {
+        "--steps": "2",
+        "--batch-size": "2",
+        "--epochs": None,
+        "--samples": "40",
+        "--threads": "1",
+    },
+    "train-drafter": {
+        "--steps": "1",
+        "--batch-size": "2",
+        "--answers": "data",
+        "--samples": "8",
+        "--draft-vocab": "100",
+    },
     "sweep-exits": {**_MEASURED, "--exits": "1,2"},
     "bench": {**_MEASURED, "--repeats": "1", "--baselines": None},
-    "verify": {"--samples": "2", "--max-new-tokens": "3", "--draws": "0", "--kernels": "torch", "--exits": "2", "--specs": "2"},
+    "verify": {
+        "--samples": "2",
+        "--max-new-tokens": "3",
+        "--draws": "0",
+        "--kernels": "torch",
+        "--exits": "2",
+        "--specs": "2",
+    },
     "generate": {"--max-new-tokens": "3"},
     "data": {"--samples": "4"},
 }
@@ -55,17 +81,27 @@ GIVEN = {
 
 
 def fewer(model, command, *arguments):
-    """The arguments of a call with less to do, and with a small model in place of the embedded ones."""
-    wanted = {**{flag: value for flag, value in GIVEN.items() if flag in arguments}, **FEWER.get(command, {})}
+    """The arguments of a call with less to do, and with a small model in place of the embedded
+    ones.
+    """
+    wanted = {
+        **{flag: value for flag, value in GIVEN.items() if flag in arguments},
+        **FEWER.get(command, {}),
+    }
     if any(word.endswith("recipe.toml") for word in arguments):
         wanted["--exits"] = "1,2"
-    kept, words = [], iter(arguments)
+    kept = []
+    words = iter(arguments)
     for word in words:
         if word in wanted:
             next(words)
         else:
             kept.append(model if word in ("embedded", "embedded-base") else word)
-    return [command, *kept, *(word for flag, value in wanted.items() if value is not None for word in (flag, value))]
+    return [
+        command,
+        *kept,
+        *(word for flag, value in wanted.items() if value is not None for word in (flag, value)),
+    ]
 
 
 def _work(connection, model):
@@ -75,7 +111,9 @@ def _work(connection, model):
     for number, descriptor in enumerate(descriptors):
         os.dup2(descriptor, number)
     os.chdir(folder)
-    sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")
+    sys.stdin = os.fdopen(0)
+    sys.stdout = os.fdopen(1, "w")
+    sys.stderr = os.fdopen(2, "w")
     signal.signal(signal.SIGINT, signal.default_int_handler)
     ended = threading.Event()
 
@@ -97,7 +135,8 @@ def _work(connection, model):
 
             patch = pytest.MonkeyPatch()
             measure_little(patch)
-            patch.setattr("layerskip_core.evaluation.report.plots.figures", lambda record: {})  # tests/cli look at pictures
+            # Tests/cli look at pictures
+            patch.setattr("layerskip_core.evaluation.report.plots.figures", lambda record: {})
             sys.argv = ["layerskip", *fewer(model, *given)]
             main()
     except SystemExit as exit:
@@ -117,7 +156,8 @@ def programs(wide_base):
     """A folder with `layerskip`, `python` and what an environment's folder `bin` has besides."""
     import_once()
     with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listening:
-        path, programs = f"{folder}/socket", Path(folder) / "env" / "bin"
+        path = f"{folder}/socket"
+        programs = Path(folder) / "env" / "bin"
         programs.mkdir(parents=True)
         for name in ("layerskip", "python"):
             (programs / name).write_text(CLIENT.format(python=sys.executable, path=path))
@@ -132,7 +172,9 @@ def programs(wide_base):
                     connection, _ = listening.accept()
                 except OSError:
                     return
-                multiprocessing.get_context("forkserver").Process(target=_work, args=(connection, wide_base)).start()
+                multiprocessing.get_context("forkserver").Process(
+                    target=_work, args=(connection, wide_base)
+                ).start()
                 connection.close()
 
         threading.Thread(target=accept, daemon=True).start()
@@ -146,8 +188,18 @@ def run(programs):
 
     def run(script, *arguments, **environment):
         path = f"{programs}:{os.environ['PATH']}"
-        how = [programs / "python" if script.endswith(".py") else "bash", EXAMPLES / script, *map(str, arguments)]
-        variables = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "LAYERSKIP_ENV": str(programs.parent), **environment}
+        how = [
+            programs / "python" if script.endswith(".py") else "bash",
+            EXAMPLES / script,
+            *map(str, arguments),
+        ]
+        variables = {
+            **os.environ,
+            "PATH": path,
+            "OMP_NUM_THREADS": "1",
+            "LAYERSKIP_ENV": str(programs.parent),
+            **environment,
+        }
         done = subprocess.run(how, capture_output=True, text=True, env=variables, timeout=900)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
@@ -162,7 +214,18 @@ def rows_in(table):
 
 def parsing_rows(count):
     rows = ["domain\tutterance\tsemantic_parse"]
-    return "\n".join([*rows, *(f"x\tset timer {n} please\t[IN:SET_TIMER set timer {n} please ]" for n in range(count))]) + "\n"
+    return (
+        "\n".join(
+            [
+                *rows,
+                *(
+                    f"x\tset timer {n} please\t[IN:SET_TIMER set timer {n} please ]"
+                    for n in range(count)
+                ),
+            ]
+        )
+        + "\n"
+    )
 
 
 def topv2(folder, *domains):
@@ -180,20 +243,31 @@ def test_quickstart(run, tmp_path):
 
 def test_embedded(run, tmp_path):
     out = run("embedded.sh", tmp_path / "runs")
-    assert {"embedded-test", "base-test", "parent-test", "embedded-compositional"} <= set(rows_in(out))
+    assert {"embedded-test", "base-test", "parent-test", "embedded-compositional"} <= set(
+        rows_in(out)
+    )
 
 
 def test_topv2(run, tmp_path):
     domains = ("alarm", "event", "messaging", "music", "navigation", "reminder", "timer", "weather")
-    out = run("topv2.sh", topv2(tmp_path / "data", *domains), tmp_path / "runs", EPOCHS="2", ROWS="4")
-    assert {"epoch-1-validation", "epoch-2-validation", "recipe-test", "control-test"} <= set(rows_in(out))
+    out = run(
+        "topv2.sh", topv2(tmp_path / "data", *domains), tmp_path / "runs", EPOCHS="2", ROWS="4"
+    )
+    assert {"epoch-1-validation", "epoch-2-validation", "recipe-test", "control-test"} <= set(
+        rows_in(out)
+    )
 
 
 def test_smollm2(run, tmp_path, wide_base):
     topv2(tmp_path / "topv2", "reminder", "weather")
     summary = {"source": ["We sort.", "It works."], "target": ["Sorting works."]}
     problems = [
-        {"task_id": number, "text": "Add.", "code": "def add(a, b):\n    return a + b", "test_list": ["assert add(1, 2) == 3"]}
+        {
+            "task_id": number,
+            "text": "Add.",
+            "code": "def add(a, b):\n    return a + b",
+            "test_list": ["assert add(1, 2) == 3"],
+        }
         for number in (11, 12, 700)
     ]
     files = {
@@ -206,36 +280,65 @@ def test_smollm2(run, tmp_path, wide_base):
     (tmp_path / "wikitext2").mkdir()
     (tmp_path / "wikitext2" / "test.txt").write_text("the early bird gets the worm . " * 10)
     out = run("smollm2.sh", tmp_path, wide_base)
-    assert out.count("| autoregressive |") > 10 and Path("smollm2-runs/results/control-mbpp/results.json").exists()
+    assert (
+        out.count("| autoregressive |") > 10
+        and Path("smollm2-runs/results/control-mbpp/results.json").exists()
+    )
 
 
 def test_evidence(run, tmp_path):
     out = run("evidence.sh", tmp_path, "curricula", "scratch", SEEDS="1", LRS="1e-3")
-    assert [line for line in out.splitlines() if line.startswith("## ")] == ["## curricula", "## scratch"]
-    assert {path.parent.name for path in tmp_path.glob("*/comparison.md")} == {"curricula", "scratch"}
+    assert [line for line in out.splitlines() if line.startswith("## ")] == [
+        "## curricula",
+        "## scratch",
+    ]
+    assert {path.parent.name for path in tmp_path.glob("*/comparison.md")} == {
+        "curricula",
+        "scratch",
+    }
 
 
 def test_gpu_on_a_cpu(run, tmp_path):
     run("gpu.sh", tmp_path, DEVICE="cpu", STEPS="1", SAMPLES="2", REPEATS="1")
     report = (tmp_path / "report.md").read_text()
-    assert report.count("exit status 0") == report.count("## ") > 8 and report.count("\n    timed, ") == 4
+    assert (
+        report.count("exit status 0") == report.count("## ") > 8
+        and report.count("\n    timed, ") == 4
+    )
 
 
 def test_lm_eval(run, tmp_path):
     pytest.importorskip("lm_eval")
-    out = run("lm_eval.sh", ROOT / "layerskip_core" / "embedded" / "commands-base", tmp_path, "2", "2")
+    out = run(
+        "lm_eval.sh", ROOT / "layerskip_core" / "embedded" / "commands-base", tmp_path, "2", "2"
+    )
     assert out.count("largest gap of 8 log-likelihoods") == 2 and "facts_choice acc" in rows_in(out)
 
 
 def test_decoder_speed(run):
-    out = run("decoder_speed.py", "rows", "rounds", "context", "prefill", "--threads", 1, "--repeats", 1)
+    out = run(
+        "decoder_speed.py", "rows", "rounds", "context", "prefill", "--threads", 1, "--repeats", 1
+    )
     assert {"rows", "rounds", "context", "prefill"} == set(rows_in(out))
 
 
 @pytest.mark.parametrize("through", ["generate", "serve"])
 def test_batches(run, through):
-    flags = {"model": "embedded", "rows": "1,2", "context": "0,40", "samples": 2, "least": 2, "max-new-tokens": 3, "repeats": 1}
-    out = run("batches.py", f"--through={through}", "--threads=1", *(f"--{flag}={value}" for flag, value in flags.items()))
+    flags = {
+        "model": "embedded",
+        "rows": "1,2",
+        "context": "0,40",
+        "samples": 2,
+        "least": 2,
+        "max-new-tokens": 3,
+        "repeats": 1,
+    }
+    out = run(
+        "batches.py",
+        f"--through={through}",
+        "--threads=1",
+        *(f"--{flag}={value}" for flag, value in flags.items()),
+    )
     assert rows_in(out) == ["0", "0", "40", "40"]
 
 
@@ -249,41 +352,68 @@ def test_llama_cpp(run, wide_base):
 def test_serve(run, wide_base):
     few = (f"--model={wide_base}", "--samples=2", "--repeats=1")
     out = run("engines.py", "serve", "--clients=1,2", "--max-new-tokens=4", *few)
-    assert rows_in(out) == ["without drafts"] * 2 + ["default flags"] * 2 and out.count("2 of 2") == 4
+    assert (
+        rows_in(out) == ["without drafts"] * 2 + ["default flags"] * 2 and out.count("2 of 2") == 4
+    )
     assert "4 of 4 answers are the same" in run("engines.py", "prefix", "--tokens=100", *few)
 
 
 def test_first_token(run, tmp_path):
     sizes = {"hidden": 32, "inner": 64, "layers": 2, "heads": 4, "kv-heads": 2, "vocab": 1024}
-    run("first_token.py", "make", tmp_path / "model", *(f"--{name}={size}" for name, size in sizes.items()))
-    assert rows_in(run("first_token.py", "measure", tmp_path / "model", "--settings=int8", "--repeats=1")) == ["model"]
+    run(
+        "first_token.py",
+        "make",
+        tmp_path / "model",
+        *(f"--{name}={size}" for name, size in sizes.items()),
+    )
+    assert rows_in(
+        run("first_token.py", "measure", tmp_path / "model", "--settings=int8", "--repeats=1")
+    ) == ["model"]
 
 
 def test_rows(run, tmp_path):
     run("smollm2/pantry.py", tmp_path)
     first, second = (run("smollm2/shell_requests.py", 3, seed).splitlines() for seed in (1, 2))
     made = [*first, *second, *(tmp_path / "test.jsonl").read_text().splitlines()]
-    assert len(made) == 1006 == len(set(made)) and {*json.loads(made[-1])} == {"prompt", "completion"}
+    assert len(made) == 1006 == len(set(made)) and {*json.loads(made[-1])} == {
+        "prompt",
+        "completion",
+    }
 
 
 def test_vllm(run, tmp_path):
-    """The engines themselves are those of tests/export/test_export.py: here their results are made up."""
+    """The engines themselves are those of tests/export/test_export.py: here their results are made
+    up.
+    """
     drafts = {"drafts": 2, "draft_tokens": 8, "accepted_tokens": 6}
-    passes = {str(most): {"seconds": 1.0, "texts": ["a"], "tokens": 9, "drafts": drafts} for most in (1, 4, 16)}
+    passes = {
+        str(most): {"seconds": 1.0, "texts": ["a"], "tokens": 9, "drafts": drafts}
+        for most in (1, 4, 16)
+    }
     (tmp_path / "result.json").write_text(json.dumps({**passes, "memory": 1e9, "cache": 512}))
     environment = tmp_path / "vllm-env"
     (environment / "bin").mkdir(parents=True)
     (environment / "layerskip-installed").touch()
     fake = environment / "bin" / "python"
-    fake.write_text(f'#!/bin/sh\n[ "$2" = table ] && exec python "$@"\ncp {tmp_path}/result.json "$5"\n')
+    fake.write_text(
+        f'#!/bin/sh\n[ "$2" = table ] && exec python "$@"\ncp {tmp_path}/result.json "$5"\n'
+    )
     fake.chmod(0o755)
     out = run("vllm.sh", tmp_path)
-    assert len(rows_in(out)) == 2 * (1 + 3 * 3) - 1 and "| 75.0% | 4.0 | 1 of 1 | 1000 | 512 |" in out
+    assert (
+        len(rows_in(out)) == 2 * (1 + 3 * 3) - 1 and "| 75.0% | 4.0 | 1 of 1 | 1000 | 512 |" in out
+    )
 
 
 def test_no_script_is_left_out():
     sourced = {"environment.sh", "stages.sh", "measuring.py"}
-    inside = {"lm_eval_tasks.py", "lm_eval_agreement.py", "parsing_tables.py", "vllm_speed.py", "mixture.py"}
+    inside = {
+        "lm_eval_tasks.py",
+        "lm_eval_agreement.py",
+        "parsing_tables.py",
+        "vllm_speed.py",
+        "mixture.py",
+    }
     text = Path(__file__).read_text()
     for path in EXAMPLES.rglob("*.[ps][yh]"):
         assert path.name in sourced | inside or path.relative_to(EXAMPLES).as_posix() in text, path

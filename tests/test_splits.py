@@ -1,4 +1,6 @@
-"""Which rows train, choose and report: the division by keys, and that no row does two of these in real runs."""
+"""Which rows train, choose and report: the division by keys, and that no row does two of these in
+real runs.
+"""
 
 import json
 from random import Random
@@ -12,11 +14,21 @@ from layerskip_core.config.model import DataConfig
 from layerskip_core.config.training import DrafterConfig, RecipeSettings
 from layerskip_core.evaluation.tasks import TaskConfig, load_task
 from layerskip_core.evaluation.tasks.texts import load_trained
-from layerskip_core.splits import TEST, VALIDATION, HeldOut, hold_out, key_of, part_of, side_of, timely_rows
+from layerskip_core.splits import (
+    TEST,
+    VALIDATION,
+    HeldOut,
+    hold_out,
+    key_of,
+    part_of,
+    side_of,
+    timely_rows,
+)
 from layerskip_core.training.run import prepare
 
 PROMPTS = ("prompt",)
-SWEEP, BENCH = SweepConfig().task, BenchConfig().task
+SWEEP = SweepConfig().task
+BENCH = BenchConfig().task
 
 
 @pytest.fixture(scope="module")
@@ -46,18 +58,30 @@ def test_a_key_is_that_of_the_content_and_the_same_in_every_process():
         == "57c974c5acbcc144"
     )
     assert key_of(row, columns) != key_of({**row, "completion": "c"}, columns)
-    assert key_of({"ask": "a", "n": 1}, columns) != key_of({"ask": "a", "n": 2}, columns)  # no usual column: all count
+    # No usual column: all count
+    assert key_of({"ask": "a", "n": 1}, columns) != key_of({"ask": "a", "n": 2}, columns)
     assert len(key_of({"prompt": "\ud800", "completion": {1, 2}}, columns)) == 16  # any content
 
 
 @pytest.mark.parametrize(
     ("rows", "choose", "report"),
-    [(0, 0, 0), (39, 0, 0), (40, 8, 0), (255, 15, 0), (256, 16, 8), (2048, 128, 64), (50_000, 128, 64)],
+    [
+        (0, 0, 0),
+        (39, 0, 0),
+        (40, 8, 0),
+        (255, 15, 0),
+        (256, 16, 8),
+        (2048, 128, 64),
+        (50_000, 128, 64),
+    ],
 )
 def test_how_many_rows_are_held_out(rows, choose, report):
     every = keys(rows)
     division = hold_out(every)
-    assert (len(held(division, every, VALIDATION)), len(held(division, every, TEST))) == (choose, report)
+    assert (len(held(division, every, VALIDATION)), len(held(division, every, TEST))) == (
+        choose,
+        report,
+    )
     assert division.rows == choose + report and bool(division.digest) == (choose > 0)
 
 
@@ -101,7 +125,8 @@ def test_trained_data_is_recognised_by_its_rows():
 
 def test_parts_of_data():
     every = keys(100)
-    chosen, reported = part_of(every, VALIDATION), part_of(every, TEST)
+    chosen = part_of(every, VALIDATION)
+    reported = part_of(every, TEST)
     assert sorted([*chosen.places, *reported.places]) == list(range(100)) and chosen.divided
     assert len(part_of(every, None).places) == 100
     few = part_of(every[:39], TEST)
@@ -111,7 +136,12 @@ def test_parts_of_data():
     new = keys(100, 300)
     for side, count in ((VALIDATION, 18), (TEST, 9)):
         part = part_of(trained, side, [division])
-        assert (len(part.places), part.is_trained, part.seen, part.divided) == (count, True, False, True)
+        assert (len(part.places), part.is_trained, part.seen, part.divided) == (
+            count,
+            True,
+            False,
+            True,
+        )
         longer = part_of([*trained, *new], side, [division])
         assert set(part.places) <= set(longer.places)
         later = {[*trained, *new][place] for place in longer.places} - set(trained)
@@ -129,7 +159,10 @@ def test_short_runs_read_few_rows():
 
 
 def write_rows(file, numbers):
-    rows = [{"id": number, "prompt": f"domain {number // 50} row {number}", "completion": f"{number}"} for number in numbers]
+    rows = [
+        {"id": number, "prompt": f"domain {number // 50} row {number}", "completion": f"{number}"}
+        for number in numbers
+    ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(file)
 
@@ -144,34 +177,52 @@ def of_task(task):
     return {example.prompt for example in task.examples}
 
 
-def test_a_model_is_measured_on_rows_of_its_file_that_it_was_not_trained_on(settings, tmp_path, monkeypatch):
+def test_a_model_is_measured_on_rows_of_its_file_that_it_was_not_trained_on(
+    settings, tmp_path, monkeypatch
+):
     file = tmp_path / "rows.jsonl"
     write_rows(file, range(400))
-    config = settings(data=DataConfig(str(file)), recipe=RecipeSettings("none"), steps=2, max_length=64)
+    config = settings(
+        data=DataConfig(str(file)), recipe=RecipeSettings("none"), steps=2, max_length=64
+    )
     plan = prepare(config)
     texts = "\n".join(trained_rows(plan))
     plan.run(lambda report: None)
     info = read_info(tmp_path / "out")
     (division,) = info.held_out
-    assert (plan.rows, plan.held_out, division.rows, bool(division.digest)) == (400 - 25 - 12, 25, 37, True)
+    assert (plan.rows, plan.held_out, division.rows, bool(division.digest)) == (
+        400 - 25 - 12,
+        25,
+        37,
+        True,
+    )
 
     def measured(data=None, model="out"):
-        """Rows of a sweep, those that it checks on, and rows of bench; never a trained one, never one of two of these."""
+        """Rows of a sweep, those that it checks on, and rows of bench; never a trained one, never
+        one of two of these.
+        """
         chosen = load_trained(TaskConfig(data=data, split=VALIDATION), str(tmp_path / model))
         reported = load_trained(TaskConfig(data=data, samples=20), str(tmp_path / model))
-        parts = of_task(chosen), {example.prompt for example in chosen.others(256)}, of_task(reported)
+        parts = (
+            of_task(chosen),
+            {example.prompt for example in chosen.others(256)},
+            of_task(reported),
+        )
         assert not any(f"{prompt}\n" in texts for part in parts for prompt in part)
         assert sum(map(len, parts)) == len(set.union(*parts))
         return parts, chosen.notes[0], reported.notes[0]
 
     parts, chosen, reported = measured()
     assert list(map(len, parts)) == [12, 13, 12]
-    assert min(len({prompt.split()[1] for prompt in part}) for part in parts) >= 4  # of 8 domains in order
+    # Of 8 domains in order
+    assert min(len({prompt.split()[1] for prompt in part}) for part in parts) >= 4
     assert (
         chosen
         == f"rows: among 25 of the 400 in {file}, held out of the training; others report (`bench`), `samples` 0 takes both"
     )
-    assert reported.startswith(f"rows: among 12 of the 400 in {file}, held out of the training; others choose (`sweep-exits`)")
+    assert reported.startswith(
+        f"rows: among 12 of the 400 in {file}, held out of the training; others choose (`sweep-exits`)"
+    )
     # The file is the same one when it is named, renamed, shuffled or longer.
     assert measured(str(file))[0] == parts
     shuffled = write_rows(tmp_path / "other.jsonl", Random(3).sample(range(400), 400))
@@ -197,14 +248,23 @@ def test_every_process_and_resumption_holds_out_the_same_rows(settings, tmp_path
     assert held_out(seed=5) == (rows, division)
     write_rows(file, reversed(range(400)))
     assert held_out() == (rows, division)
-    drafter = prepare(settings(DrafterConfig, data=DataConfig(str(file)), answers="data", output=str(tmp_path / "drafter")))
+    drafter = prepare(
+        settings(
+            DrafterConfig,
+            data=DataConfig(str(file)),
+            answers="data",
+            output=str(tmp_path / "drafter"),
+        )
+    )
     assert (drafter.held_out, drafter.division) == (25, division)
 
 
 def test_a_stream_leaves_out_what_its_first_rows_decide(settings, tmp_path):
     file = write_rows(tmp_path / "rows.jsonl", range(400))
     plan = prepare(settings(data=DataConfig(file), streaming=True))
-    assert plan.division == prepare(settings(data=DataConfig(file))).division and plan.held_out == 25
+    assert (
+        plan.division == prepare(settings(data=DataConfig(file))).division and plan.held_out == 25
+    )
     decode = plan.trainable.tokenizer.decode
     held = {decode(row["input_ids"]) for row in plan.held_out_data.rows}
     one_pass = [decode(row["input_ids"]) for row in plan.data.rows.one_pass(0)]
@@ -214,7 +274,13 @@ def test_a_stream_leaves_out_what_its_first_rows_decide(settings, tmp_path):
 def test_other_data_to_validate_on_is_divided_and_all_rows_train(settings, tmp_path):
     file = write_rows(tmp_path / "rows.jsonl", range(100))
     other = write_rows(tmp_path / "other.jsonl", range(1000, 1100))
-    config = settings(data=DataConfig(file), validation=other, recipe=RecipeSettings("none"), steps=1, max_length=64)
+    config = settings(
+        data=DataConfig(file),
+        validation=other,
+        recipe=RecipeSettings("none"),
+        steps=1,
+        max_length=64,
+    )
     plan = prepare(config)
     plan.run(lambda report: None)
     decode = plan.trainable.tokenizer.decode
@@ -224,45 +290,73 @@ def test_other_data_to_validate_on_is_divided_and_all_rows_train(settings, tmp_p
     assert plan.rows == 100 and of_task(chosen) == validated
     assert not of_task(reported) & validated and len(of_task(reported) | validated) == 100
     named = load_trained(TaskConfig(data=file, samples=20), str(tmp_path / "out"))
-    assert named.notes == (f"rows: among 100 of the 100 in {file}, which the model was trained on; `data` gives others",)
+    assert named.notes == (
+        f"rows: among 100 of the 100 in {file}, which the model was trained on; `data` gives others",
+    )
 
 
 def test_lines_of_a_text_are_held_out_too_and_other_texts_are_divided(settings, tmp_path):
     file = tmp_path / "text.txt"
     file.write_text("".join(f"the line number {line} of this text\n" for line in range(300)))
-    config = settings(data=DataConfig(str(file)), recipe=RecipeSettings("none"), steps=1, max_length=64)
+    config = settings(
+        data=DataConfig(str(file)), recipe=RecipeSettings("none"), steps=1, max_length=64
+    )
     plan = prepare(config)
     plan.run(lambda report: None)
     texts = trained_rows(plan)
-    chosen, reported = (load_trained(TaskConfig(split=split), str(tmp_path / "out")).text for split in (VALIDATION, TEST))
+    chosen, reported = (
+        load_trained(TaskConfig(split=split), str(tmp_path / "out")).text
+        for split in (VALIDATION, TEST)
+    )
     lines = chosen.splitlines(), reported.splitlines()
     assert list(map(len, lines)) == [18, 9] and not set(lines[0]) & set(lines[1])
     assert not any(line in text for line in (*lines[0], *lines[1]) for text in texts)
     running = tmp_path / "running.txt"
-    running.write_text("".join(f"sentence {line} has a few words, and so on it goes.\n" for line in range(5000)))
-    texts = [load_task(TaskConfig("lm", str(running), split=split)).text for split in (VALIDATION, TEST)]
+    running.write_text(
+        "".join(f"sentence {line} has a few words, and so on it goes.\n" for line in range(5000))
+    )
+    texts = [
+        load_task(TaskConfig("lm", str(running), split=split)).text for split in (VALIDATION, TEST)
+    ]
     parts = [set(text.splitlines()) for text in texts]
-    assert not parts[0] & parts[1] and len(parts[0] | parts[1]) == 5000 and min(map(len, parts)) > 1500
+    assert (
+        not parts[0] & parts[1] and len(parts[0] | parts[1]) == 5000 and min(map(len, parts)) > 1500
+    )
     assert load_task(TaskConfig("lm", str(running), samples=0)).text == running.read_text()
 
 
 def test_tasks_with_splits_of_their_own_and_tasks_without(tmp_path):
     head = "domain\tutterance\tsemantic_parse\n"
     for split in ("eval", "test"):
-        (tmp_path / f"a_{split}.tsv").write_text(head + "".join(f"a\t{split} {row}\t[X ]\n" for row in range(60)))
+        (tmp_path / f"a_{split}.tsv").write_text(
+            head + "".join(f"a\t{split} {row}\t[X ]\n" for row in range(60))
+        )
     folder = str(tmp_path)
-    chosen, reported = (of_task(load_task(TaskConfig(data=folder, split=split, samples=99))) for split in (VALIDATION, TEST))
-    assert chosen == {f"eval {row}" for row in range(60)} and reported == {f"test {row}" for row in range(60)}
-    problem = {"canonical_solution": "    pass\n", "test": "def check(f):\n    pass\n", "entry_point": "f"}
+    chosen, reported = (
+        of_task(load_task(TaskConfig(data=folder, split=split, samples=99)))
+        for split in (VALIDATION, TEST)
+    )
+    assert chosen == {f"eval {row}" for row in range(60)} and reported == {
+        f"test {row}" for row in range(60)
+    }
+    problem = {
+        "canonical_solution": "    pass\n",
+        "test": "def check(f):\n    pass\n",
+        "entry_point": "f",
+    }
     problems = [{"prompt": f"def f():\n    # {row}\n", **problem} for row in range(100)]
     mbpp = [
-        {"task_id": number, "text": f"task {number}", "code": "pass", "test_list": ["assert 1"]} for number in range(11, 111)
+        {"task_id": number, "text": f"task {number}", "code": "pass", "test_list": ["assert 1"]}
+        for number in range(11, 111)
     ]
     articles = [{"article": f"article {row}", "summary": "s"} for row in range(100)]
     for name, rows in (("humaneval", problems), ("mbpp", mbpp), ("xsum", articles)):
         file = tmp_path / f"{name}.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        tasks = [load_task(TaskConfig(name, str(file), split=split, samples=99, shots=None)) for split in (VALIDATION, TEST)]
+        tasks = [
+            load_task(TaskConfig(name, str(file), split=split, samples=99, shots=None))
+            for split in (VALIDATION, TEST)
+        ]
         chosen, reported = map(of_task, tasks)
         assert not chosen & reported and len(chosen | reported) >= 96  # three may be shots
         assert len(load_task(TaskConfig(name, str(file), samples=0)).examples) >= 97

@@ -9,7 +9,9 @@ from layerskip_core.evaluation.tasks import Task, TaskLoader
 
 def load(config: TaskConfig) -> Task:
     """Numbers to count on from; `digits` is 1 for an answer with a digit in it."""
-    examples = tuple(Example(f"{number} {number + 1}", f" {number + 2}") for number in range(config.samples))
+    examples = tuple(
+        Example(f"{number} {number + 1}", f" {number + 2}") for number in range(config.samples)
+    )
     return Task(examples, config, "digits", digits)
 
 

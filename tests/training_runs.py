@@ -44,21 +44,33 @@ def stop_at(step):
 
 
 def in_processes(function, processes, folder, *arguments):
-    """Calls function(rank, *arguments) in processes that gloo connects; a single one is this process."""
+    """Calls function(rank, *arguments) in processes that gloo connects; a single one is this
+    process.
+    """
     folder.mkdir(exist_ok=True)
     if processes == 1:
         function(0, *arguments)
         return
     import_once()
     torch.multiprocessing.start_processes(
-        _connected, (processes, str(folder), function, arguments), processes, start_method="forkserver"
+        _connected,
+        (processes, str(folder), function, arguments),
+        processes,
+        start_method="forkserver",
     )
 
 
 def _connected(rank, processes, folder, function, arguments):
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=processes)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+    }
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=processes
+    )
     function(rank, *arguments)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -78,7 +90,9 @@ def saved_base(folder, **changes):
 
 
 def settings_on(base, tmp_path):
-    """Makes FinetuneConfigs of a few steps on the CPU, or other configs: defaults that keywords change."""
+    """Makes FinetuneConfigs of a few steps on the CPU, or other configs: defaults that keywords
+    change.
+    """
 
     def make(kind=FinetuneConfig, **changes):
         defaults = {
@@ -108,7 +122,9 @@ def train(config):
 
 def recipe_module(model, recipe, *arguments, **keywords):
     """The training module of a model under RecipeSettings, with its readers."""
-    backend = TransformersBackend(model.get_base_model() if hasattr(model, "get_base_model") else model)
+    backend = TransformersBackend(
+        model.get_base_model() if hasattr(model, "get_base_model") else model
+    )
     resolved = resolve_recipe(recipe, backend.spec, 100)
     if resolved.exit_reader != "none":
         keywords["readers"] = new_readers(backend, list(map(ExitBlock, resolved.exits)))
@@ -133,13 +149,19 @@ def weights(folder):
 
 
 def same_weights(folder, reference):
-    found, expected = weights(folder), weights(reference)
-    return found.keys() == expected.keys() and all(torch.equal(weight, expected[name]) for name, weight in found.items())
+    found = weights(folder)
+    expected = weights(reference)
+    return found.keys() == expected.keys() and all(
+        torch.equal(weight, expected[name]) for name, weight in found.items()
+    )
 
 
 def require_exact_resumption(make, folder, between=lambda: None, **changes):
-    """A run of four steps that is cut in the third and resumed takes the steps of one that is not, bit by bit."""
-    whole, cut = folder / "whole", folder / "cut"
+    """A run of four steps that is cut in the third and resumed takes the steps of one that is not,
+    bit by bit.
+    """
+    whole = folder / "whole"
+    cut = folder / "cut"
     changes = {**changes, "steps": 4, "save_steps": 2}
     expected = train(make(**changes, output=str(whole)))
     with pytest.raises(Interrupted):
@@ -149,6 +171,7 @@ def require_exact_resumption(make, folder, between=lambda: None, **changes):
     reports = train(make(**changes, output=str(cut), resume=True))
     assert [report.step for report in reports] == [3, 4]
     assert [report.loss for report in reports] == [report.loss for report in expected[2:]]
-    assert reports[-1].exit_losses == expected[-1].exit_losses  # those of exits that were on before the cut too
+    # Those of exits that were on before the cut too
+    assert reports[-1].exit_losses == expected[-1].exit_losses
     assert same_weights(cut, whole)
     assert (cut / "losses.jsonl").read_text() == (whole / "losses.jsonl").read_text()

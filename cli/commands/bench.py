@@ -21,15 +21,23 @@ def bench(
     overwrite: Overwrite = False,
     log_samples: evaluation.LogSamples = False,
     saved: SavedReport = None,
-    resume: Annotated[bool, Flag("Continue the interrupted run in --output.", panel="Output")] = False,
+    resume: Annotated[
+        bool, Flag("Continue the interrupted run in --output.", panel="Output")
+    ] = False,
 ) -> None:
-    """Compare the decoding strategies, and baselines, on one task: quality, acceptance, speed, time to first token, memory.
+    """Compare the decoding strategies, and baselines, on one task: quality, acceptance, speed, time
+    to first token, memory.
 
     Example: layerskip bench --exit 8 --spec 6 --baselines transformers,no-reuse --output results
     """
     scored = bool(config.task.harness_tasks)
     require(output is not None or not log_samples, "log_samples", "used with `output`", "none")
-    require(output is not None or not resume, "resume", "used with the `output` of the interrupted run", "none")
+    require(
+        output is not None or not resume,
+        "resume",
+        "used with the `output` of the interrupted run",
+        "none",
+    )
     require(not (scored and resume), "resume", "left out for tasks of lm-eval", config.task.task)
     from layerskip_core.evaluation.measure.bench import bench as run_bench
     from layerskip_core.evaluation.measure.bench import suiting_strategies
@@ -50,7 +58,10 @@ def bench(
             else:
                 fixed = "llama.cpp" in config.baselines  # whose number of threads stays as it is
                 free_threads = None if fixed else FreeThreads(config.machine.threads)
-                record = evaluation.watch(run_bench(loaded, rows, config, folder, resume), free_threads)
+                record = evaluation.watch(
+                    run_bench(loaded, rows, config, folder, resume), free_threads
+                )
         evaluation.deliver_report(record, format, folder, saved)
         if folder is not None and saved is None and not scored:
-            (folder / JOURNAL).replace(folder / OUTPUTS)  # a complete run cannot be resumed, and its answers can be read
+            # A complete run cannot be resumed, and its answers can be read
+            (folder / JOURNAL).replace(folder / OUTPUTS)

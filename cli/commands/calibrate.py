@@ -15,10 +15,16 @@ from ..options import command
 @command
 def calibrate(
     config: CalibrationConfig,
-    threads: Annotated[Threads, Flag("CPU threads; 0: as many as other processes leave free.", panel="Machine")] = 0,
-    clear: Annotated[bool, Flag("Only clear the cache: packed models, and what read-only folders could not hold.")] = False,
+    threads: Annotated[
+        Threads, Flag("CPU threads; 0: as many as other processes leave free.", panel="Machine")
+    ] = 0,
+    clear: Annotated[
+        bool,
+        Flag("Only clear the cache: packed models, and what read-only folders could not hold."),
+    ] = False,
 ) -> None:
-    """Calibrate int4 weights on text that the model writes. --quantize int4 and drafts use them from then on.
+    """Calibrate int4 weights on text that the model writes. --quantize int4 and drafts use them
+    from then on.
 
     Example: layerskip calibrate --model my-model
     """
@@ -28,7 +34,10 @@ def calibrate(
     from layerskip_core.files import hold
 
     started = time.monotonic()
-    with hold(cache_folder() if clear else output_folder(config), "layerskip calibrate"), stage_bars() as show:
+    with (
+        hold(cache_folder() if clear else output_folder(config), "layerskip calibrate"),
+        stage_bars() as show,
+    ):
         if clear:
             return narrate(f"removed {clear_cache()} files from {cache_folder()}")
 

@@ -36,13 +36,17 @@ _ROOM = "/forget leaves out the oldest turn, /reset all turns"
 @command
 def chat(
     flags: Annotated[DecoderFlags, Without(("logprobs", "prompt_logprobs"))],
-    show_drafts: Annotated[bool, Flag("On a terminal, show accepted drafts in green.", panel="Output")] = False,
-    stats: Annotated[bool, Flag("Print counts and speed to stderr after every answer.", panel="Output")] = False,
+    show_drafts: Annotated[
+        bool, Flag("On a terminal, show accepted drafts in green.", panel="Output")
+    ] = False,
+    stats: Annotated[
+        bool, Flag("Print counts and speed to stderr after every answer.", panel="Output")
+    ] = False,
 ) -> None:
     """Talk with a model, which sees the whole conversation; earlier turns are not computed again.
 
-    Models without a chat template, such as the embedded ones, answer every message by itself. /help lists the commands. Over a
-    pipe every line is a message; empty lines are skipped.
+    Models without a chat template, such as the embedded ones, answer every message by itself. /help
+    lists the commands. Over a pipe every line is a message; empty lines are skipped.
 
     Example: layerskip chat --show-drafts
     """
@@ -58,21 +62,31 @@ def chat(
 class _Chat:
     """A conversation and its display."""
 
-    def __init__(self, loaded: "Decoder", config: DecodingConfig, show_drafts: bool, stats: bool) -> None:
+    def __init__(
+        self, loaded: "Decoder", config: DecodingConfig, show_drafts: bool, stats: bool
+    ) -> None:
         from layerskip_core.decoding import DecodeStats
         from layerskip_core.decoding.dialogue import Dialogue
 
-        self._loaded, self._policy, self._stats = loaded, config.policy, stats
+        self._loaded = loaded
+        self._policy = config.policy
+        self._stats = stats
         self._dialogue = Dialogue(loaded, config)
         self._console = ResultsConsole()
-        self._colours = show_drafts and self._console.is_terminal and self._console.color_system is not None
+        self._colours = (
+            show_drafts and self._console.is_terminal and self._console.color_system is not None
+        )
         self._last: TextStream | None = None
         self._total = DecodeStats()
         self._refused = False  # whether a line failed so far
         if console.is_terminal():
-            narrate(f"{loaded.name}: {loaded.backend.implementation}; prompt template: {loaded.template.name}")
+            narrate(
+                f"{loaded.name}: {loaded.backend.implementation}; prompt template: {loaded.template.name}"
+            )
         if not self._dialogue.has_turns:
-            narrate(f"{loaded.template.name} is no chat template: every message is a prompt of its own")
+            narrate(
+                f"{loaded.template.name} is no chat template: every message is a prompt of its own"
+            )
 
     def on_terminal(self) -> None:
         """Asks for messages until /exit or Ctrl-D; after an error the conversation goes on."""
@@ -105,7 +119,9 @@ class _Chat:
             raise typer.Exit(1)
 
     def _take(self, line: str, number: int | None = None) -> None:
-        """Handles a line, a message or a /command; raises EOFError to end the chat. `number`: of a line over a pipe."""
+        """Handles a line, a message or a /command; raises EOFError to end the chat. `number`: of a
+        line over a pipe.
+        """
         try:
             match line.split():
                 case []:
@@ -128,7 +144,9 @@ class _Chat:
                 case ["/help"]:
                     narrate(_COMMANDS)
                 case _ if line.startswith("/") and not line.startswith("//"):
-                    raise LayerSkipError(f"needed a message or a command, found {line!r:.60}; /help lists the commands")
+                    raise LayerSkipError(
+                        f"needed a message or a command, found {line!r:.60}; /help lists the commands"
+                    )
                 case _:
                     self._answer(line[1:] if line.startswith("//") else line, number is None)
         except LayerSkipError as error:
@@ -137,13 +155,17 @@ class _Chat:
             narrate(f"error: {'' if number is None else f'line {number}: '}{one_line(error)}{room}")
 
     def _answer(self, message: str, interactive: bool) -> None:
-        """Prints an answer as it comes. On a terminal Ctrl-C stops it after the current pass, a second one at once."""
+        """Prints an answer as it comes. On a terminal Ctrl-C stops it after the current pass, a
+        second one at once.
+        """
         with Interruption(signal.SIGINT) if interactive else nullcontext() as interruption:
             stream = self._last = self._dialogue.ask(message)
             for segments in stream.segments():
                 if self._colours:
                     mark = "underline" if self._console.no_color else "green"
-                    text = Text.assemble(*((piece, mark if from_draft else "") for piece, from_draft in segments))
+                    text = Text.assemble(
+                        *((piece, mark if from_draft else "") for piece, from_draft in segments)
+                    )
                     self._console.print(text, end="", soft_wrap=True)
                 else:
                     sys.stdout.write("".join(piece for piece, _ in segments))
@@ -156,16 +178,21 @@ class _Chat:
         if stream.finish_reason == "context":
             room = f"; {_ROOM}" if self._dialogue.has_turns else ""
             limit = self._loaded.backend.spec.context
-            narrate(f"the answer ends here because the model's context of {limit} tokens is full{room}")
+            narrate(
+                f"the answer ends here because the model's context of {limit} tokens is full{room}"
+            )
         elif interactive and stream.finish_reason == "length":
             narrate(f"the answer ends here because of `max_new_tokens` {stream.stats.new_tokens}")
         elif interactive and stream.finish_reason is None:
-            narrate("stopped" if stream.text else "stopped before the answer: the message was left out")
+            narrate(
+                "stopped" if stream.text else "stopped before the answer: the message was left out"
+            )
         if self._stats:
             narrate(self._stats_of(stream))
 
     def _stats_of(self, stream: "TextStream") -> str:
-        counts, limit = stream.stats, self._loaded.backend.spec.context
+        counts = stream.stats
+        limit = self._loaded.backend.spec.context
         reused = stream.decoding.reused_tokens
         return (
             f"{stats_text(counts, self._loaded, self._policy)}; prompt: {plural(counts.prompt_tokens, 'token')}, "

@@ -25,7 +25,8 @@ def data(
     *,
     machine: MachineConfig,
 ) -> None:
-    """Print the rows of a data set as JSON lines of `prompt` and `completion`, to read or to pipe into `generate --jsonl`.
+    """Print the rows of a data set as JSON lines of `prompt` and `completion`, to read or to pipe
+    into `generate --jsonl`.
 
     Example: layerskip data --samples 3
     """
@@ -33,9 +34,18 @@ def data(
         from layerskip_core.data import load_examples
 
         for example in load_examples(rows):
-            typer.echo(json.dumps({"prompt": example.prompt, "completion": example.completion}, ensure_ascii=False))
+            typer.echo(
+                json.dumps(
+                    {"prompt": example.prompt, "completion": example.completion}, ensure_ascii=False
+                )
+            )
         return
-    require(rows == replace(_TEN_ROWS, limit=rows.limit, seed=rows.seed), "model", "given without flags of a data set", "both")
+    require(
+        rows == replace(_TEN_ROWS, limit=rows.limit, seed=rows.seed),
+        "model",
+        "given without flags of a data set",
+        "both",
+    )
     require(rows.limit > 0, "limit", "at least 1 with `model`", rows.limit)
     loaded = load_model(model, machine, prompting=PromptingConfig("chat"))
     from layerskip_core.training.answers import own_prompts

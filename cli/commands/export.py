@@ -16,8 +16,9 @@ from ..options import ModelArgument, command
 def export(model: ModelArgument = "embedded", *, config: ExportConfig) -> None:
     """Write an exit of a model as a plain checkpoint that drafts for the model in another engine.
 
-    It has the first layers, the exit's block if there is one, the norm and the head. --format gguf writes model and draft for
-    llama.cpp. --format packed writes the whole model in the layout of our kernels, so that decoding starts at once.
+    It has the first layers, the exit's block if there is one, the norm and the head. --format gguf
+    writes model and draft for llama.cpp. --format packed writes the whole model in the layout of
+    our kernels, so that decoding starts at once.
 
     Example: layerskip export embedded --exit 4 --output draft-model --engine vllm
     """
@@ -33,7 +34,9 @@ def export(model: ModelArgument = "embedded", *, config: ExportConfig) -> None:
     if not exported.trained:
         narrate(f"exit {exported.exit_layer} was not trained, so most of its drafts will be wrong")
     if exported.lost:
-        narrate("the drafter that the checkpoint ships (mtp) is left out: GGUF files are written without it")
+        narrate(
+            "the drafter that the checkpoint ships (mtp) is left out: GGUF files are written without it"
+        )
     usage = f", and how to use it to {output}/{README}" if exported.readme else ""
     written = f"exit {exported.exit_layer} of {model}, {plural(exported.layers, 'layer')},"
     if exported.exit_layer is None:

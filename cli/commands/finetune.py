@@ -37,14 +37,22 @@ _NO_GAIN = "dropout gained nothing in runs of 100 steps (SmolLM2); --pmax 0 leav
 
 
 def read_config(context: typer.Context, path: Path | None) -> Path | None:
-    """Makes the values of a TOML file the defaults of flags, so that a flag on the command line wins."""
+    """Makes the values of a TOML file the defaults of flags, so that a flag on the command line
+    wins.
+    """
     if path is None:
         return None
     try:
-        values = tomllib.loads(read_bytes(path, f"--config {path}", ConfigError).decode("utf-8-sig"))
+        values = tomllib.loads(
+            read_bytes(path, f"--config {path}", ConfigError).decode("utf-8-sig")
+        )
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"--config {path} is not valid TOML: {first_line(error)}") from None
-    named = {flag.removeprefix("--"): str(each.name) for each in context.command.params for flag in each.opts}
+    named = {
+        flag.removeprefix("--"): str(each.name)
+        for each in context.command.params
+        for flag in each.opts
+    }
     known = {flag: name for flag, name in named.items() if flag not in ("config", "help")}
     defaults: dict[str, str] = {}
     for key, value in values.items():
@@ -53,13 +61,16 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
             raise ConfigError(
                 f"--config {path}: {shown(key)!r} is no flag of {context.info_name}; known: {', '.join(sorted(known))}"
             )
-        defaults[known[flag]] = value if isinstance(value, str) else json.dumps(value, default=str)  # as typed in a shell
+        # As typed in a shell
+        defaults[known[flag]] = value if isinstance(value, str) else json.dumps(value, default=str)
     context.default_map = {**cast(dict[str, Any], context.default_map or {}), **defaults}
     return path
 
 
 DryRun = Annotated[bool, Flag("Print what would be done, and stop.", panel="Run")]
-TrainingThreads = Annotated[Threads, Flag("CPU threads; 0: as many as other processes leave free.", panel="Machine")]
+TrainingThreads = Annotated[
+    Threads, Flag("CPU threads; 0: as many as other processes leave free.", panel="Machine")
+]
 ConfigFile = Annotated[
     Path | None,
     typer.Option(
@@ -73,15 +84,21 @@ ConfigFile = Annotated[
 
 @command
 def finetune(
-    settings: FinetuneConfig, dry_run: DryRun = False, threads: TrainingThreads = 0, config: ConfigFile = None
+    settings: FinetuneConfig,
+    dry_run: DryRun = False,
+    threads: TrainingThreads = 0,
+    config: ConfigFile = None,
 ) -> None:
-    """Convert a checkpoint by the LayerSkip recipe: layer dropout, and an early-exit loss through the shared head.
+    """Convert a checkpoint by the LayerSkip recipe: layer dropout, and an early-exit loss through
+    the shared head.
 
-    --recipe auto trains a few exits, each with a reader, and reports at the end how fast they draft on this machine and how
-    much quality the training cost. The paper's own recipes are finetune, continual, scratch and code; --recipe none is ordinary
-    training. To train a drafter and leave the model as it is: layerskip train-drafter.
+    --recipe auto trains a few exits, each with a reader, and reports at the end how fast they draft
+    on this machine and how much quality the training cost. The paper's own recipes are finetune,
+    continual, scratch and code; --recipe none is ordinary training. To train a drafter and leave
+    the model as it is: layerskip train-drafter.
 
-    Example: layerskip finetune --model HuggingFaceTB/SmolLM2-135M --data rows.jsonl --output my-model --save-steps 200
+    Example: layerskip finetune --model HuggingFaceTB/SmolLM2-135M --data rows.jsonl --output
+    my-model --save-steps 200
     """
     run_training(settings, dry_run, threads)
 
@@ -103,7 +120,11 @@ def run_training(settings: TrainingConfig, dry_run: bool, threads: int) -> None:
         info = _run(plan, free_threads)
         with waiting("timing passes"):
             verdicts = plan.verdicts(info)
-    narrate("\n".join((result_text(info, plan, verdicts), f"saved {settings.output}; {_next(plan, verdicts)}")))
+    narrate(
+        "\n".join(
+            (result_text(info, plan, verdicts), f"saved {settings.output}; {_next(plan, verdicts)}")
+        )
+    )
 
 
 def _run(plan: "Plan", free_threads: FreeThreads) -> "CheckpointInfo":
@@ -120,7 +141,9 @@ def _run(plan: "Plan", free_threads: FreeThreads) -> "CheckpointInfo":
         try:
             return plan.run(on_step, on_progress)
         except TrainingInterrupted as interrupted:
-            again = shlex.join(["layerskip", *(flag for flag in sys.argv[1:] if flag != "--resume"), "--resume"])
+            again = shlex.join(
+                ["layerskip", *(flag for flag in sys.argv[1:] if flag != "--resume"), "--resume"]
+            )
             where = " (under torchrun, as before)" if "WORLD_SIZE" in os.environ else ""
             narrate(f"{interrupted}; continue with: {again}{where}")
             raise typer.Exit(128 + interrupted.signal) from None
@@ -138,8 +161,13 @@ def _next(plan: "Plan", verdicts: "list[Verdict]") -> str:
         return f"next: {_command('bench', config)}"
     if pays or (plan.exit_steps.keys() - {plan.num_layers} and not verdicts):
         return f"next: {_command('sweep-exits', config)} --save"
-    longer = "no exit pays: train for more --steps, or leave the model as it is now: " if verdicts else "next: "
-    return longer + _command("generate" if config.lora_keep else "train-drafter", config)  # drafters need whole weights
+    longer = (
+        "no exit pays: train for more --steps, or leave the model as it is now: "
+        if verdicts
+        else "next: "
+    )
+    # Drafters need whole weights
+    return longer + _command("generate" if config.lora_keep else "train-drafter", config)
 
 
 def _command(name: str, config: TrainingConfig) -> str:
@@ -155,11 +183,13 @@ def _command(name: str, config: TrainingConfig) -> str:
 def plan_text(plan: "WholeModel | FrozenModel") -> str:
     from layerskip_core.training.run import WholeModel
 
-    config, is_whole = plan.config, isinstance(plan, WholeModel)
+    config = plan.config
+    is_whole = isinstance(plan, WholeModel)
     rows = f"a stream, cut at {config.max_length} tokens"
     if plan.rows is not None:
         left_out = f", {plan.left_out} left out, prompt too long" if plan.left_out else ""
-        held_out = max(plan.held_out, 0 if plan.division is None else plan.division.rows)  # a part is for `bench`
+        # A part is for `bench`
+        held_out = max(plan.held_out, 0 if plan.division is None else plan.division.rows)
         rows = f"{plan.rows} rows and {held_out} held out, {plan.tokens} tokens at most{left_out}"
     why = f" ({plan.precision.reason})" if plan.precision.reason else ""
     lines = [
@@ -181,10 +211,20 @@ def _recipe_lines(plan: "WholeModel") -> list[str]:
     from layerskip_core.training.recipe import SHORT
     from layerskip_core.training.sharding import world_size
 
-    config, recipe, processes, (own, replayed) = plan.config, plan.recipe, world_size(), step_rows(plan.config)
-    lines = [f"{plan.truncated} rows are truncated at {config.max_length}"] if plan.truncated else []
+    config, recipe, processes, (own, replayed) = (
+        plan.config,
+        plan.recipe,
+        world_size(),
+        step_rows(plan.config),
+    )
+    lines = (
+        [f"{plan.truncated} rows are truncated at {config.max_length}"] if plan.truncated else []
+    )
     if processes > 1:
-        lines.append(f"{processes} processes" + (", weights and optimizer sharded (FSDP2)" if config.fsdp else ""))
+        lines.append(
+            f"{processes} processes"
+            + (", weights and optimizer sharded (FSDP2)" if config.fsdp else "")
+        )
     early = {layer: steps for layer, steps in plan.exit_steps.items() if layer < plan.num_layers}
     if not early and not recipe.p_max:
         lines.append("trained at full depth only, as in ordinary training")
@@ -203,7 +243,11 @@ def _recipe_lines(plan: "WholeModel") -> list[str]:
         )
         if recipe.preset == "auto" and recipe.p_max and plan.steps <= SHORT:
             lines.append(_NO_GAIN)
-    return [*lines, f"replay: {replayed} of the {own + replayed} rows of a step"] if replayed else lines
+    return (
+        [*lines, f"replay: {replayed} of the {own + replayed} rows of a step"]
+        if replayed
+        else lines
+    )
 
 
 def _dropout_text(recipe: "Recipe", steps: int) -> str:
@@ -222,17 +266,23 @@ def _dropout_text(recipe: "Recipe", steps: int) -> str:
 
 
 def _drafter_lines(plan: "FrozenModel") -> list[str]:
-    config, estimate = plan.config, plan.estimate
+    config = plan.config
+    estimate = plan.estimate
     speedups = {share: estimate.speed(share) for share in (0.5, 0.6, 0.7, 0.8)}
-    speeds = ", ".join(f"{speedup.value:.2f}x at {share:.0%}" for share, speedup in speedups.items())
+    speeds = ", ".join(
+        f"{speedup.value:.2f}x at {share:.0%}" for share, speedup in speedups.items()
+    )
     if not all(speedup.is_known for speedup in speedups.values()):
         speeds = "not known, because times differ as on a busy machine"
     kinds = {
         "exit": f"blocks at exits {','.join(map(str, plan.module.layers))}",
         "eagle3": f"a drafter in the EAGLE-3 layout, at most {config.draft_vocab} tokens",
-        "mtp": "the drafter that the checkpoint ships" if config.start_from else "a drafter as Qwen3.5 ships it",
+        "mtp": "the drafter that the checkpoint ships"
+        if config.start_from
+        else "a drafter as Qwen3.5 ships it",
     }
-    what, trained = kinds[config.layout or "exit"], sum(each.numel() for each in plan.module.parameters() if each.requires_grad)
+    what = kinds[config.layout or "exit"]
+    trained = sum(each.numel() for each in plan.module.parameters() if each.requires_grad)
     return [
         f"{what}, {trained / 1e6:.1f}M parameters; the model stays as it is; answers of the {config.answers}",
         f"a draft takes about {estimate.draft:.2f} of a step ({estimate.step * 1e3:.3g} ms) on this machine; estimated speedup "
@@ -242,23 +292,39 @@ def _drafter_lines(plan: "FrozenModel") -> list[str]:
 
 
 def report_text(report: "StepReport") -> str:
-    """A step's loss, or a drafter's divergence, as text; a drafter in the EAGLE-3 layout is exit 0."""
+    """A step's loss, or a drafter's divergence, as text; a drafter in the EAGLE-3 layout is exit
+    0.
+    """
     shown = (
         ("exits", report.exit_losses, ".3f"),
         ("held-out", report.validation_losses, ".3f"),
         ("first drafts agree", report.agreement, ".0%"),
     )
-    parts = [f"{what} " + " ".join(f"{at}:{value:{form}}" for at, value in _some(each)) for what, each, form in shown if each]
+    parts = [
+        f"{what} " + " ".join(f"{at}:{value:{form}}" for at, value in _some(each))
+        for what, each, form in shown
+        if each
+    ]
     speed = f"lr {report.learning_rate:.1e} {report.tokens_per_second:.0f} tokens/s"
     return " ".join((f"loss {report.loss:.3f}", *parts, speed))
 
 
 def result_text(info: "CheckpointInfo", plan: "Plan", verdicts: "list[Verdict]") -> str:
-    """The last losses or divergences, the speedup by drafts, and what the training cost in quality."""
+    """The last losses or divergences, the speedup by drafts, and what the training cost in
+    quality.
+    """
     details = info.details
-    kinds = {"loss by exit": details.get("final_losses"), "on held-out rows": details.get("validation_losses")}
+    kinds = {
+        "loss by exit": details.get("final_losses"),
+        "on held-out rows": details.get("validation_losses"),
+    }
     if plan.recipe is None:
-        kinds = {"divergence": {name: details["exit_blocks"][name]["divergence"] for name in plan.module.names.values()}}
+        kinds = {
+            "divergence": {
+                name: details["exit_blocks"][name]["divergence"]
+                for name in plan.module.names.values()
+            }
+        }
     lines = [
         f"{what}: " + "  ".join(f"{name}: {loss:.3f}" for name, loss in losses.items())
         for what, losses in kinds.items()
@@ -266,7 +332,9 @@ def result_text(info: "CheckpointInfo", plan: "Plan", verdicts: "list[Verdict]")
     ]
     lines += [_verdict_text(verdict) for verdict in verdicts]
     if not plan.held_out and plan.rows is not None:
-        lines.append(f"held-out rows: not measured: {plan.rows} rows are too few to hold some out; --validation FILE")
+        lines.append(
+            f"held-out rows: not measured: {plan.rows} rows are too few to hold some out; --validation FILE"
+        )
     if (cost := info.cost) is not None:
         costs = [
             f"cost: on {cost.tokens} tokens of the model's own text {cost.agreement:.1%} of next tokens as before, "
@@ -276,11 +344,15 @@ def result_text(info: "CheckpointInfo", plan: "Plan", verdicts: "list[Verdict]")
             costs.append("held-out loss {:.3f} -> {:.3f}".format(*cost.task))
         if cost.exact_match is not None:
             before, after = cost.exact_match
-            costs.append(f"exact match of {cost.answered} held-out rows {100 * before:.1f} -> {after:.1%}")
+            costs.append(
+                f"exact match of {cost.answered} held-out rows {100 * before:.1f} -> {after:.1%}"
+            )
         lines.append("; ".join(costs))
         lines += _example_lines(plan)
         if cost.agreement < 1 - _LOST:
-            lines.append("to keep more of the model: --replay 0.5, --lora-rank 16, a lower --lr, or layerskip train-drafter")
+            lines.append(
+                "to keep more of the model: --replay 0.5, --lora-rank 16, a lower --lr, or layerskip train-drafter"
+            )
     return "\n".join(lines)
 
 
@@ -297,7 +369,9 @@ def _verdict_text(verdict: "Verdict") -> str:
     if speedup.is_known:
         interval = f"{speedup.low:.2f} to {speedup.high:.2f}"
         drafts = plural(speedup.drafts, "draft")
-        found = f"with {drafts} about {speedup.value:.2f}x of plain decoding here ({interval}, {bound})"
+        found = (
+            f"with {drafts} about {speedup.value:.2f}x of plain decoding here ({interval}, {bound})"
+        )
     else:
         found = f"the speed here is not known, because times differ as on a busy machine ({bound})"
     ends = ": does not pay" if _pays(speedup) is False else ""
@@ -310,7 +384,10 @@ def _example_lines(plan: "Plan") -> list[str]:
         return []
     width = max(map(len, plan.example._fields))
     named = plan.example._asdict().items()
-    return ["the first held-out row:", *(f"  {name:{width}} {shown(repr(text.strip()))}" for name, text in named)]
+    return [
+        "the first held-out row:",
+        *(f"  {name:{width}} {shown(repr(text.strip()))}" for name, text in named),
+    ]
 
 
 def _some(losses: Mapping[int, float]) -> list[tuple[int, float]]:

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from layerskip_core.config.decoding import REMEMBERED, DecodingConfig, Remember, RequestOptions, changed
+from layerskip_core.config.decoding import (
+    REMEMBERED,
+    DecodingConfig,
+    Remember,
+    RequestOptions,
+    changed,
+)
 from layerskip_core.config.options import BatchSize, Flag, checked, hints_of
 from layerskip_core.errors import DataError, LayerSkipError, plural
 from layerskip_core.files import parse_json
@@ -26,14 +32,25 @@ if TYPE_CHECKING:
     from layerskip_core.decoding.drafters.lookup import EarlierAnswers
     from layerskip_core.decoding.output import TokenLogprobs
 
-_COUNTS = ("prompt_tokens", "new_tokens", "drafted", "accepted", "rounds", "acceptance_rate", "steps_by_drafter", "mean_layers")
+_COUNTS = (
+    "prompt_tokens",
+    "new_tokens",
+    "drafted",
+    "accepted",
+    "rounds",
+    "acceptance_rate",
+    "steps_by_drafter",
+    "mean_layers",
+)
 _OPTIONS = re.compile(f"`({'|'.join(hints_of(RequestOptions))})`")
 
 
 @command
 def generate(
     prompt: Prompt = None,
-    lines: Annotated[bool, Flag("Standard input holds one prompt per line.", panel="Input")] = False,
+    lines: Annotated[
+        bool, Flag("Standard input holds one prompt per line.", panel="Input")
+    ] = False,
     jsonl: Annotated[
         bool,
         Flag(
@@ -42,41 +59,62 @@ def generate(
             panel="Input",
         ),
     ] = False,
-    batch_size: Annotated[BatchSize, Flag("Prompts of --lines or --jsonl to decode together.", panel="Input")] = 1,
+    batch_size: Annotated[
+        BatchSize, Flag("Prompts of --lines or --jsonl to decode together.", panel="Input")
+    ] = 1,
     *,
     flags: DecoderFlags,
     remember: Remember = REMEMBERED,
     stats: Annotated[
-        bool, Flag("Print counts, speed, memory bandwidth and the prompt template to stderr.", panel="Output")
+        bool,
+        Flag(
+            "Print counts, speed, memory bandwidth and the prompt template to stderr.",
+            panel="Output",
+        ),
     ] = False,
 ) -> None:
-    """Generate text with self-speculative decoding: the same text as autoregressive decoding, in fewer full passes.
+    """Generate text with self-speculative decoding: the same text as autoregressive decoding, in
+    fewer full passes.
 
-    Without --exit, --spec or --strategy every round drafts by whatever is fastest: lookups in the text, trained exits, an int8
-    copy of the model, other drafters, or not at all.
+    Without --exit, --spec or --strategy every round drafts by whatever is fastest: lookups in the
+    text, trained exits, an int8 copy of the model, other drafters, or not at all.
 
     Example: printf 'remind me to call mom at 5' | layerskip generate --exit 8 --spec 6
     """
-    several, is_piped = lines or jsonl, console.is_piped()
+    several = lines or jsonl
+    is_piped = console.is_piped()
     for is_wrong, reason in (
-        (several and prompt is not None, "--lines and --jsonl read standard input; give no PROMPT with them"),
+        (
+            several and prompt is not None,
+            "--lines and --jsonl read standard input; give no PROMPT with them",
+        ),
         (lines and jsonl, "give --lines or --jsonl, not both"),
         ("logprobs" in flags.decoding and not jsonl, "--logprobs is for the answers of --jsonl"),
         (batch_size > 1 and not several, "--batch-size is for the prompts of --lines or --jsonl"),
         (several and not is_piped, "pipe the prompts of --lines or --jsonl into standard input"),
-        (prompt is None and not (is_piped or console.is_terminal()), "give a PROMPT, or pipe one into standard input"),
+        (
+            prompt is None and not (is_piped or console.is_terminal()),
+            "give a PROMPT, or pipe one into standard input",
+        ),
     ):
         if is_wrong:
             raise typer.BadParameter(reason)
     loaded, usual = load_to_decode(flags, all_policies=jsonl)
     given = console.PromptLines()
     if several:
-        requests = requests_of(given, jsonl, flags.decoding, usual, lambda options: loaded.resolve(options, flags.packing))
+        requests = requests_of(
+            given,
+            jsonl,
+            flags.decoding,
+            usual,
+            lambda options: loaded.resolve(options, flags.packing),
+        )
     else:
         requests = iter([Request(1, console.given_prompt(prompt, may_be_empty=True), usual)])
     from layerskip_core.decoding.drafters.lookup import EarlierAnswers
 
-    earlier, is_ready = EarlierAnswers(remember), given.is_ready
+    earlier = EarlierAnswers(remember)
+    is_ready = given.is_ready
     answers: Answers = ((request, None) for request in requests)
     if batch_size > 1:
         answers = _together(loaded, requests, earlier, batch_size, is_ready)
@@ -92,20 +130,31 @@ def generate(
         raise typer.Exit(1)
 
 
-def _narrate_stats(loaded: "Decoder", usual: DecodingConfig, total: "DecodeStats", batch_size: int) -> None:
+def _narrate_stats(
+    loaded: "Decoder", usual: DecodingConfig, total: "DecodeStats", batch_size: int
+) -> None:
     from layerskip_core.evaluation.measure.cost_model import bandwidth, plain_step, speed_of
     from layerskip_core.evaluation.results import bandwidth_text
 
     narrate(bandwidth_text(bandwidth(loaded, plain_step(loaded))))
     narrate(stats_text(total, loaded, usual.policy))
-    by_exit = usual.strategy == "self-speculative" and usual.policy is None and total.rounds and batch_size == 1
+    by_exit = (
+        usual.strategy == "self-speculative"
+        and usual.policy is None
+        and total.rounds
+        and batch_size == 1
+    )
     if by_exit and (speed := speed_of(loaded, total)) < 1:
-        narrate(f"about {speed:.2f}x of plain decoding: --strategy adaptive chooses the fastest for every round")
+        narrate(
+            f"about {speed:.2f}x of plain decoding: --strategy adaptive chooses the fastest for every round"
+        )
 
 
 @dataclass
 class Request:
-    """A prompt, its line number and its options. `error`: why it cannot be decoded. `id`: as given in its row."""
+    """A prompt, its line number and its options. `error`: why it cannot be decoded. `id`: as given
+    in its row.
+    """
 
     number: int
     prompt: str
@@ -115,7 +164,11 @@ class Request:
 
 
 def requests_of(
-    lines: Iterable[str], jsonl: bool, flags: RequestOptions, usual: DecodingConfig, resolve: Callable[[Any], DecodingConfig]
+    lines: Iterable[str],
+    jsonl: bool,
+    flags: RequestOptions,
+    usual: DecodingConfig,
+    resolve: Callable[[Any], DecodingConfig],
 ) -> Iterator[Request]:
     """Yields a request per line, with the config `usual`; a row of `jsonl` may override `flags`."""
     for number, line in enumerate(lines, start=1):
@@ -125,11 +178,15 @@ def requests_of(
             request = Request(number, "", usual)
             try:
                 row = parse_json(line, "row", DataError)
-                prompt, request.id = (row.get("prompt"), row.get("id")) if isinstance(row, dict) else (None, None)
+                prompt, request.id = (
+                    (row.get("prompt"), row.get("id")) if isinstance(row, dict) else (None, None)
+                )
                 if not isinstance(prompt, str):
                     raise DataError("needed an object with a text `prompt`")
                 request.prompt = prompt
-                options = {key: value for key, value in row.items() if key in hints_of(RequestOptions)}
+                options = {
+                    key: value for key, value in row.items() if key in hints_of(RequestOptions)
+                }
                 if own := checked(RequestOptions, options):
                     request.config = resolve(changed(flags, cast(RequestOptions, own)))
             except LayerSkipError as error:
@@ -143,11 +200,14 @@ Answers = Iterator[tuple[Request, "Answer | None"]]
 def print_answers(
     loaded: "Decoder", answers: Answers, earlier: "EarlierAnswers", alone: bool, jsonl: bool
 ) -> tuple[bool, "DecodeStats"]:
-    """Prints answers in order, decoding those still None; returns (any failed, summed counts). `alone`: errors are raised."""
+    """Prints answers in order, decoding those still None; returns (any failed, summed counts).
+    `alone`: errors are raised.
+    """
     from layerskip_core.decoding import DecodeStats
     from layerskip_core.decoding.dialogue import TextStream
 
-    failed, total = False, DecodeStats()
+    failed = False
+    total = DecodeStats()
     for request, ready in answers:
         named = {"line": request.number} | ({} if request.id is None else {"id": request.id})
         try:
@@ -163,7 +223,9 @@ def print_answers(
             failed = True
             message = f"line {request.number}: {str(error).removeprefix('row: ')}"
             if jsonl:  # with the row's keys, where other messages have flags
-                _write(json.dumps({**named, "error": _OPTIONS.sub(r"\1", message)}, ensure_ascii=False))
+                _write(
+                    json.dumps({**named, "error": _OPTIONS.sub(r"\1", message)}, ensure_ascii=False)
+                )
             else:
                 narrate(f"error: {message}")
         else:
@@ -171,21 +233,36 @@ def print_answers(
             total = total + stats
             if jsonl:
                 counts = {name: getattr(stats, name) for name in _COUNTS}
-                rounded = {"acceptance_rate": round(stats.acceptance_rate, 4), "mean_layers": round(stats.mean_layers, 2)}
-                document = named | {"text": answer.text, "finish_reason": answer.finish_reason, "policy": request.config.policy}
+                rounded = {
+                    "acceptance_rate": round(stats.acceptance_rate, 4),
+                    "mean_layers": round(stats.mean_layers, 2),
+                }
+                document = named | {
+                    "text": answer.text,
+                    "finish_reason": answer.finish_reason,
+                    "policy": request.config.policy,
+                }
                 whole = answer.answer if isinstance(answer, TextStream) else answer
                 for name in ("logprobs", "prompt_logprobs"):
                     if listed := getattr(whole, name):
-                        document[name] = [_logprob_document(one, loaded.token_text) for one in listed]
+                        document[name] = [
+                            _logprob_document(one, loaded.token_text) for one in listed
+                        ]
                 _write(json.dumps(document | counts | rounded, ensure_ascii=False))
         _write("\n")
     return failed, total
 
 
 def _together(
-    loaded: "Decoder", requests: Iterator[Request], earlier: "EarlierAnswers", batch_size: int, is_ready: Callable[[], bool]
+    loaded: "Decoder",
+    requests: Iterator[Request],
+    earlier: "EarlierAnswers",
+    batch_size: int,
+    is_ready: Callable[[], bool],
 ) -> Answers:
-    """Decodes up to `batch_size` requests at once. `is_ready`: whether the next can be read without waiting."""
+    """Decodes up to `batch_size` requests at once. `is_ready`: whether the next can be read without
+    waiting.
+    """
     from layerskip_core.serving.batch import Asked, answers_to
 
     unanswered = deque[Request]()
@@ -226,11 +303,19 @@ def _write(text: str) -> None:
 
 def stats_text(stats: "DecodeStats", loaded: "Decoder", policy: str | None) -> str:
     """Counts and speed of answers, and how they were decoded."""
-    backend, graphs = loaded.backend, ", CUDA graphs" if stats.replayed else ""
-    steps = ", ".join(f"{name}: {count}" for name, count in sorted(stats.steps_by_drafter.items(), key=lambda item: -item[1]))
+    backend = loaded.backend
+    graphs = ", CUDA graphs" if stats.replayed else ""
+    steps = ", ".join(
+        f"{name}: {count}"
+        for name, count in sorted(stats.steps_by_drafter.items(), key=lambda item: -item[1])
+    )
     exits = ""
     if sum(stats.tokens_by_layers[: backend.num_layers - 1]):  # some tokens left early
-        by_exit = (f"exit {layers}: {count}" for layers, count in enumerate(stats.tokens_by_layers, start=1) if count)
+        by_exit = (
+            f"exit {layers}: {count}"
+            for layers, count in enumerate(stats.tokens_by_layers, start=1)
+            if count
+        )
         exits = f"{stats.mean_layers:.1f} layers per token ({', '.join(by_exit)}); "
     return (
         f"{plural(stats.new_tokens, 'token')}, {stats.tokens_per_second:.1f} tokens/s; {exits}drafted {stats.drafted}, "

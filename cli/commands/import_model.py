@@ -15,15 +15,24 @@ def import_model(
     output: Annotated[Text, Flag("Folder for the checkpoint.", panel="Output")] = "imported-model",
     dtype: Annotated[
         DType,
-        Flag("Precision of the weights: fp32, bf16, or auto: as stored (GGUF: one that loses nothing).", panel="Output"),
+        Flag(
+            "Precision of the weights: fp32, bf16, or auto: as stored (GGUF: one that loses nothing).",
+            panel="Output",
+        ),
     ] = "auto",
     drafter: Annotated[
         Text | None,
-        Flag("Drafter to add, in the EAGLE-3 layout or Gemma 4's assistant: a folder or hub id.", panel="Output"),
+        Flag(
+            "Drafter to add, in the EAGLE-3 layout or Gemma 4's assistant: a folder or hub id.",
+            panel="Output",
+        ),
     ] = None,
-    overwrite: Annotated[bool, Flag("Replace a model that --output holds.", panel="Output")] = False,
+    overwrite: Annotated[
+        bool, Flag("Replace a model that --output holds.", panel="Output")
+    ] = False,
 ) -> None:
-    """Write a model as a plain transformers checkpoint: GGUF files dequantised, adapters merged into their base.
+    """Write a model as a plain transformers checkpoint: GGUF files dequantised, adapters merged
+    into their base.
 
     Calibrated int4 weights, exit blocks and drafters of the model are kept.
 

@@ -26,14 +26,19 @@ _CELL = 9  # characters shown of a token
 def inspect(
     prompt: Prompt = None,
     model: ModelName = "embedded",
-    max_new_tokens: Annotated[Count, Flag("Maximum number of tokens in the answer.", panel="Decoding")] = 24,
+    max_new_tokens: Annotated[
+        Count, Flag("Maximum number of tokens in the answer.", panel="Decoding")
+    ] = 24,
     *,
     prompting: PromptingConfig,
     machine: MachineConfig,
     layers: Annotated[
-        tuple[Layer, ...], Flag("Layers shown: 2,4,8 or A:B:STEP.", default="as many as fit", panel="Output")
+        tuple[Layer, ...],
+        Flag("Layers shown: 2,4,8 or A:B:STEP.", default="as many as fit", panel="Output"),
     ] = (),
-    format: Annotated[Literal["table", "json"], Flag("Format of standard output.", panel="Output")] = "table",
+    format: Annotated[
+        Literal["table", "json"], Flag("Format of standard output.", panel="Output")
+    ] = "table",
     output: Annotated[Text | None, Flag("HTML file with every layer.", panel="Output")] = None,
 ) -> None:
     """Show the prediction after every layer, and from which layer on each token was correct.
@@ -49,12 +54,17 @@ def inspect(
         require_writable(Path(output), LayerSkipError)
         real = Path(output).resolve()
         if real.name in model_files(real.parent):
-            raise LayerSkipError(f"`output` {output} must not be a file of the model in {real.parent}; give another name")
+            raise LayerSkipError(
+                f"`output` {output} must not be a file of the model in {real.parent}; give another name"
+            )
     loaded = load_model(model, machine, prompting=prompting)
     count = loaded.backend.num_layers
     console = ResultsConsole()
-    room = max(1, (console.width - _CELL - 1 - len("needed")) // (_CELL + 1))  # columns besides the first two
-    layers = layers or tuple(sorted({max(1, round(count * part / room)) for part in range(1, room + 1)}))
+    # Columns besides the first two
+    room = max(1, (console.width - _CELL - 1 - len("needed")) // (_CELL + 1))
+    layers = layers or tuple(
+        sorted({max(1, round(count * part / room)) for part in range(1, room + 1)})
+    )
     require(layers[-1] <= count, "layers", f"in 1..{count}", ",".join(map(str, layers)))
     inspection = run_inspect(loaded, given_prompt(prompt, may_be_empty=False), max_new_tokens)
     if output is not None:
@@ -67,9 +77,16 @@ def inspect(
 
 
 def _print(inspection: "Inspection", layers: tuple[int, ...], room: int, console: Console) -> None:
-    """A row per token, a column per layer and exit block, in as many tables as the terminal's width requires."""
+    """A row per token, a column per layer and exit block, in as many tables as the terminal's width
+    requires.
+    """
     blocks = inspection.tokens[0].blocks if inspection.tokens else {}
-    columns = [(kind, layer) for layer in layers for kind in ("layer", "block") if kind == "layer" or layer in blocks]
+    columns = [
+        (kind, layer)
+        for layer in layers
+        for kind in ("layer", "block")
+        if kind == "layer" or layer in blocks
+    ]
     for start in range(0, len(columns), room):
         table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
         table.add_column("token", no_wrap=True, width=_CELL)
@@ -79,9 +96,12 @@ def _print(inspection: "Inspection", layers: tuple[int, ...], room: int, console
         for trace in inspection.tokens:
             cells = []
             for kind, layer in columns[start : start + room]:
-                predicted = (trace.predictions[layer - 1] if kind == "layer" else trace.blocks[layer]).token
+                predicted = (
+                    trace.predictions[layer - 1] if kind == "layer" else trace.blocks[layer]
+                ).token
                 if kind == "layer" and layer >= trace.settled:
-                    mark, style = "=", "bold green"
+                    mark = "="
+                    style = "bold green"
                 else:
                     mark, style = ("~", "yellow") if predicted == trace.token else (" ", "dim")
                 cells.append(Cell(mark + visible(predicted), style))

@@ -16,16 +16,21 @@ from ..console import narrate
 from ..loading import DecoderFlags, load_to_decode, of_answers
 from ..options import command
 
-_GRACE = 8  # seconds that requests have to finish when the server is stopped; container engines wait for 10
+# Seconds that requests have to finish when the server is stopped; container engines wait for 10
+_GRACE = 8
 _BACKLOG = 2048  # connections that the system holds until they are accepted
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 @command
-def serve(serving: ServeConfig, prompting: PromptingConfig, packing: PackingConfig, machine: MachineConfig) -> None:
-    """Serve one model over an OpenAI-compatible API: completions, chat completions and responses, with streaming.
+def serve(
+    serving: ServeConfig, prompting: PromptingConfig, packing: PackingConfig, machine: MachineConfig
+) -> None:
+    """Serve one model over an OpenAI-compatible API: completions, chat completions and responses,
+    with streaming.
 
-    Decoding flags are the defaults of requests. Needs the extra `serve`: pip install 'layerskip[serve]'.
+    Decoding flags are the defaults of requests. Needs the extra `serve`: pip install
+    'layerskip[serve]'.
 
     Example: layerskip serve --port 8000
     """
@@ -51,7 +56,12 @@ def serve(serving: ServeConfig, prompting: PromptingConfig, packing: PackingConf
         loaded, _ = load_to_decode(flags, memory=memory)
         serving = replace(serving, decoding=of_answers(loaded, serving.decoding))
         if serving.embedding_layer is not None:
-            require_exit_layer(serving.embedding_layer, loaded.backend.num_layers, may_be_last=True, field="embedding_layer")
+            require_exit_layer(
+                serving.embedding_layer,
+                loaded.backend.num_layers,
+                may_be_last=True,
+                field="embedding_layer",
+            )
         path = Path(serving.model)  # clients see its last part only
         name = path.resolve().name if path.exists() else serving.model
         if isinstance(loaded.backend, NativeBackend):
@@ -59,24 +69,41 @@ def serve(serving: ServeConfig, prompting: PromptingConfig, packing: PackingConf
             needed = "megabytes that hold the keys and values of at least 64 tokens"
             require(loaded.backend.room > 0, "kv_memory", needed, kv_bytes // 2**20)
         else:
-            unbounded = f"left out: nothing bounds the KV entries of {loaded.backend.implementation}"
+            unbounded = (
+                f"left out: nothing bounds the KV entries of {loaded.backend.implementation}"
+            )
             require(serving.kv_memory is None, "kv_memory", unbounded, serving.kv_memory)
-        kept = {"earlier": EarlierAnswers(serving.remember), "prefixes": Prefixes(serving.prefix_cache * 2**20)}
+        kept = {
+            "earlier": EarlierAnswers(serving.remember),
+            "prefixes": Prefixes(serving.prefix_cache * 2**20),
+        }
         engine = Engine(loaded, serving.batch_size, serving.queue_size, **kept)
         try:
             app = Service(loaded, packing, serving, engine, name, key).app()
             config = uvicorn.Config(
-                app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=_GRACE, server_header=False
+                app,
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                timeout_graceful_shutdown=_GRACE,
+                server_header=False,
             )
             host, port = listener.getsockname()[:2]
             address = f"[{host}]" if ":" in host else host
             signal.signal(signal.SIGTERM, signal.default_int_handler)
-            with suppress(KeyboardInterrupt):  # uvicorn finishes its work after either signal, and raises it again
+            # Uvicorn finishes its work after either signal, and raises it again
+            with suppress(KeyboardInterrupt):
                 listener.listen(_BACKLOG)  # now, so that whoever reads the next line can connect
-                with_key = "" if key is None else f", with the key of {'`api_key`' if serving.api_key else KEY}"
+                with_key = (
+                    ""
+                    if key is None
+                    else f", with the key of {'`api_key`' if serving.api_key else KEY}"
+                )
                 narrate(f"{name} at http://{address}:{port}/v1{with_key}; Ctrl-C stops it")
                 if key is None and serving.host not in _LOOPBACK:
-                    narrate("warning: without `api_key` everyone who reaches this address can use the model")
+                    narrate(
+                        "warning: without `api_key` everyone who reaches this address can use the model"
+                    )
                 uvicorn.Server(config).run([listener])
         finally:
             engine.stop()
@@ -86,7 +113,9 @@ def _bound(host: str, port: int) -> socket.socket:
     """A bound socket: a port in use is an error before the model is loaded."""
     listener = None
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        family, kind, _, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
         listener = socket.socket(family, kind)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)

@@ -1,4 +1,5 @@
-"""Three tasks as one training file, and their test files: TOPv2 (reminder, weather), SciTLDR and MBPP.
+"""Three tasks as one training file, and their test files: TOPv2 (reminder, weather), SciTLDR and
+MBPP.
 
 Usage: python mixture.py DATA OUT    DATA holds topv2/, scitldr/ and mbpp/ as they are published.
 """
@@ -34,7 +35,10 @@ def scitldr(file: Path) -> Iterator[Row]:
     """Abstract and its first summary."""
     for line in file.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        yield {"prompt": " ".join(row["source"]) + "\nTL;DR:", "completion": " " + row["target"][0].strip()}
+        yield {
+            "prompt": " ".join(row["source"]) + "\nTL;DR:",
+            "completion": " " + row["target"][0].strip(),
+        }
 
 
 def mbpp(file: Path) -> Iterator[Row]:
@@ -42,8 +46,13 @@ def mbpp(file: Path) -> Iterator[Row]:
     for line in file.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         if row["task_id"] > 600:
-            prompt = MBPP_TASK.format(text=row["text"]) + MBPP_TESTS.format(tests="\n".join(row["test_list"]))
-            yield {"prompt": prompt, "completion": row["code"].replace("\r\n", "\n").strip() + "\n[DONE]"}
+            prompt = MBPP_TASK.format(text=row["text"]) + MBPP_TESTS.format(
+                tests="\n".join(row["test_list"])
+            )
+            yield {
+                "prompt": prompt,
+                "completion": row["code"].replace("\r\n", "\n").strip() + "\n[DONE]",
+            }
 
 
 def main(data: Path, out: Path) -> None:
@@ -59,9 +68,15 @@ def main(data: Path, out: Path) -> None:
     shuffle.shuffle(train)
     tests = topv2(data / "topv2", "test")
     shuffle.shuffle(tests)
-    files = {"train": train, "topv2-test": tests, "scitldr-test": list(scitldr(data / "scitldr" / "test.jsonl"))}
+    files = {
+        "train": train,
+        "topv2-test": tests,
+        "scitldr-test": list(scitldr(data / "scitldr" / "test.jsonl")),
+    }
     for name, rows in files.items():
-        (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        (out / f"{name}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+        )
         print(f"{out / name}.jsonl: {len(rows)} rows", file=sys.stderr)
 
 

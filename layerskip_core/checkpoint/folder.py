@@ -1,6 +1,8 @@
-"""Reads a model's folder without importing transformers, which takes seconds: settings, weights and tokenizer.
+"""Reads a model's folder without importing transformers, which takes seconds: settings, weights and
+tokenizer.
 
-`lean_spec` and `lean_tokenizer` read folders of transformers 5, whose files hold every default; they return None for others.
+`lean_spec` and `lean_tokenizer` read folders of transformers 5, whose files hold every default;
+they return None for others.
 """
 
 import json
@@ -35,7 +37,8 @@ MTP_FILE = "mtp.safetensors"  # beside the weights, see shipped.py
 PACKED_FILE = "packed.safetensors"  # in place of the weights, see packed_file.py
 FLOATS = ("F64", "F32", "F16", "BF16")  # in safetensors
 METADATA = "__metadata__"  # key of a safetensors header's further entries
-_LOW_BITS: dict[str, tuple[Any, ...]] = {  # the values of quantization_config that LowBitWeights reads; a missing key fits
+# The values of quantization_config that LowBitWeights reads; a missing key fits
+_LOW_BITS: dict[str, tuple[Any, ...]] = {
     "quant_method": ("mxfp4", "gptq", "awq", "compressed-tensors", "fp8"),
     "format": ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized"),
     "bits": (4, 8),
@@ -53,13 +56,17 @@ def read_settings(folder: str | Path, name: str) -> dict[str, Any]:
 
 
 def lean_spec(folder: str) -> ModelSpec | None:
-    """The spec of a folder's model, if our kernels run it and it needs no transformers. Raises CheckpointError."""
+    """The spec of a folder's model, if our kernels run it and it needs no transformers. Raises
+    CheckpointError.
+    """
     has_weights = weight_files(folder) or is_packed(folder)
     return spec_of_settings(read_settings(folder, CONFIG_FILE)) if has_weights else None
 
 
 def spec_of_settings(config: dict[str, Any]) -> ModelSpec | None:
-    """The spec by a config.json, if our kernels run it and it needs no transformers. Raises CheckpointError."""
+    """The spec by a config.json, if our kernels run it and it needs no transformers. Raises
+    CheckpointError.
+    """
     major = str(config.get("transformers_version", "")).split(".")[0]
     recent = major.isdecimal() and int(major) >= 5
     special = {"quantization_config", "auto_map"} & config.keys()
@@ -68,7 +75,10 @@ def spec_of_settings(config: dict[str, Any]) -> ModelSpec | None:
     if not recent or special or not is_complete(config):
         return None
     spec = ModelSpec.of(SimpleNamespace(**config))
-    simple = all(rope.type in ("default", "proportional") and "rope_theta" in rope.parameters for rope in spec.ropes)
+    simple = all(
+        rope.type in ("default", "proportional") and "rope_theta" in rope.parameters
+        for rope in spec.ropes
+    )
     return spec if simple and missing_feature(spec, native=True) is None else None
 
 
@@ -78,10 +88,14 @@ def generation_config(folder: str) -> SimpleNamespace:
 
 
 class WeightFile:
-    """An open safetensors file. `entries`: the type (as in safetensors) and shape of each weight."""
+    """An open safetensors file. `entries`: the type (as in safetensors) and shape of each
+    weight.
+    """
 
     def __init__(self, path: str | Path, left_out: str = "") -> None:
-        """`left_out`: a part to be left out of names. Raises the errors of safetensors for a damaged file."""
+        """`left_out`: a part to be left out of names. Raises the errors of safetensors for a
+        damaged file.
+        """
         from safetensors import safe_open
 
         self._bytes = open(path, "rb")  # noqa: SIM115
@@ -93,7 +107,9 @@ class WeightFile:
         self.metadata: dict[str, str] = self._header.pop(METADATA, {})
         self._stored = {name.replace(left_out, "", 1): name for name in self._header}
         entries = {name: self._header[stored] for name, stored in self._stored.items()}
-        self.entries = {name: (str(entry["dtype"]), tuple(entry["shape"])) for name, entry in entries.items()}
+        self.entries = {
+            name: (str(entry["dtype"]), tuple(entry["shape"])) for name, entry in entries.items()
+        }
 
     def mapped(self, name: str) -> Tensor:
         """A weight as a view of the mapped file: only used pages are read."""
@@ -117,7 +133,9 @@ class WeightFile:
             file = self._bytes.fileno()
             pieces = range(0, len(content), _PIECE)
             with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-                each = threads.map(lambda at: os.preadv(file, [content[at : at + _PIECE]], start + at), pieces)
+                each = threads.map(
+                    lambda at: os.preadv(file, [content[at : at + _PIECE]], start + at), pieces
+                )
                 count = sum(each)
         if count < len(content):
             raise OSError("the file ends too early")
@@ -125,13 +143,26 @@ class WeightFile:
 
 
 class JoinedWeights:
-    """Weights stored under other names or in parts (see `ModelSpec.stored_parts`), with the methods of `WeightFile`."""
+    """Weights stored under other names or in parts (see `ModelSpec.stored_parts`), with the methods
+    of `WeightFile`.
+    """
 
-    def __init__(self, files: Mapping[str, WeightFile], parts_of: Mapping[str, list[list[str]]], shapes: Shapes) -> None:
-        """`files` by the names of their weights. A weight is left out if one of its parts is missing."""
+    def __init__(
+        self,
+        files: Mapping[str, WeightFile],
+        parts_of: Mapping[str, list[list[str]]],
+        shapes: Shapes,
+    ) -> None:
+        """`files` by the names of their weights. A weight is left out if one of its parts is
+        missing.
+        """
         self._files = files
-        self._parts = {name: parts for name, parts in parts_of.items() if files.keys() >= {*chain(*parts)}}
-        self.entries = {name: self._entry(parts, len(shapes[name])) for name, parts in self._parts.items()}
+        self._parts = {
+            name: parts for name, parts in parts_of.items() if files.keys() >= {*chain(*parts)}
+        }
+        self.entries = {
+            name: self._entry(parts, len(shapes[name])) for name, parts in self._parts.items()
+        }
         self.joined = {part for parts in self._parts.values() for part in chain(*parts)}
 
     def _entry(self, parts: list[list[str]], dimensions: int) -> tuple[str, tuple[int, ...]]:
@@ -146,7 +177,8 @@ class JoinedWeights:
         return self.read(name) if others or rest else self._files[first].mapped(first)
 
     def read(self, name: str) -> Tensor:
-        parts, shape = self._parts[name], self.entries[name][1]
+        parts = self._parts[name]
+        shape = self.entries[name][1]
         if len(parts) == len(parts[0]) == 1:
             return self._files[parts[0][0]].read(parts[0][0]).view(shape)
         first = parts[0][0]
@@ -159,30 +191,48 @@ class JoinedWeights:
 
 def has_low_bits(quantization: Mapping[str, Any]) -> bool:
     """Whether LowBitWeights reads a folder with this quantization_config."""
-    known = all(quantization[name] in values for name, values in _LOW_BITS.items() if name in quantization)
+    known = all(
+        quantization[name] in values for name, values in _LOW_BITS.items() if name in quantization
+    )
     return "quant_method" in quantization and known
 
 
 class LowBitWeights:
-    """A folder's weights, some in low bits, by their names in transformers. Each is read on demand."""
+    """A folder's weights, some in low bits, by their names in transformers. Each is read on
+    demand.
+    """
 
-    def __init__(self, folder: str | Path, spec: ModelSpec, quantization: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: str | Path, spec: ModelSpec, quantization: Mapping[str, Any]
+    ) -> None:
         """Raises CheckpointError for a missing weight."""
         self._files = files_by_name(folder, _TEXT_PART)
-        self._spec, self._parts, self._method = spec, spec.stored_parts, str(quantization["quant_method"])
+        self._spec = spec
+        self._parts = spec.stored_parts
+        self._method = str(quantization["quant_method"])
         self._least_zero = 0 if quantization.get("checkpoint_format") == "gptq_v2" else 1
         self._dequantised: set[str] = set()
-        there = (name for name in spec.shapes if all(map(self._is_there, chain(*self._parts_of(name)))))
+        there = (
+            name for name in spec.shapes if all(map(self._is_there, chain(*self._parts_of(name))))
+        )
         spec.check_weights({name: spec.shapes[name] for name in there})
 
     @property
     def notes(self) -> tuple[str, ...]:
         """For the user, complete once the weights were taken."""
         count = len(self._dequantised)
-        return (f"{count} weights in {self._method} were dequantised: the kernels have no form for them",) if count else ()
+        return (
+            (
+                f"{count} weights in {self._method} were dequantised: the kernels have no form for them",
+            )
+            if count
+            else ()
+        )
 
     def weight(self, name: str) -> Tensor:
-        """A weight, dequantised to fp32 if in low bits. Raises CheckpointError for a wrong shape."""
+        """A weight, dequantised to fp32 if in low bits. Raises CheckpointError for a wrong
+        shape.
+        """
         weight = self._joined(name, lambda part: plain(self._read(part)))
         assert weight is not None
         weight = weight.transpose(1, 2) if self._is_turned(name) else weight
@@ -190,8 +240,11 @@ class LowBitWeights:
         return weight
 
     def rows(self, name: str) -> Tensor | None:
-        """A low-bit weight as rows of blocks; None if blocks cannot hold it, or for other weights. Raises as `weight` does."""
-        rows = self._joined(name, self._rows) if name in self._spec.shapes else None  # exit blocks are in another file
+        """A low-bit weight as rows of blocks; None if blocks cannot hold it, or for other weights.
+        Raises as `weight` does.
+        """
+        # Exit blocks are in another file
+        rows = self._joined(name, self._rows) if name in self._spec.shapes else None
         if rows is None:
             return None
         *most, inputs = self._spec.shapes[name]
@@ -219,7 +272,9 @@ class LowBitWeights:
 
     def _is_there(self, part: str) -> bool:
         module = part.removesuffix(".weight")
-        return not self._files.keys().isdisjoint((part, f"{part}_blocks", f"{module}.qweight", f"{module}.weight_packed"))
+        return not self._files.keys().isdisjoint(
+            (part, f"{part}_blocks", f"{module}.qweight", f"{module}.weight_packed")
+        )
 
     def _rows(self, part: str) -> Tensor | None:
         found = self._read(part)
@@ -242,7 +297,8 @@ class LowBitWeights:
             return mxfp4_rows(blocks, get("_scales"))
         if (levels := levels_of(get, self._least_zero)) is not None:
             return levels
-        scale, whole = get(".weight_scale", False), self._files[part].mapped(part)
+        scale = get(".weight_scale", False)
+        whole = self._files[part].mapped(part)
         if (scale := get(".weight_scale_inv", False) if scale is None else scale) is None:
             return whole
         self._dequantised.add(part)
@@ -270,42 +326,64 @@ def refuse_packed(folder: str | Path) -> None:
     """Raises CheckpointError for a folder with packed weights."""
     if is_packed(folder):
         found = f"found {PACKED_FILE}, which only decoding can use"
-        raise CheckpointError(f"needed the weights of a model, {found}: give the model that it was packed from")
+        raise CheckpointError(
+            f"needed the weights of a model, {found}: give the model that it was packed from"
+        )
 
 
-def open_weights(folder: str | Path, spec: ModelSpec | None = None) -> dict[str, WeightFile | JoinedWeights]:
+def open_weights(
+    folder: str | Path, spec: ModelSpec | None = None
+) -> dict[str, WeightFile | JoinedWeights]:
     """Readers of the model's own weights in a folder, by stored names or by those of `spec`.
 
-    Raises CheckpointError for a wrong or missing weight, but not if all names are unknown: transformers maps legacy names.
+    Raises CheckpointError for a wrong or missing weight, but not if all names are unknown:
+    transformers maps legacy names.
     """
     if spec is None:
         return dict(files_by_name(folder))
     files = files_by_name(folder, _TEXT_PART)
     joined = JoinedWeights(files, spec.stored_parts, spec.shapes)
-    known = {name: file for name, file in files.items() if name not in joined.joined} | dict.fromkeys(joined.entries, joined)
+    known = {
+        name: file for name, file in files.items() if name not in joined.joined
+    } | dict.fromkeys(joined.entries, joined)
     entries = {name: known[name].entries[name] for name in spec.shapes if name in known}
-    spec.check_weights({name: shape for name, (_, shape) in entries.items()} if entries else spec.shapes)
+    spec.check_weights(
+        {name: shape for name, (_, shape) in entries.items()} if entries else spec.shapes
+    )
     for name, (kind, _) in entries.items():
         if kind not in FLOATS:
-            raise CheckpointError(f"the weight {name} must be one of {', '.join(FLOATS)}, found {kind}")
+            raise CheckpointError(
+                f"the weight {name} must be one of {', '.join(FLOATS)}, found {kind}"
+            )
     return known
 
 
 def lean_tokenizer(folder: str) -> Tokenizer | None:
-    """A folder's tokenizer, if tokenizer.json describes it completely; None if it needs transformers."""
+    """A folder's tokenizer, if tokenizer.json describes it completely; None if it needs
+    transformers.
+    """
     settings = read_settings(folder, TOKENIZER_FILE)
-    whole = settings.get("tokenizer_class") == _TOKENIZER_CLASS and (Path(folder) / "tokenizer.json").is_file()
+    whole = (
+        settings.get("tokenizer_class") == _TOKENIZER_CLASS
+        and (Path(folder) / "tokenizer.json").is_file()
+    )
     return Tokenizer.in_folder(folder, settings) if whole else None
 
 
 def checked_tokenizer(tokenizer: Any, vocab_size: int) -> Any:
-    """The tokenizer. Raises CheckpointError for an empty vocabulary, or words beyond `vocab_size` that are not special."""
+    """The tokenizer. Raises CheckpointError for an empty vocabulary, or words beyond `vocab_size`
+    that are not special.
+    """
     if tokenizer.vocab_size == 0:
         raise CheckpointError("the tokenizer has no vocabulary")
     if len(tokenizer) <= vocab_size:
         return tokenizer
     special = set(special_ids(tokenizer).values())
-    beyond = [(token, word) for word, token in tokenizer.get_vocab().items() if token >= vocab_size and token not in special]
+    beyond = [
+        (token, word)
+        for word, token in tokenizer.get_vocab().items()
+        if token >= vocab_size and token not in special
+    ]
     if beyond:
         first, word = min(beyond)
         sizes = f"the tokenizer has {len(tokenizer)} tokens, the model embeddings of {vocab_size} (vocab_size)"
@@ -318,7 +396,8 @@ def quiet_transformers() -> Iterator[None]:
     """Silences progress bars, log lines and warnings, in a block or in a decorated function."""
     from transformers.utils import logging
 
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    verbosity = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:

@@ -1,4 +1,6 @@
-"""Reads GGUF files with the package `gguf`: configuration, weights, tokenizer and MTP block, in transformers' form."""
+"""Reads GGUF files with the package `gguf`: configuration, weights, tokenizer and MTP block, in
+transformers' form.
+"""
 
 import mmap
 import struct
@@ -20,16 +22,29 @@ from ..model.exit_blocks import MTP, MTP_LAYOUTS, ExitBlocks
 from ..model.rope import llama3_factors
 from ..model.transformers_backend import attention_for
 
-_TOKENS = {"bos": "bos_token_id", "eos": "eos_token_id", "unknown": "unk_token_id", "padding": "pad_token_id"}
+_TOKENS = {
+    "bos": "bos_token_id",
+    "eos": "eos_token_id",
+    "unknown": "unk_token_id",
+    "padding": "pad_token_id",
+}
 _VOCABULARY = "tokenizer.ggml.tokens"
-_COUNT = 4  # the part of an array's field that has its length, after the key's length and text, and two types
+# The part of an array's field that has its length, after the key's length and text, and two types
+_COUNT = 4
 _FEW = 1024  # strings of an array whose texts are read
 _CHUNK = 1 << 17  # weights that a thread dequantises at once, so that they stay in its cache
 _HEAD_WEIGHT = "output.weight"
 _ROPE_FACTORS = "rope_freqs.weight"
-_LONG_ROPES = ("rope_factors_long.weight", "rope_factors_short.weight")  # of LongRoPE, which is refused
+# Of LongRoPE, which is refused
+_LONG_ROPES = ("rope_factors_long.weight", "rope_factors_short.weight")
 # YaRN parameters, by transformers' defaults: other values are refused.
-_YARN = {"yarn_ext_factor": 1.0, "attn_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0}
+_YARN = {
+    "yarn_ext_factor": 1.0,
+    "attn_factor": 1.0,
+    "yarn_attn_factor": 1.0,
+    "yarn_beta_fast": 32.0,
+    "yarn_beta_slow": 1.0,
+}
 # By GGUF architecture: model_type and tokenizer class in transformers.
 _FORMS = {
     "llama": ("llama", "PreTrainedTokenizerFast"),
@@ -46,9 +61,11 @@ _FORMS = {
     "qwen35": ("qwen3_5_text", "Qwen3_5Tokenizer"),
     "gpt-oss": ("gpt_oss", "PreTrainedTokenizerFast"),
 }
-_INTERLEAVED = ("llama", "granite")  # llama.cpp's rope pairs neighbouring dimensions of a head, not its halves
+# Llama.cpp's rope pairs neighbouring dimensions of a head, not its halves
+_INTERLEAVED = ("llama", "granite")
 _HEAD_SIZE = {"attention.key_length": "head_dim"}
-_KEYS = {  # header keys to keys of config.json, where transformers' GGUF_CONFIG_MAPPING lacks them or differs
+# Header keys to keys of config.json, where transformers' GGUF_CONFIG_MAPPING lacks them or differs
+_KEYS = {
     "llama": _HEAD_SIZE,
     "qwen3": _HEAD_SIZE,
     "qwen3moe": {
@@ -63,12 +80,22 @@ _KEYS = {  # header keys to keys of config.json, where transformers' GGUF_CONFIG
     "qwen35": {
         **_HEAD_SIZE,
         **{"ssm.conv_kernel": "linear_conv_kernel_dim", "ssm.state_size": "linear_key_head_dim"},
-        **{"ssm.group_count": "linear_num_key_heads", "ssm.time_step_rank": "linear_num_value_heads"},
+        **{
+            "ssm.group_count": "linear_num_key_heads",
+            "ssm.time_step_rank": "linear_num_value_heads",
+        },
         "full_attention_interval": "full_attention_interval",
     },
     "gemma4": {
-        **{"attention.key_length": "global_head_dim", "attention.key_length_swa": "head_dim", "rope.freq_base": None},
-        **{"attention.sliding_window": "sliding_window", "attention.shared_kv_layers": "num_kv_shared_layers"},
+        **{
+            "attention.key_length": "global_head_dim",
+            "attention.key_length_swa": "head_dim",
+            "rope.freq_base": None,
+        },
+        **{
+            "attention.sliding_window": "sliding_window",
+            "attention.shared_kv_layers": "num_kv_shared_layers",
+        },
         "embedding_length_per_layer_input": "hidden_size_per_layer_input",
         "final_logit_softcapping": "final_logit_softcapping",
     },
@@ -81,7 +108,9 @@ _KEYS = {  # header keys to keys of config.json, where transformers' GGUF_CONFIG
 
 
 class GgufFile:
-    """A memory-mapped GGUF file. `config` and `spec` raise CheckpointError for what is unsupported or missing."""
+    """A memory-mapped GGUF file. `config` and `spec` raise CheckpointError for what is unsupported
+    or missing.
+    """
 
     notes = ()  # interface of LowBitWeights
 
@@ -90,17 +119,28 @@ class GgufFile:
         try:
             from gguf import GGUFValueType
         except ImportError:
-            raise ConfigError("a .gguf file needs the library gguf: pip install 'layerskip[gguf]'") from None
+            raise ConfigError(
+                "a .gguf file needs the library gguf: pip install 'layerskip[gguf]'"
+            ) from None
         try:
             reader = _reader(path)
             fields = {name: field for name, field in reader.fields.items() if field.types}
-            arrays = {name: field for name, field in fields.items() if field.types[0] == GGUFValueType.ARRAY}
-            read = (name for name in fields if name not in arrays or not name.startswith("tokenizer."))
+            arrays = {
+                name: field
+                for name, field in fields.items()
+                if field.types[0] == GGUFValueType.ARRAY
+            }
+            read = (
+                name for name in fields if name not in arrays or not name.startswith("tokenizer.")
+            )
             self._values = {name: fields[name].contents() for name in read}
         except Exception as error:
-            raise CheckpointError(f"{path.name} is damaged, or no GGUF file: {first_line(error)}") from error
+            raise CheckpointError(
+                f"{path.name} is damaged, or no GGUF file: {first_line(error)}"
+            ) from error
         self._data = reader.data
-        self._path, self._tensors = path, {tensor.name: tensor for tensor in reader.tensors}
+        self._path = path
+        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         self._architecture = str(self._values.get("general.architecture"))
         self._interleaved = self._architecture in _INTERLEAVED
         self.layers: int | None = self._values.get(f"{self._architecture}.block_count")
@@ -112,23 +152,44 @@ class GgufFile:
         from transformers import AutoConfig
         from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
-        values, name = self._values, self._architecture
+        values = self._values
+        name = self._architecture
         if name not in _FORMS:
-            raise CheckpointError(f"the GGUF architecture must be one of {', '.join(_FORMS)}, found {name}")
+            raise CheckpointError(
+                f"the GGUF architecture must be one of {', '.join(_FORMS)}, found {name}"
+            )
         usual = GGUF_CONFIG_MAPPING[name if name in GGUF_CONFIG_MAPPING else "qwen3"]
-        keys = {f"{name}.{key}": known for key, known in (usual | _KEYS.get(name, {})).items() if known}
+        keys = {
+            f"{name}.{key}": known for key, known in (usual | _KEYS.get(name, {})).items() if known
+        }
         keys |= {f"tokenizer.ggml.{key}_token_id": known for key, known in _TOKENS.items()}
         keys["general.name"] = "_model_name_or_path"
-        settings = {known: values[key] for key, known in keys.items() if key in values} | self._derived()
+        settings = {
+            known: values[key] for key, known in keys.items() if key in values
+        } | self._derived()
         if self.tokens is not None:
             settings.setdefault("vocab_size", self.tokens)
-        if (turn := values.get("tokenizer.ggml.eot_token_id")) not in (None, settings.get("eos_token_id")):  # ends answers too
-            settings["eos_token_id"] = [turn, *(settings[key] for key in ("eos_token_id",) if key in settings)]
+        if (turn := values.get("tokenizer.ggml.eot_token_id")) not in (
+            None,
+            settings.get("eos_token_id"),
+        ):  # ends answers too
+            settings["eos_token_id"] = [
+                turn,
+                *(settings[key] for key in ("eos_token_id",) if key in settings),
+            ]
         # GGUF names Mistral's architecture llama
-        model_type = "mistral" if name == "llama" and values.get("general.name") == "mistral" else _FORMS[name][0]
-        config = AutoConfig.for_model(model_type, tie_word_embeddings=_HEAD_WEIGHT not in self._tensors, **settings)
+        model_type = (
+            "mistral"
+            if name == "llama" and values.get("general.name") == "mistral"
+            else _FORMS[name][0]
+        )
+        config = AutoConfig.for_model(
+            model_type, tie_word_embeddings=_HEAD_WEIGHT not in self._tensors, **settings
+        )
         rope = config.rope_parameters.get("full_attention", config.rope_parameters)
-        head_dim = config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads
+        head_dim = (
+            config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads
+        )
         rope |= self._scaled_rope(rope, head_dim, config.max_position_embeddings)
         return config
 
@@ -138,11 +199,16 @@ class GgufFile:
 
     def _derived(self) -> dict[str, Any]:
         """Values of config.json that the header has in another form or lacks."""
-        name, of = self._architecture, {key.partition(".")[2]: value for key, value in self._values.items()}
+        name = self._architecture
+        of = {key.partition(".")[2]: value for key, value in self._values.items()}
         if name == "lfm2":
             kv_heads = of["attention.head_count_kv"]  # by layer
             kinds = ["full_attention" if heads else "conv" for heads in kv_heads]
-            return {"num_key_value_heads": max(kv_heads), "layer_types": kinds, "block_auto_adjust_ff_dim": False}
+            return {
+                "num_key_value_heads": max(kv_heads),
+                "layer_types": kinds,
+                "block_auto_adjust_ff_dim": False,
+            }
         if name == "qwen3moe":  # as in llama.cpp; the header lacks it
             return {"norm_topk_prob": True}
         if name not in ("qwen35", "gpt-oss", "gemma4"):
@@ -154,23 +220,42 @@ class GgufFile:
             return {"rope_parameters": rope}
         layers = of["block_count"] - of.get("nextn_predict_layers", 0)  # without the MTP layers
         share = {"partial_rotary_factor": of["rope.dimension_count"] / of["attention.key_length"]}
-        sections = [section for section in of.get("rope.dimension_sections", ()) if section]  # equal positions for text
+        # Equal positions for text
+        sections = [section for section in of.get("rope.dimension_sections", ()) if section]
         share |= {"mrope_section": sections, "mrope_interleaved": True} if sections else {}
         value_dim = of["ssm.inner_size"] // of["ssm.time_step_rank"]
-        return {"num_hidden_layers": layers, "linear_value_head_dim": value_dim, "rope_parameters": rope | share}
+        return {
+            "num_hidden_layers": layers,
+            "linear_value_head_dim": value_dim,
+            "rope_parameters": rope | share,
+        }
 
     def _of_gemma4(self, of: Mapping[str, Any], rope: dict[str, Any]) -> dict[str, Any]:
-        """Gemma 4's values. Dimensions with rope factor 1 rotate. Raises CheckpointError for experts or KV heads by layer."""
+        """Gemma 4's values. Dimensions with rope factor 1 rotate. Raises CheckpointError for
+        experts or KV heads by layer.
+        """
         if isinstance(of["attention.head_count_kv"], list) or of.get("expert_count"):
-            raise CheckpointError("of Gemma 4 only E2B and E4B can be read from GGUF, found experts or KV heads by layer")
-        widths, table = of["feed_forward_length"], self._tensors.get("per_layer_token_embd.weight")
+            raise CheckpointError(
+                "of Gemma 4 only E2B and E4B can be read from GGUF, found experts or KV heads by layer"
+            )
+        widths = of["feed_forward_length"]
+        table = self._tensors.get("per_layer_token_embd.weight")
         first, *others = widths if isinstance(widths, list) else [widths]
-        rotating = (np.array(self._tensors[_ROPE_FACTORS].data) == 1).mean() if _ROPE_FACTORS in self._tensors else 1.0
+        rotating = (
+            (np.array(self._tensors[_ROPE_FACTORS].data) == 1).mean()
+            if _ROPE_FACTORS in self._tensors
+            else 1.0
+        )
         full = {**rope, "rope_type": "proportional", "partial_rotary_factor": float(rotating)}
         slides = of["attention.sliding_window_pattern"]
         return {
-            **{"intermediate_size": first, "use_double_wide_mlp": any(width != first for width in others)},
-            "layer_types": ["sliding_attention" if sliding else "full_attention" for sliding in slides],
+            **{
+                "intermediate_size": first,
+                "use_double_wide_mlp": any(width != first for width in others),
+            },
+            "layer_types": [
+                "sliding_attention" if sliding else "full_attention" for sliding in slides
+            ],
             "rope_parameters": {
                 "full_attention": full,
                 "sliding_attention": {**rope, "rope_theta": of.get("rope.freq_base_swa", 1e4)},
@@ -181,34 +266,57 @@ class GgufFile:
     def _scaled_rope(self, rope: Mapping[str, Any], head_dim: int, context: int) -> dict[str, Any]:
         """The scaling to add to the plain `rope`. Raises CheckpointError for an unsupported kind.
 
-        The header names linear and YaRN. Llama 3's parameters are found by its frequency divisors, all that the file has.
+        The header names linear and YaRN. Llama 3's parameters are found by its frequency divisors,
+        all that the file has.
         """
         prefix = f"{self._architecture}.rope."
-        named = {key.removeprefix(prefix): value for key, value in self._values.items() if key.startswith(prefix)}
+        named = {
+            key.removeprefix(prefix): value
+            for key, value in self._values.items()
+            if key.startswith(prefix)
+        }
         found = str(named.get("scaling.type", "linear"))
         factor = float(named.get("scaling.factor", named.get("scale_linear", 1.0)) or 1.0)
-        unusual = [key for key, value in _YARN.items() if named.get(f"scaling.{key}", value) != value]
+        unusual = [
+            key for key, value in _YARN.items() if named.get(f"scaling.{key}", value) != value
+        ]
         if unusual := [*unusual, *(name for name in _LONG_ROPES if name in self._tensors)]:
             found = unusual[0]
         elif found in ("none", "linear", "yarn"):
             if _ROPE_FACTORS not in self._tensors or self._architecture == "gemma4":
-                original = {"original_max_position_embeddings": int(named.get("scaling.original_context_length", context))}
-                scaled = {"rope_type": found, "factor": factor} | (original if found == "yarn" else {})
+                original = {
+                    "original_max_position_embeddings": int(
+                        named.get("scaling.original_context_length", context)
+                    )
+                }
+                scaled = {"rope_type": found, "factor": factor} | (
+                    original if found == "yarn" else {}
+                )
                 scaled |= {"truncate": False} if self._architecture == "gpt-oss" else {}
                 return {} if found == "none" or factor == 1.0 else scaled
             factors = torch.from_numpy(np.array(self._tensors[_ROPE_FACTORS].data, np.float64))
             if (factors == 1).all():
                 return {}
-            # All Llama 3 models have these low and high factors, and so far an original context of 8192, tried first.
-            llama3 = {"rope_type": "llama3", "factor": float(factors.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+            # All Llama 3 models have these low and high factors, and so far an original context of
+            # 8192, tried first.
+            llama3 = {
+                "rope_type": "llama3",
+                "factor": float(factors.max()),
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+            }
             for exponent in (13, *range(3, context.bit_length())):
                 scaled = {**llama3, "original_max_position_embeddings": 2**exponent}
                 expected = llama3_factors({**rope, **scaled}, head_dim)
-                if expected.shape == factors.shape and torch.allclose(expected, factors, rtol=1e-4, atol=0):
+                if expected.shape == factors.shape and torch.allclose(
+                    expected, factors, rtol=1e-4, atol=0
+                ):
                     return scaled
             found = f"{_ROPE_FACTORS} with other factors than those of Llama 3"
         known = "plain, or scaled as linear, yarn or llama3"
-        raise CheckpointError(f"{self._path.name}: its rope must be {known}; found {found}; use the original checkpoint")
+        raise CheckpointError(
+            f"{self._path.name}: its rope must be {known}; found {found}; use the original checkpoint"
+        )
 
     def release(self) -> None:
         """Gives back the memory of the file's pages; they are read again when needed."""
@@ -229,25 +337,38 @@ class GgufFile:
         return dense_model(str(self._path), self.config, self.weights())
 
     def weights(self) -> dict[str, Tensor]:
-        """All weights in fp32 by their names in transformers. Raises CheckpointError for missing or unreadable ones."""
+        """All weights in fp32 by their names in transformers. Raises CheckpointError for missing or
+        unreadable ones.
+        """
         return {name: self.weight(name) for name in self._stored}
 
     def weight(self, name: str) -> Tensor:
-        """A weight in fp32, by its name in transformers. Raises CheckpointError as `weights` does."""
+        """A weight in fp32, by its name in transformers. Raises CheckpointError as `weights`
+        does.
+        """
         return self._dense(name, self._stored[name]).reshape(self.spec.shapes[name])
 
     def _dense(self, name: str, tensors: list[Any]) -> Tensor:
         values = [_dequantised(name, tensor) for tensor in tensors]
-        parts = [torch.from_numpy(part.reshape(_shape(tensor))) for part, tensor in zip(values, tensors, strict=True)]
+        parts = [
+            torch.from_numpy(part.reshape(_shape(tensor)))
+            for part, tensor in zip(values, tensors, strict=True)
+        ]
         weight = from_gguf(name, parts, self.spec, self._interleaved)
         assert weight is not None
         if name.endswith(".A_log"):
             return weight.neg().log()
-        added = self.spec.architecture.norm == "rms_plus_one" and name.endswith("norm.weight") and ".linear_attn." not in name
+        added = (
+            self.spec.architecture.norm == "rms_plus_one"
+            and name.endswith("norm.weight")
+            and ".linear_attn." not in name
+        )
         return weight - 1 if added else weight
 
     def table(self, name: str, dtype: torch.dtype) -> Tensor:
-        """Dequantises an embedding to `dtype`, in chunks on all threads, without a whole copy in fp32."""
+        """Dequantises an embedding to `dtype`, in chunks on all threads, without a whole copy in
+        fp32.
+        """
         [tensor] = self._stored[name]
         weight = torch.empty(_shape(tensor), dtype=dtype)
         size = max(1, _CHUNK // weight.shape[1])
@@ -263,9 +384,14 @@ class GgufFile:
 
     def rows(self, name: str) -> Tensor | None:
         """A weight's rows of blocks as stored; None if kernels cannot read them."""
-        tensors, mixer = self._stored.get(name, ()), self.spec.architecture.mixer
+        tensors = self._stored.get(name, ())
+        mixer = self.spec.architecture.mixer
         types = {tensor.tensor_type.name for tensor in tensors}
-        if len(types) != 1 or types.isdisjoint(FORMS) or (mixer and any(f".{part}." in name for part in mixer.steps)):
+        if (
+            len(types) != 1
+            or types.isdisjoint(FORMS)
+            or (mixer and any(f".{part}." in name for part in mixer.steps))
+        ):
             return None
         parts = [torch.from_numpy(tensor.data) for tensor in tensors]
         rows = from_gguf(name, parts, self.spec, self._interleaved, FORMS[min(types)])
@@ -273,17 +399,27 @@ class GgufFile:
 
     @cached_property
     def drafter(self) -> ExitBlocks | None:
-        """The MTP block, in the layer after the last (`nextn`), dequantised when taken; None if the file lacks it."""
-        names, layers, known = dict[str, tuple[str, str]](), self.spec.layers, self._names
+        """The MTP block, in the layer after the last (`nextn`), dequantised when taken; None if the
+        file lacks it.
+        """
+        names = dict[str, tuple[str, str]]()
+        layers = self.spec.layers
+        known = self._names
         for name in MTP.shapes(self.spec):
             full = f"model.{MTP_LAYOUTS[1].stored(name, layers)}"
             part = full.removeprefix(f"model.layers.{layers}.").replace("head.norm", "head_norm")
             of_layer = name.startswith(f"{MTP.prefix}layer.")
-            stored = str(known.get_name(full, (".weight", ".bias"))) if of_layer else f"blk.{layers}.nextn.{part}"
+            stored = (
+                str(known.get_name(full, (".weight", ".bias")))
+                if of_layer
+                else f"blk.{layers}.nextn.{part}"
+            )
             names[name] = full, stored
         if not self._tensors.keys() >= {stored for _, stored in names.values()}:
             return None
-        return ExitBlocks((MTP,), lambda name: self._dense(names[name][0], [self._tensors[names[name][1]]]))
+        return ExitBlocks(
+            (MTP,), lambda name: self._dense(names[name][0], [self._tensors[names[name][1]]])
+        )
 
     @cached_property
     def _names(self) -> Any:
@@ -294,26 +430,41 @@ class GgufFile:
 
     @cached_property
     def _stored(self) -> dict[str, list[Any]]:
-        """The tensors of each weight, by its name in transformers: one, or experts' gate and up. Raises CheckpointError."""
-        tensors, known = {}, self._names
+        """The tensors of each weight, by its name in transformers: one, or experts' gate and up.
+        Raises CheckpointError.
+        """
+        tensors = {}
+        known = self._names
         for name in self.spec.shapes:
-            found = [str(known.get_name(part, try_suffixes=(".weight", ".bias"))) for part in gguf_parts(name)]
-            together = [found[0].replace("ffn_gate_exps", "ffn_gate_up_exps")]  # --fuse-gate-up-exps
+            found = [
+                str(known.get_name(part, try_suffixes=(".weight", ".bias")))
+                for part in gguf_parts(name)
+            ]
+            # --fuse-gate-up-exps
+            together = [found[0].replace("ffn_gate_exps", "ffn_gate_up_exps")]
             found = together if together[0] in self._tensors else found
             if self._tensors.keys() >= {*found}:
                 tensors[name] = [self._tensors[part] for part in found]
-        shapes = {name: from_gguf_shape(name, list(map(_shape, found)), self.spec) for name, found in tensors.items()}
+        shapes = {
+            name: from_gguf_shape(name, list(map(_shape, found)), self.spec)
+            for name, found in tensors.items()
+        }
         self.spec.check_weights(shapes)
         return tensors
 
 
-def dense_model(path: str, config: Any, weights: dict[str, Tensor], dtype: torch.dtype | str = torch.float32) -> Any:
+def dense_model(
+    path: str, config: Any, weights: dict[str, Tensor], dtype: torch.dtype | str = torch.float32
+) -> Any:
     """Builds a transformers model of `weights`."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     how = {"config": config, "dtype": dtype, "attn_implementation": attention_for(config)}
-    model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(None, state_dict=weights, **how)
-    model.name_or_path = model.config.name_or_path = path  # adapters save it as the name of their base
+    model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+        None, state_dict=weights, **how
+    )
+    # Adapters save it as the name of their base
+    model.name_or_path = model.config.name_or_path = path
     return model
 
 
@@ -328,25 +479,37 @@ def _dequantised(name: str, tensor: Any, rows: slice = slice(None)) -> Any:
     try:
         return np.array(dequantize(tensor.data[rows], tensor.tensor_type), np.float32)
     except (ValueError, NotImplementedError) as error:
-        raise CheckpointError(f"{name} is stored in a way that the library gguf does not read: {error}") from None
+        raise CheckpointError(
+            f"{name} is stored in a way that the library gguf does not read: {error}"
+        ) from None
 
 
 def _reader(path: Path) -> Any:
     """gguf's reader of an open file, which reads arrays at once.
 
-    The library makes a field of each element: of a vocabulary of 150,000 tokens and its merges this takes seconds.
+    The library makes a field of each element: of a vocabulary of 150,000 tokens and its merges this
+    takes seconds.
     """
     from gguf import GGUFEndian, GGUFReader, GGUFValueType
 
     class ArrayReader(GGUFReader):
-        def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[Any]]:
+        def _get_field_parts(
+            self, orig_offs: int, raw_type: int
+        ) -> tuple[int, list[Any], list[int], list[Any]]:
             if raw_type != GGUFValueType.ARRAY:
                 return super()._get_field_parts(orig_offs, raw_type)
-            kind, count = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
-            element, start = GGUFValueType(kind[0]), orig_offs + 12
+            kind = self._get(orig_offs, np.uint32)
+            count = self._get(orig_offs + 4, np.uint64)
+            element = GGUFValueType(kind[0])
+            start = orig_offs + 12
             if element == GGUFValueType.STRING:
                 strings, size = self._strings(start, int(count[0]))
-                return 12 + size, [kind, count, *strings], list(range(2, 2 + len(strings))), [GGUFValueType.ARRAY, element]
+                return (
+                    12 + size,
+                    [kind, count, *strings],
+                    list(range(2, 2 + len(strings))),
+                    [GGUFValueType.ARRAY, element],
+                )
             if element not in self.gguf_scalar_to_np:
                 return super()._get_field_parts(orig_offs, raw_type)
             values = self._get(start, self.gguf_scalar_to_np[element], count[0])
@@ -355,9 +518,15 @@ def _reader(path: Path) -> Any:
             return 12 + values.nbytes, [kind, count, values], [2], [GGUFValueType.ARRAY, element]
 
         def _strings(self, start: int, count: int) -> tuple[list[Any], int]:
-            """The bytes of each string of an array, and its size. Of a vocabulary, only the size."""
-            length_at = struct.Struct("<Q" if self.endianess == GGUFEndian.LITTLE else ">Q").unpack_from
-            content, offset, parts = self.data.data, start, list[Any]()
+            """The bytes of each string of an array, and its size. Of a vocabulary, only the
+            size.
+            """
+            length_at = struct.Struct(
+                "<Q" if self.endianess == GGUFEndian.LITTLE else ">Q"
+            ).unpack_from
+            content = self.data.data
+            offset = start
+            parts = list[Any]()
             for _ in range(count):
                 [length] = length_at(content, offset)
                 offset += 8 + length

@@ -22,7 +22,8 @@ INFO_FILE = "layerskip.json"
 ADAPTER_FILE = "adapter_config.json"
 EXIT_BLOCKS = "exit_blocks"  # key of the training of each exit's block
 CONFIG_FILES = ("config.json", ADAPTER_FILE)  # a complete model has one of these
-_TOP = ("prompt_template", "files", "system", "policies", "profile")  # keys that are also fields of CheckpointInfo
+# Keys that are also fields of CheckpointInfo
+_TOP = ("prompt_template", "files", "system", "policies", "profile")
 
 
 class _Config(msgspec.Struct, frozen=True):
@@ -38,7 +39,9 @@ class _Block(msgspec.Struct, frozen=True):
 
 
 class Cost(msgspec.Struct, frozen=True):
-    """How training changed the output at full depth, on text that the original model wrote and on held-out rows."""
+    """How training changed the output at full depth, on text that the original model wrote and on
+    held-out rows.
+    """
 
     tokens: int  # of the original's text
     agreement: float  # of argmax tokens
@@ -50,7 +53,9 @@ class Cost(msgspec.Struct, frozen=True):
 
 
 class _Training(msgspec.Struct, frozen=True):
-    """The values of `CheckpointInfo.details` that are read; losses, agreement and blocks by exit."""
+    """The values of `CheckpointInfo.details` that are read; losses, agreement and blocks by
+    exit.
+    """
 
     config: _Config = _Config()
     trained_exits: tuple[int, ...] = ()
@@ -63,9 +68,13 @@ class _Training(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """The content of layerskip.json. The recommendation, `policies` and `profile` come from a sweep."""
+    """The content of layerskip.json. The recommendation, `policies` and `profile` come from a
+    sweep.
+    """
 
-    prompt_template: Annotated[str, msgspec.Meta(pattern=r"\A(chat|raw)\Z|\{prompt\}")] | None = None
+    prompt_template: Annotated[str, msgspec.Meta(pattern=r"\A(chat|raw)\Z|\{prompt\}")] | None = (
+        None
+    )
     exit_layer: Layer | None = None  # recommended
     num_draft_tokens: Drafts | None = None
     details: dict[str, Any] = field(default_factory=dict)  # other keys
@@ -76,13 +85,22 @@ class CheckpointInfo:
     profile: DraftProfile | None = None
 
     def to_json(self) -> str:
-        recommended: dict[str, Any] = {"exit_layer": self.exit_layer, "num_draft_tokens": self.num_draft_tokens}
+        recommended: dict[str, Any] = {
+            "exit_layer": self.exit_layer,
+            "num_draft_tokens": self.num_draft_tokens,
+        }
         if self.strategy:
             recommended["strategy"] = self.strategy
         profile = None if self.profile is None else asdict(self.profile)
         optional = {"profile": profile, "policies": self.policies or None, "system": self.system}
-        document: dict[str, Any] = {"format": 1, "prompt_template": self.prompt_template, "recommended": recommended}
-        document |= {key: value for key, value in optional.items() if value is not None} | self.details
+        document: dict[str, Any] = {
+            "format": 1,
+            "prompt_template": self.prompt_template,
+            "recommended": recommended,
+        }
+        document |= {
+            key: value for key, value in optional.items() if value is not None
+        } | self.details
         if self.files:
             document["files"] = self.files
         return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
@@ -90,7 +108,11 @@ class CheckpointInfo:
     @property
     def template(self) -> PromptTemplate | None:
         """The checkpoint's own template, if it has one."""
-        return None if self.prompt_template is None else PromptTemplate(self.prompt_template, self.system)
+        return (
+            None
+            if self.prompt_template is None
+            else PromptTemplate(self.prompt_template, self.system)
+        )
 
     @property
     def trained_exits(self) -> tuple[int, ...]:
@@ -99,8 +121,14 @@ class CheckpointInfo:
 
     @property
     def agreement(self) -> dict[str, float]:
-        """The share of right first drafts on held-out rows of the training, by exit layer or `eagle3`."""
-        measured = {name: block.agreement for name, block in self._training.exit_blocks.items() if block.agreement is not None}
+        """The share of right first drafts on held-out rows of the training, by exit layer or
+        `eagle3`.
+        """
+        measured = {
+            name: block.agreement
+            for name, block in self._training.exit_blocks.items()
+            if block.agreement is not None
+        }
         return self._training.agreement | measured
 
     @property
@@ -118,22 +146,40 @@ class CheckpointInfo:
 
     @property
     def held_out(self) -> tuple[HeldOut, ...]:
-        """The rows that trainings of the model and of its drafters held out of files and hub data sets, the newest first."""
+        """The rows that trainings of the model and of its drafters held out of files and hub data
+        sets, the newest first.
+        """
         training = self._training
-        blocks = [block.held_out for block in reversed(training.exit_blocks.values()) if block.held_out is not None]
+        blocks = [
+            block.held_out
+            for block in reversed(training.exit_blocks.values())
+            if block.held_out is not None
+        ]
         return tuple(dict.fromkeys((*blocks, *training.held_out)))
 
     def draft_profile(self, num_layers: int, packing: PackingConfig = PLAIN) -> DraftProfile:
         """A sweep's measurements; those of drafts only for the same draft head and vocabulary.
 
-        Other exits get the agreement of their training, else exp(-gap / 2) for a gap in nats to the last layer's loss.
+        Other exits get the agreement of their training, else exp(-gap / 2) for a gap in nats to the
+        last layer's loss.
         """
-        known, training = self.profile, self._training
-        agreement = {f"exit {name}" if name.isdigit() else name: share for name, share in self.agreement.items()}
+        known = self.profile
+        training = self._training
+        agreement = {
+            f"exit {name}" if name.isdigit() else name: share
+            for name, share in self.agreement.items()
+        }
         if not agreement and (last := training.final_losses.get(str(num_layers))) is not None:
             losses = {layer: training.final_losses.get(str(layer)) for layer in self.trained_exits}
-            agreement = {f"exit {layer}": exp(-max(loss - last, 0.0) / 2) for layer, loss in losses.items() if loss is not None}
-        if known is not None and (known.draft_head, known.draft_vocab) == (packing.draft_head, packing.draft_vocab):
+            agreement = {
+                f"exit {layer}": exp(-max(loss - last, 0.0) / 2)
+                for layer, loss in losses.items()
+                if loss is not None
+            }
+        if known is not None and (known.draft_head, known.draft_vocab) == (
+            packing.draft_head,
+            packing.draft_vocab,
+        ):
             return replace(known, acceptance=agreement | known.acceptance)
         return DraftProfile(agreement, () if known is None else known.passes)
 
@@ -141,39 +187,59 @@ class CheckpointInfo:
     def advice(self) -> tuple[str, ...]:
         """The names of saved settings: the policies, else the recommended exit or strategy."""
         recommended = self.strategy if self.exit_layer is None else f"exit {self.exit_layer}"
-        return tuple(f"policy {name}" for name in self.policies) or ((recommended,) if recommended else ())
+        return tuple(f"policy {name}" for name in self.policies) or (
+            (recommended,) if recommended else ()
+        )
 
     def with_exit_blocks(self, trained: Mapping[str, Any]) -> "CheckpointInfo":
-        """Adds new blocks, by exit. Drops saved settings, and a sweep's measurements of these exits."""
-        names, profile = tuple(f"exit {exit_layer}" for exit_layer in trained), self.profile
+        """Adds new blocks, by exit. Drops saved settings, and a sweep's measurements of these
+        exits.
+        """
+        names = tuple(f"exit {exit_layer}" for exit_layer in trained)
+        profile = self.profile
 
         def others(measured: Mapping[str, float]) -> dict[str, float]:
             return {name: value for name, value in measured.items() if not name.endswith(names)}
 
         if profile is not None:
-            profile = replace(profile, acceptance=others(profile.acceptance), drafts=others(profile.drafts))
+            profile = replace(
+                profile, acceptance=others(profile.acceptance), drafts=others(profile.drafts)
+            )
         details = {**self.details, EXIT_BLOCKS: {**self.details.get(EXIT_BLOCKS, {}), **trained}}
         kept = replace(self, exit_layer=None, num_draft_tokens=None, strategy=None)
         return replace(kept, policies={}, profile=profile, details=details)
 
     def dequantised(self) -> "CheckpointInfo":
-        """What stays true once low-bit weights are dequantised: not the recommendation and the times, which are measured."""
+        """What stays true once low-bit weights are dequantised: not the recommendation and the
+        times, which are measured.
+        """
         kept = replace(self, exit_layer=None, num_draft_tokens=None, strategy=None, policies={})
-        return kept if self.profile is None else replace(kept, profile=DraftProfile(self.profile.acceptance))
+        return (
+            kept
+            if self.profile is None
+            else replace(kept, profile=DraftProfile(self.profile.acceptance))
+        )
 
     def without_int4(self) -> "CheckpointInfo":
         """Drops a sweep's acceptance rates of int4 weights, which a new calibration replaces."""
         if self.profile is None:
             return self
-        acceptance = {name: share for name, share in self.profile.acceptance.items() if not name.startswith("int4")}
+        acceptance = {
+            name: share
+            for name, share in self.profile.acceptance.items()
+            if not name.startswith("int4")
+        }
         return replace(self, profile=replace(self.profile, acceptance=acceptance))
 
     def with_int4(self, agreement: float) -> "CheckpointInfo":
         """Adds the `agreement` of int4 weights, unless a sweep measured their drafts."""
         known = self.profile or DraftProfile()
-        if (known.draft_head, known.draft_vocab) != (None, 0):  # measured with another head or vocabulary
+        # Measured with another head or vocabulary
+        if (known.draft_head, known.draft_vocab) != (None, 0):
             return self
-        return replace(self, profile=replace(known, acceptance={"int4": agreement} | known.acceptance))
+        return replace(
+            self, profile=replace(known, acceptance={"int4": agreement} | known.acceptance)
+        )
 
     @property
     def _training(self) -> _Training:
@@ -181,7 +247,9 @@ class CheckpointInfo:
 
 
 def read_info(path: str | Path) -> CheckpointInfo:
-    """A folder's layerskip.json, empty if there is none. Raises CheckpointError for invalid content."""
+    """A folder's layerskip.json, empty if there is none. Raises CheckpointError for invalid
+    content.
+    """
     file = Path(path) / INFO_FILE
     return read_info_file(file) if file.is_file() else CheckpointInfo()
 
@@ -197,7 +265,13 @@ def read_info_file(file: Path) -> CheckpointInfo:
         msgspec.convert(details, _Training)
         for name in info.files:
             inside = PurePosixPath(name)
-            if not inside.parts or inside.is_absolute() or ".." in inside.parts or "\\" in name or "\0" in name:
+            if (
+                not inside.parts
+                or inside.is_absolute()
+                or ".." in inside.parts
+                or "\\" in name
+                or "\0" in name
+            ):
                 raise ValueError(f"a file's name must stay in its folder, got {name!r}")
         if any("strategy" not in policy for policy in info.policies.values()):
             raise ValueError("a policy has no strategy")

@@ -1,4 +1,6 @@
-"""A model in memory: a Decoder generates text, a Trainable is a transformers model that can be trained and saved."""
+"""A model in memory: a Decoder generates text, a Trainable is a transformers model that can be
+trained and saved.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +12,15 @@ import torch
 from ..config.decoding import DecodingConfig, DecodingOptions, RequestOptions, choices
 from ..config.model import DTYPES, PLAIN, PackingConfig, Quantization
 from ..config.options import checked
-from ..config.resolution import EXACT, Policy, Recommended, policy_named, policy_options, policy_packing, resolve
+from ..config.resolution import (
+    EXACT,
+    Policy,
+    Recommended,
+    policy_named,
+    policy_options,
+    policy_packing,
+    resolve,
+)
 from ..errors import CheckpointError, ConfigError, require, require_choice
 from ..model import Backend, TransformersBackend
 from ..prompting import RAW, PromptTemplate, Tokenizer, encode_prompt, resolve_template, special_ids
@@ -26,26 +36,42 @@ _USUAL_DRAFTS = 6  # draft tokens without a recommendation
 
 
 def pick_device(device: str) -> torch.device:
-    """`auto`: CUDA where available, else the CPU. Raises ConfigError for a device that this machine lacks."""
+    """`auto`: CUDA where available, else the CPU. Raises ConfigError for a device that this machine
+    lacks.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
     except RuntimeError:
-        raise ConfigError(f"`device` must be auto, cpu, cuda, cuda:N or mps, got {device}") from None
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        raise ConfigError(
+            f"`device` must be auto, cpu, cuda, cuda:N or mps, got {device}"
+        ) from None
+    available = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
     if not available.get(chosen.type, False):
-        raise ConfigError(f"`device` {device} was asked for, but this machine or this build of torch has none")
+        raise ConfigError(
+            f"`device` {device} was asked for, but this machine or this build of torch has none"
+        )
     return chosen
 
 
 def pick_dtype(dtype: str, device: torch.device, parameters: int) -> torch.dtype:
-    """`auto`: bf16 on CUDA, and on a CPU with AVX-512 for 50M parameters or more; else fp32. Raises ConfigError."""
+    """`auto`: bf16 on CUDA, and on a CPU with AVX-512 for 50M parameters or more; else fp32. Raises
+    ConfigError.
+    """
     require_choice(dtype, "dtype", DTYPES)
     if dtype != "auto":
         return TORCH_DTYPES[dtype]
     fast = device.type == "cuda" or "AVX512" in torch.backends.cpu.get_cpu_capability()
-    return torch.bfloat16 if fast and (device.type == "cuda" or parameters >= _LARGE_MODEL) else torch.float32
+    return (
+        torch.bfloat16
+        if fast and (device.type == "cuda" or parameters >= _LARGE_MODEL)
+        else torch.float32
+    )
 
 
 @dataclass(frozen=True)
@@ -63,13 +89,16 @@ class Decoder:
 
     def with_template(self, asked: str | None, system: str | None) -> "Decoder":
         """The same model with another template; see `resolve_template`."""
-        return replace(self, template=resolve_template(asked, system, self.info.template, self.tokenizer))
+        return replace(
+            self, template=resolve_template(asked, system, self.info.template, self.tokenizer)
+        )
 
     def encode_prompt(self, prompt: str, turns: Sequence[tuple[str, str]] = ()) -> list[int]:
-        """Token ids of a prompt in `template`, after earlier `turns` (prompts with their answers) in a chat template.
+        """Token ids of a prompt in `template`, after earlier `turns` (prompts with their answers)
+        in a chat template.
 
-        Raises ConfigError for an empty prompt, unknown tokens and invalid Unicode, CheckpointError for a chat template
-        that fails. White space alone is a prompt in the raw template only.
+        Raises ConfigError for an empty prompt, unknown tokens and invalid Unicode, CheckpointError
+        for a chat template that fails. White space alone is a prompt in the raw template only.
         """
         if not (prompt if self.template.text == RAW else prompt.strip()):
             raise ConfigError("the prompt is empty")
@@ -77,23 +106,36 @@ class Decoder:
 
     def known_ids(self, ids: list[int]) -> list[int]:
         """Returns `ids`. Raises ConfigError for an id without an embedding."""
-        last, known = max(ids, default=0), self.backend.spec.vocab
+        last = max(ids, default=0)
+        known = self.backend.spec.vocab
         if last >= known:
             token = self.tokenizer.decode([last])
-            raise ConfigError(f"the prompt must have tokens of the model, ids below {known}, got {token!r}, id {last}")
+            raise ConfigError(
+                f"the prompt must have tokens of the model, ids below {known}, got {token!r}, id {last}"
+            )
         return ids
 
     def prompt_start(self) -> list[int]:
         """The first tokens, which all prompts share."""
-        one, other = self.encode_prompt("a"), self.encode_prompt("1")
-        return [token for token, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))]
+        one = self.encode_prompt("a")
+        other = self.encode_prompt("1")
+        return [
+            token
+            for token, _ in takewhile(
+                lambda pair: pair[0] == pair[1], zip(one, other, strict=False)
+            )
+        ]
 
     def detokenize(self, ids: list[int]) -> str:
         """The text of tokens, without special ones."""
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return str(
+            self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        )
 
     def ends(self, stop: Sequence[str]) -> frozenset[int]:
-        """The ids that end an answer: EOS, and special tokens among the stop strings, which have no text."""
+        """The ids that end an answer: EOS, and special tokens among the stop strings, which have no
+        text.
+        """
         if not stop:
             return self.eos_ids
         special = special_ids(self.tokenizer)
@@ -107,62 +149,100 @@ class Decoder:
     def token_text(self, token: int) -> str:
         """A token's text as it continues a text, special tokens included."""
         before = list(self.tokenizer("a", add_special_tokens=False)["input_ids"])
-        return str(self.tokenizer.decode([*before, token]))[len(str(self.tokenizer.decode(before))) :]
+        return str(self.tokenizer.decode([*before, token]))[
+            len(str(self.tokenizer.decode(before))) :
+        ]
 
     @property
     def own_sampling(self) -> RequestOptions:
-        """Sampling by generation_config.json: greedy without `do_sample`. Raises CheckpointError."""
+        """Sampling by generation_config.json: greedy without `do_sample`. Raises
+        CheckpointError.
+        """
         names = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")
         is_sampled = getattr(self.generation, "do_sample", None) is True
-        own = {name: getattr(self.generation, name, None) for name in (names if is_sampled else names[:1])}
+        own = {
+            name: getattr(self.generation, name, None)
+            for name in (names if is_sampled else names[:1])
+        }
         try:
-            return cast(RequestOptions, ({"temperature": 1.0} if is_sampled else {}) | checked(RequestOptions, own))
+            return cast(
+                RequestOptions,
+                ({"temperature": 1.0} if is_sampled else {}) | checked(RequestOptions, own),
+            )
         except ConfigError as error:
             raise CheckpointError(f"generation_config.json of {self.name}: {error}") from None
 
     def recommended(self, packing: PackingConfig = PLAIN) -> Recommended:
-        """Exit and draft length: of layerskip.json, else of an exit block, else PUBLISHED, else a quarter of the layers."""
-        exit_layer, drafts = PUBLISHED.get(self.name, (max(1, self.backend.num_layers // 4), _USUAL_DRAFTS))
-        info, blocks = self.info, tuple(self.backend.exit_blocks)
+        """Exit and draft length: of layerskip.json, else of an exit block, else PUBLISHED, else a
+        quarter of the layers.
+        """
+        exit_layer, drafts = PUBLISHED.get(
+            self.name, (max(1, self.backend.num_layers // 4), _USUAL_DRAFTS)
+        )
+        info = self.info
+        blocks = tuple(self.backend.exit_blocks)
         exits = blocks or info.trained_exits
         if not exits and self.name in PUBLISHED:
             exits = (exit_layer,)
         strategy = "self-speculative" if info.exit_layer is not None and not exits else None
-        exit_layer, drafts = info.exit_layer or (blocks[0] if blocks else exit_layer), info.num_draft_tokens or drafts
+        exit_layer = info.exit_layer or (blocks[0] if blocks else exit_layer)
+        drafts = info.num_draft_tokens or drafts
         profile = info.draft_profile(self.backend.num_layers, packing)
         return Recommended(exit_layer, drafts, info.strategy or strategy, exits, profile)
 
     def resolve(self, options: DecodingOptions, packing: PackingConfig = PLAIN) -> DecodingConfig:
-        """The requested options, completed by this checkpoint; by default the policy `exact`, if saved.
+        """The requested options, completed by this checkpoint; by default the policy `exact`, if
+        saved.
 
-        `packing`: as requested. Raises ConfigError for a policy that is not saved or lacks its low-bit copies, and as `resolve`
-        in config/resolution.py.
+        `packing`: as requested. Raises ConfigError for a policy that is not saved or lacks its
+        low-bit copies, and as `resolve` in config/resolution.py.
         """
-        name, policies = options.get("policy"), self.info.policies
+        name = options.get("policy")
+        policies = self.info.policies
         if name is None and EXACT in policies and not choices(options) and not packing.drafts_apart:
             name = None if self._missing(policies[EXACT]) else EXACT
         if name is not None:
             policy = policy_named(policies, name)
             missing = ",".join(self._missing(policy))
-            require(not missing, "policy", f"given with `draft_weights` {missing}, which it drafts with", name)
-            options, packing = policy_options(policy, options), policy_packing(policy)
+            require(
+                not missing,
+                "policy",
+                f"given with `draft_weights` {missing}, which it drafts with",
+                name,
+            )
+            options = policy_options(policy, options)
+            packing = policy_packing(policy)
         try:
             config = resolve(options, self.recommended(packing), self.backend.num_layers, packing)
         except ConfigError as error:
             if name is None:
                 raise
-            raise ConfigError(f"`policy` {name} does not suit the model: {error}", "policy") from None
-        vocab, ids = self.backend.spec.vocab, dict(config.logit_bias)
-        require(max(ids, default=0) < vocab, "logit_bias", f"of tokens of the model, ids below {vocab}", max(ids, default=0))
+            raise ConfigError(
+                f"`policy` {name} does not suit the model: {error}", "policy"
+            ) from None
+        vocab = self.backend.spec.vocab
+        ids = dict(config.logit_bias)
+        require(
+            max(ids, default=0) < vocab,
+            "logit_bias",
+            f"of tokens of the model, ids below {vocab}",
+            max(ids, default=0),
+        )
         if config.guided is not None:
             from ..grammar import guide
 
-            config = replace(config, guide=guide(config.guided, self.tokenizer, vocab, self.eos_ids))
+            config = replace(
+                config, guide=guide(config.guided, self.tokenizer, vocab, self.eos_ids)
+            )
         return replace(config, policy=name)
 
     def _missing(self, policy: Policy) -> list[Quantization]:
         """The low-bit copies of a policy that are not loaded."""
-        return [weights for weights in policy_packing(policy).draft_weights if weights not in self.backend.draft_sides]
+        return [
+            weights
+            for weights in policy_packing(policy).draft_weights
+            if weights not in self.backend.draft_sides
+        ]
 
 
 @dataclass(frozen=True)
@@ -178,22 +258,48 @@ class Trainable:
 
 def decoder_of(trainable: Trainable) -> Decoder:
     """Decodes with transformers' layers, on the weights of the model in training."""
-    model, backend = trainable.model, trainable.backend
-    return decoder(trainable.name, backend, trainable.tokenizer, trainable.info, model.config, model.generation_config)
+    model = trainable.model
+    backend = trainable.backend
+    return decoder(
+        trainable.name,
+        backend,
+        trainable.tokenizer,
+        trainable.info,
+        model.config,
+        model.generation_config,
+    )
 
 
 def decoder(
-    name: str, backend: Backend, tokenizer: Any, info: CheckpointInfo, config: object, generation: object, *notes: str
+    name: str,
+    backend: Backend,
+    tokenizer: Any,
+    info: CheckpointInfo,
+    config: object,
+    generation: object,
+    *notes: str,
 ) -> Decoder:
-    """A Decoder with the template and end tokens of the model's files. `config`, `generation`: as transformers has them."""
-    eos_ids, template = end_ids(generation, config, tokenizer), resolve_template(None, None, info.template, tokenizer)
+    """A Decoder with the template and end tokens of the model's files. `config`, `generation`: as
+    transformers has them.
+    """
+    eos_ids = end_ids(generation, config, tokenizer)
+    template = resolve_template(None, None, info.template, tokenizer)
     return Decoder(name, backend, tokenizer, info, eos_ids, template, notes, generation)
 
 
 def end_ids(*sources: object) -> frozenset[int]:
-    """Every `eos_token_id` of generation config, config and tokenizer. Raises CheckpointError for one that is no id."""
+    """Every `eos_token_id` of generation config, config and tokenizer. Raises CheckpointError for
+    one that is no id.
+    """
     stored = [getattr(source, "eos_token_id", None) for source in sources]
-    ids = frozenset(token for ids in stored if ids is not None for token in (ids if isinstance(ids, list) else [ids]))
+    ids = frozenset(
+        token
+        for ids in stored
+        if ids is not None
+        for token in (ids if isinstance(ids, list) else [ids])
+    )
     if wrong := [token for token in ids if type(token) is not int]:
-        raise CheckpointError(f"eos_token_id must be a token id, a list of them, or null, got {wrong[0]!r}")
+        raise CheckpointError(
+            f"eos_token_id must be a token id, a list of them, or null, got {wrong[0]!r}"
+        )
     return ids

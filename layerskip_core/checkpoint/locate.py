@@ -15,7 +15,8 @@ from .info import ADAPTER_FILE, holds_model
 
 EMBEDDED = {"embedded": "commands-layerskip", "embedded-base": "commands-base"}
 
-# (exit layer, draft tokens) of the published checkpoints: from LayerSkip's tables 3-5, for Llama 3 from the model cards.
+# (exit layer, draft tokens) of the published checkpoints: from LayerSkip's tables 3-5, for Llama 3
+# from the model cards.
 PUBLISHED = {
     "facebook/layerskip-llama2-7B": (8, 12),
     "facebook/layerskip-llama2-13B": (15, 12),
@@ -26,7 +27,8 @@ PUBLISHED = {
     "facebook/layerskip-codellama-34B": (8, 12),
 }
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-_NOT_OURS = ["consolidated*", "original/*", "checkpoint*/*"]  # the same weights in other forms, and training checkpoints
+# The same weights in other forms, and training checkpoints
+_NOT_OURS = ["consolidated*", "original/*", "checkpoint*/*"]
 _RUST_PANIC = "PanicException"  # raised by libraries written in Rust; not a subclass of Exception
 
 Result = TypeVar("Result")
@@ -47,7 +49,9 @@ class Location:
 
 
 def require_model(name: str) -> None:
-    """Raises CheckpointError unless a name is of one of the four kinds. Reads nothing and imports no torch."""
+    """Raises CheckpointError unless a name is of one of the four kinds. Reads nothing and imports
+    no torch.
+    """
     path = Path(name)
     needed = f"{', '.join(EMBEDDED)}, a folder, a .gguf file or a hub id such as owner/name or owner/name@revision"
     if path.is_file() and path.suffix != ".gguf":
@@ -58,12 +62,16 @@ def require_model(name: str) -> None:
 
 
 def is_folder(name: str) -> bool:
-    """Whether a name is a folder's; an empty folder named like a hub id (made for a command's output) does not count."""
+    """Whether a name is a folder's; an empty folder named like a hub id (made for a command's
+    output) does not count.
+    """
     return Path(name).is_dir() and not (is_empty(Path(name)) and _may_be_hub_id(name))
 
 
 def locate(name: str) -> Location:
-    """Finds a model. Raises CheckpointError as `require_model`, and for a folder without a model."""
+    """Finds a model. Raises CheckpointError as `require_model`, and for a folder without a
+    model.
+    """
     require_model(name)
     if name in EMBEDDED:
         return Location(str(resources.files("layerskip_core.embedded") / EMBEDDED[name]))
@@ -93,16 +101,22 @@ def present(name: str) -> Location:
 
 
 def own_folder(name: str) -> str | None:
-    """A model's folder, if files can be added to it; None for embedded models, hub ids, GGUF files and adapters."""
+    """A model's folder, if files can be added to it; None for embedded models, hub ids, GGUF files
+    and adapters.
+    """
     return None if name in EMBEDDED else locate(name).folder
 
 
 def downloaded(name: str) -> str:
-    """The folder of a whole model, fetched from the hub if need be. Raises CheckpointError for other kinds."""
+    """The folder of a whole model, fetched from the hub if need be. Raises CheckpointError for
+    other kinds.
+    """
     location = locate(name)
     if location.gguf_file is not None or is_adapter(location.path):
         found = "an adapter" if location.gguf_file is None else "a GGUF file"
-        raise CheckpointError(f"`model` {name} is {found}; needed a folder with all weights: `layerskip import`")
+        raise CheckpointError(
+            f"`model` {name} is {found}; needed a folder with all weights: `layerskip import`"
+        )
     from .folder import refuse_packed
 
     folder = fetched(location.path)
@@ -128,16 +142,23 @@ def _hub_id(name: str) -> tuple[str, str | None]:
 
 
 def _may_be_hub_id(name: str) -> bool:
-    return _hub_id(name)[0].count("/") == 1 and not Path(name).is_absolute() and not name.startswith(".")
+    return (
+        _hub_id(name)[0].count("/") == 1
+        and not Path(name).is_absolute()
+        and not name.startswith(".")
+    )
 
 
 def reading(name: str, read: Callable[[], Result]) -> Result:
-    """Calls `read`; errors other than ConfigError become a CheckpointError of one line that names the model."""
+    """Calls `read`; errors other than ConfigError become a CheckpointError of one line that names
+    the model.
+    """
     try:
         return read()
     except (ConfigError, LockedError):
         raise
-    except BaseException as error:  # libraries raise OSError, ValueError, RuntimeError, SafetensorError and others
+    # Libraries raise OSError, ValueError, RuntimeError, SafetensorError and others
+    except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != _RUST_PANIC:
             raise
         known = isinstance(error, CheckpointError) or Path(name).exists() or name in EMBEDDED
@@ -146,14 +167,18 @@ def reading(name: str, read: Callable[[], Result]) -> Result:
 
 
 def files_digest(name: str) -> str:
-    """A digest of the names, sizes and times of a model's files, and of its base's if it is an adapter."""
+    """A digest of the names, sizes and times of a model's files, and of its base's if it is an
+    adapter.
+    """
     from .save import model_files
 
     digest, (adapters, base) = hashlib.sha256(), adapters_of(name)
     for each in (*adapters, base):
         location = present(each)
         folder = Path(fetched(location.path))
-        for file in sorted(model_files(folder)) if location.gguf_file is None else [location.gguf_file]:
+        for file in (
+            sorted(model_files(folder)) if location.gguf_file is None else [location.gguf_file]
+        ):
             state = (folder / file).stat()
             digest.update(f"{file} {state.st_size} {state.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]
@@ -164,7 +189,9 @@ def is_adapter(folder: str) -> bool:
 
 
 def adapters_of(name: str) -> tuple[list[str], str]:
-    """Folders of stacked adapters, and the base model of the last. Raises CheckpointError, also for a cycle."""
+    """Folders of stacked adapters, and the base model of the last. Raises CheckpointError, also for
+    a cycle.
+    """
     adapters: list[str] = []
     while is_adapter(name):
         file = Path(name) / ADAPTER_FILE
@@ -174,8 +201,13 @@ def adapters_of(name: str) -> tuple[list[str], str]:
         config = read_json(file, CheckpointError)
         base = config.get("base_model_name_or_path")
         if not isinstance(base, str) or not base:
-            raise CheckpointError(f"{file}: base_model_name_or_path must be the name of a model, got {base!r}")
-        if config.get("megatron_config") is not None:  # peft would import the module named by megatron_core
-            raise CheckpointError(f"{file}: megatron_config imports modules of the adapter, which is not allowed")
+            raise CheckpointError(
+                f"{file}: base_model_name_or_path must be the name of a model, got {base!r}"
+            )
+        # Peft would import the module named by megatron_core
+        if config.get("megatron_config") is not None:
+            raise CheckpointError(
+                f"{file}: megatron_config imports modules of the adapter, which is not allowed"
+            )
         name = base
     return adapters, name

@@ -1,8 +1,9 @@
 """packed.safetensors: a model's weights in the layout of the compiled kernels, which map the file.
 
-It holds the embedding, norms and routers by their names in a checkpoint, and the parts of each matrix (model/native/matrix.py)
-as `KIND.MATRIX.PART`: `int4.layers.0.qkv.weight`. fp32 weights that bf16 holds exactly are `widened`, for kernels that widen
-bf16. The header has a fingerprint of a few bytes of every tensor, to detect incomplete copies.
+It holds the embedding, norms and routers by their names in a checkpoint, and the parts of each
+matrix (model/native/matrix.py) as `KIND.MATRIX.PART`: `int4.layers.0.qkv.weight`. fp32 weights that
+bf16 holds exactly are `widened`, for kernels that widen bf16. The header has a fingerprint of a few
+bytes of every tensor, to detect incomplete copies.
 """
 
 import hashlib
@@ -50,7 +51,8 @@ class Content:
 
     def packing(self, asked: PackingConfig, dtype: str) -> PackingConfig:
         """The requested packing. Raises ConfigError if the file does not hold it."""
-        copies, head = asked.draft_weights, asked.draft_head or "int8"
+        copies = asked.draft_weights
+        head = asked.draft_head or "int8"
         if asked.adaptive and not copies and self.quantize is None and not asked.exact:
             usual: Quantization = "int4" if self.calibrated else "int8"
             copies = (usual,) if usual in self.draft_weights and head == self.draft_head else ()
@@ -74,13 +76,18 @@ class PackedFile:
         self._path = Path(folder) / PACKED_FILE
         with naming(self._path, _ADVICE):
             self._file = open_formed(self._path, _FORM)
-            self.content: Content = msgspec.json.decode(self._file.metadata.get(_CONTENT, "null"), type=Content)
+            self.content: Content = msgspec.json.decode(
+                self._file.metadata.get(_CONTENT, "null"), type=Content
+            )
             samples = {name: _sample(self._file.mapped(name)) for name in self._file.entries}
             if self._file.metadata.get(FINGERPRINT) != _fingerprint(samples):
                 raise ValueError("its content is damaged or missing, as when it was copied in part")
         self.dtype = TORCH_DTYPES[self.content.dtype]
-        exits = {int(name.split(".")[1]) for name in self._file.entries if name.startswith("exits.")}
-        self.exit_blocks = ExitBlocks(tuple(map(ExitBlock, sorted(exits))), self.unpacked)  # only norms are unpacked
+        exits = {
+            int(name.split(".")[1]) for name in self._file.entries if name.startswith("exits.")
+        }
+        # Only norms are unpacked
+        self.exit_blocks = ExitBlocks(tuple(map(ExitBlock, sorted(exits))), self.unpacked)
 
     def unpacked(self, name: str) -> Tensor | None:
         """A weight that is stored unpacked, by its name in a checkpoint; None for others."""
@@ -94,14 +101,25 @@ class PackedFile:
         """Whether fp32 weights are stored in bf16, which only kernels that widen bf16 read."""
         return any(name.startswith("widened.") for name in self._file.entries)
 
-    def matrix(self, name: str, form: MatrixForm, read: Callable[[], Iterable[Affine]]) -> NativeMatrix:
+    def matrix(
+        self, name: str, form: MatrixForm, read: Callable[[], Iterable[Affine]]
+    ) -> NativeMatrix:
         if form.kind == "fp32" and f"widened.{name}.weight" in self._file.entries:
             form = replace(form, kind="widened")
-        return NativeMatrix(form, {part: self._part(f"{form.kind}.{name}.{part}", *kind) for part, kind in form.parts.items()})
+        return NativeMatrix(
+            form,
+            {
+                part: self._part(f"{form.kind}.{name}.{part}", *kind)
+                for part, kind in form.parts.items()
+            },
+        )
 
     def _part(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-        """A view of a tensor. Raises CheckpointError if it is missing, or not of the type and shape that the model needs."""
-        needed, found = (NAMES[dtype], shape), self._file.entries.get(name)
+        """A view of a tensor. Raises CheckpointError if it is missing, or not of the type and shape
+        that the model needs.
+        """
+        needed = (NAMES[dtype], shape)
+        found = self._file.entries.get(name)
         with naming(self._path, _ADVICE):
             if found != needed:
                 raise ValueError(f"{name} must be {needed}, as config.json says, found {found}")
@@ -109,24 +127,34 @@ class PackedFile:
 
 
 class TensorWriter:
-    """Writes a safetensors file tensor by tensor, and its header at the end, which makes the file valid."""
+    """Writes a safetensors file tensor by tensor, and its header at the end, which makes the file
+    valid.
+    """
 
     def __init__(self, file: BinaryIO, header_bytes: int) -> None:
         """`file` is open and empty. `header_bytes`: the size of the header, at most."""
         self._file = file
-        self._start = self._end = -(-header_bytes // _PAGE) * _PAGE  # of the tensors, after the header
+        # Of the tensors, after the header
+        self._start = self._end = -(-header_bytes // _PAGE) * _PAGE
         self._file.seek(self._start)
         self._entries: dict[str, object] = {}
 
     def add(self, name: str, tensor: Tensor) -> None:
         self._file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-        begin, self._end = self._end - self._start, self._end + tensor.nbytes
+        begin = self._end - self._start
+        self._end = self._end + tensor.nbytes
         offsets = [begin, self._end - self._start]
-        self._entries[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        self._entries[name] = {
+            "dtype": NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": offsets,
+        }
 
     def end(self, metadata: Mapping[str, str]) -> None:
         """Writes the header."""
-        header = json.dumps({METADATA: dict(metadata), **self._entries}, separators=(",", ":")).encode()
+        header = json.dumps(
+            {METADATA: dict(metadata), **self._entries}, separators=(",", ":")
+        ).encode()
         size = self._start - 8
         assert len(header) <= size
         self._file.seek(0)
@@ -146,30 +174,54 @@ class PackedWriter(TensorWriter):
         self._samples[name] = _sample(tensor)
         super().add(name, tensor)
 
-    def matrix(self, name: str, form: MatrixForm, read: Callable[[], Iterable[Affine]]) -> NativeMatrix:
+    def matrix(
+        self, name: str, form: MatrixForm, read: Callable[[], Iterable[Affine]]
+    ) -> NativeMatrix:
         """Writes a matrix; the returned one has no memory, so the backend cannot run."""
         kinds = (form.kind, "widened") if form.kind == "fp32" else (form.kind,)
         if not any(f"{kind}.{name}.weight" in self._entries for kind in kinds):
-            matrix = NativeMatrix.packed(self._kernels, name, form, read, narrows=self._kernels.widens_bf16)
+            matrix = NativeMatrix.packed(
+                self._kernels, name, form, read, narrows=self._kernels.widens_bf16
+            )
             for part, tensor in matrix.parts.items():
                 self.add(f"{matrix.form.kind}.{name}.{part}", tensor)
-        empty = {part: torch.empty(shape, dtype=dtype, device="meta") for part, (dtype, shape) in form.parts.items()}
+        empty = {
+            part: torch.empty(shape, dtype=dtype, device="meta")
+            for part, (dtype, shape) in form.parts.items()
+        }
         return NativeMatrix(form, empty)
 
     def finish(self, content: Content) -> None:
         """Writes the header, which makes the file valid."""
-        self.end({**_FORM, _CONTENT: json.dumps(asdict(content)), FINGERPRINT: _fingerprint(self._samples)})
+        self.end(
+            {
+                **_FORM,
+                _CONTENT: json.dumps(asdict(content)),
+                FINGERPRINT: _fingerprint(self._samples),
+            }
+        )
 
 
 def unpacked_names(spec: ModelSpec, shapes: Shapes) -> list[str]:
-    """The names of weights stored unpacked: norms, activations, learned positions, convolutions and routers."""
-    experts, mixer, whole = spec.architecture.experts, spec.architecture.mixer, {f"{spec.names.positions}.weight", *spec.mapped}
+    """The names of weights stored unpacked: norms, activations, learned positions, convolutions and
+    routers.
+    """
+    experts = spec.architecture.experts
+    mixer = spec.architecture.mixer
+    whole = {f"{spec.names.positions}.weight", *spec.mapped}
     if mixer is not None:
-        whole |= {name for name in shapes if any(f".{part}." in name for part in (mixer.convolution, *mixer.steps))}
+        whole |= {
+            name
+            for name in shapes
+            if any(f".{part}." in name for part in (mixer.convolution, *mixer.steps))
+        }
     parts = (None if experts is None else (experts.router, experts.shared_gate)) or ()
     routers = tuple(f"{name}.{part}" for name in parts for part in ("weight", "bias"))
     whole |= {name for name in shapes if name.endswith(routers)}
-    sizes = {name: len(shapes.get(f"{name.rpartition('.')[0]}.weight", shape)) for name, shape in shapes.items()}
+    sizes = {
+        name: len(shapes.get(f"{name.rpartition('.')[0]}.weight", shape))
+        for name, shape in shapes.items()
+    }
     return [name for name, dimensions in sizes.items() if name in whole or dimensions == 1]
 
 
@@ -177,7 +229,9 @@ def _sample(tensor: Tensor) -> bytes:
     """The first, middle and last bytes."""
     content = tensor.contiguous().view(-1).view(torch.uint8).numpy()
     middle = len(content) // 2
-    return b"".join(part.tobytes() for part in (content[:64], content[middle : middle + 64], content[-64:]))
+    return b"".join(
+        part.tobytes() for part in (content[:64], content[middle : middle + 64], content[-64:])
+    )
 
 
 def _fingerprint(samples: Mapping[str, bytes]) -> str:

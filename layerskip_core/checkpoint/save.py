@@ -1,7 +1,9 @@
-"""Writes models. A folder never holds half a model, and files that layerskip did not write are never lost.
+"""Writes models. A folder never holds half a model, and files that layerskip did not write are
+never lost.
 
-A new model is written to a staging folder inside its folder; once all is on disk, one rename makes it READY. Then its files
-are moved into place, layerskip.json last. After a kill, the next command that uses the folder moves the rest.
+A new model is written to a staging folder inside its folder; once all is on disk, one rename makes
+it READY. Then its files are moved into place, layerskip.json last. After a kill, the next command
+that uses the folder moves the rest.
 """
 
 import os
@@ -25,14 +27,39 @@ from .info import ADAPTER_FILE, CONFIG_FILES, INFO_FILE, CheckpointInfo, holds_m
 
 RUN_FILES = ("losses.jsonl", ORDER_FILE)  # finetune writes them with a model
 READY = ".layerskip-ready"
-_CONFIG_KEYS = {"config.json": "model_type", ADAPTER_FILE: "peft_type"}  # a key that other files of that name lack
+# A key that other files of that name lack
+_CONFIG_KEYS = {"config.json": "model_type", ADAPTER_FILE: "peft_type"}
 _WAIT = 60.0  # seconds to wait for another process to finish its renames
 _MODEL = (  # patterns of the files that loaders take for part of a model
-    *(*CONFIG_FILES, "generation_config.json", INFO_FILE, ORDER_FILE, "chat_template.jinja", "chat_template.json"),
+    *(
+        *CONFIG_FILES,
+        "generation_config.json",
+        INFO_FILE,
+        ORDER_FILE,
+        "chat_template.jinja",
+        "chat_template.json",
+    ),
     *("*.safetensors", "*.safetensors.index.json", "additional_chat_templates/*.jinja"),
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
-    *(f"{drafter}/{name}" for drafter in ("eagle3", "assistant") for name in ("config.json", "model.safetensors")),
-    *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json"),
+    *(
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "tokenizer.model",
+    ),
+    *(
+        f"{drafter}/{name}"
+        for drafter in ("eagle3", "assistant")
+        for name in ("config.json", "model.safetensors")
+    ),
+    *(
+        "vocab.json",
+        "vocab.txt",
+        "merges.txt",
+        "spiece.model",
+        "sentencepiece.bpe.model",
+        "tekken.json",
+    ),
 )
 NO_FILES: Mapping[str, bytes] = MappingProxyType({})
 
@@ -40,22 +67,30 @@ Result = TypeVar("Result")
 
 
 def model_files(folder: Path) -> set[str]:
-    """Relative names of the model's files: those in layerskip.json, else the usual ones. Raises CheckpointError."""
+    """Relative names of the model's files: those in layerskip.json, else the usual ones. Raises
+    CheckpointError.
+    """
     names = {INFO_FILE, *read_info(folder).files}
-    if len(names) == 1 and any(key in read_settings(folder, name) for name, key in _CONFIG_KEYS.items()):
+    if len(names) == 1 and any(
+        key in read_settings(folder, name) for name, key in _CONFIG_KEYS.items()
+    ):
         names |= _usual(folder)
     return {name for name in names if (folder / name).is_file()}
 
 
 def refuse_overwrite(output: str, overwrite: bool, written: Collection[str] = ()) -> None:
-    """Raises ConfigError if `output` holds a model that may not be replaced, or files in the way of `written` ones."""
+    """Raises ConfigError if `output` holds a model that may not be replaced, or files in the way of
+    `written` ones.
+    """
     settle(output)
     require_overwrite(output, "a model" if holds_model(output) else "", overwrite)
     _refuse_obstacles(Path(output), written, ConfigError, f"`output` {output}: ")
 
 
 def refuse_sidecar(model: str, name: str) -> None:
-    """Raises ConfigError if `save_sidecar` would replace a file that layerskip did not write. Needs the folder's lock."""
+    """Raises ConfigError if `save_sidecar` would replace a file that layerskip did not write. Needs
+    the folder's lock.
+    """
     settle(model)
     _refuse_obstacles(Path(model), (name,), ConfigError, f"`model` {model}: ")
 
@@ -68,7 +103,8 @@ def save_checkpoint(
     dtype: torch.dtype,
     files: Mapping[str, bytes] = NO_FILES,
 ) -> None:
-    """Replaces the model in `output` by a checkpoint in `dtype` (of peft: the adapter), in one step, with further `files`.
+    """Replaces the model in `output` by a checkpoint in `dtype` (of peft: the adapter), in one
+    step, with further `files`.
 
     Weights that transformers keeps in fp32 are written in fp32.
     """
@@ -85,8 +121,12 @@ def save_checkpoint(
         save_files(write, info, output, files)
 
 
-def copy_checkpoint(source: str, info: CheckpointInfo, output: str, files: Mapping[str, bytes]) -> None:
-    """Replaces the model in `output` by the files of the folder `source`, byte for byte, with `info` and further `files`."""
+def copy_checkpoint(
+    source: str, info: CheckpointInfo, output: str, files: Mapping[str, bytes]
+) -> None:
+    """Replaces the model in `output` by the files of the folder `source`, byte for byte, with
+    `info` and further `files`.
+    """
     folder = Path(source)
 
     def write(staging: Path) -> None:
@@ -97,12 +137,19 @@ def copy_checkpoint(source: str, info: CheckpointInfo, output: str, files: Mappi
     save_files(write, info, output, files)
 
 
-def save_files(write: Callable[[Path], None], info: CheckpointInfo, output: str, files: Mapping[str, bytes] = NO_FILES) -> None:
-    """Replaces the model in `output` by the files that `write` puts into an empty folder, with `info` and further `files`.
+def save_files(
+    write: Callable[[Path], None],
+    info: CheckpointInfo,
+    output: str,
+    files: Mapping[str, bytes] = NO_FILES,
+) -> None:
+    """Replaces the model in `output` by the files that `write` puts into an empty folder, with
+    `info` and further `files`.
 
     Raises CheckpointError and LockedError; the folder is unchanged then.
     """
-    folder, staging = Path(output), None
+    folder = Path(output)
+    staging = None
     with hold(folder, "saving a model"):
         settle(folder)
         try:
@@ -111,14 +158,22 @@ def save_files(write: Callable[[Path], None], info: CheckpointInfo, output: str,
             for name, content in files.items():
                 (staging / name).parent.mkdir(exist_ok=True)
                 (staging / name).write_bytes(content)
-            written = sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if not path.is_dir())
+            written = sorted(
+                path.relative_to(staging).as_posix()
+                for path in staging.rglob("*")
+                if not path.is_dir()
+            )
             listed = tuple(dict.fromkeys((*written, INFO_FILE)))
-            (staging / INFO_FILE).write_text(replace(info, files=listed).to_json(), encoding="utf-8")
+            (staging / INFO_FILE).write_text(
+                replace(info, files=listed).to_json(), encoding="utf-8"
+            )
             readers = (staging / INFO_FILE).stat().st_mode
-            for name in listed:  # safetensors 0.8 makes its file readable by the owner only, whatever the umask
+            # Safetensors 0.8 makes its file readable by the owner only, whatever the umask
+            for name in listed:
                 (staging / name).chmod(readers)
             _refuse_obstacles(folder, listed, CheckpointError)
-            shutil.rmtree(folder / READY, ignore_errors=True)  # left by a process that was killed after its last move
+            # Left by a process that was killed after its last move
+            shutil.rmtree(folder / READY, ignore_errors=True)
             publish_folder(staging, folder / READY)
         except BaseException as error:
             if staging is not None:
@@ -126,18 +181,25 @@ def save_files(write: Callable[[Path], None], info: CheckpointInfo, output: str,
             if not isinstance(error, Exception):
                 raise
             # safetensors reports a full disk as its own error type
-            raise CheckpointError(f"cannot write the model to {output}: {error}; nothing there was changed") from error
+            raise CheckpointError(
+                f"cannot write the model to {output}: {error}; nothing there was changed"
+            ) from error
         settle(folder)
 
 
 def write_model(model: Any, folder: Path, as_it_is: bool = False) -> None:
-    """Writes a transformers model, or a peft model's adapter; `as_it_is`: under its parameters' own names."""
+    """Writes a transformers model, or a peft model's adapter; `as_it_is`: under its parameters' own
+    names.
+    """
     adapter = _is_adapter(model)
     # For embedding layers "auto" would ask the hub.
-    options = {"save_embedding_layers": False} if adapter else {"save_original_format": not as_it_is}
+    options = (
+        {"save_embedding_layers": False} if adapter else {"save_original_format": not as_it_is}
+    )
     model.save_pretrained(folder, **options)
     if adapter:
-        (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card, which would replace the user's
+        # Peft's empty model card, which would replace the user's
+        (folder / "README.md").unlink(missing_ok=True)
 
 
 def _is_adapter(model: Any) -> bool:
@@ -152,25 +214,37 @@ def write_info(path: str, info: CheckpointInfo) -> None:
 
 
 def save_sidecar(
-    folder: str, name: str, content: bytes, change: Callable[[CheckpointInfo], CheckpointInfo] = lambda info: info
+    folder: str,
+    name: str,
+    content: bytes,
+    change: Callable[[CheckpointInfo], CheckpointInfo] = lambda info: info,
 ) -> None:
-    """Adds a file to a folder's model, and lists it in layerskip.json, with a `change`. Raises as `write_info` does."""
+    """Adds a file to a folder's model, and lists it in layerskip.json, with a `change`. Raises as
+    `write_info` does.
+    """
     with hold(folder, f"saving {name}"):
         info = change(read_info(folder))
         # First: after a kill, a file that it does not list would be an obstacle.
-        write_info(folder, replace(info, files=tuple(sorted({*model_files(Path(folder)), INFO_FILE, name}))))
+        write_info(
+            folder,
+            replace(info, files=tuple(sorted({*model_files(Path(folder)), INFO_FILE, name}))),
+        )
         (Path(folder) / name).parent.mkdir(exist_ok=True)
         write_file(Path(folder) / name, content, CheckpointError)
 
 
 def claim_repository(repository: str) -> None:
-    """Creates a repository on the hub if there is none. Raises ConfigError if it is not ours to write to."""
+    """Creates a repository on the hub if there is none. Raises ConfigError if it is not ours to
+    write to.
+    """
     from huggingface_hub import HfApi
 
     try:
         HfApi().create_repo(repository, exist_ok=True)
     except Exception as error:  # of the network or the hub, or for an invalid name
-        raise ConfigError(f"`push_to_hub` {repository}: {first_line(error)}", "push_to_hub") from error
+        raise ConfigError(
+            f"`push_to_hub` {repository}: {first_line(error)}", "push_to_hub"
+        ) from error
 
 
 def push(folder: str, repository: str) -> None:
@@ -178,14 +252,20 @@ def push(folder: str, repository: str) -> None:
     from huggingface_hub import HfApi
 
     try:
-        HfApi().upload_folder(repo_id=repository, folder_path=folder, allow_patterns=sorted(model_files(Path(folder))))
+        HfApi().upload_folder(
+            repo_id=repository, folder_path=folder, allow_patterns=sorted(model_files(Path(folder)))
+        )
     except Exception as error:
         again = f"it is saved; upload it by: hf upload {repository} {folder}"
-        raise CheckpointError(f"cannot push {folder} to {repository}: {first_line(error)}; {again}") from error
+        raise CheckpointError(
+            f"cannot push {folder} to {repository}: {first_line(error)}; {again}"
+        ) from error
 
 
 def settle(folder: str | Path) -> None:
-    """Moves the files of a complete new model into place, or waits while another process does. Raises LayerSkipError."""
+    """Moves the files of a complete new model into place, or waits while another process does.
+    Raises LayerSkipError.
+    """
     folder = Path(folder)
     ready = folder / READY
     if not (ready / INFO_FILE).exists():
@@ -200,7 +280,8 @@ def settle(folder: str | Path) -> None:
                 (folder / name).unlink()
                 with suppress(OSError):  # a sub-folder that has other files
                     (folder / name).parent.rmdir()
-            for name in CONFIG_FILES:  # before the weights: other programs then see no model, rather than parts of two
+            # Before the weights: other programs then see no model, rather than parts of two
+            for name in CONFIG_FILES:
                 if name not in new or (ready / name).exists():
                     (folder / name).unlink(missing_ok=True)
             for name in sorted(new, key=lambda name: (name == INFO_FILE, name in CONFIG_FILES)):
@@ -211,11 +292,15 @@ def settle(folder: str | Path) -> None:
             discard_folder(ready)
         except OSError as reason:
             cause = f"{reason.filename}: {reason.strerror}"
-            raise CheckpointError(f"a new model is complete in {ready}, but cannot be moved to {folder}: {cause}") from reason
+            raise CheckpointError(
+                f"a new model is complete in {ready}, but cannot be moved to {folder}: {cause}"
+            ) from reason
 
 
 def read_whole(folder: str | Path, read: Callable[[], Result]) -> Result:
-    """Calls `read` until no file of the folder was replaced during the call, so that it never mixes two models."""
+    """Calls `read` until no file of the folder was replaced during the call, so that it never mixes
+    two models.
+    """
     while True:
         settle(folder)
         before = _version(folder)
@@ -241,12 +326,22 @@ def _version(folder: str | Path) -> list[tuple[int, ...]]:
 
 def _usual(folder: Path) -> set[str]:
     """Relative names of the files in a folder that loaders would take for part of a model."""
-    return {path.relative_to(folder).as_posix() for pattern in _MODEL for path in folder.glob(pattern)}
+    return {
+        path.relative_to(folder).as_posix() for pattern in _MODEL for path in folder.glob(pattern)
+    }
 
 
-def _refuse_obstacles(folder: Path, written: Collection[str], error: type[Exception], where: str = "") -> None:
-    """Raises `error` for files that are not ours and that a new model would overwrite (`written`) or load with."""
-    obstacles = sorted(name for name in {*written, *_usual(folder)} - model_files(folder) if os.path.lexists(folder / name))
+def _refuse_obstacles(
+    folder: Path, written: Collection[str], error: type[Exception], where: str = ""
+) -> None:
+    """Raises `error` for files that are not ours and that a new model would overwrite (`written`)
+    or load with.
+    """
+    obstacles = sorted(
+        name
+        for name in {*written, *_usual(folder)} - model_files(folder)
+        if os.path.lexists(folder / name)
+    )
     if obstacles:
         more = f" ({len(obstacles) - 1} more)" if len(obstacles) > 1 else ""
         raise error(

@@ -1,4 +1,6 @@
-"""Where a model's layerskip.json is: in its folder, beside a GGUF file, or in the cache for what cannot be written."""
+"""Where a model's layerskip.json is: in its folder, beside a GGUF file, or in the cache for what
+cannot be written.
+"""
 
 import os
 from pathlib import Path
@@ -11,7 +13,9 @@ from .sidecars import cache_folder
 
 
 def info_of(name: str, location: Location | None = None) -> CheckpointInfo:
-    """The saved settings of a model, empty if there are none. Raises CheckpointError for invalid ones."""
+    """The saved settings of a model, empty if there are none. Raises CheckpointError for invalid
+    ones.
+    """
     location = location or present(name)
     if any(cache_folder().glob(f"*.{INFO_FILE}")) and (kept := _in_cache(name)).is_file():
         return read_info_file(kept)
@@ -21,7 +25,8 @@ def info_of(name: str, location: Location | None = None) -> CheckpointInfo:
 
 
 def settings_file(name: str, location: Location) -> Path:
-    """The file to save a model's settings in: its own, or one of the cache if its folder cannot be written.
+    """The file to save a model's settings in: its own, or one of the cache if its folder cannot be
+    written.
 
     The cache's file is named by the state of the model's files: other files have other settings.
     """
@@ -40,7 +45,11 @@ def write_settings(path: Path, info: CheckpointInfo) -> None:
 
 def _own_file(location: Location) -> Path:
     folder = Path(location.path)
-    return folder / (INFO_FILE if location.gguf_file is None else Path(location.gguf_file).with_suffix(f".{INFO_FILE}"))
+    return folder / (
+        INFO_FILE
+        if location.gguf_file is None
+        else Path(location.gguf_file).with_suffix(f".{INFO_FILE}")
+    )
 
 
 def _in_cache(name: str) -> Path:

@@ -1,19 +1,23 @@
-"""Sidecar files of a model: calibrated int4 weights, exit blocks, and a drafter in the EAGLE-3 layout.
+"""Sidecar files of a model: calibrated int4 weights, exit blocks, and a drafter in the EAGLE-3
+layout.
 
-The headers of the first two name their format and a fingerprint of the model's weights: other weights are refused.
+The headers of the first two name their format and a fingerprint of the model's weights: other
+weights are refused.
 
-int4.safetensors, by `layerskip calibrate`, holds rows of bytes (see model/weights.py) for each projection of the layers and for
-the head, by the weight's name. If the model's folder is read-only, the file is in a cache instead, named by the fingerprint.
+int4.safetensors, by `layerskip calibrate`, holds rows of bytes (see model/weights.py) for each
+projection of the layers and for the head, by the weight's name. If the model's folder is read-only,
+the file is in a cache instead, named by the fingerprint.
 
-exit_blocks.safetensors, by `layerskip train-drafter` and `finetune`, holds the weights of blocks (see model/exit_blocks.py).
-`exit_blocks` in layerskip.json describes their training by exit; `agreement` is the share of right first drafts on held-out
-rows.
+exit_blocks.safetensors, by `layerskip train-drafter` and `finetune`, holds the weights of blocks
+(see model/exit_blocks.py). `exit_blocks` in layerskip.json describes their training by exit;
+`agreement` is the share of right first drafts on held-out rows.
 
-eagle3/ is a drafter that vLLM, SGLang and llama.cpp read, too. Its config.json has the values twice: as the library
-`speculators` writes them (for vLLM), and at the top (for SGLang and EAGLE's own checkpoints). Weights have EAGLE's names
-(`midlayer.*`); those of `speculators` (`layers.0.*`) are read, too. `d2t`: for each output of the head, its token id minus its
-index. `eagle_aux_hidden_state_layer_ids` counts layers at the top; in `eagle_config` (SGLang, SpecForge) a list that begins
-with 1 has indices: [1, 14, 26] means after 2, 15 and 27 layers.
+eagle3/ is a drafter that vLLM, SGLang and llama.cpp read, too. Its config.json has the values
+twice: as the library `speculators` writes them (for vLLM), and at the top (for SGLang and EAGLE's
+own checkpoints). Weights have EAGLE's names (`midlayer.*`); those of `speculators` (`layers.0.*`)
+are read, too. `d2t`: for each output of the head, its token id minus its index.
+`eagle_aux_hidden_state_layer_ids` counts layers at the top; in `eagle_config` (SGLang, SpecForge) a
+list that begins with 1 has indices: [1, 14, 26] means after 2, 15 and 27 layers.
 """
 
 import hashlib
@@ -43,13 +47,15 @@ EAGLE3_FOLDER = "eagle3"
 EAGLE3_FILES = f"{EAGLE3_FOLDER}/{CONFIG_FILE}", f"{EAGLE3_FOLDER}/model.safetensors"
 PROPOSED = 4  # drafts per round by default in other engines
 
-CACHE = "LAYERSKIP_CACHE"  # environment variable: the folder for int4 weights of read-only folders, and for packed models
+# Environment variable: the folder for int4 weights of read-only folders, and for packed models
+CACHE = "LAYERSKIP_CACHE"
 CACHED = 10 << 30  # its limit in bytes: the files that were not used for longest are removed
 _CACHE_FILES = "*.safetensors"
 
 _INT4 = {"format": "1", "group_size": str(GROUP_SIZE)}
 BLOCKS = {"format": "1"}
-FINGERPRINT, _AGREEMENT = "fingerprint", "agreement"
+FINGERPRINT = "fingerprint"
+_AGREEMENT = "agreement"
 _OF_EAGLE = "midlayer."  # prefix of the layer's weights in EAGLE's checkpoints
 _UNUSED = ("t2d", "embed_tokens.weight")  # the inverse of `d2t`; the target's embedding
 _NORMS = "norm_before_fc", "fc_norm", "norm_output"  # of EAGLE-3.1
@@ -59,18 +65,30 @@ _Ids = Annotated[list[Annotated[int, Meta(ge=1, le=1024)]], Meta(min_length=1, m
 
 
 def matrix_names(spec: ModelSpec) -> list[str]:
-    """The weights that may be low-bit: the projections, in the order of the layers, and the head."""
-    of_layers = (name for name, shape in spec.shapes.items() if name.startswith(f"{spec.names.layers}.") and len(shape) == 2)
+    """The weights that may be low-bit: the projections, in the order of the layers, and the
+    head.
+    """
+    of_layers = (
+        name
+        for name, shape in spec.shapes.items()
+        if name.startswith(f"{spec.names.layers}.") and len(shape) == 2
+    )
     others = () if spec.architecture.mixer is None else spec.architecture.mixer.steps
-    return [*(name for name in of_layers if not any(f".{step}." in name for step in others)), spec.head_name]
+    return [
+        *(name for name in of_layers if not any(f".{step}." in name for step in others)),
+        spec.head_name,
+    ]
 
 
 def fingerprint(spec: AnySpec, weight_of: Callable[[str], Tensor]) -> str:
-    """A digest of three rows of each matrix in bf16: training changes it, a change of precision does not."""
+    """A digest of three rows of each matrix in bf16: training changes it, a change of precision
+    does not.
+    """
     digest = hashlib.sha256()
     others = [name for name, shape in spec.shapes.items() if len(shape) > 1]
     for name in matrix_names(spec) if isinstance(spec, ModelSpec) else others:
-        weight = weight_of(name).detach().flatten(0, -2)  # experts share one tensor of three dimensions
+        # Experts share one tensor of three dimensions
+        weight = weight_of(name).detach().flatten(0, -2)
         rows = weight[[0, len(weight) // 2, -1]].to("cpu", torch.bfloat16).contiguous()
         digest.update(rows.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -106,7 +124,9 @@ def touch(path: Path) -> None:
 
 
 def drop_unused(new: Path) -> None:
-    """Removes the files of the cache that were not used for longest beyond CACHED, but not `new`."""
+    """Removes the files of the cache that were not used for longest beyond CACHED, but not
+    `new`.
+    """
     used: list[tuple[int, int, Path]] = []
     for path in cache_folder().glob(_CACHE_FILES):
         with suppress(OSError):  # another process may remove it
@@ -129,14 +149,20 @@ def clear_cache() -> int:
 
 
 class StoredInt4(NamedTuple):
-    """Calibrated weights as rows of bytes, read when taken. `agreement`: share of the unquantised model's argmax tokens."""
+    """Calibrated weights as rows of bytes, read when taken. `agreement`: share of the unquantised
+    model's argmax tokens.
+    """
 
     take: Take
     agreement: float | None
 
 
-def read_int4(folder: str | Path | None, spec: ModelSpec, weight_of: Callable[[str], Tensor]) -> StoredInt4 | None:
-    """A model's calibrated weights, from its folder or the cache. Raises CheckpointError if they belong to other weights."""
+def read_int4(
+    folder: str | Path | None, spec: ModelSpec, weight_of: Callable[[str], Tensor]
+) -> StoredInt4 | None:
+    """A model's calibrated weights, from its folder or the cache. Raises CheckpointError if they
+    belong to other weights.
+    """
     path = Path(folder or "") / INT4_FILE
     if folder is None or not path.is_file():
         if not cache_folder().is_dir():
@@ -154,15 +180,22 @@ def read_int4(folder: str | Path | None, spec: ModelSpec, weight_of: Callable[[s
     return StoredInt4(lambda name: file.read(name) if name in shapes else None, agreement)
 
 
-def int4_content(rows: Mapping[str, Tensor], model_fingerprint: str, details: Mapping[str, str]) -> bytes:
+def int4_content(
+    rows: Mapping[str, Tensor], model_fingerprint: str, details: Mapping[str, str]
+) -> bytes:
     """The bytes of int4.safetensors with rows by name; `details` go into the header."""
     return content_of(rows, model_fingerprint, {**details, **_INT4})
 
 
 def exit_blocks_content(
-    spec: AnySpec, weights: Mapping[str, Tensor], model_fingerprint: str, kept: ExitBlocks = NO_BLOCKS
+    spec: AnySpec,
+    weights: Mapping[str, Tensor],
+    model_fingerprint: str,
+    kept: ExitBlocks = NO_BLOCKS,
 ) -> bytes:
-    """The bytes of exit_blocks.safetensors: `weights` by the names of `ExitBlock.shapes`, and `kept` blocks at other exits."""
+    """The bytes of exit_blocks.safetensors: `weights` by the names of `ExitBlock.shapes`, and
+    `kept` blocks at other exits.
+    """
     content = dict(weights)
     trained = {block.exit_layer for block in blocks_named(weights, spec.layers)}
     for block in kept.blocks:
@@ -176,7 +209,9 @@ def check_fingerprint(file: WeightFile, spec: AnySpec, weight_of: Callable[[str]
         raise ValueError("it was made from other weights than this model's")
 
 
-def check_entries(entries: Mapping[str, tuple[str, tuple[int, ...]]], shapes: Shapes, kinds: Collection[str]) -> None:
+def check_entries(
+    entries: Mapping[str, tuple[str, tuple[int, ...]]], shapes: Shapes, kinds: Collection[str]
+) -> None:
     """Raises ValueError for a weight that is missing, unknown, or of another shape or type."""
     for name in sorted({*shapes, *entries}):
         kind, shape = entries.get(name, ("nothing", ()))
@@ -194,11 +229,14 @@ def naming(what: object, advice: str = "remove it, or make it again") -> Iterato
         raise CheckpointError(f"{what} cannot be used: {first_line(error)}; {advice}") from error
 
 
-def content_of(weights: Mapping[str, Tensor], model_fingerprint: str, form: Mapping[str, str]) -> bytes:
+def content_of(
+    weights: Mapping[str, Tensor], model_fingerprint: str, form: Mapping[str, str]
+) -> bytes:
     """The bytes of a safetensors file, with a sorted header: the library's order is random."""
     from safetensors.torch import save
 
-    whole = {name: weight.contiguous() for name, weight in weights.items()}  # experts of gpt-oss from GGUF are views
+    # Experts of gpt-oss from GGUF are views
+    whole = {name: weight.contiguous() for name, weight in weights.items()}
     written: bytes = save(whole, metadata={**form, FINGERPRINT: model_fingerprint})
     end = 8 + int.from_bytes(written[:8], "little")  # of the header and its padding
     header = json.loads(written[8:end])
@@ -251,14 +289,21 @@ class _Values(msgspec.Struct):
 
 def default_layers(num_layers: int) -> tuple[int, ...]:
     """The layers that engines tap if config.json names none: 2, L/2 and L-3, within 1..L-1."""
-    return tuple(sorted({min(max(layer, 1), num_layers - 1) for layer in (2, num_layers // 2, num_layers - 3)}))
+    return tuple(
+        sorted(
+            {min(max(layer, 1), num_layers - 1) for layer in (2, num_layers // 2, num_layers - 3)}
+        )
+    )
 
 
 def eagle3_content(stored: Eagle3Weights, spec: AnySpec, verifier: str) -> dict[str, bytes]:
-    """The files of a drafter's folder. `spec`: the target's. `verifier`: the target's folder or hub id, for engines."""
+    """The files of a drafter's folder. `spec`: the target's. `verifier`: the target's folder or hub
+    id, for engines.
+    """
     from safetensors.torch import save
 
-    form, architectures = stored.form, ["LlamaForCausalLMEagle3"]
+    form = stored.form
+    architectures = ["LlamaForCausalLMEagle3"]
     layer: dict[str, Any] = {
         "model_type": "llama",
         "hidden_size": form.hidden,
@@ -277,7 +322,12 @@ def eagle3_content(stored: Eagle3Weights, spec: AnySpec, verifier: str) -> dict[
         "mlp_bias": False,
         "tie_word_embeddings": False,
     }
-    method = {"proposal_type": "greedy", "speculative_tokens": PROPOSED, "verifier_accept_k": 1, "accept_tolerance": 0.0}
+    method = {
+        "proposal_type": "greedy",
+        "speculative_tokens": PROPOSED,
+        "verifier_accept_k": 1,
+        "accept_tolerance": 0.0,
+    }
     document = {
         **layer,
         "architectures": architectures,
@@ -286,7 +336,9 @@ def eagle3_content(stored: Eagle3Weights, spec: AnySpec, verifier: str) -> dict[
         **{name: getattr(form, name) for name in _NORMS},
         "eagle_aux_hidden_state_layer_ids": list(form.layers),
         "eagle_config": {
-            "eagle_aux_hidden_state_layer_ids": [layer - (form.layers[0] == 2) for layer in form.layers],
+            "eagle_aux_hidden_state_layer_ids": [
+                layer - (form.layers[0] == 2) for layer in form.layers
+            ],
             "use_aux_hidden_state": True,
         },
         "dtype": str(next(iter(stored.weights.values())).dtype).removeprefix("torch."),
@@ -295,11 +347,17 @@ def eagle3_content(stored: Eagle3Weights, spec: AnySpec, verifier: str) -> dict[
             "algorithm": "eagle3",
             "default_proposal_method": "greedy",
             "proposal_methods": [method],
-            "verifier": {"name_or_path": verifier, "architectures": getattr(spec.config, "architectures", None)},
+            "verifier": {
+                "name_or_path": verifier,
+                "architectures": getattr(spec.config, "architectures", None),
+            },
         },
         "transformer_layer_config": layer,
     }
-    weights = {name.replace(LAYER, _OF_EAGLE): weight.contiguous() for name, weight in stored.weights.items()}
+    weights = {
+        name.replace(LAYER, _OF_EAGLE): weight.contiguous()
+        for name, weight in stored.weights.items()
+    }
     if form.vocab < spec.vocab:  # for a whole vocabulary vLLM refuses the tensor
         weights[TOKENS] = stored.tokens.long() - torch.arange(form.vocab)
     text = json.dumps(document, indent=2) + "\n"
@@ -307,27 +365,50 @@ def eagle3_content(stored: Eagle3Weights, spec: AnySpec, verifier: str) -> dict[
 
 
 def eagle3_sidecar(folder: str | Path, spec: AnySpec) -> Eagle3Weights | None:
-    """The drafter of a model's folder; None without its config.json, which is written last. Raises as `read_eagle3`."""
+    """The drafter of a model's folder; None without its config.json, which is written last. Raises
+    as `read_eagle3`.
+    """
     drafter = Path(folder) / EAGLE3_FOLDER
     return read_eagle3(drafter, spec) if (drafter / CONFIG_FILE).is_file() else None
 
 
 def read_eagle3(folder: str | Path, spec: AnySpec) -> Eagle3Weights:
-    """The drafter in a folder, for a model. Raises CheckpointError for the first unsuitable value or missing weight."""
+    """The drafter in a folder, for a model. Raises CheckpointError for the first unsuitable value
+    or missing weight.
+    """
     path = Path(folder)
     with naming(f"the drafter {folder}"):
-        values = msgspec.convert(document := read_json(path / CONFIG_FILE, CheckpointError), _Values)
+        values = msgspec.convert(
+            document := read_json(path / CONFIG_FILE, CheckpointError), _Values
+        )
         own = values.transformer_layer_config or msgspec.convert(document, _Layer)
-        file, form = WeightFile(path / "model.safetensors"), _form(values, own, spec)
-        names = {name.replace(_OF_EAGLE, LAYER): name for name in file.entries if name not in _UNUSED}
+        file = WeightFile(path / "model.safetensors")
+        form = _form(values, own, spec)
+        names = {
+            name.replace(_OF_EAGLE, LAYER): name for name in file.entries if name not in _UNUSED
+        }
         tokens = torch.arange(form.vocab)
         if names.pop(TOKENS, None):
             check_entries({TOKENS: file.entries[TOKENS]}, {TOKENS: (form.vocab,)}, ("I64", "I32"))
             tokens += file.read(TOKENS).long()
-        check_entries({name: file.entries[stored] for name, stored in names.items()}, form.shapes, ("F32", "BF16", "F16"))
+        check_entries(
+            {name: file.entries[stored] for name, stored in names.items()},
+            form.shapes,
+            ("F32", "BF16", "F16"),
+        )
         weights = {name: file.read(names[name]) for name in form.shapes}
-        require(bool(((tokens >= 0) & (tokens < spec.vocab)).all()), TOKENS, f"tokens below {spec.vocab}", "others")
-        require(len(set(tokens.tolist())) == len(tokens), TOKENS, "different tokens", "some of them twice")
+        require(
+            bool(((tokens >= 0) & (tokens < spec.vocab)).all()),
+            TOKENS,
+            f"tokens below {spec.vocab}",
+            "others",
+        )
+        require(
+            len(set(tokens.tolist())) == len(tokens),
+            TOKENS,
+            "different tokens",
+            "some of them twice",
+        )
     return Eagle3Weights(form, tokens, weights)
 
 
@@ -335,15 +416,37 @@ def _form(values: _Values, own: _Layer, spec: AnySpec) -> Eagle3Form:
     """The drafter's sizes. Raises ConfigError for an unsupported value."""
     named = values.eagle_config.eagle_aux_hidden_state_layer_ids if values.eagle_config else []
     by_index = bool(named) and named[0] == 1
-    layers = values.eagle_aux_hidden_state_layer_ids or [layer + by_index for layer in named] or default_layers(spec.layers)
-    require(max(layers) < spec.layers, "eagle_aux_hidden_state_layer_ids", f"layers below {spec.layers}", layers)
-    require(own.hidden_size == spec.hidden, "hidden_size", f"{spec.hidden}, as the model's", own.hidden_size)
-    require(values.target_hidden_size in (None, spec.hidden), "target_hidden_size", "hidden_size", values.target_hidden_size)
+    layers = (
+        values.eagle_aux_hidden_state_layer_ids
+        or [layer + by_index for layer in named]
+        or default_layers(spec.layers)
+    )
+    require(
+        max(layers) < spec.layers,
+        "eagle_aux_hidden_state_layer_ids",
+        f"layers below {spec.layers}",
+        layers,
+    )
+    require(
+        own.hidden_size == spec.hidden,
+        "hidden_size",
+        f"{spec.hidden}, as the model's",
+        own.hidden_size,
+    )
+    require(
+        values.target_hidden_size in (None, spec.hidden),
+        "target_hidden_size",
+        "hidden_size",
+        values.target_hidden_size,
+    )
     require(own.num_hidden_layers == 1, "num_hidden_layers", "1", own.num_hidden_layers)
     require(own.hidden_act == "silu", "hidden_act", "silu", own.hidden_act)
-    heads, size = own.num_key_value_heads or own.num_attention_heads, own.head_dim or own.hidden_size // own.num_attention_heads
+    heads = own.num_key_value_heads or own.num_attention_heads
+    size = own.head_dim or own.hidden_size // own.num_attention_heads
     needed = f"a multiple of num_key_value_heads, {heads}"
-    require(own.num_attention_heads % heads == 0, "num_attention_heads", needed, own.num_attention_heads)
+    require(
+        own.num_attention_heads % heads == 0, "num_attention_heads", needed, own.num_attention_heads
+    )
     if isinstance(spec, ModelSpec):  # the cache of our kernels has entries of one shape
         needed = f"{spec.kv_heads} and {spec.head_dim}, as the model's"
         fits = (heads, size) == (spec.kv_heads, spec.head_dim)
@@ -353,9 +456,19 @@ def _form(values: _Values, own: _Layer, spec: AnySpec) -> Eagle3Form:
     rope = own.rope_parameters or msgspec.convert(theta | (own.rope_scaling or {}), _Rope)
     require(rope.rope_type in ROPES, "rope_type", " or ".join(ROPES), rope.rope_type)
     before = values.norm_before_residual
-    if before is None:  # the default of `speculators` is true, that of EAGLE's own checkpoints false
+    # The default of `speculators` is true, that of EAGLE's own checkpoints false
+    if before is None:
         before = values.transformer_layer_config is not None
-    sizes = own.hidden_size, own.num_attention_heads, heads, size, own.intermediate_size, values.draft_vocab_size
-    kept = {name: value for name, value in msgspec.structs.asdict(rope).items() if value is not None}
+    sizes = (
+        own.hidden_size,
+        own.num_attention_heads,
+        heads,
+        size,
+        own.intermediate_size,
+        values.draft_vocab_size,
+    )
+    kept = {
+        name: value for name, value in msgspec.structs.asdict(rope).items() if value is not None
+    }
     norms = {name: getattr(values, name) for name in _NORMS}
     return Eagle3Form(tuple(sorted(layers)), *sizes, own.rms_norm_eps, kept, before, **norms)

@@ -1,4 +1,6 @@
-"""Reads models with transformers and peft, also from GGUF files. Code in a checkpoint never runs."""
+"""Reads models with transformers and peft, also from GGUF files. Code in a checkpoint never
+runs.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,9 @@ _OWN = ("model_type", "auto_map", "architectures")  # values of config.json that
 
 
 class PretrainedModel:
-    """A model in a folder or on the hub; of a multimodal one only the text part, if its architecture is known."""
+    """A model in a folder or on the hub; of a multimodal one only the text part, if its
+    architecture is known.
+    """
 
     def __init__(self, path: str) -> None:
         from transformers import AutoConfig
@@ -46,7 +50,9 @@ class PretrainedModel:
         if (same := _SAME.get(settings.get("model_type", ""))) is None:
             whole = AutoConfig.from_pretrained(path, **_NO_FOREIGN_CODE)
         else:
-            whole = AutoConfig.for_model(same, **{name: value for name, value in settings.items() if name not in _OWN})
+            whole = AutoConfig.for_model(
+                same, **{name: value for name, value in settings.items() if name not in _OWN}
+            )
         text = whole.get_text_config(decoder=True) if whole.model_type in MULTIMODAL else whole
         self.is_part = text is not whole and known_architecture(text) is not None
         self.config = text if self.is_part else whole
@@ -54,7 +60,11 @@ class PretrainedModel:
         self.spec = ModelSpec.of(self.config) if known_architecture(self.config) else None
         self.low_bits: LowBitWeights | None = None
         quantization = dict(getattr(whole, "quantization_config", None) or {})
-        if self.spec is not None and has_low_bits(quantization) and not self.spec.architecture.transposed:
+        if (
+            self.spec is not None
+            and has_low_bits(quantization)
+            and not self.spec.architecture.transposed
+        ):
             self.low_bits = LowBitWeights(path, self.spec, quantization)
             self.config.__dict__.pop("quantization_config", None)
 
@@ -69,16 +79,34 @@ class PretrainedModel:
 
         generation_config(self._path)  # raises for a damaged file, which transformers ignores
         if self.low_bits is not None and self.spec is not None:
-            return self._dense({name: self.low_bits.weight(name).float() for name in self.spec.shapes}, torch.float32)
+            return self._dense(
+                {name: self.low_bits.weight(name).float() for name in self.spec.shapes},
+                torch.float32,
+            )
         files = open_weights(self._path, self.spec)  # checks them
         if self.is_part and self.spec is not None:
-            return self._dense({name: files[name].mapped(name) for name in self.spec.shapes}, "auto")
-        kind = AutoModelForCausalLM if type(self.config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
-        how = {"dtype": "auto", "attn_implementation": attention_for(self.config), "config": self.config, **_NO_FOREIGN_CODE}
+            return self._dense(
+                {name: files[name].mapped(name) for name in self.spec.shapes}, "auto"
+            )
+        kind = (
+            AutoModelForCausalLM
+            if type(self.config) in MODEL_FOR_CAUSAL_LM_MAPPING
+            else AutoModelForImageTextToText
+        )
+        how = {
+            "dtype": "auto",
+            "attn_implementation": attention_for(self.config),
+            "config": self.config,
+            **_NO_FOREIGN_CODE,
+        }
         model, report = kind.from_pretrained(self._path, output_loading_info=True, **how)
-        missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report.get("mismatched_keys", []))
+        missing = sorted(report["missing_keys"]) + sorted(
+            str(key) for key in report.get("mismatched_keys", [])
+        )
         if missing:
-            raise CheckpointError(f"it is incomplete: {len(missing)} weights are missing, {missing[0]} the first")
+            raise CheckpointError(
+                f"it is incomplete: {len(missing)} weights are missing, {missing[0]} the first"
+            )
         return model
 
     def _dense(self, weights: dict[str, Tensor], dtype: torch.dtype | str) -> Any:
@@ -91,7 +119,9 @@ class PretrainedModel:
 
 
 def open_model(location: Location) -> PretrainedModel | GgufFile:
-    """Opens the model at a location, without its weights. Raises CheckpointError for an unsupported one."""
+    """Opens the model at a location, without its weights. Raises CheckpointError for an unsupported
+    one.
+    """
     if location.gguf_file is None:
         return PretrainedModel(location.path)
     return GgufFile(Path(location.path) / location.gguf_file)
@@ -99,48 +129,67 @@ def open_model(location: Location) -> PretrainedModel | GgufFile:
 
 @quiet_transformers()
 def configured_spec(folder: str) -> ModelSpec | None:
-    """The spec of a folder with transformers' defaults; None if its weights are quantized or not in safetensors."""
+    """The spec of a folder with transformers' defaults; None if its weights are quantized or not in
+    safetensors.
+    """
     plain = weight_files(folder) and "quantization_config" not in read_settings(folder, CONFIG_FILE)
     return PretrainedModel(folder).spec if plain else None
 
 
 def tokenizer_in(folder: str, vocab_size: int) -> Any:
-    """A folder's tokenizer, without transformers if possible. Raises as `checked_tokenizer` does."""
+    """A folder's tokenizer, without transformers if possible. Raises as `checked_tokenizer`
+    does.
+    """
     return checked_tokenizer(lean_tokenizer(folder) or read_tokenizer(folder), vocab_size)
 
 
 def tokenizer_of(files: PretrainedModel | GgufFile) -> Any:
     """transformers' tokenizer of a model. Raises as `checked_tokenizer` does."""
-    return checked_tokenizer(files.tokenizer(), files.config.get_text_config(decoder=True).vocab_size)
+    return checked_tokenizer(
+        files.tokenizer(), files.config.get_text_config(decoder=True).vocab_size
+    )
 
 
 @quiet_transformers()
 def read_model(name: str, location: Location, device: torch.device, dtype: str) -> Trainable:
     """Reads a model that is no adapter, in evaluation mode."""
     files = open_model(location)
-    spec, tokenizer, model = files.spec, tokenizer_of(files), files.model()
+    spec = files.spec
+    tokenizer = tokenizer_of(files)
+    model = files.model()
     check_model(model, spec)
     precision = pick_dtype(dtype, device, model.num_parameters())
     cast_weights(model.to(device), precision)
-    return Trainable(name, model.eval(), TransformersBackend(model, spec=spec), tokenizer, info_of(name, location))
+    return Trainable(
+        name,
+        model.eval(),
+        TransformersBackend(model, spec=spec),
+        tokenizer,
+        info_of(name, location),
+    )
 
 
 @quiet_transformers()
 def blank(name: str, seed: int, tokenizer: Any = None) -> Trainable:
-    """A checkpoint's architecture with random weights, in fp32 on the CPU, with the vocabulary of `tokenizer`."""
+    """A checkpoint's architecture with random weights, in fp32 on the CPU, with the vocabulary of
+    `tokenizer`.
+    """
     location = locate(name)
     from transformers import AutoModelForCausalLM
 
     def read() -> Trainable:
         files = open_model(location)
-        config, words = files.config, tokenizer or tokenizer_of(files)
+        config = files.config
+        words = tokenizer or tokenizer_of(files)
         if tokenizer:
             config.vocab_size = len(words)
             for special in ("pad_token_id", "bos_token_id", "eos_token_id"):
                 setattr(config, special, getattr(words, special))
         torch.manual_seed(seed)
         attention = attention_for(config)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation=attention
+        )
         return Trainable(name, model, TransformersBackend(model), words, read_info(location.path))
 
     return reading(name, read)
@@ -154,28 +203,40 @@ def blank_on_meta(name: str, location: Location) -> Trainable:
     files = open_model(location)
     with torch.device("meta"):
         attention = attention_for(files.config)
-        model = AutoModelForCausalLM.from_config(files.config, dtype=torch.float32, attn_implementation=attention)
-    return Trainable(name, model, TransformersBackend(model), tokenizer_of(files), read_info(location.path))
+        model = AutoModelForCausalLM.from_config(
+            files.config, dtype=torch.float32, attn_implementation=attention
+        )
+    return Trainable(
+        name, model, TransformersBackend(model), tokenizer_of(files), read_info(location.path)
+    )
 
 
 @quiet_transformers()
 def merge_adapters(adapters: list[str], base: Trainable) -> Trainable:
-    """Merges adapters into `base`, from the last to the first, and takes the first one's tokenizer. Raises CheckpointError."""
+    """Merges adapters into `base`, from the last to the first, and takes the first one's tokenizer.
+    Raises CheckpointError.
+    """
     from peft import PeftModel, get_peft_model_state_dict
 
-    model, spec = base.model, base.backend.spec
+    model = base.model
+    spec = base.backend.spec
     own = spec if isinstance(spec, ModelSpec) else None
     for adapter in reversed(adapters):
         adapted = PeftModel.from_pretrained(model, adapter)
-        stored, needed = open_weights(adapter), get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        stored = open_weights(adapter)
+        needed = get_peft_model_state_dict(adapted, save_embedding_layers=False)
         missing = sorted(needed.keys() - stored.keys()) if stored else []
         if missing:  # peft leaves these at their initial values
-            raise CheckpointError(f"the adapter is incomplete: {len(missing)} weights are missing, {missing[0]} the first")
+            raise CheckpointError(
+                f"the adapter is incomplete: {len(missing)} weights are missing, {missing[0]} the first"
+            )
         model = adapted.merge_and_unload().eval()
     model.requires_grad_(True)  # peft froze the base
     tokenizer = checked_tokenizer(read_tokenizer(adapters[0]), spec.vocab)
     check_model(model, own)
-    return Trainable(adapters[0], model, TransformersBackend(model, spec=own), tokenizer, read_info(adapters[0]))
+    return Trainable(
+        adapters[0], model, TransformersBackend(model, spec=own), tokenizer, read_info(adapters[0])
+    )
 
 
 def read_tokenizer(path: str) -> Any:
@@ -202,6 +263,8 @@ def written_dtype(loaded: Trainable, asked: str) -> torch.dtype:
         return stored_dtype(loaded.name)
     weights = [weight.detach() for weight in loaded.model.parameters()]
     exact = (
-        dtype for dtype in (torch.bfloat16, torch.float16) if all(weight.equal(weight.to(dtype).float()) for weight in weights)
+        dtype
+        for dtype in (torch.bfloat16, torch.float16)
+        if all(weight.equal(weight.to(dtype).float()) for weight in weights)
     )
     return next(exact, torch.float32)

@@ -1,4 +1,6 @@
-"""How tokens are decoded: requested options (DecodingOptions), and a strategy with all of its settings (DecodingConfig)."""
+"""How tokens are decoded: requested options (DecodingOptions), and a strategy with all of its
+settings (DecodingConfig).
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -46,7 +48,13 @@ KEY = "LAYERSKIP_API_KEY"  # environment variable of a server
 _USERS: dict[str, Sequence[str]] = {
     "exit_layer": ("self-speculative", "early-exit"),
     "num_draft_tokens": tuple(DRAFTERS),
-    "draft_confidence": ("adaptive", "self-speculative", *WITH_DRAFTER, "draft-and-verify", "draft-model"),
+    "draft_confidence": (
+        "adaptive",
+        "self-speculative",
+        *WITH_DRAFTER,
+        "draft-and-verify",
+        "draft-model",
+    ),
     "draft_model": ("adaptive", "draft-model"),
     "lookup": tuple(DRAFTERS),
     "exit_confidence": ("early-exit",),
@@ -61,43 +69,107 @@ REMEMBERED = 131_072
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Milliseconds = Annotated[float, Meta(ge=1e-4, le=1e9)]  # differences of these stay precise
 Remember = Annotated[
-    CountOrNone, Flag("Tokens of earlier answers (of all clients) that lookups search too; 0: none.", panel="Decoding")
+    CountOrNone,
+    Flag(
+        "Tokens of earlier answers (of all clients) that lookups search too; 0: none.",
+        panel="Decoding",
+    ),
 ]
 
 
 class DecodingOptions(TypedDict, total=False):
-    """Requested decoding options; the checkpoint completes them. Layers are counts: exit E is after E layers."""
+    """Requested decoding options; the checkpoint completes them. Layers are counts: exit E is after
+    E layers.
+    """
 
-    strategy: Annotated[str, one_of(*STRATEGIES), Flag("Decoding strategy.", None, "adaptive, or by other flags", "Decoding")]
-    exit_layer: Annotated[Layer, Flag("Draft with (or exit after) this many layers.", "--exit", "the checkpoint's")]
-    num_draft_tokens: Annotated[Drafts, Flag("Most draft tokens per round.", "--spec", "the checkpoint's")]
-    max_new_tokens: Annotated[Count, Flag("Most tokens in an answer.", None, "256; in chat and serve all that fit the context")]
-    draft_confidence: Annotated[Fraction, Flag("Stop drafting below this probability of the best token; 0: never.", None, "0")]
+    strategy: Annotated[
+        str,
+        one_of(*STRATEGIES),
+        Flag("Decoding strategy.", None, "adaptive, or by other flags", "Decoding"),
+    ]
+    exit_layer: Annotated[
+        Layer, Flag("Draft with (or exit after) this many layers.", "--exit", "the checkpoint's")
+    ]
+    num_draft_tokens: Annotated[
+        Drafts, Flag("Most draft tokens per round.", "--spec", "the checkpoint's")
+    ]
+    max_new_tokens: Annotated[
+        Count,
+        Flag("Most tokens in an answer.", None, "256; in chat and serve all that fit the context"),
+    ]
+    draft_confidence: Annotated[
+        Fraction,
+        Flag("Stop drafting below this probability of the best token; 0: never.", None, "0"),
+    ]
     stop: Annotated[Texts, Flag("End the answer before this text. Can be repeated.", repeated=True)]
-    lookup: Annotated[int, Meta(ge=0, le=1_000), Flag("First draft what followed the last N tokens before; 0: no.", None, "0")]
-    exit_confidence: Annotated[Ratio, Flag("Each token leaves at the first exit with more than this probability.", None, "0")]
-    skip: Annotated[Sequence[Layer], Flag("Draft without these layers, from 1: 8,9,14:18.", None, "as stored by sweep-exits")]
+    lookup: Annotated[
+        int,
+        Meta(ge=0, le=1_000),
+        Flag("First draft what followed the last N tokens before; 0: no.", None, "0"),
+    ]
+    exit_confidence: Annotated[
+        Ratio,
+        Flag("Each token leaves at the first exit with more than this probability.", None, "0"),
+    ]
+    skip: Annotated[
+        Sequence[Layer],
+        Flag("Draft without these layers, from 1: 8,9,14:18.", None, "as stored by sweep-exits"),
+    ]
     policy: Annotated[
         Text,
-        Flag("Settings stored by sweep-exits --save: exact (same output) or fast.", None, "exact, if nothing else is given"),
+        Flag(
+            "Settings stored by sweep-exits --save: exact (same output) or fast.",
+            None,
+            "exact, if nothing else is given",
+        ),
     ]
-    exits: Annotated[Sequence[Layer], Flag("Exits for --exit-confidence: 3,6,8 or A:B:STEP.", None, "the trained, at most six")]
+    exits: Annotated[
+        Sequence[Layer],
+        Flag("Exits for --exit-confidence: 3,6,8 or A:B:STEP.", None, "the trained, at most six"),
+    ]
     temperature: Annotated[
-        Temperature, Flag("Temperature; 0 is greedy.", None, "0; in chat and serve by generation_config.json", "Sampling")
+        Temperature,
+        Flag(
+            "Temperature; 0 is greedy.",
+            None,
+            "0; in chat and serve by generation_config.json",
+            "Sampling",
+        ),
     ]
-    top_k: Annotated[CountOrNone, Flag("Sample from the k most probable tokens; 0: from all.", default="0")]
-    top_p: Annotated[Share, Flag("Sample from the most probable tokens that add up to this probability.", default="1")]
+    top_k: Annotated[
+        CountOrNone, Flag("Sample from the k most probable tokens; 0: from all.", default="0")
+    ]
+    top_p: Annotated[
+        Share,
+        Flag("Sample from the most probable tokens that add up to this probability.", default="1"),
+    ]
     seed: Annotated[Seed, Flag("Seed of sampling.", default="0")]
 
 
 class RequestOptions(DecodingOptions, total=False):
     """Options of a request. Measurements take those of DecodingOptions only."""
 
-    min_p: Annotated[Ratio, Flag("Sample from tokens with this share of the best one's probability.", None, "0", "Sampling")]
-    frequency_penalty: Annotated[Penalty, Flag("Subtract this from a token's logit per occurrence in the answer.", None, "0")]
-    presence_penalty: Annotated[Penalty, Flag("Subtract this from the logits of tokens in the answer.", None, "0")]
+    min_p: Annotated[
+        Ratio,
+        Flag(
+            "Sample from tokens with this share of the best one's probability.",
+            None,
+            "0",
+            "Sampling",
+        ),
+    ]
+    frequency_penalty: Annotated[
+        Penalty, Flag("Subtract this from a token's logit per occurrence in the answer.", None, "0")
+    ]
+    presence_penalty: Annotated[
+        Penalty, Flag("Subtract this from the logits of tokens in the answer.", None, "0")
+    ]
     repetition_penalty: Annotated[
-        float, Meta(gt=0, le=100), Flag("Divide positive logits of earlier tokens by this, multiply negative ones.", None, "1")
+        float,
+        Meta(gt=0, le=100),
+        Flag(
+            "Divide positive logits of earlier tokens by this, multiply negative ones.", None, "1"
+        ),
     ]
     logit_bias: Annotated[
         dict[Annotated[int, Meta(ge=0)], Annotated[float, Meta(ge=-100, le=100)]],
@@ -106,18 +178,28 @@ class RequestOptions(DecodingOptions, total=False):
     ]
     min_tokens: Annotated[CountOrNone, Flag("Least tokens in an answer.", None, "0", "Decoding")]
     ignore_eos: Annotated[bool, Flag("Go on after the tokens that end an answer.", default="no")]
-    stop_token_ids: Annotated[Sequence[Annotated[int, Meta(ge=0)]], Flag("End the answer at these token ids, too: 5,17.")]
+    stop_token_ids: Annotated[
+        Sequence[Annotated[int, Meta(ge=0)]], Flag("End the answer at these token ids, too: 5,17.")
+    ]
     schema: Annotated[
-        dict[str, Any], Meta(description="a JSON schema, an object"), Flag("JSON schema of the answer, a file.", reads="file")
+        dict[str, Any],
+        Meta(description="a JSON schema, an object"),
+        Flag("JSON schema of the answer, a file.", reads="file"),
     ]
     regex: Annotated[Text, Flag("Answer with a text that matches this regular expression.")]
-    grammar: Annotated[Text, Flag("Answer with a text of the Lark grammar in this file.", reads="file")]
+    grammar: Annotated[
+        Text, Flag("Answer with a text of the Lark grammar in this file.", reads="file")
+    ]
     choice: Annotated[
         Sequence[Text],
         Meta(min_length=1, description="a list of texts, at least one"),
         Flag("Answer with this text. Repeated: with one of these.", repeated=True),
     ]
-    logprobs: Annotated[int, Meta(ge=0, le=20), Flag("With --jsonl: log probabilities of tokens and of N alternatives.")]
+    logprobs: Annotated[
+        int,
+        Meta(ge=0, le=20),
+        Flag("With --jsonl: log probabilities of tokens and of N alternatives."),
+    ]
     prompt_logprobs: Annotated[bool, Flag("The same of the prompt's tokens.", default="no")]
 
 
@@ -128,9 +210,12 @@ _OF_A_REQUEST |= {"max_new_tokens", "stop", "temperature", "top_k", "top_p", "se
 
 @dataclass(frozen=True)
 class DraftProfile:
-    """Measurements that adaptive drafting starts from; `acceptance` and `drafts` by drafter: `exit 8`, `int8`."""
+    """Measurements that adaptive drafting starts from; `acceptance` and `drafts` by drafter: `exit
+    8`, `int8`.
+    """
 
-    acceptance: dict[str, Ratio] = field(default_factory=dict)  # acceptance rate of a draft after accepted ones
+    # Acceptance rate of a draft after accepted ones
+    acceptance: dict[str, Ratio] = field(default_factory=dict)
     passes: tuple[Milliseconds, ...] = ()  # of the target over 1, 2, ... tokens
     drafts: dict[str, Milliseconds] = field(default_factory=dict)  # per draft token
     draft_head: Quantization | None = None  # as in PackingConfig
@@ -147,7 +232,8 @@ class DecodingConfig:
     max_new_tokens: int = MAX_NEW_TOKENS
     draft_confidence: float = 0.0
     stop: tuple[str, ...] = ()
-    draft_weights: Quantization | None = None  # the low-bit copy that drafts; None: the model's own weights
+    # The low-bit copy that drafts; None: the model's own weights
+    draft_weights: Quantization | None = None
     lookup: int = 0
     exits: tuple[int, ...] = ()
     exit_confidence: float = 0.0
@@ -164,8 +250,10 @@ class DecodingConfig:
     min_tokens: int = 0
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
-    guided: tuple[str, str] | None = None  # one of GUIDES and its text, JSON except for `regex` and `grammar`
-    guide: "Matcher | None" = field(default=None, compare=False)  # the same, compiled for the tokenizer
+    # One of GUIDES and its text, JSON except for `regex` and `grammar`
+    guided: tuple[str, str] | None = None
+    # The same, compiled for the tokenizer
+    guide: "Matcher | None" = field(default=None, compare=False)
     logprobs: int | None = None
     prompt_logprobs: bool = False
     profile: DraftProfile = field(default_factory=DraftProfile, hash=False)
@@ -188,30 +276,63 @@ class DecodingConfig:
 
 _ROWS_OWN = DecodingConfig(max_new_tokens=1)
 _OF_A_ROW = (
-    *("max_new_tokens", "stop", "seed", "frequency_penalty", "presence_penalty", "repetition_penalty", "logit_bias"),
-    *("min_tokens", "ignore_eos", "stop_token_ids", "guided", "guide", "logprobs", "prompt_logprobs"),
+    *(
+        "max_new_tokens",
+        "stop",
+        "seed",
+        "frequency_penalty",
+        "presence_penalty",
+        "repetition_penalty",
+        "logit_bias",
+    ),
+    *(
+        "min_tokens",
+        "ignore_eos",
+        "stop_token_ids",
+        "guided",
+        "guide",
+        "logprobs",
+        "prompt_logprobs",
+    ),
 )
 
 
-def decoding(strategy: str, options: DecodingOptions | None = None, **fields: Any) -> DecodingConfig:
+def decoding(
+    strategy: str, options: DecodingOptions | None = None, **fields: Any
+) -> DecodingConfig:
     """The DecodingConfig of a strategy: the `options` that it uses, and further `fields`."""
-    used = {name: value for name, value in normalized(options or {}).items() if strategy in used_by(name)}
+    used = {
+        name: value
+        for name, value in normalized(options or {}).items()
+        if strategy in used_by(name)
+    }
     return DecodingConfig(**used | fields | {"strategy": strategy})
 
 
 def choices(options: DecodingOptions) -> dict[str, Any]:
-    """The requested options that a policy could set, and `policy`. Empty: the checkpoint chooses."""
-    return {name: value for name, value in normalized(options).items() if value and name not in _OF_A_REQUEST}
+    """The requested options that a policy could set, and `policy`. Empty: the checkpoint
+    chooses.
+    """
+    return {
+        name: value
+        for name, value in normalized(options).items()
+        if value and name not in _OF_A_REQUEST
+    }
 
 
 def changed(options: DecodingOptions, changes: DecodingOptions) -> RequestOptions:
-    """`options` with `changes`. A new policy replaces all options that policies set; such an option drops the policy."""
+    """`options` with `changes`. A new policy replaces all options that policies set; such an option
+    drops the policy.
+    """
     replaced = set() if changes.keys().isdisjoint(GUIDES) else set(GUIDES)
     if "policy" in changes:
         replaced |= options.keys() - _OF_A_REQUEST
     elif choices(changes):
         replaced.add("policy")
-    return cast(RequestOptions, {name: value for name, value in options.items() if name not in replaced} | dict(changes))
+    return cast(
+        RequestOptions,
+        {name: value for name, value in options.items() if name not in replaced} | dict(changes),
+    )
 
 
 def used_by(option: str) -> Sequence[str]:
@@ -221,9 +342,16 @@ def used_by(option: str) -> Sequence[str]:
 
 def normalized(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options with tuples for lists and objects, without empty ones."""
-    stop, bias = options.get("stop"), dict(options.get("logit_bias") or {})
-    listed = {**options, "stop": [stop] if isinstance(stop, str) else stop, "logit_bias": sorted(bias.items())}
-    tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in listed.items()}
+    stop = options.get("stop")
+    bias = dict(options.get("logit_bias") or {})
+    listed = {
+        **options,
+        "stop": [stop] if isinstance(stop, str) else stop,
+        "logit_bias": sorted(bias.items()),
+    }
+    tuples = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in listed.items()
+    }
     return {name: value for name, value in tuples.items() if value not in (None, ())}
 
 
@@ -232,17 +360,36 @@ class ServeConfig:
     """Settings of a server. `decoding`: defaults of requests."""
 
     model: ModelName = "embedded"
-    host: Annotated[Text, Flag("Address to listen on; 0.0.0.0 is all of this machine's.", panel="Server")] = "127.0.0.1"
+    host: Annotated[
+        Text, Flag("Address to listen on; 0.0.0.0 is all of this machine's.", panel="Server")
+    ] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65_535), Flag("Port to listen on; 0: a free one.")] = 8000
     batch_size: Annotated[BatchSize, Flag("Answers that are decoded together.")] = 8
-    queue_size: Annotated[int, Meta(ge=0, le=1_000_000), Flag("Answers that may wait; more get status 429.", "--queue")] = 256
-    token_limit: Annotated[Count | None, Flag("Most tokens of any answer.", None, "the room in the context")] = None
-    body_limit: Annotated[int, Meta(ge=1_024, le=2**30), Flag("Most bytes of a request's body.")] = 2**20
-    api_key: Annotated[Text | None, Flag("Key that clients must send.", default=f"{KEY} in the environment, else none")] = None
-    embedding_layer: Annotated[Layer | None, Flag("Embeddings are mean states after this many layers.", None, "all")] = None
+    queue_size: Annotated[
+        int,
+        Meta(ge=0, le=1_000_000),
+        Flag("Answers that may wait; more get status 429.", "--queue"),
+    ] = 256
+    token_limit: Annotated[
+        Count | None, Flag("Most tokens of any answer.", None, "the room in the context")
+    ] = None
+    body_limit: Annotated[
+        int, Meta(ge=1_024, le=2**30), Flag("Most bytes of a request's body.")
+    ] = 2**20
+    api_key: Annotated[
+        Text | None,
+        Flag("Key that clients must send.", default=f"{KEY} in the environment, else none"),
+    ] = None
+    embedding_layer: Annotated[
+        Layer | None, Flag("Embeddings are mean states after this many layers.", None, "all")
+    ] = None
     remember: Remember = 0
-    prefix_cache: Annotated[int, Meta(ge=0, le=1_000_000), Flag("Megabytes for KV entries of prompts and answers.")] = 512
-    kv_memory: Annotated[Count | None, Flag("Megabytes for all KV entries.", None, "a fifth of what is free")] = None
+    prefix_cache: Annotated[
+        int, Meta(ge=0, le=1_000_000), Flag("Megabytes for KV entries of prompts and answers.")
+    ] = 512
+    kv_memory: Annotated[
+        Count | None, Flag("Megabytes for all KV entries.", None, "a fifth of what is free")
+    ] = None
     decoding: Annotated[RequestOptions, Without(("seed", "logprobs", "prompt_logprobs"))] = field(
         default_factory=RequestOptions
     )

@@ -1,6 +1,7 @@
 """Declares settings: one annotation has the type, range and flag of a field.
 
-  num_draft_tokens: Annotated[int, Meta(ge=1, le=10_000), Flag("Most draft tokens per round.", "--spec")]
+  num_draft_tokens: Annotated[int, Meta(ge=1, le=10_000), Flag("Most draft tokens per round.",
+  "--spec")]
 
 `checked` validates values that users give (flags, Python options, JSON, TOML).
 """
@@ -24,7 +25,13 @@ Panel = Literal[
     "Prompting", "Adapters", "Run", "Measurement", "Weights", "Machine", "Output",
 ]  # the headings of --help, in their order  # fmt: skip
 _MOST_COUNTS = 10_000  # in a list of counts
-_KINDS = {str: "a text", bool: "true or false", int: "a whole number", float: "a number", dict: "an object"}
+_KINDS = {
+    str: "a text",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    dict: "an object",
+}
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,8 @@ class Flag:
     panel: Panel | None = None  # heading of --help; None: that of the field before
     repeated: bool = False
     optional: str | None = None  # a value that may follow; without it the field is True
-    reads: Literal["file", "data", "perhaps data", "model"] | None = None  # its existence is checked before torch is imported
+    # Its existence is checked before torch is imported
+    reads: Literal["file", "data", "perhaps data", "model"] | None = None
 
 
 class Without(tuple[str, ...]):
@@ -46,14 +54,19 @@ class Without(tuple[str, ...]):
 
 def one_of(*names: str) -> Meta:
     """The constraint of a text that is one of these names."""
-    return Meta(pattern=rf"\A({'|'.join(map(re.escape, names))})\Z", description=f"one of {', '.join(names)}")
+    return Meta(
+        pattern=rf"\A({'|'.join(map(re.escape, names))})\Z",
+        description=f"one of {', '.join(names)}",
+    )
 
 
 # Text without lone surrogates, by which Python represents invalid UTF-8 in arguments.
 _UNICODE = "a text of valid Unicode that is not empty"
 Text = Annotated[str, Meta(min_length=1, pattern="^[^\ud800-\udfff]*$", description=_UNICODE)]
 # msgspec 0.22 crashes on a pattern next to a list.
-Texts = Annotated[Annotated[str, Meta(min_length=1)] | Sequence[Text], Meta(description=f"{_UNICODE}, or several")]
+Texts = Annotated[
+    Annotated[str, Meta(min_length=1)] | Sequence[Text], Meta(description=f"{_UNICODE}, or several")
+]
 Count = Annotated[int, Meta(ge=1, le=10_000_000)]
 CountOrNone = Annotated[int, Meta(ge=0, le=10_000_000)]
 Steps = Annotated[int, Meta(ge=0, le=1_000_000_000)]
@@ -65,25 +78,33 @@ Fraction = Annotated[float, Meta(ge=0, lt=1)]
 Ratio = Annotated[float, Meta(ge=0, le=1)]
 Temperature = Annotated[float, Meta(ge=0, le=1_000)]
 Seed = Annotated[int, Meta(ge=0, le=2**32 - 1)]  # what numpy, torch and transformers all take
-Threads = Annotated[int, Meta(ge=0, le=os.cpu_count() or 1)]  # thread libraries may crash with many more
+# Thread libraries may crash with many more
+Threads = Annotated[int, Meta(ge=0, le=os.cpu_count() or 1)]
 _MODELS = "embedded, embedded-base, a folder, a .gguf file or a hub id."
 ModelName = Annotated[Text, Flag(_MODELS, panel="Model", reads="model")]
 
 
 def checked(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Converts user-given values to `kind`'s field types. Raises TypeError for an unknown name, ConfigError for a value."""
+    """Converts user-given values to `kind`'s field types. Raises TypeError for an unknown name,
+    ConfigError for a value.
+    """
     hints = hints_of(kind)
     for name in values:
         if name not in hints:
             raise TypeError(f"unknown option {name!r}; known: {', '.join(hints)}")
-    return {name: check(name, hints[name], value) for name, value in values.items() if value is not None}
+    return {
+        name: check(name, hints[name], value) for name, value in values.items() if value is not None
+    }
 
 
 def check(field: str, hint: Any, value: Any) -> Any:
-    """Converts a value to its annotated type; accepts NumPy's numbers and arrays. Raises ConfigError."""
+    """Converts a value to its annotated type; accepts NumPy's numbers and arrays. Raises
+    ConfigError.
+    """
     try:
         return msgspec.convert(_plain(value), hint, str_keys=True)
-    except (msgspec.ValidationError, UnicodeEncodeError) as error:  # the latter for lone surrogates among choices
+    # The latter for lone surrogates among choices
+    except (msgspec.ValidationError, UnicodeEncodeError) as error:
         wrong_type = ", got `" in str(error)
         listed = isinstance(value, list | tuple) and not wrong_type
         found = ",".join(map(str, value)) if listed else repr(value) if wrong_type else value
@@ -92,12 +113,14 @@ def check(field: str, hint: Any, value: Any) -> Any:
 
 def needed(hint: Any) -> str:
     """The requirement in words: `a whole number in 1..10000`."""
-    origin, parts = get_origin(hint), get_args(hint)
+    origin = get_origin(hint)
+    parts = get_args(hint)
     if origin is Annotated:
         meta = next((note for note in parts[1:] if isinstance(note, Meta)), None)
         if meta is None or meta.description:
             return needed(parts[0]) if meta is None else str(meta.description)
-        low, high = (meta.gt if meta.ge is None else meta.ge), (meta.lt if meta.le is None else meta.le)
+        low = meta.gt if meta.ge is None else meta.ge
+        high = meta.lt if meta.le is None else meta.le
         if high is None:
             return f"{_KINDS[parts[0]]} {'above' if meta.ge is None else 'of at least'} {low:g}"
         if parts[0] is int:
@@ -123,7 +146,9 @@ def _plain(value: Any) -> Any:
 
 def flag_of(hint: Any) -> Flag | None:
     """The Flag in an annotation."""
-    return next((note for note in getattr(hint, "__metadata__", ()) if isinstance(note, Flag)), None)
+    return next(
+        (note for note in getattr(hint, "__metadata__", ()) if isinstance(note, Flag)), None
+    )
 
 
 @cache
@@ -142,7 +167,9 @@ def alternatives(hint: Any) -> tuple[Any, ...]:
 
 
 def parse_list(text: str, field: str, hint: Any) -> tuple[Any, ...]:
-    """The parts of a flag with commas, by the list's type: counts, shares (ascending) or names. Raises ConfigError."""
+    """The parts of a flag with commas, by the list's type: counts, shares (ascending) or names.
+    Raises ConfigError.
+    """
     (entry, *_) = alternatives(get_args(alternatives(hint)[-1])[0])
     if entry is int:
         return parse_counts(text, field)
@@ -150,14 +177,18 @@ def parse_list(text: str, field: str, hint: Any) -> tuple[Any, ...]:
         if entry is float:
             return tuple(sorted({float(part) for part in text.split(",")}))
     except ValueError:
-        raise refused(field, "a list such as 0.8,0.9 of numbers above 0 and up to 1", repr(shown(text))) from None
+        raise refused(
+            field, "a list such as 0.8,0.9 of numbers above 0 and up to 1", repr(shown(text))
+        ) from None
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     require(bool(names), field, "a name, or several with commas", repr(text))
     return names
 
 
 def parse_counts(text: str, field: str) -> tuple[int, ...]:
-    """Distinct ascending counts (at most 10,000) from `3,6,8`, `A:B`, `A:B:STEP` or `3,8:12`. Raises ConfigError."""
+    """Distinct ascending counts (at most 10,000) from `3,6,8`, `A:B`, `A:B:STEP` or `3,8:12`.
+    Raises ConfigError.
+    """
 
     def counts(start: int, stop: int | None = None, step: int = 1) -> Sequence[int]:
         return range(start, (start if stop is None else stop) + 1, step) if step >= 1 else ()
@@ -165,16 +196,25 @@ def parse_counts(text: str, field: str) -> tuple[int, ...]:
     try:
         ranges = [counts(*map(int, part.split(":"))) for part in text.split(",")]
         count = sum(map(len, ranges))
-    except (ValueError, TypeError, OverflowError):  # no number, too large a number, or too many parts
+    # No number, too large a number, or too many parts
+    except (ValueError, TypeError, OverflowError):
         ranges = []
     if not ranges or not all(ranges):
-        raise refused(field, "a list such as 3,6,8 or a range A:B:STEP with A <= B and STEP >= 1", repr(shown(text)))
+        raise refused(
+            field,
+            "a list such as 3,6,8 or a range A:B:STEP with A <= B and STEP >= 1",
+            repr(shown(text)),
+        )
     require(count <= _MOST_COUNTS, field, f"at most {_MOST_COUNTS} counts", count)
     return tuple(sorted(set(chain.from_iterable(ranges))))
 
 
 def counts_text(counts: Sequence[int]) -> str:
-    """Ascending counts as `parse_counts` reads them; three or more in a row as a range: 8,9,14:18."""
+    """Ascending counts as `parse_counts` reads them; three or more in a row as a range:
+    8,9,14:18.
+    """
     numbered = groupby(enumerate(counts), key=lambda pair: pair[1] - pair[0])  # equal within a run
     runs = [[count for _, count in run] for _, run in numbered]
-    return ",".join(f"{run[0]}:{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs)
+    return ",".join(
+        f"{run[0]}:{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs
+    )

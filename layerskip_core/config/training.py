@@ -1,4 +1,6 @@
-"""Settings of the two trainings: of a model, with or without the recipe, and of a drafter for a frozen model."""
+"""Settings of the two trainings: of a model, with or without the recipe, and of a drafter for a
+frozen model.
+"""
 
 import os
 from dataclasses import dataclass, field
@@ -30,27 +32,76 @@ _Vocabulary = Annotated[int, Meta(ge=260, le=10_000_000)]
 _BY_PRESET = "by --recipe"
 _REPLAY_HELP = "Share of a step's rows that the model itself wrote before the training, so that it keeps what it knew."
 SHIPPED = "shipped"  # the drafter that the model's checkpoint has
-_LAYOUTS: dict[str, BlockLayout] = {"exits": "exit", "draft_vocab": "eagle3", "start_from": "eagle3"}
-# Arguments of transformers that a run decides. Others could end it early, hide its checkpoints, change what its losses mean,
-# or would have no effect.
+_LAYOUTS: dict[str, BlockLayout] = {
+    "exits": "exit",
+    "draft_vocab": "eagle3",
+    "start_from": "eagle3",
+}
+# Arguments of transformers that a run decides. Others could end it early, hide its checkpoints,
+# change what its losses mean, or would have no effect.
 _SET_BY = {  # the setting to use instead
-    **{"max_steps": "steps", "num_train_epochs": "epochs", "learning_rate": "lr", "warmup_steps": "warmup"},
+    **{
+        "max_steps": "steps",
+        "num_train_epochs": "epochs",
+        "learning_rate": "lr",
+        "warmup_steps": "warmup",
+    },
     **{"per_device_train_batch_size": "batch_size", "gradient_accumulation_steps": "accumulation"},
     **{"weight_decay": "weight_decay", "max_grad_norm": "max_grad_norm", "seed": "seed"},
-    **{"output_dir": "output", "save_strategy": "save_steps", "save_steps": "save_steps", "resume_from_checkpoint": "resume"},
-    **{"bf16": "dtype", "fp16": "dtype", "use_cpu": "device", "gradient_checkpointing": "gradient_checkpointing"},
+    **{
+        "output_dir": "output",
+        "save_strategy": "save_steps",
+        "save_steps": "save_steps",
+        "resume_from_checkpoint": "resume",
+    },
+    **{
+        "bf16": "dtype",
+        "fp16": "dtype",
+        "use_cpu": "device",
+        "gradient_checkpointing": "gradient_checkpointing",
+    },
     **{"fsdp": "fsdp", "fsdp_config": "fsdp", "report_to": "report_to"},
     **{"push_to_hub": "push_to_hub", "hub_model_id": "push_to_hub"},
     **{"eval_strategy": "eval_steps", "eval_steps": "eval_steps", "do_eval": "validation"},
 }
 _DECIDED = frozenset(  # no setting changes these
     (
-        *("average_tokens_across_devices", "auto_find_batch_size", "train_sampling_strategy", "data_seed", "ignore_data_skip"),
-        *("dataloader_drop_last", "remove_unused_columns", "label_smoothing_factor", "activation_checkpointing"),
-        *("accelerator_config", "parallelism_config", "deepspeed", "local_rank", "do_train", "do_predict"),
+        *(
+            "average_tokens_across_devices",
+            "auto_find_batch_size",
+            "train_sampling_strategy",
+            "data_seed",
+            "ignore_data_skip",
+        ),
+        *(
+            "dataloader_drop_last",
+            "remove_unused_columns",
+            "label_smoothing_factor",
+            "activation_checkpointing",
+        ),
+        *(
+            "accelerator_config",
+            "parallelism_config",
+            "deepspeed",
+            "local_rank",
+            "do_train",
+            "do_predict",
+        ),
         *("save_only_model", "save_on_each_node", "load_best_model_at_end"),
-        *("logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter", "disable_tqdm"),
-        *("per_device_eval_batch_size", "eval_on_start", "eval_delay", "eval_accumulation_steps", "batch_eval_metrics"),
+        *(
+            "logging_strategy",
+            "logging_steps",
+            "logging_first_step",
+            "logging_nan_inf_filter",
+            "disable_tqdm",
+        ),
+        *(
+            "per_device_eval_batch_size",
+            "eval_on_start",
+            "eval_delay",
+            "eval_accumulation_steps",
+            "batch_eval_metrics",
+        ),
         *("bf16_full_eval", "fp16_full_eval"),
     )
 )
@@ -60,42 +111,82 @@ _DECIDED = frozenset(  # no setting changes these
 class TrainingSettings:
     """The settings of both trainings. None: the model and the data decide."""
 
-    model: Annotated[Text, Flag("A folder, .gguf file, hub id or embedded name.", panel="Model", reads="model")] = (
-        "embedded-base"
-    )
+    model: Annotated[
+        Text, Flag("A folder, .gguf file, hub id or embedded name.", panel="Model", reads="model")
+    ] = "embedded-base"
     data: DataConfig = field(default_factory=DataConfig)
     prompting: PromptingConfig = field(default_factory=PromptingConfig)
-    usual_epochs, commands_steps = 1.0, 300  # about three minutes on two cores
+    # About three minutes on two cores
+    usual_epochs = 1.0
+    commands_steps = 300
     streaming = fsdp = False  # set by FinetuneConfig
-    steps: Annotated[_RunSteps | None, Flag("Steps; overrides --epochs.", None, "300 on `commands`", "Optimisation")] = None
+    steps: Annotated[
+        _RunSteps | None,
+        Flag("Steps; overrides --epochs.", None, "300 on `commands`", "Optimisation"),
+    ] = None
     epochs: Annotated[_Epochs | None, Flag("Passes over the data.", default="1")] = None
     batch_size: Annotated[BatchSize, Flag("Rows per forward pass.")] = 16
     accumulation: Annotated[BatchSize, Flag("Forward passes per optimizer step.")] = 1
-    lr: Annotated[_Rate | None, Flag("Highest learning rate.", "--lr/--learning-rate", "by what is trained")] = None
+    lr: Annotated[
+        _Rate | None, Flag("Highest learning rate.", "--lr/--learning-rate", "by what is trained")
+    ] = None
     scheduler: Annotated[Scheduler, Flag("How the learning rate falls after --warmup.")] = "cosine"
-    warmup: Annotated[Fraction, Flag("Share of the steps over which the learning rate rises.")] = 0.05
-    weight_decay: Annotated[float, Meta(ge=0, le=1_000), Flag("The optimizer's weight decay.")] = 0.01
-    max_grad_norm: Annotated[float, Meta(gt=0, le=1e9), Flag("Longer gradients are scaled down to this norm.")] = 1.0
-    training_arguments: Annotated[dict[str, Any] | None, Flag("More TrainingArguments of transformers, a JSON object.")] = None
-    max_length: Annotated[_Length | None, Flag("Tokens per row.", None, "512; 2048 in recipes for plain text", "Data")] = None
-    validation: Annotated[Text | None, Flag("A split or other data.", None, "1 row in 20", reads="perhaps data")] = None
-    validation_samples: Annotated[CountOrNone | None, Flag("Rows of it to use; 0: all.", default="256")] = None
-    eval_steps: Annotated[Steps, Flag("Steps between validations; 0: ten per run with --validation, else one at the end.")] = 0
-    dtype: Annotated[DType, Flag("Precision of the steps' arithmetic; weights stay in fp32.", panel="Machine")] = "auto"
+    warmup: Annotated[Fraction, Flag("Share of the steps over which the learning rate rises.")] = (
+        0.05
+    )
+    weight_decay: Annotated[float, Meta(ge=0, le=1_000), Flag("The optimizer's weight decay.")] = (
+        0.01
+    )
+    max_grad_norm: Annotated[
+        float, Meta(gt=0, le=1e9), Flag("Longer gradients are scaled down to this norm.")
+    ] = 1.0
+    training_arguments: Annotated[
+        dict[str, Any] | None, Flag("More TrainingArguments of transformers, a JSON object.")
+    ] = None
+    max_length: Annotated[
+        _Length | None, Flag("Tokens per row.", None, "512; 2048 in recipes for plain text", "Data")
+    ] = None
+    validation: Annotated[
+        Text | None, Flag("A split or other data.", None, "1 row in 20", reads="perhaps data")
+    ] = None
+    validation_samples: Annotated[
+        CountOrNone | None, Flag("Rows of it to use; 0: all.", default="256")
+    ] = None
+    eval_steps: Annotated[
+        Steps,
+        Flag("Steps between validations; 0: ten per run with --validation, else one at the end."),
+    ] = 0
+    dtype: Annotated[
+        DType, Flag("Precision of the steps' arithmetic; weights stay in fp32.", panel="Machine")
+    ] = "auto"
     device: Annotated[str, Flag("auto, cpu, cuda, cuda:N or mps.")] = "auto"
     output: Annotated[Text, Flag("Folder of the new checkpoint.", panel="Run")] = "layerskip-model"
     seed: Annotated[Seed, Flag("Seed of data, order, dropout and fresh weights.")] = 0
     save_steps: Annotated[Steps, Flag("Steps between checkpoints; 0: none.")] = 0
     resume: Annotated[bool, Flag("Continue from the last checkpoint in --output.")] = False
-    report_to: Annotated[str, Flag("Also log losses to tensorboard, wandb, ...; several with commas.")] = ""
+    report_to: Annotated[
+        str, Flag("Also log losses to tensorboard, wandb, ...; several with commas.")
+    ] = ""
     overwrite: Annotated[bool, Flag("Replace a model in --output.")] = False
-    push_to_hub: Annotated[Text | None, Flag("Upload the result to this repository, owner/name.")] = None
+    push_to_hub: Annotated[
+        Text | None, Flag("Upload the result to this repository, owner/name.")
+    ] = None
 
     def __post_init__(self) -> None:
         asked = self.validation_samples
-        require(self.validation is not None or asked is None, "validation_samples", "used with `validation`", asked)
+        require(
+            self.validation is not None or asked is None,
+            "validation_samples",
+            "used with `validation`",
+            asked,
+        )
         endless = self.data.is_endless and self.steps is None
-        require(not endless or self.epochs is None, "epochs", "used with `limit` for `commands`, which has no end", self.epochs)
+        require(
+            not endless or self.epochs is None,
+            "epochs",
+            "used with `limit` for `commands`, which has no end",
+            self.epochs,
+        )
         self._refuse_owned()
 
     def _refuse_owned(self) -> None:
@@ -116,35 +207,69 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class RecipeSettings:
-    """Settings of the LayerSkip recipe (Elhoushi et al., ACL 2024, section 4.1). None: the preset decides.
+    """Settings of the LayerSkip recipe (Elhoushi et al., ACL 2024, section 4.1). None: the preset
+    decides.
 
-    `exits`: the exit layers (counts, 1..L-1) that the curriculum chooses among. Share 1 - `distill` of a loss is cross-entropy.
+    `exits`: the exit layers (counts, 1..L-1) that the curriculum chooses among. Share 1 - `distill`
+    of a loss is cross-entropy.
     """
 
-    preset: Annotated[Preset, Flag("auto: a few exits, with readers; none: no exits.", "--recipe", panel="Recipe")] = "auto"
-    p_max: Annotated[Fraction | None, Flag("Dropout rate of the last layer.", "--pmax/--p-max", _BY_PRESET)] = None
-    exits: Annotated[tuple[Layer, ...] | None, Flag("Exits to train: 3,6,8 or A:B:STEP.", None, _BY_PRESET)] = None
-    exit_reader: Annotated[ExitReader | None, Flag("Before the head: a block (a layer and a norm).", None, _BY_PRESET)] = None
-    dropout_schedule: Annotated[
-        DropoutSchedule | None, Flag("Falling: to 0 in at most a third of the run.", None, _BY_PRESET)
+    preset: Annotated[
+        Preset, Flag("auto: a few exits, with readers; none: no exits.", "--recipe", panel="Recipe")
+    ] = "auto"
+    p_max: Annotated[
+        Fraction | None, Flag("Dropout rate of the last layer.", "--pmax/--p-max", _BY_PRESET)
     ] = None
-    dropout_profile: Annotated[DropoutProfile | None, Flag("Constant: the same at every layer.", None, "exponential")] = None
-    e_scale: Annotated[_Weight | None, Flag("Scale of the early exits' loss.", "--escale/--e-scale", _BY_PRESET)] = None
-    exit_weights: Annotated[ExitWeights | None, Flag("Weights of the exits' losses.", default=_BY_PRESET)] = None
-    curriculum: Annotated[Curriculum | None, Flag("Which exits a step trains.", default=_BY_PRESET)] = None
-    rotation: Annotated[_Rotation | None, Flag("R: rotational trains each exit every R steps.", None, _BY_PRESET)] = None
-    distill: Annotated[Ratio | None, Flag("Share of KL from the last layer in the exits' loss.", None, _BY_PRESET)] = None
+    exits: Annotated[
+        tuple[Layer, ...] | None, Flag("Exits to train: 3,6,8 or A:B:STEP.", None, _BY_PRESET)
+    ] = None
+    exit_reader: Annotated[
+        ExitReader | None, Flag("Before the head: a block (a layer and a norm).", None, _BY_PRESET)
+    ] = None
+    dropout_schedule: Annotated[
+        DropoutSchedule | None,
+        Flag("Falling: to 0 in at most a third of the run.", None, _BY_PRESET),
+    ] = None
+    dropout_profile: Annotated[
+        DropoutProfile | None, Flag("Constant: the same at every layer.", None, "exponential")
+    ] = None
+    e_scale: Annotated[
+        _Weight | None, Flag("Scale of the early exits' loss.", "--escale/--e-scale", _BY_PRESET)
+    ] = None
+    exit_weights: Annotated[
+        ExitWeights | None, Flag("Weights of the exits' losses.", default=_BY_PRESET)
+    ] = None
+    curriculum: Annotated[
+        Curriculum | None, Flag("Which exits a step trains.", default=_BY_PRESET)
+    ] = None
+    rotation: Annotated[
+        _Rotation | None, Flag("R: rotational trains each exit every R steps.", None, _BY_PRESET)
+    ] = None
+    distill: Annotated[
+        Ratio | None, Flag("Share of KL from the last layer in the exits' loss.", None, _BY_PRESET)
+    ] = None
     exit_gradient: Annotated[
-        Ratio | None, Flag("Share of the exits' gradient that trains the layers below.", None, _BY_PRESET)
+        Ratio | None,
+        Flag("Share of the exits' gradient that trains the layers below.", None, _BY_PRESET),
     ] = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items() if self.preset == "none" else ():
             without = name == "preset" or value is None
-            require(without, name, "left out with `preset` none, which has no exits and no dropout", value)
+            require(
+                without,
+                name,
+                "left out with `preset` none, which has no exits and no dropout",
+                value,
+            )
         usual = "all" if self.preset == "auto" else "rotational"
         rotates = (self.curriculum or usual) == "rotational"
-        require(rotates or self.rotation is None, "rotation", "used with `curriculum` rotational", self.curriculum or usual)
+        require(
+            rotates or self.rotation is None,
+            "rotation",
+            "used with `curriculum` rotational",
+            self.curriculum or usual,
+        )
 
 
 @dataclass(frozen=True)
@@ -152,17 +277,40 @@ class FinetuneConfig(TrainingSettings):
     """One training of a model, as requested."""
 
     recipe: RecipeSettings = field(default_factory=RecipeSettings)
-    optimizer: Annotated[OptimizerName, Flag("muon: for the matrices of the layers.", panel="Optimisation")] = "adamw"
-    gradient_checkpointing: Annotated[bool, Flag("Recompute layers in the backward pass: less memory, more time.")] = False
-    replay: Annotated[Fraction | None, Flag(_REPLAY_HELP, None, "0.25 with auto and none, from 50M parameters on")] = None
-    lora_rank: Annotated[int, Meta(ge=0, le=16_384), Flag("Rank of LoRA adapters; 0 trains all weights.", panel="Adapters")] = 0
-    lora_alpha: Annotated[Count | None, Flag("Scale of the adapters, over the rank.", default="twice the rank")] = None
+    optimizer: Annotated[
+        OptimizerName, Flag("muon: for the matrices of the layers.", panel="Optimisation")
+    ] = "adamw"
+    gradient_checkpointing: Annotated[
+        bool, Flag("Recompute layers in the backward pass: less memory, more time.")
+    ] = False
+    replay: Annotated[
+        Fraction | None, Flag(_REPLAY_HELP, None, "0.25 with auto and none, from 50M parameters on")
+    ] = None
+    lora_rank: Annotated[
+        int,
+        Meta(ge=0, le=16_384),
+        Flag("Rank of LoRA adapters; 0 trains all weights.", panel="Adapters"),
+    ] = 0
+    lora_alpha: Annotated[
+        Count | None, Flag("Scale of the adapters, over the rank.", default="twice the rank")
+    ] = None
     lora_dropout: Annotated[Fraction, Flag("Dropout before the adapters.")] = 0.0
-    lora_targets: Annotated[str, Flag("Modules with adapters: all-linear, or names with commas.")] = "all-linear"
-    lora_keep: Annotated[bool, Flag("Save the adapter alone, not merged; it loads as a model.")] = False
-    streaming: Annotated[bool, Flag("Read a file or hub data set while training; needs --steps.", panel="Data")] = False
-    vocab_size: Annotated[_Vocabulary | None, Flag("With --recipe scratch: train a BPE tokenizer of this size.")] = None
-    fsdp: Annotated[bool, Flag("Shard weights and optimizer over torchrun's processes (FSDP2).", panel="Machine")] = False
+    lora_targets: Annotated[
+        str, Flag("Modules with adapters: all-linear, or names with commas.")
+    ] = "all-linear"
+    lora_keep: Annotated[bool, Flag("Save the adapter alone, not merged; it loads as a model.")] = (
+        False
+    )
+    streaming: Annotated[
+        bool, Flag("Read a file or hub data set while training; needs --steps.", panel="Data")
+    ] = False
+    vocab_size: Annotated[
+        _Vocabulary | None, Flag("With --recipe scratch: train a BPE tokenizer of this size.")
+    ] = None
+    fsdp: Annotated[
+        bool,
+        Flag("Shard weights and optimizer over torchrun's processes (FSDP2).", panel="Machine"),
+    ] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -178,29 +326,57 @@ class FinetuneConfig(TrainingSettings):
         counted = not self.streaming or self.steps is not None
         require(counted, "steps", "given with `streaming`, whose rows cannot be counted", "none")
         for name in ("lora_alpha", "lora_dropout", "lora_targets", "lora_keep"):
-            require(self.lora_rank > 0 or self._is_usual(name), name, "used with `lora_rank`", "no rank")
-        reader, alone = self.recipe.exit_reader, "none with `lora_keep`: readers stand beside whole weights"
+            require(
+                self.lora_rank > 0 or self._is_usual(name), name, "used with `lora_rank`", "no rank"
+            )
+        reader = self.recipe.exit_reader
+        alone = "none with `lora_keep`: readers stand beside whole weights"
         require(not self.lora_keep or reader in (None, "none"), "exit_reader", alone, reader)
 
 
 @dataclass(frozen=True)
 class DrafterConfig(TrainingSettings):
-    """One training of exit blocks or a drafter (model/exit_blocks.py, model/eagle3.py) for a frozen model."""
+    """One training of exit blocks or a drafter (model/exit_blocks.py, model/eagle3.py) for a frozen
+    model.
+    """
 
-    layout: Annotated[BlockLayout | None, Flag("eagle3: also for vLLM; mtp: Qwen3.5's.", None, "by --exits", "Drafter")] = None
-    exits: Annotated[tuple[Layer, ...] | None, Flag("Exits with a block: 3,6,8 or A:B:STEP.", None, "a third of depth")] = None
-    draft_vocab: Annotated[Count, Flag("Tokens that a drafter of the layout eagle3 scores, the most frequent ones.")] = 8192
-    start_from: Annotated[Text | None, Flag("Drafter to go on from: a folder of the layout eagle3, or `shipped`.")] = None
-    answers: Annotated[Answers | None, Flag("Who writes answers to prompts.", None, "model, if --data has prompts")] = None
-    answer_tokens: Annotated[Count, Flag("Maximum number of tokens in an answer of the model.")] = 128
-    steps: Annotated[_RunSteps | None, Flag("Steps; overrides --epochs.", None, "600 on `commands`", "Optimisation")] = None
+    layout: Annotated[
+        BlockLayout | None,
+        Flag("eagle3: also for vLLM; mtp: Qwen3.5's.", None, "by --exits", "Drafter"),
+    ] = None
+    exits: Annotated[
+        tuple[Layer, ...] | None,
+        Flag("Exits with a block: 3,6,8 or A:B:STEP.", None, "a third of depth"),
+    ] = None
+    draft_vocab: Annotated[
+        Count, Flag("Tokens that a drafter of the layout eagle3 scores, the most frequent ones.")
+    ] = 8192
+    start_from: Annotated[
+        Text | None, Flag("Drafter to go on from: a folder of the layout eagle3, or `shipped`.")
+    ] = None
+    answers: Annotated[
+        Answers | None, Flag("Who writes answers to prompts.", None, "model, if --data has prompts")
+    ] = None
+    answer_tokens: Annotated[Count, Flag("Maximum number of tokens in an answer of the model.")] = (
+        128
+    )
+    steps: Annotated[
+        _RunSteps | None,
+        Flag("Steps; overrides --epochs.", None, "600 on `commands`", "Optimisation"),
+    ] = None
     epochs: Annotated[_Epochs | None, Flag("Passes over the data.", default="2")] = None
-    usual_epochs, commands_steps = 2.0, 600
+    usual_epochs = 2.0
+    commands_steps = 600
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, layout in self._of_one_layout.items():
-            require(layout == self.implied_layout, name, f"used with `layout` {layout}", getattr(self, name))
+            require(
+                layout == self.implied_layout,
+                name,
+                f"used with `layout` {layout}",
+                getattr(self, name),
+            )
         given = self.answers != "data" or self._is_usual("answer_tokens")
         require(given, "answer_tokens", "left out with `answers` data", self.answer_tokens)
 
@@ -218,7 +394,9 @@ class DrafterConfig(TrainingSettings):
     @property
     def in_place(self) -> bool:
         """Whether the drafter is written into the model's own folder."""
-        return os.path.isdir(self.model) and os.path.realpath(self.output) == os.path.realpath(self.model)
+        return os.path.isdir(self.model) and os.path.realpath(self.output) == os.path.realpath(
+            self.model
+        )
 
 
 TrainingConfig = FinetuneConfig | DrafterConfig

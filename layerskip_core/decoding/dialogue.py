@@ -16,14 +16,18 @@ from .target import Prefixes
 class TextStream:
     """Iterates over the pieces of one answer as they are verified.
 
-    `text`, `stats` and `finish_reason` describe the answer so far; `decoding` is its loop. An answer that cannot match its
-    grammar raises LayerSkipError after its last piece.
+    `text`, `stats` and `finish_reason` describe the answer so far; `decoding` is its loop. An
+    answer that cannot match its grammar raises LayerSkipError after its last piece.
     """
 
-    def __init__(self, loaded: Decoder, prompt: str | list[int], config: DecodingConfig, **kept: Any) -> None:
-        """`prompt`: a text for the template, or token ids. `kept`: the DecodingLoop's `prefixes` and `earlier`.
+    def __init__(
+        self, loaded: Decoder, prompt: str | list[int], config: DecodingConfig, **kept: Any
+    ) -> None:
+        """`prompt`: a text for the template, or token ids. `kept`: the DecodingLoop's `prefixes`
+        and `earlier`.
 
-        Raises ConfigError for a prompt or exit that does not fit, CheckpointError for a chat template that fails.
+        Raises ConfigError for a prompt or exit that does not fit, CheckpointError for a chat
+        template that fails.
         """
         ids = loaded.encode_prompt(prompt) if isinstance(prompt, str) else prompt
         ends = loaded.ends_of(config)
@@ -36,7 +40,15 @@ class TextStream:
         if self.finish_reason is None:
             raise RuntimeError("the answer is not finished: iterate over the stream first")
         [row] = self.decoding.rows
-        return Answer(self.text, self.finish_reason, self.stats, row.output, 0, row.logprobs, row.prompt_logprobs)
+        return Answer(
+            self.text,
+            self.finish_reason,
+            self.stats,
+            row.output,
+            0,
+            row.logprobs,
+            row.prompt_logprobs,
+        )
 
     @property
     def text(self) -> str:
@@ -63,14 +75,17 @@ class TextStream:
             self._raise_error()
 
     def segments(self) -> Iterator[list[tuple[str, bool]]]:
-        """The same text, one list per step (perhaps empty) of segments: text, and whether accepted drafts gave it.
+        """The same text, one list per step (perhaps empty) of segments: text, and whether accepted
+        drafts gave it.
 
         A character belongs to the token that completes it.
         """
         output = self._output
-        ends: list[tuple[int, bool]] = []  # by token not fully shown: where its text ends, and whether it was drafted
+        # By token not fully shown: where its text ends, and whether it was drafted
+        ends: list[tuple[int, bool]] = []
         for [step] in self.decoding:
-            finished, start = step.finish_reason is not None, len(self.text)
+            finished = step.finish_reason is not None
+            start = len(self.text)
             for count, token in enumerate(step.ids, start=1):
                 output.decode([token], finished and count == len(step.ids))
                 ends.append((len(output.decoded), count <= step.counts.accepted))
@@ -92,13 +107,15 @@ class TextStream:
 
 
 class Dialogue:
-    """Asks a model one message after another. The model sees all turns in full; a message that does not fit is refused.
+    """Asks a model one message after another. The model sees all turns in full; a message that does
+    not fit is refused.
 
     Turns need a chat template. With any other template every message is a prompt of its own.
     """
 
     def __init__(self, loaded: Decoder, config: DecodingConfig) -> None:
-        self._loaded, self._config = loaded, config
+        self._loaded = loaded
+        self._config = config
         self._turns: tuple[tuple[str, str], ...] = ()  # without the last
         self._asked: tuple[str, TextStream] | None = None  # the last
         self._prefixes = Prefixes(inf, most_texts=2, least=1)
@@ -125,20 +142,27 @@ class Dialogue:
 
         Iteration can stop at any point; the turn then has the text so far.
 
-        Raises ContextError for a message that does not fit after the earlier turns, ConfigError for an empty prompt,
-        CheckpointError if the chat template refuses the turns, which then stay unchanged.
+        Raises ContextError for a message that does not fit after the earlier turns, ConfigError for
+        an empty prompt, CheckpointError if the chat template refuses the turns, which then stay
+        unchanged.
         """
         turns = self.turns
         ids = self._loaded.encode_prompt(message, turns)
-        check_prompt(ids, self._loaded.backend, "the conversation with this message" if turns else "the prompt")
+        check_prompt(
+            ids,
+            self._loaded.backend,
+            "the conversation with this message" if turns else "the prompt",
+        )
         if self._asked is not None:
             self._asked[1].decoding.leave()
         stream = TextStream(self._loaded, ids, self._config, prefixes=self._prefixes)
-        self._turns, self._asked = turns, (message, stream)
+        self._turns = turns
+        self._asked = (message, stream)
         return stream
 
     def forget(self, count: int | None = None) -> None:
         """Drops the oldest `count` turns, or all, with their KV entries."""
-        self._turns, self._asked = () if count is None else self.turns[count:], None
+        self._turns = () if count is None else self.turns[count:]
+        self._asked = None
         if count is None:
             self._prefixes = Prefixes(inf, most_texts=2, least=1)

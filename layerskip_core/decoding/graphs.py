@@ -1,13 +1,14 @@
 """Decoding passes recorded once as CUDA graphs and replayed, on repacked weights.
 
-On a GPU the many kernels of a small pass take longer to launch than to run. A recorded pass is one launch of the same kernels
-in the same order. Its shapes and addresses are fixed: it attends over the present capacity of the cache, reads its positions
-from the device, and runs the first 1, 2, 4, 8, ... slots of the cache, with or without rows. When a text or the batch outgrows
-the cache, passes are recorded again.
+On a GPU the many kernels of a small pass take longer to launch than to run. A recorded pass is one
+launch of the same kernels in the same order. Its shapes and addresses are fixed: it attends over
+the present capacity of the cache, reads its positions from the device, and runs the first 1, 2, 4,
+8, ... slots of the cache, with or without rows. When a text or the batch outgrows the cache, passes
+are recorded again.
 
-Recorded are the target's pass over at most K drafts per row (K = 0 in plain decoding) and whole greedy drafts, equally long in
-all rows. Everything else runs as usual on the same cache: prefills and passes that include them, sampled drafts, and drafts
-that stop at low confidence.
+Recorded are the target's pass over at most K drafts per row (K = 0 in plain decoding) and whole
+greedy drafts, equally long in all rows. Everything else runs as usual on the same cache: prefills
+and passes that include them, sampled drafts, and drafts that stop at low confidence.
 """
 
 import time
@@ -25,10 +26,13 @@ from ..model.backend import Backend
 from ..model.cache import KVCache
 from ..model.row_cache import RowCache
 
-_WARMUP_RUNS = 2  # runs of a pass before it is recorded, in which torch chooses kernels and allocates buffers
-_WORTH_KEEPING = 1024  # positions (slots x capacity) up to which a cache is kept for any next decoding
+# Runs of a pass before it is recorded, in which torch chooses kernels and allocates buffers
+_WARMUP_RUNS = 2
+# Positions (slots x capacity) up to which a cache is kept for any next decoding
+_WORTH_KEEPING = 1024
 
-_IDLE: WeakKeyDictionary[Backend, "Recorder"] = WeakKeyDictionary()  # by model, of its finished decoding
+# By model, of its finished decoding
+_IDLE: WeakKeyDictionary[Backend, "Recorder"] = WeakKeyDictionary()
 
 Tensors = tuple[Tensor, ...]
 
@@ -39,17 +43,20 @@ class Recorder:
     counts: dict[str, Any]  # of the current decoding, by field of DecodeStats
 
     def __init__(self, cache: RowCache) -> None:
-        self.cache, self._device = cache, cache.storage.device
+        self.cache = cache
+        self._device = cache.storage.device
         self._storage: Tensor | None = None  # the cache's, when passes were recorded
         self._runs: Counter[Hashable] = Counter()
-        self._recordings: dict[Hashable, tuple[Tensors, Callable[[], None], Tensors]] = {}  # inputs, replay, outputs
+        # Inputs, replay, outputs
+        self._recordings: dict[Hashable, tuple[Tensors, Callable[[], None], Tensors]] = {}
         self._pool: Any = None  # the memory that all recordings share
         self._records = True
 
     @classmethod
     def of(cls, model: Backend, cache: KVCache) -> "Recorder":
-        """The recorder for a decoding that continues from a cache: that of the model's last decoding, whose cache takes over
-        these rows, if it is idle and its cache not much too large; else a new one.
+        """The recorder for a decoding that continues from a cache: that of the model's last
+        decoding, whose cache takes over these rows, if it is idle and its cache not much too large;
+        else a new one.
         """
         assert isinstance(cache, RowCache)
         recorder = _IDLE.pop(model, None)
@@ -71,17 +78,22 @@ class Recorder:
         return min(1 << (self.cache.rows - 1).bit_length(), self.cache.slots)
 
     def reach(self, stop: int) -> None:
-        """Makes room for positions before `stop`. If the storage moves, recordings, which hold its addresses, are dropped."""
+        """Makes room for positions before `stop`. If the storage moves, recordings, which hold its
+        addresses, are dropped.
+        """
         storage = self.cache.reach(stop)
         if storage is not self._storage:
-            self._storage, self._pool = storage, None
+            self._storage = storage
+            self._pool = None
             self._runs.clear()
             self._recordings.clear()
 
     def run(self, name: Hashable, work: Callable[..., Tensors], *inputs: Tensor) -> Tensors:
-        """Returns `work(*inputs)`, run on the device or replayed if it was recorded for inputs of these shapes.
+        """Returns `work(*inputs)`, run on the device or replayed if it was recorded for inputs of
+        these shapes.
 
-        Work of equal `name` differs in its inputs alone. It uses `cache` and never waits for the device.
+        Work of equal `name` differs in its inputs alone. It uses `cache` and never waits for the
+        device.
         """
         key = name, tuple(tensor.shape for tensor in inputs)
         self._runs[key] += 1
@@ -90,7 +102,11 @@ class Recorder:
                 self._recordings[key] = self._recorded(work, inputs)
             except RuntimeError as error:
                 self._records = False
-                warnings.warn(f"decoding goes on without CUDA graphs: {first_line(error)}", RuntimeWarning, stacklevel=2)
+                warnings.warn(
+                    f"decoding goes on without CUDA graphs: {first_line(error)}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
         if key not in self._recordings:
             return work(*(tensor.to(self._device, non_blocking=True) for tensor in inputs))
         held, replay, outputs = self._recordings[key]
@@ -100,12 +116,17 @@ class Recorder:
         self.counts["replayed"] += 1
         return tuple(output.clone() for output in outputs)  # the next replay may write there
 
-    def _recorded(self, work: Callable[..., Tensors], inputs: Tensors) -> tuple[Tensors, Callable[[], None], Tensors]:
+    def _recorded(
+        self, work: Callable[..., Tensors], inputs: Tensors
+    ) -> tuple[Tensors, Callable[[], None], Tensors]:
         held = tuple(tensor.to(self._device, non_blocking=True, copy=True) for tensor in inputs)
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         stream: Any = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool, stream=stream):
+        with (
+            torch.cuda.device(self._device),
+            torch.cuda.graph(graph, pool=self._pool, stream=stream),
+        ):
             outputs = work(*held)
         return held, graph.replay, outputs
 

@@ -1,4 +1,6 @@
-"""The output of decoding: counts and seconds, where it ends, the rows of a batch, their text, and the whole answer."""
+"""The output of decoding: counts and seconds, where it ends, the rows of a batch, their text, and
+the whole answer.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
@@ -13,8 +15,8 @@ from ..config.decoding import DecodingConfig
 from ..errors import LayerSkipError, require
 from .sampling import LogitsProcessor
 
-# `stop`: a stop string; `length`: max_new_tokens; `context`: the model's context is full; `error`: the output cannot match its
-# grammar, because no token may follow.
+# `stop`: a stop string; `length`: max_new_tokens; `context`: the model's context is full; `error`:
+# the output cannot match its grammar, because no token may follow.
 StopReason = Literal["eos", "stop", "length", "context", "error"]
 Detokenize = Callable[[list[int]], str]
 
@@ -23,7 +25,9 @@ _INCOMPLETE = "\ufffd"  # decoded from a character whose last bytes are missing
 
 @dataclass(frozen=True)
 class DecodeStats:
-    """Counts and seconds of one output, or of many added up; `DecodeStats()` is zero. Ratios are properties."""
+    """Counts and seconds of one output, or of many added up; `DecodeStats()` is zero. Ratios are
+    properties.
+    """
 
     sequences: int = 0
     prompt_tokens: int = 0
@@ -34,9 +38,11 @@ class DecodeStats:
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0  # also of steps without drafts; not of prefills
     total_seconds: float = 0.0
-    tested_by_position: tuple[int, ...] = ()  # rounds that reached draft j+1: all before it were accepted, and none was last
+    # Rounds that reached draft j+1: all before it were accepted, and none was last
+    tested_by_position: tuple[int, ...] = ()
     accepted_by_position: tuple[int, ...] = ()  # rounds that accepted draft j+1
-    steps_by_drafter: dict[str, int] = field(default_factory=dict)  # empty without a drafter; `plain`: steps without drafts
+    # Empty without a drafter; `plain`: steps without drafts
+    steps_by_drafter: dict[str, int] = field(default_factory=dict)
     tokens_by_layers: tuple[int, ...] = ()  # new tokens chosen after j+1 layers
     replayed: int = 0  # passes that ran as CUDA graphs
 
@@ -52,7 +58,9 @@ class DecodeStats:
     @property
     def mean_layers(self) -> float:
         """The mean number of layers after which a new token was chosen."""
-        layers = sum(layers * tokens for layers, tokens in enumerate(self.tokens_by_layers, start=1))
+        layers = sum(
+            layers * tokens for layers, tokens in enumerate(self.tokens_by_layers, start=1)
+        )
         return _ratio(layers, sum(self.tokens_by_layers))
 
     @property
@@ -68,16 +76,27 @@ class DecodeStats:
                 return {name: left.get(name, 0) + right.get(name, 0) for name in {**left, **right}}
             return left + right
 
-        return DecodeStats(*(added(getattr(self, field.name), getattr(other, field.name)) for field in fields(self)))
+        return DecodeStats(
+            *(
+                added(getattr(self, field.name), getattr(other, field.name))
+                for field in fields(self)
+            )
+        )
 
 
 @lru_cache  # most steps are alike
 def step_counts(
-    drafted: int, accepted: int, new_tokens: int, drafter: str | None = None, layers: int | None = None
+    drafted: int,
+    accepted: int,
+    new_tokens: int,
+    drafter: str | None = None,
+    layers: int | None = None,
 ) -> DecodeStats:
-    """The counts of a step that added `new_tokens` to the output, when `accepted` of its drafts agreed with the target.
+    """The counts of a step that added `new_tokens` to the output, when `accepted` of its drafts
+    agreed with the target.
 
-    `drafter`: of the step, even without drafts; None: no drafter, or a prefill. `layers`: of the target; None: unknown.
+    `drafter`: of the step, even without drafts; None: no drafter, or a prefill. `layers`: of the
+    target; None: unknown.
     """
     accepted = min(accepted, new_tokens)
     return DecodeStats(
@@ -114,10 +133,12 @@ class Answer:
     text: str  # without the EOS token or the stop string that ended it
     finish_reason: StopReason
     stats: DecodeStats  # counts; all seconds only if it was decoded alone
-    ids: list[int] = field(default_factory=list)  # the new tokens, including those that ended the answer
+    # The new tokens, including those that ended the answer
+    ids: list[int] = field(default_factory=list)
     row: int = 0  # the index of its prompt in the batch
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # of `ids`
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the prompt's tokens after the first
+    # Of the prompt's tokens after the first
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     error: LayerSkipError | None = None  # why `finish_reason` is `error`
 
 
@@ -127,10 +148,18 @@ class OutputText:
     Each token detokenises only the end again, because its text can depend on the token before it.
     """
 
-    def __init__(self, detokenize: Detokenize, eos_ids: frozenset[int] = frozenset(), stop: Sequence[str] = ()) -> None:
-        self.decoded = ""  # the text of all tokens so far, without an incomplete character at its end
+    def __init__(
+        self,
+        detokenize: Detokenize,
+        eos_ids: frozenset[int] = frozenset(),
+        stop: Sequence[str] = (),
+    ) -> None:
+        # The text of all tokens so far, without an incomplete character at its end
+        self.decoded = ""
         self.text = ""  # the part that may be shown, up to a stop string; it only grows
-        self._detokenize, self._eos_ids, self._stop = detokenize, eos_ids, stop
+        self._detokenize = detokenize
+        self._eos_ids = eos_ids
+        self._stop = stop
         self._ids: list[int] = []  # the last settled chunk (context), then unsettled ids
         self._settled = 0  # ids[:settled] are in `decoded`
 
@@ -140,16 +169,21 @@ class OutputText:
         return self.show(finished)
 
     def decode(self, ids: Sequence[int], finished: bool = False) -> None:
-        """Takes new tokens into `decoded`; at the end of the output, invalid bytes become U+FFFD."""
+        """Takes new tokens into `decoded`; at the end of the output, invalid bytes become
+        U+FFFD.
+        """
         ids = [token for token in ids if token not in self._eos_ids]
         if len(ids) > 1 and _INCOMPLETE not in self._detokenize([*self._ids, *ids]):
             self._take(ids)
-        else:  # some tokenizers turn a whole run of bytes into U+FFFD if one is wrong: those before it are settled first
+        # Some tokenizers turn a whole run of bytes into U+FFFD if one is wrong: those before it are
+        # settled first
+        else:
             for token in ids:
                 self._take([token])
         if finished:
             self.decoded += self._unsettled()
-            self._ids, self._settled = [], 0
+            self._ids = []
+            self._settled = 0
 
     def show(self, finished: bool) -> str:
         """Returns the newly shown part of `decoded`.
@@ -159,8 +193,12 @@ class OutputText:
         visible = before_stop(self.decoded, self._stop)
         if not finished and len(visible) == len(self.decoded):
             starts = (stop[:size] for stop in self._stop for size in range(1, len(stop)))
-            visible = visible[: len(visible) - max((len(start) for start in starts if visible.endswith(start)), default=0)]
-        piece, self.text = visible[len(self.text) :], visible
+            visible = visible[
+                : len(visible)
+                - max((len(start) for start in starts if visible.endswith(start)), default=0)
+            ]
+        piece = visible[len(self.text) :]
+        self.text = visible
         return piece
 
     def _take(self, ids: Sequence[int]) -> None:
@@ -174,33 +212,48 @@ class OutputText:
         """The text of the ids that are not settled."""
         before = self._detokenize(self._ids[: self._settled]) if self._settled else ""
         now = self._detokenize(self._ids) if self._ids else ""
-        return now[len(before) :] if now.startswith(before) else self._detokenize(self._ids[self._settled :])
+        return (
+            now[len(before) :]
+            if now.startswith(before)
+            else self._detokenize(self._ids[self._settled :])
+        )
 
 
 def before_stop(text: str, stop: Sequence[str]) -> str:
     """The text before the first occurrence of a stop string."""
-    return text[: min((start for string in stop if (start := text.find(string)) >= 0), default=len(text))]
+    return text[
+        : min((start for string in stop if (start := text.find(string)) >= 0), default=len(text))
+    ]
 
 
 class StopScanner:
     """Finds the end of an output, whose tokens come one by one or several per round.
 
-    The tokens of an output include the EOS token, or those that complete a stop string; its text does not.
+    The tokens of an output include the EOS token, or those that complete a stop string; its text
+    does not.
     """
 
     def __init__(
-        self, eos_ids: frozenset[int], stop: Sequence[str], max_new_tokens: int, room: int, detokenize: Detokenize | None = None
+        self,
+        eos_ids: frozenset[int],
+        stop: Sequence[str],
+        max_new_tokens: int,
+        room: int,
+        detokenize: Detokenize | None = None,
     ) -> None:
         """`room`: how many new tokens fit into the context. Stop strings need `detokenize`."""
         require(not stop or detokenize is not None, "stop", "used with a detokenizer", "none")
-        self.eos_ids, self._stop = eos_ids, stop
+        self.eos_ids = eos_ids
+        self._stop = stop
         self._text = OutputText(detokenize) if stop and detokenize is not None else None
         self.room = min(max_new_tokens, room)  # how many more tokens are allowed
         self._last: StopReason = "length" if max_new_tokens <= room else "context"
         self.reason: StopReason | None = None  # why the output ended, once it has
 
     def cut(self, ids: Sequence[int]) -> tuple[int, StopReason | None]:
-        """Reads new tokens up to the first that ends the output. Returns how many it read, and the reason if one did."""
+        """Reads new tokens up to the first that ends the output. Returns how many it read, and the
+        reason if one did.
+        """
         for count, token in enumerate(ids, start=1):
             self.room -= 1
             if token in self.eos_ids:
@@ -216,7 +269,9 @@ class StopScanner:
     def _completes_stop(self, text: OutputText, token: int) -> bool:
         before = len(text.decoded)
         text.decode([token])
-        return any(text.decoded.find(stop, max(0, before - len(stop) + 1)) >= 0 for stop in self._stop)
+        return any(
+            text.decoded.find(stop, max(0, before - len(stop) + 1)) >= 0 for stop in self._stop
+        )
 
 
 class RowStep(NamedTuple):
@@ -231,29 +286,48 @@ class RowStep(NamedTuple):
 class Row:
     """One prompt that is being decoded."""
 
-    # Of the current step: whether the row prefills; whether it gets new tokens; how many of its tokens are in the pass, and
-    # how many of these are drafts, of which source, None in a prefill.
-    fills, chooses, runs, drafts = False, False, 0, 0
+    # Of the current step: whether the row prefills; whether it gets new tokens; how many of its
+    # tokens are in the pass, and how many of these are drafts, of which source, None in a prefill.
+    fills = False
+    chooses = False
+    runs = 0
+    drafts = 0
     source: str | None = None
 
-    def __init__(self, prompt: list[int], scanner: StopScanner, text: OutputText, config: DecodingConfig, seed: int) -> None:
+    def __init__(
+        self,
+        prompt: list[int],
+        scanner: StopScanner,
+        text: OutputText,
+        config: DecodingConfig,
+        seed: int,
+    ) -> None:
         """`text`: the caller adds the output to it. `seed`: of sampling."""
-        self.config, self.text = config, text
+        self.config = config
+        self.text = text
         self.seed = seed
         self.ids = list(prompt)  # and the output
         self.filled = 0  # how many of its tokens have KV entries; the newest has none yet
-        self.stop = 0  # length of a prefix shared with other prompts, at which a piece of a prefill ends
+        # Length of a prefix shared with other prompts, at which a piece of a prefill ends
+        self.stop = 0
         self.scanner = scanner
         self.prompt_tokens = len(prompt)
-        self.processor = LogitsProcessor(config, self.ids, len(prompt), scanner.eos_ids) if config.changes_logits else None
+        self.processor = (
+            LogitsProcessor(config, self.ids, len(prompt), scanner.eos_ids)
+            if config.changes_logits
+            else None
+        )
         self.steps = [DecodeStats(sequences=1, prompt_tokens=len(prompt))]  # counts
-        self.error: LayerSkipError | None = None  # of an output that ended without matching its grammar
+        # Of an output that ended without matching its grammar
+        self.error: LayerSkipError | None = None
         self.logprobs: list[TokenLogprobs] = []  # of the output, if they were asked for
         self.prompt_logprobs: list[TokenLogprobs] = []  # of the prompt's tokens after the first
 
     @property
     def lacks(self) -> int:
-        """How many tokens are still to be prefilled: of the prompt, or of a row that was set aside."""
+        """How many tokens are still to be prefilled: of the prompt, or of a row that was set
+        aside.
+        """
         return len(self.ids) - (len(self.ids) > self.prompt_tokens) - self.filled
 
     @property
@@ -279,9 +353,14 @@ class Row:
 
 
 def logprobs_of(logits: Tensor, ids: Sequence[int], count: int) -> list[TokenLogprobs]:
-    """Log probabilities of T tokens and of the `count` most probable ones in the place of each, from logits (T, V)."""
+    """Log probabilities of T tokens and of the `count` most probable ones in the place of each,
+    from logits (T, V).
+    """
     scores = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     chosen = scores.gather(1, torch.tensor(ids, device=scores.device)[:, None])[:, 0].tolist()
     values, tokens = scores.topk(count)
     rows = zip(ids, chosen, tokens.tolist(), values.tolist(), strict=True)
-    return [TokenLogprobs(token, logprob, tuple(zip(*best, strict=True))) for token, logprob, *best in rows]
+    return [
+        TokenLogprobs(token, logprob, tuple(zip(*best, strict=True)))
+        for token, logprob, *best in rows
+    ]

@@ -1,13 +1,15 @@
-"""`commands`: task-oriented semantic parsing generated from a hand-written grammar, in TOP's bracket notation.
+"""`commands`: task-oriented semantic parsing generated from a hand-written grammar, in TOP's
+bracket notation.
 
   utterance   remind me to call mom at 5
   parse       [IN:CREATE_REMINDER remind [SL:PERSON_REMINDED me ] to [SL:TODO call mom ] [SL:DATE_TIME at 5 ] ]
 
-grammar/GRAMMAR.md explains the grammar. Rows are a function of (split, seed). Hashes assign the text of every expansion of an
-`open` rule (a slot value: a name, a place, a time) and every skeleton (the parse without open values) to a split. A test row
-takes both from the test side, so neither its values nor its phrasing occur in training. `compositional` also takes values from
-the test side, and nestings marked `!`, which no other split uses. `sealed` alone uses sealed.txt, for all phrasings and most
-values; for rules without alternatives there it takes the test side.
+grammar/GRAMMAR.md explains the grammar. Rows are a function of (split, seed). Hashes assign the
+text of every expansion of an `open` rule (a slot value: a name, a place, a time) and every skeleton
+(the parse without open values) to a split. A test row takes both from the test side, so neither its
+values nor its phrasing occur in training. `compositional` also takes values from the test side, and
+nestings marked `!`, which no other split uses. `sealed` alone uses sealed.txt, for all phrasings
+and most values; for rules without alternatives there it takes the test side.
 """
 
 import hashlib
@@ -23,7 +25,8 @@ SPLITS = ("train", "validation", "test", "compositional", "sealed")
 _BUCKETS = 10  # of ten hash buckets, 0 is test, 1 is validation, the others are training
 _MAX_TRIES = 4000
 _COINED = 0.25  # share of made-up expansions of `coined` rules in training
-_COINED_ANYWHERE = 0.04  # share of made-up words elsewhere in values, so that the model copies words it has never seen
+# Share of made-up words elsewhere in values, so that the model copies words it has never seen
+_COINED_ANYWHERE = 0.04
 _SHORTEST_COINED = 4  # letters; shorter words (at, the, 5) tell what kind of value it is
 _ONSETS, _VOWELS, _CODAS = (
     tuple(letters.replace("-", "") for letters in line.split())
@@ -47,7 +50,9 @@ class Alternative(NamedTuple):
 
 @dataclass
 class Rule:
-    """`flags`: some of open, root, coined. An inline choice `(a|b|)` is a rule without flags, named by its own text."""
+    """`flags`: some of open, root, coined. An inline choice `(a|b|)` is a rule without flags, named
+    by its own text.
+    """
 
     domain: str
     flags: frozenset[str] = frozenset()
@@ -66,7 +71,9 @@ class CommandRow(NamedTuple):
 
 
 class Grammar:
-    """The rules of all domains. `files` maps domains to their texts; a last one, `sealed`, adds alternatives of that split."""
+    """The rules of all domains. `files` maps domains to their texts; a last one, `sealed`, adds
+    alternatives of that split.
+    """
 
     def __init__(self, files: dict[str, str]) -> None:
         self.rules: dict[str, Rule] = {}
@@ -90,34 +97,55 @@ class Grammar:
         pieces = []
         for choice, reference, literal in _PIECE.findall(text):
             if not reference and not literal:
-                alternatives = [Alternative(self._pieces(option, domain)) for option in choice.split("|")]
+                alternatives = [
+                    Alternative(self._pieces(option, domain)) for option in choice.split("|")
+                ]
                 self.rules[reference := f"({choice})"] = Rule(domain, alternatives=alternatives)
             pieces.append(literal or f"{{{reference}}}")
         return tuple(pieces)
 
     def row(self, split: str, rng: random.Random) -> CommandRow:
-        """Draws one row of a split. Raises ValueError if a rule has too few expansions on its side."""
-        domains, compositional = sorted(self.roots), split == "compositional"
+        """Draws one row of a split. Raises ValueError if a rule has too few expansions on its
+        side.
+        """
+        domains = sorted(self.roots)
+        compositional = split == "compositional"
         for _ in range(_MAX_TRIES):
             domain = _drawn(rng, domains)
-            # The draw is among root alternatives, so the weight of an intent is the number of its phrasings.
+            # The draw is among root alternatives, so the weight of an intent is the number of its
+            # phrasings.
             choices = self.roots[domain].choices(split)
-            root = _drawn(rng, [known for known in choices if compositional or not known.compositional])
+            root = _drawn(
+                rng, [known for known in choices if compositional or not known.compositional]
+            )
             tokens = list(self._closed(root, split, rng))
-            if root.compositional if compositional else split in ("sealed", _side(" ".join(tokens))):
+            if (
+                root.compositional
+                if compositional
+                else split in ("sealed", _side(" ".join(tokens)))
+            ):
                 parse = self._filled(tokens, split, rng).split()
                 words = [token for token in parse if not token.startswith("[") and token != "]"]
                 return CommandRow(domain, " ".join(words), " ".join(parse))
         raise ValueError(f"no row of split {split} in {_MAX_TRIES} tries")
 
-    def _closed(self, alternative: Alternative, split: str, rng: random.Random, in_value: bool = False) -> Iterator[str]:
-        """Expands all but open rules (`{name}`). Training values may have made-up words; skeletons decide the split."""
+    def _closed(
+        self, alternative: Alternative, split: str, rng: random.Random, in_value: bool = False
+    ) -> Iterator[str]:
+        """Expands all but open rules (`{name}`). Training values may have made-up words; skeletons
+        decide the split.
+        """
         coins = in_value and split == "train"
         labelled = any(piece.startswith("[") for piece in alternative.pieces)
         for piece in alternative.pieces:
             rule = self.rules[piece[1:-1]] if piece.startswith("{") else None
             if rule is None or "open" in rule.flags:
-                coined = coins and not labelled and len(piece) >= _SHORTEST_COINED and rng.random() < _COINED_ANYWHERE
+                coined = (
+                    coins
+                    and not labelled
+                    and len(piece) >= _SHORTEST_COINED
+                    and rng.random() < _COINED_ANYWHERE
+                )
                 yield _coined_word(rng) if coined else piece
             elif coins and "coined" in rule.flags and rng.random() < _COINED:
                 yield from self._made_up(rule, split, rng)
@@ -125,14 +153,18 @@ class Grammar:
                 yield from self._closed(_drawn(rng, rule.choices(split)), split, rng, in_value)
 
     def _open(self, name: str, split: str, rng: random.Random) -> str:
-        """A value of an open rule. Its text, and that of every open value in it, belongs to the split or is sealed."""
+        """A value of an open rule. Its text, and that of every open value in it, belongs to the
+        split or is sealed.
+        """
         side = "test" if split in ("compositional", "sealed") else split
         rule = self.rules[name]
         for _ in range(_MAX_TRIES):
             if split == "train" and "coined" in rule.flags and rng.random() < _COINED:
                 value = " ".join(self._made_up(rule, split, rng))
             else:
-                tokens = list(self._closed(_drawn(rng, rule.choices(split)), split, rng, in_value=True))
+                tokens = list(
+                    self._closed(_drawn(rng, rule.choices(split)), split, rng, in_value=True)
+                )
                 value = self._filled(tokens, split, rng)
                 if len(tokens) == 1 and tokens[0].startswith("{"):
                     return value  # of another open rule, checked there
@@ -142,17 +174,28 @@ class Grammar:
 
     def _filled(self, tokens: list[str], split: str, rng: random.Random) -> str:
         """The text of tokens with values in place of open rules."""
-        return " ".join(self._open(token[1:-1], split, rng) if token.startswith("{") else token for token in tokens)
+        return " ".join(
+            self._open(token[1:-1], split, rng) if token.startswith("{") else token
+            for token in tokens
+        )
 
     def _made_up(self, rule: Rule, split: str, rng: random.Random) -> list[str]:
-        """An expansion of a `coined` rule in made-up words; of several words the short ones stay (`in law`)."""
+        """An expansion of a `coined` rule in made-up words; of several words the short ones stay
+        (`in law`).
+        """
         words = list(self._closed(_drawn(rng, rule.alternatives), split, rng))
-        return [_coined_word(rng) if len(words) == 1 or len(word) >= _SHORTEST_COINED else word for word in words]
+        return [
+            _coined_word(rng) if len(words) == 1 or len(word) >= _SHORTEST_COINED else word
+            for word in words
+        ]
 
 
 def rows(split: str, count: int, seed: int = 0) -> Iterator[CommandRow]:
-    """`count` distinct rows, always the same for a (split, seed). Raises ValueError if the split has too few."""
-    grammar, index = load_grammar(), 0
+    """`count` distinct rows, always the same for a (split, seed). Raises ValueError if the split
+    has too few.
+    """
+    grammar = load_grammar()
+    index = 0
     seen: set[str] = set()
     while len(seen) < count:
         row = grammar.row(split, random.Random(f"{seed}:{split}:{index}"))
@@ -170,13 +213,17 @@ def load_grammar() -> Grammar:
     folder = resources.files("layerskip_core.embedded") / "grammar"
     files = [file for file in folder.iterdir() if file.name.endswith(".txt")]
     files.sort(key=lambda file: (file.name == "sealed.txt", file.name))
-    return Grammar({file.name.removesuffix(".txt"): file.read_text(encoding="utf-8") for file in files})
+    return Grammar(
+        {file.name.removesuffix(".txt"): file.read_text(encoding="utf-8") for file in files}
+    )
 
 
 def _coined_word(rng: random.Random) -> str:
     """A pronounceable word of one to three syllables, most likely without a meaning."""
     syllables = 1 + _below(rng, 2) + _below(rng, 2)
-    return "".join(_drawn(rng, letters) for _ in range(syllables) for letters in (_ONSETS, _VOWELS, _CODAS))
+    return "".join(
+        _drawn(rng, letters) for _ in range(syllables) for letters in (_ONSETS, _VOWELS, _CODAS)
+    )
 
 
 def _side(text: str) -> str:

@@ -1,1 +1,3 @@
-"""Tasks, metrics, and the two measurements over them: a sweep of exits and draft lengths, and a benchmark of strategies."""
+"""Tasks, metrics, and the two measurements over them: a sweep of exits and draft lengths, and a
+benchmark of strategies.
+"""

@@ -1,4 +1,6 @@
-"""The prediction after every layer, and of every exit block, for each generated token: figure 2 of the LayerSkip paper."""
+"""The prediction after every layer, and of every exit block, for each generated token: figure 2 of
+the LayerSkip paper.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +24,9 @@ class LayerPrediction:
 
 @dataclass(frozen=True)
 class TokenTrace:
-    """One generated token. `settled` (1..L) is the first layer from which on every layer predicts this token."""
+    """One generated token. `settled` (1..L) is the first layer from which on every layer predicts
+    this token.
+    """
 
     token: str
     settled: int
@@ -43,11 +47,15 @@ class Inspection:
 
 @torch.inference_mode()
 def inspect(loaded: Decoder, prompt: str, max_new_tokens: int) -> Inspection:
-    """Decodes greedily with all layers, then applies the head after every layer, in one pass over prompt and answer."""
+    """Decodes greedily with all layers, then applies the head after every layer, in one pass over
+    prompt and answer.
+    """
     model = loaded.backend
     prompt_ids = loaded.encode_prompt(prompt)
     config = DecodingConfig("autoregressive", max_new_tokens=max_new_tokens)
-    answer = [token for [step] in decode(model, prompt_ids, config, loaded.eos_ids) for token in step.ids]
+    answer = [
+        token for [step] in decode(model, prompt_ids, config, loaded.eos_ids) for token in step.ids
+    ]
     ids = [*prompt_ids, *answer]
     embedded = model.embed(torch.tensor(ids[:-1], device=model.device))
     places = model.new_cache(1, len(ids)).span(0, len(ids) - 1)
@@ -55,9 +63,12 @@ def inspect(loaded: Decoder, prompt: str, max_new_tokens: int) -> Inspection:
     first = len(prompt_ids) - 1
 
     def text(token: int) -> str:
-        return loaded.detokenize([token]) or str(loaded.tokenizer.convert_ids_to_tokens(token))  # special tokens have a name
+        # Special tokens have a name
+        return loaded.detokenize([token]) or str(loaded.tokenizer.convert_ids_to_tokens(token))
 
-    def predicted(head: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor) -> list[tuple[int, LayerPrediction]]:
+    def predicted(
+        head: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor
+    ) -> list[tuple[int, LayerPrediction]]:
         """Token id and prediction at each position of the answer, from these hidden states."""
         highest = head(hidden[first:]).float().softmax(-1).max(-1)
         pairs = zip(highest.indices.tolist(), highest.values.tolist(), strict=True)

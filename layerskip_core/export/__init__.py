@@ -1,1 +1,3 @@
-"""Models for other programs: an exit as a model of its own, GGUF and packed files, and engines that draft with them."""
+"""Models for other programs: an exit as a model of its own, GGUF and packed files, and engines that
+draft with them.
+"""

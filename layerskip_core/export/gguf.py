@@ -17,10 +17,18 @@ from ..model.eagle3 import TOKENS, Eagle3Form, Eagle3Weights
 from ..model.rope import llama3_factors
 from ..model.spec import ModelSpec
 
-TARGET, DRAFT = "target.gguf", "draft.gguf"
-_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3"}
+TARGET = "target.gguf"
+DRAFT = "draft.gguf"
+_ARCHITECTURES = {
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma3_text": "gemma3",
+}
 _EAGLE3 = "eagle3"
-_TAPPED = ("llama", "mistral", "qwen3")  # whose hidden states llama.cpp gives a drafter; it aborts for others
+# Whose hidden states llama.cpp gives a drafter; it aborts for others
+_TAPPED = ("llama", "mistral", "qwen3")
 _OF_EAGLE3 = {  # llama.cpp's names of weights that other models lack
     "model.fc.weight": "fc.weight",
     "model.layers.0.hidden_norm.weight": "blk.0.attn_norm_2.weight",
@@ -42,19 +50,27 @@ _SPACE = "\u2581"
 
 
 def refuse_gguf(output: str, overwrite: bool, readme: str) -> None:
-    """Raises ConfigError if `output` holds GGUF files of an export that may not be replaced, or another readme."""
+    """Raises ConfigError if `output` holds GGUF files of an export that may not be replaced, or
+    another readme.
+    """
     folder = Path(output)
     ours = [name for name in (TARGET, DRAFT) if os.path.lexists(folder / name)]
     require_overwrite(output, "".join(ours[:1]), overwrite)
     if not ours and os.path.lexists(folder / readme):
-        raise ConfigError(f"`output` {output}: in the way is {readme}, which layerskip did not write; give another folder")
+        raise ConfigError(
+            f"`output` {output}: in the way is {readme}, which layerskip did not write; give another folder"
+        )
 
 
 def write_gguf(model: Any, tokenizer: Any, spec: ModelSpec, path: Path, kind: str) -> None:
-    """Writes a model in fp32, matrices as `kind`: f16, q8_0, q4_0 (head: q8_0). CheckpointError if llama.cpp would differ."""
+    """Writes a model in fp32, matrices as `kind`: f16, q8_0, q4_0 (head: q8_0). CheckpointError if
+    llama.cpp would differ.
+    """
     name = _ARCHITECTURES.get(spec.model_type)
     if name is None:
-        raise CheckpointError(f"for GGUF model_type must be one of {', '.join(_ARCHITECTURES)}, found {spec.model_type}")
+        raise CheckpointError(
+            f"for GGUF model_type must be one of {', '.join(_ARCHITECTURES)}, found {spec.model_type}"
+        )
     _check(spec)
     full = _full_rope(spec)
     with _writing(path, name, spec, spec, full, tokenizer, kind) as (writer, add):
@@ -66,7 +82,9 @@ def write_gguf(model: Any, tokenizer: Any, spec: ModelSpec, path: Path, kind: st
             writer.add_rope_scaling_factor(float(full.parameters["factor"]))
         if spec.window is not None:
             writer.add_sliding_window(spec.window)
-            writer.add_rope_freq_base_swa(float(spec.ropes[spec.rope_of[0] or 0].parameters["rope_theta"]))
+            writer.add_rope_freq_base_swa(
+                float(spec.ropes[spec.rope_of[0] or 0].parameters["rope_theta"])
+            )
         if spec.logits_cap is not None:
             writer.add_final_logit_softcapping(spec.logits_cap)
         for weight_name in spec.shapes:
@@ -78,17 +96,30 @@ def write_gguf(model: Any, tokenizer: Any, spec: ModelSpec, path: Path, kind: st
             add(weight_name, weight)
 
 
-def write_eagle3(drafter: Eagle3Weights, tokenizer: Any, spec: ModelSpec, path: Path, kind: str) -> None:
-    """Writes a drafter in the EAGLE-3 layout for the model of `spec`, whose embedding it uses. Raises as `write_gguf`."""
+def write_eagle3(
+    drafter: Eagle3Weights, tokenizer: Any, spec: ModelSpec, path: Path, kind: str
+) -> None:
+    """Writes a drafter in the EAGLE-3 layout for the model of `spec`, whose embedding it uses.
+    Raises as `write_gguf`.
+    """
     form = drafter.form
     if spec.model_type not in _TAPPED:
         needed = f"{', '.join(_TAPPED[:-1])} or {_TAPPED[-1]}"
-        raise CheckpointError(f"llama.cpp runs a drafter of a {needed}, found one of a {spec.model_type}; name an `exit_layer`")
+        raise CheckpointError(
+            f"llama.cpp runs a drafter of a {needed}, found one of a {spec.model_type}; name an `exit_layer`"
+        )
     if len(form.layers) != 3:
-        raise CheckpointError(f"for GGUF a drafter must read the states after 3 layers, found {list(form.layers)}")
+        raise CheckpointError(
+            f"for GGUF a drafter must read the states after 3 layers, found {list(form.layers)}"
+        )
     if form.fc_norm or form.norm_before_fc or form.norm_output:
-        raise CheckpointError("for GGUF a drafter must be of EAGLE-3, without the norms of EAGLE-3.1")
-    with _writing(path, _EAGLE3, form, spec, RopeSpec(form.rope, None), tokenizer, kind) as (writer, add):
+        raise CheckpointError(
+            "for GGUF a drafter must be of EAGLE-3, without the norms of EAGLE-3.1"
+        )
+    with _writing(path, _EAGLE3, form, spec, RopeSpec(form.rope, None), tokenizer, kind) as (
+        writer,
+        add,
+    ):
         writer.add_block_count(1)
         writer.add_array(f"{_EAGLE3}.target_layers", list(form.layers))
         writer.add_uint32(f"{_EAGLE3}.target_hidden_size", form.hidden)
@@ -102,13 +133,23 @@ def write_eagle3(drafter: Eagle3Weights, tokenizer: Any, spec: ModelSpec, path: 
 
 @contextmanager
 def _writing(
-    path: Path, architecture: str, sizes: ModelSpec | Eagle3Form, spec: ModelSpec, rope: RopeSpec, tokenizer: Any, kind: str
+    path: Path,
+    architecture: str,
+    sizes: ModelSpec | Eagle3Form,
+    spec: ModelSpec,
+    rope: RopeSpec,
+    tokenizer: Any,
+    kind: str,
 ) -> Iterator[tuple[Any, Callable[[str, Tensor], None]]]:
-    """A GGUFWriter with sizes and tokenizer, and a function that adds a weight by its name in a checkpoint."""
+    """A GGUFWriter with sizes and tokenizer, and a function that adds a weight by its name in a
+    checkpoint.
+    """
     try:
         import gguf
     except ImportError:
-        raise ConfigError("`format` gguf needs the library gguf: pip install 'layerskip[gguf]'", "format") from None
+        raise ConfigError(
+            "`format` gguf needs the library gguf: pip install 'layerskip[gguf]'", "format"
+        ) from None
     known = getattr(gguf.MODEL_ARCH, _ARCHITECTURES.get(spec.model_type, "llama").upper())
     names = gguf.get_tensor_name_map(known, spec.layers)
     writer = gguf.GGUFWriter(path, architecture)
@@ -122,7 +163,9 @@ def _writing(
         elif weight.shape[-1] % _BLOCK:
             stored_kind = "f16"
         form = gguf.GGMLQuantizationType[stored_kind.upper()]
-        writer.add_tensor(stored, gguf.quants.quantize(weight.contiguous().float().numpy(), form), raw_dtype=form)
+        writer.add_tensor(
+            stored, gguf.quants.quantize(weight.contiguous().float().numpy(), form), raw_dtype=form
+        )
 
     values: dict[str, Any] = {
         "context_length": spec.context, "embedding_length": sizes.hidden, "feed_forward_length": sizes.inner,
@@ -147,15 +190,26 @@ def _writing(
 
 
 def _check(spec: ModelSpec) -> None:
-    """Raises CheckpointError for values that llama.cpp takes from the architecture instead of the file."""
+    """Raises CheckpointError for values that llama.cpp takes from the architecture instead of the
+    file.
+    """
     pattern = tuple((layer + 1) % _GEMMA_PERIOD != 0 for layer in range(spec.layers))
     windows = tuple(spec.window_of(kind) is not None for kind in spec.kinds)
     gemma = spec.model_type == "gemma3_text"
     activation = "gelu_pytorch_tanh" if gemma else "silu"
     for holds, what in (
-        (windows == pattern if gemma else not any(windows), "sliding windows in other layers than llama.cpp gives it"),
-        (spec.activation == activation, f"the activation {spec.activation}, where llama.cpp has {activation}"),
-        (math.isclose(spec.attention_scale, spec.head_dim**-0.5), "attention scores scaled otherwise than by its head size"),
+        (
+            windows == pattern if gemma else not any(windows),
+            "sliding windows in other layers than llama.cpp gives it",
+        ),
+        (
+            spec.activation == activation,
+            f"the activation {spec.activation}, where llama.cpp has {activation}",
+        ),
+        (
+            math.isclose(spec.attention_scale, spec.head_dim**-0.5),
+            "attention scores scaled otherwise than by its head size",
+        ),
         (_full_rope(spec).type in _ROPES, f"a rope of type {_full_rope(spec).type}"),
     ):
         if not holds:
@@ -164,29 +218,47 @@ def _check(spec: ModelSpec) -> None:
 
 def _full_rope(spec: ModelSpec) -> RopeSpec:
     """The rope of layers with full attention, else of the sliding layers."""
-    full = [rope for kind, rope in zip(spec.kinds, spec.rope_of, strict=True) if spec.window_of(kind) is None]
+    full = [
+        rope
+        for kind, rope in zip(spec.kinds, spec.rope_of, strict=True)
+        if spec.window_of(kind) is None
+    ]
     return spec.ropes[(full or spec.rope_of)[0] or 0]
 
 
 def _interleaved(name: str, weight: Tensor, sizes: ModelSpec | Eagle3Form) -> Tensor:
-    """Interleaves the halves of each head in the weights of queries and keys; returns others unchanged."""
+    """Interleaves the halves of each head in the weights of queries and keys; returns others
+    unchanged.
+    """
     heads = {"q_proj": sizes.heads, "k_proj": sizes.kv_heads}.get(name.split(".")[-2])
-    return weight if heads is None else weight.view(heads, 2, sizes.head_dim // 2, -1).transpose(1, 2).reshape(weight.shape)
+    return (
+        weight
+        if heads is None
+        else weight.view(heads, 2, sizes.head_dim // 2, -1).transpose(1, 2).reshape(weight.shape)
+    )
 
 
 def add_tokenizer(writer: Any, tokenizer: Any, vocab: int) -> None:
-    """Adds a tokenizer of `vocab` tokens. Raises CheckpointError for one that llama.cpp would encode differently."""
+    """Adds a tokenizer of `vocab` tokens. Raises CheckpointError for one that llama.cpp would
+    encode differently.
+    """
     described = json.loads(tokenizer.backend_tokenizer.to_str())
     model = described["model"]
     if model["type"] != "BPE":
-        raise CheckpointError(f"for GGUF the tokenizer must be of the type BPE, found {model['type']}")
-    over_text, split = bool(model.get("byte_fallback")), _split(described)
+        raise CheckpointError(
+            f"for GGUF the tokenizer must be of the type BPE, found {model['type']}"
+        )
+    over_text = bool(model.get("byte_fallback"))
+    split = _split(described)
     writer.add_tokenizer_model("llama" if over_text else "gpt2")
     writer.add_tokenizer_pre(split)
     _add_tokens(writer, tokenizer, described, vocab)
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     if over_text:  # scores instead of merges: earlier merges have higher ones
-        rank = {left + right: -float(place) for place, (left, right) in reversed([*enumerate(merges, start=1)])}
+        rank = {
+            left + right: -float(place)
+            for place, (left, right) in reversed([*enumerate(merges, start=1)])
+        }
         text_of = {token: text for text, token in tokenizer.get_vocab().items()}
         writer.add_token_scores([rank.get(text_of.get(token, ""), 0.0) for token in range(vocab)])
         before = json.dumps([described["normalizer"], described["pre_tokenizer"]])
@@ -205,8 +277,11 @@ def add_tokenizer(writer: Any, tokenizer: Any, vocab: int) -> None:
 
 
 def _split(described: dict[str, Any]) -> str:
-    """llama.cpp's name of the pre-tokenizer. Raises CheckpointError for one that llama.cpp lacks."""
-    normalizer, before = described["normalizer"], described["pre_tokenizer"]
+    """llama.cpp's name of the pre-tokenizer. Raises CheckpointError for one that llama.cpp
+    lacks.
+    """
+    normalizer = described["normalizer"]
+    before = described["pre_tokenizer"]
     if described["model"].get("byte_fallback"):
         if json.dumps(_SPACE) in json.dumps([normalizer, before]):
             return "default"
@@ -230,7 +305,12 @@ def _step(step: dict[str, Any] | None) -> str:
             return "ByteLevel" if regex else "bytes"
         case {"type": "Digits", "individual_digits": True}:
             return "Digits"
-        case {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}:
+        case {
+            "type": "Split",
+            "pattern": {"Regex": pattern},
+            "behavior": "Isolated",
+            "invert": False,
+        }:
             return str(pattern)
     return json.dumps(step)
 
@@ -245,7 +325,8 @@ def _add_tokens(writer: Any, tokenizer: Any, described: dict[str, Any], vocab: i
     for text, token in tokenizer.get_vocab().items():
         if token >= vocab:
             continue
-        texts[token], types[token] = text, TokenType.NORMAL
+        texts[token] = text
+        types[token] = TokenType.NORMAL
         if token in special:
             types[token] = TokenType.CONTROL if special[token] else TokenType.USER_DEFINED
         elif over_text and _BYTE.fullmatch(text):

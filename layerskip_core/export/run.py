@@ -1,4 +1,6 @@
-"""`layerskip export`: an exit as a model of its own (first layers, exit block, norm, head), and how engines draft with it."""
+"""`layerskip export`: an exit as a model of its own (first layers, exit block, norm, head), and how
+engines draft with it.
+"""
 
 import json
 import os
@@ -12,7 +14,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..checkpoint.folder import EXIT_BLOCKS_FILE, GENERATION_FILE, INT4_FILE, PACKED_FILE, quiet_transformers
+from ..checkpoint.folder import (
+    EXIT_BLOCKS_FILE,
+    GENERATION_FILE,
+    INT4_FILE,
+    PACKED_FILE,
+    quiet_transformers,
+)
 from ..checkpoint.info import CheckpointInfo
 from ..checkpoint.loaded import Trainable, decoder_of
 from ..checkpoint.locate import EMBEDDED, Location, downloaded, is_adapter, present, reading
@@ -38,8 +46,10 @@ from ..model.weights import Weights, named_int4
 from .gguf import DRAFT, TARGET, refuse_gguf, write_eagle3, write_gguf
 
 README = "README.md"
-_NOT_BY_LAYER = ("token_id", "architectures", "mlp_only_layers")  # config.json's lists that are never by layer
-_PROBE = 8  # tokens of each of two texts, on which the written model's logits are compared with the exit's
+# Config.json's lists that are never by layer
+_NOT_BY_LAYER = ("token_id", "architectures", "mlp_only_layers")
+# Tokens of each of two texts, on which the written model's logits are compared with the exit's
+_PROBE = 8
 _TOLERANCE = 1e-3  # of the difference in fp32, relative to the logits' spread
 
 
@@ -55,37 +65,46 @@ class Exported:
 
 
 def export(config: ExportConfig) -> Exported:
-    """Writes an exit of a model to `output`, whose lock the caller holds: a transformers checkpoint, or GGUF with the model.
+    """Writes an exit of a model to `output`, whose lock the caller holds: a transformers
+    checkpoint, or GGUF with the model.
 
-    In GGUF a drafter in the EAGLE-3 layout replaces the exit, if none is named. Raises CheckpointError if the model cannot be
-    read or the folder written; ConfigError for a folder with another model or README.md, and for an invalid exit.
+    In GGUF a drafter in the EAGLE-3 layout replaces the exit, if none is named. Raises
+    CheckpointError if the model cannot be read or the folder written; ConfigError for a folder with
+    another model or README.md, and for an invalid exit.
     """
     _refuse_own_folder(config)
     if config.as_gguf:
         refuse_gguf(config.output, config.overwrite, README)
     else:
         refuse_overwrite(config.output, config.overwrite, (README,) if config.engine else ())
-    loaded, blocks = for_training(config.model, "cpu", "fp32"), NO_BLOCKS
+    loaded = for_training(config.model, "cpu", "fp32")
+    blocks = NO_BLOCKS
     if (folder := present(loaded.name).folder) is not None:
-        spec, weight_of = loaded.backend.spec, loaded.model.get_parameter
+        spec = loaded.backend.spec
+        weight_of = loaded.model.get_parameter
         blocks = reading(loaded.name, lambda: read_exit_blocks(folder, spec, weight_of))
-    if config.engine == "vllm" and blocks.eagle3 is not None:  # the exits of such a model are seldom trained
+    # The exits of such a model are seldom trained
+    if config.engine == "vllm" and blocks.eagle3 is not None:
         way = f"`vllm serve {quote(f'{folder}/{EAGLE3_FOLDER}')}`"
         needed = f"given: this model has a drafter that vLLM reads as it is, by {way}"
         require(config.exit_layer is not None, "exit_layer", needed, "none")
     decoder = decoder_of(replace(loaded, backend=TransformersBackend(loaded.model, blocks)))
-    recommended, layers = decoder.recommended(), loaded.backend.num_layers
+    recommended = decoder.recommended()
+    layers = loaded.backend.num_layers
     exit_layer = recommended.exit_layer if config.exit_layer is None else config.exit_layer
     require_exit_layer(exit_layer, layers, may_be_last=config.engine is None)
     draft_layers = exit_layer + any(block.exit_layer == exit_layer for block in blocks.blocks)
     drafter = blocks.eagle3 if config.as_gguf and config.exit_layer is None else None
-    readme, files = None, dict[str, bytes]()
+    readme = None
+    files = dict[str, bytes]()
     if exit_layer == layers and not config.as_gguf:
         files |= files_of_shipped(blocks, loaded.backend.spec, loaded.model.get_parameter)
     if config.engine is not None:
-        length, why = recommended.num_draft_tokens, "recommended with the model, or the usual number"
+        length = recommended.num_draft_tokens
+        why = "recommended with the model, or the usual number"
         if drafter:
-            length, why = PROPOSED, "the number that the drafter's folder tells vLLM"
+            length = PROPOSED
+            why = "the number that the drafter's folder tells vLLM"
         readme = _readme(config, None if drafter else exit_layer, layers, length, why)
         files[README] = readme.encode()
     if config.as_gguf:
@@ -93,23 +112,42 @@ def export(config: ExportConfig) -> Exported:
         _write_pair(loaded, exit_layer, blocks, drafter, config.output, kind, files)
     else:
         details = {"exported_from": config.model, "exported_exit": exit_layer}
-        info = CheckpointInfo(loaded.info.prompt_template, details=details, system=loaded.info.system)
+        info = CheckpointInfo(
+            loaded.info.prompt_template, details=details, system=loaded.info.system
+        )
         dtype = written_dtype(loaded, config.dtype)
-        save_checkpoint(cut_to_exit(loaded, exit_layer, blocks), loaded.tokenizer, info, config.output, dtype, files)
+        save_checkpoint(
+            cut_to_exit(loaded, exit_layer, blocks),
+            loaded.tokenizer,
+            info,
+            config.output,
+            dtype,
+            files,
+        )
     lost = config.as_gguf and blocks.mtp is not None
     if drafter is not None:
         return Exported(None, 1, True, readme, lost)
-    return Exported(exit_layer, draft_layers, exit_layer == layers or exit_layer in recommended.exits, readme, lost)
+    return Exported(
+        exit_layer,
+        draft_layers,
+        exit_layer == layers or exit_layer in recommended.exits,
+        readme,
+        lost,
+    )
 
 
 def export_packed(config: ExportConfig) -> tuple[str, int]:
-    """As `export`, for all layers, packed for the compiled kernels. Returns the precisions in words, and the file's bytes."""
+    """As `export`, for all layers, packed for the compiled kernels. Returns the precisions in
+    words, and the file's bytes.
+    """
     _refuse_own_folder(config)
     source = downloaded(config.model)
     refuse_overwrite(config.output, config.overwrite)
     asked = PackingConfig(quantize=config.quantize, adaptive=True)
     if kernels() is None:
-        raise ConfigError(f"`format` packed needs the compiled kernels: {why_no_kernels()}", "format")
+        raise ConfigError(
+            f"`format` packed needs the compiled kernels: {why_no_kernels()}", "format"
+        )
     unpacked = for_packing(source, config.dtype, asked)
     if not can_run_native(unpacked.spec, unpacked.dtype, torch.device("cpu"), unpacked.packing):
         raise CheckpointError(
@@ -121,8 +159,10 @@ def export_packed(config: ExportConfig) -> tuple[str, int]:
 
     @quiet_transformers()
     def write(staging: Path) -> None:
-        files, folder = open_model(Location(source)), Path(source)
-        files.config.save_pretrained(staging)  # as transformers writes it, so that loading needs no transformers
+        files = open_model(Location(source))
+        folder = Path(source)
+        # As transformers writes it, so that loading needs no transformers
+        files.config.save_pretrained(staging)
         files.tokenizer().save_pretrained(staging)
         for name in (GENERATION_FILE, ORDER_FILE, *EAGLE3_FILES):
             if (folder / name).is_file():
@@ -130,7 +170,12 @@ def export_packed(config: ExportConfig) -> tuple[str, int]:
                 shutil.copyfile(folder / name, staging / name)
         written.append(_write_weights(unpacked, staging / PACKED_FILE))
 
-    save_files(write, info, config.output, files_of_shipped(unpacked.exit_blocks, unpacked.spec, unpacked.weight_of))
+    save_files(
+        write,
+        info,
+        config.output,
+        files_of_shipped(unpacked.exit_blocks, unpacked.spec, unpacked.weight_of),
+    )
     return written[0], (Path(config.output) / PACKED_FILE).stat().st_size
 
 
@@ -141,10 +186,14 @@ def _refuse_own_folder(config: ExportConfig) -> None:
 
 
 def _write_weights(source: Source, path: Path) -> str:
-    """Packs the weights that `source` decodes with. Heads are packed whole: `draft_vocab` selects rows at load."""
+    """Packs the weights that `source` decodes with. Heads are packed whole: `draft_vocab` selects
+    rows at load.
+    """
     packing = replace(source.packing, draft_vocab=0)
-    spec, calibrated = source.spec, source.int4 is not None
-    blocks = replace(source.exit_blocks, eagle3=None, mtp=None, assistant=None)  # copied as they are
+    spec = source.spec
+    calibrated = source.int4 is not None
+    # Copied as they are
+    blocks = replace(source.exit_blocks, eagle3=None, mtp=None, assistant=None)
     block_shapes = blocks.shapes(spec)
     head: Quantization | None = (packing.draft_head or "int8") if packing.draft_weights else None
     dtype: Literal["bf16", "fp32"] = "bf16" if source.dtype == torch.bfloat16 else "fp32"
@@ -159,11 +208,16 @@ def _write_weights(source: Source, path: Path) -> str:
         writer.add(spec.embedding_name, embedding)
         NativeBackend(spec, take, packing, None, source.int4, blocks, embedding, pack=writer.matrix)
         of_blocks = blocks.weights(spec, torch.empty(0, dtype=source.dtype))
-        for weights, shapes in ((Weights(take, spec.shapes), spec.shapes), (of_blocks, block_shapes)):
+        for weights, shapes in (
+            (Weights(take, spec.shapes), spec.shapes),
+            (of_blocks, block_shapes),
+        ):
             for name in unpacked_names(spec, shapes):
                 writer.add(name, weights.of(name))
         writer.finish(content)
-    copies = f" with {' and '.join(packing.draft_weights)} for drafts" if packing.draft_weights else ""
+    copies = (
+        f" with {' and '.join(packing.draft_weights)} for drafts" if packing.draft_weights else ""
+    )
     return named_int4(f"{packing.quantize or content.dtype}{copies}", calibrated)
 
 
@@ -176,23 +230,32 @@ def _write_pair(
     kind: str,
     files: Mapping[str, bytes],
 ) -> None:
-    """Writes `files`, target.gguf, and draft.gguf: the `drafter`, else the exit, to which `loaded` is cut."""
+    """Writes `files`, target.gguf, and draft.gguf: the `drafter`, else the exit, to which `loaded`
+    is cut.
+    """
     folder = Path(output)
     try:
         staging = new_staging(folder)
         try:
-            write_gguf(loaded.model, loaded.tokenizer, loaded.backend.own_spec, staging / TARGET, kind)
+            write_gguf(
+                loaded.model, loaded.tokenizer, loaded.backend.own_spec, staging / TARGET, kind
+            )
             if drafter is not None:
-                write_eagle3(drafter, loaded.tokenizer, loaded.backend.own_spec, staging / DRAFT, kind)
+                write_eagle3(
+                    drafter, loaded.tokenizer, loaded.backend.own_spec, staging / DRAFT, kind
+                )
             elif exit_layer < loaded.backend.num_layers:
                 draft = cut_to_exit(loaded, exit_layer, blocks)
-                write_gguf(draft, loaded.tokenizer, ModelSpec.of(draft.config), staging / DRAFT, kind)
+                write_gguf(
+                    draft, loaded.tokenizer, ModelSpec.of(draft.config), staging / DRAFT, kind
+                )
             for name, content in files.items():
                 (staging / name).write_bytes(content)
             written = sorted(staging.iterdir(), key=lambda path: path.name == DRAFT)
             for path in written:
                 synchronise(path)
-            (folder / DRAFT).unlink(missing_ok=True)  # so that a killed process leaves no draft beside another's target
+            # So that a killed process leaves no draft beside another's target
+            (folder / DRAFT).unlink(missing_ok=True)
             for path in written:
                 os.replace(path, folder / path.name)
         finally:
@@ -203,36 +266,61 @@ def _write_pair(
 
 @torch.no_grad()
 def cut_to_exit(loaded: Trainable, exit_layer: int, blocks: ExitBlocks) -> Any:
-    """Cuts `loaded` to an exit and its block, in place. Raises CheckpointError if the logits are not those of the exit."""
+    """Cuts `loaded` to an exit and its block, in place. Raises CheckpointError if the logits are
+    not those of the exit.
+    """
     model: Any = loaded.model
     block = next((block for block in blocks.blocks if block.exit_layer == exit_layer), None)
-    backend = loaded.backend if block is None else TransformersBackend(model, ExitBlocks((block,), blocks.take))
+    backend = (
+        loaded.backend
+        if block is None
+        else TransformersBackend(model, ExitBlocks((block,), blocks.take))
+    )
     ids = torch.arange(2 * _PROBE, device=backend.device).view(2, _PROBE) % backend.spec.vocab
-    [(_, states, head)] = states_at_exits(backend, ids, backend.new_cache(*ids.shape).span(0, ids.shape[1]), [exit_layer])
-    expected, layers, kept = head(states), backend.layers, list(range(exit_layer))
+    [(_, states, head)] = states_at_exits(
+        backend, ids, backend.new_cache(*ids.shape).span(0, ids.shape[1]), [exit_layer]
+    )
+    expected = head(states)
+    layers = backend.layers
+    kept = list(range(exit_layer))
     if block is not None:
-        originals, weights = backend.block_originals(), blocks.weights(backend.spec, model.get_input_embeddings().weight)
-        kept.append(next(index for index, layer in enumerate(layers) if layer is originals["layer"]))
+        originals = backend.block_originals()
+        weights = blocks.weights(backend.spec, model.get_input_embeddings().weight)
+        kept.append(
+            next(index for index, layer in enumerate(layers) if layer is originals["layer"])
+        )
         for part, module in originals.items():
             for name, parameter in module.named_parameters():
                 parameter.data = weights.of(f"{block.prefix}{part}.{name}")
-    chosen, count = [layers[layer] for layer in kept], len(layers)
+    chosen = [layers[layer] for layer in kept]
+    count = len(layers)
     del layers[len(kept) :]
     for place, layer in enumerate(chosen):
         layers[place] = layer
     try:
         written = _with_weights(cut_config(model.config, kept), model.state_dict(), count, kept)
         logits = written(input_ids=ids, use_cache=False).logits
-        if not (logits - expected).norm() <= _TOLERANCE * (expected - expected.mean(-1, keepdim=True)).norm():
-            raise ValueError(f"a {model.config.model_type} with {len(kept)} layers has other logits")
+        if (
+            not (logits - expected).norm()
+            <= _TOLERANCE * (expected - expected.mean(-1, keepdim=True)).norm()
+        ):
+            raise ValueError(
+                f"a {model.config.model_type} with {len(kept)} layers has other logits"
+            )
     except Exception as error:  # which differs by model type
-        raise CheckpointError(f"exit {exit_layer} of {loaded.name} is no model of its own: {first_line(error)}") from error
+        raise CheckpointError(
+            f"exit {exit_layer} of {loaded.name} is no model of its own: {first_line(error)}"
+        ) from error
     written.generation_config = model.generation_config
     return written
 
 
-def _with_weights(config: Any, weights: Mapping[str, Tensor], layers: int, kept: Sequence[int]) -> Any:
-    """A model that shares `weights`. From a weight with parts for all `layers` layers it takes the `kept` ones."""
+def _with_weights(
+    config: Any, weights: Mapping[str, Tensor], layers: int, kept: Sequence[int]
+) -> Any:
+    """A model that shares `weights`. From a weight with parts for all `layers` layers it takes the
+    `kept` ones.
+    """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
@@ -243,8 +331,12 @@ def _with_weights(config: Any, weights: Mapping[str, Tensor], layers: int, kept:
         weight = weights[name]
         for dimension, size in enumerate(needed.shape):
             if weight.shape[dimension] != size:
-                by_layer = weight.view(*weight.shape[:dimension], layers, -1, *weight.shape[dimension + 1 :])
-                weight = by_layer.index_select(dimension, torch.tensor(kept)).flatten(dimension, dimension + 1)
+                by_layer = weight.view(
+                    *weight.shape[:dimension], layers, -1, *weight.shape[dimension + 1 :]
+                )
+                weight = by_layer.index_select(dimension, torch.tensor(kept)).flatten(
+                    dimension, dimension + 1
+                )
         fitting[name] = weight
     model.load_state_dict(fitting, assign=True)
     model.tie_weights()
@@ -252,48 +344,90 @@ def _with_weights(config: Any, weights: Mapping[str, Tensor], layers: int, kept:
 
 
 def cut_config(config: Any, kept: Sequence[int]) -> Any:
-    """A configuration with the layers `kept` (ascending, from 0); lists and dictionaries by layer keep theirs."""
-    values, layers = config.to_dict() | config.to_diff_dict(), config.num_hidden_layers  # parts of DBRX load from the latter
+    """A configuration with the layers `kept` (ascending, from 0); lists and dictionaries by layer
+    keep theirs.
+    """
+    # Parts of DBRX load from the latter
+    values = config.to_dict() | config.to_diff_dict()
+    layers = config.num_hidden_layers
     for name in ("num_layers", config.attribute_map.get("num_hidden_layers", "num_hidden_layers")):
-        if name in values:  # Nemotron-H only lists its layers; LongCat-Flash counts two attentions in each
-            layers, values[name] = values[name], len(kept)
+        # Nemotron-H only lists its layers; LongCat-Flash counts two attentions in each
+        if name in values:
+            layers = values[name]
+            values[name] = len(kept)
             break
     for name, value in values.items():
         if isinstance(value, list) and len(value) == layers and not name.endswith(_NOT_BY_LAYER):
             values[name] = [value[layer] for layer in kept]
-        names = [key for key in value if isinstance(key, str) and key.isdecimal()] if isinstance(value, dict) else []
+        names = (
+            [key for key in value if isinstance(key, str) and key.isdecimal()]
+            if isinstance(value, dict)
+            else []
+        )
         if names and len(names) == len(value) and max(map(int, names)) < layers:
             by_layer = {int(key): of_layer for key, of_layer in value.items()}
-            values[name] = {str(place): by_layer[layer] for place, layer in enumerate(kept) if layer in by_layer}
-    if values.get("max_window_layers") is not None:  # the layers from this one on have a sliding window
+            values[name] = {
+                str(place): by_layer[layer] for place, layer in enumerate(kept) if layer in by_layer
+            }
+    # The layers from this one on have a sliding window
+    if values.get("max_window_layers") is not None:
         values["max_window_layers"] = sum(layer < values["max_window_layers"] for layer in kept)
-    if (dense := values.get("mlp_only_layers")) is not None:  # further dense layers: all but every `step`-th
+    # Further dense layers: all but every `step`-th
+    if (dense := values.get("mlp_only_layers")) is not None:
         step = values["decoder_sparse_step"]
-        values["mlp_only_layers"] = [place for place, layer in enumerate(kept) if layer in dense or (layer + 1) % step]
+        values["mlp_only_layers"] = [
+            place for place, layer in enumerate(kept) if layer in dense or (layer + 1) % step
+        ]
         values["decoder_sparse_step"] = 1
     if attending := getattr(config, "attn_layer_indices", None):  # Bamba's
-        values["attn_layer_indices"] = [place for place, layer in enumerate(kept) if layer in attending]
-    if shared := values.get("num_kv_shared_layers"):  # the last `shared` layers read KV entries of earlier ones
+        values["attn_layer_indices"] = [
+            place for place, layer in enumerate(kept) if layer in attending
+        ]
+    # The last `shared` layers read KV entries of earlier ones
+    if shared := values.get("num_kv_shared_layers"):
         values["num_kv_shared_layers"] = sum(layer >= layers - shared for layer in kept)
     return config.__class__.from_dict(values)
 
 
-def _readme(config: ExportConfig, exit_layer: int | None, layers: int, drafts: int, why: str) -> str:
-    """How to decode with the engine. If it cannot load the model as it is, first how to write the model."""
+def _readme(
+    config: ExportConfig, exit_layer: int | None, layers: int, drafts: int, why: str
+) -> str:
+    """How to decode with the engine. If it cannot load the model as it is, first how to write the
+    model.
+    """
     assert config.engine is not None
-    output, engine = Path(config.output).resolve(), config.engine
+    output = Path(config.output).resolve()
+    engine = config.engine
     draft = "The drafter" if exit_layer is None else f"Exit {exit_layer}"
-    parts = [f"# {draft} of {config.model} as a draft model, with {engine}", f"{plural(drafts, 'draft token')}: {why}."]
+    parts = [
+        f"# {draft} of {config.model} as a draft model, with {engine}",
+        f"{plural(drafts, 'draft token')}: {why}.",
+    ]
     if config.as_gguf:
         method = "eagle3" if exit_layer is None else "simple"
-        return "\n\n".join([*parts, instructions(engine, str(output / TARGET), str(output / DRAFT), drafts, method)])
+        return "\n\n".join(
+            [
+                *parts,
+                instructions(engine, str(output / TARGET), str(output / DRAFT), drafts, method),
+            ]
+        )
     is_path = config.model not in EMBEDDED and Path(config.model).exists()
-    model, target = str(Path(config.model).resolve()) if is_path else config.model, f"{output}-target"
+    model = str(Path(config.model).resolve()) if is_path else config.model
+    target = f"{output}-target"
     location = present(config.model)
-    has_sidecars = any((Path(location.path) / file).exists() for file in (INT4_FILE, EXIT_BLOCKS_FILE))
-    if config.model in EMBEDDED or is_adapter(config.model) or location.gguf_file is not None or has_sidecars:
+    has_sidecars = any(
+        (Path(location.path) / file).exists() for file in (INT4_FILE, EXIT_BLOCKS_FILE)
+    )
+    if (
+        config.model in EMBEDDED
+        or is_adapter(config.model)
+        or location.gguf_file is not None
+        or has_sidecars
+    ):
         parts.append("First the model itself, in a form that the engine loads:")
-        parts.append(f"```sh\nlayerskip export {quote(model)} --exit {layers} --output {quote(target)}\n```")
+        parts.append(
+            f"```sh\nlayerskip export {quote(model)} --exit {layers} --output {quote(target)}\n```"
+        )
     else:
         target = model
     return "\n\n".join([*parts, instructions(engine, target, str(output), drafts)])
@@ -301,7 +435,8 @@ def _readme(config: ExportConfig, exit_layer: int | None, layers: int, drafts: i
 
 _VLLM = """vllm serve {target} \\
     --speculative-config {speculative}
-# Or without copies of weights and cache, where layerskip is installed beside vLLM (pip install --no-deps):
+# Or without copies of weights and cache, where layerskip is installed beside vLLM (pip install
+# --no-deps):
 vllm serve {target} --load-format layerskip \\
     --speculative-config {speculative}"""
 _LLAMA_CPP = """llama-server -m {target} \\
@@ -318,15 +453,29 @@ assistant.generation_config.assistant_confidence_threshold = 0.0
 inputs = tokenizer("PROMPT", return_tensors="pt")
 output = model.generate(**inputs, assistant_model=assistant, do_sample=False, max_new_tokens=128)
 print(tokenizer.decode(output[0], skip_special_tokens=True))"""
-_RECIPES = {"vllm": ("sh", _VLLM), "llama.cpp": ("sh", _LLAMA_CPP), "transformers": ("python", _TRANSFORMERS)}
+_RECIPES = {
+    "vllm": ("sh", _VLLM),
+    "llama.cpp": ("sh", _LLAMA_CPP),
+    "transformers": ("python", _TRANSFORMERS),
+}
 
 
-def instructions(engine: Engine, target: str, draft: str, drafts: int, method: str = "simple") -> str:
-    """Markdown: commands or a program to copy. `target` and `draft`: folders, hub ids or GGUF files; `method`: of llama.cpp."""
+def instructions(
+    engine: Engine, target: str, draft: str, drafts: int, method: str = "simple"
+) -> str:
+    """Markdown: commands or a program to copy. `target` and `draft`: folders, hub ids or GGUF
+    files; `method`: of llama.cpp.
+    """
     language, recipe = _RECIPES[engine]
-    speculative = json.dumps({"method": "draft_model", "model": draft, "num_speculative_tokens": drafts})
+    speculative = json.dumps(
+        {"method": "draft_model", "model": draft, "num_speculative_tokens": drafts}
+    )
     quoted = repr if language == "python" else quote
     text = recipe.format(
-        target=quoted(target), draft=quoted(draft), drafts=drafts, speculative=quote(speculative), method=method
+        target=quoted(target),
+        draft=quoted(draft),
+        drafts=drafts,
+        speculative=quote(speculative),
+        method=method,
     )
     return f"```{language}\n{text}\n```\n"

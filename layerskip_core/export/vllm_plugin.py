@@ -1,6 +1,8 @@
-"""A plugin for vLLM (entry point `vllm.general_plugins`): the load format `layerskip` for drafts of `layerskip export`.
+"""A plugin for vLLM (entry point `vllm.general_plugins`): the load format `layerskip` for drafts of
+`layerskip export`.
 
-A draft is built of the target's modules and uses its KV pages below the exit; only its exit block is read from its folder.
+A draft is built of the target's modules and uses its KV pages below the exit; only its exit block
+is read from its folder.
 """
 
 import json
@@ -25,7 +27,8 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 LOAD_FORMAT = "layerskip"
 
-_last_target: "ref[nn.Module] | None" = None  # of this process; vLLM loads a draft right after its target
+# Of this process; vLLM loads a draft right after its target
+_last_target: "ref[nn.Module] | None" = None
 
 
 def register() -> None:
@@ -34,12 +37,16 @@ def register() -> None:
 
 
 class LayerSkipLoader(DefaultModelLoader):  # type: ignore[misc]
-    """Loads a target as vLLM does, and a draft as a part of it. Raises ValueError for a draft that is no exit of it."""
+    """Loads a target as vLLM does, and a draft as a part of it. Raises ValueError for a draft that
+    is no exit of it.
+    """
 
     def __init__(self, load_config: LoadConfig) -> None:
         super().__init__(replace(load_config, load_format="auto"))
 
-    def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
+    def load_model(
+        self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = ""
+    ) -> nn.Module:
         global _last_target
         if model_config.runner_type != "draft":
             model: nn.Module = super().load_model(vllm_config, model_config, prefix)
@@ -50,12 +57,17 @@ class LayerSkipLoader(DefaultModelLoader):  # type: ignore[misc]
         if vllm_config.parallel_config.pipeline_parallel_size > 1:
             raise ValueError("load format layerskip needs one pipeline stage, got several")
         exit_layer = exported_exit(model_config, target)
-        with set_default_torch_dtype(model_config.dtype), torch.device(vllm_config.device_config.device):
+        with (
+            set_default_torch_dtype(model_config.dtype),
+            torch.device(vllm_config.device_config.device),
+        ):
             draft = self.create_model(vllm_config, model_config, prefix)
         for layer in range(exit_layer):
             share_all_but_attention(draft.model.layers[layer], target.model.layers[layer])
-        draft.model.embed_tokens, draft.lm_head = target.model.embed_tokens, target.lm_head
-        own: list[nn.Module] = list(draft.model.layers[exit_layer:])  # an exit block, with a norm of its own
+        draft.model.embed_tokens = target.model.embed_tokens
+        draft.lm_head = target.lm_head
+        # An exit block, with a norm of its own
+        own: list[nn.Module] = list(draft.model.layers[exit_layer:])
         if own:
             own.append(draft.model.norm)
             names = (f"model.layers.{exit_layer}.", "model.norm.")
@@ -64,7 +76,9 @@ class LayerSkipLoader(DefaultModelLoader):  # type: ignore[misc]
         else:
             draft.model.norm = target.model.norm
         attention = [module for module in draft.modules() if isinstance(module, Attention)]
-        process_weights_after_loading(nn.ModuleList([*own, *attention]), model_config, vllm_config.device_config.device)
+        process_weights_after_loading(
+            nn.ModuleList([*own, *attention]), model_config, vllm_config.device_config.device
+        )
         evaluated: nn.Module = draft.eval()
         return evaluated
 
@@ -76,19 +90,36 @@ def exported_exit(draft: ModelConfig, target: Any) -> int:
         with suppress(EntryNotFoundError, HFValidationError):
             file = Path(hf_hub_download(draft.model, file.name, revision=draft.revision))
     exit_layer = json.loads(file.read_text()).get("exported_exit") if file.is_file() else None
-    if not isinstance(exit_layer, int) or draft.hf_config.num_hidden_layers - exit_layer not in (0, 1):
-        raise ValueError(f"load format layerskip needs a draft that `layerskip export` wrote, got {draft.model}")
-    for size in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size"):
-        mine, theirs = getattr(draft.hf_config, size), getattr(target.config, size)
+    if not isinstance(exit_layer, int) or draft.hf_config.num_hidden_layers - exit_layer not in (
+        0,
+        1,
+    ):
+        raise ValueError(
+            f"load format layerskip needs a draft that `layerskip export` wrote, got {draft.model}"
+        )
+    for size in (
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+    ):
+        mine = getattr(draft.hf_config, size)
+        theirs = getattr(target.config, size)
         if mine != theirs:
-            raise ValueError(f"load format layerskip needs a draft of this target: {size} must be {theirs}, got {mine}")
+            raise ValueError(
+                f"load format layerskip needs a draft of this target: {size} must be {theirs}, got {mine}"
+            )
     return exit_layer
 
 
 def share_all_but_attention(mine: nn.Module, theirs: nn.Module) -> None:
-    """Gives `mine` the modules of `theirs`, except attention, which finds its KV cache by its own name."""
+    """Gives `mine` the modules of `theirs`, except attention, which finds its KV cache by its own
+    name.
+    """
     for name, child in theirs.named_children():
-        if isinstance(child, Attention):  # vLLM's layers that share a cache only read it, but drafted tokens must be written
+        # VLLM's layers that share a cache only read it, but drafted tokens must be written
+        if isinstance(child, Attention):
             own: Any = getattr(mine, name)
             own.kv_sharing_target_layer_name = child.layer_name
             if not own.attn_backend.forward_includes_kv_cache_update:
@@ -100,7 +131,9 @@ def share_all_but_attention(mine: nn.Module, theirs: nn.Module) -> None:
 
 
 def writing(attention: type[Any]) -> type[Any]:
-    """A subclass of vLLM's attention that writes keys and values to the cache before attention reads it."""
+    """A subclass of vLLM's attention that writes keys and values to the cache before attention
+    reads it.
+    """
 
     class Writing(attention):  # type: ignore[misc]
         def forward(
@@ -117,6 +150,8 @@ def writing(attention: type[Any]) -> type[Any]:
             if attn_metadata is not None:  # there is none while vLLM warms up
                 *_, slots = get_attention_context(layer.layer_name)
                 self.do_kv_cache_update(layer, key, value, kv_cache, slots)
-            return super().forward(layer, query, key, value, kv_cache, attn_metadata, *rest, **named)
+            return super().forward(
+                layer, query, key, value, kv_cache, attn_metadata, *rest, **named
+            )
 
     return Writing

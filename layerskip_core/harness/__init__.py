@@ -1,4 +1,6 @@
-"""EleutherAI's lm-evaluation-harness on this decoder: the model type `layerskip`, and its tasks through every exit."""
+"""EleutherAI's lm-evaluation-harness on this decoder: the model type `layerskip`, and its tasks
+through every exit.
+"""
 
 from ..errors import ConfigError
 
@@ -6,7 +8,9 @@ MODEL_TYPE = "layerskip"
 
 
 def register() -> None:
-    """Registers the model type `layerskip` with lm-eval, which has no entry point or flag for types of other packages."""
+    """Registers the model type `layerskip` with lm-eval, which has no entry point or flag for types
+    of other packages.
+    """
     require_harness()
     import lm_eval.models  # noqa: F401  # fills the registry, which lm-eval does by itself only if it is empty
     from lm_eval.api.registry import model_registry

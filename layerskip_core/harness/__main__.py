@@ -1,4 +1,6 @@
-"""`python -m layerskip_core.harness ...`: the command `lm_eval` with the model type `layerskip` among its models."""
+"""`python -m layerskip_core.harness ...`: the command `lm_eval` with the model type `layerskip`
+among its models.
+"""
 
 import sys
 

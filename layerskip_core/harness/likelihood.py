@@ -1,4 +1,6 @@
-"""Log-likelihoods of continuations through several exits: a batch's prefix, its contexts and continuations run once each."""
+"""Log-likelihoods of continuations through several exits: a batch's prefix, its contexts and
+continuations run once each.
+"""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +24,9 @@ Pair = tuple[Sequence[int], Sequence[int]]
 
 
 class Likelihood(NamedTuple):
-    """A continuation's log-probability in nats, and whether each of its tokens is the most probable one."""
+    """A continuation's log-probability in nats, and whether each of its tokens is the most probable
+    one.
+    """
 
     total: float
     greedy: bool
@@ -31,8 +35,11 @@ class Likelihood(NamedTuple):
 def likelihoods(
     model: Backend, pairs: Sequence[Pair], exits: Sequence[int], batch_size: int
 ) -> Iterator[tuple[int, dict[int, Likelihood]]]:
-    """Yields (index in `pairs`, likelihood by exit). Cuts long contexts at the start; ContextError for a long continuation."""
-    limit, of_context = model.spec.context, defaultdict[tuple[int, ...], list[int]](list)
+    """Yields (index in `pairs`, likelihood by exit). Cuts long contexts at the start; ContextError
+    for a long continuation.
+    """
+    limit = model.spec.context
+    of_context = defaultdict[tuple[int, ...], list[int]](list)
     for place, (context, continuation) in enumerate(pairs):
         if not continuation:
             yield place, dict.fromkeys(exits, Likelihood(0.0, True))
@@ -45,18 +52,29 @@ def likelihoods(
         places = [place for _, group in batch for place in group]
         owners = [number for number, (_, group) in enumerate(batch) for _ in group]
         continuations = [pairs[place][1] for place in places]
-        scored = _scored(model, [context for context, _ in batch], continuations, owners, sorted(set(exits)))
+        scored = _scored(
+            model, [context for context, _ in batch], continuations, owners, sorted(set(exits))
+        )
         for number, place in enumerate(places):
-            yield place, {stop: Likelihood(float(each[0][number]), bool(each[1][number])) for stop, each in scored.items()}
+            yield (
+                place,
+                {
+                    stop: Likelihood(float(each[0][number]), bool(each[1][number]))
+                    for stop, each in scored.items()
+                },
+            )
 
 
-_Group = tuple[tuple[int, ...], list[int]]  # a context, and the indices of its pairs, longest continuation first
+# A context, and the indices of its pairs, longest continuation first
+_Group = tuple[tuple[int, ...], list[int]]
 
 
 def _batches(
     of_context: dict[tuple[int, ...], list[int]], pairs: Sequence[Pair], batch_size: int, limit: int
 ) -> Iterator[list[_Group]]:
-    """Batches of about `batch_size` pairs, longest first. Pairs of a long context, and of common beginnings, share batches."""
+    """Batches of about `batch_size` pairs, longest first. Pairs of a long context, and of common
+    beginnings, share batches.
+    """
     groups: list[_Group] = []
     for context, places in of_context.items():
         most = batch_size if len(context) < _WORTHWHILE else max(batch_size, _CHOICES)
@@ -77,7 +95,9 @@ def _batches(
         together = [*batch, group]
         padded = max(len(context) for context, _ in together) + max(map(continued, together)) - 1
         count = sum(len(places) for _, places in together)
-        if batch and (count > batch_size or padded > limit or beginning(group) != beginning(batch[0])):
+        if batch and (
+            count > batch_size or padded > limit or beginning(group) != beginning(batch[0])
+        ):
             yield batch
             together = [group]
         batch = together
@@ -93,8 +113,11 @@ def _scored(
     owners: Sequence[int],
     exits: Sequence[int],
 ) -> dict[int, tuple[Tensor, Tensor]]:
-    """By exit: each continuation's log-probability, and whether it is greedy. `owners`: the index of its context."""
-    lengths, count = [len(context) for context in contexts], len(continuations)
+    """By exit: each continuation's log-probability, and whether it is greedy. `owners`: the index
+    of its context.
+    """
+    lengths = [len(context) for context in contexts]
+    count = len(continuations)
     rests = [continuation[:-1] for continuation in continuations]
     alike = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*contexts, strict=False))
     shared = min(sum(1 for _ in alike), min(lengths) - 1)  # every context keeps a token of its own
@@ -106,20 +129,35 @@ def _scored(
         for _ in states_at_exits(model, prefix, cache.span(0, shared, settled=True), exits):
             pass
         cache = cache.branch([0] * len(contexts), [shared] * len(contexts))
-    scores = {stop: (torch.zeros(count, dtype=torch.float64), torch.ones(count, dtype=torch.bool)) for stop in exits}
+    scores = {
+        stop: (torch.zeros(count, dtype=torch.float64), torch.ones(count, dtype=torch.bool))
+        for stop in exits
+    }
 
-    def score(texts: Sequence[Sequence[int]], starts: Sequence[int], after: Sequence[tuple[int, int, int, int]]) -> None:
-        """Runs `texts` from positions `starts`. `after`: (continuation, target, row and column in `texts` that predict it)."""
+    def score(
+        texts: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        after: Sequence[tuple[int, int, int, int]],
+    ) -> None:
+        """Runs `texts` from positions `starts`. `after`: (continuation, target, row and column in
+        `texts` that predict it).
+        """
         owner, targets, rows, columns = torch.tensor(after).T
         places = Places(cache, starts, list(map(len, texts)), settled=True)
-        ids, at = torch.tensor([*chain(*texts)], device=model.device), torch.tensor(places.bounds)[rows] + columns
+        ids = torch.tensor([*chain(*texts)], device=model.device)
+        at = torch.tensor(places.bounds)[rows] + columns
         for stop, hidden, head in states_at_exits(model, ids, places, exits):
             totals, greedy = scores[stop]
-            logs, best = _log_probabilities(head, hidden[at], targets.to(hidden.device), model.spec.vocab)
+            logs, best = _log_probabilities(
+                head, hidden[at], targets.to(hidden.device), model.spec.vocab
+            )
             totals.index_add_(0, owner, logs.double())
             greedy[owner[~best]] = False
 
-    firsts = [(number, continuations[number][0], row, lengths[row] - shared - 1) for number, row in enumerate(owners)]
+    firsts = [
+        (number, continuations[number][0], row, lengths[row] - shared - 1)
+        for number, row in enumerate(owners)
+    ]
     score([context[shared:] for context in contexts], [shared] * len(contexts), firsts)
     if any(rests):
         cache = cache.branch(owners, [lengths[row] for row in owners])
@@ -135,11 +173,18 @@ def _scored(
 def _log_probabilities(
     head: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor, vocab_size: int
 ) -> tuple[Tensor, Tensor]:
-    """The log-probability of each target (N,) given its state (N, D), and whether it is the argmax; both on the CPU."""
+    """The log-probability of each target (N,) given its state (N, D), and whether it is the argmax;
+    both on the CPU.
+    """
     parts = []
     rows = max(1, CHUNK_LOGITS // vocab_size)
     for part, tokens in zip(torch.split(states, rows), torch.split(targets, rows), strict=True):
         logits = head(part).float()
-        parts.append((logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1), logits.argmax(-1) == tokens))
+        parts.append(
+            (
+                logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1),
+                logits.argmax(-1) == tokens,
+            )
+        )
     logs, best = zip(*parts, strict=True)
     return torch.cat(logs).cpu(), torch.cat(best).cpu()

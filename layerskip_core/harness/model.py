@@ -1,6 +1,8 @@
-"""The model type `layerskip` of lm-evaluation-harness: `lm_eval --model layerskip --model_args pretrained=DIR,exit=8`.
+"""The model type `layerskip` of lm-evaluation-harness: `lm_eval --model layerskip --model_args
+pretrained=DIR,exit=8`.
 
-Requests become token ids and settings as in lm-eval's own `hf`, without the checkpoint's prompt template.
+Requests become token ids and settings as in lm-eval's own `hf`, without the checkpoint's prompt
+template.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +32,9 @@ _NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0, "num_return_sequences": 1
 
 
 class LayerSkipLM(LM):  # type: ignore[misc]
-    """A checkpoint on this package's decoder. All requests are batched; `exit` applies to every one."""
+    """A checkpoint on this package's decoder. All requests are batched; `exit` applies to every
+    one.
+    """
 
     def __init__(
         self,
@@ -47,37 +51,64 @@ class LayerSkipLM(LM):  # type: ignore[misc]
     ) -> None:
         """`pretrained`: an embedded name, a folder, a GGUF file, a hub id, or a model in memory.
 
-        exit: layers that give every log-probability and token (None: all). spec: generate at full depth, with so many drafts
-        through `exit` (None: the recommended exit). batch_size: auto is 16. threads: 0 is torch's choice.
-        max_gen_toks: the limit of answers if the task sets none. Raises ConfigError and CheckpointError.
+        exit: layers that give every log-probability and token (None: all). spec: generate at full
+        depth, with so many drafts through `exit` (None: the recommended exit). batch_size: auto is
+        16. threads: 0 is torch's choice. max_gen_toks: the limit of answers if the task sets none.
+        Raises ConfigError and CheckpointError.
         """
         super().__init__()
         dtype = _DTYPES.get(str(dtype).removeprefix("torch."), str(dtype))
         require(dtype in DTYPES, "dtype", f"one of {', '.join(DTYPES)}", dtype)
         if threads:
             torch.set_num_threads(int(threads))
-        if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):  # lm-eval's default is cuda:0
+        # Lm-eval's default is cuda:0
+        if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
             device = "auto"
         packing = PackingConfig(**checked(PackingConfig, {"quantize": quantize}))
-        self.decoder = for_decoding(pretrained, device, dtype, packing) if isinstance(pretrained, str) else pretrained
+        self.decoder = (
+            for_decoding(pretrained, device, dtype, packing)
+            if isinstance(pretrained, str)
+            else pretrained
+        )
         self.tokenizer = self.decoder.tokenizer
-        bos, self.eot_token_id = self.tokenizer.special_tokens_map.get("bos_token"), self.tokenizer.eos_token_id
+        bos = self.tokenizer.special_tokens_map.get("bos_token")
+        self.eot_token_id = self.tokenizer.eos_token_id
         self._bos_token = None if bos is None else str(bos)
         size = str(batch_size).partition(":")[0]
-        require(size == "auto" or (size.isdecimal() and int(size) > 0), "batch_size", "at least 1, or auto", batch_size)
-        self.batch_size = min(_AUTO_BATCH, max_batch_size or _AUTO_BATCH) if size == "auto" else int(size)
-        self.max_length, self.max_gen_toks = self.decoder.backend.spec.context, int(max_gen_toks)
-        strategy = "self-speculative" if spec is not None else "autoregressive" if exit is None else "early-exit"
+        require(
+            size == "auto" or (size.isdecimal() and int(size) > 0),
+            "batch_size",
+            "at least 1, or auto",
+            batch_size,
+        )
+        self.batch_size = (
+            min(_AUTO_BATCH, max_batch_size or _AUTO_BATCH) if size == "auto" else int(size)
+        )
+        self.max_length = self.decoder.backend.spec.context
+        self.max_gen_toks = int(max_gen_toks)
+        strategy = (
+            "self-speculative"
+            if spec is not None
+            else "autoregressive"
+            if exit is None
+            else "early-exit"
+        )
         asked = {"strategy": strategy, "exit_layer": exit, "num_draft_tokens": spec}
         self.decoding = self.decoder.resolve(cast(DecodingOptions, asked), packing)
         self.depth = exit if exit is not None and spec is None else self.decoder.backend.num_layers
         self._device = self.decoder.backend.device
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
-        """Token ids, special tokens in the text included; None adds some unless it begins with BOS. Raises ConfigError."""
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: object
+    ) -> list[int]:
+        """Token ids, special tokens in the text included; None adds some unless it begins with BOS.
+        Raises ConfigError.
+        """
         if add_special_tokens is None:
             add_special_tokens = not has_bos_prefix(string, self._bos_token)
-        ids = encoded(lambda: self.tokenizer(string, add_special_tokens=add_special_tokens)["input_ids"])
+        ids = encoded(
+            lambda: self.tokenizer(string, add_special_tokens=add_special_tokens)["input_ids"]
+        )
         return self.decoder.known_ids(list(ids))
 
     @property
@@ -85,43 +116,70 @@ class LayerSkipLM(LM):  # type: ignore[misc]
         """The BOS token, else the EOS token. Raises CheckpointError for a model without both."""
         prefix = self.tokenizer.get_vocab().get(self._bos_token or "", self.eot_token_id)
         if prefix is None:
-            raise CheckpointError("the model's tokenizer must have a token that begins or ends a text, to score a whole text")
+            raise CheckpointError(
+                "the model's tokenizer must have a token that begins or ends a text, to score a whole text"
+            )
         return prefix
 
     def _pairs(self, request: Any) -> list[Pair]:
-        """The pairs of a request: its context and continuation, or a whole text in windows of the model's context size."""
+        """The pairs of a request: its context and continuation, or a whole text in windows of the
+        model's context size.
+        """
         if len(request.args) == 1:
-            ids, prefix = self.tok_encode(*request.args), self.prefix_token_id
-            windows = map(make_disjoint_window, get_rolling_token_windows(ids, prefix, self.max_length, 1))
+            ids = self.tok_encode(*request.args)
+            prefix = self.prefix_token_id
+            windows = map(
+                make_disjoint_window, get_rolling_token_windows(ids, prefix, self.max_length, 1)
+            )
             return list(windows) or [([prefix], [])]
         context, continuation = request.args
         bare = context.rstrip()
-        continuation = context[len(bare) :] + continuation  # tokens begin with spaces: move the context's last ones
+        # Tokens begin with spaces: move the context's last ones
+        continuation = context[len(bare) :] + continuation
         if bare:
             before = self.tok_encode(bare)
             return [(before, self.tok_encode(bare + continuation)[len(before) :])]
-        before, ids = [self.prefix_token_id], self.tok_encode(continuation, add_special_tokens=False)
+        before = [self.prefix_token_id]
+        ids = self.tok_encode(continuation, add_special_tokens=False)
         return [(before, ids[1:] if ids[:1] == before else ids)]
 
-    def score(self, requests: Sequence[Any], depths: Sequence[int]) -> Iterator[tuple[int, dict[int, Any]]]:
-        """Yields (index of a request, by depth (log-probability in nats, is greedy), or for whole texts the former alone)."""
+    def score(
+        self, requests: Sequence[Any], depths: Sequence[int]
+    ) -> Iterator[tuple[int, dict[int, Any]]]:
+        """Yields (index of a request, by depth (log-probability in nats, is greedy), or for whole
+        texts the former alone).
+        """
         parts = [self._pairs(request) for request in requests]
         asked = [(place, pair) for place, pairs in enumerate(parts) for pair in pairs]
         responses: list[list[dict[int, Any]]] = [[] for _ in requests]
-        scored = likelihoods(self.decoder.backend, [pair for _, pair in asked], depths, self.batch_size)
+        scored = likelihoods(
+            self.decoder.backend, [pair for _, pair in asked], depths, self.batch_size
+        )
         for number, by_depth in scored:
             place, _ = asked[number]
             responses[place].append(by_depth)
             if len(requests[place].args) == 2:
                 yield place, {depth: tuple(by_depth[depth]) for depth in depths}
             elif len(responses[place]) == len(parts[place]):
-                yield place, {depth: sum(part[depth].total for part in responses[place]) for depth in depths}
+                yield (
+                    place,
+                    {
+                        depth: sum(part[depth].total for part in responses[place])
+                        for depth in depths
+                    },
+                )
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[Any]:
         """The responses of `score`, at this model's depth, to requests of one kind."""
         responses: list[Any] = [None] * len(requests)
-        kind = "loglikelihood" if all(len(request.args) == 2 for request in requests) else "loglikelihood_rolling"
-        for place, by_depth in tqdm(self.score(requests, [self.depth]), kind, len(requests), disable=disable_tqdm):
+        kind = (
+            "loglikelihood"
+            if all(len(request.args) == 2 for request in requests)
+            else "loglikelihood_rolling"
+        )
+        for place, by_depth in tqdm(
+            self.score(requests, [self.depth]), kind, len(requests), disable=disable_tqdm
+        ):
             responses[place] = by_depth[self.depth]
             self.cache_hook.add_partial(kind, requests[place].args, responses[place])
         return responses
@@ -129,32 +187,55 @@ class LayerSkipLM(LM):  # type: ignore[misc]
     loglikelihood_rolling = loglikelihood
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """The answer to each request's (context, generation_kwargs). Each sampled answer has its own seed."""
-        given, answers = [request.args for request in requests], list[str]()
-        ordered = Collator(given, lambda args: -len(self.tok_encode(args[0])), group_by="gen_kwargs")
+        """The answer to each request's (context, generation_kwargs). Each sampled answer has its
+        own seed.
+        """
+        given = [request.args for request in requests]
+        answers = list[str]()
+        ordered = Collator(
+            given, lambda args: -len(self.tok_encode(args[0])), group_by="gen_kwargs"
+        )
         with tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm) as bar:
             for batch in ordered.get_batched(n=self.batch_size):
                 config = self.answering(self.decoding, batch[0][1])
                 prompts = [self.prompt(context, config.max_new_tokens) for context, _ in batch]
                 seeds = list(range(len(answers), len(answers) + len(batch)))
                 ends = self.decoder.ends(config.stop)
-                finished = decode_batch(self.decoder.backend, prompts, config, ends, self.decoder.detokenize, seeds)
-                for args, output in zip(batch, sorted(finished, key=lambda output: output.row), strict=True):
+                finished = decode_batch(
+                    self.decoder.backend, prompts, config, ends, self.decoder.detokenize, seeds
+                )
+                for args, output in zip(
+                    batch, sorted(finished, key=lambda output: output.row), strict=True
+                ):
                     answers.append(self.answer(output.ids, config.stop))
                     self.cache_hook.add_partial("generate_until", args, answers[-1])
                     bar.update()
         ordered_answers: list[str] = ordered.get_original(answers)
         return ordered_answers
 
-    def answering(self, config: DecodingConfig, asked: Mapping[str, Any], limit: int | None = None) -> DecodingConfig:
-        """`config` with a request's `generation_kwargs`; `limit` replaces their max_gen_toks. Raises ConfigError."""
+    def answering(
+        self, config: DecodingConfig, asked: Mapping[str, Any], limit: int | None = None
+    ) -> DecodingConfig:
+        """`config` with a request's `generation_kwargs`; `limit` replaces their max_gen_toks.
+        Raises ConfigError.
+        """
         given = normalize_gen_kwargs(dict(asked), self.max_gen_toks)
         stop = tuple(filter(None, (*given.pop("until"), *config.stop)))
-        changes: dict[str, Any] = {"stop": stop, "max_new_tokens": limit or given["max_gen_toks"], "temperature": 0.0}
+        changes: dict[str, Any] = {
+            "stop": stop,
+            "max_new_tokens": limit or given["max_gen_toks"],
+            "temperature": 0.0,
+        }
         del given["max_gen_toks"]
-        temperature, top_k, top_p = given.pop("temperature", 1.0), given.pop("top_k", 0), given.pop("top_p", 1.0)
+        temperature = given.pop("temperature", 1.0)
+        top_k = given.pop("top_k", 0)
+        top_p = given.pop("top_p", 1.0)
         if given.pop("do_sample"):
-            changes |= {"temperature": float(temperature), "top_k": int(top_k or 0), "top_p": float(top_p or 1.0)}
+            changes |= {
+                "temperature": float(temperature),
+                "top_k": int(top_k or 0),
+                "top_p": float(top_p or 1.0),
+            }
         for name, value in given.items():
             if _NEUTRAL.get(name) != value:
                 known = "until, max_gen_toks, do_sample, temperature, top_k or top_p"
@@ -164,7 +245,12 @@ class LayerSkipLM(LM):  # type: ignore[misc]
     def prompt(self, context: str, max_new_tokens: int) -> list[int]:
         """The token ids of a context, cut at the start to leave room for the answer."""
         room = self.max_length - max_new_tokens
-        require(room > 0, "max_gen_toks", f"below {self.max_length}, the model's context", max_new_tokens)
+        require(
+            room > 0,
+            "max_gen_toks",
+            f"below {self.max_length}, the model's context",
+            max_new_tokens,
+        )
         ids = self.tok_encode(context)[-room:]
         check_prompt(ids, self.decoder.backend)
         return ids
@@ -172,10 +258,16 @@ class LayerSkipLM(LM):  # type: ignore[misc]
     def answer(self, ids: Sequence[int], stop: Sequence[str]) -> str:
         """The text of an answer, up to its stop string."""
         ends = self.decoder.ends(stop)
-        return before_stop(self.decoder.detokenize([token for token in ids if token not in ends]), stop)
+        return before_stop(
+            self.decoder.detokenize([token for token in ids if token not in ends]), stop
+        )
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Messages in the chat template, without system messages if it refuses them. Raises as `render_chat`."""
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Messages in the chat template, without system messages if it refuses them. Raises as
+        `render_chat`.
+        """
         try:
             text = render_chat(self.tokenizer, chat_history, add_generation_prompt)
         except CheckpointError:

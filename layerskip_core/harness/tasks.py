@@ -1,4 +1,6 @@
-"""Tasks of lm-evaluation-harness: scores through every exit (`sweep-exits`) and by strategy (`bench`)."""
+"""Tasks of lm-evaluation-harness: scores through every exit (`sweep-exits`) and by strategy
+(`bench`).
+"""
 
 import difflib
 import io
@@ -40,27 +42,38 @@ if TYPE_CHECKING:
 GENERATION = "generate_until"
 _KINDS = ("loglikelihood", "loglikelihood_rolling", GENERATION)
 _SEEDS = {"random": 0, "numpy": 1234, "shots": 1234}  # lm-eval's own
-_RESAMPLES = 1000  # bootstrap samples for standard errors without a formula; lm-eval's 100,000 take minutes
+# Bootstrap samples for standard errors without a formula; lm-eval's 100,000 take minutes
+_RESAMPLES = 1000
 _UNUSED = ("data", "metric", "prompt_column", "completion_column")
 _HERE = f"left out for `task` {HARNESS}..."
 
 
 class HarnessTasks:
-    """Loaded tasks. Call `requests` first, then `scores` once per setting. `notes` are for the user."""
+    """Loaded tasks. Call `requests` first, then `scores` once per setting. `notes` are for the
+    user.
+    """
 
-    def __init__(self, loaded: Mapping[str, Any], config: TaskConfig, log_samples: bool = False) -> None:
-        """`loaded`: as lm-eval's TaskManager returns it. Raises ConfigError for tasks that cannot run here."""
-        self._loaded, self._config, self._log_samples = loaded, config, log_samples
+    def __init__(
+        self, loaded: Mapping[str, Any], config: TaskConfig, log_samples: bool = False
+    ) -> None:
+        """`loaded`: as lm-eval's TaskManager returns it. Raises ConfigError for tasks that cannot
+        run here.
+        """
+        self._loaded = loaded
+        self._config = config
+        self._log_samples = log_samples
         self._tasks: dict[str, Any] = loaded["tasks"]
         self.notes: list[str] = []
         for name, task in self._tasks.items():
-            named, repeats = f"{HARNESS}{name}", task.get_config("repeats") or 1
+            named = f"{HARNESS}{name}"
+            repeats = task.get_config("repeats") or 1
             safe = "one that runs no code of the model (humaneval and mbpp of layerskip run it in a sandbox)"
             require(not getattr(task, "UNSAFE_CODE", False), "task", safe, named)
             require(not getattr(task, "MULTIMODAL", False), "task", "one of text alone", named)
             once = "one that asks once; `python -m layerskip_core.harness` runs the others"
             require(repeats == 1, "task", once, f"{named}, which asks {repeats} times")
-            own, shots = task.get_config("num_fewshot"), config.shots
+            own = task.get_config("num_fewshot")
+            shots = config.shots
             if own == 0 and shots:
                 self.notes.append(f"{named} is always asked without shots")
             elif own is None or shots is not None:
@@ -68,12 +81,15 @@ class HarnessTasks:
             task.set_fewshot_seed(seed=config.seed or _SEEDS["shots"])
 
     def requests(self, render_chat: Callable[..., str], tokenizer_name: str) -> list[Any]:
-        """Every request (lm-eval's Instances), numbered; `render_chat`: messages as text. Raises ConfigError, DataError."""
+        """Every request (lm-eval's Instances), numbered; `render_chat`: messages as text. Raises
+        ConfigError, DataError.
+        """
         random.seed(_SEEDS["random"])  # as lm-eval does: some tasks draw from these
         numpy.random.seed(_SEEDS["numpy"])
         chat = self._config.prompting.asked == CHAT
         for name, task in self._tasks.items():
-            quiet = redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO())  # a progress bar for each task
+            # A progress bar for each task
+            quiet = redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO())
             with _blaming(f"the rows of {HARNESS}{name} cannot be asked"), quiet[0], quiet[1]:
                 task.build_all_requests(
                     limit=self._config.samples or None,
@@ -85,14 +101,16 @@ class HarnessTasks:
                 )
         requests = [instance for task in self._tasks.values() for instance in task.instances]
         for number, request in enumerate(requests):
-            request.number, kind = number, request.request_type
+            request.number = number
+            kind = request.request_type
             require(kind in _KINDS, "task", "made of texts to score or to generate", kind)
         return requests
 
     def scores(self, responses: Mapping[int, Any]) -> dict[str, Any]:
         """lm-eval's scores of the tasks whose requests all have `responses` (by request number).
 
-        `metrics` and `stderr` by `TASK METRIC[ FILTER]`; `samples`: rows by task; `logged`: lm-eval's records of rows.
+        `metrics` and `stderr` by `TASK METRIC[ FILTER]`; `samples`: rows by task; `logged`:
+        lm-eval's records of rows.
         """
         from lm_eval.api.model import LM
         from lm_eval.evaluator import evaluate
@@ -107,35 +125,54 @@ class HarnessTasks:
 
         scored: dict[str, Any] = {"metrics": {}, "stderr": {}, "samples": {}, "logged": []}
         answered = {
-            name: task for name, task in self._tasks.items() if all(each.number in responses for each in task.instances)
+            name: task
+            for name, task in self._tasks.items()
+            if all(each.number in responses for each in task.instances)
         }
         if not answered:
             return scored
         for task in answered.values():
             for request in task.instances:
-                request.resps, request.filtered_resps = [], {}
-            task.build_all_requests = lambda **_: None  # some tasks would draw other requests the second time
+                request.resps = []
+                request.filtered_resps = {}
+            # Some tasks would draw other requests the second time
+            task.build_all_requests = lambda **_: None
         chosen = self._loaded if len(answered) == len(self._tasks) else {"tasks": answered}
         os.environ.setdefault("DISABLE_MULTIPROC", "1")  # not worth processes for so few samples
-        limit, named = self._config.samples or None, f"answers to {HARNESS}{','.join(answered)}"
-        with _blaming(f"{named} cannot be scored"), redirect_stdout(sys.stderr):  # it prints that it bootstraps
-            results = evaluate(Recorded(), chosen, limit=limit, bootstrap_iters=_RESAMPLES, log_samples=self._log_samples)
+        limit = self._config.samples or None
+        named = f"answers to {HARNESS}{','.join(answered)}"
+        # It prints that it bootstraps
+        with _blaming(f"{named} cannot be scored"), redirect_stdout(sys.stderr):
+            results = evaluate(
+                Recorded(),
+                chosen,
+                limit=limit,
+                bootstrap_iters=_RESAMPLES,
+                log_samples=self._log_samples,
+            )
         for task_name, rows in results.get("samples", {}).items():
             scored["logged"] += [{"task": task_name, **row} for row in rows]
         for task_name, values in results["results"].items():
             if "sample_len" in values:
                 scored["samples"][task_name] = int(values["sample_len"])
-            for key, value in values.items():  # such as `acc,none` and `acc_stderr,none`: a metric and a filter
+            # Such as `acc,none` and `acc_stderr,none`: a metric and a filter
+            for key, value in values.items():
                 metric, comma, chosen_by = key.partition(",")
                 if comma and not isinstance(value, str) and math.isfinite(value):
-                    name = f"{task_name} {metric.removesuffix('_stderr')}" + ("" if chosen_by == "none" else f" {chosen_by}")
-                    scored["stderr" if metric.endswith("_stderr") else "metrics"][name] = float(value)
+                    name = f"{task_name} {metric.removesuffix('_stderr')}" + (
+                        "" if chosen_by == "none" else f" {chosen_by}"
+                    )
+                    scored["stderr" if metric.endswith("_stderr") else "metrics"][name] = float(
+                        value
+                    )
         return scored
 
 
 @contextmanager
 def _blaming(what: str) -> Iterator[None]:
-    """Errors of any kind, from a task's files and code, become DataErrors: `what`, then the error's first line."""
+    """Errors of any kind, from a task's files and code, become DataErrors: `what`, then the error's
+    first line.
+    """
     try:
         yield
     except LayerSkipError:
@@ -145,13 +182,25 @@ def _blaming(what: str) -> Iterator[None]:
 
 
 def load_tasks(config: TaskConfig, log_samples: bool = False) -> HarnessTasks:
-    """The tasks of `config.task`: names, groups and patterns, or .yaml files. Raises ConfigError, and DataError for rows."""
+    """The tasks of `config.task`: names, groups and patterns, or .yaml files. Raises ConfigError,
+    and DataError for rows.
+    """
     require_harness()
     for name in _UNUSED:
-        require(getattr(config, name) is None, name, f"left out for `task` {HARNESS}...", getattr(config, name))
-    template, folder = config.prompting.asked, config.include_path
-    require(template in (None, RAW, CHAT), "template", f"chat or raw for `task` {HARNESS}...", template)
-    require(folder is None or Path(folder).is_dir(), "include_path", "a folder with task files", folder)
+        require(
+            getattr(config, name) is None,
+            name,
+            f"left out for `task` {HARNESS}...",
+            getattr(config, name),
+        )
+    template = config.prompting.asked
+    folder = config.include_path
+    require(
+        template in (None, RAW, CHAT), "template", f"chat or raw for `task` {HARNESS}...", template
+    )
+    require(
+        folder is None or Path(folder).is_dir(), "include_path", "a folder with task files", folder
+    )
     from lm_eval.tasks import TaskManager
 
     quiet_datasets()
@@ -172,15 +221,21 @@ def load_tasks(config: TaskConfig, log_samples: bool = False) -> HarnessTasks:
             raise refused("task", what, f"{HARNESS}{missing[0]}{hint}")
         with _blaming(f"{HARNESS}{','.join(names)} cannot be loaded ({local})"):
             try:
-                return HarnessTasks(manager.load(list(dict.fromkeys(chain(*matches.values())))), config, log_samples)
+                return HarnessTasks(
+                    manager.load(list(dict.fromkeys(chain(*matches.values())))), config, log_samples
+                )
             except KeyError:
                 if built_in:  # else it may be a group of built-in tasks
                     raise
     raise AssertionError
 
 
-def sweep_scores(loaded: Decoder, tasks: HarnessTasks, config: SweepConfig) -> Iterator[Progress | RunRecord]:
-    """Yields progress, then the record: full depth and each exit alone. Raises ConfigError, LayerSkipError."""
+def sweep_scores(
+    loaded: Decoder, tasks: HarnessTasks, config: SweepConfig
+) -> Iterator[Progress | RunRecord]:
+    """Yields progress, then the record: full depth and each exit alone. Raises ConfigError,
+    LayerSkipError.
+    """
     usual = SweepConfig()
     for name in ("specs", "exit_confidences"):
         given = getattr(config, name)
@@ -189,66 +244,98 @@ def sweep_scores(loaded: Decoder, tasks: HarnessTasks, config: SweepConfig) -> I
         require_exit_layer(exit_layer, loaded.backend.num_layers, may_be_last=True, field="exits")
     exits = tuple(sorted(set(config.exits or usual_exits(loaded))))
     methods = [decoding("autoregressive", config.generation)]
-    methods += [decoding("early-exit", config.generation, exit_layer=exit_layer) for exit_layer in exits]
+    methods += [
+        decoding("early-exit", config.generation, exit_layer=exit_layer) for exit_layer in exits
+    ]
     yield from _run(loaded, tasks, methods, replace(config, exits=exits), repeats=1)
 
 
-def bench_scores(loaded: Decoder, tasks: HarnessTasks, config: BenchConfig) -> Iterator[Progress | RunRecord]:
-    """Yields progress, then the record of the strategies; drafters run on tasks that generate. Raises likewise."""
-    require(not config.baselines, "baselines", f"{_HERE}; lm-eval has the model type hf", ",".join(config.baselines))
+def bench_scores(
+    loaded: Decoder, tasks: HarnessTasks, config: BenchConfig
+) -> Iterator[Progress | RunRecord]:
+    """Yields progress, then the record of the strategies; drafters run on tasks that generate.
+    Raises likewise.
+    """
+    require(
+        not config.baselines,
+        "baselines",
+        f"{_HERE}; lm-eval has the model type hf",
+        ",".join(config.baselines),
+    )
     methods = strategies_of(loaded, config, loaded.recommended(config.packing))
     config = replace(config, strategies=tuple(dict.fromkeys(method.strategy for method in methods)))
     yield from _run(loaded, tasks, methods, config, config.repeats)
 
 
 def _run(
-    loaded: Decoder, tasks: HarnessTasks, methods: list[DecodingConfig], config: SweepConfig | BenchConfig, repeats: int
+    loaded: Decoder,
+    tasks: HarnessTasks,
+    methods: list[DecodingConfig],
+    config: SweepConfig | BenchConfig,
+    repeats: int,
 ) -> Iterator[Progress | RunRecord]:
     temperature = config.generation.get("temperature")
     require(not temperature, "temperature", f"{_HERE}, whose tasks say how to sample", temperature)
     require(not config.packing.exact, "exact", _HERE, config.packing.exact)
     from .model import LayerSkipLM  # needs lm-eval
 
-    lm = LayerSkipLM(loaded, batch_size=config.batch_size if config.batch_size > 1 else "auto")  # log-likelihoods are not timed
+    # Log-likelihoods are not timed
+    lm = LayerSkipLM(loaded, batch_size=config.batch_size if config.batch_size > 1 else "auto")
     requests = tasks.requests(lm.apply_chat_template, lm.tokenizer_name)
     generated = [request for request in requests if request.request_type == GENERATION]
     if not generated:
         methods = [method for method in methods if not drafts_tokens(method)]
     scored = [request for request in requests if request.request_type != GENERATION]
     depths = [depth_of(method, loaded.backend.num_layers) for method in methods]
-    by_depth: dict[int | None, dict[int, Any]] = {depth: {} for depth in depths}  # responses to `scored`, by request
+    # Responses to `scored`, by request
+    by_depth: dict[int | None, dict[int, Any]] = {depth: {} for depth in depths}
     likelihoods = lm.score(scored, sorted({depth for depth in depths if depth is not None}))
     for done, (place, responses) in enumerate(likelihoods, start=1):
         for layers, response in responses.items():
             by_depth[layers][scored[place].number] = response
         yield Progress(done, len(scored), "log-likelihoods")
     measured = yield from _generated(lm, generated, methods, config, repeats)
-    results, logged = [], list[dict[str, Any]]()
+    results = []
+    logged = list[dict[str, Any]]()
     for number, (method, depth) in enumerate(zip(methods, depths, strict=True)):
-        responses, result = dict(by_depth[depth]), setting_of(method)
+        responses = dict(by_depth[depth])
+        result = setting_of(method)
         if measured:
             result = result_of(measured[number], measured[0])
             for request, output in zip(generated, measured[number].answers, strict=True):
-                responses[request.number] = lm.answer(output.ids, lm.answering(method, request.args[1]).stop)
+                responses[request.number] = lm.answer(
+                    output.ids, lm.answering(method, request.args[1]).stop
+                )
         scores = tasks.scores(responses)
         logged += [{"result": number, **row} for row in scores.pop("logged")]
         results.append(replace(result, **scores))
     machine = environment(loaded)
     machine["versions"]["lm_eval"] = version("lm_eval")
-    metric, template = next(iter(results[0].metrics), None), config.task.prompting.asked or "raw"
+    metric = next(iter(results[0].metrics), None)
+    template = config.task.prompting.asked or "raw"
     named = {"quality_metric": metric, "prompt_template": template}
     yield RunRecord(asdict(config) | named, machine, tuple(results), samples=tuple(logged))
 
 
 def _generated(
-    lm: "LayerSkipLM", requests: list[Any], methods: list[DecodingConfig], config: SweepConfig | BenchConfig, repeats: int
+    lm: "LayerSkipLM",
+    requests: list[Any],
+    methods: list[DecodingConfig],
+    config: SweepConfig | BenchConfig,
+    repeats: int,
 ) -> Generator[Progress, None, list[Measured]]:
-    """Measures the answers of each method to requests that generate text, by task and `generation_kwargs`."""
+    """Measures the answers of each method to requests that generate text, by task and
+    `generation_kwargs`.
+    """
     measured: list[Measured] = []
     limit = config.generation.get("max_new_tokens")
-    for (task, asked), group in groupby(requests, key=lambda request: (request.task_name, request.args[1])):
+    for (task, asked), group in groupby(
+        requests, key=lambda request: (request.task_name, request.args[1])
+    ):
         settings = [lm.answering(method, asked, limit) for method in methods]
-        given = _Given(**vars(lm.decoder), encode=partial(lm.prompt, max_new_tokens=settings[0].max_new_tokens))
+        given = _Given(
+            **vars(lm.decoder), encode=partial(lm.prompt, max_new_tokens=settings[0].max_new_tokens)
+        )
         examples = tuple(Example(request.args[0], "") for request in group)
         unscored = Task(examples, config.task, "", lambda _: {})
         more = yield from measure(given, unscored, settings, config, repeats, name=task)

@@ -1,7 +1,7 @@
 """A decoder that can run any span of its layers.
 
-Shape letters: B batch rows, T tokens of a call, N tokens of a pass, S key positions, D hidden size, V vocabulary, L layers,
-E exit layer (a count, 1..L), K drafted tokens per round.
+Shape letters: B batch rows, T tokens of a call, N tokens of a pass, S key positions, D hidden size,
+V vocabulary, L layers, E exit layer (a count, 1..L), K drafted tokens per round.
 """
 
 from .backend import Backend as Backend

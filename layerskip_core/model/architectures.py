@@ -1,4 +1,6 @@
-"""The architectures that our kernels run: `ModelSpec.of` reads a configuration by its entry in ARCHITECTURES."""
+"""The architectures that our kernels run: `ModelSpec.of` reads a configuration by its entry in
+ARCHITECTURES.
+"""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,7 +19,9 @@ _NOWHERE: Biases = (False, False, False)
 _EVERYWHERE: Biases = ("attention_bias", "attention_bias", "mlp_bias")
 
 _GELU = "gelu_pytorch_tanh"
-_GEMMA = Architecture(norm="rms_plus_one", default_activation=_GELU, uses=("head_dim",), scales_embeddings=True)
+_GEMMA = Architecture(
+    norm="rms_plus_one", default_activation=_GELU, uses=("head_dim",), scales_embeddings=True
+)
 _GEMMA3 = replace(
     _GEMMA,
     norms=_AROUND,
@@ -50,8 +54,14 @@ _STABLELM = Architecture(
     partial_rope=True,
 )
 _FALCON = Architecture(
-    names=Names("transformer.word_embeddings", None, "transformer.h", "transformer.ln_f", "self_attention."),
-    values={"num_key_value_heads": "num_kv_heads", "intermediate_size": "ffn_hidden_size", "head_dim": None},
+    names=Names(
+        "transformer.word_embeddings", None, "transformer.h", "transformer.ln_f", "self_attention."
+    ),
+    values={
+        "num_key_value_heads": "num_kv_heads",
+        "intermediate_size": "ffn_hidden_size",
+        "head_dim": None,
+    },
     norms=_ONE,
     parallel=True,
     norm="layer",
@@ -65,7 +75,9 @@ _FALCON = Architecture(
 )
 
 
-def _mamba2(block: str, taps: str, biased: tuple[str, str], sizes: tuple[str, ...], limits: str) -> Mixer:
+def _mamba2(
+    block: str, taps: str, biased: tuple[str, str], sizes: tuple[str, ...], limits: str
+) -> Mixer:
     return Mixer(
         "linear_attention",
         (f"{block}.in_proj", f"{block}.out_proj"),
@@ -84,10 +96,18 @@ _MAMBA2 = _mamba2(
     *(("mamba_n_groups", "mamba_n_heads", "mamba_d_state", "mamba_d_head"), "time_step_limit"),
 )
 _HYBRID = frozenset({"full_attention", "linear_attention"})  # kinds of layers
-_MULTIPLIERS = "embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"
+_MULTIPLIERS = (
+    "embedding_multiplier",
+    "residual_multiplier",
+    "attention_multiplier",
+    "logits_scaling",
+)
 _EXPERTS = Experts(
     {
-        "mlp.experts.gate_up_proj": ("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight"),
+        "mlp.experts.gate_up_proj": (
+            "mlp.experts.{}.gate_proj.weight",
+            "mlp.experts.{}.up_proj.weight",
+        ),
         "mlp.experts.down_proj": ("mlp.experts.{}.down_proj.weight",),
     },
     normalised="norm_topk_prob",
@@ -102,7 +122,10 @@ _QWEN_EXPERTS = replace(
 _MIXTRAL_EXPERTS = Experts(
     {
         "mlp.gate.weight": ("block_sparse_moe.gate.weight",),
-        "mlp.experts.gate_up_proj": ("block_sparse_moe.experts.{}.w1.weight", "block_sparse_moe.experts.{}.w3.weight"),
+        "mlp.experts.gate_up_proj": (
+            "block_sparse_moe.experts.{}.w1.weight",
+            "block_sparse_moe.experts.{}.w3.weight",
+        ),
         "mlp.experts.down_proj": ("block_sparse_moe.experts.{}.w2.weight",),
     }
 )
@@ -114,7 +137,10 @@ _GATED_DELTA = Mixer(
     steps=("linear_attn.in_proj_b", "linear_attn.in_proj_a"),
     rates=("linear_attn.A_log", "linear_attn.dt_bias"),
     norm="linear_attn.norm",
-    sizes=tuple(f"linear_{size}" for size in ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim")),
+    sizes=tuple(
+        f"linear_{size}"
+        for size in ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim")
+    ),
 )
 _QWEN3_5 = Architecture(
     norm="rms_plus_one",
@@ -126,7 +152,11 @@ _QWEN3_5 = Architecture(
 )
 _GRANITE_HYBRID = Architecture(
     names=Names(mlp="shared_mlp."),
-    values={"intermediate_size": "shared_intermediate_size", "num_local_experts": None, "num_experts_per_tok": None},
+    values={
+        "intermediate_size": "shared_intermediate_size",
+        "num_local_experts": None,
+        "num_experts_per_tok": None,
+    },
     needs={"num_local_experts": 0, "hidden_act": "silu", "layer_types": _HYBRID},
     mlp_projections=("input_linear", "output_linear"),
     mixer=_MAMBA2,
@@ -162,7 +192,8 @@ def _with_rope(hybrid: Architecture, otherwise: Architecture | None = None) -> A
     return replace(hybrid, needs=needs, rope="all", otherwise=replace(hybrid, otherwise=otherwise))
 
 
-# Decoders whose forward is embed, a chain of layers, a final norm and a head. Each is tested against model(...).
+# Decoders whose forward is embed, a chain of layers, a final norm and a head. Each is tested
+# against model(...).
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(biases=_EVERYWHERE),
     "mistral": Architecture(biases=_NOWHERE, windows="all"),
@@ -207,7 +238,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         layer_scale="layer_scalar",
         token_inputs=TokenInputs(),
     ),
-    "smollm3": Architecture(biases=_EVERYWHERE, windows="optional", rope="listed", uses=("no_rope_layers",)),
+    "smollm3": Architecture(
+        biases=_EVERYWHERE, windows="optional", rope="listed", uses=("no_rope_layers",)
+    ),
     "olmo2": Architecture(norms=_AFTER, query_key_norms="projection"),
     "olmo3": Architecture(norms=_AFTER, query_key_norms="projection", windows="listed"),
     "olmoe": Architecture(query_key_norms="projection", uses=("clip_qkv",), experts=_EXPERTS),
@@ -234,8 +267,20 @@ ARCHITECTURES: dict[str, Architecture] = {
         partial_rope=True,
     ),
     "nemotron_h": Architecture(
-        names=Names("model.embeddings", None, "model.layers", "model.norm_f", "mixer.", "mixer.", stored_prefix="backbone."),
-        values={"num_hidden_layers": "layers_block_type", "layer_types": "layers_block_type", "tie_word_embeddings": False},
+        names=Names(
+            "model.embeddings",
+            None,
+            "model.layers",
+            "model.norm_f",
+            "mixer.",
+            "mixer.",
+            stored_prefix="backbone.",
+        ),
+        values={
+            "num_hidden_layers": "layers_block_type",
+            "layer_types": "layers_block_type",
+            "tie_word_embeddings": False,
+        },
         needs={"mamba_hidden_act": "silu", "layers_block_type": _HYBRID | {"mlp"}},
         norms=("norm", None, "norm", None),
         norm_eps="layer_norm_epsilon",
@@ -267,22 +312,39 @@ ARCHITECTURES: dict[str, Architecture] = {
         default_activation=_GELU,
         windows="all",
     ),
-    "seed_oss": Architecture(biases=("attention_bias", "attention_out_bias", "mlp_bias"), uses=("head_dim",)),
+    "seed_oss": Architecture(
+        biases=("attention_bias", "attention_out_bias", "mlp_bias"), uses=("head_dim",)
+    ),
     "ernie4_5": Architecture(biases=("use_bias",) * 3, uses=("head_dim",), interleaved_rope=True),
     "glm": _GLM,
     "glm4": replace(
-        _GLM, norms=("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm")
+        _GLM,
+        norms=(
+            "input_layernorm",
+            "post_self_attn_layernorm",
+            "post_attention_layernorm",
+            "post_mlp_layernorm",
+        ),
     ),
     "hunyuan_v1_dense": Architecture(
-        names=Names(query_norm="query_layernorm", key_norm="key_layernorm"), query_key_norms="head", norms_rotated=True
+        names=Names(query_norm="query_layernorm", key_norm="key_layernorm"),
+        query_key_norms="head",
+        norms_rotated=True,
     ),
-    "exaone4": Architecture(norms=_AFTER, query_key_norms="head", biases=_NOWHERE, windows="listed", rope="sliding"),
+    "exaone4": Architecture(
+        norms=_AFTER, query_key_norms="head", biases=_NOWHERE, windows="listed", rope="sliding"
+    ),
     "cohere": replace(_COHERE, needs={"use_qk_norm": False}),
     "cohere2": replace(_COHERE, windows="listed", rope="sliding"),
     "stablelm": replace(
         _STABLELM,
         needs={"qk_layernorm": False, "use_parallel_residual": False},
-        otherwise=replace(_STABLELM, needs={"qk_layernorm": False, "use_parallel_residual": True}, norms=_ONE, parallel=True),
+        otherwise=replace(
+            _STABLELM,
+            needs={"qk_layernorm": False, "use_parallel_residual": True},
+            norms=_ONE,
+            parallel=True,
+        ),
     ),
     "phi": Architecture(
         names=Names(norm="model.final_layernorm"),
@@ -307,14 +369,25 @@ ARCHITECTURES: dict[str, Architecture] = {
         partial_rope=True,
     ),
     "lfm2": Architecture(
-        names=Names(norm="model.embedding_norm", mlp="feed_forward.", query_norm="q_layernorm", key_norm="k_layernorm"),
+        names=Names(
+            norm="model.embedding_norm",
+            mlp="feed_forward.",
+            query_norm="q_layernorm",
+            key_norm="k_layernorm",
+        ),
         norms=("operator_norm", None, "ffn_norm", None),
         norm_eps="norm_eps",
         query_key_norms="head",
         attention_projections=("q_proj", "k_proj", "v_proj", "out_proj"),
         mlp_projections=("w1", "w3", "w2"),
         biases=_NOWHERE,
-        mixer=Mixer("conv", ("conv.in_proj", "conv.out_proj"), "conv.conv", "conv_L_cache", ("conv_bias",) * 2),
+        mixer=Mixer(
+            "conv",
+            ("conv.in_proj", "conv.out_proj"),
+            "conv.conv",
+            "conv_L_cache",
+            ("conv_bias",) * 2,
+        ),
         activation=None,
         uses=("block_auto_adjust_ff_dim", "block_ffn_dim_multiplier", "block_multiple_of"),
     ),
@@ -328,16 +401,32 @@ ARCHITECTURES: dict[str, Architecture] = {
     "falcon": replace(
         _FALCON,
         values={**_FALCON.values, "num_key_value_heads": 1},
-        needs={"alibi": False, "new_decoder_architecture": False, "multi_query": True, "parallel_attn": True},
+        needs={
+            "alibi": False,
+            "new_decoder_architecture": False,
+            "multi_query": True,
+            "parallel_attn": True,
+        },
         otherwise=replace(
             _FALCON,
-            needs={"alibi": False, "new_decoder_architecture": True, "parallel_attn": True, "num_ln_in_parallel_attn": 2},
+            needs={
+                "alibi": False,
+                "new_decoder_architecture": True,
+                "parallel_attn": True,
+                "num_ln_in_parallel_attn": 2,
+            },
             norms=("ln_attn", None, "ln_mlp", None),
         ),
     ),
     "gpt_neox": Architecture(
         names=Names(
-            *("gpt_neox.embed_in", None, "gpt_neox.layers", "gpt_neox.final_layer_norm", "attention."),
+            *(
+                "gpt_neox.embed_in",
+                None,
+                "gpt_neox.layers",
+                "gpt_neox.final_layer_norm",
+                "attention.",
+            ),
             stored_head="embed_out",
         ),
         values={"num_key_value_heads": None, "head_dim": None},
@@ -352,13 +441,27 @@ ARCHITECTURES: dict[str, Architecture] = {
         partial_rope=True,
     ),
     "gpt2": Architecture(
-        names=Names("transformer.wte", "transformer.wpe", "transformer.h", "transformer.ln_f", "attn."),
+        names=Names(
+            "transformer.wte", "transformer.wpe", "transformer.h", "transformer.ln_f", "attn."
+        ),
         values={
-            **{"hidden_size": "n_embd", "intermediate_size": "n_inner", "num_hidden_layers": "n_layer"},
-            **{"num_attention_heads": "n_head", "num_key_value_heads": None, "max_position_embeddings": "n_positions"},
+            **{
+                "hidden_size": "n_embd",
+                "intermediate_size": "n_inner",
+                "num_hidden_layers": "n_layer",
+            },
+            **{
+                "num_attention_heads": "n_head",
+                "num_key_value_heads": None,
+                "max_position_embeddings": "n_positions",
+            },
             "head_dim": None,
         },
-        needs={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
+        needs={
+            "scale_attn_weights": True,
+            "scale_attn_by_inverse_layer_idx": False,
+            "add_cross_attention": False,
+        },
         norms=("ln_1", None, "ln_2", None),
         norm="layer",
         norm_eps="layer_norm_epsilon",
@@ -379,18 +482,28 @@ MULTIMODAL = ("gemma3", "gemma4", "lfm2_vl", "llava", "mistral3", "qwen3_5", "qw
 def known_architecture(config: Any) -> Architecture | None:
     """The architecture of a configuration; None if our kernels do not run it."""
     found = ARCHITECTURES.get(str(config.model_type))
-    while found is not None and not all(_suits(getattr(config, name, None), value) for name, value in found.needs.items()):
+    while found is not None and not all(
+        _suits(getattr(config, name, None), value) for name, value in found.needs.items()
+    ):
         found = found.otherwise
     return found
 
 
 def _suits(found: object, needed: object) -> bool:
-    return isinstance(found, list) and needed.issuperset(found) if isinstance(needed, frozenset) else found == needed
+    return (
+        isinstance(found, list) and needed.issuperset(found)
+        if isinstance(needed, frozenset)
+        else found == needed
+    )
 
 
 def is_complete(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json holds all values that `ModelSpec.of` reads, without transformers' defaults."""
+    """Whether a config.json holds all values that `ModelSpec.of` reads, without transformers'
+    defaults.
+    """
     architecture = known_architecture(SimpleNamespace(**{"model_type": None, **config}))
-    if architecture is None or (architecture.experts is not None and config.keys().isdisjoint(EXPERT_COUNTS)):
+    if architecture is None or (
+        architecture.experts is not None and config.keys().isdisjoint(EXPERT_COUNTS)
+    ):
         return False
     return config.keys() >= architecture.reads

@@ -1,4 +1,6 @@
-"""The protocols of a model that decodes. They are complete: decoding uses nothing else of a backend."""
+"""The protocols of a model that decodes. They are complete: decoding uses nothing else of a
+backend.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +24,8 @@ Spans = tuple[tuple[int, int], ...]
 
 
 class Layers(Protocol):
-    """An embedding and a chain of layers. Hidden states are (..., D), of the N tokens of a pass in order.
+    """An embedding and a chain of layers. Hidden states are (..., D), of the N tokens of a pass in
+    order.
 
     The layers of exit blocks follow the `num_layers` of the model in the chain.
     """
@@ -36,14 +39,19 @@ class Layers(Protocol):
         """Token ids (...) to hidden states (..., D)."""
 
     def run_layers(self, hidden: Tensor, start: int, stop: int, places: Places) -> Tensor:
-        """Layers start..stop-1 over the hidden states of the tokens at `places`; returns pre-norm hidden states.
+        """Layers start..stop-1 over the hidden states of the tokens at `places`; returns pre-norm
+        hidden states.
 
         Writes each token's KV entries; a token attends to its row up to its own position.
         """
 
 
-def states_at(layers: Layers, hidden: Tensor, stops: Iterable[int], places: Places, start: int = 0) -> dict[int, Tensor]:
-    """The hidden states after each of `stops` layers (ascending), from those after `start`; see `Layers.run_layers`."""
+def states_at(
+    layers: Layers, hidden: Tensor, stops: Iterable[int], places: Places, start: int = 0
+) -> dict[int, Tensor]:
+    """The hidden states after each of `stops` layers (ascending), from those after `start`; see
+    `Layers.run_layers`.
+    """
     states = {}
     for stop in stops:
         states[stop] = hidden = layers.run_layers(hidden, start, stop, places)
@@ -57,8 +65,10 @@ class Submodel:
 
     exit_layer: int  # layers 0..exit_layer-1 run first; 0 for a block that reads embeddings
     beyond: Spans = ()  # then these (Draft & Verify)
-    block: "DraftBlock | None" = None  # then this exit block with its head, else the draft side's head
-    taps: tuple[int, ...] = ()  # ascending exits below `exit_layer` whose hidden states are returned too
+    # Then this exit block with its head, else the draft side's head
+    block: "DraftBlock | None" = None
+    # Ascending exits below `exit_layer` whose hidden states are returned too
+    taps: tuple[int, ...] = ()
 
     @property
     def stops(self) -> tuple[int, ...]:
@@ -69,13 +79,15 @@ class Submodel:
 class DraftEnds(NamedTuple):
     """Stop conditions of a draft.
 
-    A token's probability is the softmax of the logits, for a sample with its noise: it says how close other tokens came. One
-    of probability p is assumed to be accepted with probability 1 - doubt (1 - p)^power.
+    A token's probability is the softmax of the logits, for a sample with its noise: it says how
+    close other tokens came. One of probability p is assumed to be accepted with probability 1 -
+    doubt (1 - p)^power.
     """
 
     ids: frozenset[int] = frozenset()  # stop after one of these tokens
     confidence: float = 0.0  # stop before a token of lower probability
-    survival: float = 0.0  # stop after the token that takes the probability of accepting the whole draft below this
+    # Stop after the token that takes the probability of accepting the whole draft below this
+    survival: float = 0.0
     doubt: float = 1.0
     power: int = 1
 
@@ -84,7 +96,9 @@ class DraftEnds(NamedTuple):
         return self.confidence > 0 or self.survival > 0
 
     def length(self, probs: Sequence[float], most: int) -> int:
-        """The length of a draft, by the probabilities of its tokens; `most` if none of them stops it."""
+        """The length of a draft, by the probabilities of its tokens; `most` if none of them stops
+        it.
+        """
         survival = 1.0
         for place, prob in enumerate(probs):
             if prob < self.confidence:
@@ -108,7 +122,9 @@ class DraftHead(NamedTuple):
 
 
 Drafted = tuple[Tensor, dict[int, Tensor], list[float]]
-DraftKernel = Callable[[DraftHead, Tensor, Submodel, Places, DraftEnds, Noise | None, Tensor | None, bool], Drafted]
+DraftKernel = Callable[
+    [DraftHead, Tensor, Submodel, Places, DraftEnds, Noise | None, Tensor | None, bool], Drafted
+]
 """Drafts for one row: at most d tokens after the newest, which ends the text (n,); the places are for all d + 1, the noise, if
 any, for d.
 
@@ -128,19 +144,25 @@ class DraftSide:
     whole: DraftHead  # after all layers, or after `Submodel.beyond`
     at_exits: DraftHead  # at exits without a block; may score fewer tokens
     exit_blocks: Mapping[int, PlacedBlock] = field(default_factory=dict)  # by exit
-    shares_states: bool = True  # hidden states equal the backend's, so verification can continue from them
+    # Hidden states equal the backend's, so verification can continue from them
+    shares_states: bool = True
     kernel: DraftKernel | None = None  # makes a whole draft in one call
 
     def head(self, submodel: Submodel) -> DraftHead:
         if (block := submodel.block) is not None:
             return DraftHead(block.head, block.vocabulary)
-        return self.at_exits if submodel.exit_layer < self.num_layers and not submodel.beyond else self.whole
+        return (
+            self.at_exits
+            if submodel.exit_layer < self.num_layers and not submodel.beyond
+            else self.whole
+        )
 
 
 def beyond_exit(
     side: DraftSide, submodel: Submodel, states: Tensor, places: Places, feature: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Draft logits (..., N) from hidden states (..., D) at the exit, and the tokens' features for the next draft, or None.
+    """Draft logits (..., N) from hidden states (..., D) at the exit, and the tokens' features for
+    the next draft, or None.
 
     `feature` (..., D): of the tokens before, if the block needs it.
     """
@@ -154,11 +176,14 @@ def beyond_exit(
 
 
 class Backend(Layers, Protocol):
-    """A causal language model as three operations: `unembed(run_layers(embed(ids), 0, L, places))` gives its logits."""
+    """A causal language model as three operations: `unembed(run_layers(embed(ids), 0, L, places))`
+    gives its logits.
+    """
 
     implementation: str  # the kernels, for reports
     exact: bool  # splits passes to be batch-invariant; takes one row
-    batch_invariant: bool  # a token's bits do not depend on the rest of its pass, so drafting changes no greedy output
+    # A token's bits do not depend on the rest of its pass, so drafting changes no greedy output
+    batch_invariant: bool
     recordable: bool  # passes can be recorded as CUDA graphs: no weight moves
     draft_model: "Backend | None"  # a smaller model with the same vocabulary
 
@@ -172,10 +197,14 @@ class Backend(Layers, Protocol):
 
     @property
     def room(self) -> int:
-        """Tokens of the longest text that fits the context and the memory for KV entries, with adaptive drafting."""
+        """Tokens of the longest text that fits the context and the memory for KV entries, with
+        adaptive drafting.
+        """
 
     def room_for(self, num_draft_tokens: int) -> int:
-        """As `room`, with at most `num_draft_tokens` drafts per round: a text's memory in recurrent layers grows with them."""
+        """As `room`, with at most `num_draft_tokens` drafts per round: a text's memory in recurrent
+        layers grows with them.
+        """
 
     @property
     def exit_blocks(self) -> Mapping[int, PlacedBlock]:
@@ -202,18 +231,24 @@ class Backend(Layers, Protocol):
         places: Places,
         noise: Noise | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """The argmax token ids (N,) after `stop` layers, and the states after each of `kept` layers (ascending, above `start`).
+        """The argmax token ids (N,) after `stop` layers, and the states after each of `kept` layers
+        (ascending, above `start`).
 
-        `states` (N, D): of the tokens (N,) after `start` layers; None: their embeddings. `noise`: added to the logits.
+        `states` (N, D): of the tokens (N,) after `start` layers; None: their embeddings. `noise`:
+        added to the logits.
         """
 
     def write_kv(self, hidden: Tensor, start: int, stop: int, places: Places) -> None:
-        """Writes the KV entries of layers start..stop-1 as if `hidden` were the input of each layer.
+        """Writes the KV entries of layers start..stop-1 as if `hidden` were the input of each
+        layer.
 
-        For tokens that exited before layer `start` (state propagation: Schuster et al., NeurIPS 2022, section 3.3).
+        For tokens that exited before layer `start` (state propagation: Schuster et al., NeurIPS
+        2022, section 3.3).
         """
 
-    def placed_eagle3(self, stored: Eagle3Weights, place: int, packing: PackingConfig) -> "DraftBlock":
+    def placed_eagle3(
+        self, stored: Eagle3Weights, place: int, packing: PackingConfig
+    ) -> "DraftBlock":
         """A drafter in the EAGLE-3 layout, with its KV entries as layer `place` of the cache."""
 
     def unembed(self, hidden: Tensor) -> Tensor:
@@ -244,7 +279,9 @@ def choose_by_head(
 def states_at_exits(
     model: Backend, tokens: Tensor, places: Places, exit_layers: Iterable[int]
 ) -> Iterator[tuple[int, Tensor, Callable[[Tensor], Tensor]]]:
-    """(exit, hidden states (..., D) before its head, head) for each exit, of tokens (...) in one pass."""
+    """(exit, hidden states (..., D) before its head, head) for each exit, of tokens (...) in one
+    pass.
+    """
     hidden = model.embed(tokens)
     for start, stop in pairwise([0, *sorted(set(exit_layers))]):
         hidden = model.run_layers(hidden, start, stop, places)
@@ -256,9 +293,13 @@ def states_at_exits(
 
 
 def check_prompt(
-    prompt_ids: list[int], model: Backend, what: str = "the prompt", num_draft_tokens: int = KVCache.steps_back
+    prompt_ids: list[int],
+    model: Backend,
+    what: str = "the prompt",
+    num_draft_tokens: int = KVCache.steps_back,
 ) -> None:
-    """Raises ConfigError for an empty prompt, ContextError if context or memory have no room for a token after it.
+    """Raises ConfigError for an empty prompt, ContextError if context or memory have no room for a
+    token after it.
 
     `what`: the prompt's name in the error. `num_draft_tokens`: the most per round.
     """
@@ -266,5 +307,11 @@ def check_prompt(
         raise ConfigError(f"{what} is empty")
     limit = model.room_for(num_draft_tokens)
     if len(prompt_ids) >= limit:
-        why = "the model's context is" if limit == model.spec.context else "the memory for keys and values has room for"
-        raise ContextError(f"{what} must be at most {limit - 1} tokens, got {len(prompt_ids)} ({why} {limit} tokens)")
+        why = (
+            "the model's context is"
+            if limit == model.spec.context
+            else "the memory for keys and values has room for"
+        )
+        raise ContextError(
+            f"{what} must be at most {limit - 1} tokens, got {len(prompt_ids)} ({why} {limit} tokens)"
+        )

@@ -1,7 +1,8 @@
 """Weights as GGUF files store them: rows of blocks, kept unchanged until a kernel packs them.
 
-A block has levels and fp16 scales. A weight is (level - offset) * scale, plus a minimum in some types. In K types the scale and
-the minimum of a group are its steps times those of the block. In MXFP4 levels index a table, and scales are powers of two.
+A block has levels and fp16 scales. A weight is (level - offset) * scale, plus a minimum in some
+types. In K types the scale and the minimum of a group are its steps times those of the block. In
+MXFP4 levels index a table, and scales are powers of two.
 """
 
 import re
@@ -33,7 +34,13 @@ class BlockForm(NamedTuple):
     @property
     def step_inputs(self) -> int:
         """Inputs that share a step; 0: the type has no steps."""
-        return 0 if self.inputs == 32 and not self.by_table and self.offset >= 0 else 16 if self.bits == 6 else 32
+        return (
+            0
+            if self.inputs == 32 and not self.by_table and self.offset >= 0
+            else 16
+            if self.bits == 6
+            else 32
+        )
 
 
 FORMS = {
@@ -49,7 +56,8 @@ FORMS = {
     "Q6_K": BlockForm(25, 256, 210, 6, 32, 208),
 }
 
-_MXFP4 = torch.tensor([0.0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12])  # twice the values
+# Twice the values
+_MXFP4 = torch.tensor([0.0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12])
 _RENAMED = (  # names in transformers, and in the library gguf
     (r"\.dt_bias$", ".dt_proj.bias"),
     (r"\.(sinks|layer_scalar)$", r".\1.weight"),
@@ -59,7 +67,9 @@ _RENAMED = (  # names in transformers, and in the library gguf
 
 
 class BlockRows(Tensor):
-    """A weight as bytes (out, bytes of a row). Its class names the type and survives indexing, splitting and joining."""
+    """A weight as bytes (out, bytes of a row). Its class names the type and survives indexing,
+    splitting and joining.
+    """
 
     type_name: ClassVar[str]
 
@@ -74,10 +84,16 @@ class BlockRows(Tensor):
         blocks = self.as_subclass(Tensor).reshape(-1, form.bytes)
         if form.by_table:
             return (blocks[:, 0].int() << 23).view(torch.float32)
-        return blocks[:, form.scales_at : form.scales_at + 2 * form.factors].contiguous().view(torch.float16)
+        return (
+            blocks[:, form.scales_at : form.scales_at + 2 * form.factors]
+            .contiguous()
+            .view(torch.float16)
+        )
 
 
-_TYPES: dict[str, type[BlockRows]] = {name: type(name, (BlockRows,), {"type_name": name}) for name in FORMS}
+_TYPES: dict[str, type[BlockRows]] = {
+    name: type(name, (BlockRows,), {"type_name": name}) for name in FORMS
+}
 
 
 def block_rows(rows: Tensor, type_name: str) -> BlockRows:
@@ -86,16 +102,24 @@ def block_rows(rows: Tensor, type_name: str) -> BlockRows:
 
 
 def plain(weight: "Tensor | Levels") -> Tensor:
-    """Dequantises rows of blocks or levels to a weight (out, in) in fp32; returns another weight unchanged."""
+    """Dequantises rows of blocks or levels to a weight (out, in) in fp32; returns another weight
+    unchanged.
+    """
     if isinstance(weight, Levels):
         return weight.weight
     if not isinstance(weight, BlockRows):
         return weight
-    form, rows = weight.form, weight.as_subclass(Tensor)
-    if form.inputs == 32 and form.offset and form.bits != 5:  # the types of hub checkpoints: without the library gguf
+    form = weight.form
+    rows = weight.as_subclass(Tensor)
+    # The types of hub checkpoints: without the library gguf
+    if form.inputs == 32 and form.offset and form.bits != 5:
         blocks = rows.reshape(*rows.shape[:-1], -1, form.bytes)
         own = blocks[..., form.bytes - 4 * form.bits :]
-        levels = own.view(torch.int8).int() + 128 if form.bits == 8 else torch.cat([own & 15, own >> 4], -1).int()
+        levels = (
+            own.view(torch.int8).int() + 128
+            if form.bits == 8
+            else torch.cat([own & 15, own >> 4], -1).int()
+        )
         if form.by_table:
             return torch.ldexp(_MXFP4[levels], blocks[..., :1].int() - 128).flatten(-2)
         levels -= blocks[..., 2:3].view(torch.int8).int() if form.offset < 0 else form.offset
@@ -134,9 +158,16 @@ class Levels(NamedTuple):
     def rows(self) -> BlockRows | None:
         """As rows of blocks; None if these cannot hold its scales, groups or zeros."""
         (outputs, inputs), half = self.levels.shape, self.scale.half()
-        size, middle = inputs // self.scale.shape[1], bool((self.zero == 1 << self.bits - 1).all())
-        known = half.float().equal(self.scale.float()) and (self.bits == 4 or (self.bits == 8 and middle))
-        if size % 32 or not known or not (self.groups is None or self.groups.equal(self.ordered.to(self.groups))):
+        size = inputs // self.scale.shape[1]
+        middle = bool((self.zero == 1 << self.bits - 1).all())
+        known = half.float().equal(self.scale.float()) and (
+            self.bits == 4 or (self.bits == 8 and middle)
+        )
+        if (
+            size % 32
+            or not known
+            or not (self.groups is None or self.groups.equal(self.ordered.to(self.groups)))
+        ):
             return None
         parts = [half.flatten().view(torch.uint8).view(outputs, -1, 2)] + (
             [] if middle else [self.zero.to(torch.uint8)[..., None]]
@@ -149,7 +180,9 @@ class Levels(NamedTuple):
 
 
 def mxfp4_rows(blocks: Tensor, scales: Tensor) -> BlockRows:
-    """From levels (..., out, groups, 16), two neighbouring inputs per byte, and exponents (..., out, groups)."""
+    """From levels (..., out, groups, 16), two neighbouring inputs per byte, and exponents (...,
+    out, groups).
+    """
     levels = torch.stack([blocks & 15, blocks >> 4], -1).flatten(-2)
     halves = levels[..., :16] | levels[..., 16:] << 4
     return block_rows(torch.cat([scales[..., None], halves], -1).flatten(-2), "MXFP4")
@@ -157,38 +190,52 @@ def mxfp4_rows(blocks: Tensor, scales: Tensor) -> BlockRows:
 
 def unpacked(numbers: Tensor, bits: int) -> Tensor:
     """Unpacks levels from int32 (rows, columns) to (rows, columns * 32 / bits)."""
-    return (numbers[..., None] >> torch.arange(0, 32, bits, dtype=torch.int32) & (1 << bits) - 1).flatten(1)
+    return (
+        numbers[..., None] >> torch.arange(0, 32, bits, dtype=torch.int32) & (1 << bits) - 1
+    ).flatten(1)
 
 
 def levels_of(get: Callable[..., Any], least: int) -> Levels | None:
-    """A low-bit projection; None if it is not low-bit. `get(suffix)`: the tensor with this end of its name, raises if missing;
-    `get(suffix, False)`: None if missing. `least`: added to GPTQ's zeros.
+    """A low-bit projection; None if it is not low-bit. `get(suffix)`: the tensor with this end of
+    its name, raises if missing; `get(suffix, False)`: None if missing. `least`: added to GPTQ's
+    zeros.
 
-    GPTQ and AWQ: scales (groups, out), zeros (groups, out / n), and levels (in / n, out) or (in, out / 8). compressed-tensors:
-    levels (out, in / n), scales (out, groups or 1), and zeros (out / n, groups), or signed by group, or none.
+    GPTQ and AWQ: scales (groups, out), zeros (groups, out / n), and levels (in / n, out) or (in,
+    out / 8). compressed-tensors: levels (out, in / n), scales (out, groups or 1), and zeros (out /
+    n, groups), or signed by group, or none.
     """
     if (packed := get(".qweight", False)) is not None:
-        scale, zeros = get(".scales").T.contiguous(), get(".qzeros")
+        scale = get(".scales").T.contiguous()
+        zeros = get(".qzeros")
         bits = 32 * zeros.shape[1] // len(scale)
         if packed.shape[1] < len(scale):  # AWQ
-            levels, zero = (unpacked(part, 4).view(len(part), -1, 8)[..., _AWQ_ORDER].flatten(1).T for part in (packed, zeros))
+            levels, zero = (
+                unpacked(part, 4).view(len(part), -1, 8)[..., _AWQ_ORDER].flatten(1).T
+                for part in (packed, zeros)
+            )
         else:
-            levels, zero = unpacked(packed.T.contiguous(), bits), (unpacked(zeros, bits) + least).T
+            levels = unpacked(packed.T.contiguous(), bits)
+            zero = (unpacked(zeros, bits) + least).T
         return Levels(levels.contiguous(), zero.contiguous(), scale, bits, get(".g_idx", False))
-    packed, whole, zeros = (get(end, False) for end in (".weight_packed", ".weight", ".weight_zero_point"))
+    packed, whole, zeros = (
+        get(end, False) for end in (".weight_packed", ".weight", ".weight_zero_point")
+    )
     if packed is not None:
         inputs = int(get(".weight_shape")[1])
         bits = 32 * packed.shape[1] // inputs
         levels = unpacked(packed, bits)[:, :inputs]
     elif whole is not None and whole.dtype == torch.int8:
-        levels, bits = whole.int() + 128, 8
+        levels = whole.int() + 128
+        bits = 8
     else:
         return None
     scale = get(".weight_scale")
     if zeros is not None and zeros.dtype == torch.int32:
         zero = unpacked(zeros.T.contiguous(), bits).T[: len(scale)].contiguous()
     else:
-        zero = torch.full_like(scale, 1 << bits - 1, dtype=torch.int32) + (0 if zeros is None else zeros)
+        zero = torch.full_like(scale, 1 << bits - 1, dtype=torch.int32) + (
+            0 if zeros is None else zeros
+        )
     return Levels(levels, zero, scale, bits, get(".weight_g_idx", False))
 
 
@@ -205,15 +252,23 @@ def scaled_blocks(weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def gguf_parts(name: str) -> list[str]:
-    """A weight's tensors in GGUF files, by names that the library gguf maps: one, or gate and up of experts."""
+    """A weight's tensors in GGUF files, by names that the library gguf maps: one, or gate and up of
+    experts.
+    """
     for pattern, other in _RENAMED:
         name = re.sub(pattern, other, name)
-    return [name.replace("gate_up", part) for part in ("gate", "up")] if ".experts.gate_up" in name else [name]
+    return (
+        [name.replace("gate_up", part) for part in ("gate", "up")]
+        if ".experts.gate_up" in name
+        else [name]
+    )
 
 
 def from_gguf_shape(name: str, shapes: list[tuple[int, ...]], spec: ModelSpec) -> tuple[int, ...]:
     """A weight's shape in transformers, from those of its parts."""
-    experts, mixer, shape = spec.architecture.experts, spec.architecture.mixer, shapes[0]
+    experts = spec.architecture.experts
+    mixer = spec.architecture.mixer
+    shape = shapes[0]
     if mixer is not None and name.endswith(f".{mixer.convolution}.weight"):
         return shape[0], 1, *shape[1:]
     if experts is None or experts.block not in name:
@@ -223,23 +278,37 @@ def from_gguf_shape(name: str, shapes: list[tuple[int, ...]], spec: ModelSpec) -
 
 
 def from_gguf(
-    name: str, parts: list[Tensor], spec: ModelSpec, interleaved: bool, form: BlockForm | None = None
+    name: str,
+    parts: list[Tensor],
+    spec: ModelSpec,
+    interleaved: bool,
+    form: BlockForm | None = None,
 ) -> Tensor | None:
     """A weight in transformers' order; None if reordering would split blocks.
 
-    `interleaved`: whether the file's rope is. `form`: of rows of blocks; experts stay (experts, outputs, bytes).
+    `interleaved`: whether the file's rope is. `form`: of rows of blocks; experts stay (experts,
+    outputs, bytes).
     """
-    experts, sizes, weight, kind = spec.architecture.experts, spec.recurrence, parts[0], name.split(".")[-2]
+    experts = spec.architecture.experts
+    sizes = spec.recurrence
+    weight = parts[0]
+    kind = name.split(".")[-2]
     if experts is not None and experts.block in name:
         if not experts.by_inputs:
             return torch.cat(parts, 1)
         parts = [*weight.chunk(2, 1)] if ".gate_up_" in name and len(parts) == 1 else parts
-        both = torch.stack(parts, 2).flatten(1, 2) if len(parts) > 1 else weight  # gate and up in turns
+        # Gate and up in turns
+        both = torch.stack(parts, 2).flatten(1, 2) if len(parts) > 1 else weight
         return both.transpose(1, 2) if form is None and weight.dim() > 2 else both
     if interleaved and kind in ("q_proj", "k_proj"):
         heads = spec.heads if kind == "q_proj" else spec.kv_heads
         return weight.view(heads, spec.head_dim // 2, 2, -1).transpose(1, 2).reshape(weight.shape)
-    if ".linear_attn." not in name or sizes is None or kind == "norm" or sizes.heads == sizes.key_heads:
+    if (
+        ".linear_attn." not in name
+        or sizes is None
+        or kind == "norm"
+        or sizes.heads == sizes.key_heads
+    ):
         return weight
 
     def by_key_head(rows: Tensor) -> Tensor:

@@ -1,4 +1,6 @@
-"""A KV cache addressed by position: rejecting drafted tokens copies nothing, because later tokens overwrite their entries."""
+"""A KV cache addressed by position: rejecting drafted tokens copies nothing, because later tokens
+overwrite their entries.
+"""
 
 import re
 from abc import ABC, abstractmethod
@@ -38,7 +40,9 @@ class States:
         return len(self.finals)
 
     def part(self, start: int, stop: int) -> "States":
-        return States({tap: states[start:stop] for tap, states in self.taps.items()}, self.finals[start:stop])
+        return States(
+            {tap: states[start:stop] for tap, states in self.taps.items()}, self.finals[start:stop]
+        )
 
 
 def joined(parts: Sequence[States]) -> States:
@@ -52,18 +56,23 @@ def joined(parts: Sequence[States]) -> States:
 class KVCache(ABC):
     """KV entries of all L layers for B rows. The index of an entry is the position of its token.
 
-    So a query at position p sees exactly the entries 0..p. Later ones (rejected drafts, padding) have weight 0. Entries of a
-    row that leaves are dropped.
+    So a query at position p sees exactly the entries 0..p. Later ones (rejected drafts, padding)
+    have weight 0. Entries of a row that leaves are dropped.
     """
 
     steps_back = 8  # how many tokens at the end of a pass may be rolled back
 
     def __init__(self, batch_size: int, max_positions: int) -> None:
-        """`max_positions`: the context, or the end of the text if known; tokens beyond it are refused."""
-        self.rows, self.max_positions = batch_size, max_positions
-        # By row, by exit or drafter: the feature (D,) of the last token with a KV entry of this block, which reads it to draft.
+        """`max_positions`: the context, or the end of the text if known; tokens beyond it are
+        refused.
+        """
+        self.rows = batch_size
+        self.max_positions = max_positions
+        # By row, by exit or drafter: the feature (D,) of the last token with a KV entry of this
+        # block, which reads it to draft.
         self.features = [dict[int | str, Tensor]() for _ in range(batch_size)]
-        # By row: states of its last tokens, whose KV entries of blocks that draft are not written yet.
+        # By row: states of its last tokens, whose KV entries of blocks that draft are not written
+        # yet.
         self.unwritten = [list[States]() for _ in range(batch_size)]
 
     def span(self, start: int, stop: int, settled: bool = False) -> "Places":
@@ -81,7 +90,9 @@ class KVCache(ABC):
         """Bytes of each allocation that it holds, by address: caches may share some."""
 
     def spare(self, stops: Sequence[int] = ()) -> float:
-        """Pages left for all rows of the model, once this cache's rows have pages up to `stops`; infinite without a limit."""
+        """Pages left for all rows of the model, once this cache's rows have pages up to `stops`;
+        infinite without a limit.
+        """
         return inf
 
     @property
@@ -90,33 +101,42 @@ class KVCache(ABC):
         return 1
 
     def first(self, row: int) -> int:
-        """The first position that a row can continue from; larger than its end if it can continue only there."""
+        """The first position that a row can continue from; larger than its end if it can continue
+        only there.
+        """
         return 0
 
     @abstractmethod
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Keeps only the rows at the indices `rows`, which differ, in that order."""
-        self.rows, self.features = len(rows), [self.features[row] for row in rows]
+        self.rows = len(rows)
+        self.features = [self.features[row] for row in rows]
         self.unwritten = [self.unwritten[row] for row in rows]
 
     @abstractmethod
     def join(self, other: "KVCache") -> None:
         """Adds the rows of another cache of the same model after its own."""
-        self.max_positions, self.rows = max(self.max_positions, other.max_positions), self.rows + other.rows
+        self.max_positions = max(self.max_positions, other.max_positions)
+        self.rows = self.rows + other.rows
         self.features = self.features + other.features
         self.unwritten = self.unwritten + other.unwritten
 
     @abstractmethod
-    def branch(self, rows: Indices, starts: Indices, stops: Indices | None = None, end: int | None = None) -> "KVCache":
-        """A cache with the entries of `rows` up to `stops` (default: `starts`), where each row continues from its start.
+    def branch(
+        self, rows: Indices, starts: Indices, stops: Indices | None = None, end: int | None = None
+    ) -> "KVCache":
+        """A cache with the entries of `rows` up to `stops` (default: `starts`), where each row
+        continues from its start.
 
-        A row may occur several times. Later writes to one cache do not change the other. `end`: the `max_positions` of the
-        branch.
+        A row may occur several times. Later writes to one cache do not change the other. `end`: the
+        `max_positions` of the branch.
         """
 
 
 class Places:
-    """Rows and positions of the N tokens of a pass: consecutive tokens of each row of a cache, row by row."""
+    """Rows and positions of the N tokens of a pass: consecutive tokens of each row of a cache, row
+    by row.
+    """
 
     def __init__(
         self,
@@ -126,17 +146,26 @@ class Places:
         settled: bool = False,
         recorded: Tensor | None = None,
     ) -> None:
-        """`starts`: by row, the position of its first token in the pass, or of its next token if it has none. `counts`: by row,
-        the number of its tokens in the pass. `settled`: rows continue only from the end of this pass; else up to the cache's
-        `steps_back` tokens may be rolled back. `recorded`: (B, T) on the device, the positions of a recorded pass, in the first
-        slots of a RowCache. Raises ConfigError for a token beyond the cache's `max_positions`.
+        """`starts`: by row, the position of its first token in the pass, or of its next token if it
+        has none. `counts`: by row, the number of its tokens in the pass. `settled`: rows continue
+        only from the end of this pass; else up to the cache's `steps_back` tokens may be rolled
+        back. `recorded`: (B, T) on the device, the positions of a recorded pass, in the first slots
+        of a RowCache. Raises ConfigError for a token beyond the cache's `max_positions`.
         """
-        self.cache, self.starts, self.counts, self.settled, self.recorded = cache, starts, counts, settled, recorded
+        self.cache = cache
+        self.starts = starts
+        self.counts = counts
+        self.settled = settled
+        self.recorded = recorded
         self.origins = starts  # starts of the whole pass or draft, of which this may be a part
-        self.stop = max((start + count for start, count in zip(starts, counts, strict=True) if count), default=0)
+        self.stop = max(
+            (start + count for start, count in zip(starts, counts, strict=True) if count), default=0
+        )
         if self.stop > cache.max_positions:
             last = self.stop - 1
-            raise ConfigError(f"the context limit of {cache.max_positions} tokens is reached: position {last} was requested")
+            raise ConfigError(
+                f"the context limit of {cache.max_positions} tokens is reached: position {last} was requested"
+            )
 
     @property
     def each(self) -> tuple["array[int]", "array[int]"]:
@@ -148,7 +177,11 @@ class Places:
     @cached_property
     def positions(self) -> Tensor:
         """(N,) on the host, unless they are `recorded`."""
-        return torch.tensor(self.each[0], dtype=torch.long) if self.recorded is None else self.recorded.flatten()
+        return (
+            torch.tensor(self.each[0], dtype=torch.long)
+            if self.recorded is None
+            else self.recorded.flatten()
+        )
 
     @property
     def rows(self) -> Tensor:
@@ -161,7 +194,9 @@ class Places:
         return [0, *accumulate(self.counts)]
 
     def moved(self, by: int, skipped: Sequence[int] | None = None) -> "Places":
-        """The same tokens at positions shifted by `by`, without the first `skipped` tokens of each row."""
+        """The same tokens at positions shifted by `by`, without the first `skipped` tokens of each
+        row.
+        """
         skipped = skipped or [0] * len(self.counts)
         counts = [count - less for count, less in zip(self.counts, skipped, strict=True)]
         return self._part([by + less for less in skipped], counts)
@@ -174,46 +209,65 @@ class Places:
             return
         for first in range(0, bounds[-1], most):
             cuts = [min(max(bound - first, 0), most) for bound in bounds]
-            done = [min(max(first - bound, 0), count) for bound, count in zip(bounds, self.counts, strict=False)]
+            done = [
+                min(max(first - bound, 0), count)
+                for bound, count in zip(bounds, self.counts, strict=False)
+            ]
             yield self._part(done, [stop - start for start, stop in pairwise(cuts)])
 
     def _part(self, ahead: Sequence[int], counts: Sequence[int]) -> "Places":
         """By row, `counts` tokens that begin `ahead` positions after its first."""
-        starts = [max(0, start + by) for start, by in zip(self.starts, ahead, strict=True)]  # below 0: a row without tokens
+        # Below 0: a row without tokens
+        starts = [max(0, start + by) for start, by in zip(self.starts, ahead, strict=True)]
         part = Places(self.cache, starts, counts, self.settled)
         part.origins = self.origins
         return part
 
     def padded(self, counts: Sequence[int], slots: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """The first `counts` tokens of each row as a grid, padded as in `in_grids`: positions (B, T), indices (B, T) in the
-        pass, and flat indices of the grid's places that are no padding. The grid has at least `slots` rows.
+        """The first `counts` tokens of each row as a grid, padded as in `in_grids`: positions (B,
+        T), indices (B, T) in the pass, and flat indices of the grid's places that are no padding.
+        The grid has at least `slots` rows.
         """
         free = [0] * (slots - len(counts))
         real = torch.tensor([*counts, *free])[:, None]
         columns = torch.arange(max(counts)).minimum((real - 1).clamp_min(0))
-        places = (torch.tensor([*self.starts, *free])[:, None] + columns).clamp_max(self.cache.max_positions - 1)
-        tokens = (torch.tensor([*self.bounds[:-1], *free])[:, None] + columns).clamp_max(sum(self.counts) - 1)
+        places = (torch.tensor([*self.starts, *free])[:, None] + columns).clamp_max(
+            self.cache.max_positions - 1
+        )
+        tokens = (torch.tensor([*self.bounds[:-1], *free])[:, None] + columns).clamp_max(
+            sum(self.counts) - 1
+        )
         return places, tokens, (torch.arange(max(counts)) < real).flatten().nonzero()[:, 0]
 
     def in_grids(self, hidden: Tensor, run: "RunGrid", together: bool = True) -> Tensor:
-        """Runs all tokens in few grids of rows and columns; returns what `run` does, in the shape of `hidden` (..., D).
+        """Runs all tokens in few grids of rows and columns; returns what `run` does, in the shape
+        of `hidden` (..., D).
 
-        A row shorter than the longest is padded by its last token; an empty row by any token, at the position of its next
-        token, which overwrites the entry. Where padding would fill most of a large grid, rows with many tokens run alone.
-        Without `together`, all rows do.
+        A row shorter than the longest is padded by its last token; an empty row by any token, at
+        the position of its next token, which overwrites the entry. Where padding would fill most of
+        a large grid, rows with many tokens run alone. Without `together`, all rows do.
         """
-        flat, counts, width = hidden.reshape(-1, hidden.shape[-1]), self.counts, max(self.counts, default=1)
-        shape, bounds = (*hidden.shape[:-1], -1), self.bounds
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        counts = self.counts
+        width = max(self.counts, default=1)
+        shape = (*hidden.shape[:-1], -1)
+        bounds = self.bounds
         if self.recorded is not None:
             return run(flat.view(*self.recorded.shape, -1), self.recorded, None).reshape(shape)
         if together and min(counts) == width:
-            return run(flat.view(len(counts), width, -1), self.positions.view(len(counts), width), None).reshape(shape)
+            return run(
+                flat.view(len(counts), width, -1), self.positions.view(len(counts), width), None
+            ).reshape(shape)
         outputs: list[tuple[Tensor | slice, Tensor]] = []
         few = 0 if not together else width if len(counts) * width <= 2 * len(flat) else _FEW
         if any(0 < count <= few for count in counts):
             places, tokens, kept = self.padded([count if count <= few else 0 for count in counts])
-            output = run(flat[tokens.to(flat.device, non_blocking=True)], places, None).flatten(0, 1)
-            kept, tokens = (part.to(flat.device, non_blocking=True) for part in (kept, tokens.flatten()[kept]))
+            output = run(flat[tokens.to(flat.device, non_blocking=True)], places, None).flatten(
+                0, 1
+            )
+            kept, tokens = (
+                part.to(flat.device, non_blocking=True) for part in (kept, tokens.flatten()[kept])
+            )
             outputs.append((tokens, output[kept]))
         for row, (start, stop) in enumerate(pairwise(bounds)):
             if stop - start > few:
@@ -227,7 +281,8 @@ class Places:
 
 def on_device(numbers: Sequence[int], like: "Tensor | Layers") -> Tensor:
     """Integers on the device of `like`, by a copy that the host does not wait for."""
-    made = torch.from_numpy(np.array(numbers, dtype=np.int64))  # torch.tensor takes three times as long
+    # Torch.tensor takes three times as long
+    made = torch.from_numpy(np.array(numbers, dtype=np.int64))
     return made.to(like.device, non_blocking=True)
 
 
@@ -235,15 +290,17 @@ RunGrid = Callable[[Tensor, Tensor, int | None], Tensor]
 """Runs layers over hidden states (B, T, D) at positions (B, T); given a row of the cache, for it alone, (1, T, D)."""
 
 
-_CGROUP_FILES = {  # by the controllers of /proc/self/cgroup (versions 2 and 1): limit, use, prefix of names in memory.stat
+# By the controllers of /proc/self/cgroup (versions 2 and 1): limit, use, prefix of names in
+# memory.stat
+_CGROUP_FILES = {
     "": ("memory.max", "memory.current", ""),
     "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
 }
 
 
 def memory_budget(kv_megabytes: int | None = None) -> tuple[int, int]:
-    """Divides the memory that is free before a model is loaded: bytes for KV entries (by default a fifth), and bytes left for
-    its weights and their low-bit copies.
+    """Divides the memory that is free before a model is loaded: bytes for KV entries (by default a
+    fifth), and bytes left for its weights and their low-bit copies.
     """
     free = available_memory()
     kv_bytes = free // 5 if kv_megabytes is None else kv_megabytes * 2**20
@@ -251,19 +308,24 @@ def memory_budget(kv_megabytes: int | None = None) -> tuple[int, int]:
 
 
 def available_memory(root: Path = Path("/")) -> int:
-    """Bytes that this process can still allocate, by the machine's memory and the limits of its cgroups (of a container).
+    """Bytes that this process can still allocate, by the machine's memory and the limits of its
+    cgroups (of a container).
 
     Cached files count as free, because Linux evicts them.
     """
-    available, listed = int(psutil.virtual_memory().available), root / "proc/self/cgroup"
+    available = int(psutil.virtual_memory().available)
+    listed = root / "proc/self/cgroup"
     for line in listed.read_text().splitlines() if listed.exists() else ():
         _, controllers, path = line.split(":", 2)
         if controllers in _CGROUP_FILES:
             *files, prefix = _CGROUP_FILES[controllers]
             own = root / "sys/fs/cgroup" / controllers / path.strip("/")
-            for group in (own, *own.parents):  # a container may see only its own group, mounted in place of the machine's root
+            # A container may see only its own group, mounted in place of the machine's root
+            for group in (own, *own.parents):
                 with suppress(OSError, ValueError):  # no such file; no limit ("max")
                     limit, used = (int((group / file).read_text()) for file in files)
-                    cached = re.findall(rf"\b{prefix}(?:in)?active_file (\d+)", (group / "memory.stat").read_text())
+                    cached = re.findall(
+                        rf"\b{prefix}(?:in)?active_file (\d+)", (group / "memory.stat").read_text()
+                    )
                     available = min(available, limit - used + sum(map(int, cached)))
     return available

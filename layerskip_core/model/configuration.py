@@ -1,4 +1,6 @@
-"""config.json: the values that are read, with their types and ranges, and the layers that they describe."""
+"""config.json: the values that are read, with their types and ranges, and the layers that they
+describe.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -14,7 +16,8 @@ from .variants import EXPERT_COUNTS, Architecture, Mixer
 
 LAYER_KINDS = FULL, SLIDING = "full_attention", "sliding_attention"
 MLP = "mlp"  # the kind of a layer that is an MLP alone
-_MOST_WIDTH = 1 << 20  # of hidden states, of all heads together, and of the MLP: the kernels count in 32 bits
+# Of hidden states, of all heads together, and of the MLP: the kernels count in 32 bits
+_MOST_WIDTH = 1 << 20
 _Width = Annotated[int, Meta(ge=1, le=_MOST_WIDTH)]
 _Positions = Annotated[int, Meta(ge=1, le=1 << 27)]
 _Window = Annotated[int, Meta(ge=0, le=1 << 31)]
@@ -25,7 +28,9 @@ _Positive = Annotated[float, Meta(ge=1e-6, le=1e6)]  # results stay finite in fp
 _Epsilon = Annotated[float, Meta(ge=1e-30, le=1)]
 _Limit = Annotated[float, Meta(ge=0)]
 _Number = Annotated[str, Meta(pattern=r"^\d+$")]  # perhaps with leading zeros
-_HeadDim = Annotated[int, Meta(ge=2, le=1024, multiple_of=2, description="an even number in 2..1024")]
+_HeadDim = Annotated[
+    int, Meta(ge=2, le=1024, multiple_of=2, description="an even number in 2..1024")
+]
 
 
 class _OfLayer(msgspec.Struct, forbid_unknown_fields=True):
@@ -44,7 +49,9 @@ class LayerSizes(NamedTuple):
 
 @dataclass(frozen=True)
 class Values:
-    """The values of config.json, with their types and ranges. Null stands for the architecture's default."""
+    """The values of config.json, with their types and ranges. Null stands for the architecture's
+    default.
+    """
 
     num_hidden_layers: Annotated[int, Meta(ge=1, le=1024)]
     vocab_size: Annotated[int, Meta(ge=1, le=1 << 24)]
@@ -61,7 +68,8 @@ class Values:
     sliding_window: Annotated[int, Meta(ge=1, le=1 << 31)] | None
     max_window_layers: _Window | None
     layer_types: list[str] | None
-    no_rope_layers: list[Annotated[int, Meta(ge=0, le=1)]] | None  # despite the name, 1 where a layer rotates
+    # Despite the name, 1 where a layer rotates
+    no_rope_layers: list[Annotated[int, Meta(ge=0, le=1)]] | None
     no_rope_layer_interval: Annotated[int, Meta(ge=1)] | None
     num_experts: _ExpertCount | None
     num_local_experts: _ExpertCount | None
@@ -72,7 +80,8 @@ class Values:
     mlp_only_layers: list[Annotated[int, Meta(ge=0)]] | None
     eos_token_id: _TokenId | list[_TokenId] | None
     # Read only by architectures that name them in `uses`.
-    query_pre_attn_scalar: _Positive | None = None  # attention scale is this^-0.5, not head_dim^-0.5
+    # Attention scale is this^-0.5, not head_dim^-0.5
+    query_pre_attn_scalar: _Positive | None = None
     attention_multiplier: _Positive | None = None  # Granite's attention scale
     embedding_multiplier: _Positive | None = None
     residual_multiplier: _Positive | None = None
@@ -83,29 +92,52 @@ class Values:
     clip_qkv: _Positive | None = None  # not in our kernels
     swiglu_alpha: _Positive | None = None  # of the clamped SwiGLU
     swiglu_limit: _Positive | None = None
-    block_auto_adjust_ff_dim: bool | None = None  # LFM2: the MLP's width is about two thirds of `intermediate_size`
+    # LFM2: the MLP's width is about two thirds of `intermediate_size`
+    block_auto_adjust_ff_dim: bool | None = None
     block_ffn_dim_multiplier: _Positive | None = None
     block_multiple_of: _Width | None = None
     shared_intermediate_size: _Width | None = None  # of shared experts
     shared_expert_intermediate_size: _Width | None = None
-    attn_layer_indices: list[Annotated[int, Meta(ge=0)]] | None = None  # Bamba's layers with attention
+    # Bamba's layers with attention
+    attn_layer_indices: list[Annotated[int, Meta(ge=0)]] | None = None
     per_layer_config: dict[_Number, _OfLayer] | None = None  # by layer index
-    num_kv_shared_layers: Annotated[int, Meta(ge=0)] | None = None  # the last layers, which read other layers' keys and values
+    # The last layers, which read other layers' keys and values
+    num_kv_shared_layers: Annotated[int, Meta(ge=0)] | None = None
     use_double_wide_mlp: bool | None = None  # in those layers
-    hidden_size_per_layer_input: Annotated[int, Meta(ge=0, le=_MOST_WIDTH)] | None = None  # 0 for none
+    # 0 for none
+    hidden_size_per_layer_input: Annotated[int, Meta(ge=0, le=_MOST_WIDTH)] | None = None
     vocab_size_per_layer_input: Annotated[int, Meta(ge=1, le=1 << 24)] | None = None
 
     @property
     def head_sizes(self) -> tuple[int, int]:
         """The number of key heads, and the size of a head."""
-        hidden, heads, head_dim = self.hidden_size, self.num_attention_heads, self.head_dim
+        hidden = self.hidden_size
+        heads = self.num_attention_heads
+        head_dim = self.head_dim
         kv_heads = self.num_key_value_heads or heads
         if head_dim is None:
-            _require(hidden % heads == 0, "hidden_size", f"a multiple of num_attention_heads, {heads}", hidden)
+            _require(
+                hidden % heads == 0,
+                "hidden_size",
+                f"a multiple of num_attention_heads, {heads}",
+                hidden,
+            )
             head_dim = hidden // heads
-            _require(head_dim % 2 == 0, "hidden_size / num_attention_heads", "an even number", head_dim)
-        _require(heads % kv_heads == 0, "num_attention_heads", f"a multiple of num_key_value_heads, {kv_heads}", heads)
-        _require(heads * head_dim <= _MOST_WIDTH, "num_attention_heads * head_dim", f"at most {_MOST_WIDTH}", heads * head_dim)
+            _require(
+                head_dim % 2 == 0, "hidden_size / num_attention_heads", "an even number", head_dim
+            )
+        _require(
+            heads % kv_heads == 0,
+            "num_attention_heads",
+            f"a multiple of num_key_value_heads, {kv_heads}",
+            heads,
+        )
+        _require(
+            heads * head_dim <= _MOST_WIDTH,
+            "num_attention_heads * head_dim",
+            f"at most {_MOST_WIDTH}",
+            heads * head_dim,
+        )
         return kv_heads, head_dim
 
     @property
@@ -114,7 +146,8 @@ class Values:
         width = self.intermediate_size or 4 * self.hidden_size
         if not self.block_auto_adjust_ff_dim:
             return width
-        width, unit = int((self.block_ffn_dim_multiplier or 1.0) * int(2 * width / 3)), self.block_multiple_of or 1
+        width = int((self.block_ffn_dim_multiplier or 1.0) * int(2 * width / 3))
+        unit = self.block_multiple_of or 1
         return -(-width // unit) * unit
 
     def swiglu(self, architecture: Architecture) -> tuple[float, float] | None:
@@ -122,24 +155,54 @@ class Values:
         return (self.swiglu_alpha or 1.702, self.swiglu_limit or 7.0) if clamped else None
 
     def layers(self, architecture: Architecture) -> tuple[tuple[str, ...], int | None, list[bool]]:
-        """(kind of each layer, window of the sliding ones, whether each layer has rotary positions)."""
-        layers, window, listed, mixer = self.num_hidden_layers, self.sliding_window, self.layer_types, architecture.mixer
+        """(kind of each layer, window of the sliding ones, whether each layer has rotary
+        positions).
+        """
+        layers = self.num_hidden_layers
+        window = self.sliding_window
+        listed = self.layer_types
+        mixer = architecture.mixer
         if mixer is not None and "attn_layer_indices" in architecture.uses:
-            listed = [FULL if layer in (self.attn_layer_indices or ()) else mixer.kind for layer in range(layers)]
+            listed = [
+                FULL if layer in (self.attn_layer_indices or ()) else mixer.kind
+                for layer in range(layers)
+            ]
         if listed is not None:
-            _require(len(listed) == layers, "layer_types", f"a list of num_hidden_layers, {layers}, entries", len(listed))
-            known = LAYER_KINDS if mixer is None else (FULL, mixer.kind, *((MLP,) if architecture.one_block else ()))
-            _require({*listed} <= {*known}, "layer_types", f"a list, each one of {', '.join(known)}", listed)
+            _require(
+                len(listed) == layers,
+                "layer_types",
+                f"a list of num_hidden_layers, {layers}, entries",
+                len(listed),
+            )
+            known = (
+                LAYER_KINDS
+                if mixer is None
+                else (FULL, mixer.kind, *((MLP,) if architecture.one_block else ()))
+            )
+            _require(
+                {*listed} <= {*known},
+                "layer_types",
+                f"a list, each one of {', '.join(known)}",
+                listed,
+            )
         rotates = [architecture.rope != "none"] * layers
         if architecture.rope == "listed":
-            usual = [bool((layer + 1) % (self.no_rope_layer_interval or 4)) for layer in range(layers)]
-            rotates = usual if self.no_rope_layers is None else [bool(rotating) for rotating in self.no_rope_layers[:layers]]
+            usual = [
+                bool((layer + 1) % (self.no_rope_layer_interval or 4)) for layer in range(layers)
+            ]
+            rotates = (
+                usual
+                if self.no_rope_layers is None
+                else [bool(rotating) for rotating in self.no_rope_layers[:layers]]
+            )
             needed = f"a list of at least num_hidden_layers, {layers}, entries"
             _require(len(rotates) == layers, "no_rope_layers", needed, len(rotates))
         if mixer is not None:
             _require(listed is not None, "layer_types", "given", listed)
             return tuple(listed or ()), None, rotates
-        unused = window is None or (architecture.windows == "optional" and not self.use_sliding_window)
+        unused = window is None or (
+            architecture.windows == "optional" and not self.use_sliding_window
+        )
         if architecture.windows == "none" or (architecture.windows != "listed" and unused):
             return (FULL,) * layers, None, rotates
         if architecture.windows == "all":
@@ -150,17 +213,27 @@ class Values:
             slides = [not rotating for rotating in rotates]
         else:
             slides = [layer >= (self.max_window_layers or 0) for layer in range(layers)]
-        _require(window is not None or not any(slides), "sliding_window", "given for layers of sliding_attention", "null")
+        _require(
+            window is not None or not any(slides),
+            "sliding_window",
+            "given for layers of sliding_attention",
+            "null",
+        )
         if architecture.rope == "sliding" and window is not None:
             rotates = slides
         return tuple(SLIDING if sliding else FULL for sliding in slides), window, rotates
 
-    def layer_sizes(self, architecture: Architecture, kinds: tuple[str, ...]) -> tuple[LayerSizes, ...]:
+    def layer_sizes(
+        self, architecture: Architecture, kinds: tuple[str, ...]
+    ) -> tuple[LayerSizes, ...]:
         """By layer; empty if all are alike."""
         if "per_layer_config" not in architecture.uses:
             return ()
-        own, usual = len(kinds) - (self.num_kv_shared_layers or 0), self.head_sizes[1]
-        changed = {int(layer): values.head_dim for layer, values in (self.per_layer_config or {}).items()}
+        own = len(kinds) - (self.num_kv_shared_layers or 0)
+        usual = self.head_sizes[1]
+        changed = {
+            int(layer): values.head_dim for layer, values in (self.per_layer_config or {}).items()
+        }
         last = {kind: index for index, kind in enumerate(kinds[: max(own, 0)])}
         needed = "so few that a layer of each kind has keys and values"
         _require(last.keys() == {*kinds}, "num_kv_shared_layers", needed, self.num_kv_shared_layers)
@@ -168,25 +241,45 @@ class Values:
         alike = all(dims[index] == dims[last[kind]] for index, kind in enumerate(kinds))
         _require(alike, "head_dim in per_layer_config", "the same in all layers of a kind", dims)
         most = self.num_attention_heads * max(dims)
-        _require(most <= _MOST_WIDTH, "num_attention_heads * head_dim", f"at most {_MOST_WIDTH}", most)
+        _require(
+            most <= _MOST_WIDTH, "num_attention_heads * head_dim", f"at most {_MOST_WIDTH}", most
+        )
         wide = self.inner * (1 + bool(self.use_double_wide_mlp))
         return tuple(
-            LayerSizes(size, self.inner, None) if index < own else LayerSizes(size, wide, last[kind])
+            LayerSizes(size, self.inner, None)
+            if index < own
+            else LayerSizes(size, wide, last[kind])
             for index, (size, kind) in enumerate(zip(dims, kinds, strict=True))
         )
 
-    def recurrence(self, config: Any, architecture: Architecture, kinds: tuple[str, ...]) -> "RecurrenceSpec | None":
+    def recurrence(
+        self, config: Any, architecture: Architecture, kinds: tuple[str, ...]
+    ) -> "RecurrenceSpec | None":
         if (mixer := architecture.mixer) is None or mixer.kind not in kinds:
             return None
         taps = _checked(getattr(config, mixer.taps, None), _Width, mixer.taps)
         projections, convolution = (is_on(switch, config) for switch in mixer.biased)
         if not mixer.sizes:
             return RecurrenceSpec(taps, 0, 1, 0, self.hidden_size, projections, convolution)
-        key_heads, heads, key_dim, value_dim = (_checked(getattr(config, name, None), _Width, name) for name in mixer.sizes)
-        _require(heads % key_heads == 0, mixer.sizes[1], f"a multiple of {mixer.sizes[0]}, {key_heads}", heads)
+        key_heads, heads, key_dim, value_dim = (
+            _checked(getattr(config, name, None), _Width, name) for name in mixer.sizes
+        )
+        _require(
+            heads % key_heads == 0,
+            mixer.sizes[1],
+            f"a multiple of {mixer.sizes[0]}, {key_heads}",
+            heads,
+        )
         limits = None if mixer.limits is None else _limits(config, mixer.limits)
-        sizes = RecurrenceSpec(taps, key_heads, heads, key_dim, value_dim, projections, convolution, limits)
-        _require(sizes.channels <= _MOST_WIDTH, f"the width of {mixer.kind}", f"at most {_MOST_WIDTH}", sizes.channels)
+        sizes = RecurrenceSpec(
+            taps, key_heads, heads, key_dim, value_dim, projections, convolution, limits
+        )
+        _require(
+            sizes.channels <= _MOST_WIDTH,
+            f"the width of {mixer.kind}",
+            f"at most {_MOST_WIDTH}",
+            sizes.channels,
+        )
         return sizes
 
     def experts(self, architecture: Architecture) -> "ExpertsSpec | None":
@@ -194,16 +287,31 @@ class Values:
             return None
         count = _given(" or ".join(EXPERT_COUNTS), self.num_local_experts or self.num_experts)
         chosen = _given("num_experts_per_tok", self.num_experts_per_tok)
-        _require(chosen <= count, "num_experts_per_tok", f"at most the number of experts, {count}", chosen)
-        layers, normalised = [True] * self.num_hidden_layers, experts.normalised
+        _require(
+            chosen <= count,
+            "num_experts_per_tok",
+            f"at most the number of experts, {count}",
+            chosen,
+        )
+        layers = [True] * self.num_hidden_layers
+        normalised = experts.normalised
         if experts.on_some_layers:
-            dense, step = self.mlp_only_layers or [], self.decoder_sparse_step or 1
-            layers = [index not in dense and (index + 1) % step == 0 for index in range(len(layers))]
+            dense = self.mlp_only_layers or []
+            step = self.decoder_sparse_step or 1
+            layers = [
+                index not in dense and (index + 1) % step == 0 for index in range(len(layers))
+            ]
         if isinstance(normalised, str):
             normalised = bool(getattr(self, normalised))
         inner = _given(experts.inner, getattr(self, experts.inner))
-        shared = _given(experts.shared_inner, getattr(self, experts.shared_inner)) if experts.shared_inner else 0
-        return ExpertsSpec(tuple(layers), count, chosen, inner, normalised, shared, experts.shared_gate is not None)
+        shared = (
+            _given(experts.shared_inner, getattr(self, experts.shared_inner))
+            if experts.shared_inner
+            else 0
+        )
+        return ExpertsSpec(
+            tuple(layers), count, chosen, inner, normalised, shared, experts.shared_gate is not None
+        )
 
 
 # The checked values of rope_parameters; transformers reads those of rarer types.
@@ -230,8 +338,14 @@ class RopeSpec:
 
     @property
     def share(self) -> float:
-        """The share of a head that rotates: all of it in a proportional rope, where some pairs have frequency 0."""
-        return 1.0 if self.type == "proportional" else float(self.parameters.get("partial_rotary_factor") or 1.0)
+        """The share of a head that rotates: all of it in a proportional rope, where some pairs have
+        frequency 0.
+        """
+        return (
+            1.0
+            if self.type == "proportional"
+            else float(self.parameters.get("partial_rotary_factor") or 1.0)
+        )
 
 
 @dataclass(frozen=True)
@@ -258,7 +372,9 @@ class ExpertsSpec:
 
     @property
     def are_equal(self) -> bool:
-        """Whether the shared MLP splits into experts of `inner`, and the kernels can run so many."""
+        """Whether the shared MLP splits into experts of `inner`, and the kernels can run so
+        many.
+        """
         return self.shared_inner % self.inner == 0 and self.count + self.shared <= _MOST_EXPERTS
 
 
@@ -292,8 +408,9 @@ class RecurrenceSpec:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Widths of the projections: (queries, keys, values; gates); of Mamba-2 (gates; values, keys, queries; steps); of a
-        convolution alone (gates of its inputs, gates of its outputs, inputs).
+        """Widths of the projections: (queries, keys, values; gates); of Mamba-2 (gates; values,
+        keys, queries; steps); of a convolution alone (gates of its inputs, gates of its outputs,
+        inputs).
         """
         if self.limits is not None:
             return self.outputs, self.channels, self.heads
@@ -301,18 +418,29 @@ class RecurrenceSpec:
 
     def shapes(self, mixer: Mixer, hidden: int) -> dict[str, tuple[int, ...]]:
         """Names and shapes of a layer's weights between its projections."""
-        shapes: dict[str, tuple[int, ...]] = {f"{mixer.convolution}.weight": (self.channels, 1, self.taps)}
+        shapes: dict[str, tuple[int, ...]] = {
+            f"{mixer.convolution}.weight": (self.channels, 1, self.taps)
+        }
         shapes |= {f"{mixer.convolution}.bias": (self.channels,)} if self.biased_convolution else {}
-        shapes |= {f"{name}.weight": (2 * self.heads // len(mixer.steps), hidden) for name in mixer.steps}
+        shapes |= {
+            f"{name}.weight": (2 * self.heads // len(mixer.steps), hidden) for name in mixer.steps
+        }
         shapes |= {name: (self.heads,) for name in mixer.rates}
         normed = self.value_dim if self.limits is None else self.outputs
         return shapes | ({} if mixer.norm is None else {f"{mixer.norm}.weight": (normed,)})
 
 
 def read_values(config: Any, architecture: Architecture) -> Values:
-    """Reads a configuration object. Raises CheckpointError for the first value of a wrong type or out of range."""
-    names = {**architecture.values, "norm_eps": architecture.norm_eps, "activation": architecture.activation}
-    hints, values = hints_of(Values), dict[str, Any]()
+    """Reads a configuration object. Raises CheckpointError for the first value of a wrong type or
+    out of range.
+    """
+    names = {
+        **architecture.values,
+        "norm_eps": architecture.norm_eps,
+        "activation": architecture.activation,
+    }
+    hints = hints_of(Values)
+    values = dict[str, Any]()
     for field in fields(Values):
         name = names.get(field.name, field.name)
         if not isinstance(name, str):  # a fixed value
@@ -324,13 +452,21 @@ def read_values(config: Any, architecture: Architecture) -> Values:
             values[field.name] = _checked(found, hints[field.name], name)
     bidirectional = getattr(config, "use_bidirectional_attention", None)
     causal = not bidirectional or bidirectional == "vision"  # vision: among an image's tokens only
-    _require(causal, "use_bidirectional_attention", "false, because generation is causal", bidirectional)
+    _require(
+        causal, "use_bidirectional_attention", "false, because generation is causal", bidirectional
+    )
     return Values(**values)
 
 
 def is_on(switch: str | bool, config: Any) -> bool:
-    """Whether a `str | bool` field of Architecture holds: always, never, or by a value of the configuration."""
-    return switch if isinstance(switch, bool) else bool(_checked(getattr(config, switch, None), bool | None, switch))
+    """Whether a `str | bool` field of Architecture holds: always, never, or by a value of the
+    configuration.
+    """
+    return (
+        switch
+        if isinstance(switch, bool)
+        else bool(_checked(getattr(config, switch, None), bool | None, switch))
+    )
 
 
 def _limits(config: Any, name: str) -> tuple[float, float]:
@@ -348,7 +484,9 @@ def _checked(value: Any, hint: Any, name: str) -> Any:
         raise CheckpointError(f"{name} must be {needed(hint)}, got {shown(value)}") from None
 
 
-def ropes_of(config: Any, architecture: Architecture, kinds: tuple[str, ...]) -> tuple[RopeSpec, ...]:
+def ropes_of(
+    config: Any, architecture: Architecture, kinds: tuple[str, ...]
+) -> tuple[RopeSpec, ...]:
     """The rotary embeddings: one for all layers, or one by kind of layer (Gemma 3)."""
     if architecture.rope == "none":
         return ()
@@ -366,8 +504,15 @@ def ropes_of(config: Any, architecture: Architecture, kinds: tuple[str, ...]) ->
 
 def rotary_size(head_dim: int, ropes: Sequence[RopeSpec], architecture: Architecture) -> int:
     """The number of a head's dimensions that rotate."""
-    rotary = int(head_dim * min(rope.share for rope in ropes)) if architecture.partial_rope else head_dim
-    _require(rotary > 0 and rotary % 2 == 0, "head_dim * partial_rotary_factor", "an even number above 0", rotary)
+    rotary = (
+        int(head_dim * min(rope.share for rope in ropes)) if architecture.partial_rope else head_dim
+    )
+    _require(
+        rotary > 0 and rotary % 2 == 0,
+        "head_dim * partial_rotary_factor",
+        "an even number above 0",
+        rotary,
+    )
     return rotary
 
 

@@ -1,8 +1,9 @@
 """Runs any span of layers of a transformers decoder by the model's own forward.
 
-A call for a span is a forward of the whole model in which earlier layers return their input, the first layer of the span reads
-the states of the call, and the last one ends the forward by an exception. So transformers computes masks, rotary embeddings and
-everything else around the layers. `probe` finds the layers, their outputs and their cache entries.
+A call for a span is a forward of the whole model in which earlier layers return their input, the
+first layer of the span reads the states of the call, and the last one ends the forward by an
+exception. So transformers computes masks, rotary embeddings and everything else around the layers.
+`probe` finds the layers, their outputs and their cache entries.
 """
 
 import inspect
@@ -17,14 +18,25 @@ import torch
 from torch import Tensor, nn
 
 from .cache import Places
-from .position_cache import Forward, PositionCache, Writer, Written, hidden_of, replaced, with_hidden
+from .position_cache import (
+    Forward,
+    PositionCache,
+    Writer,
+    Written,
+    hidden_of,
+    replaced,
+    with_hidden,
+)
 from .row_cache import Entry, EntryWriter, MixedCache
 
-_CACHES = ("cache", "past_key_values", "cache_params")  # names of the cache among a forward's arguments
+# Names of the cache among a forward's arguments
+_CACHES = ("cache", "past_key_values", "cache_params")
 _BASE = 256  # states carry token ids as digits of this base, exact in every precision
-SHARED = "shared_kv_states"  # the argument that hands keys and values to later layers (Gemma 3n and 4)
+# The argument that hands keys and values to later layers (Gemma 3n and 4)
+SHARED = "shared_kv_states"
 
-_POSITIONS: ContextVar[Tensor | None] = ContextVar("positions", default=None)  # (B, T), if they differ between rows
+# (B, T), if they differ between rows
+_POSITIONS: ContextVar[Tensor | None] = ContextVar("positions", default=None)
 
 
 class _Reached(Exception):
@@ -40,17 +52,22 @@ class Form:
 
     layers: nn.ModuleList  # the chain of layers, in the module `owner`
     owner: Any
-    norm: Any  # the module between the last layer and the owner's output; None if it is not one module
+    # The module between the last layer and the owner's output; None if it is not one module
+    norm: Any
     output: Any  # type of the owner's output
     container: tuple[Any, int] | None  # type and length of a layer's output; None if it is a tensor
     leading: bool  # whether hidden states have a dimension before rows and tokens
     shape: tuple[int, ...]  # of hidden states, without rows and tokens
-    shares: Mapping[int, Any]  # by layer, the key under which it hands its keys and values to later layers
-    shapes: Mapping[Entry, tuple[int, int]] = field(default_factory=dict)  # number and width of each cache entry's heads
-    written: Mapping[int, Sequence[Entry]] = field(default_factory=dict)  # the entries that each layer writes, in order
+    # By layer, the key under which it hands its keys and values to later layers
+    shares: Mapping[int, Any]
+    # Number and width of each cache entry's heads
+    shapes: Mapping[Entry, tuple[int, int]] = field(default_factory=dict)
+    # The entries that each layer writes, in order
+    written: Mapping[int, Sequence[Entry]] = field(default_factory=dict)
     reads_ids: bool = False  # whether later layers read token ids; states then carry them
     by_position: bool = True  # whether rows at different positions can share a call
-    # By recurrent layer: its recurrent modules, each with the linear layer of its output. Other states are convolution inputs.
+    # By recurrent layer: its recurrent modules, each with the linear layer of its output. Other
+    # states are convolution inputs.
     recurrent: Mapping[int, Mapping[nn.Module, nn.Linear | None]] = field(default_factory=dict)
     continues: bool = True  # whether these modules can run several tokens from a state
 
@@ -102,21 +119,30 @@ class LayerPair(nn.Sequential):
 
 
 class CutModel:
-    """A causal language model of transformers whose layers 0..L-1 run in spans. `probe.cut_at_layers` makes it."""
+    """A causal language model of transformers whose layers 0..L-1 run in spans.
+    `probe.cut_at_layers` makes it.
+    """
 
     form: Form
 
     def __init__(self, model: Any) -> None:
-        self.model, self._lock = model, RLock()  # for threads that share the model
+        # For threads that share the model
+        self.model = model
+        self._lock = RLock()
         parameters = inspect.signature(type(model).forward).parameters
         self.takes_positions = "position_ids" in parameters
         self._cache_class = _cache_class(model)
-        # transformers 5.24 renamed past_key_values; models swallow a wrong keyword in **kwargs without an error.
+        # transformers 5.24 renamed past_key_values; models swallow a wrong keyword in **kwargs
+        # without an error.
         self.cache_keyword = next((name for name in _CACHES if name in parameters), None)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """The states (B, T, D) of tokens before layer 0; the ids themselves, (B, T, 1), if later layers read them."""
-        embedded: Tensor = ids[..., None] if self.form.reads_ids else self.model.get_input_embeddings()(ids)
+        """The states (B, T, D) of tokens before layer 0; the ids themselves, (B, T, 1), if later
+        layers read them.
+        """
+        embedded: Tensor = (
+            ids[..., None] if self.form.reads_ids else self.model.get_input_embeddings()(ids)
+        )
         return embedded
 
     def run(
@@ -129,25 +155,34 @@ class CutModel:
         only_writes: bool = False,
         block: tuple[nn.Module, int] | None = None,
     ) -> Tensor:
-        """Runs layers start..stop-1 over states (..., D) of the tokens at `places`; see `embed` for states before layer 0.
+        """Runs layers start..stop-1 over states (..., D) of the tokens at `places`; see `embed` for
+        states before layer 0.
 
-        `only_writes`: each layer gets `state` and only writes its entries. `block`: an exit block, which runs in place of its
-        original instead of the span, and its `shift_of_block`.
+        `only_writes`: each layer gets `state` and only writes its entries. `block`: an exit block,
+        which runs in place of its original instead of the span, and its `shift_of_block`.
         """
-        shift, cache = 0, places.cache
+        shift = 0
+        cache = places.cache
         assert isinstance(cache, MixedCache)
         if block is not None:
             assert self.form.attending is not None
-            start, stop, shift = self.form.attending, self.form.attending + 1, block[1]
+            start = self.form.attending
+            stop = self.form.attending + 1
+            shift = block[1]
 
         def run(state: Tensor, positions: Tensor, row: int | None) -> Tensor:
             writer = EntryWriter(cache, positions, row, shift, places.settled)
             return self.run_span(state, start, stop, positions, writer, only_writes, block)
 
-        # Separate grids: for rows at different positions in some models, and to keep padding out of recurrent states.
+        # Separate grids: for rows at different positions in some models, and to keep padding out of
+        # recurrent states.
         ragged = len(set(places.counts)) > 1
         differ = ragged or len(set(places.starts)) > 1
-        return places.in_grids(state, run, not ((differ and not self.form.by_position) or (ragged and not cache.rolls_back)))
+        return places.in_grids(
+            state,
+            run,
+            not ((differ and not self.form.by_position) or (ragged and not cache.rolls_back)),
+        )
 
     def normed(self, state: Tensor) -> Tensor:
         """The head's input (the output of `Form.owner`), from states (..., D) after any layer."""
@@ -157,7 +192,9 @@ class CutModel:
             return normed
         with self._lock:
             forward = form.owner.forward
-            found: Tensor = self._tail(state, (form.owner, lambda *args, **keywords: _reach(forward(*args, **keywords)[0])))
+            found: Tensor = self._tail(
+                state, (form.owner, lambda *args, **keywords: _reach(forward(*args, **keywords)[0]))
+            )
         return found
 
     def unembed(self, state: Tensor, norm: Callable[[Tensor], Tensor] | None = None) -> Tensor:
@@ -169,13 +206,21 @@ class CutModel:
         flat = state[..., : form.width].reshape(1, -1, form.width)
         output = form.output(last_hidden_state=norm(flat))
         ids = torch.zeros(flat.shape[:2], dtype=torch.long, device=state.device)
-        logits: Tensor = self.forward({"input_ids": ids}, None, [(form.owner, lambda *_, **__: output)]).logits
+        logits: Tensor = self.forward(
+            {"input_ids": ids}, None, [(form.owner, lambda *_, **__: output)]
+        ).logits
         return logits.view(*state.shape[:-1], logits.shape[-1])
 
     def new_cache(
-        self, batch_size: int, max_positions: int, blocks: int = 0, others: Mapping[Entry, tuple[int, int]] | None = None
+        self,
+        batch_size: int,
+        max_positions: int,
+        blocks: int = 0,
+        others: Mapping[Entry, tuple[int, int]] | None = None,
     ) -> MixedCache:
-        """An empty cache, also for exit blocks, `blocks` of them. `others`: number and width of heads of further entries."""
+        """An empty cache, also for exit blocks, `blocks` of them. `others`: number and width of
+        heads of further entries.
+        """
         shapes = {**self.form.shapes, **(others or {})}
         for block in range(blocks):
             shift = self.shift_of_block(block)
@@ -208,20 +253,27 @@ class CutModel:
         only_writes: bool = False,
         block: tuple[nn.Module, int] | None = None,
     ) -> Tensor:
-        form, layers = self.form, self.form.layers
+        form = self.form
+        layers = self.form.layers
         first = start == 0 and block is None
         ids = state[..., 0] if first and form.reads_ids else form.ids(state)
         inputs = {"inputs_embeds": state} if first and not form.reads_ids else {"input_ids": ids}
         ends = set[Entry]()
         if only_writes:  # a recurrent layer has to run to its end
-            writing = (index for index in range(start, stop) if form.written[index] and index not in form.recurrent)
+            writing = (
+                index
+                for index in range(start, stop)
+                if form.written[index] and index not in form.recurrent
+            )
             ends = {form.written[index][-1] for index in writing}
         cache = None if writer is None else self._cache_class(writer, ends)
         given = None if first else form.hidden(state)
         running = range(start, stop) if only_writes else {start, stop - 1} if start else {stop - 1}
 
         def run_layer(index: int, forward: Forward, /, *args: Any, **keywords: Any) -> Any:
-            """Replaces the forward of the first and the last layer of the span; with `only_writes`, of all."""
+            """Replaces the forward of the first and the last layer of the span; with `only_writes`,
+            of all.
+            """
             if given is not None and index == start:
                 args, keywords = with_hidden(given, args, keywords)
             try:
@@ -233,21 +285,40 @@ class CutModel:
             return _reach(hidden_of(output)) if index == stop - 1 else output
 
         with self._lock:
-            changes = [(layers[index], partial(self._pass, index, None if block else cache)) for index in range(start)]
+            changes = [
+                (layers[index], partial(self._pass, index, None if block else cache))
+                for index in range(start)
+            ]
             for index in running:
-                changes.append((layers[index], partial(run_layer, index, layers[index].forward if block is None else block[0])))
+                changes.append(
+                    (
+                        layers[index],
+                        partial(
+                            run_layer, index, layers[index].forward if block is None else block[0]
+                        ),
+                    )
+                )
             if cache is not None:
-                modules = [pair for index in range(start, stop) for pair in form.recurrent.get(index, {}).items()]
+                modules = [
+                    pair
+                    for index in range(start, stop)
+                    for pair in form.recurrent.get(index, {}).items()
+                ]
                 if block is not None:
                     own: Any = dict(block[0].named_modules())
                     copies = {part: own.get(name) for name, part in layers[start].named_modules()}
                     modules = [(copies[part], copies.get(last)) for part, last in modules]
-                changes += [(part, partial(cache.stepped, part, last, form.continues, part.forward)) for part, last in modules]
+                changes += [
+                    (part, partial(cache.stepped, part, last, form.continues, part.forward))
+                    for part, last in modules
+                ]
             hidden = self.forward(inputs, positions, changes, cache)
         return form.state(hidden, ids)
 
     def _pass(self, index: int, cache: PositionCache | None, /, *args: Any, **keywords: Any) -> Any:
-        """Returns a layer's input in place of its output, and hands on cached keys and values that later layers share."""
+        """Returns a layer's input in place of its output, and hands on cached keys and values that
+        later layers share.
+        """
         hidden = args[0] if args else keywords["hidden_states"]
         if cache is not None and index in self.form.shares:
             keys, values = self.form.written[index][:2]
@@ -256,12 +327,25 @@ class CutModel:
         return self.form.returned(hidden)
 
     def _tail(self, state: Tensor, *changes: tuple[nn.Module, Forward]) -> Tensor:
-        """Runs what follows the last layer, from states (..., D); returns logits, or the result with which `changes` end it."""
-        form, flat = self.form, state.reshape(-1, 1, state.shape[-1])  # rows of one token, at any position
+        """Runs what follows the last layer, from states (..., D); returns logits, or the result
+        with which `changes` end it.
+        """
+        # Rows of one token, at any position
+        form = self.form
+        flat = state.reshape(-1, 1, state.shape[-1])
         last = form.returned(form.hidden(flat))
-        skipped = [(layer, partial(self._pass, index, None)) for index, layer in enumerate(form.layers[:-1])]
-        ended: list[tuple[Any, Forward]] = [*skipped, (form.layers[-1], lambda *_, **__: last), *changes]
-        found = self.forward({"input_ids": form.ids(flat)}, torch.zeros(len(flat), 1, dtype=torch.long), ended)
+        skipped = [
+            (layer, partial(self._pass, index, None))
+            for index, layer in enumerate(form.layers[:-1])
+        ]
+        ended: list[tuple[Any, Forward]] = [
+            *skipped,
+            (form.layers[-1], lambda *_, **__: last),
+            *changes,
+        ]
+        found = self.forward(
+            {"input_ids": form.ids(flat)}, torch.zeros(len(flat), 1, dtype=torch.long), ended
+        )
         found = found if isinstance(found, Tensor) else found.logits
         return found.view(*state.shape[:-1], found.shape[-1])
 
@@ -272,7 +356,9 @@ class CutModel:
         changes: Sequence[tuple[Any, Forward]],
         cache: PositionCache | None = None,
     ) -> Any:
-        """Runs the model with replaced forwards of modules; returns its output, or the result with which one ends it."""
+        """Runs the model with replaced forwards of modules; returns its output, or the result with
+        which one ends it.
+        """
         keywords: dict[str, Any] = {"use_cache": cache is not None}
         if positions is not None and self.takes_positions:
             positions = positions.to(next(iter(inputs.values())).device, non_blocking=True)
@@ -293,9 +379,16 @@ class CutModel:
 
 
 def _cache_class(model: Any) -> type[PositionCache]:
-    """PositionCache, also a subclass of the model's own cache class if the model requires that (MiniMax)."""
+    """PositionCache, also a subclass of the model's own cache class if the model requires that
+    (MiniMax).
+    """
     parameters = inspect.signature(type(model.base_model).forward).parameters
-    own = (kind for name in _CACHES if name in parameters for kind in getattr(parameters[name].annotation, "__args__", ()))
+    own = (
+        kind
+        for name in _CACHES
+        if name in parameters
+        for kind in getattr(parameters[name].annotation, "__args__", ())
+    )
     kinds = [kind for kind in own if getattr(kind, "__module__", None) == type(model).__module__]
     return type("PositionCache", (PositionCache, *kinds), {})
 
@@ -305,7 +398,9 @@ def _reach(wanted: Any) -> NoReturn:
 
 
 def _know_positions(attention: str) -> None:
-    """Makes transformers' masks for this attention read `_POSITIONS`, for calls with rows at different positions."""
+    """Makes transformers' masks for this attention read `_POSITIONS`, for calls with rows at
+    different positions.
+    """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
     stock = ALL_MASK_ATTENTION_FUNCTIONS[attention]
@@ -320,7 +415,10 @@ def _know_positions(attention: str) -> None:
             return made
         queries = positions[:, None, :, None]
         options |= {"allow_is_causal_skip": False, "use_vmap": False}
-        made = stock(mask_function=lambda row, head, _, key: mask_function(row, head, queries, key), **options)
+        made = stock(
+            mask_function=lambda row, head, _, key: mask_function(row, head, queries, key),
+            **options,
+        )
         return made
 
     mask.knows_positions = True  # type: ignore[attr-defined]

@@ -1,13 +1,14 @@
 """Exit blocks: layers trained at exits of a model whose own weights stay unchanged.
 
-At exit E a block is a decoder layer of the model's class, which reads the state after E layers, and a norm, followed by the
-model's head.
+At exit E a block is a decoder layer of the model's class, which reads the state after E layers, and
+a norm, followed by the model's head.
 
-The block at exit 0 is the drafter that checkpoints ship for multi-token prediction (MTP: DeepSeek-V3, 2024). Its layer reads
-W [norm(e); norm(s)], where e is a token's embedding and s the output of the final norm for the token before: the target's for
-the first draft of a round, then the block's own. (The state before the final norm lowers acceptance, see examples/LOG.md.)
-The KV entry is at the position of the token before; the first token of a text has none. Families store MTP under different
-names (MTP_LAYOUTS).
+The block at exit 0 is the drafter that checkpoints ship for multi-token prediction (MTP:
+DeepSeek-V3, 2024). Its layer reads W [norm(e); norm(s)], where e is a token's embedding and s the
+output of the final norm for the token before: the target's for the first draft of a round, then the
+block's own. (The state before the final norm lowers acceptance, see examples/LOG.md.) The KV entry
+is at the position of the token before; the first token of a text has none. Families store MTP under
+different names (MTP_LAYOUTS).
 """
 
 import re
@@ -33,10 +34,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExitBlock:
-    """The block of an exit after `exit_layer` layers, 1..L-1; MTP: 0. Names of its weights begin with `prefix`.
+    """The block of an exit after `exit_layer` layers, 1..L-1; MTP: 0. Names of its weights begin
+    with `prefix`.
 
-    `kind`, on transformers' layers only: `dense`: the layer has an MLP like the model's first, though the last has experts;
-    `pair`: two layers, attention and experts, because a layer of the model has only one of them (Nemotron-H).
+    `kind`, on transformers' layers only: `dense`: the layer has an MLP like the model's first,
+    though the last has experts; `pair`: two layers, attention and experts, because a layer of the
+    model has only one of them (Nemotron-H).
     """
 
     exit_layer: int
@@ -47,15 +50,29 @@ class ExitBlock:
         return f"exits.{self.exit_layer}."
 
     def shapes(self, spec: AnySpec) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of its weights: `exits.E.layer.*` as in a layer, `exits.E.norm.*`, and those of MTP's inputs."""
-        known, width, kind = spec.block_shapes, spec.hidden, f"{self.kind}."
-        names = {name: shape for name, shape in known.items() if name.startswith(("layer.", "norm."))}
-        if of_kind := {name.removeprefix(kind): shape for name, shape in known.items() if name.startswith(kind)}:
+        """Names and shapes of its weights: `exits.E.layer.*` as in a layer, `exits.E.norm.*`, and
+        those of MTP's inputs.
+        """
+        known = spec.block_shapes
+        width = spec.hidden
+        kind = f"{self.kind}."
+        names = {
+            name: shape for name, shape in known.items() if name.startswith(("layer.", "norm."))
+        }
+        if of_kind := {
+            name.removeprefix(kind): shape for name, shape in known.items() if name.startswith(kind)
+        }:
             if self.kind == "pair":
                 names = {re.sub("^layer", "layer.0", name): shape for name, shape in names.items()}
-            names = {name: shape for name, shape in names.items() if not name.startswith("layer.mlp.")} | of_kind
+            names = {
+                name: shape for name, shape in names.items() if not name.startswith("layer.mlp.")
+            } | of_kind
         if self.exit_layer == 0:
-            norm = {name.removeprefix("norm"): shape for name, shape in names.items() if name.startswith("norm.")}
+            norm = {
+                name.removeprefix("norm"): shape
+                for name, shape in names.items()
+                if name.startswith("norm.")
+            }
             names |= {f"{of}{name}": shape for of in INPUT_NORMS for name, shape in norm.items()}
             names["input.weight"] = width, 2 * width
         return {f"{self.prefix}{name}": shape for name, shape in names.items()}
@@ -66,9 +83,11 @@ MTP = ExitBlock(0)
 
 
 class MtpLayout(NamedTuple):
-    """How checkpoints name the parts of MTP, after `prefix`; {} stands for the model's number of layers.
+    """How checkpoints name the parts of MTP, after `prefix`; {} stands for the model's number of
+    layers.
 
-    `root`: the beginning of all its names. `state_first`: W reads [norm(s); norm(e)]. `shares_norm`: `norm` is the model's own.
+    `root`: the beginning of all its names. `state_first`: W reads [norm(s); norm(e)].
+    `shares_norm`: `norm` is the model's own.
     """
 
     root: str
@@ -89,9 +108,24 @@ class MtpLayout(NamedTuple):
 
 
 MTP_LAYOUTS = (  # as vLLM and SGLang read them, ERNIE 4.5's as FastDeploy does
-    MtpLayout("mtp.", "mtp.layers.0", "mtp.norm", "mtp.fc", "mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden", ""),  # Qwen
+    MtpLayout(
+        "mtp.",
+        "mtp.layers.0",
+        "mtp.norm",
+        "mtp.fc",
+        "mtp.pre_fc_norm_embedding",
+        "mtp.pre_fc_norm_hidden",
+        "",
+    ),  # Qwen
     MtpLayout(  # DeepSeek V3, GLM-4.5
-        *("layers.{}.", "layers.{}", "layers.{}.shared_head.norm", "layers.{}.eh_proj", "layers.{}.enorm", "layers.{}.hnorm")
+        *(
+            "layers.{}.",
+            "layers.{}",
+            "layers.{}.shared_head.norm",
+            "layers.{}.eh_proj",
+            "layers.{}.enorm",
+            "layers.{}.hnorm",
+        )
     ),
     MtpLayout(  # MiMo
         *("mtp_layers.", "mtp_layers.0", "mtp_layers.0.final_layernorm", "mtp_layers.0.input_proj"),
@@ -99,12 +133,25 @@ MTP_LAYOUTS = (  # as vLLM and SGLang read them, ERNIE 4.5's as FastDeploy does
         state_first=True,
     ),
     MtpLayout(  # ERNIE 4.5
-        *("mtp_", "mtp_block.0", "norm", "mtp_linear_proj.0", "mtp_emb_norm.0", "mtp_hidden_norm.0"),
+        *(
+            "mtp_",
+            "mtp_block.0",
+            "norm",
+            "mtp_linear_proj.0",
+            "mtp_emb_norm.0",
+            "mtp_hidden_norm.0",
+        ),
         shares_norm=True,
         kind="dense",
     ),
     MtpLayout(  # Nemotron-H
-        *("mtp.", "mtp.layers", "mtp.layers.1.final_layernorm", "mtp.layers.0.eh_proj", "mtp.layers.0.enorm"),
+        *(
+            "mtp.",
+            "mtp.layers",
+            "mtp.layers.1.final_layernorm",
+            "mtp.layers.0.eh_proj",
+            "mtp.layers.0.enorm",
+        ),
         *("mtp.layers.0.hnorm", ""),
         kind="pair",
     ),
@@ -118,10 +165,12 @@ class ExitBlocks:
     blocks: tuple[ExitBlock, ...]  # by ascending exits
     take: Take  # weights by the names of `ExitBlock.shapes`
     eagle3: Eagle3Weights | None = None  # the drafter in the EAGLE-3 layout
-    mtp: "ExitBlocks | None" = None  # the drafter that the checkpoint ships, with the block MTP alone
+    # The drafter that the checkpoint ships, with the block MTP alone
+    mtp: "ExitBlocks | None" = None
     layout: MtpLayout = MTP_LAYOUTS[0]  # of the file of `mtp`
     assistant: "Assistant | None" = None  # the drafter that is shipped beside the model
-    model_fingerprint: str | None = None  # of the model that the blocks were trained for, if the file has one
+    # Of the model that the blocks were trained for, if the file has one
+    model_fingerprint: str | None = None
     notes: tuple[str, ...] = ()  # for the user
 
     def shapes(self, spec: AnySpec) -> Shapes:
@@ -148,25 +197,39 @@ class PlacedBlock:
     layer: int  # its index in the chain of layers
     head: Callable[[Tensor], Tensor]  # norm and head, to logits (..., N)
     vocabulary: DraftVocabulary | None = None  # the N scored tokens; None for all
-    kernel: "DraftKernel | None" = None  # makes a whole draft in one call; None: use the draft side's
+    # Makes a whole draft in one call; None: use the draft side's
+    kernel: "DraftKernel | None" = None
 
-    needs_feature = False  # whether it reads a feature of the previous token; then a text's first token has no KV entry
+    # Whether it reads a feature of the previous token; then a text's first token has no KV entry
+    needs_feature = False
 
     @property
     def taps(self) -> tuple[int, ...]:
-        """The layers of the target after which it reads states, ascending; 0: the embedding. Drafts start from the last."""
+        """The layers of the target after which it reads states, ascending; 0: the embedding. Drafts
+        start from the last.
+        """
         return (self.block.exit_layer,)
 
-    def run(self, layers: "Layers", states: Tensor, before: Tensor | None, places: Places) -> Tensor:
-        """The head's input, from tokens' states at the last tap and the features `before` of the tokens before them."""
+    def run(
+        self, layers: "Layers", states: Tensor, before: Tensor | None, places: Places
+    ) -> Tensor:
+        """The head's input, from tokens' states at the last tap and the features `before` of the
+        tokens before them.
+        """
         return layers.run_layers(states, self.layer, self.layer + 1, places)
 
-    def write(self, model: "Backend", states: Mapping[int, Tensor], before: Tensor | None, places: Places) -> None:
+    def write(
+        self, model: "Backend", states: Mapping[int, Tensor], before: Tensor | None, places: Places
+    ) -> None:
         """Writes its KV entries from the target's states by `taps`."""
         model.write_kv(states[self.block.exit_layer], self.layer, self.layer + 1, places)
 
-    def features(self, model: "Backend", states: Mapping[int, Tensor], finals: Tensor) -> Tensor | None:
-        """The features (..., D) of verified tokens, from the target's states by `taps` and after the last layer."""
+    def features(
+        self, model: "Backend", states: Mapping[int, Tensor], finals: Tensor
+    ) -> Tensor | None:
+        """The features (..., D) of verified tokens, from the target's states by `taps` and after
+        the last layer.
+        """
         return None
 
     def own_feature(self, hidden: Tensor) -> Tensor | None:
@@ -185,15 +248,22 @@ class PlacedMtp(PlacedBlock):
 
     needs_feature = True
 
-    def run(self, layers: "Layers", states: Tensor, before: Tensor | None, places: Places) -> Tensor:
-        entered, chain = self._entered(states, before), self.layers or layers
+    def run(
+        self, layers: "Layers", states: Tensor, before: Tensor | None, places: Places
+    ) -> Tensor:
+        entered = self._entered(states, before)
+        chain = self.layers or layers
         return chain.run_layers(entered, self.layer, self.layer + 1, places.moved(-1))
 
-    def write(self, model: "Backend", states: Mapping[int, Tensor], before: Tensor | None, places: Places) -> None:
+    def write(
+        self, model: "Backend", states: Mapping[int, Tensor], before: Tensor | None, places: Places
+    ) -> None:
         entered = self._entered(states[0], before)
         (self.layers or model).write_kv(entered, self.layer, self.layer + 1, places.moved(-1))
 
-    def features(self, model: "Backend", states: Mapping[int, Tensor], finals: Tensor) -> Tensor | None:
+    def features(
+        self, model: "Backend", states: Mapping[int, Tensor], finals: Tensor
+    ) -> Tensor | None:
         return model.normed(finals)
 
     def own_feature(self, hidden: Tensor) -> Tensor | None:
@@ -201,7 +271,10 @@ class PlacedMtp(PlacedBlock):
 
     def _entered(self, states: Tensor, before: Tensor | None) -> Tensor:
         assert before is not None
-        parts = [norm(part).to(states.dtype) for norm, part in zip(self.input_norms, (states, before), strict=True)]
+        parts = [
+            norm(part).to(states.dtype)
+            for norm, part in zip(self.input_norms, (states, before), strict=True)
+        ]
         return self.join(torch.cat(parts, dim=-1))
 
 
@@ -209,26 +282,33 @@ DraftBlock: TypeAlias = "PlacedBlock | PlacedEagle3 | NativeEagle3 | NativeAssis
 
 
 def blocks_named(names: Iterable[str], num_layers: int) -> tuple[ExitBlock, ...]:
-    """The blocks with weights of these names. Raises CheckpointError for a name that is not a block's."""
+    """The blocks with weights of these names. Raises CheckpointError for a name that is not a
+    block's.
+    """
     exits: set[int] = set()
     for name in names:
         known = re.fullmatch(r"exits\.([1-9]\d{0,3})\.(layer|norm)\..*", name)
         if known is None or int(known[1]) >= num_layers:
-            raise CheckpointError(f"{name!r:.100} is no weight of a block at an exit in 1..{num_layers - 1}")
+            raise CheckpointError(
+                f"{name!r:.100} is no weight of a block at an exit in 1..{num_layers - 1}"
+            )
         exits.add(int(known[1]))
     return tuple(map(ExitBlock, sorted(exits)))
 
 
 def with_blocks(spec: ModelSpec, blocks: ExitBlocks) -> ModelSpec:
-    """The model's spec with a further layer for each block (block k is layer L+k), then for each drafter, MTP first.
+    """The model's spec with a further layer for each block (block k is layer L+k), then for each
+    drafter, MTP first.
 
     The further layers are like the last layer with keys and values.
     """
     count = len(blocks.blocks) + (blocks.mtp is not None) + (blocks.eagle3 is not None)
-    experts, last = spec.experts, max(spec.attending, default=0)
+    experts = spec.experts
+    last = max(spec.attending, default=0)
     return replace(
         spec,
-        experts=experts and replace(experts, layers=experts.layers + experts.layers[last : last + 1] * count),
+        experts=experts
+        and replace(experts, layers=experts.layers + experts.layers[last : last + 1] * count),
         layers=spec.layers + count,
         kinds=spec.kinds + spec.kinds[last : last + 1] * count,
         rope_of=spec.rope_of + spec.rope_of[last : last + 1] * count,

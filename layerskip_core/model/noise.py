@@ -1,9 +1,10 @@
 """The noise of sampling: a function of seed, position and token id alone.
 
-The largest of logit + temperature * Gumbel noise is a sample of softmax(logits / temperature) (Gumbel, 1954). All random
-numbers come from a hash, so a choice does not depend on what was drawn before, in which batch, or after which drafts. A drafter
-that adds the same noise to its own logits chooses the target's token with probability (1 - d) / (1 + d) or more, where d is the
-distance (total variation) of both distributions (Daliri, Musco, Suresh, 2024, arXiv 2408.07978).
+The largest of logit + temperature * Gumbel noise is a sample of softmax(logits / temperature)
+(Gumbel, 1954). All random numbers come from a hash, so a choice does not depend on what was drawn
+before, in which batch, or after which drafts. A drafter that adds the same noise to its own logits
+chooses the target's token with probability (1 - d) / (1 + d) or more, where d is the distance
+(total variation) of both distributions (Daliri, Musco, Suresh, 2024, arXiv 2408.07978).
 """
 
 from collections.abc import Sequence
@@ -28,7 +29,9 @@ class Noise(NamedTuple):
 
 
 def key_of(seed: int, position: int) -> int:
-    """64 bits for the choice of the token at a position of a text (splitmix64: Steele et al., 2014, twice)."""
+    """64 bits for the choice of the token at a position of a text (splitmix64: Steele et al., 2014,
+    twice).
+    """
     return _mixed(_mixed(seed & _WORD) ^ position)
 
 
@@ -45,29 +48,42 @@ def _mixed(word: int) -> int:
 
 
 def perturbed(logits: Tensor, noise: Noise, ids: Tensor | None = None) -> Tensor:
-    """Logits (N, C) minus the largest of their row, plus temperature * noise; in place if they are fp32 or fp64.
+    """Logits (N, C) minus the largest of their row, plus temperature * noise; in place if they are
+    fp32 or fp64.
 
-    `ids`: the token ids of the columns, (C,) or by row (N, C); None for 0..C-1. Logits of -inf stay so; each row needs a finite
-    one. A row's bits do not depend on other rows. `native.noise` has the same function for our kernels.
+    `ids`: the token ids of the columns, (C,) or by row (N, C); None for 0..C-1. Logits of -inf stay
+    so; each row needs a finite one. A row's bits do not depend on other rows. `native.noise` has
+    the same function for our kernels.
     """
     scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
     temperature = least_temperature(noise.temperature, scores.dtype)
     scores -= scores.amax(-1, keepdim=True)
-    tokens = _mixed_ids(scores.shape[-1], scores.device) if ids is None else _mixed32(ids.to(scores.device, torch.int32))
-    # torch's logarithm rounds the rest of a vector differently: in fp64 on a CPU, no fp32 number shows it.
+    tokens = (
+        _mixed_ids(scores.shape[-1], scores.device)
+        if ids is None
+        else _mixed32(ids.to(scores.device, torch.int32))
+    )
+    # torch's logarithm rounds the rest of a vector differently: in fp64 on a CPU, no fp32 number
+    # shows it.
     dtype = torch.float64 if scores.device.type == "cpu" else scores.dtype
     most = max(1, _PIECE // scores.shape[-1])
     for start in range(0, len(scores), most):
         part = scores[start : start + most]
         of_part = tokens[start : start + most] if tokens.dim() == 2 else tokens
-        part += gumbel(noise.keys[start : start + most], of_part, dtype).to(part.dtype).mul_(temperature)
+        part += (
+            gumbel(noise.keys[start : start + most], of_part, dtype)
+            .to(part.dtype)
+            .mul_(temperature)
+        )
     return scores
 
 
 def gumbel(keys: Sequence[int], tokens: Tensor, dtype: torch.dtype) -> Tensor:
     """Gumbel noise (N, C), from keys (N,) and mixed token ids (C,) or (N, C)."""
     halves = [(_signed(key & 0xFFFFFFFF), _signed(key >> 32)) for key in keys]
-    low, high = torch.tensor(halves, dtype=torch.int32).to(tokens.device, non_blocking=True).T[..., None]
+    low, high = (
+        torch.tensor(halves, dtype=torch.int32).to(tokens.device, non_blocking=True).T[..., None]
+    )
     bits = tokens ^ low
     bits ^= _shifted(bits, 16)
     bits *= _signed(_FACTORS[0])

@@ -1,4 +1,6 @@
-"""A paged KV cache: texts grow without moving and share pages of common prefixes (Kwon et al., PagedAttention, SOSP 2023)."""
+"""A paged KV cache: texts grow without moving and share pages of common prefixes (Kwon et al.,
+PagedAttention, SOSP 2023).
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,22 +19,31 @@ _SLAB_BYTES = 1 << 25  # allocated at once, about; at first less
 
 
 class PagePool:
-    """Memory for KV entries in pages, each (2 for key and value, kv heads, PAGE, head dim) of all layers that have them.
+    """Memory for KV entries in pages, each (2 for key and value, kv heads, PAGE, head dim) of all
+    layers that have them.
 
-    A page returns to the pool with its last reference. It is not cleared: the next row masks the old entries, and masked
-    entries change no bit (attention.h). Pages beside memories of texts are allocated and freed one by one, because both share
-    the limit: free pages would hold what a text's memory needs.
-    `most`: the limit of pages. `window`: the positions that a token sees, if all layers have a sliding window: pages before
-    it are given back. If some layers have full attention, a page stays for them, with its entries of the other layers.
+    A page returns to the pool with its last reference. It is not cleared: the next row masks the
+    old entries, and masked entries change no bit (attention.h). Pages beside memories of texts are
+    allocated and freed one by one, because both share the limit: free pages would hold what a
+    text's memory needs. `most`: the limit of pages. `window`: the positions that a token sees, if
+    all layers have a sliding window: pages before it are given back. If some layers have full
+    attention, a page stays for them, with its entries of the other layers.
     """
 
     def __init__(
-        self, sizes: Sequence[tuple[int, int]], dtype: torch.dtype, memory: Sizes = (0, 0, 0), window: int | None = None
+        self,
+        sizes: Sequence[tuple[int, int]],
+        dtype: torch.dtype,
+        memory: Sizes = (0, 0, 0),
+        window: int | None = None,
     ) -> None:
-        """`sizes`: by layer, kv heads and head dim. `memory`: of layers without attention, see Memory: bytes of a text's state,
-        bytes of a slot, and the least number of slots.
+        """`sizes`: by layer, kv heads and head dim. `memory`: of layers without attention, see
+        Memory: bytes of a text's state, bytes of a slot, and the least number of slots.
         """
-        self.sizes, self.dtype, self.memory, self.window = sizes, dtype, memory, window
+        self.sizes = sizes
+        self.dtype = dtype
+        self.memory = memory
+        self.window = window
         self._numbers = sum(2 * PAGE * kv_heads * head_dim for kv_heads, head_dim in sizes)
         self.page_bytes = self._numbers * dtype.itemsize
         self.most: float = inf
@@ -53,7 +64,9 @@ class PagePool:
 
     @cached_property
     def nowhere(self) -> "Page":
-        """Replaces pages that were given back: kernels read it at masked positions, and write late entries to it."""
+        """Replaces pages that were given back: kernels read it at masked positions, and write late
+        entries to it.
+        """
         return Page(self._new_slab(1), 0, self)
 
     def take(self) -> "Page":
@@ -82,7 +95,9 @@ class PagePool:
     def require(self, pages: int) -> None:
         """Raises MemoryFull if the pool has no room for `pages` more."""
         if self.used + pages > self.most:
-            raise MemoryFull(f"the memory for keys and values is full: {self.used} pages of {self.page_bytes} bytes")
+            raise MemoryFull(
+                f"the memory for keys and values is full: {self.used} pages of {self.page_bytes} bytes"
+            )
 
     def slots_for(self, num_draft_tokens: int) -> int:
         """The slots of a text's memory: a round's drafts, and the last token, may run again."""
@@ -98,8 +113,10 @@ class _Slab:
     """Pages of one allocation, and the indices of the free ones."""
 
     def __init__(self, pages: Tensor) -> None:
-        self.pages, self.free = pages, list(reversed(range(len(pages))))
-        self.start, self.page_bytes = pages.data_ptr(), pages[0].nbytes
+        self.pages = pages
+        self.free = list(reversed(range(len(pages))))
+        self.start = pages.data_ptr()
+        self.page_bytes = pages[0].nbytes
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -116,7 +133,8 @@ class Page:
 
     @property
     def address(self) -> int:
-        return self._slab.start + self._index * self._slab.page_bytes  # data_ptr() of a page takes ten times as long
+        # Data_ptr() of a page takes ten times as long
+        return self._slab.start + self._index * self._slab.page_bytes
 
     def __del__(self) -> None:
         self._slab.free.append(self._index)
@@ -124,19 +142,26 @@ class Page:
 
 
 class Memory:
-    """A text's memory in layers without attention (native/recurrence.h): a state, and a ring in which slot p % slots holds the
-    update by the token at position p. The state includes only tokens that cannot be rejected any more.
+    """A text's memory in layers without attention (native/recurrence.h): a state, and a ring in
+    which slot p % slots holds the update by the token at position p. The state includes only tokens
+    that cannot be rejected any more.
     """
 
-    def __init__(self, pool: PagePool, slots: int, of: "Memory | None" = None, end: int = 0) -> None:
+    def __init__(
+        self, pool: PagePool, slots: int, of: "Memory | None" = None, end: int = 0
+    ) -> None:
         """`of`: the memory to copy, for a text that continues at position `end`."""
         state, slot, _ = pool.memory
-        self._pool, self._pages, self.end = pool, 0, end
+        self._pool = pool
+        self._pages = 0
+        self.end = end
         self.first: int = 0 if of is None else of.first  # position that the text can continue from
         pool.require(pages := pool.pages_of_memory(slots))
         self._pages = pages
         pool.remembered += pages
-        self.state: Tensor = torch.zeros(state, dtype=torch.uint8) if of is None else of.state.clone()
+        self.state: Tensor = (
+            torch.zeros(state, dtype=torch.uint8) if of is None else of.state.clone()
+        )
         self.ring = torch.zeros(slots, slot, dtype=torch.uint8)
         self.bytes = state + slots * slot
         if of is not None:
@@ -148,33 +173,49 @@ class Memory:
 
 
 class PagedCache(KVCache):
-    """The pages of B rows, in the order of their positions. Rows share pages that they have filled and will not write again."""
+    """The pages of B rows, in the order of their positions. Rows share pages that they have filled
+    and will not write again.
+    """
 
     def __init__(self, pool: PagePool, batch_size: int, max_positions: int) -> None:
         super().__init__(batch_size, max_positions)
-        self._pool, self._pages = pool, [list[Page]() for _ in range(batch_size)]
+        self._pool = pool
+        self._pages = [list[Page]() for _ in range(batch_size)]
         self._memories: list[Memory | None] = [None] * batch_size  # of rows that have one
         self._addresses: Tensor | None = None  # (B, pages) of all rows; None after a change
         self._capacity = 0  # positions for which every row has pages
 
     @property
     def memory(self) -> dict[int, int]:
-        memories = {memory.ring.data_ptr(): memory.bytes for memory in self._memories if memory is not None}
-        return memories | {page.address: self._pool.page_bytes for pages in self._pages for page in pages}
+        memories = {
+            memory.ring.data_ptr(): memory.bytes for memory in self._memories if memory is not None
+        }
+        return memories | {
+            page.address: self._pool.page_bytes for pages in self._pages for page in pages
+        }
 
     def spare(self, stops: Sequence[int] = ()) -> float:
         free = self._pool.most - self._pool.used
         for stop, pages, memory in zip(stops, self._pages, self._memories, strict=False):
             free -= max(0, -(-stop // PAGE) - len(pages))
-            free -= 0 if memory and len(memory.ring) >= self._slots else self._pool.pages_of_memory(self._slots)
+            free -= (
+                0
+                if memory and len(memory.ring) >= self._slots
+                else self._pool.pages_of_memory(self._slots)
+            )
         return free
 
     @property
     def branch_pages(self) -> int:
-        return 1 + max((self._pool.pages_of_memory(len(memory.ring)) for memory in self._memories if memory), default=0)
+        return 1 + max(
+            (self._pool.pages_of_memory(len(memory.ring)) for memory in self._memories if memory),
+            default=0,
+        )
 
     def first(self, row: int) -> int:
-        pages, window, memory = self._pages[row], self._pool.window, self._memories[row]
+        pages = self._pages[row]
+        window = self._pool.window
+        memory = self._memories[row]
         if memory is not None:
             return memory.first
         forgotten = 0 if window is None else pages.count(self._pool.nowhere)
@@ -189,18 +230,28 @@ class PagedCache(KVCache):
         super().join(other)
         self._set(self._pages + other._pages, self._memories + other._memories)
 
-    def branch(self, rows: Indices, starts: Indices, stops: Indices | None = None, end: int | None = None) -> "PagedCache":
+    def branch(
+        self, rows: Indices, starts: Indices, stops: Indices | None = None, end: int | None = None
+    ) -> "PagedCache":
         branch = PagedCache(self._pool, len(rows), end or self.max_positions)
         branch.steps_back = self.steps_back
         with torch.inference_mode():
             ends = zip(rows, starts, stops or starts, strict=True)
             pages = [self._shared(self._pages[row], start, stop) for row, start, stop in ends]
             held = ((self._memories[row], start) for row, start in zip(rows, starts, strict=True))
-            branch._set(pages, [memory and Memory(self._pool, len(memory.ring), memory, start) for memory, start in held])
+            branch._set(
+                pages,
+                [
+                    memory and Memory(self._pool, len(memory.ring), memory, start)
+                    for memory, start in held
+                ],
+            )
         return branch
 
     def addresses(self, places: Places) -> Tensor:
-        """(B, pages), on the host: the addresses of each row's pages, with new ones for the tokens of a pass."""
+        """(B, pages), on the host: the addresses of each row's pages, with new ones for the tokens
+        of a pass.
+        """
         if places.stop > self._capacity:
             of_rows = zip(self._pages, places.starts, places.counts, places.origins, strict=True)
             for pages, start, count, origin in of_rows:
@@ -211,11 +262,15 @@ class PagedCache(KVCache):
             self._capacity = min(map(len, self._pages)) * PAGE
         if self._addresses is None:
             longest = max(map(len, self._pages))
-            self._addresses = torch.tensor([[page.address for page in row] + [0] * (longest - len(row)) for row in self._pages])
+            self._addresses = torch.tensor(
+                [[page.address for page in row] + [0] * (longest - len(row)) for row in self._pages]
+            )
         return self._addresses
 
     def _forget(self, pages: list[Page], start: int) -> None:
-        """Gives back pages before the window of a text that continues at `start`, but for `steps_back` tokens and a page."""
+        """Gives back pages before the window of a text that continues at `start`, but for
+        `steps_back` tokens and a page.
+        """
         if (window := self._pool.window) is not None:
             for index in reversed(range((start - window - self.steps_back) // PAGE - 1)):
                 if pages[index] is self._pool.nowhere:
@@ -224,7 +279,9 @@ class PagedCache(KVCache):
 
     @property
     def _margin(self) -> int:
-        """How many tokens at the end of a pass may run again: rejected drafts, and the last token of a text."""
+        """How many tokens at the end of a pass may run again: rejected drafts, and the last token
+        of a text.
+        """
         return self.steps_back + 1
 
     @property
@@ -232,8 +289,8 @@ class PagedCache(KVCache):
         return self._pool.slots_for(self.steps_back)
 
     def memories(self, places: Places) -> Tensor:
-        """(4, T), on the host, for the T rows with tokens in a pass: addresses of states and of rings, the number of slots, and
-        the position before which tokens stay.
+        """(4, T), on the host, for the T rows with tokens in a pass: addresses of states and of
+        rings, the number of slots, and the position before which tokens stay.
         """
         found = []
         for row, (start, count) in enumerate(zip(places.starts, places.counts, strict=True)):
@@ -241,20 +298,30 @@ class PagedCache(KVCache):
                 continue
             memory = self._memories[row]
             if memory is None or len(memory.ring) < self._slots:
-                self._memories[row] = memory = Memory(self._pool, self._slots, memory, 0 if memory is None else memory.end)
+                self._memories[row] = memory = Memory(
+                    self._pool, self._slots, memory, 0 if memory is None else memory.end
+                )
             stays = places.settled or count > self._margin  # no draft has so many tokens
             memory.first = max(memory.first, start + count - (1 if stays else self._margin))
-            found.append((memory.state.data_ptr(), memory.ring.data_ptr(), len(memory.ring), memory.first))
+            found.append(
+                (memory.state.data_ptr(), memory.ring.data_ptr(), len(memory.ring), memory.first)
+            )
         return torch.tensor(found).T.contiguous()
 
     def _set(self, pages: list[list[Page]], memories: list[Memory | None]) -> None:
-        self._pages, self._memories, self._addresses = pages, memories, None
+        self._pages = pages
+        self._memories = memories
+        self._addresses = None
         self._capacity = min(map(len, pages), default=0) * PAGE
 
     def _shared(self, pages: list[Page], start: int, stop: int) -> list[Page]:
-        """The pages of a row before position `stop`: shared if full before `start`, else copied, to be written."""
-        whole, last = start // PAGE, -(-stop // PAGE)
-        shared, written = pages[:whole], pages[whole:last]
+        """The pages of a row before position `stop`: shared if full before `start`, else copied, to
+        be written.
+        """
+        whole = start // PAGE
+        last = -(-stop // PAGE)
+        shared = pages[:whole]
+        written = pages[whole:last]
         for page in written:
             shared.append(self._pool.take())
             shared[-1].content.copy_(page.content)

@@ -1,4 +1,6 @@
-"""Replacements around transformers' layers: a cache with transformers' interface, forwards of modules, and hidden states."""
+"""Replacements around transformers' layers: a cache with transformers' interface, forwards of
+modules, and hidden states.
+"""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,17 +34,24 @@ class PositionCache:
 
     def __init__(self, writer: "Writer", ends: Collection[Entry] = ()) -> None:
         """`ends`: the last entries of layers; writing one ends its layer (`Written`)."""
-        self.writer, self._ends = writer, ends
-        self._states: dict[State, Tensor | None] = {}  # of the running recurrent module, after its tokens so far
-        self._column: int | None = None  # index of the last token in the piece that a recurrent module runs
+        self.writer = writer
+        self._ends = ends
+        # Of the running recurrent module, after its tokens so far
+        self._states: dict[State, Tensor | None] = {}
+        # Index of the last token in the piece that a recurrent module runs
+        self._column: int | None = None
         self._has_past = not writer.begins
 
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, keys: Tensor, values: Tensor, layer_idx: int, *_: object, **__: object
+    ) -> tuple[Tensor, Tensor]:
         """Writes keys and values (B, heads, T, width); returns those of all positions."""
         return self._put((layer_idx, "keys"), keys), self._put((layer_idx, "values"), values)
 
     def update_indexer(self, keys: Tensor, layer_idx: int) -> Tensor:
-        """`update` for the keys (B, T, width) of an indexer, which selects positions for sparse attention."""
+        """`update` for the keys (B, T, width) of an indexer, which selects positions for sparse
+        attention.
+        """
         return self._put((layer_idx, "indexer"), keys[:, None])[:, 0]
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
@@ -52,10 +61,18 @@ class PositionCache:
         return self._state((layer_idx, "recurrent", state_idx))
 
     def update_conv_state(
-        self, new: Tensor, layer_idx: int, state_idx: int = 0, conv_kernel_size: int | None = None, **_: object
+        self,
+        new: Tensor,
+        layer_idx: int,
+        state_idx: int = 0,
+        conv_kernel_size: int | None = None,
+        **_: object,
     ) -> Tensor:
-        """Takes a convolution's inputs (B, channels, T); returns them after its earlier inputs, if any."""
-        state, width = (layer_idx, "conv", state_idx), conv_kernel_size or new.shape[-1]
+        """Takes a convolution's inputs (B, channels, T); returns them after its earlier inputs, if
+        any.
+        """
+        state = (layer_idx, "conv", state_idx)
+        width = conv_kernel_size or new.shape[-1]
         before = self._state(state)
         inputs = F.pad(new, (width, 0)) if before is None else torch.cat([before, new], dim=-1)
         if self._column is not None:
@@ -65,7 +82,9 @@ class PositionCache:
                 self.writer.keep(state, column, inputs[..., column + 1 : column + 1 + width])
         return new if before is None else inputs
 
-    def update_recurrent_state(self, new: Tensor, layer_idx: int, state_idx: int = 0, **_: object) -> Tensor:
+    def update_recurrent_state(
+        self, new: Tensor, layer_idx: int, state_idx: int = 0, **_: object
+    ) -> Tensor:
         if self._column is None:  # in the probe, which records the module
             self.writer.keep((layer_idx, "recurrent", state_idx), 0, new)
         self._states[layer_idx, "recurrent", state_idx] = new
@@ -77,10 +96,14 @@ class PositionCache:
         self.update_recurrent_state(new, layer_idx)
 
     def is_recording_past(self, layer_idx: int) -> bool:
-        """If true, convolutions call `update_conv_state` even for one token; else they then update the state in place."""
+        """If true, convolutions call `update_conv_state` even for one token; else they then update
+        the state in place.
+        """
         return self._column is None
 
-    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+    def has_previous_state(
+        self, layer_idx: int | None = None, state_idx: int | None = None
+    ) -> bool:
         return self._has_past
 
     @property
@@ -95,20 +118,31 @@ class PositionCache:
         )
 
     def stepped(
-        self, module: nn.Module, last: nn.Linear | None, whole: bool, forward: Forward, /, *args: Any, **keywords: Any
+        self,
+        module: nn.Module,
+        last: nn.Linear | None,
+        whole: bool,
+        forward: Forward,
+        /,
+        *args: Any,
+        **keywords: Any,
     ) -> Any:
         """Runs the `forward` of a module with a recurrent state over all tokens of the call.
 
-        Those up to the first state to keep run in one piece, the rest one by one. `whole`: whether a piece can start from a
-        state; else all run one by one. Linear layers of the input run once, as does `last`, the linear layer of the output.
+        Those up to the first state to keep run in one piece, the rest one by one. `whole`: whether
+        a piece can start from a state; else all run one by one. Linear layers of the input run
+        once, as does `last`, the linear layer of the output.
         """
         hidden: Tensor = args[0] if args else keywords["hidden_states"]
         self._states.clear()
         first = self.writer.first_kept if whole or not self._has_past else 0
-        pieces, outputs, inputs = [*pairwise((0, *range(first + 1, hidden.shape[1] + 1)))], [], list[Tensor]()
+        pieces = [*pairwise((0, *range(first + 1, hidden.shape[1] + 1)))]
+        outputs = []
+        inputs = list[Tensor]()
         parts = module.modules() if len(pieces) > 1 else iter(())
         known: dict[Callable[[Tensor], Tensor], Tensor] = {}
-        piece, bounds = hidden, slice(None)
+        piece = hidden
+        bounds = slice(None)
 
         def projected(linear: Callable[[Tensor], Tensor], given: Tensor) -> Tensor:
             if given is not piece:
@@ -122,10 +156,14 @@ class PositionCache:
             return given.new_empty(*given.shape[:-1], 0)
 
         linears = [part for part in parts if isinstance(part, nn.Linear)]
-        changes = [(part, postponed if part is last else partial(projected, part.forward)) for part in linears]
+        changes = [
+            (part, postponed if part is last else partial(projected, part.forward))
+            for part in linears
+        ]
         with replaced(changes):
             for start, stop in pieces:
-                self._column, bounds = stop - 1, slice(start, stop)
+                self._column = stop - 1
+                bounds = slice(start, stop)
                 piece = hidden[:, bounds]
                 of_piece, named = with_hidden(piece, args, keywords)
                 outputs.append(forward(*of_piece, **named))
@@ -134,10 +172,15 @@ class PositionCache:
                         assert new is not None
                         self.writer.keep(state, self._column, new)
                 self._has_past = True
-        self._column, self._has_past = None, not self.writer.begins
+        self._column = None
+        self._has_past = not self.writer.begins
         if len(pieces) == 1:
             return outputs[0]
-        output = last(torch.cat(inputs, dim=1)) if last else torch.cat([hidden_of(output) for output in outputs], dim=1)
+        output = (
+            last(torch.cat(inputs, dim=1))
+            if last
+            else torch.cat([hidden_of(output) for output in outputs], dim=1)
+        )
         return output if isinstance(outputs[0], Tensor) else (output, *outputs[-1][1:])
 
     def _state(self, state: State) -> Tensor | None:
@@ -168,7 +211,9 @@ class _Indexed(dict[int, Any]):
         return self._get(index)
 
 
-def with_hidden(hidden: Tensor, args: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def with_hidden(
+    hidden: Tensor, args: tuple[Any, ...], keywords: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A layer's arguments with `hidden` in place of their hidden states."""
     return ((hidden, *args[1:]), keywords) if args else ((), {**keywords, "hidden_states": hidden})
 

@@ -1,4 +1,6 @@
-"""Finds where a model can be cut, by forwards of a few tokens, and checks the cut model's logits."""
+"""Finds where a model can be cut, by forwards of a few tokens, and checks the cut model's
+logits.
+"""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -17,22 +19,32 @@ from .cut import SHARED, CutModel, Form
 from .position_cache import Forward, PositionCache, hidden_of, replaced
 from .row_cache import Entry, EntryWriter, MixedCache, State
 
-_TOKENS, _KNOWN = 7, 4  # in each of two rows: all tokens, and the prefilled ones
-_STARTS, _AGAIN = (2, 4), (3, 5)  # positions from which the rows continue; and again, if layers are recurrent
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # error of a token's logits, relative to their spread
+# In each of two rows: all tokens, and the prefilled ones
+_TOKENS = 7
+_KNOWN = 4
+# Positions from which the rows continue; and again, if layers are recurrent
+_STARTS = (2, 4)
+_AGAIN = (3, 5)
+# Error of a token's logits, relative to their spread
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _LEAST = 1e-9  # least spread to divide by: that of padding, whose embedding is 0, may be 0
 _LOW_TOLERANCE = 0.1  # in bf16 and fp16: rounding may choose another expert
 
 
 def cut_at_layers(model: Any) -> CutModel:
-    """Cuts a causal language model of transformers at its layers. Raises CheckpointError with the reason if it cannot."""
-    cut, was_training = CutModel(model), model.training
+    """Cuts a causal language model of transformers at its layers. Raises CheckpointError with the
+    reason if it cannot.
+    """
+    cut = CutModel(model)
+    was_training = model.training
     model.eval()
     try:
         with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
             _check(cut)
     except _Different as error:
-        raise CheckpointError(f"model_type {model.config.model_type} cannot be cut at its layers: {error}") from error
+        raise CheckpointError(
+            f"model_type {model.config.model_type} cannot be cut at its layers: {error}"
+        ) from error
     finally:
         model.train(was_training)
     return cut
@@ -41,15 +53,20 @@ def cut_at_layers(model: Any) -> CutModel:
 class Recorder:
     """Replaces EntryWriter in the first prefill: records all entries that layers write."""
 
-    begins, contiguous, first_kept = True, True, 0
+    begins = True
+    contiguous = True
+    first_kept = 0
 
     def __init__(self, count: int) -> None:
-        self.start, self.stop = 0, count
+        self.start = 0
+        self.stop = count
         self.kept: dict[Entry, Tensor] = {}
         self.running: list[nn.Module] = []  # modules in their forwards, the innermost last
         self.linear: tuple[nn.Linear, Tensor] | None = None  # the last linear layer, and its output
-        self.last: dict[nn.Module, nn.Linear] = {}  # by module, the linear layer whose output it returns
-        self.recurrent: list[nn.Module | None] = []  # modules that wrote a recurrent state; None for a convolution's
+        # By module, the linear layer whose output it returns
+        self.last: dict[nn.Module, nn.Linear] = {}
+        # Modules that wrote a recurrent state; None for a convolution's
+        self.recurrent: list[nn.Module | None] = []
 
     def put(self, entry: Entry, new: Tensor) -> Tensor:
         self.kept[entry] = new
@@ -74,7 +91,9 @@ class Recorder:
 
 
 def _check(cut: CutModel) -> None:
-    """Finds the form in three passes: the whole model, layer by layer, and rows that continue from different positions."""
+    """Finds the form in three passes: the whole model, layer by layer, and rows that continue from
+    different positions.
+    """
     model = cut.model
     if cut.cache_keyword is None:
         raise _Different("it has no KV cache")
@@ -88,7 +107,9 @@ def _check(cut: CutModel) -> None:
             kept = _layer_by_layer(cut, ids[:, :_KNOWN], expected[:, :_KNOWN], reads_ids=True)
         except _Different:
             raise different from None
-    cut.form = replace(cut.form, shapes={entry: (new.shape[1], new.shape[3]) for entry, new in kept.items()})
+    cut.form = replace(
+        cut.form, shapes={entry: (new.shape[1], new.shape[3]) for entry, new in kept.items()}
+    )
     cache = cut.new_cache(2, _TOKENS)
     if cut.form.recurrent:
         _check_pieces(cut, ids, expected)
@@ -111,8 +132,11 @@ def _check(cut: CutModel) -> None:
 
 
 def _step_by_step(cut: CutModel, ids: Tensor) -> Tensor:
-    """The whole model's logits (2, T, V), run token by token: some recurrent layers then use other kernels (Nemotron-H)."""
-    logits, keywords = [], dict[str, Any]()
+    """The whole model's logits (2, T, V), run token by token: some recurrent layers then use other
+    kernels (Nemotron-H).
+    """
+    logits = []
+    keywords = dict[str, Any]()
     with _reasons():
         for position, token in enumerate(torch.split(ids, 1, dim=1)):
             if cut.takes_positions:
@@ -131,16 +155,27 @@ def _check_pieces(cut: CutModel, ids: Tensor, expected: Tensor) -> None:
         for start in range(0, _TOKENS, _KNOWN):
             piece = slice(start, min(start + _KNOWN, _TOKENS))
             with _reasons():
-                state = cut.run(cut.embed(ids[:, piece]), 0, len(cut.form.layers), cache.span(piece.start, piece.stop))
+                state = cut.run(
+                    cut.embed(ids[:, piece]),
+                    0,
+                    len(cut.form.layers),
+                    cache.span(piece.start, piece.stop),
+                )
                 _compare(cut.unembed(state), expected[:, piece], "in pieces")
     except _Different:
         cut.form = replace(cut.form, continues=False)
 
 
-def _layer_by_layer(cut: CutModel, ids: Tensor, expected: Tensor, reads_ids: bool) -> dict[Entry, Tensor]:
-    """Runs the first layer, then the others, with hidden states alone passed between layers. Returns the entries they write."""
-    positions, recorder = torch.arange(ids.shape[1]).expand(2, -1), Recorder(ids.shape[1])
-    written, recurrent = dict[int, list[Entry]](), dict[int, dict[nn.Module, nn.Linear | None]]()
+def _layer_by_layer(
+    cut: CutModel, ids: Tensor, expected: Tensor, reads_ids: bool
+) -> dict[Entry, Tensor]:
+    """Runs the first layer, then the others, with hidden states alone passed between layers.
+    Returns the entries they write.
+    """
+    positions = torch.arange(ids.shape[1]).expand(2, -1)
+    recorder = Recorder(ids.shape[1])
+    written = dict[int, list[Entry]]()
+    recurrent = dict[int, dict[nn.Module, nn.Linear | None]]()
     cut.form = form = replace(cut.form, reads_ids=reads_ids, written=written, recurrent=recurrent)
 
     def alone(index: int, forward: Forward, /, *args: Any, **keywords: Any) -> Any:
@@ -148,14 +183,22 @@ def _layer_by_layer(cut: CutModel, ids: Tensor, expected: Tensor, reads_ids: boo
         hidden = hidden_of(forward(*args, **keywords))
         written[index] = list(recorder.kept)[before:]
         if recorder.recurrent:
-            recurrent[index] = {module: recorder.last.get(module) for module in recorder.recurrent if module is not None}
+            recurrent[index] = {
+                module: recorder.last.get(module)
+                for module in recorder.recurrent
+                if module is not None
+            }
             recorder.recurrent.clear()
         return form.returned(hidden)
 
-    changes = [(layer, partial(alone, index, layer.forward)) for index, layer in enumerate(form.layers)]
+    changes = [
+        (layer, partial(alone, index, layer.forward)) for index, layer in enumerate(form.layers)
+    ]
     with ExitStack() as hooks, _reasons(), replaced(changes):
         for module in form.layers.modules():
-            hooks.enter_context(module.register_forward_pre_hook(lambda module, _: recorder.running.append(module)))
+            hooks.enter_context(
+                module.register_forward_pre_hook(lambda module, _: recorder.running.append(module))
+            )
             hooks.enter_context(module.register_forward_hook(recorder.ran, always_call=True))
         state = cut.run_span(cut.embed(ids), 0, 1, positions, recorder)
         if len(changes) > 1:
@@ -164,10 +207,17 @@ def _layer_by_layer(cut: CutModel, ids: Tensor, expected: Tensor, reads_ids: boo
     return recorder.kept
 
 
-def _go_on(cut: CutModel, ids: Tensor, expected: Tensor, cache: MixedCache, starts: Sequence[int]) -> None:
-    """Continues from cached prefixes of lengths `starts`: runs the first layers as for drafts, then the others."""
-    rows, count, tokens = torch.arange(2)[:, None], len(cut.form.layers), _TOKENS - max(starts)
-    columns, places = torch.tensor(starts)[:, None] + torch.arange(tokens), Places(cache, starts, [tokens] * 2)
+def _go_on(
+    cut: CutModel, ids: Tensor, expected: Tensor, cache: MixedCache, starts: Sequence[int]
+) -> None:
+    """Continues from cached prefixes of lengths `starts`: runs the first layers as for drafts, then
+    the others.
+    """
+    rows = torch.arange(2)[:, None]
+    count = len(cut.form.layers)
+    tokens = _TOKENS - max(starts)
+    columns = torch.tensor(starts)[:, None] + torch.arange(tokens)
+    places = Places(cache, starts, [tokens] * 2)
     exit_layer = max(cut.form.shares, default=(count - 1) // 2) + 1
     with _reasons():
         state = cut.embed(ids[rows, columns.to(ids.device)])
@@ -178,13 +228,17 @@ def _go_on(cut: CutModel, ids: Tensor, expected: Tensor, cache: MixedCache, star
 
 
 def _see(cut: CutModel, ids: Tensor) -> Tensor:
-    """The logits (2, T, V) of the whole model; sets those fields of `cut.form` that its forward shows."""
-    model, lists = cut.model, _outermost_lists(cut.model)
+    """The logits (2, T, V) of the whole model; sets those fields of `cut.form` that its forward
+    shows.
+    """
+    model = cut.model
+    lists = _outermost_lists(cut.model)
     seen: dict[str, list[tuple[int, Any, Any]]] = defaultdict(list)
     shares: dict[str, dict[int, Any]] = defaultdict(dict)
 
     def watch(name: str, index: int, forward: Forward, /, *args: Any, **keywords: Any) -> Any:
-        hidden, before = args[0] if args else keywords.get("hidden_states"), set(keywords.get(SHARED) or ())
+        hidden = args[0] if args else keywords.get("hidden_states")
+        before = set(keywords.get(SHARED) or ())
         output = forward(*args, **keywords)
         seen[name].append((index, hidden, output))
         for key in set(keywords.get(SHARED) or ()) - before:
@@ -192,7 +246,9 @@ def _see(cut: CutModel, ids: Tensor) -> Tensor:
         return output
 
     changes = [
-        (part, partial(watch, name, index, part.forward)) for name, parts in lists.items() for index, part in enumerate(parts)
+        (part, partial(watch, name, index, part.forward))
+        for name, parts in lists.items()
+        for index, part in enumerate(parts)
     ]
     calls: list[tuple[nn.Module, Any, Any]] = []
     with ExitStack() as hooks, _reasons():
@@ -200,7 +256,11 @@ def _see(cut: CutModel, ids: Tensor) -> Tensor:
             for each in (part, *part.children()):
                 hooks.enter_context(each.register_forward_hook(lambda *call: calls.append(call)))
         logits: Tensor = cut.forward({"input_ids": ids}, None, changes).logits
-    chains = [name for name, found in seen.items() if [index for index, *_ in found] == list(range(len(lists[name])))]
+    chains = [
+        name
+        for name, found in seen.items()
+        if [index for index, *_ in found] == list(range(len(lists[name])))
+    ]
     if not chains:
         raise _Different("its forward is no chain of layers")
     name = max(chains, key=lambda name: sum(weight.numel() for weight in lists[name].parameters()))
@@ -211,30 +271,45 @@ def _see(cut: CutModel, ids: Tensor) -> Tensor:
         raise _Different("its layers have hidden states of different shapes")
     leading = int(last.shape[:2] != ids.shape)
     if last.shape[leading : leading + 2] != ids.shape:
-        raise _Different(f"its layers have hidden states of the shape {list(last.shape)} for tokens {list(ids.shape)}")
+        raise _Different(
+            f"its layers have hidden states of the shape {list(last.shape)} for tokens {list(ids.shape)}"
+        )
     (owned,) = (output for part, _, output in calls if part is owner)
     normed = getattr(owned, "last_hidden_state", None)
-    after = [(part, found) for part, inputs, found in calls if inputs and inputs[0] is last and isinstance(found, Tensor)]
+    after = [
+        (part, found)
+        for part, inputs, found in calls
+        if inputs and inputs[0] is last and isinstance(found, Tensor)
+    ]
     norms = [part for part, found in after if isinstance(normed, Tensor) and found.equal(normed)]
     container = None if isinstance(output, Tensor) else (type(output), len(output))
     shape = (last.shape[0], *last.shape[3:]) if leading else tuple(last.shape[2:])
     norm = norms[0] if len(norms) == 1 else None
-    cut.form = Form(lists[name], owner, norm, type(owned), container, bool(leading), shape, shares[name])
+    cut.form = Form(
+        lists[name], owner, norm, type(owned), container, bool(leading), shape, shares[name]
+    )
     return logits
 
 
 def _outermost_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     lists: dict[str, nn.ModuleList] = {}
     for name, part in model.named_modules():
-        if isinstance(part, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):
+        if isinstance(part, nn.ModuleList) and not any(
+            name.startswith(f"{outer}.") for outer in lists
+        ):
             lists[name] = part
     return lists
 
 
 def _compare(found: Tensor, expected: Tensor, when: str) -> None:
-    """Raises _Different if logits (B, T, V) of a token differ; ignores tokens whose expected logits are not all finite."""
-    counted, precision = expected.isfinite().all(-1), expected.dtype
-    found, expected = found[counted].cpu().double(), expected[counted].cpu().double()  # mps has no fp64
+    """Raises _Different if logits (B, T, V) of a token differ; ignores tokens whose expected logits
+    are not all finite.
+    """
+    counted = expected.isfinite().all(-1)
+    precision = expected.dtype
+    # Mps has no fp64
+    found = found[counted].cpu().double()
+    expected = expected[counted].cpu().double()
     spread = (expected - expected.mean(-1, keepdim=True)).norm(dim=-1)
     errors = (found - expected).norm(dim=-1) / spread.clamp_min(_LEAST)
     error = float(errors.nan_to_num(torch.inf).max()) if len(spread) else 0.0
@@ -253,7 +328,9 @@ def _reasons() -> Iterator[None]:
         yield
     except AttributeError as error:
         more = isinstance(error.obj, PositionCache | SimpleNamespace)
-        reason = f"it needs `{error.name}` of its cache, which has keys, values and recurrent states"
+        reason = (
+            f"it needs `{error.name}` of its cache, which has keys, values and recurrent states"
+        )
         raise _Different(reason if more else first_line(error)) from error
     except Exception as error:
         raise _Different(first_line(error)) from error

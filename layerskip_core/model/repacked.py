@@ -12,7 +12,17 @@ from ..config.model import PackingConfig, Quantization
 from .backend import Backend, DraftHead, DraftKernel, DraftSide, choose_by_head
 from .cache import KVCache, Places
 from .eagle3 import Eagle3Weights
-from .exit_blocks import INPUT_NORMS, MTP, NO_BLOCKS, DraftBlock, ExitBlock, ExitBlocks, PlacedBlock, PlacedMtp, with_blocks
+from .exit_blocks import (
+    INPUT_NORMS,
+    MTP,
+    NO_BLOCKS,
+    DraftBlock,
+    ExitBlock,
+    ExitBlocks,
+    PlacedBlock,
+    PlacedMtp,
+    with_blocks,
+)
 from .noise import Noise
 from .spec import ModelSpec
 from .vocabulary import EXIT_VOCABULARY, DraftVocabulary
@@ -34,15 +44,25 @@ class RepackedLayers(ABC):
     """
 
     def __init__(
-        self, spec: ModelSpec, embedding: Tensor, learned: Tensor | None, layers: list[Any], dtype: torch.dtype
+        self,
+        spec: ModelSpec,
+        embedding: Tensor,
+        learned: Tensor | None,
+        layers: list[Any],
+        dtype: torch.dtype,
     ) -> None:
-        """`learned`: positions (context, D), added to the embedding. `layers`: the model's, then the exit blocks'; None if this
-        copy lacks the layer. `dtype`: of hidden states.
+        """`learned`: positions (context, D), added to the embedding. `layers`: the model's, then
+        the exit blocks'; None if this copy lacks the layer. `dtype`: of hidden states.
         """
         self.learned = None if learned is None else learned.to(dtype)
-        self.num_layers, self.device, self.embedding = len(layers), embedding.device, embedding
-        self.spec, self.layers, self.dtype = spec, layers, dtype
-        self._scale = float(torch.tensor(spec.embedding_scale).to(embedding.dtype))  # as transformers rounds it
+        self.num_layers = len(layers)
+        self.device = embedding.device
+        self.embedding = embedding
+        self.spec = spec
+        self.layers = layers
+        self.dtype = dtype
+        # As transformers rounds it
+        self._scale = float(torch.tensor(spec.embedding_scale).to(embedding.dtype))
 
     def embed(self, ids: Tensor) -> Tensor:
         hidden = torch.embedding(self.embedding, ids).to(self.dtype)
@@ -50,7 +70,11 @@ class RepackedLayers(ABC):
 
     def placed(self, hidden: Tensor, places: Places) -> Tensor:
         """Adds learned positions, if the model has these, to embedded tokens (N, D)."""
-        return hidden if self.learned is None else hidden + self.learned[places.positions.to(self.device, non_blocking=True)]
+        return (
+            hidden
+            if self.learned is None
+            else hidden + self.learned[places.positions.to(self.device, non_blocking=True)]
+        )
 
     @abstractmethod
     def row_bytes(self) -> int:
@@ -60,8 +84,12 @@ class RepackedLayers(ABC):
     def new_cache(self, batch_size: int, max_positions: int) -> KVCache: ...
 
     @abstractmethod
-    def run(self, hidden: Tensor, start: int, stop: int, places: Places, only_kv: bool = False) -> Tensor:
-        """As `run_layers`, or as `Backend.write_kv` if `only_kv`; for at least one token (N, D) and one layer."""
+    def run(
+        self, hidden: Tensor, start: int, stop: int, places: Places, only_kv: bool = False
+    ) -> Tensor:
+        """As `run_layers`, or as `Backend.write_kv` if `only_kv`; for at least one token (N, D) and
+        one layer.
+        """
 
     def run_layers(self, hidden: Tensor, start: int, stop: int, places: Places) -> Tensor:
         with torch.inference_mode():
@@ -80,7 +108,8 @@ class RepackedLayers(ABC):
 
 @dataclass
 class _Chain:
-    """The first `depth` layers of the model and those of exit blocks, in one precision; None where this copy lacks one.
+    """The first `depth` layers of the model and those of exit blocks, in one precision; None where
+    this copy lacks one.
 
     `whole` and `at_exits`: as in DraftSide. `blocks`: by exit.
     """
@@ -95,7 +124,9 @@ class _Chain:
 
 
 class RepackedBackend(ABC):
-    """`Backend` on repacked weights, with the results of `TransformersBackend`, for inference only; not thread-safe."""
+    """`Backend` on repacked weights, with the results of `TransformersBackend`, for inference only;
+    not thread-safe.
+    """
 
     exact = batch_invariant = recordable = False
     draft_model: Backend | None = None
@@ -115,48 +146,63 @@ class RepackedBackend(ABC):
         """Repacks the weights of an architecture that the backend's kernels support.
 
         Args:
-            spec: of the model.
-            take: gives its weights by their names in a checkpoint; each is taken once.
-            packing: low bits and drafts.
-            token_order: ids, the most frequent first, for `draft_vocab`; None: the tokenizer's order. With an order, exits
+            spec: of the model. take: gives its weights by their names in a checkpoint; each is
+            taken once. packing: low bits and drafts. token_order: ids, the most frequent first, for
+            `draft_vocab`; None: the tokenizer's order. With an order, exits
                 draft among its first EXIT_VOCABULARY tokens by default.
-            int4: calibrated weights as rows of bytes, for int4 layers and heads; without them weights are rounded to nearest.
-            exit_blocks: the model's blocks and drafters.
-            embedding: in place of the one from `take`.
-            stored: rows of blocks of a GGUF file, for layers and heads without other low bits (compiled kernels only).
+            int4: calibrated weights as rows of bytes, for int4 layers and heads; without them
+            weights are rounded to nearest. exit_blocks: the model's blocks and drafters. embedding:
+            in place of the one from `take`. stored: rows of blocks of a GGUF file, for layers and
+            heads without other low bits (compiled kernels only).
 
         Raises:
             CheckpointError: a weight is missing, has another shape, or is not finite.
             ConfigError: no kernel supports `packing`.
         """
         packing = packing or PackingConfig()
-        self.spec, self._chain_spec = spec, with_blocks(spec, exit_blocks)
-        self._calibrated, self._stored = int4, stored and checked(stored, spec.shapes)
+        self.spec = spec
+        self._chain_spec = with_blocks(spec, exit_blocks)
+        self._calibrated = int4
+        self._stored = stored and checked(stored, spec.shapes)
         weights = Weights(checked(take, spec.shapes, spec.mapped), spec.shapes)
         with torch.inference_mode():
-            self._embedding = embedding = weights.of(spec.embedding_name) if embedding is None else embedding
+            self._embedding = embedding = (
+                weights.of(spec.embedding_name) if embedding is None else embedding
+            )
             positions = spec.names.positions
             self._learned = None if positions is None else weights.of(f"{positions}.weight")
-            self._has_blocks = bool(exit_blocks.blocks or exit_blocks.mtp)  # then the head follows several norms
+            # Then the head follows several norms
+            self._has_blocks = bool(exit_blocks.blocks or exit_blocks.mtp)
             self._prepare(packing, weights)
             norm = norm_weights(weights, spec.names.norm, spec)
             mtp = exit_blocks.mtp
-            self._head, chains, drafting = self._headed_chains(weights, norm, packing, token_order, mtp is not None)
+            self._head, chains, drafting = self._headed_chains(
+                weights, norm, packing, token_order, mtp is not None
+            )
             self.exit_blocks: dict[int, PlacedBlock] = {}
             self._add_layers(chains, weights, exit_blocks)
             runners = [self._layers_of(chain.layers, chain.exact) for chain in chains]
             self._layers = layers = runners[0]
-            self.embed, self.run_layers, self.write_kv = layers.embed, layers.run_layers, layers.write_kv
+            self.embed = layers.embed
+            self.run_layers = layers.run_layers
+            self.write_kv = layers.write_kv
             self.normed = self._norm(norm)
             self.drafters = self._drafters(exit_blocks, packing)
             if mtp is not None:
-                self.drafters["mtp"] = self._placed_mtp(mtp, layers.num_layers, self._drafter_kinds(packing)[0], drafting)
+                self.drafters["mtp"] = self._placed_mtp(
+                    mtp, layers.num_layers, self._drafter_kinds(packing)[0], drafting
+                )
         self.draft_sides: dict[Quantization | None, DraftSide] = {}
         for chain, layers in zip(chains, runners, strict=True):
-            own, kernel = layers is self._layers, self._draft_kernel(layers)
-            side = DraftSide(layers, chain.depth, chain.whole, chain.at_exits, chain.blocks, own, kernel)
+            own = layers is self._layers
+            kernel = self._draft_kernel(layers)
+            side = DraftSide(
+                layers, chain.depth, chain.whole, chain.at_exits, chain.blocks, own, kernel
+            )
             self.draft_sides[None if own else chain.low_bits] = side
-        self.num_layers, self.device, self.dtype = spec.layers, embedding.device, embedding.dtype
+        self.num_layers = spec.layers
+        self.device = embedding.device
+        self.dtype = embedding.dtype
         self.implementation = named_int4(self._described(packing), int4 is not None)
 
     @classmethod
@@ -191,8 +237,9 @@ class RepackedBackend(ABC):
     ) -> tuple[Tensor, dict[int, Tensor]]:
         return choose_by_head(self, tokens, states, start, stop, kept, places, noise)
 
-    # What subclasses make. A head is a norm and a matrix, (..., D) to logits (..., N); `with_norm(norm)` is the same matrix
-    # after another norm. Matrices have the precision of the weights, or `low_bits`. `exact`: batch-invariant.
+    # What subclasses make. A head is a norm and a matrix, (..., D) to logits (..., N);
+    # `with_norm(norm)` is the same matrix after another norm. Matrices have the precision of the
+    # weights, or `low_bits`. `exact`: batch-invariant.
 
     @abstractmethod
     def _prepare(self, packing: PackingConfig, weights: Weights) -> None:
@@ -203,27 +250,44 @@ class RepackedBackend(ABC):
         """The name of the implementation; called once the layers are made."""
 
     @abstractmethod
-    def _layer(self, weights: Weights, index: int, low_bits: Quantization | None, exact: bool) -> Any: ...
-
-    @abstractmethod
-    def _head_of(
-        self, norm: Affine, weights: Weights, rows: DraftVocabulary | None, low_bits: Quantization | None, exact: bool
+    def _layer(
+        self, weights: Weights, index: int, low_bits: Quantization | None, exact: bool
     ) -> Any: ...
 
     @abstractmethod
-    def _join(self, weights: Weights, low_bits: Quantization | None) -> Callable[[Tensor], Tensor]: ...
+    def _head_of(
+        self,
+        norm: Affine,
+        weights: Weights,
+        rows: DraftVocabulary | None,
+        low_bits: Quantization | None,
+        exact: bool,
+    ) -> Any: ...
 
-    def _drafter_kinds(self, packing: PackingConfig) -> tuple[Quantization | None, Quantization | None]:
+    @abstractmethod
+    def _join(
+        self, weights: Weights, low_bits: Quantization | None
+    ) -> Callable[[Tensor], Tensor]: ...
+
+    def _drafter_kinds(
+        self, packing: PackingConfig
+    ) -> tuple[Quantization | None, Quantization | None]:
         """The precision of MTP's layer and of the head after it."""
         return (packing.quantize,) * 2
 
     def _drafters(self, exit_blocks: ExitBlocks, packing: PackingConfig) -> dict[str, DraftBlock]:
         """The drafters outside the chain of layers, except MTP."""
         drafter = exit_blocks.eagle3
-        return {} if drafter is None else {"eagle3": self.placed_eagle3(drafter, self._chain_spec.layers - 1, packing)}
+        return (
+            {}
+            if drafter is None
+            else {"eagle3": self.placed_eagle3(drafter, self._chain_spec.layers - 1, packing)}
+        )
 
     @abstractmethod
-    def placed_eagle3(self, stored: Eagle3Weights, place: int, packing: PackingConfig) -> DraftBlock: ...
+    def placed_eagle3(
+        self, stored: Eagle3Weights, place: int, packing: PackingConfig
+    ) -> DraftBlock: ...
 
     @abstractmethod
     def _norm(self, weights: Affine) -> Callable[[Tensor], Tensor]: ...
@@ -236,18 +300,32 @@ class RepackedBackend(ABC):
         return None
 
     def _headed_chains(
-        self, weights: Weights, norm: Affine, packing: PackingConfig, order: list[int] | None, has_mtp: bool
+        self,
+        weights: Weights,
+        norm: Affine,
+        packing: PackingConfig,
+        order: list[int] | None,
+        has_mtp: bool,
     ) -> tuple[Any, list[_Chain], DraftHead]:
-        """The verifying head; the chains of the model and of its copies, with heads but no layers yet; MTP's head."""
-        quantize, exact, layers, count = packing.quantize, packing.exact, self.spec.layers, packing.draft_vocab
+        """The verifying head; the chains of the model and of its copies, with heads but no layers
+        yet; MTP's head.
+        """
+        quantize = packing.quantize
+        exact = packing.exact
+        layers = self.spec.layers
+        count = packing.draft_vocab
         weights = weights.remembered().after({self.spec.embedding_name: self._embedding}.get)
         few = DraftVocabulary(self.spec.vocab, count or EXIT_VOCABULARY, order)
         trims_exits = count > 0 or (order is not None and self.spec.vocab > 4 * EXIT_VOCABULARY)
 
-        def head(kind: Quantization | None, rows: DraftVocabulary | None = None, exact: bool = False) -> Any:
+        def head(
+            kind: Quantization | None, rows: DraftVocabulary | None = None, exact: bool = False
+        ) -> Any:
             return self._head_of(norm, self._source(weights, kind), rows, kind, exact)
 
-        def drafting(kind: Quantization | None, all_tokens: Callable[[], Any]) -> tuple[DraftHead, DraftHead]:
+        def drafting(
+            kind: Quantization | None, all_tokens: Callable[[], Any]
+        ) -> tuple[DraftHead, DraftHead]:
             trimmed = DraftHead(head(kind, few), few) if trims_exits else None
             whole = trimmed if trimmed and count else DraftHead(all_tokens())
             return whole, trimmed or whole
@@ -258,20 +336,36 @@ class RepackedBackend(ABC):
         if packing.draft_weights:
             kind = packing.draft_head or "int8"
             shared = kind == quantize and not exact
-            heads = (chains[0].whole, chains[0].at_exits) if shared else drafting(kind, lambda: head(kind))
-            depth, at_exits[kind] = packing.draft_layers or layers, heads[1]
-            chains += [_Chain(copy, False, depth, heads[depth < layers], heads[1]) for copy in packing.draft_weights]
+            heads = (
+                (chains[0].whole, chains[0].at_exits)
+                if shared
+                else drafting(kind, lambda: head(kind))
+            )
+            depth = packing.draft_layers or layers
+            at_exits[kind] = heads[1]
+            chains += [
+                _Chain(copy, False, depth, heads[depth < layers], heads[1])
+                for copy in packing.draft_weights
+            ]
         of_mtp = self._drafter_kinds(packing)[1] if has_mtp else quantize
         if of_mtp not in at_exits:
             at_exits[of_mtp] = drafting(of_mtp, lambda: head(of_mtp))[1]
         return verifying, chains, at_exits[of_mtp]
 
     def _add_layers(self, chains: list[_Chain], weights: Weights, exit_blocks: ExitBlocks) -> None:
-        """Adds the chains' layers. Takes every weight once: at most one matrix (with copies, one layer) is in memory twice."""
+        """Adds the chains' layers. Takes every weight once: at most one matrix (with copies, one
+        layer) is in memory twice.
+        """
         of_blocks = exit_blocks.weights(self.spec, self._embedding)
         parts: list[tuple[int, Weights, ExitBlock | None]] = [
-            *((index + 1, weights.below(self.spec.layer_prefix(index)), None) for index in range(self.spec.layers)),
-            *((block.exit_layer, of_blocks.below(block.prefix), block) for block in exit_blocks.blocks),
+            *(
+                (index + 1, weights.below(self.spec.layer_prefix(index)), None)
+                for index in range(self.spec.layers)
+            ),
+            *(
+                (block.exit_layer, of_blocks.below(block.prefix), block)
+                for block in exit_blocks.blocks
+            ),
         ]
         for place, (depth, stored, block) in enumerate(parts):
             own = stored.remembered() if block or len(chains) > 1 else stored
@@ -282,15 +376,23 @@ class RepackedBackend(ABC):
                 of_layer = own.below("layer.") if block else self._source(own, chain.low_bits)
                 chain.layers.append(self._layer(of_layer, place, chain.low_bits, chain.exact))
                 if block:
-                    norm, head = norm_weights(own, "norm", self.spec), cast(Any, chain.at_exits.unembed)
-                    placed = PlacedBlock(block, place, head.with_norm(norm), chain.at_exits.vocabulary)
+                    norm = norm_weights(own, "norm", self.spec)
+                    head = cast(Any, chain.at_exits.unembed)
+                    placed = PlacedBlock(
+                        block, place, head.with_norm(norm), chain.at_exits.vocabulary
+                    )
                     chain.blocks[depth] = placed
                     if chain is chains[0]:
-                        self.exit_blocks[depth] = replace(placed, head=self._head.with_norm(norm), vocabulary=None)
+                        self.exit_blocks[depth] = replace(
+                            placed, head=self._head.with_norm(norm), vocabulary=None
+                        )
 
-    def _placed_mtp(self, mtp: ExitBlocks, place: int, low_bits: Quantization | None, head: DraftHead) -> PlacedMtp:
+    def _placed_mtp(
+        self, mtp: ExitBlocks, place: int, low_bits: Quantization | None, head: DraftHead
+    ) -> PlacedMtp:
         """The drafter that the checkpoint ships: layer `place`, in a chain of its own."""
-        own, matrix = mtp.weights(self.spec, self._embedding).below(MTP.prefix), cast(Any, head.unembed)
+        own = mtp.weights(self.spec, self._embedding).below(MTP.prefix)
+        matrix = cast(Any, head.unembed)
         layer = self._layer(own.below("layer."), place, low_bits, False)
         layers = self._layers_of([*[None] * place, layer], False)
         norm, *inputs = (norm_weights(own, name, self.spec) for name in ("norm", *INPUT_NORMS))
@@ -303,6 +405,8 @@ class RepackedBackend(ABC):
         )
 
     def _source(self, weights: Weights, kind: Quantization | None) -> Weights:
-        """The weights, with calibrated rows for int4, and with the file's rows of blocks where there are no low bits."""
+        """The weights, with calibrated rows for int4, and with the file's rows of blocks where
+        there are no low bits.
+        """
         stored = {"int4": self._calibrated, None: self._stored}.get(kind)
         return weights if stored is None else weights.after(stored)

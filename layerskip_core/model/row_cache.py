@@ -19,17 +19,23 @@ def _in_blocks(count: int) -> int:
 
 
 class RowCache(KVCache):
-    """One tensor for all rows, (L, 2 for key and value, slots, kv heads, capacity, head dim), for PyTorch's kernels.
+    """One tensor for all rows, (L, 2 for key and value, slots, kv heads, capacity, head dim), for
+    PyTorch's kernels.
 
-    Kernels read all positions under a mask, and 0 * NaN is NaN, so entries of other texts are zeroed. Rows have the first
-    slots; thanks to free ones, rows join and leave without moving the tensor, whose address recorded passes hold.
+    Kernels read all positions under a mask, and 0 * NaN is NaN, so entries of other texts are
+    zeroed. Rows have the first slots; thanks to free ones, rows join and leave without moving the
+    tensor, whose address recorded passes hold.
     """
 
-    def __init__(self, shape: tuple[int, int, int], batch_size: int, max_positions: int, like: Tensor) -> None:
+    def __init__(
+        self, shape: tuple[int, int, int], batch_size: int, max_positions: int, like: Tensor
+    ) -> None:
         """`shape`: L, kv heads, head dim."""
         super().__init__(batch_size, max_positions)
         self.written = 0  # nothing was ever written from this position on
-        self._matrices: dict[tuple[int, int | None, int | None], list[tuple[Tensor, Tensor, Tensor]]]  # the latest views
+        self._matrices: dict[
+            tuple[int, int | None, int | None], list[tuple[Tensor, Tensor, Tensor]]
+        ]  # the latest views
         layers, heads, width = shape
         self._hold(like.new_zeros(layers, 2, batch_size, heads, 0, width))
 
@@ -54,23 +60,31 @@ class RowCache(KVCache):
         else:
             for slot, row in enumerate(rows):
                 if row != slot:
-                    self.storage[:, :, slot, :, : self.written] = self.storage[:, :, row, :, : self.written]
+                    self.storage[:, :, slot, :, : self.written] = self.storage[
+                        :, :, row, :, : self.written
+                    ]
         super().keep_rows(rows)
 
     @torch.inference_mode()
     def join(self, other: KVCache) -> None:
         assert isinstance(other, RowCache)
-        first, theirs = self.rows, other.written
+        first = self.rows
+        theirs = other.written
         super().join(other)
         held = self.reach(theirs)[:, :, first : self.rows]
         held[..., theirs : self.written, :] = 0
         held[..., :theirs, :] = other.storage[:, :, : other.rows, :, :theirs]
         self.written = max(self.written, theirs)
 
-    def branch(self, rows: Indices, starts: Indices, stops: Indices | None = None, end: int | None = None) -> "RowCache":
-        branch, stops = copy(self), stops or starts
-        branch.rows, branch.max_positions = len(rows), end or self.max_positions
-        branch.features, branch.unwritten = [{} for _ in rows], [[] for _ in rows]
+    def branch(
+        self, rows: Indices, starts: Indices, stops: Indices | None = None, end: int | None = None
+    ) -> "RowCache":
+        branch = copy(self)
+        stops = stops or starts
+        branch.rows = len(rows)
+        branch.max_positions = end or self.max_positions
+        branch.features = [{} for _ in rows]
+        branch.unwritten = [[] for _ in rows]
         branch.written = min(_in_blocks(max(stops)), self.capacity)
         with torch.inference_mode():  # the storage may be an inference tensor
             held = branch._hold(self.storage[:, :, list(rows), :, : branch.written])
@@ -83,10 +97,13 @@ class RowCache(KVCache):
 
         Slots at least double; positions grow to half more than `stop`, or to the end of the texts.
 
-        A head's keys are contiguous, because attention over a long text is bound by reading them. Capacity comes in whole
-        blocks, the last of them partly filled, so that kernels can read all under a mask.
+        A head's keys are contiguous, because attention over a long text is bound by reading them.
+        Capacity comes in whole blocks, the last of them partly filled, so that kernels can read all
+        under a mask.
         """
-        held, slots, capacity = self.storage, self.slots, self.capacity
+        held = self.storage
+        slots = self.slots
+        capacity = self.capacity
         if capacity < stop or slots < self.rows:
             if capacity < stop:
                 capacity = _in_blocks(min(self.max_positions, stop + max(_AHEAD, stop // 2)))
@@ -98,21 +115,32 @@ class RowCache(KVCache):
         return held
 
     def matrices(self, rows: slice) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """By layer, the first three fields of LayerSlots for `rows`; keys and values in whole blocks, as far as written."""
-        held, key = self.storage[:, :, rows], (_in_blocks(self.written), rows.start, rows.stop)
+        """By layer, the first three fields of LayerSlots for `rows`; keys and values in whole
+        blocks, as far as written.
+        """
+        held = self.storage[:, :, rows]
+        key = (_in_blocks(self.written), rows.start, rows.stop)
         if key not in self._matrices:
             keys, values = held[..., : key[0], :].flatten(2, 3).unbind(1)
-            self._matrices = {key: list(zip(held.unbind(), keys.transpose(2, 3).unbind(), values.unbind(), strict=True))}
+            self._matrices = {
+                key: list(
+                    zip(held.unbind(), keys.transpose(2, 3).unbind(), values.unbind(), strict=True)
+                )
+            }
         return self._matrices[key]
 
     def half(self, index: int, stop: int) -> Tensor:
-        """(B, kv heads, capacity >= stop, head dim): the keys of layer 0, its values, the keys of layer 1, ..., of all rows."""
+        """(B, kv heads, capacity >= stop, head dim): the keys of layer 0, its values, the keys of
+        layer 1, ..., of all rows.
+        """
         self.written = max(self.written, stop)
         self.reach(stop)
         return self._halves[index][: self.rows]
 
     def _hold(self, storage: Tensor) -> Tensor:
-        self.storage, self._halves, self._matrices = storage, storage.flatten(0, 1).unbind(), {}
+        self.storage = storage
+        self._halves = storage.flatten(0, 1).unbind()
+        self._matrices = {}
         return storage
 
 
@@ -124,18 +152,27 @@ State = tuple[int, str, int]
 
 
 class MixedCache(KVCache):
-    """Entries of any shape, for layers of transformers: widths may differ between keys and values, and between layers.
+    """Entries of any shape, for layers of transformers: widths may differ between keys and values,
+    and between layers.
 
-    Entries of one shape share a RowCache, in pairs: a layer's keys and values, if all shapes are equal.
+    Entries of one shape share a RowCache, in pairs: a layer's keys and values, if all shapes are
+    equal.
 
-    A recurrent state cannot be rolled back. So a pass keeps the state after each token from which a row may continue, by
-    `steps_back`, and the state before the pass. Without drafts one state is kept, which layers may update in place.
+    A recurrent state cannot be rolled back. So a pass keeps the state after each token from which a
+    row may continue, by `steps_back`, and the state before the pass. Without drafts one state is
+    kept, which layers may update in place.
     """
 
     def __init__(
-        self, shapes: Mapping[Entry, tuple[int, int]], batch_size: int, max_positions: int, rolls_back: bool = True
+        self,
+        shapes: Mapping[Entry, tuple[int, int]],
+        batch_size: int,
+        max_positions: int,
+        rolls_back: bool = True,
     ) -> None:
-        """`shapes`: number and width of the heads of each entry. `rolls_back`: whether no layer is recurrent."""
+        """`shapes`: number and width of the heads of each entry. `rolls_back`: whether no layer is
+        recurrent.
+        """
         super().__init__(batch_size, max_positions)
         self.rolls_back = rolls_back
         self.states: dict[State, Tensor] = {}  # (S, B, ...): after position p at p modulo S
@@ -144,7 +181,11 @@ class MixedCache(KVCache):
             of_shape[shape].append(entry)
         self.parts: dict[tuple[int, int], RowCache] = {}  # by shape, once there are entries
         self._pairs = {shape: -(-len(entries) // 2) for shape, entries in of_shape.items()}
-        self.places = {entry: (shape, index) for shape, own in of_shape.items() for index, entry in enumerate(own)}
+        self.places = {
+            entry: (shape, index)
+            for shape, own in of_shape.items()
+            for index, entry in enumerate(own)
+        }
 
     def first(self, row: int) -> int:
         return 0 if self.rolls_back else self.max_positions
@@ -152,7 +193,9 @@ class MixedCache(KVCache):
     @property
     def memory(self) -> dict[int, int]:
         held = {state.data_ptr(): state.nbytes for state in self.states.values()}
-        return held | {address: size for part in self.parts.values() for address, size in part.memory.items()}
+        return held | {
+            address: size for part in self.parts.values() for address, size in part.memory.items()
+        }
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         super().keep_rows(rows)
@@ -167,17 +210,28 @@ class MixedCache(KVCache):
         for state in {*self.states, *other.states}:
             parts = [(self.states.get(state), self.rows), (other.states.get(state), other.rows)]
             like = max((held for held, _ in parts if held is not None), key=len)
-            both = [like.new_zeros(1, count, *like.shape[2:]) if held is None else held for held, count in parts]
-            self.states[state] = torch.cat([held.repeat_interleave(len(like) // len(held), 0) for held in both], dim=1)
+            both = [
+                like.new_zeros(1, count, *like.shape[2:]) if held is None else held
+                for held, count in parts
+            ]
+            self.states[state] = torch.cat(
+                [held.repeat_interleave(len(like) // len(held), 0) for held in both], dim=1
+            )
         super().join(other)
 
-    def branch(self, rows: Indices, starts: Indices, stops: Indices | None = None, end: int | None = None) -> "MixedCache":
+    def branch(
+        self, rows: Indices, starts: Indices, stops: Indices | None = None, end: int | None = None
+    ) -> "MixedCache":
         """Without stops, each row gets one recurrent state: the one before its start."""
         branch = copy(self)
-        branch.rows, branch.max_positions = len(rows), end or self.max_positions
-        branch.features, branch.unwritten = [{} for _ in rows], [[] for _ in rows]
+        branch.rows = len(rows)
+        branch.max_positions = end or self.max_positions
+        branch.features = [{} for _ in rows]
+        branch.unwritten = [[] for _ in rows]
         branch.states = {}
-        branch.parts = {shape: part.branch(rows, starts, stops, end) for shape, part in self.parts.items()}
+        branch.parts = {
+            shape: part.branch(rows, starts, stops, end) for shape, part in self.parts.items()
+        }
         with torch.inference_mode():
             for state, held in self.states.items():
                 last = [(start - 1) % len(held) for start in starts]
@@ -192,18 +246,27 @@ class MixedCache(KVCache):
     def _part(self, shape: tuple[int, int], like: Tensor) -> RowCache:
         """The RowCache of a shape, created at its first entry."""
         if shape not in self.parts:
-            self.parts[shape] = RowCache((self._pairs[shape], *shape), self.rows, self.max_positions, like)
+            self.parts[shape] = RowCache(
+                (self._pairs[shape], *shape), self.rows, self.max_positions, like
+            )
         return self.parts[shape]
 
 
-def write_entries(layer: int, keys: Tensor, values: Tensor, places: Places) -> tuple[Tensor, Tensor]:
-    """Writes keys and values (N, kv heads, head dim) of a layer on PyTorch's kernels, whatever the other layers run on.
+def write_entries(
+    layer: int, keys: Tensor, values: Tensor, places: Places
+) -> tuple[Tensor, Tensor]:
+    """Writes keys and values (N, kv heads, head dim) of a layer on PyTorch's kernels, whatever the
+    other layers run on.
 
-    Returns the layer's keys and values at all positions before the pass's last, (B, kv heads, S, head dim).
+    Returns the layer's keys and values at all positions before the pass's last, (B, kv heads, S,
+    head dim).
     """
-    cache, found = places.cache, []
+    cache = places.cache
+    found = []
     assert isinstance(cache, RowCache | MixedCache)
-    rows, positions = (part.to(keys.device, non_blocking=True) for part in (places.rows, places.positions))
+    rows, positions = (
+        part.to(keys.device, non_blocking=True) for part in (places.rows, places.positions)
+    )
     for index, new in enumerate((keys, values)):
         if isinstance(cache, RowCache):
             held = cache.half(2 * layer + index, places.stop)
@@ -215,25 +278,37 @@ def write_entries(layer: int, keys: Tensor, values: Tensor, places: Places) -> t
 
 
 class EntryWriter:
-    """Writes and reads, for one call, entries of tokens at `positions` (B, T), on the host, and recurrent states.
+    """Writes and reads, for one call, entries of tokens at `positions` (B, T), on the host, and
+    recurrent states.
 
-    `row`: the only row of the cache in the call, with positions (1, T). `shift`: added to the indices by which layers address
-    the cache. `settled`: see Places.
+    `row`: the only row of the cache in the call, with positions (1, T). `shift`: added to the
+    indices by which layers address the cache. `settled`: see Places.
     """
 
     def __init__(
-        self, cache: MixedCache, positions: Tensor, row: int | None = None, shift: int = 0, settled: bool = False
+        self,
+        cache: MixedCache,
+        positions: Tensor,
+        row: int | None = None,
+        shift: int = 0,
+        settled: bool = False,
     ) -> None:
         self.start, self.stop, self.contiguous = _places(positions)
-        self._cache, self._positions, self._row, self._shift = cache, positions, row, shift
+        self._cache = cache
+        self._positions = positions
+        self._row = row
+        self._shift = shift
         self._firsts: list[int] = positions[:, 0].tolist()
         self._lent: dict[State, Tensor] = {}  # the cache's own states, which layers update in place
-        self._indices: tuple[Tensor, slice, Tensor] | None = None  # of all tokens, unless they are one slice
+        # Of all tokens, unless they are one slice
+        self._indices: tuple[Tensor, slice, Tensor] | None = None
         self.first_kept = max(positions.shape[1] - 1 - (0 if settled else cache.steps_back), 0)
         self.begins = not any(self._firsts)  # whether no row has an earlier token
 
     def put(self, entry: Entry, new: Tensor) -> Tensor:
-        """Writes an entry (B, heads, T, width); returns it for all positions before `stop`, (B, heads, S, width)."""
+        """Writes an entry (B, heads, T, width); returns it for all positions before `stop`, (B,
+        heads, S, width).
+        """
         held = self._held(entry, new)
         if self.contiguous:
             held[:, :, self.start : self.stop] = new
@@ -249,7 +324,8 @@ class EntryWriter:
         return self._held(entry, like)[:, :, : self.stop]
 
     def before(self, state: State) -> Tensor | None:
-        """The state (B, ...) before the call; None if no row has one, 0 in rows without earlier tokens.
+        """The state (B, ...) before the call; None if no row has one, 0 in rows without earlier
+        tokens.
 
         It is a copy, unless nobody needs it after the call.
         """
@@ -269,13 +345,17 @@ class EntryWriter:
         """Stores the state (B, ...) after the tokens in a column of the positions."""
         if self._lent.get(state) is new:
             return
-        state, count = self._shifted(state), self._count
+        state = self._shifted(state)
+        count = self._count
         held = self._cache.states.get(state)
         if held is None or len(held) != count:
-            if held is None or len(held) > 1:  # a single one stays: branched rows continue from it, perhaps in a later call
+            # A single one stays: branched rows continue from it, perhaps in a later call
+            if held is None or len(held) > 1:
                 held = new.new_zeros(1, self._cache.rows, *new.shape[1:])
             held = self._cache.states[state] = held.repeat_interleave(count, 0)
-        self._rows_of(held)[self._places(self._positions[:, column].tolist(), count)] = new.to(held.dtype)
+        self._rows_of(held)[self._places(self._positions[:, column].tolist(), count)] = new.to(
+            held.dtype
+        )
 
     @property
     def _count(self) -> int:
@@ -299,40 +379,54 @@ class EntryWriter:
 
 
 def _places(positions: Tensor) -> tuple[int, int, bool]:
-    """(first of positions (B, T) on the host, last + 1, whether all rows are at the same consecutive positions).
+    """(first of positions (B, T) on the host, last + 1, whether all rows are at the same
+    consecutive positions).
 
     Such rows are written as one slice; a single row always is.
     """
     rows: list[list[int]] = positions.tolist()
-    start, stop = rows[0][0], max(map(max, rows)) + 1
+    start = rows[0][0]
+    stop = max(map(max, rows)) + 1
     span = list(range(start, start + positions.shape[1]))
     return start, stop, all(row == span for row in rows)
 
 
 class SpanWriter:
-    """Writes keys and values of a span of layers, for tokens at `positions` (B, T), or (1, T) of one `row`.
+    """Writes keys and values of a span of layers, for tokens at `positions` (B, T), or (1, T) of
+    one `row`.
 
-    Positions on the device are of a recorded pass: it attends to the whole capacity, under masks; its room is allocated.
+    Positions on the device are of a recorded pass: it attends to the whole capacity, under masks;
+    its room is allocated.
     """
 
     def __init__(self, cache: RowCache, positions: Tensor, row: int | None = None) -> None:
-        self._cache, self._positions = cache, positions
+        self._cache = cache
+        self._positions = positions
         self._rows = slice(len(positions)) if row is None else slice(row, row + 1)
-        self.start, self.stop, self.contiguous = 0, cache.capacity, False
+        self.start = 0
+        self.stop = cache.capacity
+        self.contiguous = False
         if positions.device.type == "cpu":
             self.start, self.stop, self.contiguous = _places(positions)
         cache.written = max(cache.written, self.stop)
 
     def layers(self, start: int, stop: int) -> list["LayerSlots"]:
-        """Where each layer of a span writes and reads. All views are made in one call: one call per layer is slower."""
-        held, indices = self._cache.reach(self.stop)[start:stop, :, self._rows], None
+        """Where each layer of a span writes and reads. All views are made in one call: one call per
+        layer is slower.
+        """
+        held = self._cache.reach(self.stop)[start:stop, :, self._rows]
+        indices = None
         if self.contiguous:
             slots = held[..., self.start : self.stop, :].unbind()
         else:
             rows = torch.arange(self._positions.shape[0], device=held.device)[:, None]
-            slots, indices = held.unbind(), (rows, self._positions.to(held.device, non_blocking=True))
+            slots = held.unbind()
+            indices = (rows, self._positions.to(held.device, non_blocking=True))
         views = self._cache.matrices(self._rows)[start:stop]
-        return [LayerSlots(*of_layer, into, indices) for of_layer, into in zip(views, slots, strict=True)]
+        return [
+            LayerSlots(*of_layer, into, indices)
+            for of_layer, into in zip(views, slots, strict=True)
+        ]
 
 
 class LayerSlots(NamedTuple):
@@ -341,7 +435,8 @@ class LayerSlots(NamedTuple):
     all: Tensor  # (2, B, kv heads, capacity, head dim)
     keys: Tensor  # (B * kv heads, head dim, places), to be read after `write`
     values: Tensor  # (B * kv heads, places, head dim)
-    slots: Tensor  # (2, B, kv heads, T, head dim) to write to; the whole layer where `indices` select the places
+    # (2, B, kv heads, T, head dim) to write to; the whole layer where `indices` select the places
+    slots: Tensor
     indices: tuple[Tensor, Tensor] | None  # rows and columns of all tokens, (B, 1) and (B, T)
 
     def write(self, new: Tensor) -> None:

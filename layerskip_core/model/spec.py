@@ -1,4 +1,6 @@
-"""ModelSpec: a model's sizes, norms, biases, windows and names of weights, from its configuration. Backends build on it."""
+"""ModelSpec: a model's sizes, norms, biases, windows and names of weights, from its configuration.
+Backends build on it.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -29,12 +31,21 @@ if TYPE_CHECKING:
 
 Block = Literal["attention", "mlp", "mixer"]  # mixer: in place of attention
 Shapes = Mapping[str, tuple[int, ...]]
-_CONTEXTS = ("max_position_embeddings", "max_seq_len", "n_positions", "n_ctx", "context_length", "seq_length")
+_CONTEXTS = (
+    "max_position_embeddings",
+    "max_seq_len",
+    "n_positions",
+    "n_ctx",
+    "context_length",
+    "seq_length",
+)
 _USUAL_CONTEXT = 2048  # of a model without a limit of its own, such as BLOOM
 
 
 class Projections(NamedTuple):
-    """The linear maps of a block: inward ones, which read the hidden states, and the last, which gives the block's output."""
+    """The linear maps of a block: inward ones, which read the hidden states, and the last, which
+    gives the block's output.
+    """
 
     names: tuple[str, ...]
     widths: tuple[int, ...]  # outputs of each inward map, even if several are stored as one
@@ -54,23 +65,48 @@ class TransformersSpec:
     tied: bool  # whether the head is the embedding
     parameters: int
     shapes: Shapes = field(repr=False)  # of all weights, by their names; a tied head has none
-    block_shapes: Shapes = field(repr=False)  # of an exit block's weights, and those of kinds; empty if it can have none
+    # Of an exit block's weights, and those of kinds; empty if it can have none
+    block_shapes: Shapes = field(repr=False)
     config: Any = field(repr=False, compare=False)  # the configuration itself
 
     def weights_read(self, rows: int) -> float:
-        """The number of weights that a pass over `rows` tokens reads: of the layers and of the head."""
+        """The number of weights that a pass over `rows` tokens reads: of the layers and of the
+        head.
+        """
         return self.parameters - (0 if self.tied else self.vocab * self.hidden)
 
     @classmethod
     def of(cls, model: Any, layers: int, block_parts: Mapping[str, Any]) -> "TransformersSpec":
-        """The spec of a transformers model. `block_parts`: the modules that its exit blocks copy, by name."""
-        config, head = model.config.get_text_config(decoder=True), model.get_output_embeddings()
-        context = next(filter(None, (getattr(config, name, None) for name in _CONTEXTS)), _USUAL_CONTEXT)
+        """The spec of a transformers model. `block_parts`: the modules that its exit blocks copy,
+        by name.
+        """
+        config = model.config.get_text_config(decoder=True)
+        head = model.get_output_embeddings()
+        context = next(
+            filter(None, (getattr(config, name, None) for name in _CONTEXTS)), _USUAL_CONTEXT
+        )
         tied = head is not None and head.weight is model.get_input_embeddings().weight
         shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
-        parts = [named for part, module in block_parts.items() for named in module.state_dict(prefix=f"{part}.").items()]
-        sizes = layers, config.hidden_size, config.vocab_size, context, tied, sum(map(prod, shapes.values()))
-        return cls(model.config.model_type, *sizes, shapes, {name: tuple(weight.shape) for name, weight in parts}, model.config)
+        parts = [
+            named
+            for part, module in block_parts.items()
+            for named in module.state_dict(prefix=f"{part}.").items()
+        ]
+        sizes = (
+            layers,
+            config.hidden_size,
+            config.vocab_size,
+            context,
+            tied,
+            sum(map(prod, shapes.values())),
+        )
+        return cls(
+            model.config.model_type,
+            *sizes,
+            shapes,
+            {name: tuple(weight.shape) for name, weight in parts},
+            model.config,
+        )
 
 
 @dataclass(frozen=True)
@@ -111,26 +147,39 @@ class ModelSpec:
     score_cap: float | None  # c of c * tanh(score / c)
     logits_cap: float | None
     clip: float | None  # largest magnitude of queries, keys and values
-    swiglu: tuple[float, float] | None  # of swiglu_clamped: alpha of gate * sigmoid(alpha * gate), and the bound
+    # Of swiglu_clamped: alpha of gate * sigmoid(alpha * gate), and the bound
+    swiglu: tuple[float, float] | None
     config: Any = field(repr=False, compare=False)  # the configuration itself
     source: int | None = None  # see LayerSizes; set by `of_layer` only
 
     @classmethod
     def of(cls, config: Any) -> "ModelSpec":
-        """Reads a configuration object. Raises CheckpointError, naming the first value that is out of range."""
+        """Reads a configuration object. Raises CheckpointError, naming the first value that is out
+        of range.
+        """
         if (architecture := known_architecture(config)) is None:
-            raise CheckpointError(f"model_type must be one of {', '.join(SUPPORTED)}, got {config.model_type!r:.60}")
-        if "per_layer_config" in architecture.uses and hasattr(config, "to_dict"):  # the object hides values by layer
+            raise CheckpointError(
+                f"model_type must be one of {', '.join(SUPPORTED)}, got {config.model_type!r:.60}"
+            )
+        # The object hides values by layer
+        if "per_layer_config" in architecture.uses and hasattr(config, "to_dict"):
             config = SimpleNamespace(**config.to_dict())
         values = read_values(config, architecture)
         kv_heads, head_dim = values.head_sizes
         kinds, window, rotating = values.layers(architecture)
         ropes = ropes_of(config, architecture, kinds)
-        query_bias, output_bias, mlp_bias = (is_on(switch, config) for switch in architecture.biases)
+        query_bias, output_bias, mlp_bias = (
+            is_on(switch, config) for switch in architecture.biases
+        )
         width_scale = sqrt(values.hidden_size) if architecture.scales_embeddings else 1.0
         indices = {rope.kind: index for index, rope in enumerate(ropes)}
-        # A longrope changes all frequencies after its original context; keys in the cache have the old ones.
-        ends = (rope.parameters.get("original_max_position_embeddings") for rope in ropes if rope.type == "longrope")
+        # A longrope changes all frequencies after its original context; keys in the cache have the
+        # old ones.
+        ends = (
+            rope.parameters.get("original_max_position_embeddings")
+            for rope in ropes
+            if rope.type == "longrope"
+        )
         return cls(
             model_type=config.model_type,
             architecture=architecture,
@@ -141,7 +190,9 @@ class ModelSpec:
             head_dim=head_dim,
             inner=values.inner,
             sizes=values.layer_sizes(architecture, kinds),
-            token_width=(values.hidden_size_per_layer_input or 0) if architecture.token_inputs else 0,
+            token_width=(values.hidden_size_per_layer_input or 0)
+            if architecture.token_inputs
+            else 0,
             token_vocab=values.vocab_size_per_layer_input or values.vocab_size,
             experts=values.experts(architecture),
             recurrence=values.recurrence(config, architecture, kinds),
@@ -152,14 +203,18 @@ class ModelSpec:
             kinds=kinds,
             window=window,
             ropes=ropes,
-            rope_of=tuple(indices.get(kind, 0) if rotates else None for kind, rotates in zip(kinds, rotating, strict=True)),
+            rope_of=tuple(
+                indices.get(kind, 0) if rotates else None
+                for kind, rotates in zip(kinds, rotating, strict=True)
+            ),
             rotary=rotary_size(head_dim, ropes, architecture),
             parallel=is_on(architecture.parallel, config),
             query_bias=query_bias,
             output_bias=output_bias,
             mlp_bias=mlp_bias,
             tied=values.tie_word_embeddings,
-            attention_scale=values.attention_multiplier or (values.query_pre_attn_scalar or head_dim) ** -0.5,
+            attention_scale=values.attention_multiplier
+            or (values.query_pre_attn_scalar or head_dim) ** -0.5,
             embedding_scale=values.embedding_multiplier or width_scale,
             residual_scale=values.residual_multiplier or 1.0,
             logits_divisor=values.logits_scaling or 1 / (values.logit_scale or 1.0),
@@ -212,10 +267,16 @@ class ModelSpec:
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of all weights, as in a checkpoint; a tied head is the embedding and has none."""
+        """Names and shapes of all weights, as in a checkpoint; a tied head is the embedding and has
+        none.
+        """
         shapes: dict[str, tuple[int, ...]] = {
             self.embedding_name: (self.vocab, self.hidden),
-            **({} if self.names.positions is None else {f"{self.names.positions}.weight": (self.context, self.hidden)}),
+            **(
+                {}
+                if self.names.positions is None
+                else {f"{self.names.positions}.weight": (self.context, self.hidden)}
+            ),
             **self.norm_shapes(self.names.norm, self.hidden),
             **({} if self.tied else {self.head_name: (self.vocab, self.hidden)}),
             **({"lm_head.bias": (self.vocab,)} if self.architecture.head_bias else {}),
@@ -225,7 +286,10 @@ class ModelSpec:
             shapes |= {inputs.projection: (self.layers * self.token_width, self.hidden)}
             shapes |= self.norm_shapes(inputs.norm, self.token_width)
         for index in range(self.layers):
-            shapes |= {self.layer_prefix(index) + name: shape for name, shape in self.shapes_of_layer(index).items()}
+            shapes |= {
+                self.layer_prefix(index) + name: shape
+                for name, shape in self.shapes_of_layer(index).items()
+            }
         return shapes
 
     @property
@@ -246,43 +310,67 @@ class ModelSpec:
     def attending(self) -> tuple[int, ...]:
         """The layers with keys and values of their own."""
         own = [size.source is None for size in self.sizes] or [True] * self.layers
-        return tuple(index for index, kind in enumerate(self.kinds) if own[index] and kind in LAYER_KINDS)
+        return tuple(
+            index for index, kind in enumerate(self.kinds) if own[index] and kind in LAYER_KINDS
+        )
 
     @property
     def block_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of an exit block's weights: a layer like the last attending one, and a norm."""
+        """Names and shapes of an exit block's weights: a layer like the last attending one, and a
+        norm.
+        """
         if not self.attending:
             return {}
         last = self.shapes_of_layer(self.attending[-1])
         last.pop(self.architecture.layer_scale or "", None)  # the block shares it
-        return {f"layer.{name}": shape for name, shape in last.items()} | self.norm_shapes("norm", self.hidden)
+        return {f"layer.{name}": shape for name, shape in last.items()} | self.norm_shapes(
+            "norm", self.hidden
+        )
 
     @property
     def stored_parts(self) -> dict[str, list[list[str]]]:
-        """For each weight that checkpoints store under other names or in parts: lists of part names, one list per expert."""
+        """For each weight that checkpoints store under other names or in parts: lists of part
+        names, one list per expert.
+        """
         parts: dict[str, list[list[str]]] = {}
         if (head := self.names.stored_head) is not None and not self.tied:
             parts[self.head_name] = [[f"{head}.weight"]]
         if (prefix := self.names.stored_prefix) is not None:
-            parts |= {name: [[name.replace("model.", prefix, 1)]] for name in self.shapes if name.startswith("model.")}
+            parts |= {
+                name: [[name.replace("model.", prefix, 1)]]
+                for name in self.shapes
+                if name.startswith("model.")
+            }
         if self.experts is None or self.architecture.experts is None:
             return parts
-        for index in (index for index, has_experts in enumerate(self.experts.layers) if has_experts):
+        for index in (
+            index for index, has_experts in enumerate(self.experts.layers) if has_experts
+        ):
             prefix = self.layer_prefix(index)
             for name, stored in self.architecture.experts.stored.items():
                 count = self.experts.count if "{}" in stored[0] else 1
-                parts[prefix + name] = [[prefix + part.format(expert) for part in stored] for expert in range(count)]
+                parts[prefix + name] = [
+                    [prefix + part.format(expert) for part in stored] for expert in range(count)
+                ]
         return parts
 
     def weights_read(self, rows: int) -> float:
-        """The number of weights that a pass over `rows` tokens reads: of the layers and of the head.
+        """The number of weights that a pass over `rows` tokens reads: of the layers and of the
+        head.
 
         For experts, the expected number if the router chooses all equally often.
         """
         read: float = self.parameters - self.unread - (0 if self.tied else self.vocab * self.hidden)
         if self.experts is not None:
             unread = (1 - self.experts.chosen / self.experts.count) ** rows
-            read -= unread * sum(self.experts.layers) * self.experts.count * 3 * self.experts.inner * self.hidden
+            read -= (
+                unread
+                * sum(self.experts.layers)
+                * self.experts.count
+                * 3
+                * self.experts.inner
+                * self.hidden
+            )
         return read
 
     @cached_property
@@ -290,15 +378,24 @@ class ModelSpec:
         return sum(map(prod, self.shapes.values()))
 
     def projections(self, block: Block) -> Projections:
-        prefixes, of, mixer = self.names, self.architecture, self.recurrence
+        prefixes = self.names
+        of = self.architecture
+        mixer = self.recurrence
         if block == "mlp":
             names = tuple(prefixes.mlp + name for name in of.mlp_projections)
-            return Projections(names, (self.inner,) * (1 + of.gated), self.inner, (self.mlp_bias,) * 2)
+            return Projections(
+                names, (self.inner,) * (1 + of.gated), self.inner, (self.mlp_bias,) * 2
+            )
         if block == "attention":
             names = tuple(prefixes.attention + name for name in of.attention_projections)
-            widths: tuple[int, ...] = (self.queries * (1 + of.gates_attention), self.keys, self.keys)
+            widths: tuple[int, ...] = (
+                self.queries * (1 + of.gates_attention),
+                self.keys,
+                self.keys,
+            )
             if self.source is not None:
-                names, widths = (names[0], names[-1]), widths[:1]
+                names = (names[0], names[-1])
+                widths = widths[:1]
             return Projections(names, widths, self.queries, (self.query_bias, self.output_bias))
         assert of.mixer is not None and mixer is not None
         return Projections(of.mixer.projections, mixer.widths, mixer.outputs, (mixer.biased,) * 2)
@@ -311,49 +408,83 @@ class ModelSpec:
         return (first,) if self.architecture.one_block else (first, "mlp")
 
     def norm_names(self, layer: int) -> tuple[str | None, ...]:
-        """Names of a layer's norms before and after attention, before and after the MLP, of queries, of keys; None for none."""
+        """Names of a layer's norms before and after attention, before and after the MLP, of
+        queries, of keys; None for none.
+        """
         names = self.names
-        normed = self.architecture.query_key_norms != "none" and "attention" in self.blocks_of(layer)
-        query, key = (names.attention + name if normed else None for name in (names.query_norm, names.key_norm))
-        return *self.architecture.norms, query, None if self.of_layer(layer).source is not None else key
+        normed = self.architecture.query_key_norms != "none" and "attention" in self.blocks_of(
+            layer
+        )
+        query, key = (
+            names.attention + name if normed else None
+            for name in (names.query_norm, names.key_norm)
+        )
+        return (
+            *self.architecture.norms,
+            query,
+            None if self.of_layer(layer).source is not None else key,
+        )
 
     def shapes_of_layer(self, index: int) -> dict[str, tuple[int, ...]]:
         """Names, after the layer's prefix, and shapes of its weights."""
         shapes: dict[str, tuple[int, ...]] = {}
-        experts, names, of_layer = self.experts_of(index), self.architecture.experts, self.of_layer(index)
+        experts = self.experts_of(index)
+        names = self.architecture.experts
+        of_layer = self.of_layer(index)
         blocks = self.blocks_of(index)
         for block in blocks if experts is None else blocks[:-1]:
             (*inward, back), outputs, inputs, (inner, outer) = of_layer.projections(block)
             widths = outputs if len(inward) == len(outputs) else (sum(outputs),)
             for name, width in zip(inward, widths, strict=True):
-                shapes |= {f"{name}.weight": (width, self.hidden)} | ({f"{name}.bias": (width,)} if inner else {})
-            shapes |= {f"{back}.weight": (self.hidden, inputs)} | ({f"{back}.bias": (self.hidden,)} if outer else {})
+                shapes |= {f"{name}.weight": (width, self.hidden)} | (
+                    {f"{name}.bias": (width,)} if inner else {}
+                )
+            shapes |= {f"{back}.weight": (self.hidden, inputs)} | (
+                {f"{back}.bias": (self.hidden,)} if outer else {}
+            )
         if self.architecture.transposed:
             shapes = {name: shape[::-1] for name, shape in shapes.items()}
         if experts is not None and names is not None:
-            projections = {"gate_up_proj": (2 * experts.inner, self.hidden), "down_proj": (self.hidden, experts.inner)}
+            projections = {
+                "gate_up_proj": (2 * experts.inner, self.hidden),
+                "down_proj": (self.hidden, experts.inner),
+            }
             shapes |= {f"{names.router}.weight": (experts.count, self.hidden)}
             for name, own in projections.items():
-                shapes[names.block + name] = (experts.count, *(own[::-1] if names.by_inputs else own))
-                shapes |= {f"{names.block}{name}_bias": (experts.count, own[0])} if self.mlp_bias else {}
+                shapes[names.block + name] = (
+                    experts.count,
+                    *(own[::-1] if names.by_inputs else own),
+                )
+                shapes |= (
+                    {f"{names.block}{name}_bias": (experts.count, own[0])} if self.mlp_bias else {}
+                )
             shapes |= {f"{names.router}.bias": (experts.count,)} if self.mlp_bias else {}
             *inward, back = names.shared or ("",)
             width = 2 * experts.shared_inner // max(len(inward), 1)
             shapes |= {f"{name}.weight": (width, self.hidden) for name in inward}
             shapes |= {f"{back}.weight": (self.hidden, experts.shared_inner)} if back else {}
-            shapes |= {} if names.shared_gate is None else {f"{names.shared_gate}.weight": (1, self.hidden)}
+            shapes |= (
+                {}
+                if names.shared_gate is None
+                else {f"{names.shared_gate}.weight": (1, self.hidden)}
+            )
         if "mixer" in blocks:
             assert self.architecture.mixer is not None and self.recurrence is not None
             shapes |= self.recurrence.shapes(self.architecture.mixer, self.hidden)
         per_head = self.architecture.query_key_norms == "head"
-        sizes = (*(self.hidden,) * 4, *((of_layer.head_dim,) * 2 if per_head else (self.queries, self.keys)))
+        sizes = (
+            *(self.hidden,) * 4,
+            *((of_layer.head_dim,) * 2 if per_head else (self.queries, self.keys)),
+        )
         for norm, size in zip(self.norm_names(index), sizes, strict=True):
             shapes |= {} if norm is None else self.norm_shapes(norm, size)
         if self.architecture.sinks:
             shapes[f"{self.names.attention}sinks"] = (self.heads,)
         if (read := self.token_inputs) is not None:
             shapes |= {f"{read.gate}.weight": (self.token_width, self.hidden)}
-            shapes |= {f"{read.output}.weight": (self.hidden, self.token_width)} | self.norm_shapes(read.after, self.hidden)
+            shapes |= {f"{read.output}.weight": (self.hidden, self.token_width)} | self.norm_shapes(
+                read.after, self.hidden
+            )
         shapes |= {self.architecture.layer_scale: (1,)} if self.architecture.layer_scale else {}
         if self.activation == "xielu":
             shapes |= {f"{self.names.mlp}act_fn.alpha_{part}": (1,) for part in "pn"}
@@ -365,14 +496,22 @@ class ModelSpec:
 
     def norm_shapes(self, name: str, size: int) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the weights of a norm over `size` numbers."""
-        parts = ("weight", "bias") if self.architecture.norm in ("layer", "layer_plus_one") else ("weight",)
+        parts = (
+            ("weight", "bias")
+            if self.architecture.norm in ("layer", "layer_plus_one")
+            else ("weight",)
+        )
         return {f"{name}.{part}": (size,) for part in parts}
 
     def scaled_logits(self, logits: "Tensor") -> "Tensor":
         """Logits after the architecture's division and soft cap."""
         if self.logits_divisor != 1:
             logits = logits / self.logits_divisor
-        return logits if self.logits_cap is None else (logits / self.logits_cap).tanh() * self.logits_cap
+        return (
+            logits
+            if self.logits_cap is None
+            else (logits / self.logits_cap).tanh() * self.logits_cap
+        )
 
     def window_of(self, kind: str) -> int | None:
         """The window of a layer of this kind, in positions; None: full attention."""
@@ -392,4 +531,6 @@ AnySpec = ModelSpec | TransformersSpec
 def check_shape(name: str, needed: tuple[int, ...], stored: tuple[int, ...]) -> None:
     """Raises CheckpointError for a weight of another shape."""
     if tuple(stored) != needed:
-        raise CheckpointError(f"size mismatch of {name}: needed {list(needed)}, found {list(stored)}")
+        raise CheckpointError(
+            f"size mismatch of {name}: needed {list(needed)}, found {list(stored)}"
+        )

@@ -1,4 +1,6 @@
-"""A decoder layer on PyTorch's kernels, in few operations: the overhead of each dominates in small models."""
+"""A decoder layer on PyTorch's kernels, in few operations: the overhead of each dominates in small
+models.
+"""
 
 import math
 from collections.abc import Callable
@@ -30,7 +32,13 @@ from .weights import (
 def xielu(x: Tensor, *, above: float = 0.8, below: float = 0.8) -> Tensor:
     """Huang and Schlag, 2024, with beta = 0.5."""
     negative = x.clamp(max=0)
-    return F.relu(x).square_().mul_(above).add_(negative.expm1() - negative, alpha=below).add_(x, alpha=0.5)
+    return (
+        F.relu(x)
+        .square_()
+        .mul_(above)
+        .add_(negative.expm1() - negative, alpha=below)
+        .add_(x, alpha=0.5)
+    )
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -43,12 +51,15 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "xielu": xielu,
 }
 
-# Types of rope whose angles depend on the position only. (Dynamic ones and longropes change beyond ModelSpec.context.)
+# Types of rope whose angles depend on the position only. (Dynamic ones and longropes change beyond
+# ModelSpec.context.)
 _STATIC_ROPES = ("default", "linear", "llama3", "yarn", "dynamic", "longrope", "proportional")
 
 
 def missing_feature(spec: AnySpec, native: bool = False) -> str | None:
-    """A feature of the architecture that these layers (or, if `native`, the C kernels) lack; None if they have all."""
+    """A feature of the architecture that these layers (or, if `native`, the C kernels) lack; None
+    if they have all.
+    """
     if not isinstance(spec, ModelSpec):
         return "layers that only transformers has"
     if spec.activation not in ACTIVATIONS and spec.swiglu is None:
@@ -75,10 +86,12 @@ def missing_feature(spec: AnySpec, native: bool = False) -> str | None:
 class Step(NamedTuple):
     """Tensors that all layers of a call share. The dicts are by kind of layer."""
 
-    ropes: list[Tensor]  # by index of the rotary embedding: (B, T, 1, G+2, half a head) complex, or without B
+    # By index of the rotary embedding: (B, T, 1, G+2, half a head) complex, or without B
+    ropes: list[Tensor]
     still: Tensor  # the same for layers without rotary positions
     masks: dict[str, Tensor | None]  # added to the scores, (B or 1, 1, T, 1, S)
-    spans: dict[str, list[tuple[int, int]]] | None  # exact: keys start..stop-1 of each token, which attends alone
+    # Exact: keys start..stop-1 of each token, which attends alone
+    spans: dict[str, list[tuple[int, int]]] | None
     stop: int | None  # filled positions of the cache; None: attention reads all, under masks
 
 
@@ -86,15 +99,22 @@ class Workspace:
     """Buffers of layers for calls over B*T tokens, with their views."""
 
     def __init__(self, spec: ModelSpec, like: Tensor, batch: int, count: int) -> None:
-        groups, heads, size = spec.groups, spec.kv_heads, spec.head_dim
+        groups = spec.groups
+        heads = spec.kv_heads
+        size = spec.head_dim
         wide = torch.promote_types(like.dtype, torch.float32)
-        self.rows, self.single = batch * count, count == 1
+        self.rows = batch * count
+        self.single = count == 1
         self.qkv = like.new_empty(batch * count, heads * (groups + 2) * size, dtype=wide)
         slots = self.qkv.view(batch, count, heads, groups + 2, size)
-        self.pairs = torch.view_as_complex(slots.view(batch, count, heads, groups + 2, size // 2, 2))
+        self.pairs = torch.view_as_complex(
+            slots.view(batch, count, heads, groups + 2, size // 2, 2)
+        )
         self.rotating = slots[:, :, :, : groups + 1]  # queries and keys
-        self.keys_values = slots[:, :, :, groups:].permute(3, 0, 2, 1, 4)  # (2, B, kv heads, T, head dim)
-        self.rotated = slots[:, :, :, :groups].transpose(1, 2)  # queries, (B, kv heads, T, G, head dim)
+        # (2, B, kv heads, T, head dim)
+        self.keys_values = slots[:, :, :, groups:].permute(3, 0, 2, 1, 4)
+        # Queries, (B, kv heads, T, G, head dim)
+        self.rotated = slots[:, :, :, :groups].transpose(1, 2)
         self.queries = like.new_empty(self.rotated.shape)  # a contiguous copy: T*G rows per head
         self.query_rows = self.queries.view(batch * heads, count * groups, size)
         self.scored = (batch, heads, count, groups, -1)  # the shape of attention scores
@@ -107,23 +127,36 @@ class Workspace:
 class TorchLayer:
     """A decoder layer over rows (B*T, D).
 
-    Query, key and value are one matrix, gate and up another. Rows of the first are ordered (kv head, slot, head dim), where the
-    slots are the G queries of a group, the key and the value. So queries of T tokens are T*G rows of one attention call, its
-    output for one token needs no transposition, and key and value are one copy into the cache. The halves of the rotating part
-    of a head interleave as complex numbers: rope and attention scale are one product.
+    Query, key and value are one matrix, gate and up another. Rows of the first are ordered (kv
+    head, slot, head dim), where the slots are the G queries of a group, the key and the value. So
+    queries of T tokens are T*G rows of one attention call, its output for one token needs no
+    transposition, and key and value are one copy into the cache. The halves of the rotating part of
+    a head interleave as complex numbers: rope and attention scale are one product.
     """
 
-    def __init__(self, weights: Weights, spec: ModelSpec, index: int, quantization: Quantization | None, exact: bool) -> None:
-        self._rope, self._groups = spec.rope_of[index], spec.groups
-        self._score_cap, self._residual_scale = spec.score_cap, spec.residual_scale
-        self._parallel, self._norms_rotated = spec.parallel, spec.architecture.norms_rotated
+    def __init__(
+        self,
+        weights: Weights,
+        spec: ModelSpec,
+        index: int,
+        quantization: Quantization | None,
+        exact: bool,
+    ) -> None:
+        self._rope = spec.rope_of[index]
+        self._groups = spec.groups
+        self._score_cap = spec.score_cap
+        self._residual_scale = spec.residual_scale
+        self._parallel = spec.parallel
+        self._norms_rotated = spec.architecture.norms_rotated
         self._activation = ACTIVATIONS[spec.activation]
         if spec.activation == "xielu":
             above, below = activation_factors(weights, spec)
             self._activation = partial(xielu, above=above, below=below)
         qkv = list(block_inputs(weights, spec, "attention"))
         folds = quantization is None and qkv[0].weight.dtype.itemsize >= 4
-        before_attention, after_attention, before_mlp, after_mlp, query, key = layer_norms(weights, spec, index)
+        before_attention, after_attention, before_mlp, after_mlp, query, key = layer_norms(
+            weights, spec, index
+        )
         self._before_attention = before_attention and Norm(before_attention, spec.eps, folds)
         self._after_attention = after_attention and Norm(after_attention, spec.eps)
         self._before_mlp = before_mlp and Norm(before_mlp, spec.eps, folds)
@@ -132,7 +165,8 @@ class TorchLayer:
         if query is not None and key is not None:
             per_head = spec.architecture.query_key_norms == "head"
             heads = (spec.heads, spec.kv_heads) if per_head else (1, 1)
-            queries, keys = query.weight.repeat(heads[0]), key.weight.repeat(heads[1])
+            queries = query.weight.repeat(heads[0])
+            keys = key.weight.repeat(heads[1])
             scale = spec.attention_scale if self._norms_rotated else 1.0
             self._query_key_norm = SlotNorm(_slots(spec, queries, keys), spec.eps, per_head, scale)
 
@@ -152,7 +186,9 @@ class TorchLayer:
             self.linears = (self._qkv, self._output, self._up, self._down)
         else:
             inputs = expert_inputs(weights, spec)
-            ups = [packed(stacked(pair), self._before_mlp) for pair in zip(inputs, inputs, strict=True)]
+            ups = [
+                packed(stacked(pair), self._before_mlp) for pair in zip(inputs, inputs, strict=True)
+            ]
             downs = list(map(packed, expert_outputs(weights, spec)))
             scores = router(weights, spec).weight
             scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
@@ -160,7 +196,9 @@ class TorchLayer:
             self._experts = TorchExperts(spec, linear(scores, None, None, exact), ups, downs)
             self.linears = (self._qkv, self._output, ups[0], downs[0])
 
-    def run_(self, hidden: Tensor, step: Step, kind: str, held: LayerSlots, space: Workspace) -> None:
+    def run_(
+        self, hidden: Tensor, step: Step, kind: str, held: LayerSlots, space: Workspace
+    ) -> None:
         """Runs the layer on `hidden` (B*T, D), in place."""
         self.write_kv(hidden, step, held, space)
         space.queries.copy_(space.rotated)
@@ -174,12 +212,20 @@ class TorchLayer:
         self._up.write(rows, space.inside)
         if self._parallel:
             self._add(self._output, mixed, self._after_attention, hidden)
-        inside = self._activation(space.up) if space.gate is None else self._activation(space.gate).mul_(space.up)
+        inside = (
+            self._activation(space.up)
+            if space.gate is None
+            else self._activation(space.gate).mul_(space.up)
+        )
         self._add(self._down, inside, self._after_mlp, hidden)
 
     def write_kv(self, hidden: Tensor, step: Step, held: LayerSlots, space: Workspace) -> None:
-        """Writes keys and values of `hidden` (B*T, D) to the cache, and queries to the workspace."""
-        self._qkv.write(hidden if self._before_attention is None else self._before_attention(hidden), space.qkv)
+        """Writes keys and values of `hidden` (B*T, D) to the cache, and queries to the
+        workspace.
+        """
+        self._qkv.write(
+            hidden if self._before_attention is None else self._before_attention(hidden), space.qkv
+        )
         if self._query_key_norm is not None and not self._norms_rotated:
             self._query_key_norm.apply_(space.rotating)
         space.pairs.mul_(step.still if self._rope is None else step.ropes[self._rope])
@@ -207,19 +253,30 @@ class TorchLayer:
             if space.single:
                 return mixed.view(space.rows, -1)
         else:
-            queries, (keys, values) = space.queries.flatten(2, 3), held.all[..., : step.stop, :].unbind()
+            queries, (keys, values) = (
+                space.queries.flatten(2, 3),
+                held.all[..., : step.stop, :].unbind(),
+            )
             if step.spans is None:
-                mask = None if mask is None else mask.expand(-1, -1, -1, self._groups, -1).flatten(2, 3)
+                mask = (
+                    None
+                    if mask is None
+                    else mask.expand(-1, -1, -1, self._groups, -1).flatten(2, 3)
+                )
                 mixed = self._attention(queries, keys, values, mask)
             else:
                 tokens = [
                     self._attention(token, keys[:, :, start:stop], values[:, :, start:stop], None)
-                    for token, (start, stop) in zip(torch.split(queries, self._groups, 2), step.spans[kind], strict=True)
+                    for token, (start, stop) in zip(
+                        torch.split(queries, self._groups, 2), step.spans[kind], strict=True
+                    )
                 ]
                 mixed = torch.cat(tokens, dim=2)
         return mixed.view(space.queries.shape).transpose(1, 2).reshape(space.rows, -1)
 
-    def _attention(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    def _attention(
+        self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
+    ) -> Tensor:
         if self._score_cap is None:
             return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=1.0)
         scores = self._capped(queries @ keys.transpose(2, 3))
@@ -227,17 +284,28 @@ class TorchLayer:
 
     def _capped(self, scores: Tensor) -> Tensor:
         """Soft-caps scores, in place."""
-        return scores if self._score_cap is None else scores.div_(self._score_cap).tanh_().mul_(self._score_cap)
+        return (
+            scores
+            if self._score_cap is None
+            else scores.div_(self._score_cap).tanh_().mul_(self._score_cap)
+        )
 
 
 class TorchExperts:
     """A mixture of experts: each multiplies the rows that chose it."""
 
-    def __init__(self, spec: ModelSpec, scores: Linear, ups: list[Linear], downs: list[Linear]) -> None:
-        """`scores`: the router, for rows in fp32 or more. `ups`: gate and up, (2 * inner, D) each; `downs`: (D, inner)."""
+    def __init__(
+        self, spec: ModelSpec, scores: Linear, ups: list[Linear], downs: list[Linear]
+    ) -> None:
+        """`scores`: the router, for rows in fp32 or more. `ups`: gate and up, (2 * inner, D) each;
+        `downs`: (D, inner).
+        """
         assert spec.experts is not None
-        self._scores, self._ups, self._downs = scores, ups, downs
-        self._chosen, self._normalised = spec.experts.chosen, spec.experts.normalised
+        self._scores = scores
+        self._ups = ups
+        self._downs = downs
+        self._chosen = spec.experts.chosen
+        self._normalised = spec.experts.normalised
         self._activation = ACTIVATIONS[spec.activation]
 
     def __call__(self, rows: Tensor) -> Tensor:
@@ -255,7 +323,8 @@ class TorchExperts:
 
 
 def _slots(spec: ModelSpec, query: Tensor, key: Tensor, value: Tensor | None = None) -> Tensor:
-    """Joins tensors by output of three projections, (heads * head dim, ...) each, to (kv heads, G+2 slots, head dim, ...).
+    """Joins tensors by output of three projections, (heads * head dim, ...) each, to (kv heads, G+2
+    slots, head dim, ...).
 
     In queries and keys the two halves of the rotating part of a head interleave; the rest follows.
     """
@@ -274,15 +343,28 @@ class Masks:
         self.windows = {kind: spec.window_of(kind) for kind in spec.kinds}
         self._like = like.new_empty(0)
 
-    def by_kind(self, writer: SpanWriter, positions: Tensor, keys: int, always: bool) -> dict[str, Tensor | None]:
+    def by_kind(
+        self, writer: SpanWriter, positions: Tensor, keys: int, always: bool
+    ) -> dict[str, Tensor | None]:
         """By kind of layer, (B or 1, 1, T, 1, S) over `keys` positions of the cache.
 
-        None for one token that sees all, unless a mask is `always` needed. `positions` (B, T) are on the device.
+        None for one token that sees all, unless a mask is `always` needed. `positions` (B, T) are
+        on the device.
         """
-        return {kind: self._mask(window, writer, positions, keys, always) for kind, window in self.windows.items()}
+        return {
+            kind: self._mask(window, writer, positions, keys, always)
+            for kind, window in self.windows.items()
+        }
 
-    def _mask(self, window: int | None, writer: SpanWriter, positions: Tensor, keys: int, always: bool) -> Tensor | None:
-        if not always and writer.contiguous and positions.shape[1] == 1 and (window is None or writer.stop <= window):
+    def _mask(
+        self, window: int | None, writer: SpanWriter, positions: Tensor, keys: int, always: bool
+    ) -> Tensor | None:
+        if (
+            not always
+            and writer.contiguous
+            and positions.shape[1] == 1
+            and (window is None or writer.stop <= window)
+        ):
             return None
         queries = (positions[:1] if writer.contiguous else positions)[:, None, :, None, None]
         order = torch.arange(keys, device=positions.device)

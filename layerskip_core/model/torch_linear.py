@@ -12,8 +12,10 @@ from ..config.model import Quantization
 from ..errors import ConfigError
 from .weights import GROUP_SIZE, Affine, inputs_of, int4_of, int8_levels
 
-_PREPACKED_SIZE = 1 << 18  # elements of an fp32 matrix from which oneDNN is faster at one row: a call costs 9 us
-_TYPICAL_ROWS = 8  # oneDNN optimises its layout for this many rows: a round of speculation; good at one row too
+# Elements of an fp32 matrix from which oneDNN is faster at one row: a call costs 9 us
+_PREPACKED_SIZE = 1 << 18
+# OneDNN optimises its layout for this many rows: a round of speculation; good at one row too
+_TYPICAL_ROWS = 8
 _MOST_EXACT_ROWS = 8
 _MANY_ROWS = 16  # from here the bf16 kernel on converted levels beats int8's: 2.4 times at 64
 _STEP = 16  # inputs per step of torch's int8 kernel, and outputs per step of the int4 kernel
@@ -31,7 +33,11 @@ class PlainLinear:
 
     def __call__(self, rows: Tensor) -> Tensor:
         """(rows, in) to a new tensor (rows, out)."""
-        return torch.mm(rows, self._weight) if self._bias is None else torch.addmm(self._bias, rows, self._weight)
+        return (
+            torch.mm(rows, self._weight)
+            if self._bias is None
+            else torch.addmm(self._bias, rows, self._weight)
+        )
 
     def write(self, rows: Tensor, out: Tensor) -> None:
         """(rows, in) to `out` (rows, out), perhaps in another precision."""
@@ -68,10 +74,16 @@ class KernelLinear:
 Linear = PlainLinear | KernelLinear
 
 
-def linear(weight: Tensor, bias: Tensor | None, quantization: Quantization | None = None, exact: bool = False) -> Linear:
+def linear(
+    weight: Tensor,
+    bias: Tensor | None,
+    quantization: Quantization | None = None,
+    exact: bool = False,
+) -> Linear:
     """A linear layer (out, in) by the best kernel for its device, precision and size.
 
-    `exact`: prefers oneDNN's, which is batch-invariant. Raises ConfigError if no low-bit kernel supports the layer.
+    `exact`: prefers oneDNN's, which is batch-invariant. Raises ConfigError if no low-bit kernel
+    supports the layer.
     """
     if quantization is not None:
         return KernelLinear(quantized(weight, bias, quantization))
@@ -83,7 +95,8 @@ def linear(weight: Tensor, bias: Tensor | None, quantization: Quantization | Non
 
 def _one_dnn(weight: Tensor, bias: Tensor | None) -> Multiply:
     """In oneDNN's blocked layout, which is nearly as fast for several rows as for one."""
-    pointwise: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.default  # not every build of torch has it
+    # Not every build of torch has it
+    pointwise: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.default
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _TYPICAL_ROWS)
     bias = None if bias is None else bias.detach()
     return lambda rows: pointwise(rows, packed, bias, "none", [], "")
@@ -91,7 +104,9 @@ def _one_dnn(weight: Tensor, bias: Tensor | None) -> Multiply:
 
 @cache
 def prepacks(dtype: torch.dtype) -> bool:
-    """Whether oneDNN has a prepacked kernel for this precision here: not on ARM, nor for bf16 without AVX-512."""
+    """Whether oneDNN has a prepacked kernel for this precision here: not on ARM, nor for bf16
+    without AVX-512.
+    """
     if dtype not in (torch.float32, torch.bfloat16):
         return False
     try:
@@ -102,13 +117,16 @@ def prepacks(dtype: torch.dtype) -> bool:
 
 
 def quantized(weight: Tensor, bias: Tensor | None, quantization: Quantization) -> Multiply:
-    """A low-bit linear layer (out, in). Rows are rounded to bf16, which is ten times as fast as fp32 without AVX-512; outputs
-    are in bf16, or in the precision of the bias. Raises ConfigError if no kernel supports it.
+    """A low-bit linear layer (out, in). Rows are rounded to bf16, which is ten times as fast as
+    fp32 without AVX-512; outputs are in bf16, or in the precision of the bias. Raises ConfigError
+    if no kernel supports it.
     """
     if weight.device.type != "cpu":
         raise ConfigError(f"{quantization} weights need `device` cpu, got {weight.device.type}")
     if not _works(quantization):
-        raise ConfigError(f"{quantization} weights need a kernel that torch {torch.__version__} does not have for this CPU")
+        raise ConfigError(
+            f"{quantization} weights need a kernel that torch {torch.__version__} does not have for this CPU"
+        )
     multiply = _LOW_BIT[quantization](weight)
     if bias is None:
         return multiply
@@ -119,7 +137,9 @@ def quantized(weight: Tensor, bias: Tensor | None, quantization: Quantization) -
 def _int8(weight: Tensor) -> Multiply:
     """Rounded to nearest."""
     if weight.shape[1] % _STEP:  # torch's kernel reads past the end of such rows
-        raise ConfigError(f"int8 weights need layer widths that {_STEP} divides, got {weight.shape[1]}")
+        raise ConfigError(
+            f"int8 weights need layer widths that {_STEP} divides, got {weight.shape[1]}"
+        )
     levels, scale = int8_levels(weight)
     scale = scale.to(torch.bfloat16)
     kernel: Callable[..., Tensor] = torch.ops.aten._weight_int8pack_mm.default
@@ -135,15 +155,22 @@ def _int8(weight: Tensor) -> Multiply:
 
 def _int4(weight: Tensor) -> Multiply:
     """Rounded to nearest, or stored as rows of bytes."""
-    outputs, inputs = len(weight), inputs_of(weight)
+    outputs = len(weight)
+    inputs = inputs_of(weight)
     if inputs % GROUP_SIZE:
-        raise ConfigError(f"int4 weights need layer widths that the group size {GROUP_SIZE} divides, got {inputs}")
+        raise ConfigError(
+            f"int4 weights need layer widths that the group size {GROUP_SIZE} divides, got {inputs}"
+        )
     levels, scale, low = int4_of(F.pad(weight, (0, 0, 0, -outputs % _STEP)))
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels.to(torch.int32), 2)
     zero = low + 8 * scale  # the kernel computes a weight as (level - 8) * scale + zero
-    scale_and_zero = torch.stack([scale, zero], dim=-1).to(torch.bfloat16).transpose(0, 1).contiguous()
+    scale_and_zero = (
+        torch.stack([scale, zero], dim=-1).to(torch.bfloat16).transpose(0, 1).contiguous()
+    )
     kernel: Callable[..., Tensor] = torch.ops.aten._weight_int4pack_mm_for_cpu.default
-    return lambda rows: kernel(rows.to(torch.bfloat16), packed, GROUP_SIZE, scale_and_zero)[:, :outputs]
+    return lambda rows: kernel(rows.to(torch.bfloat16), packed, GROUP_SIZE, scale_and_zero)[
+        :, :outputs
+    ]
 
 
 _LOW_BIT: dict[Quantization, Callable[[Tensor], Multiply]] = {"int8": _int8, "int4": _int4}
@@ -153,7 +180,8 @@ _LOW_BIT: dict[Quantization, Callable[[Tensor], Multiply]] = {"int8": _int8, "in
 def _works(quantization: Quantization) -> bool:
     """Whether the kernel exists and is correct, on weights that equal their levels."""
     weight = (torch.arange(64 * 64).view(64, 64) * 7 % 16).float()
-    weight[:, ::GROUP_SIZE], weight[:, 1::GROUP_SIZE] = 0, 15
+    weight[:, ::GROUP_SIZE] = 0
+    weight[:, 1::GROUP_SIZE] = 15
     expected = weight.sum(1)
     try:
         actual = _LOW_BIT[quantization](weight)(torch.ones(1, 64))[0].float()
@@ -165,24 +193,31 @@ def _works(quantization: Quantization) -> bool:
 def exact_rows(known: dict[int, int], same_alone: Callable[[int], bool]) -> int:
     """The most rows for which a kernel is batch-invariant, measured once per number of threads.
 
-    `known`: earlier measurements. `same_alone(n)`: whether n rows together have the results of each alone.
+    `known`: earlier measurements. `same_alone(n)`: whether n rows together have the results of each
+    alone.
     """
     threads = torch.get_num_threads()
     if threads not in known:
-        known[threads] = next((rows for rows in range(1, _MOST_EXACT_ROWS) if not same_alone(rows + 1)), _MOST_EXACT_ROWS)
+        known[threads] = next(
+            (rows for rows in range(1, _MOST_EXACT_ROWS) if not same_alone(rows + 1)),
+            _MOST_EXACT_ROWS,
+        )
     return known[threads]
 
 
 class Norm:
-    """RMSNorm over the last dimension, or LayerNorm if there is a bias. On the CPU torch.rms_norm takes some eight passes.
+    """RMSNorm over the last dimension, or LayerNorm if there is a bias. On the CPU torch.rms_norm
+    takes some eight passes.
 
-    If it `folds` (fp32, fp64), the next linear layer includes the weight, and three passes remain. Otherwise (in bf16 folding
-    would round the layer's weights again) layer_norm is one pass, over a row and its negative: their mean is 0, their mean
-    square the row's.
+    If it `folds` (fp32, fp64), the next linear layer includes the weight, and three passes remain.
+    Otherwise (in bf16 folding would round the layer's weights again) layer_norm is one pass, over a
+    row and its negative: their mean is 0, their mean square the row's.
     """
 
     def __init__(self, weights: Affine, eps: float, folds: bool = False) -> None:
-        self._weight, self._bias, self._eps = weights.weight, weights.bias, eps
+        self._weight = weights.weight
+        self._bias = weights.bias
+        self._eps = eps
         size = self._weight.numel()
         self._on_cpu = self._weight.device.type == "cpu"
         self._folds = self._on_cpu and folds and self._bias is None
@@ -190,7 +225,9 @@ class Norm:
         self._floor = self._weight.new_tensor(math.sqrt(size * eps))
 
     def folded_into(self, weight: Tensor) -> Tensor:
-        """The `weight` (out, D) of the linear layer after this norm, times the norm's own if it folds."""
+        """The `weight` (out, D) of the linear layer after this norm, times the norm's own if it
+        folds.
+        """
         return weight * (self._weight * math.sqrt(self._weight.numel())) if self._folds else weight
 
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -199,27 +236,40 @@ class Norm:
             # sqrt(mean(x^2) + eps) is hypot(|x|, sqrt(D eps)) / sqrt(D)
             length: Tensor = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
             return hidden / length.hypot_(self._floor)
-        wide = hidden if self._on_cpu else hidden.to(self._weight.dtype)  # CUDA kernels take one precision
+        # CUDA kernels take one precision
+        wide = hidden if self._on_cpu else hidden.to(self._weight.dtype)
         if self._bias is not None:
-            return F.layer_norm(wide, self._weight.shape, self._weight, self._bias, self._eps).to(hidden.dtype)
+            return F.layer_norm(wide, self._weight.shape, self._weight, self._bias, self._eps).to(
+                hidden.dtype
+            )
         if not self._on_cpu:
-            return torch.rms_norm(wide, self._weight.shape, self._weight, self._eps).to(hidden.dtype)
-        both: Tensor = torch.layer_norm(torch.cat((hidden, -hidden), dim=-1), self._twice.shape, self._twice, None, self._eps)
+            return torch.rms_norm(wide, self._weight.shape, self._weight, self._eps).to(
+                hidden.dtype
+            )
+        both: Tensor = torch.layer_norm(
+            torch.cat((hidden, -hidden), dim=-1), self._twice.shape, self._twice, None, self._eps
+        )
         return both[..., : self._weight.numel()].contiguous()
 
 
 class SlotNorm:
-    """RMSNorm of queries and keys, over each head or over all heads, in place over (B, T, kv heads, G+1, head dim)."""
+    """RMSNorm of queries and keys, over each head or over all heads, in place over (B, T, kv heads,
+    G+1, head dim).
+    """
 
     def __init__(self, weights: Tensor, eps: float, per_head: bool, scale: float = 1.0) -> None:
-        """`weights` (kv heads, G+1, head dim). `scale`: a factor of the queries, which the norm preserves."""
+        """`weights` (kv heads, G+1, head dim). `scale`: a factor of the queries, which the norm
+        preserves.
+        """
         wide = weights.to(torch.promote_types(weights.dtype, torch.float32))
         self._groups = weights.shape[1] - 1
         kept = wide.new_tensor([scale] * self._groups + [1.0])[:, None] if per_head else 1.0
         self._per_head = per_head
         self._parts = [wide] if per_head else list(torch.split(wide, [self._groups, 1], dim=1))
         sizes = [part.shape[-1] if per_head else part.numel() for part in self._parts]
-        self._scales = [part * math.sqrt(size) * kept for part, size in zip(self._parts, sizes, strict=True)]
+        self._scales = [
+            part * math.sqrt(size) * kept for part, size in zip(self._parts, sizes, strict=True)
+        ]
         self._floors = [wide.new_tensor(math.sqrt(size * eps)) * kept for size in sizes]
 
     def apply_(self, slots: Tensor) -> None:

@@ -8,7 +8,14 @@ EXPERT_COUNTS = ("num_local_experts", "num_experts")  # by type, and by the vers
 
 # The values of config.json that are always read, and those by `Architecture.windows`.
 _ALWAYS_READ = (
-    *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *(
+        "model_type",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+    ),
     *("max_position_embeddings", "tie_word_embeddings", "vocab_size"),
 )
 _READ_FOR_WINDOWS: dict[str, tuple[str, ...]] = {
@@ -18,28 +25,34 @@ _READ_FOR_WINDOWS: dict[str, tuple[str, ...]] = {
     "listed": ("sliding_window", "layer_types"),
 }
 
-# Names of the norms before and after attention, before and after the MLP; all act inside the residual branch.
+# Names of the norms before and after attention, before and after the MLP; all act inside the
+# residual branch.
 Norms = tuple[str | None, str | None, str | None, str | None]
 _BEFORE: Norms = ("input_layernorm", None, "post_attention_layernorm", None)
-# Biases of queries, keys and values, of attention's output, and of the MLP: always, never, or by a value of config.json.
+# Biases of queries, keys and values, of attention's output, and of the MLP: always, never, or by a
+# value of config.json.
 Biases = tuple[str | bool, str | bool, str | bool]
 _IN_ATTENTION: Biases = ("attention_bias", "attention_bias", False)
 
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture of experts in place of the MLP. Weight names follow a layer's prefix; other strings name values of config.json.
+    """A mixture of experts in place of the MLP. Weight names follow a layer's prefix; other strings
+    name values of config.json.
 
-    A router (experts, D) scores the experts for each token; the best `num_experts_per_tok` are summed, weighted by the softmax
-    of their scores. If the MLP has biases, the router and each expert do.
+    A router (experts, D) scores the experts for each token; the best `num_experts_per_tok` are
+    summed, weighted by the softmax of their scores. If the MLP has biases, the router and each
+    expert do.
     """
 
-    stored: Mapping[str, tuple[str, ...]]  # by name: the parts in checkpoints, stacked by rows; {} is an expert's index
+    # By name: the parts in checkpoints, stacked by rows; {} is an expert's index
+    stored: Mapping[str, tuple[str, ...]]
     router: str = "mlp.gate"
     block: str = "mlp.experts."
     inner: str = "intermediate_size"
     normalised: bool | str = True  # softmax over the chosen experts, else over all
-    on_some_layers: bool = False  # by `decoder_sparse_step` and `mlp_only_layers`; other layers have an MLP
+    # By `decoder_sparse_step` and `mlp_only_layers`; other layers have an MLP
+    on_some_layers: bool = False
     shared: tuple[str, ...] = ()  # projections of an MLP that runs for every token
     shared_inner: str | None = None  # its width
     shared_gate: str | None = None  # the projection whose sigmoid multiplies its output
@@ -48,8 +61,8 @@ class Experts:
 
 @dataclass(frozen=True)
 class Mixer:
-    """A short convolution in place of attention in some layers, perhaps with a recurrence: a gated delta rule (Yang et al.,
-    2024), or Mamba-2 (Dao and Gu, 2024).
+    """A short convolution in place of attention in some layers, perhaps with a recurrence: a gated
+    delta rule (Yang et al., 2024), or Mamba-2 (Dao and Gu, 2024).
 
     `taps`, `biased`, `sizes` and `limits` name values of config.json.
     """
@@ -59,19 +72,23 @@ class Mixer:
     convolution: str
     taps: str
     biased: tuple[str | bool, str | bool] = (False, False)  # projections, convolution
-    steps: tuple[str, ...] = ()  # projections of steps and decays; Mamba-2 projects them with the rest
+    # Projections of steps and decays; Mamba-2 projects them with the rest
+    steps: tuple[str, ...] = ()
     rates: tuple[str, ...] = ()
-    norm: str | None = None  # over each head, before the gate; in Mamba-2 over a group of heads, after the gate
+    # Over each head, before the gate; in Mamba-2 over a group of heads, after the gate
+    norm: str | None = None
     sizes: tuple[str, ...] = ()  # key heads, value heads, dimensions of keys and values
     limits: str | None = None  # of Mamba-2's steps
-    by_head: bool = False  # one weight has all inward projections, one all steps, grouped by key head
+    # One weight has all inward projections, one all steps, grouped by key head
+    by_head: bool = False
 
 
 @dataclass(frozen=True)
 class TokenInputs:
     """Weight names of Gemma 4's per-layer inputs x: norm(output(act(gate(h)) * x)) is added to h.
 
-    x is the layer's slice of the token's row in a table, plus the layer's slice of a normed projection of the embedding.
+    x is the layer's slice of the token's row in a table, plus the layer's slice of a normed
+    projection of the embedding.
     """
 
     gate: str = "per_layer_input_gate"  # in each layer, like the next two
@@ -100,29 +117,37 @@ class Names:
 
 @dataclass(frozen=True)
 class Architecture:
-    """How a family of models differs from Llama, whose layers the defaults describe. Strings name values of config.json.
+    """How a family of models differs from Llama, whose layers the defaults describe. Strings name
+    values of config.json.
 
-    A `str | bool` field holds always, never, or by that value of config.json. Projections that read the hidden states come
-    first; fewer names than matrices mean fused weights.
+    A `str | bool` field holds always, never, or by that value of config.json. Projections that read
+    the hidden states come first; fewer names than matrices mean fused weights.
 
-    `windows`, the layers with a sliding window: all if `sliding_window` is set ("all"), those of `layer_types` if
-    `use_sliding_window` is on ("optional") or always ("listed"). `rope`, the layers with rotary positions: by `no_rope_layers`
-    ("listed"), or those with a window, and all if none is set ("sliding").
+    `windows`, the layers with a sliding window: all if `sliding_window` is set ("all"), those of
+    `layer_types` if `use_sliding_window` is on ("optional") or always ("listed"). `rope`, the
+    layers with rotary positions: by `no_rope_layers` ("listed"), or those with a window, and all if
+    none is set ("sliding").
     """
 
     names: Names = Names()
-    values: Mapping[str, str | int | None] = field(default_factory=dict)  # other names for Llama's values, or fixed values
-    needs: Mapping[str, object] = field(default_factory=dict)  # required values of config.json; a set: of allowed list entries
-    otherwise: "Architecture | None" = None  # if `needs` are not met; None: our kernels do not run it
+    # Other names for Llama's values, or fixed values
+    values: Mapping[str, str | int | None] = field(default_factory=dict)
+    # Required values of config.json; a set: of allowed list entries
+    needs: Mapping[str, object] = field(default_factory=dict)
+    # If `needs` are not met; None: our kernels do not run it
+    otherwise: "Architecture | None" = None
     norms: Norms = _BEFORE
     parallel: str | bool = False  # attention and MLP read the same hidden states
-    norm: Literal["rms", "rms_plus_one", "layer", "layer_plus_one", "layer_without_bias"] = "rms"  # plus_one: of 1 + weight
+    # Plus_one: of 1 + weight
+    norm: Literal["rms", "rms_plus_one", "layer", "layer_plus_one", "layer_without_bias"] = "rms"
     norm_eps: str = "rms_norm_eps"
-    query_key_norms: Literal["none", "head", "projection"] = "none"  # over each head, or over all heads together
+    # Over each head, or over all heads together
+    query_key_norms: Literal["none", "head", "projection"] = "none"
     norms_rotated: bool = False  # queries and keys are normed after rotation
     attention_projections: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     mlp_projections: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
-    fused_by_head: bool = False  # rows of the fused weight are grouped by key head; else all queries come first
+    # Rows of the fused weight are grouped by key head; else all queries come first
+    fused_by_head: bool = False
     transposed: bool = False  # weights are stored as (inputs, outputs)
     biases: Biases = _IN_ATTENTION
     experts: Experts | None = None
@@ -132,12 +157,15 @@ class Architecture:
     activation: str | None = "hidden_act"
     default_activation: str = "silu"
     windows: Literal["none", "all", "optional", "listed"] = "none"
-    uses: tuple[str, ...] = ()  # further fields of `Values`; head_dim, if its default is not Llama's
+    # Further fields of `Values`; head_dim, if its default is not Llama's
+    uses: tuple[str, ...] = ()
     rope: Literal["all", "none", "listed", "sliding"] = "all"
     partial_rope: bool = False  # only `partial_rotary_factor` of a head rotates
     sinks: bool = False  # attention has one more learned score per query head, with value 0
-    gates_attention: bool = False  # attention's output is multiplied by a sigmoid gate, projected with the queries
-    interleaved_rope: bool = False  # rotated pairs are neighbours (GPT-J), not one of each half (NeoX)
+    # Attention's output is multiplied by a sigmoid gate, projected with the queries
+    gates_attention: bool = False
+    # Rotated pairs are neighbours (GPT-J), not one of each half (NeoX)
+    interleaved_rope: bool = False
     scales_embeddings: bool = False  # by sqrt(hidden_size)
     norms_values: bool = False  # RMSNorm over each head, without weights
     layer_scale: str | None = None  # name of the factor of a layer's output
@@ -152,7 +180,9 @@ class Architecture:
         switches = [*self.biases, self.parallel, self.norm_eps, self.activation]
         if self.experts is not None:
             read |= {"num_experts_per_tok"}
-            read |= {"decoder_sparse_step", "mlp_only_layers"} if self.experts.on_some_layers else set()
+            read |= (
+                {"decoder_sparse_step", "mlp_only_layers"} if self.experts.on_some_layers else set()
+            )
             switches += [self.experts.inner, self.experts.normalised, self.experts.shared_inner]
         if self.mixer is not None:
             read |= {"layer_types"}

@@ -10,29 +10,39 @@ from ..errors import CheckpointError
 from ..files import read_json
 
 ORDER_FILE = "token_order.json"
-EXIT_VOCABULARY = 4096  # size of exits' draft vocabulary, if the model's is more than four times as large
+# Size of exits' draft vocabulary, if the model's is more than four times as large
+EXIT_VOCABULARY = 4096
 _LARGE_VOCABULARY = 1 << 13
 _COLUMNS = 256  # argmax searches a large vocabulary as rows of this many tokens
 
 
 class DraftVocabulary:
-    """The N tokens (of V) that drafts are chosen from: the first in some order, such as the most frequent.
+    """The N tokens (of V) that drafts are chosen from: the first in some order, such as the most
+    frequent.
 
     Logits of drafts are in that order. The target scores all tokens, so outputs stay the same.
     """
 
     def __init__(self, total: int, count: int, order: list[int] | None = None) -> None:
-        """`order`: distinct ids below V; missing ids follow in ascending order. None: all ascending."""
+        """`order`: distinct ids below V; missing ids follow in ascending order. None: all
+        ascending.
+        """
         self.count = min(total, count)
         self._left_out = total - self.count
         self.ids: Tensor | None = None  # of the N tokens; None for 0..N-1
         if order is not None:
             known = set(order)
-            self.ids = torch.tensor([*order, *(token for token in range(total) if token not in known)][:count])
+            self.ids = torch.tensor(
+                [*order, *(token for token in range(total) if token not in known)][:count]
+            )
 
     def rows_of(self, weight: Tensor) -> Tensor:
         """(V, ...) to (N, ...)."""
-        return weight[: len(weight) - self._left_out] if self.ids is None else weight[self.ids.to(weight.device)]
+        return (
+            weight[: len(weight) - self._left_out]
+            if self.ids is None
+            else weight[self.ids.to(weight.device)]
+        )
 
     def ids_on(self, device: torch.device) -> Tensor | None:
         """The ids of the N tokens; None for 0..N-1."""
@@ -49,11 +59,17 @@ class DraftVocabulary:
         """Logits (..., N) as (..., V), with -inf elsewhere."""
         padded = F.pad(logits, (0, self._left_out), value=-torch.inf)
         ids = self.ids_on(logits.device)
-        return padded if ids is None else torch.full_like(padded, -torch.inf).index_copy(-1, ids, logits)
+        return (
+            padded
+            if ids is None
+            else torch.full_like(padded, -torch.inf).index_copy(-1, ids, logits)
+        )
 
 
 def most_probable(logits: Tensor) -> Tensor:
-    """The token ids (...) with the largest of the logits (..., V); the first of several equal ones."""
+    """The token ids (...) with the largest of the logits (..., V); the first of several equal
+    ones.
+    """
     vocabulary = logits.shape[-1]
     if logits.device.type != "cpu" or vocabulary < _LARGE_VOCABULARY or vocabulary % _COLUMNS:
         return logits.argmax(-1)
@@ -64,7 +80,8 @@ def most_probable(logits: Tensor) -> Tensor:
 
 
 def token_order(folder: str | Path, vocab_size: int) -> list[int] | None:
-    """A checkpoint's ORDER_FILE, if any: distinct token ids, the most frequent of its training data first.
+    """A checkpoint's ORDER_FILE, if any: distinct token ids, the most frequent of its training data
+    first.
 
     Raises CheckpointError for any other content.
     """

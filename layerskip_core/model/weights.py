@@ -1,11 +1,11 @@
 """Weights: by name in a checkpoint, by role in a layer, and in 8 and 4 bits.
 
-A weight is taken when it is repacked, so the model is never in memory twice. Only this module and spec.py know the names of
-weights in checkpoints.
+A weight is taken when it is repacked, so the model is never in memory twice. Only this module and
+spec.py know the names of weights in checkpoints.
 
-int4 weights have 16 levels per group of inputs. They are rounded from a weight, or stored by a calibration as rows of bytes: a
-byte tensor in place of the weight until a kernel packs it. Its rows can be reordered, joined and padded like those of a weight;
-a row of zero bytes is a row of zeros.
+int4 weights have 16 levels per group of inputs. They are rounded from a weight, or stored by a
+calibration as rows of bytes: a byte tensor in place of the weight until a kernel packs it. Its rows
+can be reordered, joined and padded like those of a weight; a row of zero bytes is a row of zeros.
 """
 
 import re
@@ -31,7 +31,9 @@ Take = Callable[[str], Tensor | None]  # gives a weight by name; None if there i
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights by name after a prefix. `shapes`: those of the architecture; other weights of a checkpoint are ignored."""
+    """Weights by name after a prefix. `shapes`: those of the architecture; other weights of a
+    checkpoint are ignored.
+    """
 
     take: Take  # `checked`
     shapes: Shapes
@@ -41,7 +43,9 @@ class Weights:
         return Weights(self.take, self.shapes, self.prefix + prefix)
 
     def remembered(self) -> "Weights":
-        """For repeated use: each weight is read and checked once, and kept as long as this object."""
+        """For repeated use: each weight is read and checked once, and kept as long as this
+        object.
+        """
         return Weights(cache(self.take), self.shapes, self.prefix)
 
     def after(self, first: Take) -> "Weights":
@@ -63,7 +67,9 @@ class Weights:
 
 
 def checked(take: Take, shapes: Shapes, mapped: Collection[str] = ()) -> Take:
-    """`take` that raises CheckpointError for a weight of another shape than in `shapes` or, unless `mapped`, not finite."""
+    """`take` that raises CheckpointError for a weight of another shape than in `shapes` or, unless
+    `mapped`, not finite.
+    """
 
     def checked_take(name: str) -> Tensor | None:
         weight = take(name)
@@ -79,7 +85,9 @@ def checked(take: Take, shapes: Shapes, mapped: Collection[str] = ()) -> Take:
 
 
 def check_model(model: nn.Module, spec: ModelSpec | None) -> None:
-    """Raises CheckpointError for a weight that is not finite or, by `spec`, missing or of another shape."""
+    """Raises CheckpointError for a weight that is not finite or, by `spec`, missing or of another
+    shape.
+    """
     named = named_weights(model).items()
     weights = {name: weight for name, weight in named if weight.dtype.itemsize > 1}  # not quantised
     if spec is not None:
@@ -89,17 +97,23 @@ def check_model(model: nn.Module, spec: ModelSpec | None) -> None:
 
 
 def named_weights(model: nn.Module) -> dict[str, Tensor]:
-    """A model's parameters, and buffers that checkpoints store with them (Gemma 4's factors of layers)."""
+    """A model's parameters, and buffers that checkpoints store with them (Gemma 4's factors of
+    layers).
+    """
     stored = model.state_dict().keys()
-    buffers = ((name, buffer) for name, buffer in model.named_buffers() if buffer.dim() and name in stored)
+    buffers = (
+        (name, buffer) for name, buffer in model.named_buffers() if buffer.dim() and name in stored
+    )
     return {name: weight.detach() for name, weight in (*model.named_parameters(), *buffers)}
 
 
 def cast_weights(model: Any, dtype: torch.dtype) -> None:
-    """Gives a transformers model's weights the precision in which transformers loads them for `dtype`.
+    """Gives a transformers model's weights the precision in which transformers loads them for
+    `dtype`.
 
-    That is `dtype` but for weights that the model's code creates in fp32 or keeps in fp32. Quantised weights with their scales
-    keep their precision, and so do buffers that are not stored, such as rotary frequencies.
+    That is `dtype` but for weights that the model's code creates in fp32 or keeps in fp32.
+    Quantised weights with their scales keep their precision, and so do buffers that are not stored,
+    such as rotary frequencies.
     """
     with torch.device("meta"):
         plain = type(model)._from_config(deepcopy(model.config), dtype=dtype)
@@ -111,15 +125,25 @@ def cast_weights(model: Any, dtype: torch.dtype) -> None:
             weight.data = weight.data.to(torch.float32 if kept(name) else created[name])
 
 
-def block_weights(model: Any, weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The weights of blocks (copies of the model's layers) in `dtype`, on the CPU. Some stay in fp32, as in the model."""
+def block_weights(
+    model: Any, weights: Mapping[str, Tensor], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The weights of blocks (copies of the model's layers) in `dtype`, on the CPU. Some stay in
+    fp32, as in the model.
+    """
     kept = _kept_in_fp32(model, dtype)
-    return {name: weight.to("cpu", torch.float32 if kept(name) else dtype) for name, weight in weights.items()}
+    return {
+        name: weight.to("cpu", torch.float32 if kept(name) else dtype)
+        for name, weight in weights.items()
+    }
 
 
 def _kept_in_fp32(model: Any, dtype: torch.dtype) -> Callable[[str], bool]:
-    """Whether transformers loads the weight of a name in fp32 though the model is loaded in `dtype`."""
-    patterns = [re.compile(pattern.replace("*", ".*")) for pattern in model._get_dtype_plan(dtype)]  # as it reads them
+    """Whether transformers loads the weight of a name in fp32 though the model is loaded in
+    `dtype`.
+    """
+    # As it reads them
+    patterns = [re.compile(pattern.replace("*", ".*")) for pattern in model._get_dtype_plan(dtype)]
     return lambda name: any(pattern.search(name) for pattern in patterns)
 
 
@@ -134,22 +158,27 @@ def check_finite(name: str, weight: Tensor) -> None:
     """Raises CheckpointError for a weight with NaN or infinity."""
     if not bool(torch.stack(weight.aminmax()).isfinite().all()):  # in bf16 much faster than a sum
         what = "NaN" if bool(weight.isnan().any()) else "infinity"
-        raise CheckpointError(f"the weight {name} holds {what}: it is damaged, or its training diverged")
+        raise CheckpointError(
+            f"the weight {name} holds {what}: it is damaged, or its training diverged"
+        )
 
 
 class Affine(NamedTuple):
-    """A projection (out, in) with its bias, or a norm's factors (D,): with a bias a LayerNorm, else an RMSNorm."""
+    """A projection (out, in) with its bias, or a norm's factors (D,): with a bias a LayerNorm, else
+    an RMSNorm.
+    """
 
     weight: Tensor
     bias: Tensor | None
 
 
-# The functions below get the `weights` of a layer, read only those that they return, and raise as `Weights.of` does.
+# The functions below get the `weights` of a layer, read only those that they return, and raise as
+# `Weights.of` does.
 
 
 def block_inputs(weights: Weights, spec: ModelSpec, block: Block) -> Iterator[Affine]:
-    """The inward projections of a block, read one after the other: query, key, value (and gate of the query); gate and up, or
-    up alone in an ungated MLP.
+    """The inward projections of a block, read one after the other: query, key, value (and gate of
+    the query); gate and up, or up alone in an ungated MLP.
     """
     (*names, _), outputs, *_ = spec.projections(block)
     parts: Iterable[Affine]
@@ -157,7 +186,9 @@ def block_inputs(weights: Weights, spec: ModelSpec, block: Block) -> Iterator[Af
         parts = (affine(weights, name, spec) for name in names)
     else:
         fused = affine(weights, names[0], spec)
-        parts = starmap(Affine, zip(*(_split(part, spec, block, outputs) for part in fused), strict=True))
+        parts = starmap(
+            Affine, zip(*(_split(part, spec, block, outputs) for part in fused), strict=True)
+        )
     gates = []
     for index, part in enumerate(parts):
         if block == "attention" and index == 0 and spec.architecture.gates_attention:
@@ -170,22 +201,30 @@ def _with_gates(part: Affine, spec: ModelSpec) -> list[Affine]:
     """Splits queries from their gates, which alternate by head in the stored weight."""
 
     def halves(rows: Tensor) -> Iterator[Tensor]:
-        yield from (half.flatten(0, 1) for half in rows.view(spec.heads, 2, spec.head_dim, *rows.shape[1:]).unbind(1))
+        yield from (
+            half.flatten(0, 1)
+            for half in rows.view(spec.heads, 2, spec.head_dim, *rows.shape[1:]).unbind(1)
+        )
 
     biases = (None, None) if part.bias is None else halves(part.bias)
     return list(map(Affine, halves(part.weight), biases))
 
 
 def by_key_head(rows: Tensor, spec: ModelSpec, *sizes: int) -> list[Tensor]:
-    """Splits a recurrence's fused projections, which store `sizes` rows of each for one key head after the other."""
+    """Splits a recurrence's fused projections, which store `sizes` rows of each for one key head
+    after the other.
+    """
     assert spec.recurrence is not None
     parts = torch.split(rows.view(spec.recurrence.key_heads, -1, *rows.shape[1:]), [*sizes], 1)
     return [part.flatten(0, 1) for part in parts]
 
 
-def _split(fused: Tensor | None, spec: ModelSpec, block: Block, outputs: tuple[int, ...]) -> Iterable[Tensor | None]:
+def _split(
+    fused: Tensor | None, spec: ModelSpec, block: Block, outputs: tuple[int, ...]
+) -> Iterable[Tensor | None]:
     """Splits fused projections into (outputs, ...) each."""
-    mixer, sizes = spec.architecture.mixer, spec.recurrence
+    mixer = spec.architecture.mixer
+    sizes = spec.recurrence
     if fused is None:
         return (None,) * len(outputs)
     if block == "mixer" and mixer is not None and mixer.by_head and sizes is not None:
@@ -199,7 +238,9 @@ def _split(fused: Tensor | None, spec: ModelSpec, block: Block, outputs: tuple[i
 
 
 def _halved(part: Affine, spec: ModelSpec) -> Affine:
-    """Queries or keys (heads * head dim, ...); an interleaved rope is reordered to one with pairs across two halves."""
+    """Queries or keys (heads * head dim, ...); an interleaved rope is reordered to one with pairs
+    across two halves.
+    """
     if not spec.architecture.interleaved_rope:
         return part
     order = torch.arange(spec.head_dim)
@@ -216,10 +257,17 @@ def block_output(weights: Weights, spec: ModelSpec, block: Block) -> Affine:
 
 
 def router(weights: Weights, spec: ModelSpec) -> Affine:
-    """The router (experts, D) of a layer, with the gate of the shared MLP as a last row, if it has one."""
+    """The router (experts, D) of a layer, with the gate of the shared MLP as a last row, if it has
+    one.
+    """
     assert spec.architecture.experts is not None
-    scores, gate = affine(weights, spec.architecture.experts.router, spec), spec.architecture.experts.shared_gate
-    return scores if gate is None else Affine(torch.cat([scores.weight, weights.of(f"{gate}.weight")]), None)
+    scores = affine(weights, spec.architecture.experts.router, spec)
+    gate = spec.architecture.experts.shared_gate
+    return (
+        scores
+        if gate is None
+        else Affine(torch.cat([scores.weight, weights.of(f"{gate}.weight")]), None)
+    )
 
 
 def expert_inputs(weights: Weights, spec: ModelSpec) -> Iterator[Affine]:
@@ -227,11 +275,16 @@ def expert_inputs(weights: Weights, spec: ModelSpec) -> Iterator[Affine]:
     assert spec.architecture.experts is not None and spec.experts is not None
     inner = spec.experts.inner
     in_turns = spec.architecture.experts.by_inputs
-    halves = [slice(half, None, 2) if in_turns else slice(half * inner, (half + 1) * inner) for half in range(2)]
+    halves = [
+        slice(half, None, 2) if in_turns else slice(half * inner, (half + 1) * inner)
+        for half in range(2)
+    ]
     for rows, bias in _experts(weights, spec, "gate_up_proj"):
         yield from (Affine(rows[half], None if bias is None else bias[half]) for half in halves)
     if spec.experts.shared:
-        wide = torch.cat([weights.of(f"{name}.weight") for name in spec.architecture.experts.shared[:-1]])
+        wide = torch.cat(
+            [weights.of(f"{name}.weight") for name in spec.architecture.experts.shared[:-1]]
+        )
         for pair in zip(*(part.chunk(spec.experts.shared) for part in wide.chunk(2)), strict=True):
             yield from (Affine(part, None) for part in pair)
 
@@ -249,7 +302,8 @@ def _experts(weights: Weights, spec: ModelSpec, name: str) -> Iterator[Affine]:
     """A projection of each expert, (out, in)."""
     assert spec.architecture.experts is not None
     name = spec.architecture.experts.block + name
-    all_rows, biases = weights.of(name), weights.of(f"{name}_bias") if spec.mlp_bias else None
+    all_rows = weights.of(name)
+    biases = weights.of(f"{name}_bias") if spec.mlp_bias else None
     for expert, rows in enumerate(all_rows):
         turned = spec.architecture.experts.by_inputs and not is_stored(rows)
         yield Affine(rows.T if turned else rows, None if biases is None else biases[expert])
@@ -268,7 +322,9 @@ def convolution(weights: Weights, spec: ModelSpec) -> Affine:
 
 
 def layer_norms(weights: Weights, spec: ModelSpec, layer: int) -> list[Affine | None]:
-    """The norms of `spec.norm_names`. Those of queries and keys have (head dim,) factors, or one for each of their outputs."""
+    """The norms of `spec.norm_names`. Those of queries and keys have (head dim,) factors, or one
+    for each of their outputs.
+    """
     names = spec.norm_names(layer)
     norms = {name: norm_weights(weights, name, spec) for name in dict.fromkeys(filter(None, names))}
     return [None if name is None else norms[name] for name in names]
@@ -285,17 +341,23 @@ def norm_weights(weights: Weights, name: str, spec: ModelSpec) -> Affine:
 
 
 def affine(weights: Weights, name: str, spec: ModelSpec) -> Affine:
-    weight, bias = weights.of(f"{name}.weight"), f"{name}.bias"
+    weight = weights.of(f"{name}.weight")
+    bias = f"{name}.bias"
     if spec.architecture.transposed and weight.dim() > 1:
         weight = weight.T.contiguous()
     return Affine(weight, weights.of(bias) if weights.prefix + bias in weights.shapes else None)
 
 
 def activation_factors(weights: Weights, spec: ModelSpec) -> tuple[float, float]:
-    """xIELU's factors of positive and of negative inputs (Huang and Schlag, 2024); else `spec.swiglu`, or zeros."""
+    """xIELU's factors of positive and of negative inputs (Huang and Schlag, 2024); else
+    `spec.swiglu`, or zeros.
+    """
     if spec.activation != "xielu":
         return spec.swiglu or (0.0, 0.0)
-    above, below = (float(nn.functional.softplus(weights.of(f"{spec.names.mlp}act_fn.alpha_{part}").float())) for part in "pn")
+    above, below = (
+        float(nn.functional.softplus(weights.of(f"{spec.names.mlp}act_fn.alpha_{part}").float()))
+        for part in "pn"
+    )
     return above, below + 0.5
 
 
@@ -315,11 +377,15 @@ def stacked(projections: Iterable[Affine]) -> Affine:
     weights, biases = zip(*projections, strict=True)
     if len(weights) == 1:
         return Affine(weights[0], biases[0])
-    return Affine(torch.cat([*map(plain, weights)]), None if biases[0] is None else torch.cat(biases))
+    return Affine(
+        torch.cat([*map(plain, weights)]), None if biases[0] is None else torch.cat(biases)
+    )
 
 
 class Int4(NamedTuple):
-    """A weight in groups of inputs: level * scale + low. `scale` and `low` hold values of bf16, as the kernels have them."""
+    """A weight in groups of inputs: level * scale + low. `scale` and `low` hold values of bf16, as
+    the kernels have them.
+    """
 
     levels: Tensor  # (out, in), uint8, 0..15
     scale: Tensor  # (out, groups), fp32
@@ -353,9 +419,13 @@ def stored_shape(outputs: int, inputs: int) -> tuple[int, int]:
 
 
 def int4_of(weight: Tensor) -> Int4:
-    """Decodes rows of bytes, or rounds a weight to nearest levels between the least and the greatest of each group."""
+    """Decodes rows of bytes, or rounds a weight to nearest levels between the least and the
+    greatest of each group.
+    """
     if is_stored(weight):
-        packed, factors = torch.split(weight.view(len(weight), -1, _BYTES), [GROUP_SIZE // 2, 4], dim=-1)
+        packed, factors = torch.split(
+            weight.view(len(weight), -1, _BYTES), [GROUP_SIZE // 2, 4], dim=-1
+        )
         scale, low = factors.contiguous().view(torch.bfloat16).float().unbind(-1)
         levels = torch.cat([packed & 15, packed >> 4], dim=-1).view(len(weight), -1)
         return Int4(levels, scale.contiguous(), low.contiguous())
@@ -363,7 +433,12 @@ def int4_of(weight: Tensor) -> Int4:
     low, high = groups.aminmax(dim=2)
     scale = ((high - low) / (LEVELS - 1)).clamp_min_(1e-12).bfloat16().float()
     low = low.bfloat16().float()
-    levels = ((groups - low[..., None]) / scale[..., None]).round_().clamp_(0, LEVELS - 1).to(torch.uint8)
+    levels = (
+        ((groups - low[..., None]) / scale[..., None])
+        .round_()
+        .clamp_(0, LEVELS - 1)
+        .to(torch.uint8)
+    )
     return Int4(levels.view_as(weight), scale, low)
 
 
@@ -376,7 +451,9 @@ def stored(weight: Int4) -> Tensor:
 
 
 def int8_levels(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Levels -127..127 (out, in) in int8, and scales (out,): an output's largest magnitude / 127."""
+    """Levels -127..127 (out, in) in int8, and scales (out,): an output's largest magnitude /
+    127.
+    """
     wide = weight.float()
     scale = wide.abs().amax(1).clamp_min_(1e-12).div_(127)
     return (wide / scale[:, None]).round_().to(torch.int8), scale

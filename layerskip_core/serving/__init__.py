@@ -1,9 +1,11 @@
 """Continuous batching: many prompts at once, of callers that come and go.
 
-Requests join and leave the running batch between steps (Orca: Yu et al., OSDI 2022). Those with the same settings share a
-decoding loop; loops take their steps in turn. Prefill is chunked (Sarathi-Serve: Agrawal et al., OSDI 2024): passes that verify
-drafts also run pieces of prompts, few tokens per step, so new requests do not stall running ones. When KV memory runs out,
-prefixes kept for later prompts are dropped first; then the youngest request is preempted, and recomputed when there is room.
+Requests join and leave the running batch between steps (Orca: Yu et al., OSDI 2022). Those with the
+same settings share a decoding loop; loops take their steps in turn. Prefill is chunked
+(Sarathi-Serve: Agrawal et al., OSDI 2024): passes that verify drafts also run pieces of prompts,
+few tokens per step, so new requests do not stall running ones. When KV memory runs out, prefixes
+kept for later prompts are dropped first; then the youngest request is preempted, and recomputed
+when there is room.
 """
 
 from collections import deque
@@ -29,7 +31,8 @@ from ..model import Backend, KVCache
 
 Held = TypeVar("Held", bound="Request | Embedding")
 
-_PREFILLED = 256  # prompt tokens per step, enough to fill the kernels; also an embedding's tokens per pass
+# Prompt tokens per step, enough to fill the kernels; also an embedding's tokens per pass
+_PREFILLED = 256
 
 
 class QueueFull(LayerSkipError):
@@ -41,13 +44,16 @@ class Stopped(LayerSkipError):
 
 
 class Update(NamedTuple):
-    """The next piece of an answer. `finish_reason`, `error` or `vector` is set with the last one."""
+    """The next piece of an answer. `finish_reason`, `error` or `vector` is set with the last
+    one.
+    """
 
     text: str  # new text to show
     finish_reason: StopReason | None = None
     error: BaseException | None = None
     logprobs: Sequence[TokenLogprobs] = ()  # of new tokens, if requested
-    prompt_logprobs: Sequence[TokenLogprobs] = ()  # of the prompt's tokens after the first, with the first update
+    # Of the prompt's tokens after the first, with the first update
+    prompt_logprobs: Sequence[TokenLogprobs] = ()
     vector: Sequence[float] = ()  # of an Embedding
 
     @property
@@ -75,7 +81,9 @@ class Request:
 
     def update(self, step: RowStep) -> Update:
         """Adds a step to the answer, and returns its update."""
-        finished, row, known = step.finish_reason is not None, step.row, self._delivered
+        finished = step.finish_reason is not None
+        row = step.row
+        known = self._delivered
         if not (self.streams or finished):
             return Update("")
         count = len(row.ids) - row.prompt_tokens
@@ -89,9 +97,11 @@ class Request:
 
 @dataclass(eq=False)
 class Embedding:
-    """A text to embed: the mean (D,) of its tokens' states after `layers` layers and the final norm, scaled to length 1.
+    """A text to embed: the mean (D,) of its tokens' states after `layers` layers and the final
+    norm, scaled to length 1.
 
-    `deliver`: as in Request, called once; with a ContextError if the text does not fit. `stats`: tokens so far.
+    `deliver`: as in Request, called once; with a ContextError if the text does not fit. `stats`:
+    tokens so far.
     """
 
     ids: list[int]
@@ -103,13 +113,18 @@ class Embedding:
     _sum: Tensor | float = 0.0  # (D,) of the states so far
 
     def read(self, backend: Backend) -> Update:
-        """Runs a pass over the next `_PREFILLED` tokens. The update of the last pass has the vector."""
+        """Runs a pass over the next `_PREFILLED` tokens. The update of the last pass has the
+        vector.
+        """
         check_prompt(self.ids, backend, "the input")
-        start, stop = self.stats.prompt_tokens, min(self.stats.prompt_tokens + _PREFILLED, len(self.ids))
+        start = self.stats.prompt_tokens
+        stop = min(self.stats.prompt_tokens + _PREFILLED, len(self.ids))
         cache = self._cache = self._cache or backend.new_cache(1, len(self.ids))
         with lock_of(backend), torch.inference_mode():
             hidden = backend.embed(torch.tensor(self.ids[start:stop], device=backend.device))
-            hidden = backend.run_layers(hidden, 0, self.layers, cache.span(start, stop, settled=True))
+            hidden = backend.run_layers(
+                hidden, 0, self.layers, cache.span(start, stop, settled=True)
+            )
             self._sum = self._sum + backend.normed(hidden).float().sum(0)
             self.stats = DecodeStats(prompt_tokens=stop)
             if stop < len(self.ids):
@@ -118,25 +133,38 @@ class Embedding:
             return Update("", vector=F.normalize(self._sum, dim=0).tolist())
 
     def give_back(self) -> bool:
-        """Frees its KV entries, if it has any, and returns whether it had: the text starts again at its first token."""
-        held, self._cache, self._sum, self.stats = self._cache is not None, None, 0.0, DecodeStats()
+        """Frees its KV entries, if it has any, and returns whether it had: the text starts again at
+        its first token.
+        """
+        held = self._cache is not None
+        self._cache = None
+        self._sum = 0.0
+        self.stats = DecodeStats()
         return held
 
 
 class Scheduler:
-    """Decodes at most `batch_size` requests at once; others wait in order of arrival. For one thread.
+    """Decodes at most `batch_size` requests at once; others wait in order of arrival. For one
+    thread.
 
     Embeddings do not count towards `batch_size`: each step runs one pass of the oldest.
     """
 
     def __init__(
-        self, decoder: Decoder, batch_size: int, earlier: EarlierAnswers | None = None, prefixes: Prefixes = NO_PREFIXES
+        self,
+        decoder: Decoder,
+        batch_size: int,
+        earlier: EarlierAnswers | None = None,
+        prefixes: Prefixes = NO_PREFIXES,
     ) -> None:
         """`earlier`: answers for the lookups of all requests; each new answer is added.
 
         `prefixes`: kept KV entries of texts that prompts may begin with; each request's are added.
         """
-        self._decoder, self._batch_size, self._earlier, self._prefixes = decoder, batch_size, earlier, prefixes
+        self._decoder = decoder
+        self._batch_size = batch_size
+        self._earlier = earlier
+        self._prefixes = prefixes
         self._waiting: deque[Request] = deque()  # preempted ones first, the oldest first
         self._embeddings: deque[Embedding] = deque()
         self._loops: dict[Hashable, DecodingLoop] = {}  # by the settings their rows share
@@ -174,7 +202,8 @@ class Scheduler:
     def step(self) -> list[Request | Embedding]:
         """Admits waiting requests and takes a step of every loop. Returns the finished requests.
 
-        An exception in a pass ends the requests of this pass, which get it as an update, and no others.
+        An exception in a pass ends the requests of this pass, which get it as an update, and no
+        others.
         """
         blocked = bool(self._embeddings) and not self._has_room(self._embeddings[0])
         done = self._embed() if self._embeddings and not blocked else []
@@ -191,7 +220,11 @@ class Scheduler:
 
     def fail_all(self, error: BaseException) -> list[Request | Embedding]:
         """Ends all requests with an error, and returns them."""
-        requests: list[Request | Embedding] = [*self._waiting, *self._embeddings, *self._decoding.values()]
+        requests: list[Request | Embedding] = [
+            *self._waiting,
+            *self._embeddings,
+            *self._decoding.values(),
+        ]
         for embedding in self._embeddings:
             embedding.give_back()
         for held in (self._waiting, self._embeddings, self._decoding, self._loops):
@@ -199,14 +232,18 @@ class Scheduler:
         return _failed(requests, error)
 
     def _can_run(self, request: Request) -> bool:
-        """Whether the batch has a place for a request, the next step room for prompt tokens, and memory suffices.
+        """Whether the batch has a place for a request, the next step room for prompt tokens, and
+        memory suffices.
 
-        While a prompt with the same beginning is prefilled, the request waits to share its KV entries.
+        While a prompt with the same beginning is prefilled, the request waits to share its KV
+        entries.
         """
         reading = [row for loop in self._loops.values() for row in loop.active if row.lacks]
         if self.running >= self._batch_size or sum(row.lacks for row in reading) >= _PREFILLED:
             return False
-        return not self._prefixes.gain(request.ids, [row.ids for row in reading]) and self._has_room(request)
+        return not self._prefixes.gain(
+            request.ids, [row.ids for row in reading]
+        ) and self._has_room(request)
 
     def _queue(self, request: Request | Embedding) -> deque[Any]:
         return self._embeddings if isinstance(request, Embedding) else self._waiting
@@ -226,15 +263,19 @@ class Scheduler:
         return [self._embeddings.popleft()]
 
     def _has_room(self, request: Request | Embedding) -> bool:
-        """Whether there is memory for one more request, after dropping kept prefixes if need be; True if none is running."""
-        cache, row = self._decoder.backend.new_cache(), None if isinstance(request, Embedding) else request._row
+        """Whether there is memory for one more request, after dropping kept prefixes if need be;
+        True if none is running.
+        """
+        cache = self._decoder.backend.new_cache()
+        row = None if isinstance(request, Embedding) else request._row
         stops = [1 + len(request.ids if row is None else row.ids)]
         while cache.spare(stops) < self.running and self._prefixes.drop(self._decoder.backend):
             pass
         return not self.running or cache.spare(stops) >= self.running
 
     def _make_room(self, loop: DecodingLoop) -> bool:
-        """Frees memory for a loop's next step: kept prefixes, an unfinished embedding's, then the youngest requests'.
+        """Frees memory for a loop's next step: kept prefixes, an unfinished embedding's, then the
+        youngest requests'.
 
         Returns whether the loop still has rows.
         """
@@ -280,34 +321,48 @@ class Scheduler:
         return [self._decoding.pop(row) for row in rows if row in self._decoding]
 
     def _take_in(self) -> list[Request]:
-        """The next request joins the loop with its settings. Returns the requests that an error ends."""
+        """The next request joins the loop with its settings. Returns the requests that an error
+        ends.
+        """
         request = self._waiting.popleft()
-        decoder, config = self._decoder, request.config
+        decoder = self._decoder
+        config = request.config
         is_single = bool(config.exit_confidence) or decoder.backend.exact
-        # Equal for requests that can share a loop. Those that need logits do not join those that need none.
-        key: Hashable = request if is_single else (config.shared, config.changes_logits, config.logprobs is None)
+        # Equal for requests that can share a loop. Those that need logits do not join those that
+        # need none.
+        key: Hashable = (
+            request
+            if is_single
+            else (config.shared, config.changes_logits, config.logprobs is None)
+        )
         loop = self._loops.get(key)
         others = [] if loop is None else loop.active
         try:
             ends = decoder.ends_of(config)
             if loop is None:
                 options: dict[str, Any] = {"earlier": self._earlier, "prefixes": self._prefixes}
-                loop = DecodingLoop(decoder.backend, [], config, ends, decoder.detokenize, **options)
+                loop = DecodingLoop(
+                    decoder.backend, [], config, ends, decoder.detokenize, **options
+                )
             row = request._row
             if row is None or config.exit_confidence:
                 row = loop.row(request.ids, config, ends, config.seed)
-                # An exit by confidence writes other KV entries than a prefill: the answer is decoded once more.
+                # An exit by confidence writes other KV entries than a prefill: the answer is
+                # decoded once more.
                 if request._row is not None:
                     row.text = request._row.text
             loop.add(row)
         except BaseException as error:
-            lost = [] if loop is not None and loop.active else others  # a loop that lost its rows is over
+            # A loop that lost its rows is over
+            lost = [] if loop is not None and loop.active else others
             done = _failed([*self._taken_out(lost), request], error)
             self._forget_empty()
             return done
         if request._row is None:
             request.reused = row.filled
-        request._row, self._loops[key], self._decoding[row] = row, loop, request
+        request._row = row
+        self._loops[key] = loop
+        self._decoding[row] = request
         return []
 
     def _forget_empty(self) -> None:
@@ -317,7 +372,8 @@ class Scheduler:
 def _failed(requests: Iterable[Held], error: BaseException) -> list[Held]:
     """Delivers an error to requests, as their last update, and returns them."""
     failed = list(requests)
-    clear_frames(error.__traceback__)  # their variables hold KV entries, for as long as a client holds the error
+    # Their variables hold KV entries, for as long as a client holds the error
+    clear_frames(error.__traceback__)
     for request in failed:
         request.deliver(Update("", error=error))
     return failed

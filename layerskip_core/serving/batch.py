@@ -22,16 +22,19 @@ def answers_to(
     earlier: EarlierAnswers | None = None,
     is_ready: Callable[[], bool] = lambda: True,
 ) -> Iterator[Answer | LayerSkipError]:
-    """Yields the answer to each prompt, in order, or the error that it ends with. Other exceptions are raised.
+    """Yields the answer to each prompt, in order, or the error that it ends with. Other exceptions
+    are raised.
 
-    At most `batch_size` prompts are decoded at once; further ones are read as these end. `earlier`: as in Scheduler.
-    `is_ready`: whether the next prompt can be read without waiting. The seconds of an answer are those of the steps since the
-    answer before, so that those of all answers add up.
+    At most `batch_size` prompts are decoded at once; further ones are read as these end. `earlier`:
+    as in Scheduler. `is_ready`: whether the next prompt can be read without waiting. The seconds of
+    an answer are those of the steps since the answer before, so that those of all answers add up.
     """
     scheduler = Scheduler(decoder, batch_size, earlier)
     unanswered = deque[tuple[Request | None, list[Update]]]()
     heard = dict[Request, list[Update]]()
-    has_more, seconds, index = True, 0.0, 0
+    has_more = True
+    seconds = 0.0
+    index = 0
     while has_more or unanswered:
         while has_more and scheduler.held < batch_size and (not unanswered or is_ready()):
             asked = next(prompts, None)
@@ -73,4 +76,13 @@ def _answer(request: Request, end: Update, seconds: float, index: int) -> Answer
     row = request._row
     assert row is not None and end.finish_reason is not None
     stats = request.stats + DecodeStats(total_seconds=seconds)
-    return Answer(end.text, end.finish_reason, stats, row.output, index, row.logprobs, row.prompt_logprobs, row.error)
+    return Answer(
+        end.text,
+        end.finish_reason,
+        stats,
+        row.output,
+        index,
+        row.logprobs,
+        row.prompt_logprobs,
+        row.error,
+    )

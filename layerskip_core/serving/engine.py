@@ -16,7 +16,8 @@ class Updates:
     """Hands updates of numbered requests to the event loop in which it was created."""
 
     def __init__(self) -> None:
-        self._loop, self._queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Update]]()
+        self._loop = asyncio.get_running_loop()
+        self._queue = asyncio.Queue[tuple[int, Update]]()
 
     def deliver(self, number: int, update: Update) -> None:
         """May be called in any thread."""
@@ -35,7 +36,9 @@ class Engine:
     """Decodes requests in a thread of its own. `submit`, `cancel` and `stop` are for any thread."""
 
     def __init__(self, decoder: Decoder, batch_size: int, queue_size: int, **kept: Any) -> None:
-        """`batch_size`: most requests decoded together. `queue_size`: most requests that wait. `kept`: as in Scheduler."""
+        """`batch_size`: most requests decoded together. `queue_size`: most requests that wait.
+        `kept`: as in Scheduler.
+        """
         self.held = self.running = 0  # requests waiting or being decoded; being decoded
         self.is_stopped = False  # or has failed: it takes no more requests
         self._scheduler = Scheduler(decoder, batch_size, **kept)
@@ -53,7 +56,9 @@ class Engine:
         with self._lock:
             self._require_running()
             if self.held + requests > self._most:
-                raise QueueFull(f"{self.held} requests wait or are being answered, and this server holds {self._most}")
+                raise QueueFull(
+                    f"{self.held} requests wait or are being answered, and this server holds {self._most}"
+                )
             self.held += requests
 
     def release(self, requests: int) -> None:
@@ -80,7 +85,8 @@ class Engine:
         self._thread.join()
 
     def _run(self) -> None:
-        scheduler, reason = self._scheduler, Stopped("the server is shutting down")
+        scheduler = self._scheduler
+        reason = Stopped("the server is shutting down")
         try:
             while not self.is_stopped:
                 self._obey(wait=not scheduler.held)

@@ -1,4 +1,6 @@
-"""Texts that the model writes before its training, kept in a journal: answers to prompts, and texts to replay."""
+"""Texts that the model writes before its training, kept in a journal: answers to prompts, and texts
+to replay.
+"""
 
 import hashlib
 import json
@@ -25,14 +27,54 @@ from .sharding import process_index
 
 BATCH = 32  # prompts decoded together
 _APART = 1 << 31  # flips a bit of the seed: `own_texts` and replayed texts differ
-OWN_TEXTS, OWN_TOKENS = 32, 64  # texts of the original, and tokens of each, to measure a training's cost on
-MOST_REPLAYED = 4096  # texts; longer runs repeat them, because writing a text takes longer than training on it
-_PROMPT_TOKENS, _TRIES = 64, 8  # most tokens of a prompt of the model's own; tries for each, because many do not end
+# Texts of the original, and tokens of each, to measure a training's cost on
+OWN_TEXTS = 32
+OWN_TOKENS = 64
+# Texts; longer runs repeat them, because writing a text takes longer than training on it
+MOST_REPLAYED = 4096
+# Most tokens of a prompt of the model's own; tries for each, because many do not end
+_PROMPT_TOKENS = 64
+_TRIES = 8
 # First words of prompts, for more kinds of them (examples/LOG.md).
 _OPENINGS = (
-    *("Write a", "Write a short", "Explain", "What is", "How do I", "How can I", "Translate", "Summarize", "Rewrite", "List"),
-    *("Correct the", "Give me", "Why", "Who", "Which", "Calculate", "Solve", "If", "Compare", "Describe", "Create a", "Make a"),
-    *("Convert", "Extract", "Classify", "Answer", "Fix the", "Implement", "Write a function", "Continue", "Suggest", "Plan"),
+    *(
+        "Write a",
+        "Write a short",
+        "Explain",
+        "What is",
+        "How do I",
+        "How can I",
+        "Translate",
+        "Summarize",
+        "Rewrite",
+        "List",
+    ),
+    *(
+        "Correct the",
+        "Give me",
+        "Why",
+        "Who",
+        "Which",
+        "Calculate",
+        "Solve",
+        "If",
+        "Compare",
+        "Describe",
+        "Create a",
+        "Make a",
+    ),
+    *(
+        "Convert",
+        "Extract",
+        "Classify",
+        "Answer",
+        "Fix the",
+        "Implement",
+        "Write a function",
+        "Continue",
+        "Suggest",
+        "Plan",
+    ),
     *("Draft an email", "Tell me", "Define", "Find", "Can you", "Write code", "Fill in", "Given"),
 )
 _WAIT = 1.0  # seconds between two looks into the journal
@@ -40,7 +82,9 @@ _WAIT = 1.0  # seconds between two looks into the journal
 
 @dataclass(frozen=True)
 class Writing:
-    """How answers are decoded: at most `tokens` each, at most `max_length` with the prompt; row r has the seed `seed` + r."""
+    """How answers are decoded: at most `tokens` each, at most `max_length` with the prompt; row r
+    has the seed `seed` + r.
+    """
 
     tokens: int
     max_length: int
@@ -53,32 +97,46 @@ class Writing:
 
 
 class Answers:
-    """A model's answers to prompts, which must leave room for a token. `known`: answers in the journal, by row."""
+    """A model's answers to prompts, which must leave room for a token. `known`: answers in the
+    journal, by row.
+    """
 
-    def __init__(self, decoder: Decoder, prompts: Sequence[list[int]], how: Writing, journal: Path) -> None:
-        self.prompts, self.how, self.journal = prompts, how, journal
+    def __init__(
+        self, decoder: Decoder, prompts: Sequence[list[int]], how: Writing, journal: Path
+    ) -> None:
+        self.prompts = prompts
+        self.how = how
+        self.journal = journal
         self._decoder: Decoder | None = decoder
         self.known = self._read()
 
     def write(self, report: Callable[[int, int], None]) -> list[list[int]]:
         """The answers with their EOS. The first process decodes, others wait.
 
-        `report` gets how many are kept, and how many more are written as far as the tokens of the present batch say. It may
-        raise, which loses this batch.
+        `report` gets how many are kept, and how many more are written as far as the tokens of the
+        present batch say. It may raise, which loses this batch.
         """
         known = self._read()
         if process_index() == 0 and len(known) < len(self.prompts):
             decoder = self._decoder
             assert decoder is not None
             if self.journal.exists():
-                write_file(self.journal, b"".join(whole_lines(self.journal, CheckpointError)), CheckpointError)
+                write_file(
+                    self.journal,
+                    b"".join(whole_lines(self.journal, CheckpointError)),
+                    CheckpointError,
+                )
             order = sorted(range(len(self.prompts)), key=lambda row: (-len(self.prompts[row]), row))
             for batch in (order[at : at + BATCH] for at in range(0, len(order), BATCH)):
                 missing = sum(row not in known for row in batch)
                 if missing == 0:
                     continue
                 written = self._written(decoder, batch, missing, partial(report, len(known)))
-                append_lines(self.journal, ({"row": row, "ids": ids} for row, ids in written.items()), CheckpointError)
+                append_lines(
+                    self.journal,
+                    ({"row": row, "ids": ids} for row, ids in written.items()),
+                    CheckpointError,
+                )
                 known |= written
         self._decoder = None  # frees its weights
         while len(known) < len(self.prompts):
@@ -91,7 +149,9 @@ class Answers:
     def _written(
         self, decoder: Decoder, batch: Sequence[int], missing: int, report: Callable[[int], None]
     ) -> dict[int, list[int]]:
-        """The answers to the prompts of these rows. `report` gets after each step how many of the `missing` its tokens make."""
+        """The answers to the prompts of these rows. `report` gets after each step how many of the
+        `missing` its tokens make.
+        """
         how = self.how
         prompts = [self.prompts[row] for row in batch]
         room = how.room(len(prompts[0]))
@@ -104,7 +164,9 @@ class Answers:
         return {row: answer.output for row, answer in zip(batch, loop.rows, strict=True)}
 
     def _read(self) -> dict[int, list[int]]:
-        """The journal's answers, without an incomplete last line (its process was killed or still writes)."""
+        """The journal's answers, without an incomplete last line (its process was killed or still
+        writes).
+        """
         lines = map(json.loads, whole_lines(self.journal, CheckpointError))
         return {line["row"]: line["ids"] for line in lines}
 
@@ -115,9 +177,16 @@ def digest(*values: object) -> str:
 
 
 def plan_replay(
-    config: FinetuneConfig, original: str, data: EncodedData, encoder: Encoder, decoder: Decoder, steps: int
+    config: FinetuneConfig,
+    original: str,
+    data: EncodedData,
+    encoder: Encoder,
+    decoder: Decoder,
+    steps: int,
 ) -> Answers:
-    """Plans texts for `decoder` to sample and a run to replay (Sun et al., LAMOL, ICLR 2020). `original`: its fingerprint."""
+    """Plans texts for `decoder` to sample and a run to replay (Sun et al., LAMOL, ICLR 2020).
+    `original`: its fingerprint.
+    """
     endless = replace(decoder, eos_ids=frozenset())  # texts run past EOS
     count = min(steps * step_rows(config)[1], MOST_REPLAYED)
     tokens = round(data.tokens / len(data.seen))
@@ -134,34 +203,60 @@ def own_texts(decoder: Decoder, seed: int) -> list[dict[str, Any]]:
     starts = _beginnings(decoder, OWN_TEXTS, seed, decoder.backend.spec.context - tokens)
     config = DecodingConfig("autoregressive", max_new_tokens=tokens, temperature=1.0)
     outputs = decode_batch(
-        decoder.backend, starts, config, frozenset(), seeds=[(seed + row) % 2**32 for row in range(OWN_TEXTS)]
+        decoder.backend,
+        starts,
+        config,
+        frozenset(),
+        seeds=[(seed + row) % 2**32 for row in range(OWN_TEXTS)],
     )
     return [answered(starts[output.row], output.ids) for output in outputs]
 
 
 def own_prompts(decoder: Decoder, count: int, seed: int) -> Iterator[str]:
-    """Different prompts that a chat model writes in the user's place, sampled (Magpie: Xu et al., ICLR 2025).
+    """Different prompts that a chat model writes in the user's place, sampled (Magpie: Xu et al.,
+    ICLR 2025).
 
-    Every second begins with one of `_OPENINGS`, for more kinds. Raises ConfigError for a model that rarely ends a prompt.
+    Every second begins with one of `_OPENINGS`, for more kinds. Raises ConfigError for a model that
+    rarely ends a prompt.
     """
-    start, known = decoder.prompt_start(), set[str]()
+    start = decoder.prompt_start()
+    known = set[str]()
     room = min(_PROMPT_TOKENS, decoder.backend.room - len(start) - _PROMPT_TOKENS)
-    require(bool(start) and room > 0, "model", "one whose chat template begins a prompt, and has room for it", decoder.name)
+    require(
+        bool(start) and room > 0,
+        "model",
+        "one whose chat template begins a prompt, and has room for it",
+        decoder.name,
+    )
     config = DecodingConfig("autoregressive", max_new_tokens=room, temperature=1.0, top_p=0.95)
     for first in range(0, _TRIES * count + BATCH, BATCH):
         numbers = range(first, first + BATCH)
-        openings = [_OPENINGS[number // 2 % len(_OPENINGS)] if number % 2 else "" for number in numbers]
-        prompts = [[*start, *decoder.tokenizer(opening, add_special_tokens=False)["input_ids"]] for opening in openings]
+        openings = [
+            _OPENINGS[number // 2 % len(_OPENINGS)] if number % 2 else "" for number in numbers
+        ]
+        prompts = [
+            [*start, *decoder.tokenizer(opening, add_special_tokens=False)["input_ids"]]
+            for opening in openings
+        ]
         seeds = [(seed + number) % 2**32 for number in numbers]
-        outputs = decode_batch(decoder.backend, prompts, config, decoder.eos_ids, decoder.detokenize, seeds)
+        outputs = decode_batch(
+            decoder.backend, prompts, config, decoder.eos_ids, decoder.detokenize, seeds
+        )
         for answer in sorted(outputs, key=lambda answer: answer.row):
             text = (openings[answer.row] + answer.text).strip()
-            if answer.finish_reason == "eos" and answer.text.strip() and text not in known and len(known) < count:
+            if (
+                answer.finish_reason == "eos"
+                and answer.text.strip()
+                and text not in known
+                and len(known) < count
+            ):
                 known.add(text)
                 yield text
         if len(known) == count:
             return
-    raise ConfigError(f"`model` must write prompts that end, got {len(known)} in {numbers.stop} tries by {decoder.name}")
+    raise ConfigError(
+        f"`model` must write prompts that end, got {len(known)} in {numbers.stop} tries by {decoder.name}"
+    )
 
 
 def answered(prompt: list[int], answer: list[int]) -> dict[str, Any]:
@@ -170,7 +265,9 @@ def answered(prompt: list[int], answer: list[int]) -> dict[str, Any]:
 
 
 def _beginnings(decoder: Decoder, count: int, seed: int, longest: int) -> list[list[int]]:
-    """Prompts for sampled texts: a random token, in every second one the template's text before a prompt, if there is any."""
+    """Prompts for sampled texts: a random token, in every second one the template's text before a
+    prompt, if there is any.
+    """
     generator = torch.Generator().manual_seed(seed)
     first = torch.randint(decoder.backend.spec.vocab, (count,), generator=generator).tolist()
     templated = decoder.prompt_start()[:longest]

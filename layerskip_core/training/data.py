@@ -1,4 +1,6 @@
-"""The rows of a run: which data it reads, encoded rows in memory or as a stream, their order, and their batches."""
+"""The rows of a run: which data it reads, encoded rows in memory or as a stream, their order, and
+their batches.
+"""
 
 import hashlib
 import itertools
@@ -39,7 +41,9 @@ from .encoding import Encoder
 from .recipe import TEXT_PRESETS
 from .sharding import world_size
 
-_LENGTH, _TEXT_LENGTH = 512, 2048  # tokens per row, of tasks and of plain text; the paper's table has none
+# Tokens per row, of tasks and of plain text; the paper's table has none
+_LENGTH = 512
+_TEXT_LENGTH = 2048
 _VALIDATION_ROWS = 256
 _SHUFFLED = 10_000  # rows of a stream shuffled together
 _SAMPLED = 64  # rows of a stream that are read to plan a run
@@ -49,8 +53,11 @@ _POOL = 50  # optimizer steps whose rows are sorted together
 
 
 def step_rows(config: TrainingConfig) -> tuple[int, int]:
-    """(data rows, replayed rows) per optimizer step, over all processes. Raises ConfigError if `replay` leaves 0 of either."""
-    share, rows = getattr(config, "replay", None) or 0.0, config.batch_size * config.accumulation * world_size()
+    """(data rows, replayed rows) per optimizer step, over all processes. Raises ConfigError if
+    `replay` leaves 0 of either.
+    """
+    share = getattr(config, "replay", None) or 0.0
+    rows = config.batch_size * config.accumulation * world_size()
     replayed = round(share * rows)
     needed = f"a share of the {rows} rows of a step that is one row at least, and not all"
     require(not share or 0 < replayed < rows, "replay", needed, share)
@@ -58,10 +65,14 @@ def step_rows(config: TrainingConfig) -> tuple[int, int]:
 
 
 def run_steps(config: TrainingConfig, rows: int) -> int:
-    """Optimizer steps of a run. An epoch sees each of the `rows` once; replayed rows come on top."""
+    """Optimizer steps of a run. An epoch sees each of the `rows` once; replayed rows come on
+    top.
+    """
     if config.steps is None and config.data.is_endless:
         return config.commands_steps
-    return config.steps or max(1, math.ceil(rows / step_rows(config)[0] * (config.epochs or config.usual_epochs)))
+    return config.steps or max(
+        1, math.ceil(rows / step_rows(config)[0] * (config.epochs or config.usual_epochs))
+    )
 
 
 class RunRows(NamedTuple):
@@ -94,7 +105,9 @@ def read_rows(config: TrainingConfig) -> RunRows:
     if config.validation is not None:
         held_out = _named_rows(config, config.validation, load)
     else:
-        held_out = [row for row in rows if division.holds(row.key) and side_of(row.key) == VALIDATION]
+        held_out = [
+            row for row in rows if division.holds(row.key) and side_of(row.key) == VALIDATION
+        ]
     rows = rows[:1] if config.streaming else [row for row in rows if not division.holds(row.key)]
     return RunRows(rows, held_out, None if has_split else division)
 
@@ -107,13 +120,19 @@ def _endless_rows(config: TrainingConfig) -> int:
     return max(1, round(rows))
 
 
-def _named_rows(config: TrainingConfig, name: str, load: Callable[[DataConfig], list[Row]]) -> list[Row]:
-    """The rows that choose of `validation`: of a split of `data`, or of other data. Raises ConfigError, DataError."""
+def _named_rows(
+    config: TrainingConfig, name: str, load: Callable[[DataConfig], list[Row]]
+) -> list[Row]:
+    """The rows that choose of `validation`: of a split of `data`, or of other data. Raises
+    ConfigError, DataError.
+    """
     data = replace(config.data, setting="validation")
     limit = _VALIDATION_ROWS if config.validation_samples is None else config.validation_samples
     if not is_data(name):
         if Path(data.name).is_file():
-            raise ConfigError(f"`validation` must be other data where `data` is a file, which has no splits, got {name}")
+            raise ConfigError(
+                f"`validation` must be other data where `data` is a file, which has no splits, got {name}"
+            )
         return load(replace(data, split=name, limit=limit))
     other = replace(data, name=name, split=VALIDATION, limit=0)
     if own_splits(other):
@@ -124,31 +143,53 @@ def _named_rows(config: TrainingConfig, name: str, load: Callable[[DataConfig], 
 
 
 def make_encoder(config: TrainingConfig, trainable: Trainable, rows: Sequence[Row]) -> Encoder:
-    """The encoder that suits the training `rows`. Plain text is packed under the presets for it. Raises ConfigError."""
+    """The encoder that suits the training `rows`. Plain text is packed under the presets for it.
+    Raises ConfigError.
+    """
     plain = all(isinstance(row, Example) and not row.prompt for row in rows)
     for_text = isinstance(config, FinetuneConfig) and config.recipe.preset in TEXT_PRESETS
     context = trainable.backend.spec.context
     longest = config.max_length or min(_TEXT_LENGTH if for_text else _LENGTH, context)
-    require(longest <= context, "max_length", f"at most the model's context of {context} tokens", longest)
-    return Encoder(trainable.tokenizer, _template(config, trainable, rows), longest, plain and for_text)
+    require(
+        longest <= context,
+        "max_length",
+        f"at most the model's context of {context} tokens",
+        longest,
+    )
+    return Encoder(
+        trainable.tokenizer, _template(config, trainable, rows), longest, plain and for_text
+    )
 
 
 def _template(config: TrainingConfig, trainable: Trainable, rows: Sequence[Row]) -> PromptTemplate:
-    """Chat for conversations; else the requested template; else that of decoding, with two exceptions.
+    """Chat for conversations; else the requested template; else that of decoding, with two
+    exceptions.
 
-    The parsing template is for parsing data (for `finetune` even if the model stores another one), and for the prompts that
-    `finetune` trains on if the model has no template.
+    The parsing template is for parsing data (for `finetune` even if the model stores another one),
+    and for the prompts that `finetune` trains on if the model has no template.
     """
-    asked, system, stored = config.prompting.asked, config.prompting.system, trainable.info.template
+    asked = config.prompting.asked
+    system = config.prompting.system
+    stored = trainable.info.template
     if any(isinstance(row, Conversation) for row in rows):
         require(asked in (None, CHAT), "template", "chat for conversations", asked)
-        require(system is None, "system", "left out for conversations, which have system messages of their own", system)
+        require(
+            system is None,
+            "system",
+            "left out for conversations, which have system messages of their own",
+            system,
+        )
         return PromptTemplate(CHAT)
-    template, changes = resolve_template(asked, system, stored, trainable.tokenizer), isinstance(config, FinetuneConfig)
+    template = resolve_template(asked, system, stored, trainable.tokenizer)
+    changes = isinstance(config, FinetuneConfig)
     prompts = any(isinstance(row, Example) and row.prompt for row in rows)
     parsing = is_parsing(config.data) and (stored is None or changes)
     lines = stored is None and template.text == RAW and prompts and changes
-    return PromptTemplate(PARSING_TEMPLATE) if asked is None and system is None and (parsing or lines) else template
+    return (
+        PromptTemplate(PARSING_TEMPLATE)
+        if asked is None and system is None and (parsing or lines)
+        else template
+    )
 
 
 @dataclass(frozen=True)
@@ -165,12 +206,17 @@ class EncodedData:
         return sum(len(row["input_ids"]) for row in self.seen)
 
 
-def encode_rows(rows: Iterable[Row], encoder: Encoder, most: int | None = None, required: bool = True) -> EncodedData:
-    """All rows, or the first `most`, in memory as int32. Raises DataError if a target within the maximum length is `required`
-    and none has one.
+def encode_rows(
+    rows: Iterable[Row], encoder: Encoder, most: int | None = None, required: bool = True
+) -> EncodedData:
+    """All rows, or the first `most`, in memory as int32. Raises DataError if a target within the
+    maximum length is `required` and none has one.
     """
     encoded = [
-        {name: np.array(value, np.int32) if isinstance(value, list) else value for name, value in row.items()}
+        {
+            name: np.array(value, np.int32) if isinstance(value, list) else value
+            for name, value in row.items()
+        }
         for row in itertools.islice(encoder.rows(rows), most)
     ]
     kept = list(filter(has_target, encoded))
@@ -182,43 +228,62 @@ def encode_rows(rows: Iterable[Row], encoder: Encoder, most: int | None = None, 
     return EncodedData(kept, kept, len(encoded) - len(kept), digest.hexdigest()[:16])
 
 
-def encode_stream(config: DataConfig, encoder: Encoder, seed: int, division: HeldOut) -> EncodedData:
-    """An endless stream of rows, without those held out. Raises DataError like `encode_rows`, judged by the first rows."""
+def encode_stream(
+    config: DataConfig, encoder: Encoder, seed: int, division: HeldOut
+) -> EncodedData:
+    """An endless stream of rows, without those held out. Raises DataError like `encode_rows`,
+    judged by the first rows.
+    """
     stream = StreamedRows(config, encoder, seed, division)
     first = encode_rows(stream.unshuffled(), encoder, _SAMPLED)
     return replace(first, rows=stream, digest=None)
 
 
 def no_room(encoder: Encoder) -> DataError:
-    return DataError(f"no row has room for a completion within `max_length` {encoder.max_length}: every prompt is longer")
+    return DataError(
+        f"no row has room for a completion within `max_length` {encoder.max_length}: every prompt is longer"
+    )
 
 
 def has_target(row: dict[str, Any]) -> bool:
-    return bool((np.asarray(row["labels"])[1:] != IGNORED).any())  # nothing predicts the first token
+    # Nothing predicts the first token
+    return bool((np.asarray(row["labels"])[1:] != IGNORED).any())
 
 
 def with_whole_answers(rows: Sequence[Any]) -> list[tuple[dict[str, Any], int]]:
-    """The rows that end with one uninterrupted answer, and the index of its first token; no packed rows."""
+    """The rows that end with one uninterrupted answer, and the index of its first token; no packed
+    rows.
+    """
     few = [(row, row["labels"] != IGNORED) for row in rows if "documents" not in row]
     starts = [(row, targets, int(targets.argmax())) for row, targets in few]
-    return [(row, start) for row, targets, start in starts if targets[max(1, start) :].all()]  # nothing predicts the very first
+    # Nothing predicts the very first
+    return [(row, start) for row, targets, start in starts if targets[max(1, start) :].all()]
 
 
 def token_order(data: EncodedData, vocab_size: int) -> list[int]:
-    """All token ids 0..V-1, the most frequent targets of the training rows first; unseen ids follow in ascending order."""
+    """All token ids 0..V-1, the most frequent targets of the training rows first; unseen ids follow
+    in ascending order.
+    """
     every = 1 if isinstance(data.rows, StreamedRows) else -(-len(data.rows) // _COUNTED)
     rows = data.rows.one_pass(0) if isinstance(data.rows, StreamedRows) else data.rows
-    labels = np.concatenate([row["labels"] for row in itertools.islice(rows, 0, every * _COUNTED, every)])
+    labels = np.concatenate(
+        [row["labels"] for row in itertools.islice(rows, 0, every * _COUNTED, every)]
+    )
     counts = np.bincount(labels[labels != IGNORED], minlength=vocab_size)
     order: list[int] = np.argsort(-counts, kind="stable").tolist()
     return order
 
 
 class StreamedRows(IterableDataset):  # type: ignore[type-arg]
-    """Endless encoded rows of a file or hub data set, shuffled in chunks of 10,000. Every process reads all."""
+    """Endless encoded rows of a file or hub data set, shuffled in chunks of 10,000. Every process
+    reads all.
+    """
 
     def __init__(self, config: DataConfig, encoder: Encoder, seed: int, division: HeldOut) -> None:
-        self._config, self._encoder, self._seed, self._division = config, encoder, seed, division
+        self._config = config
+        self._encoder = encoder
+        self._seed = seed
+        self._division = division
 
     def unshuffled(self) -> Iterator[Row]:
         """One pass over the rows that are not held out."""
@@ -244,26 +309,38 @@ class StreamedRows(IterableDataset):  # type: ignore[type-arg]
             yield from (some[at] for at in torch.randperm(len(some), generator=generator).tolist())
 
 
-def ordered(config: TrainingConfig, lengths: Sequence[int], steps: int, texts: int = 0) -> Sequence[int]:
-    """A run's row indices: rows of these `lengths`, and `texts` replayed ones, which are numbered after them."""
+def ordered(
+    config: TrainingConfig, lengths: Sequence[int], steps: int, texts: int = 0
+) -> Sequence[int]:
+    """A run's row indices: rows of these `lengths`, and `texts` replayed ones, which are numbered
+    after them.
+    """
     own, replayed = step_rows(config)
-    order, own_texts = array("q", run_order(lengths, own, steps, config.seed)), range(len(lengths), len(lengths) + texts)
+    order = array("q", run_order(lengths, own, steps, config.seed))
+    own_texts = range(len(lengths), len(lengths) + texts)
     return array("q", with_replay(order, own_texts, replayed, own + replayed))
 
 
-def with_replay(order: Sequence[int], texts: Sequence[int], replayed: int, per_step: int) -> Iterator[int]:
+def with_replay(
+    order: Sequence[int], texts: Sequence[int], replayed: int, per_step: int
+) -> Iterator[int]:
     """Inserts `replayed` of the `texts` into each step of `per_step` rows, evenly spaced."""
-    turn, own = itertools.cycle(texts), per_step - replayed
+    turn = itertools.cycle(texts)
+    own = per_step - replayed
     for start in range(0, len(order), own):
         rows = iter(order[start : start + own])
         for index in range(per_step):
-            yield next(turn if (index + 1) * replayed // per_step > index * replayed // per_step else rows)
+            yield next(
+                turn if (index + 1) * replayed // per_step > index * replayed // per_step else rows
+            )
 
 
 def run_order(lengths: Sequence[int], rows_per_step: int, steps: int, seed: int) -> Iterator[int]:
-    """Row indices of a whole run. _POOL steps at a time are sorted by length and cut into steps, whose order is shuffled.
+    """Row indices of a whole run. _POOL steps at a time are sorted by length and cut into steps,
+    whose order is shuffled.
 
-    The order depends on the seed alone, so a resumed run has the same; Trainer's depends on global random state.
+    The order depends on the seed alone, so a resumed run has the same; Trainer's depends on global
+    random state.
     """
     waiting: list[int] = []
     left = steps
@@ -272,7 +349,10 @@ def run_order(lengths: Sequence[int], rows_per_step: int, steps: int, seed: int)
         waiting += torch.randperm(len(lengths), generator=generator).tolist()
         whole = len(waiting) // rows_per_step * rows_per_step
         for start in range(0, whole, rows_per_step * _POOL):
-            pool = sorted(waiting[start : min(whole, start + rows_per_step * _POOL)], key=lambda row: -lengths[row])
+            pool = sorted(
+                waiting[start : min(whole, start + rows_per_step * _POOL)],
+                key=lambda row: -lengths[row],
+            )
             for at in torch.randperm(len(pool) // rows_per_step, generator=generator).tolist():
                 if not left:
                     return
@@ -282,13 +362,18 @@ def run_order(lengths: Sequence[int], rows_per_step: int, steps: int, seed: int)
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """`input_ids`, `labels` (B, T), padded at the right; `lengths` (B,); for packed rows `documents` (B, T), padded by -1."""
+    """`input_ids`, `labels` (B, T), padded at the right; `lengths` (B,); for packed rows
+    `documents` (B, T), padded by -1.
+    """
 
     def padded(name: str, filler: int) -> Tensor:
-        return pad_sequence([torch.as_tensor(row[name]) for row in rows], batch_first=True, padding_value=filler).long()
+        return pad_sequence(
+            [torch.as_tensor(row[name]) for row in rows], batch_first=True, padding_value=filler
+        ).long()
 
     batch = {"input_ids": padded("input_ids", 0), "labels": padded("labels", IGNORED)}
-    batch["labels"][:, 0] = IGNORED  # nothing predicts a row's first token; it must not count as a target either
+    # Nothing predicts a row's first token; it must not count as a target either
+    batch["labels"][:, 0] = IGNORED
     batch["lengths"] = torch.tensor([len(row["input_ids"]) for row in rows])
     if "documents" in rows[0]:
         batch["documents"] = padded("documents", -1)

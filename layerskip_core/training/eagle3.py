@@ -1,4 +1,6 @@
-"""Training of a drafter in the EAGLE-3 layout, unrolled over its own outputs (training-time test: Li et al., 2025)."""
+"""Training of a drafter in the EAGLE-3 layout, unrolled over its own outputs (training-time test:
+Li et al., 2025).
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +15,15 @@ from ..config.training import DrafterConfig
 from ..errors import require
 from ..losses import IGNORED
 from ..model import Backend, TransformersBackend
-from ..model.eagle3 import MATRICES, ROPE_VALUES, ROPES, Eagle3, Eagle3Form, Eagle3Layer, Eagle3Weights
+from ..model.eagle3 import (
+    MATRICES,
+    ROPE_VALUES,
+    ROPES,
+    Eagle3,
+    Eagle3Form,
+    Eagle3Layer,
+    Eagle3Weights,
+)
 from ..model.exit_blocks import ExitBlocks
 from ..model.spec import ModelSpec
 from .exit_blocks import DrafterModule
@@ -27,48 +37,66 @@ _SCORED = 256  # tokens at a time through the model's whole head
 
 
 class FrozenEagle3(DrafterModule):
-    """A drafter of a frozen model. Only the model's embedding and head run here; `decoder` computes the states.
+    """A drafter of a frozen model. Only the model's embedding and head run here; `decoder` computes
+    the states.
 
-    Muon trains the drafter's matrices; its norms and head stay as they were initialised. On SmolLM2 57 such steps gave more
-    agreement than 122 of AdamW on all weights.
+    Muon trains the drafter's matrices; its norms and head stay as they were initialised. On SmolLM2
+    57 such steps gave more agreement than 122 of AdamW on all weights.
     """
 
     first_target = 2  # token t is predicted from the embedding of t-1 and the states of t-2
     names = {0: "eagle3"}  # noqa: RUF012
 
-    def __init__(self, backend: TransformersBackend, config: DrafterConfig, known: Eagle3Weights | None = None) -> None:
-        """Starts from `known`, or from the model's final norm and random matrices. `begin` sets the draft vocabulary and head.
+    def __init__(
+        self,
+        backend: TransformersBackend,
+        config: DrafterConfig,
+        known: Eagle3Weights | None = None,
+    ) -> None:
+        """Starts from `known`, or from the model's final norm and random matrices. `begin` sets the
+        draft vocabulary and head.
 
-        A head of `known` that differs from the model's stays, with its vocabulary. One like the model's, also as it was
-        before a finetuning, is replaced: another task has other frequent tokens.
+        A head of `known` that differs from the model's stays, with its vocabulary. One like the
+        model's, also as it was before a finetuning, is replaced: another task has other frequent
+        tokens.
 
         Raises ConfigError if `known` is None and the model does not suit engines (`suits_engines`).
         """
         super().__init__(backend)
         form = _form(backend, config.draft_vocab) if known is None else known.form
-        self.drafter = Eagle3(form, torch.arange(form.vocab) if known is None else known.tokens.clone(), config.seed)
+        self.drafter = Eagle3(
+            form, torch.arange(form.vocab) if known is None else known.tokens.clone(), config.seed
+        )
         self._has_own_head = False
         if known is not None:
-            own, models = known.weights["lm_head.weight"].float(), self._head[known.tokens].float()
-            self._has_own_head = float(F.cosine_similarity(own, models.to(own.device)).mean()) <= _ALIKE
+            own = known.weights["lm_head.weight"].float()
+            models = self._head[known.tokens].float()
+            self._has_own_head = (
+                float(F.cosine_similarity(own, models.to(own.device)).mean()) <= _ALIKE
+            )
             copy_into(self.weights(), known.weights)
         elif (norm := backend.norm_weight) is not None:
             copy_into(self.weights(), {"norm.weight": norm})
         self.to(backend.device, torch.float32)
         for name, weight in self.weights().items():
             weight.requires_grad_(name in MATRICES)
-        self.layers, self.details = form.layers, {"layers": form.layers, "draft_vocab": form.vocab}
+        self.layers = form.layers
+        self.details = {"layers": form.layers, "draft_vocab": form.vocab}
 
     @classmethod
     def of(cls, backend: TransformersBackend, config: DrafterConfig) -> "FrozenEagle3":
         """Raises CheckpointError if the drafter `start_from` cannot be read."""
         start = config.start_from
-        return cls(backend, config, None if start is None else read_eagle3(fetched(start), backend.spec))
+        return cls(
+            backend, config, None if start is None else read_eagle3(fetched(start), backend.spec)
+        )
 
     def weights(self) -> dict[str, Tensor]:
         return {name: self.drafter.weight(name) for name in self.drafter.form.shapes}
 
-    def files(self, dtype: torch.dtype, kept: ExitBlocks, model_fingerprint: str, verifier: str) -> dict[str, bytes]:
+    def files(
+        self, dtype: torch.dtype, kept: ExitBlocks, model_fingerprint: str, verifier: str
+    ) -> dict[str, bytes]:
         return eagle3_content(self.stored(dtype), self.backend.spec, verifier)
 
     def estimated_speedup(self, backend: Backend, exit_layer: int) -> SpeedEstimate:
@@ -81,29 +109,45 @@ class FrozenEagle3(DrafterModule):
         return weight
 
     def begin(self, texts: Sequence[Mapping[str, Any]]) -> None:
-        """Sets the draft vocabulary to the most frequent answer tokens of encoded rows, and the head to the model's for these.
+        """Sets the draft vocabulary to the most frequent answer tokens of encoded rows, and the
+        head to the model's for these.
 
-        If they are too few, tokens of the present vocabulary fill it up. A drafter with a head of its own keeps both.
+        If they are too few, tokens of the present vocabulary fill it up. A drafter with a head of
+        its own keeps both.
         """
         if self._has_own_head:
             return
-        answers = torch.tensor([label for text in texts for label in text["labels"] if label != IGNORED])
-        counts, own = answers.bincount(minlength=self.backend.spec.vocab).float(), self.drafter.tokens.cpu()
-        preferred = counts.index_add(0, own, torch.full((len(own),), 0.5)).argsort(descending=True, stable=True)
+        answers = torch.tensor(
+            [label for text in texts for label in text["labels"] if label != IGNORED]
+        )
+        counts = answers.bincount(minlength=self.backend.spec.vocab).float()
+        own = self.drafter.tokens.cpu()
+        preferred = counts.index_add(0, own, torch.full((len(own),), 0.5)).argsort(
+            descending=True, stable=True
+        )
         tokens = preferred[: len(own)].sort().values
         self.drafter.tokens.copy_(tokens)
         copy_into(self.weights(), {"lm_head.weight": self._head[tokens]})
 
     def stored(self, dtype: torch.dtype) -> Eagle3Weights:
         """The drafter's weights on the CPU in `dtype`."""
-        weights = {name: weight.detach().to("cpu", dtype) for name, weight in self.weights().items()}
+        weights = {
+            name: weight.detach().to("cpu", dtype) for name, weight in self.weights().items()
+        }
         return Eagle3Weights(self.drafter.form, self.drafter.tokens.cpu(), weights)
 
-    def forward(self, input_ids: Tensor, labels: Tensor, step: RunStep | None = None) -> dict[str, Tensor | tuple[int, ...]]:
-        """`loss` is KL(model || draft) over the draft vocabulary, averaged over the unrolled drafts; `per_exit` is the first
-        draft's. Both are summed over targets: tokens with labels from the third of a row on.
+    def forward(
+        self, input_ids: Tensor, labels: Tensor, step: RunStep | None = None
+    ) -> dict[str, Tensor | tuple[int, ...]]:
+        """`loss` is KL(model || draft) over the draft vocabulary, averaged over the unrolled
+        drafts; `per_exit` is the first draft's. Both are summed over targets: tokens with labels
+        from the third of a row on.
         """
-        layer, is_target, (states, finals) = self.drafter.layer, labels[:, 2:] != IGNORED, self.states(input_ids)
+        layer, is_target, (states, finals) = (
+            self.drafter.layer,
+            labels[:, 2:] != IGNORED,
+            self.states(input_ids),
+        )
         before = int(is_target.any(0).int().argmax())  # leading entries without a target in any row
         start = max(0, before - DRAFTS + 1)
         taught = finals[:, 1:-1][is_target]
@@ -111,17 +155,23 @@ class FrozenEagle3(DrafterModule):
             embedded = self.backend.embed(input_ids[:, 1:-1]).float()
             wanted = F.linear(taught, self._head[self.drafter.tokens].float()).log_softmax(-1)
         feature = layer.feature([state[:, :-2] for state in states])
-        losses, first = [], torch.empty(0)
+        losses = []
+        first = torch.empty(0)
         for draft, hidden in enumerate(unrolled(layer, embedded, feature, DRAFTS, start)):
             whole = is_target.clone()
             whole[:, :draft] = False  # an entry reads outputs for `draft` entries before it
             logits = layer.logits(hidden[whole[:, start:]])
             rows = whole[is_target]
-            losses.append(F.kl_div(logits.log_softmax(-1), wanted[rows], reduction="sum", log_target=True))
+            losses.append(
+                F.kl_div(logits.log_softmax(-1), wanted[rows], reduction="sum", log_target=True)
+            )
             first = first if draft else logits.argmax(-1)
         agreeing = torch.zeros((), device=taught.device)
         if not self.training:
-            best = [F.linear(part, self._head.float()).argmax(-1) for part in torch.split(taught, _SCORED)]
+            best = [
+                F.linear(part, self._head.float()).argmax(-1)
+                for part in torch.split(taught, _SCORED)
+            ]
             agreeing = (self.drafter.tokens[first] == torch.cat(best)).sum()
         return {
             "loss": torch.stack(losses).mean(),
@@ -132,31 +182,46 @@ class FrozenEagle3(DrafterModule):
 
 
 def suits_engines(backend: TransformersBackend) -> bool:
-    """Whether a model has attention, and an embedding and logits without scale or cap: engines apply none to a drafter."""
+    """Whether a model has attention, and an embedding and logits without scale or cap: engines
+    apply none to a drafter.
+    """
     if not hasattr(backend.spec.config.get_text_config(decoder=True), "num_attention_heads"):
         return False
-    model, ids = backend.model, torch.arange(4)[None]
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    model = backend.model
+    ids = torch.arange(4)[None]
+    embedding = model.get_input_embeddings().weight
+    head = model.get_output_embeddings().weight
     with torch.no_grad():
-        states, own = embedding[:4], backend.embed(ids.to(backend.device))[0]
-        plain = own.dtype == states.dtype and own.shape == states.shape and torch.allclose(own, states)
-        return plain and torch.allclose(backend.head(states), F.linear(states, head), rtol=1e-2, atol=1e-3)
+        states = embedding[:4]
+        own = backend.embed(ids.to(backend.device))[0]
+        plain = (
+            own.dtype == states.dtype and own.shape == states.shape and torch.allclose(own, states)
+        )
+        return plain and torch.allclose(
+            backend.head(states), F.linear(states, head), rtol=1e-2, atol=1e-3
+        )
 
 
 def _form(backend: TransformersBackend, vocab: int) -> Eagle3Form:
-    """The form of a new drafter: the model's widths, where its configuration has them under the usual names. The residual is
-    the normed feature, because the model's states are much larger than the output of a new layer.
+    """The form of a new drafter: the model's widths, where its configuration has them under the
+    usual names. The residual is the normed feature, because the model's states are much larger than
+    the output of a new layer.
 
     Raises ConfigError for a model that does not suit engines (`suits_engines`).
     """
-    spec, needed = backend.spec, "exit for a model without attention, or that scales or caps its embedding or its logits"
+    spec = backend.spec
+    needed = (
+        "exit for a model without attention, or that scales or caps its embedding or its logits"
+    )
     require(suits_engines(backend), "layout", needed, "eagle3")
     config = spec.config.get_text_config(decoder=True)
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or spec.hidden // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     if isinstance(spec, ModelSpec):  # the drafter's KV entries share its cache
-        heads, kv_heads, size = spec.heads, spec.kv_heads, spec.head_dim
+        heads = spec.heads
+        kv_heads = spec.kv_heads
+        size = spec.head_dim
     rope = getattr(config, "rope_parameters", None) or {}
     kept = ROPE_VALUES if rope.get("rope_type", "default") in ROPES else ("rope_theta",)
     return Eagle3Form(
@@ -173,23 +238,33 @@ def _form(backend: TransformersBackend, vocab: int) -> Eagle3Form:
     )
 
 
-def unrolled(layer: Eagle3Layer, embedded: Tensor, feature: Tensor, drafts: int, start: int = 0) -> list[Tensor]:
+def unrolled(
+    layer: Eagle3Layer, embedded: Tensor, feature: Tensor, drafts: int, start: int = 0
+) -> list[Tensor]:
     """Outputs (B, N - start, D) of the entries start..N-1 in each draft k = 0, 1, ... of a round.
 
-    In draft k > 0 the feature of entry i is the output of entry i-1 in draft k-1. Entry i attends to the KV entries up to i-k
-    of draft 0, and to that at i-k+j of each draft j = 1..k. The first k outputs of draft k are meaningless.
+    In draft k > 0 the feature of entry i is the output of entry i-1 in draft k-1. Entry i attends
+    to the KV entries up to i-k of draft 0, and to that at i-k+j of each draft j = 1..k. The first k
+    outputs of draft k are meaningless.
     """
     count = embedded.shape[1]
-    places, order = torch.arange(count)[None], torch.arange(count, device=embedded.device)
-    groups, scale = layer.form.heads // layer.form.kv_heads, layer.form.head_dim**-0.5
+    places = torch.arange(count)[None]
+    order = torch.arange(count, device=embedded.device)
+    groups = layer.form.heads // layer.form.kv_heads
+    scale = layer.form.head_dim**-0.5
     entries: list[tuple[Tensor, Tensor]] = []  # keys and values by draft
     outputs: list[Tensor] = []
     for draft in range(drafts):
         residual, queries, keys, values = layer.begin(embedded, feature, places)
-        entries.append((keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)))
+        entries.append(
+            (keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1))
+        )
         if not draft:
-            residual, queries = residual[:, start:], queries[:, :, start:]
-            embedded, feature, places = embedded[:, start:], feature[:, start:], places[:, start:]
+            residual = residual[:, start:]
+            queries = queries[:, :, start:]
+            embedded = embedded[:, start:]
+            feature = feature[:, start:]
+            places = places[:, start:]
         ends = order[start:, None] - draft
         visible = [order <= ends, *(order[start:] == ends + later for later in range(1, draft + 1))]
         seen, values = (torch.cat(part, dim=2) for part in zip(*entries, strict=True))

@@ -1,4 +1,6 @@
-"""Examples, conversations and packed documents as token ids with labels; and a tokenizer trained on them."""
+"""Examples, conversations and packed documents as token ids with labels; and a tokenizer trained on
+them.
+"""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,7 +21,9 @@ _SPECIAL = ["<|pad|>", "<|bos|>", "<|eos|>"]
 
 @dataclass(frozen=True)
 class Encoder:
-    """Encodes examples in `template`, conversations in the chat template, and with `pack` plain text as packed documents."""
+    """Encodes examples in `template`, conversations in the chat template, and with `pack` plain
+    text as packed documents.
+    """
 
     tokenizer: Any
     template: PromptTemplate
@@ -27,14 +31,23 @@ class Encoder:
     pack: bool = False
 
     def rows(self, rows: Iterable[Row]) -> Iterator[dict[str, Any]]:
-        """Rows of input_ids, labels (IGNORED without a target) and `truncated`, at most `max_length` tokens each."""
+        """Rows of input_ids, labels (IGNORED without a target) and `truncated`, at most
+        `max_length` tokens each.
+        """
         encoded = map(self._encoded, rows)
         if self.pack:
-            yield from ({**row, "truncated": False} for row in packed((ids for ids, _ in encoded), self.max_length))
+            yield from (
+                {**row, "truncated": False}
+                for row in packed((ids for ids, _ in encoded), self.max_length)
+            )
             return
         for ids, labels in encoded:
             cut = slice(self.max_length)
-            yield {"input_ids": ids[cut], "labels": labels[cut], "truncated": len(ids) > self.max_length}
+            yield {
+                "input_ids": ids[cut],
+                "labels": labels[cut],
+                "truncated": len(ids) > self.max_length,
+            }
 
     def prompts(self, rows: Iterable[Row]) -> Iterator[list[int]]:
         """Token ids of the examples' prompts; conversations are left out."""
@@ -46,44 +59,79 @@ class Encoder:
 
     def _encoded(self, row: Row) -> tuple[list[int], list[int]]:
         if self.pack and (isinstance(row, Conversation) or row.prompt):
-            raise DataError("packed rows are of plain text: one with a prompt, or a conversation, would be cut anywhere")
+            raise DataError(
+                "packed rows are of plain text: one with a prompt, or a conversation, would be cut anywhere"
+            )
         with _naming(row):
             return self._conversation(row) if isinstance(row, Conversation) else self._example(row)
 
     def _example(self, row: Example) -> tuple[list[int], list[int]]:
-        """Prompt, completion and EOS, the latter two with labels. In a template a completion's special tokens stay text."""
-        prompt = encode_prompt(self.tokenizer, self.template if row.prompt else PromptTemplate(), row.prompt)
-        special = None if not row.prompt or self.template.text == RAW else special_text(self.tokenizer)
+        """Prompt, completion and EOS, the latter two with labels. In a template a completion's
+        special tokens stay text.
+        """
+        prompt = encode_prompt(
+            self.tokenizer, self.template if row.prompt else PromptTemplate(), row.prompt
+        )
+        special = (
+            None if not row.prompt or self.template.text == RAW else special_text(self.tokenizer)
+        )
         if special is None or not special.found(row.completion):
             completion = list(self.tokenizer(row.completion, add_special_tokens=False)["input_ids"])
         else:
-            completion = list(special.encode(special.sealed(special.masked(row.completion)), add_special_tokens=False).ids)
+            completion = list(
+                special.encode(
+                    special.sealed(special.masked(row.completion)), add_special_tokens=False
+                ).ids
+            )
         completion += [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         return prompt + completion, [IGNORED] * len(prompt) + completion
 
     def _conversation(self, row: Conversation) -> tuple[list[int], list[int]]:
         """Only the assistant's turns have labels, end of turn included."""
         if not self.tokenizer.chat_template:
-            raise DataError("`data` holds conversations (messages), but the model's tokenizer has no chat template for them")
+            raise DataError(
+                "`data` holds conversations (messages), but the model's tokenizer has no chat template for them"
+            )
         special = special_text(self.tokenizer)
         if special is None:
-            raise DataError("`data` holds conversations (messages), whose turns a tokenizer in Python cannot tell apart")
+            raise DataError(
+                "`data` holds conversations (messages), whose turns a tokenizer in Python cannot tell apart"
+            )
         # The text of a special token within a turn must not open another turn.
-        messages = [{"role": special.masked(role), "content": special.masked(content)} for role, content in row.messages]
+        messages = [
+            {"role": special.masked(role), "content": special.masked(content)}
+            for role, content in row.messages
+        ]
 
         def text_of(count: int, prompt: bool) -> str:
-            text = render_chat(self.tokenizer, messages[:count], add_generation_prompt=prompt) if count else ""
+            text = (
+                render_chat(self.tokenizer, messages[:count], add_generation_prompt=prompt)
+                if count
+                else ""
+            )
             return special.sealed(text)
 
         text = text_of(len(messages), False)
         spans = [
-            (text_of(at, True), text_of(at + 1, False)) for at, (role, _) in enumerate(row.messages) if role == "assistant"
+            (text_of(at, True), text_of(at + 1, False))
+            for at, (role, _) in enumerate(row.messages)
+            if role == "assistant"
         ]
-        if not all(text.startswith(through) and through.startswith(before) for before, through in spans):
-            raise DataError("the tokenizer's chat template rewrites earlier turns: the assistant's cannot be told apart")
+        if not all(
+            text.startswith(through) and through.startswith(before) for before, through in spans
+        ):
+            raise DataError(
+                "the tokenizer's chat template rewrites earlier turns: the assistant's cannot be told apart"
+            )
         encoding = special.encode(text, add_special_tokens=False)
-        targets = [any(len(before) <= start < len(through) for before, through in spans) for start, _ in encoding.offsets]
-        return encoding.ids, [token if target else IGNORED for token, target in zip(encoding.ids, targets, strict=True)]
+        targets = [
+            any(len(before) <= start < len(through) for before, through in spans)
+            for start, _ in encoding.offsets
+        ]
+        return encoding.ids, [
+            token if target else IGNORED
+            for token, target in zip(encoding.ids, targets, strict=True)
+        ]
 
 
 @contextmanager
@@ -98,32 +146,53 @@ def _naming(row: Row) -> Iterator[None]:
 
 
 def packed(documents: Iterable[list[int]], length: int) -> Iterator[dict[str, Any]]:
-    """Documents joined and cut into rows of `length` tokens (the last may be shorter); each row numbers its `documents`."""
-    tokens = ((number, token) for number, document in enumerate(filter(None, documents)) for token in document)
+    """Documents joined and cut into rows of `length` tokens (the last may be shorter); each row
+    numbers its `documents`.
+    """
+    tokens = (
+        (number, token)
+        for number, document in enumerate(filter(None, documents))
+        for token in document
+    )
     while row := list(islice(tokens, length)):
-        numbers, ids = [number - row[0][0] for number, _ in row], [token for _, token in row]
+        numbers = [number - row[0][0] for number, _ in row]
+        ids = [token for _, token in row]
         # Nothing predicts the first token of a document.
-        labels = [token if at and numbers[at - 1] == numbers[at] else IGNORED for at, token in enumerate(ids)]
+        labels = [
+            token if at and numbers[at - 1] == numbers[at] else IGNORED
+            for at, token in enumerate(ids)
+        ]
         if len(ids) == length or any(label != IGNORED for label in labels):
             yield {"input_ids": ids, "labels": labels, "documents": numbers}
 
 
 def train_tokenizer(rows: Sequence[Row], vocab_size: int) -> Any:
-    """A transformers tokenizer of at most `vocab_size` entries, including bytes and three special tokens."""
+    """A transformers tokenizer of at most `vocab_size` entries, including bytes and three special
+    tokens.
+    """
     from tokenizers import ByteLevelBPETokenizer, Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     trained = ByteLevelBPETokenizer()
-    trained.train_from_iterator(_texts(rows), vocab_size, min_frequency=0, show_progress=False, special_tokens=_SPECIAL)
+    trained.train_from_iterator(
+        _texts(rows), vocab_size, min_frequency=0, show_progress=False, special_tokens=_SPECIAL
+    )
     tokenizer = Tokenizer.from_str(trained.to_str())
     pad, bos, eos = _SPECIAL
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=pad, bos_token=bos, eos_token=eos)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=pad, bos_token=bos, eos_token=eos
+    )
 
 
 def _texts(rows: Sequence[Row]) -> Iterator[str]:
     for row in rows:
-        parts = [text for _, text in row.messages] if isinstance(row, Conversation) else [f"{row.prompt}\n{row.completion}"]
+        parts = (
+            [text for _, text in row.messages]
+            if isinstance(row, Conversation)
+            else [f"{row.prompt}\n{row.completion}"]
+        )
         for text in parts:
-            # The trainer's time grows with the square of a word's length, so texts with very long words are cut.
+            # The trainer's time grows with the square of a word's length, so texts with very long
+            # words are cut.
             size = _LONGEST_WORD if _ENDLESS.search(text) else len(text) or 1
             yield from (text[at : at + size] for at in range(0, len(text), size))

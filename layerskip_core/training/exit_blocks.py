@@ -1,4 +1,6 @@
-"""Training of exit blocks and MTP on the hidden states of a frozen model, as decoding computes them."""
+"""Training of exit blocks and MTP on the hidden states of a frozen model, as decoding computes
+them.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -33,7 +35,8 @@ _FILE = "drafter.safetensors"  # in a run's checkpoints
 
 
 class Block(nn.Module):
-    """A decoder layer and a norm in fp32, copied from the model. MTP adds input norms and a map W that starts as [I, 0].
+    """A decoder layer and a norm in fp32, copied from the model. MTP adds input norms and a map W
+    that starts as [I, 0].
 
     The parameters have the names of `ExitBlock.shapes`, without the prefix.
     """
@@ -42,7 +45,8 @@ class Block(nn.Module):
         super().__init__()
         self.layer, self.norm = backend.block_parts(block)
         self.names = block.shapes(backend.spec).keys()
-        self.input, self._run = None, backend.run_block
+        self.input = None
+        self._run = backend.run_block
         if block == MTP:
             width = backend.spec.hidden
             self.input = nn.Linear(2 * width, width, bias=False)
@@ -54,12 +58,15 @@ class Block(nn.Module):
     def forward(self, states: Tensor, ids: Tensor, finals: Tensor | None = None) -> Tensor:
         """The head's input (B, T, D), from the states (B, T, D) after the exit of tokens (B, T).
 
-        `finals` (B, T, D), for MTP: outputs of the final norm for the same tokens. A row's first token has no entry and gets 0.
+        `finals` (B, T, D), for MTP: outputs of the final norm for the same tokens. A row's first
+        token has no entry and gets 0.
         """
         if self.input is None or finals is None:
             return self._after(states, ids)
         norms = map(self.get_submodule, INPUT_NORMS)
-        parts = [norm(part) for norm, part in zip(norms, (states[:, 1:], finals[:, :-1]), strict=True)]
+        parts = [
+            norm(part) for norm, part in zip(norms, (states[:, 1:], finals[:, :-1]), strict=True)
+        ]
         return F.pad(self._after(self.input(torch.cat(parts, dim=-1)), ids[:, 1:]), (0, 0, 1, 0))
 
     def _after(self, hidden: Tensor, ids: Tensor) -> Tensor:
@@ -68,7 +75,8 @@ class Block(nn.Module):
 
 
 class DrafterModule(nn.Module):
-    """A frozen model's drafter in training. Subclasses define `of`, its construction by a config, and `files`, to be saved.
+    """A frozen model's drafter in training. Subclasses define `of`, its construction by a config,
+    and `files`, to be saved.
 
     `forward` is like that of `RecipeModule`, with KL divergences from full depth as losses.
     """
@@ -81,24 +89,30 @@ class DrafterModule(nn.Module):
     def __init__(self, backend: TransformersBackend) -> None:
         super().__init__()
         model: Any = backend.model
-        self.backend, self.config = backend, model.requires_grad_(False).config
+        self.backend = backend
+        self.config = model.requires_grad_(False).config
         self.decoder: Backend = backend  # computes the states; a run sets the backend that decodes
         self.details: dict[str, Any] = {}  # added to the record in layerskip.json
         self._kept: dict[bytes, Tensor] = {}  # states (X + 1, T, D) by the ids of a text
         self._room = available_memory() / 4  # bytes
 
     def states(self, ids: Tensor) -> tuple[list[Tensor], Tensor]:
-        """The states (B, T, D) after each of the `layers`, and after the final norm, in fp32, of ids (B, T).
+        """The states (B, T, D) after each of the `layers`, and after the final norm, in fp32, of
+        ids (B, T).
 
         States of texts seen before come from a cache, in a quarter of the free memory.
         """
-        texts = [row.numpy().tobytes().rstrip(b"\0") for row in ids.cpu()]  # without padding, which no token sees
+        # Without padding, which no token sees
+        texts = [row.numpy().tobytes().rstrip(b"\0") for row in ids.cpu()]
         fresh = [row for row, text in enumerate(texts) if text not in self._kept]
         computed = dict(zip(fresh, self._computed(ids[fresh]), strict=True)) if fresh else {}
         for row, states in computed.items():
             if self._room > states.nbytes:
-                self._kept[texts[row]], self._room = states, self._room - states.nbytes
-        states = torch.zeros(len(self.layers) + 1, *ids.shape, self.backend.spec.hidden, device=ids.device)
+                self._kept[texts[row]] = states
+                self._room = self._room - states.nbytes
+        states = torch.zeros(
+            len(self.layers) + 1, *ids.shape, self.backend.spec.hidden, device=ids.device
+        )
         for row, text in enumerate(texts):
             own = computed[row] if row in computed else self._kept[text]
             states[:, row, : own.shape[1]] = own[:, : ids.shape[1]]
@@ -106,15 +120,21 @@ class DrafterModule(nn.Module):
         return read, final
 
     def _computed(self, ids: Tensor) -> Iterator[Tensor]:
-        """Yields the states (X + 1, T, D) of each text: after the X layers, and after the final norm."""
+        """Yields the states (X + 1, T, D) of each text: after the X layers, and after the final
+        norm.
+        """
         backend, (rows, tokens) = self.decoder, ids.shape
-        places, last = Places(backend.new_cache(rows, tokens), [0] * rows, [tokens] * rows, settled=True), backend.num_layers
+        places = Places(backend.new_cache(rows, tokens), [0] * rows, [tokens] * rows, settled=True)
+        last = backend.num_layers
         with torch.inference_mode(), torch.autocast(ids.device.type, enabled=False):
             states = states_at(backend, backend.embed(ids.flatten()), (*self.layers, last), places)
             states[last] = self.backend.normed(states[last].to(self.backend.dtype))
             width = backend.spec.hidden
             of_all = torch.stack(
-                [state[:, :width].to("cpu", torch.float32).view(rows, tokens, -1) for state in states.values()]
+                [
+                    state[:, :width].to("cpu", torch.float32).view(rows, tokens, -1)
+                    for state in states.values()
+                ]
             )
         for row in range(rows):
             yield of_all[:, row].clone()
@@ -137,7 +157,10 @@ class DrafterModule(nn.Module):
     def save(self, folder: Path) -> None:
         """Writes the weights to a run's checkpoint."""
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: weight.detach().cpu().contiguous() for name, weight in self.weights().items()}, folder / _FILE)
+        save_file(
+            {name: weight.detach().cpu().contiguous() for name, weight in self.weights().items()},
+            folder / _FILE,
+        )
 
     def load(self, folder: Path) -> None:
         """Reads the weights that `save` wrote."""
@@ -145,23 +168,42 @@ class DrafterModule(nn.Module):
 
 
 class FrozenExits(DrafterModule):
-    """Exit blocks of a model, or its MTP. Muon trains their matrices; of the model only the head runs here."""
+    """Exit blocks of a model, or its MTP. Muon trains their matrices; of the model only the head
+    runs here.
+    """
 
-    def __init__(self, backend: TransformersBackend, blocks: Sequence[ExitBlock], known: ExitBlocks = NO_BLOCKS) -> None:
+    def __init__(
+        self,
+        backend: TransformersBackend,
+        blocks: Sequence[ExitBlock],
+        known: ExitBlocks = NO_BLOCKS,
+    ) -> None:
         """Blocks in `known` start from the weights there, others from the model's."""
         super().__init__(backend)
-        self.exits, self.shipped = new_readers(backend, blocks, known), known
+        self.exits = new_readers(backend, blocks, known)
+        self.shipped = known
         self.layers = tuple(block.exit_layer for block in blocks)
         self.names = {exit_layer: str(exit_layer or "mtp") for exit_layer in self.layers}
         self.first_target = 1 + (MTP in blocks)
 
     @classmethod
     def of(cls, backend: TransformersBackend, config: DrafterConfig) -> "FrozenExits":
-        """Raises ConfigError for an exit out of range, and if the model ships no drafter to start from."""
+        """Raises ConfigError for an exit out of range, and if the model ships no drafter to start
+        from.
+        """
         if config.layout == "mtp":
-            known = mtp_sidecar(downloaded(config.model), backend.spec)[0] if config.start_from else None
+            known = (
+                mtp_sidecar(downloaded(config.model), backend.spec)[0]
+                if config.start_from
+                else None
+            )
             needed = "left out: this model ships no drafter that is known here"
-            require(known is not None or config.start_from is None, "start_from", needed, config.start_from)
+            require(
+                known is not None or config.start_from is None,
+                "start_from",
+                needed,
+                config.start_from,
+            )
             backend.require_states()
             return cls(backend, known.blocks if known else [MTP], known or NO_BLOCKS)
         exits = sorted(config.exits or (max(1, backend.num_layers // 3),))
@@ -172,8 +214,12 @@ class FrozenExits(DrafterModule):
     def weights(self) -> dict[str, Tensor]:
         return named_weights(self.exits)
 
-    def files(self, dtype: torch.dtype, kept: ExitBlocks, model_fingerprint: str, verifier: str) -> dict[str, bytes]:
-        """Files to save with the model, by name. `kept`: its present blocks. `verifier`: the model's folder or hub id."""
+    def files(
+        self, dtype: torch.dtype, kept: ExitBlocks, model_fingerprint: str, verifier: str
+    ) -> dict[str, bytes]:
+        """Files to save with the model, by name. `kept`: its present blocks. `verifier`: the
+        model's folder or hub id.
+        """
         weights = block_weights(self.backend.model, self.weights(), dtype)
         spec = self.backend.spec
         if MTP.exit_layer in self.layers:
@@ -182,19 +228,28 @@ class FrozenExits(DrafterModule):
             return {MTP_FILE: mtp_content(spec, mtp, weights.__getitem__)}
         return {EXIT_BLOCKS_FILE: exit_blocks_content(spec, weights, model_fingerprint, kept)}
 
-    def forward(self, input_ids: Tensor, labels: Tensor, step: RunStep | None = None) -> dict[str, Tensor | tuple[int, ...]]:
-        """MTP runs twice: on the model's final states, as for a round's first draft, and on its own outputs, as for later ones
-        (HASS, Zhang et al., 2025). Its loss is the mean of both runs, its `per_exit` the first run's.
+    def forward(
+        self, input_ids: Tensor, labels: Tensor, step: RunStep | None = None
+    ) -> dict[str, Tensor | tuple[int, ...]]:
+        """MTP runs twice: on the model's final states, as for a round's first draft, and on its own
+        outputs, as for later ones (HASS, Zhang et al., 2025). Its loss is the mean of both runs,
+        its `per_exit` the first run's.
         """
         is_target, (states, finals) = labels[:, 1:] != IGNORED, self.states(input_ids)
-        head, vocab, teacher = self.backend.head, self.backend.spec.vocab, finals[:, :-1][is_target]
+        head = self.backend.head
+        vocab = self.backend.spec.vocab
+        teacher = finals[:, :-1][is_target]
         results = []
         for block, state in zip(self.exits.values(), states, strict=True):
             runs = [block(state, input_ids, finals)]
             if block.input is not None:
                 runs.append(block(state, input_ids, runs[0]))
             hidden = [run[:, :-1][is_target] for run in runs]
-            results.append(summed_losses(head, hidden, None, vocab, [(0.0, 1 / len(runs))] * len(runs), teacher))
+            results.append(
+                summed_losses(
+                    head, hidden, None, vocab, [(0.0, 1 / len(runs))] * len(runs), teacher
+                )
+            )
         return {
             "loss": torch.stack([loss for loss, _ in results]).sum(),
             "per_exit": torch.stack([sums[0, 1] for _, sums in results]),
@@ -203,11 +258,19 @@ class FrozenExits(DrafterModule):
         }
 
 
-def new_readers(backend: TransformersBackend, blocks: Sequence[ExitBlock], kept: ExitBlocks = NO_BLOCKS) -> nn.ModuleDict:
-    """Trainable blocks by exit, with the weights of `kept` where it has them. Only matrices are trained, by Muon."""
+def new_readers(
+    backend: TransformersBackend, blocks: Sequence[ExitBlock], kept: ExitBlocks = NO_BLOCKS
+) -> nn.ModuleDict:
+    """Trainable blocks by exit, with the weights of `kept` where it has them. Only matrices are
+    trained, by Muon.
+    """
     readers = nn.ModuleDict({str(block.exit_layer): Block(backend, block) for block in blocks})
-    stored, known = kept.weights(backend.spec), [block for block in kept.blocks if block in blocks]
-    copy_into(named_weights(readers), {name: stored.of(name) for block in known for name in block.shapes(backend.spec)})
+    stored = kept.weights(backend.spec)
+    known = [block for block in kept.blocks if block in blocks]
+    copy_into(
+        named_weights(readers),
+        {name: stored.of(name) for block in known for name in block.shapes(backend.spec)},
+    )
     for weight in readers.parameters():
         weight.requires_grad_(weight.dim() == 2)
     return readers

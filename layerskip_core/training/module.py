@@ -35,64 +35,110 @@ class RecipeModule(nn.Module):
     accepts_loss_kwargs = True  # makes Trainer count the target tokens of the whole optimizer step
 
     def __init__(
-        self, model: Any, recipe: Recipe, seed: int = 0, recompute: bool = False, readers: nn.ModuleDict | None = None
+        self,
+        model: Any,
+        recipe: Recipe,
+        seed: int = 0,
+        recompute: bool = False,
+        readers: nn.ModuleDict | None = None,
     ) -> None:
-        """`model`: of transformers or peft. `recompute`: gradient checkpointing. `readers`: see `new_readers`."""
+        """`model`: of transformers or peft. `recompute`: gradient checkpointing. `readers`: see
+        `new_readers`.
+        """
         super().__init__()
-        self.model, self.config = model, model.config
-        self.recipe, self.seed, self.recompute = recipe, seed, recompute
+        self.model = model
+        self.config = model.config
+        self.recipe = recipe
+        self.seed = seed
+        self.recompute = recompute
         self.by_muon = False  # Muon trains the matrices of the layers
         self.tokenizer: Any = None  # saved with the model
-        self.backend = TransformersBackend(model.get_base_model() if hasattr(model, "get_base_model") else model)
-        self.texts = self.backend.texts  # tried now, before a row is dropped or FSDP shards the model
+        self.backend = TransformersBackend(
+            model.get_base_model() if hasattr(model, "get_base_model") else model
+        )
+        # Tried now, before a row is dropped or FSDP shards the model
+        self.texts = self.backend.texts
         layers = self.backend.num_layers
         early = recipe.exits or range(1, layers) if recipe.curriculum != "none" else ()
         self.names = {layer: str(layer) for layer in early}
         self.readers = readers or nn.ModuleDict()
 
     def muon(self, lr: float) -> Iterator[tuple[list[nn.Parameter], float, str]]:
-        """As `DrafterModule.muon`: the readers' matrices, whatever their losses weigh, and with `by_muon` the layers'."""
+        """As `DrafterModule.muon`: the readers' matrices, whatever their losses weigh, and with
+        `by_muon` the layers'.
+        """
         if weights := [weight for weight in self.readers.parameters() if weight.requires_grad]:
             yield weights, MUON_LR, "original"
         if self.by_muon:
             own = self.backend.layers.parameters()
-            yield [weight for weight in own if weight.requires_grad and weight.dim() == 2], lr, "match_rms_adamw"
+            yield (
+                [weight for weight in own if weight.requires_grad and weight.dim() == 2],
+                lr,
+                "match_rms_adamw",
+            )
 
     def forward(
         self, input_ids: Tensor, labels: Tensor, step: RunStep, documents: Tensor | None = None
     ) -> dict[str, Tensor | tuple[int, ...]]:
-        """Ids and labels (B, T), padded at the right, labels IGNORED without a target; `documents` (B, T): see `WholeTexts`.
+        """Ids and labels (B, T), padded at the right, labels IGNORED without a target; `documents`
+        (B, T): see `WholeTexts`.
 
-        Returns `loss`, the weighted sum over target tokens in nats, `per_exit` (exits,), the summed cross-entropy of each of
-        `exit_layers`, and in evaluation `agreeing` (exits,), the number of targets where an exit's argmax is the last layer's.
+        Returns `loss`, the weighted sum over target tokens in nats, `per_exit` (exits,), the summed
+        cross-entropy of each of `exit_layers`, and in evaluation `agreeing` (exits,), the number of
+        targets where an exit's argmax is the last layer's.
         """
-        layers, recipe = self.backend.num_layers, self.recipe
-        exits = exits_on(recipe, step.done, step.total, layers) if self.training else (*self.names, layers)
+        layers = self.backend.num_layers
+        recipe = self.recipe
+        exits = (
+            exits_on(recipe, step.done, step.total, layers)
+            if self.training
+            else (*self.names, layers)
+        )
         rates = [0.0] * layers
         if self.training and recipe.p_max:
             scale = time_scale(step.done, step.total, recipe.dropout_schedule)
             rates = dropout_rates(recipe.p_max, layers, scale, recipe.dropout_profile)
 
         def kept(layer: int) -> list[int]:
-            return kept_rows(rates[layer], len(input_ids), self.seed, step.done, step.first_row, layer)
+            return kept_rows(
+                rates[layer], len(input_ids), self.seed, step.done, step.first_row, layer
+            )
 
-        states = self.texts.states(input_ids, exits, documents, kept, self.recompute and self.training)
+        states = self.texts.states(
+            input_ids, exits, documents, kept, self.recompute and self.training
+        )
         for exit_layer in exits[:-1]:
             states[exit_layer] = with_gradient(states[exit_layer], recipe.exit_gradient)
-        rows = [self._read(exit_layer, states[exit_layer], input_ids, labels, documents) for exit_layer in exits]
-        share = recipe.distill if self.training else 1.0  # in evaluation any weight makes agreement counted
-        scales = exit_weights(exits, layers, recipe.e_scale, recipe.exit_weights)  # 0 for the paper's first exit
+        rows = [
+            self._read(exit_layer, states[exit_layer], input_ids, labels, documents)
+            for exit_layer in exits
+        ]
+        # In evaluation any weight makes agreement counted
+        share = recipe.distill if self.training else 1.0
+        # 0 for the paper's first exit
+        scales = exit_weights(exits, layers, recipe.e_scale, recipe.exit_weights)
         weights = [((1 - share) * scale, share * scale) for scale in scales[:-1]]
-        heads = [self.backend.head if str(layer) in self.readers else self.backend.unembed for layer in exits]
-        read, weights, vocab = [hidden for hidden, _ in rows], [*weights, (scales[-1], 0.0)], self.backend.spec.vocab
+        heads = [
+            self.backend.head if str(layer) in self.readers else self.backend.unembed
+            for layer in exits
+        ]
+        read = [hidden for hidden, _ in rows]
+        weights = [*weights, (scales[-1], 0.0)]
+        vocab = self.backend.spec.vocab
         loss, sums = summed_losses(heads, read, rows[-1][1], vocab, weights)
-        output: dict[str, Tensor | tuple[int, ...]] = {"loss": loss, "per_exit": sums[:, 0], "exit_layers": exits}
+        output: dict[str, Tensor | tuple[int, ...]] = {
+            "loss": loss,
+            "per_exit": sums[:, 0],
+            "exit_layers": exits,
+        }
         return output if self.training else output | {"agreeing": sums[:, 2]}
 
     def _read(
         self, exit_layer: int, states: Tensor, ids: Tensor, labels: Tensor, documents: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Runs an exit's reader, if any, on states (B, T, D). Returns (states (N, D) that predict a target, targets (N,))."""
+        """Runs an exit's reader, if any, on states (B, T, D). Returns (states (N, D) that predict a
+        target, targets (N,)).
+        """
         if str(exit_layer) not in self.readers:
             return target_rows(states, labels)
         reader = self.readers[str(exit_layer)]
@@ -106,10 +152,15 @@ class RecipeModule(nn.Module):
         return exit_speedup(backend, exit_layer, str(exit_layer) in self.readers)
 
     def readers_content(self, model: Any, dtype: torch.dtype) -> bytes:
-        """The content of exit_blocks.safetensors for `model`; without the model's fingerprint for an adapter."""
+        """The content of exit_blocks.safetensors for `model`; without the model's fingerprint for
+        an adapter.
+        """
         weights = block_weights(self.backend.model, named_weights(self.readers), dtype)
-        spec, is_whole = self.backend.spec, not hasattr(model, "get_base_model")
-        return exit_blocks_content(spec, weights, fingerprint(spec, model.get_parameter) if is_whole else "")
+        spec = self.backend.spec
+        is_whole = not hasattr(model, "get_base_model")
+        return exit_blocks_content(
+            spec, weights, fingerprint(spec, model.get_parameter) if is_whole else ""
+        )
 
     def save(self, folder: Path) -> None:
         """Writes an ordinary transformers or peft checkpoint, with the tokenizer and readers."""
@@ -120,12 +171,16 @@ class RecipeModule(nn.Module):
             self.tokenizer.save_pretrained(folder)
 
     def load(self, folder: Path) -> None:
-        """Reads the weights that `save` wrote. Raises ValueError unless it finds these and no others."""
+        """Reads the weights that `save` wrote. Raises ValueError unless it finds these and no
+        others.
+        """
         stored = {name: file.mapped(name) for name, file in open_weights(folder).items()}
         if hasattr(self.model, "get_base_model"):
             from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-            require_same_names(stored, get_peft_model_state_dict(self.model, save_embedding_layers=False))
+            require_same_names(
+                stored, get_peft_model_state_dict(self.model, save_embedding_layers=False)
+            )
             set_peft_model_state_dict(self.model, stored)
         else:
             restore(_written_weights(self.model, stored), stored)
@@ -135,9 +190,17 @@ class RecipeModule(nn.Module):
 
 def _written_weights(model: Any, stored: Collection[str]) -> dict[str, Tensor]:
     """The weights that a checkpoint of a transformers model has: of tied ones those in `stored`."""
-    weights = {name: weight for name, weight in model.state_dict(keep_vars=True).items() if name not in _unwritten(model)}
+    weights = {
+        name: weight
+        for name, weight in model.state_dict(keep_vars=True).items()
+        if name not in _unwritten(model)
+    }
     found = {id(weights[name]) for name in stored if name in weights}
-    return {name: weight for name, weight in weights.items() if name in stored or id(weight) not in found}
+    return {
+        name: weight
+        for name, weight in weights.items()
+        if name in stored or id(weight) not in found
+    }
 
 
 def _unwritten(model: Any) -> Collection[str]:
@@ -157,7 +220,9 @@ def with_gradient(states: Tensor, share: float) -> Tensor:
 
 @quiet_transformers()
 def with_lora(model: Any, config: FinetuneConfig) -> Any:
-    """A peft model with adapters on the linear layers that `lora_targets` names; `all-linear` is all but the head."""
+    """A peft model with adapters on the linear layers that `lora_targets` names; `all-linear` is
+    all but the head.
+    """
     from peft import LoraConfig, get_peft_model
 
     targets = [name.strip() for name in config.lora_targets.split(",")]
@@ -179,7 +244,8 @@ def with_lora(model: Any, config: FinetuneConfig) -> Any:
 def use_fp32_attention(model: Any) -> None:
     """Makes a transformers model with `sdpa` attention run it in fp32 on short rows.
 
-    There torch's flash kernel is slow in bf16 on a CPU: 15 ms for a layer of 32 rows of 56 tokens, 7 ms in fp32 (torch 2.13).
+    There torch's flash kernel is slow in bf16 on a CPU: 15 ms for a layer of 32 rows of 56 tokens,
+    7 ms in fp32 (torch 2.13).
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -191,12 +257,16 @@ def use_fp32_attention(model: Any) -> None:
     model.set_attn_implementation(_FP32_ATTENTION)
 
 
-def _fp32_sdpa(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Any:
+def _fp32_sdpa(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+) -> Any:
     """(B, heads, T, head dim) each; the result is (B, T, heads, head dim)."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if query.shape[-2] >= _SHORT:
         return sdpa_attention_forward(module, query, key, value, mask, **options)
     with torch.autocast(query.device.type, enabled=False):
-        output, weights = sdpa_attention_forward(module, query.float(), key.float(), value.float(), mask, **options)
+        output, weights = sdpa_attention_forward(
+            module, query.float(), key.float(), value.float(), mask, **options
+        )
     return output.to(query.dtype), weights  # FSDP computes in bf16 without autocast

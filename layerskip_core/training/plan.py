@@ -33,10 +33,23 @@ _VALIDATIONS = 10  # per run, unless `eval_steps` is given
 
 # May differ between a run and its resumption.
 _FREE = (
-    *("model", "data", "output", "resume", "overwrite", "save_steps", "report_to", "epochs", "device", "push_to_hub"),
+    *(
+        "model",
+        "data",
+        "output",
+        "resume",
+        "overwrite",
+        "save_steps",
+        "report_to",
+        "epochs",
+        "device",
+        "push_to_hub",
+    ),
     *("validation", "validation_samples", "eval_steps"),
 )
-_MMAP_MAX, _TRIM_THRESHOLD = -4, -1  # of glibc's mallopt
+# Of glibc's mallopt
+_MMAP_MAX = -4
+_TRIM_THRESHOLD = -1
 
 
 @dataclass(frozen=True)
@@ -49,7 +62,9 @@ class Verdict:
 
 
 class Plan:
-    """A run with all defaults resolved, of a model under a `recipe` or of a drafter. Counts of a stream: its first rows."""
+    """A run with all defaults resolved, of a model under a `recipe` or of a drafter. Counts of a
+    stream: its first rows.
+    """
 
     config: TrainingConfig
     trainable: Trainable
@@ -71,8 +86,16 @@ class Plan:
     recipe: Recipe | None = None
     exit_steps: Mapping[int, int]  # `finetune`: steps that train each exit, the last layer included
 
-    def place(self, config: TrainingConfig, device: torch.device, trainable: Trainable, resume: Path | None) -> None:
-        """Sets the model, the device and the precision of the run; `resume` is the checkpoint to go on from, if any."""
+    def place(
+        self,
+        config: TrainingConfig,
+        device: torch.device,
+        trainable: Trainable,
+        resume: Path | None,
+    ) -> None:
+        """Sets the model, the device and the precision of the run; `resume` is the checkpoint to go
+        on from, if any.
+        """
         spec = trainable.backend.spec
         self.trainable = trainable
         self.device = str(device)
@@ -83,11 +106,20 @@ class Plan:
             use_fp32_attention(trainable.model)
 
     def seal(self, resume: Path | None, facts: Mapping[str, Any]) -> None:
-        """Records config and `facts` in `sealed`. Raises ConfigError if the checkpoint `resume` was sealed with others."""
+        """Records config and `facts` in `sealed`. Raises ConfigError if the checkpoint `resume` was
+        sealed with others.
+        """
         config = {name: value for name, value in asdict(self.config).items() if name not in _FREE}
         config |= config.pop("recipe", {})
-        command = {"command": "train-drafter" if isinstance(self.config, DrafterConfig) else "finetune"}
-        run = {"steps": self.steps, "rows": self.rows, "dtype": self.precision.name, "processes": world_size()}
+        command = {
+            "command": "train-drafter" if isinstance(self.config, DrafterConfig) else "finetune"
+        }
+        run = {
+            "steps": self.steps,
+            "rows": self.rows,
+            "dtype": self.precision.name,
+            "processes": world_size(),
+        }
         self.resume = resume
         self.sealed = json.loads(json.dumps(command | config | run | dict(facts)))
         if resume is None:
@@ -97,19 +129,26 @@ class Plan:
         for name, now in self.sealed.items():
             if before.get(name, now) != now:
                 again = "a run is resumed with the same settings on the same data"
-                raise ConfigError(f"`resume`: {name} was {before[name]} in the run to go on with, and is {now} now; {again}")
+                raise ConfigError(
+                    f"`resume`: {name} was {before[name]} in the run to go on with, and is {now} now; {again}"
+                )
 
     def run(
-        self, on_step: Callable[[StepReport], None], on_progress: Callable[[str, int, int], None] = lambda *_: None
+        self,
+        on_step: Callable[[StepReport], None],
+        on_progress: Callable[[str, int, int], None] = lambda *_: None,
     ) -> CheckpointInfo:
-        """Trains to the end, and writes the result to the config's `output`. Returns the info of the saved model.
+        """Trains to the end, and writes the result to the config's `output`. Returns the info of
+        the saved model.
 
-        `on_progress` gets (stage, done, total) of work before the training, such as "answers". Raises
-        CheckpointError, TrainingError for a loss that is not finite or explodes, TrainingInterrupted, and LockedError.
+        `on_progress` gets (stage, done, total) of work before the training, such as "answers".
+        Raises CheckpointError, TrainingError for a loss that is not finite or explodes,
+        TrainingInterrupted, and LockedError.
         """
         from .trainer import RunTrainer  # imports transformers' Trainer, which a plan does not need
 
-        repository, is_first = self.config.push_to_hub, process_index() == 0
+        repository = self.config.push_to_hub
+        is_first = process_index() == 0
         if repository is not None and is_first:
             claim_repository(repository)
         _keep_memory()
@@ -130,7 +169,9 @@ class Plan:
         return info
 
     def data_sets(self, progress: Callable[..., None]) -> tuple[Any, Any]:
-        """(training rows in the run's order, held-out rows). `progress` gets (stage, total, done, begun) of texts."""
+        """(training rows in the run's order, held-out rows). `progress` gets (stage, total, done,
+        begun) of texts.
+        """
         raise NotImplementedError
 
     def save(self, history: LossHistory) -> CheckpointInfo:
@@ -143,15 +184,23 @@ class Plan:
         return None
 
     def verdicts(self, info: CheckpointInfo) -> list[Verdict]:
-        """Verdicts on exits or the drafter, on this machine. Empty without held-out rows, and in processes but the first."""
-        names, measured, gains = self.module.names, info.agreement, list[Verdict]()
-        known = {exit_layer: measured[name] for exit_layer, name in names.items() if name in measured}
+        """Verdicts on exits or the drafter, on this machine. Empty without held-out rows, and in
+        processes but the first.
+        """
+        names = self.module.names
+        measured = info.agreement
+        gains = list[Verdict]()
+        known = {
+            exit_layer: measured[name] for exit_layer, name in names.items() if name in measured
+        }
         if not known or process_index() > 0:
             return []
         backend = for_decoding(self.config.output, self.device, self.config.dtype).backend
         for exit_layer, share in known.items():
             speedup = self.module.estimated_speedup(backend, exit_layer).speed(share)
-            gains.append(Verdict(f"exit {exit_layer}" if exit_layer else "the drafter", share, speedup))
+            gains.append(
+                Verdict(f"exit {exit_layer}" if exit_layer else "the drafter", share, speedup)
+            )
         return gains
 
     @property
@@ -160,7 +209,9 @@ class Plan:
         if not self.held_out:
             return 0
         once = self.recipe is not None and self.config.validation is None
-        return self.config.eval_steps or (self.steps if once else max(1, self.steps // _VALIDATIONS))
+        return self.config.eval_steps or (
+            self.steps if once else max(1, self.steps // _VALIDATIONS)
+        )
 
 
 def run_lock(output: str) -> AbstractContextManager[None]:
@@ -169,7 +220,9 @@ def run_lock(output: str) -> AbstractContextManager[None]:
 
 
 def _keep_memory() -> None:
-    """Makes glibc keep the memory that a step frees: clearing new pages takes 5 to 10% of a step on a CPU."""
+    """Makes glibc keep the memory that a step frees: clearing new pages takes 5 to 10% of a step on
+    a CPU.
+    """
     library: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
     mallopt = getattr(library, "mallopt", lambda option, value: 0)
     mallopt(_MMAP_MAX, 0)

@@ -21,12 +21,15 @@ from .sharding import world_size
 _TOKENS = 512  # rows of the timed product
 _WIDEST = 2048  # its inputs and outputs at most, so that it takes milliseconds
 _TURNS = 5
-_WORTHWHILE = 2.0  # least ratio of the times: a step also casts, and noise must not choose for small models
+# Least ratio of the times: a step also casts, and noise must not choose for small models
+_WORTHWHILE = 2.0
 
 
 @dataclass(frozen=True)
 class Precision:
-    """`autocast`: layers compute in bf16; weights and optimizer stay in fp32. `reason`: for the user, of a choice by `auto`."""
+    """`autocast`: layers compute in bf16; weights and optimizer stay in fp32. `reason`: for the
+    user, of a choice by `auto`.
+    """
 
     autocast: bool
     reason: str = ""
@@ -39,19 +42,26 @@ class Precision:
 def choose_precision(
     config: TrainingConfig, device: torch.device, backend: TransformersBackend, resume: Path | None
 ) -> Precision:
-    """The requested precision. `auto` is bf16 on CUDA, and on a CPU where a product is clearly faster in it.
+    """The requested precision. `auto` is bf16 on CUDA, and on a CPU where a product is clearly
+    faster in it.
 
     PyTorch's releases differ, so the product is timed. A resumed run keeps its precision.
     """
     if config.dtype != "auto" or device.type != "cpu":
-        return Precision(pick_dtype(config.dtype, device, backend.spec.parameters) == torch.bfloat16)
+        return Precision(
+            pick_dtype(config.dtype, device, backend.spec.parameters) == torch.bfloat16
+        )
     if resume is not None:
         sealed = read_json(resume / SEAL, CheckpointError).get("dtype")
         return Precision(sealed == Precision(True).name, "as before the interruption")
     if world_size() > 1:  # processes could choose differently
-        return Precision(False, "several processes do not time a product; `dtype` bf16 may be faster")
+        return Precision(
+            False, "several processes do not time a product; `dtype` bf16 may be faster"
+        )
     if backend.spec.parameters < SMALL_MODEL:
-        return Precision(False, "a model below 50M parameters spends its time on other work than products")
+        return Precision(
+            False, "a model below 50M parameters spends its time on other work than products"
+        )
     fp32, bf16 = product_seconds(*widest_projection(backend.layers))
     faster = fp32 / bf16
     if faster >= _WORTHWHILE:
@@ -67,14 +77,19 @@ def widest_projection(layers: nn.Module) -> tuple[int, int]:
 
 
 def product_seconds(outputs: int, inputs: int) -> tuple[float, float]:
-    """CPU seconds of a projection, forward and backward, in (fp32, bf16 autocast): minima of some turns.
+    """CPU seconds of a projection, forward and backward, in (fp32, bf16 autocast): minima of some
+    turns.
 
-    On one thread, whose CPU time other processes hardly change; beside them, a barrier would hide the difference.
+    On one thread, whose CPU time other processes hardly change; beside them, a barrier would hide
+    the difference.
     """
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(_TOKENS, min(inputs, _WIDEST), generator=generator).requires_grad_()
-    weight = torch.randn(min(outputs, _WIDEST), min(inputs, _WIDEST), generator=generator).requires_grad_()
-    fp32, bf16 = inf, inf
+    weight = torch.randn(
+        min(outputs, _WIDEST), min(inputs, _WIDEST), generator=generator
+    ).requires_grad_()
+    fp32 = inf
+    bf16 = inf
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

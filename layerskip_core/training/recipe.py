@@ -1,4 +1,6 @@
-"""The LayerSkip recipe (Elhoushi et al., ACL 2024, section 4.1) as functions of the step, and the paper's settings."""
+"""The LayerSkip recipe (Elhoushi et al., ACL 2024, section 4.1) as functions of the step, and the
+paper's settings.
+"""
 
 import math
 from collections import Counter
@@ -9,7 +11,15 @@ from typing import Any
 import torch
 
 from ..config.resolution import require_exit_layer
-from ..config.training import Curriculum, DropoutProfile, DropoutSchedule, ExitReader, ExitWeights, Preset, RecipeSettings
+from ..config.training import (
+    Curriculum,
+    DropoutProfile,
+    DropoutSchedule,
+    ExitReader,
+    ExitWeights,
+    Preset,
+    RecipeSettings,
+)
 from ..errors import ConfigError, require
 from ..model.spec import AnySpec
 
@@ -19,10 +29,13 @@ SMALL_MODEL = 50_000_000  # parameters; the paper's learning rates are for model
 _LEARNING_RATES = {"continual": 3e-5, "scratch": 8e-4}  # else 1e-4
 _SMALL_LEARNING_RATES = {"continual": 2e-4, "scratch": 2e-3}  # else 5e-4
 TEXT_PRESETS: tuple[Preset, ...] = ("continual", "scratch", "code")  # for plain text, in long rows
-TAUGHT = 100  # steps that an exit must be trained on to count as trained, or all steps of a shorter run
+# Steps that an exit must be trained on to count as trained, or all steps of a shorter run
+TAUGHT = 100
 SHORT = 300  # steps; up to here dropout gained nothing where it was measured
 _LEAST_GRADIENT = 0.3  # of the exits' losses in short runs of `auto`
-LONG = 1000  # steps; from here on they train all layers below, and dropout is a default: the last layer can win back the cost
+# Steps; from here on they train all layers below, and dropout is a default: the last layer can win
+# back the cost
+LONG = 1000
 
 
 @dataclass(frozen=True)
@@ -37,23 +50,30 @@ class Recipe:
     exit_weights: ExitWeights = "paper"
     curriculum: Curriculum = "rotational"
     rotation: int = 0  # R of the rotational curriculum; 0 for the others
-    exits: tuple[int, ...] = ()  # the exit layers that the curriculum chooses among, ascending; empty for all L
+    # The exit layers that the curriculum chooses among, ascending; empty for all L
+    exits: tuple[int, ...] = ()
     exit_reader: ExitReader = "none"
     distill: float = 0.0
-    exit_gradient: float = 1.0  # share of the gradient of the exits' losses that trains the layers below the exits
+    # Share of the gradient of the exits' losses that trains the layers below the exits
+    exit_gradient: float = 1.0
 
 
 @dataclass(frozen=True)
 class RunStep:
-    """Where in the run a forward pass is: everything random or scheduled in the recipe is a function of it."""
+    """Where in the run a forward pass is: everything random or scheduled in the recipe is a
+    function of it.
+    """
 
     done: int  # optimizer steps
     total: int
     first_row: int = 0  # index of the batch's first row among all rows of the step
 
 
-def recipe_preset(preset: Preset, spec: AnySpec, steps: int, can_read: bool = True) -> dict[str, Any]:
-    """The fields of a recipe: the paper's by parameters (LayerSkip tables 1 and 2; R = L-1 is our default), or ours, `auto`.
+def recipe_preset(
+    preset: Preset, spec: AnySpec, steps: int, can_read: bool = True
+) -> dict[str, Any]:
+    """The fields of a recipe: the paper's by parameters (LayerSkip tables 1 and 2; R = L-1 is our
+    default), or ours, `auto`.
 
     Without `can_read` exits have no readers.
     """
@@ -61,32 +81,53 @@ def recipe_preset(preset: Preset, spec: AnySpec, steps: int, can_read: bool = Tr
     if preset == "none" or (preset == "auto" and spec.layers == 1):
         return {"p_max": 0.0, "e_scale": 0.0, "curriculum": "none"}
     if preset == "auto":
-        p_max = 0.1 if steps >= LONG else 0.0  # in shorter runs dropout costs exact match, and exits agree as often without
-        fields = {"p_max": p_max, "dropout_schedule": "falling", "e_scale": 0.2, "exit_weights": "uniform", "curriculum": "all"}
+        # In shorter runs dropout costs exact match, and exits agree as often without
+        p_max = 0.1 if steps >= LONG else 0.0
+        fields = {
+            "p_max": p_max,
+            "dropout_schedule": "falling",
+            "e_scale": 0.2,
+            "exit_weights": "uniform",
+            "curriculum": "all",
+        }
         reader = "block" if spec.block_shapes and can_read else "none"
-        return {**fields, "exits": auto_exits(spec.layers, steps), "exit_reader": reader, "distill": 0.5}
+        return {
+            **fields,
+            "exits": auto_exits(spec.layers, steps),
+            "exit_reader": reader,
+            "distill": 0.5,
+        }
     if preset == "continual":  # Llama2-7B; Llama2-13B; Llama3.2-1B and Llama3-8B
         if parameters >= 10e9:
             return {"p_max": 0.1, "e_scale": 0.1}
         return {"p_max": 0.1, "e_scale": 0.2 if 3e9 <= parameters < 7.5e9 else 0.1, "rotation": 8}
     if preset == "scratch":  # 1.5B; 7B
-        return {"p_max": 0.1 if parameters < 4e9 else 0.2, "e_scale": 0.2, "dropout_schedule": "rising"}
+        return {
+            "p_max": 0.1 if parameters < 4e9 else 0.2,
+            "e_scale": 0.2,
+            "dropout_schedule": "rising",
+        }
     if preset == "code":  # Llama1-7B
         return {"p_max": 0.1, "e_scale": 1.0, "rotation": 16}
     return {"p_max": 0.2, "e_scale": 1.0}  # TOPv2, 1.5B
 
 
 def auto_exits(num_layers: int, steps: int) -> tuple[int, ...]:
-    """The exits of the preset auto: after a third of the layers and, in runs of `TAUGHT` steps, a fifth."""
-    third, fifth = max(1, num_layers // 3), max(1, num_layers // 5)
+    """The exits of the preset auto: after a third of the layers and, in runs of `TAUGHT` steps, a
+    fifth.
+    """
+    third = max(1, num_layers // 3)
+    fifth = max(1, num_layers // 5)
     return tuple(sorted({third, fifth} if steps >= TAUGHT else {third}))
 
 
 def learning_rate(preset: Preset, parameters: int, is_lora: bool = False) -> float:
-    """The highest learning rate: the paper's for its presets, or a higher one for models under 50M parameters; else ours.
+    """The highest learning rate: the paper's for its presets, or a higher one for models under 50M
+    parameters; else ours.
 
-    5e-5 was chosen on SmolLM2 (135M; examples/LOG.md). Its scaling by the inverse cube root of the model's size is
-    not measured. LoRA takes ten times as much (Schulman et al., LoRA Without Regret, 2025).
+    5e-5 was chosen on SmolLM2 (135M; examples/LOG.md). Its scaling by the inverse cube root of the
+    model's size is not measured. LoRA takes ten times as much (Schulman et al., LoRA Without
+    Regret, 2025).
     """
     if preset == "continual" and parameters >= 10e9:
         return 2e-5
@@ -97,12 +138,14 @@ def learning_rate(preset: Preset, parameters: int, is_lora: bool = False) -> flo
     return _LEARNING_RATES.get(preset, 1e-4)
 
 
-def resolve_recipe(asked: RecipeSettings, spec: AnySpec, steps: int, can_read: bool = True) -> Recipe:
+def resolve_recipe(
+    asked: RecipeSettings, spec: AnySpec, steps: int, can_read: bool = True
+) -> Recipe:
     """The requested settings, completed by the preset for this model and number of steps.
 
-    R defaults to n-1 for n exits if the vocabulary is above 8k, where an exit's head is expensive, else to n/3. Raises
-    ConfigError for unused settings, exits without any weight, and dropout in a model of one layer or a run of one step.
-    Without `can_read` the preset gives exits no readers.
+    R defaults to n-1 for n exits if the vocabulary is above 8k, where an exit's head is expensive,
+    else to n/3. Raises ConfigError for unused settings, exits without any weight, and dropout in a
+    model of one layer or a run of one step. Without `can_read` the preset gives exits no readers.
     """
     given = {name: value for name, value in vars(asked).items() if value is not None}
     preset = recipe_preset(asked.preset, spec, steps, can_read)
@@ -115,24 +158,52 @@ def resolve_recipe(asked: RecipeSettings, spec: AnySpec, steps: int, can_read: b
         require_exit_layer(exit_layer, spec.layers, field="exits")
     if recipe.curriculum == "none":
         for name in ("exits", "distill"):
-            require(not getattr(recipe, name), name, "left out with `curriculum` none", getattr(recipe, name))
-        require(asked.exit_gradient is None, "exit_gradient", "left out with `curriculum` none", asked.exit_gradient)
-        require(recipe.exit_reader == "none", "exit_reader", "none with `curriculum` none", recipe.exit_reader)
+            require(
+                not getattr(recipe, name),
+                name,
+                "left out with `curriculum` none",
+                getattr(recipe, name),
+            )
+        require(
+            asked.exit_gradient is None,
+            "exit_gradient",
+            "left out with `curriculum` none",
+            asked.exit_gradient,
+        )
+        require(
+            recipe.exit_reader == "none",
+            "exit_reader",
+            "none with `curriculum` none",
+            recipe.exit_reader,
+        )
     else:
         trains = recipe.exit_gradient > 0 or recipe.exit_reader == "block"
         needed = "above 0 without `exit_reader` block: an exit has no weights of its own"
         require(trains, "exit_gradient", needed, recipe.exit_gradient)
-        require(recipe.e_scale > 0, "e_scale", "above 0 unless `curriculum` is none", recipe.e_scale)
+        require(
+            recipe.e_scale > 0, "e_scale", "above 0 unless `curriculum` is none", recipe.e_scale
+        )
         scales = exit_scales(spec.layers, recipe.e_scale, recipe.exit_weights)
         weighs = not recipe.exits or any(scales[exit_layer - 1] > 0 for exit_layer in recipe.exits)
         needed = f"exits that `exit_weights` {recipe.exit_weights} gives a weight above 0"
         require(weighs, "exits", needed, ",".join(map(str, recipe.exits)))
-        require(recipe.exit_reader == "none" or bool(recipe.exits), "exit_reader", "none without `exits`", recipe.exit_reader)
-    dropout_rates(recipe.p_max, spec.layers, time_scale(0, steps, recipe.dropout_schedule) if recipe.p_max else 0.0)
+        require(
+            recipe.exit_reader == "none" or bool(recipe.exits),
+            "exit_reader",
+            "none without `exits`",
+            recipe.exit_reader,
+        )
+    dropout_rates(
+        recipe.p_max,
+        spec.layers,
+        time_scale(0, steps, recipe.dropout_schedule) if recipe.p_max else 0.0,
+    )
     rotation = 0
     if recipe.curriculum == "rotational":
         count = len(recipe.exits) or spec.layers
-        rotation = recipe.rotation or max(1, count - 1 if spec.vocab > _LARGE_VOCABULARY else count // 3)
+        rotation = recipe.rotation or max(
+            1, count - 1 if spec.vocab > _LARGE_VOCABULARY else count // 3
+        )
     return replace(recipe, rotation=rotation, exits=tuple(sorted(recipe.exits)))
 
 
@@ -144,16 +215,19 @@ def depth_scale(layer: int, num_layers: int) -> float:
 
 
 def exit_gradient(total_steps: int) -> float:
-    """The share of the gradient of the exits' losses that `auto` lets train the layers below exits with readers.
+    """The share of the gradient of the exits' losses that `auto` lets train the layers below exits
+    with readers.
 
-    It rises to 1 at 1,000 steps. In 300 steps of `embedded-base` a share of 0 cost 0.6 points of exact match, 0.3 cost 1.3
-    and 1 cost 3.4; drafts of exit 8 gave 1.45, 1.53 and 1.57 times the speed.
+    It rises to 1 at 1,000 steps. In 300 steps of `embedded-base` a share of 0 cost 0.6 points of
+    exact match, 0.3 cost 1.3 and 1 cost 3.4; drafts of exit 8 gave 1.45, 1.53 and 1.57 times the
+    speed.
     """
     return min(1.0, max(_LEAST_GRADIENT, total_steps / LONG))
 
 
 def dropout_steps(total_steps: int) -> int:
-    """The number of steps over which falling dropout reaches 0: a share of sqrt(T) / 100 of T steps, at most a third.
+    """The number of steps over which falling dropout reaches 0: a share of sqrt(T) / 100 of T
+    steps, at most a third.
 
     This is a tenth of 100 steps, a sixth of 300, a quarter of 600 and a third from 1,111 on.
     """
@@ -162,31 +236,42 @@ def dropout_steps(total_steps: int) -> int:
 
 
 def time_scale(step: int, total_steps: int, schedule: DropoutSchedule = "constant") -> float:
-    """S(t): 1, constant, for an existing checkpoint; exp(t ln2 / (T-1)) - 1, rising, for training from scratch (the paper).
+    """S(t): 1, constant, for an existing checkpoint; exp(t ln2 / (T-1)) - 1, rising, for training
+    from scratch (the paper).
 
-    Ours, falling: from 1 to 0 over `dropout_steps`; later steps win back what dropout costs the last layer.
+    Ours, falling: from 1 to 0 over `dropout_steps`; later steps win back what dropout costs the
+    last layer.
     """
     if schedule == "constant":
         return 1.0
     if schedule == "falling":
         return max(0.0, 1 - step / dropout_steps(total_steps))
-    require(total_steps > 1, "steps", "at least 2 to train from scratch with layer dropout", total_steps)
+    require(
+        total_steps > 1, "steps", "at least 2 to train from scratch with layer dropout", total_steps
+    )
     return math.exp(step * math.log(2) / (total_steps - 1)) - 1
 
 
-def dropout_rates(p_max: float, num_layers: int, scale: float = 1.0, profile: DropoutProfile = "exponential") -> list[float]:
-    """p(l, t) = S(t) D(l) p_max for each layer index, `scale` = S(t); "constant": their mean (LayerSkip's figure 12)."""
+def dropout_rates(
+    p_max: float, num_layers: int, scale: float = 1.0, profile: DropoutProfile = "exponential"
+) -> list[float]:
+    """p(l, t) = S(t) D(l) p_max for each layer index, `scale` = S(t); "constant": their mean
+    (LayerSkip's figure 12).
+    """
     if p_max == 0:
         return [0.0] * num_layers
     rates = [scale * depth_scale(layer, num_layers) * p_max for layer in range(num_layers)]
     return rates if profile == "exponential" else [sum(rates) / num_layers] * num_layers
 
 
-def kept_rows(rate: float, batch_size: int, seed: int, step: int, first_row: int, layer: int) -> list[int]:
-    """Indices of the batch rows that run a layer. `first_row`: index of the first row in the whole optimizer step.
+def kept_rows(
+    rate: float, batch_size: int, seed: int, step: int, first_row: int, layer: int
+) -> list[int]:
+    """Indices of the batch rows that run a layer. `first_row`: index of the first row in the whole
+    optimizer step.
 
-    Draws depend on (seed, step, index in the step, layer) alone, not on how a step is divided over processes, and repeat where
-    a run is resumed or a layer recomputed.
+    Draws depend on (seed, step, index in the step, layer) alone, not on how a step is divided over
+    processes, and repeat where a run is resumed or a layer recomputed.
     """
     if rate == 0:
         return list(range(batch_size))
@@ -198,19 +283,27 @@ def kept_rows(rate: float, batch_size: int, seed: int, step: int, first_row: int
 def exit_scales(num_layers: int, e_scale: float, kind: ExitWeights = "paper") -> list[float]:
     """e(l) for layer index l.
 
-    paper: e_scale * (0 + 1 + ... + l), and (L-1) + e_scale * (0 + ... + L-2) for the last layer. Ours: e_scale * w(l + 1), and
-    w(L) for the last layer, with w(n) = n (linear), sqrt(n) or 1 (uniform).
+    paper: e_scale * (0 + 1 + ... + l), and (L-1) + e_scale * (0 + ... + L-2) for the last layer.
+    Ours: e_scale * w(l + 1), and w(L) for the last layer, with w(n) = n (linear), sqrt(n) or 1
+    (uniform).
     """
     if kind != "paper":
         power = {"linear": 1.0, "sqrt": 0.5, "uniform": 0.0}[kind]
-        return [*(e_scale * math.pow(layer, power) for layer in range(1, num_layers)), math.pow(num_layers, power)]
+        return [
+            *(e_scale * math.pow(layer, power) for layer in range(1, num_layers)),
+            math.pow(num_layers, power),
+        ]
     scales = [e_scale * layer * (layer + 1) / 2 for layer in range(num_layers - 1)]
     last = num_layers - 1
     return [*scales, last + e_scale * last * (last - 1) / 2]
 
 
-def exit_weights(exit_layers: Sequence[int], num_layers: int, e_scale: float, kind: ExitWeights = "paper") -> list[float]:
-    """Normalised e~ of the exits that are on, in the order given; they sum to 1. A single exit has weight 1."""
+def exit_weights(
+    exit_layers: Sequence[int], num_layers: int, e_scale: float, kind: ExitWeights = "paper"
+) -> list[float]:
+    """Normalised e~ of the exits that are on, in the order given; they sum to 1. A single exit has
+    weight 1.
+    """
     scales = exit_scales(num_layers, e_scale, kind)
     chosen = [scales[exit_layer - 1] for exit_layer in exit_layers]
     total = sum(chosen)
@@ -218,18 +311,28 @@ def exit_weights(exit_layers: Sequence[int], num_layers: int, e_scale: float, ki
 
 
 def exits_on(recipe: Recipe, step: int, total_steps: int, num_layers: int) -> tuple[int, ...]:
-    """Exit layers (counts, 1..L, ascending) whose loss is on at optimizer step `step` of T = `total_steps`, the last always.
+    """Exit layers (counts, 1..L, ascending) whose loss is on at optimizer step `step` of T =
+    `total_steps`, the last always.
 
-    Index i of the recipe's n exits (all L layers unless it names some) is on when i % R == step % R (rotational), or when
-    2*n*step >= T*(n - i) (gradual: from the last exit down). Taken literally, the paper trains the last layer one step in R.
+    Index i of the recipe's n exits (all L layers unless it names some) is on when i % R == step % R
+    (rotational), or when 2*n*step >= T*(n - i) (gradual: from the last exit down). Taken literally,
+    the paper trains the last layer one step in R.
     """
     exits = recipe.exits or tuple(range(1, num_layers + 1))
     count = len(exits)
     chosen: Sequence[int] = ()
     if recipe.curriculum == "rotational":
-        chosen = [exit_layer for i, exit_layer in enumerate(exits) if i % recipe.rotation == step % recipe.rotation]
+        chosen = [
+            exit_layer
+            for i, exit_layer in enumerate(exits)
+            if i % recipe.rotation == step % recipe.rotation
+        ]
     elif recipe.curriculum == "gradual":
-        chosen = [exit_layer for i, exit_layer in enumerate(exits) if 2 * count * step >= total_steps * (count - i)]
+        chosen = [
+            exit_layer
+            for i, exit_layer in enumerate(exits)
+            if 2 * count * step >= total_steps * (count - i)
+        ]
     elif recipe.curriculum == "all":
         chosen = exits
     return tuple(sorted({*chosen, num_layers}))
@@ -237,12 +340,23 @@ def exits_on(recipe: Recipe, step: int, total_steps: int, num_layers: int) -> tu
 
 def steps_on(recipe: Recipe, total_steps: int, num_layers: int) -> dict[int, int]:
     """The number of steps on which each exit is on, the last layer included."""
-    counts = Counter(layer for step in range(total_steps) for layer in exits_on(recipe, step, total_steps, num_layers))
+    counts = Counter(
+        layer
+        for step in range(total_steps)
+        for layer in exits_on(recipe, step, total_steps, num_layers)
+    )
     return dict(sorted(counts.items()))
 
 
 def trained_exits(recipe: Recipe, total_steps: int, num_layers: int) -> tuple[int, ...]:
-    """The early exits whose loss has a weight on at least `TAUGHT` steps of a run, or on all steps of a shorter one."""
+    """The early exits whose loss has a weight on at least `TAUGHT` steps of a run, or on all steps
+    of a shorter one.
+    """
     scales = exit_scales(num_layers, recipe.e_scale, recipe.exit_weights)
-    steps, needed = steps_on(recipe, total_steps, num_layers), min(TAUGHT, total_steps)
-    return tuple(layer for layer, on in steps.items() if layer < num_layers and on >= needed and scales[layer - 1] > 0)
+    steps = steps_on(recipe, total_steps, num_layers)
+    needed = min(TAUGHT, total_steps)
+    return tuple(
+        layer
+        for layer, on in steps.items()
+        if layer < num_layers and on >= needed and scales[layer - 1] > 0
+    )

@@ -1,4 +1,6 @@
-"""Training: `prepare` loads and plans a run, and writes nothing; the plan trains and saves a model, or a drafter beside one."""
+"""Training: `prepare` loads and plans a run, and writes nothing; the plan trains and saves a model,
+or a drafter beside one.
+"""
 
 import json
 import os
@@ -20,7 +22,13 @@ from ..checkpoint.info import EXIT_BLOCKS, CheckpointInfo
 from ..checkpoint.loaded import Decoder, Trainable, decoder_of, pick_device
 from ..checkpoint.locate import EMBEDDED, adapters_of, downloaded, locate
 from ..checkpoint.open import for_decoding, for_training, outline
-from ..checkpoint.save import RUN_FILES, copy_checkpoint, refuse_overwrite, save_checkpoint, save_sidecar
+from ..checkpoint.save import (
+    RUN_FILES,
+    copy_checkpoint,
+    refuse_overwrite,
+    save_checkpoint,
+    save_sidecar,
+)
 from ..checkpoint.shipped import files_of_shipped, read_exit_blocks, shipped_by
 from ..checkpoint.sidecars import EAGLE3_FILES, EAGLE3_FOLDER, fingerprint
 from ..checkpoint.transformers_read import blank, stored_dtype
@@ -62,13 +70,19 @@ class WholeModel(Plan):
     recipe: Recipe
     truncated: int  # rows
 
-    def __init__(self, config: FinetuneConfig, device: torch.device, resume: Path | None, dry: bool) -> None:
-        """`dry`: the plan is for reading only. Then it takes as long as reading the configuration and the data."""
+    def __init__(
+        self, config: FinetuneConfig, device: torch.device, resume: Path | None, dry: bool
+    ) -> None:
+        """`dry`: the plan is for reading only. Then it takes as long as reading the configuration
+        and the data.
+        """
         refuse_overwrite(config.output, config.overwrite, RUN_FILES)
         if config.lora_keep:
             (adapters, below), output = adapters_of(config.model), config.output
             if os.path.realpath(output) in map(os.path.realpath, (*adapters, below)):
-                raise ConfigError(f"`lora_keep`: the adapter needs its base {output}, which `output` {output} would replace")
+                raise ConfigError(
+                    f"`lora_keep`: the adapter needs its base {output}, which `output` {output} would replace"
+                )
         self.original: Original | None = None  # None from scratch
         self.scratch = config.recipe.preset == "scratch"
         if not self.scratch:
@@ -79,13 +93,20 @@ class WholeModel(Plan):
             else:
                 trainable, weight_of = outlined
             if config.replay is None:
-                large = trainable.backend.spec.parameters >= SMALL_MODEL  # which may know more than its task
+                # Which may know more than its task
+                large = trainable.backend.spec.parameters >= SMALL_MODEL
                 knows = large and config.recipe.preset in ("auto", "none") and not config.streaming
-                config = replace(config, replay=_REPLAY if knows and sum(data.step_rows(config)) * _REPLAY >= 1 else 0.0)
+                config = replace(
+                    config,
+                    replay=_REPLAY if knows and sum(data.step_rows(config)) * _REPLAY >= 1 else 0.0,
+                )
         given = data.read_rows(config)
-        rows, self.division = given.training, given.division
+        rows = given.training
+        self.division = given.division
         if self.scratch:
-            tokenizer = None if config.vocab_size is None else train_tokenizer(rows, config.vocab_size)
+            tokenizer = (
+                None if config.vocab_size is None else train_tokenizer(rows, config.vocab_size)
+            )
             trainable = blank(config.model, config.seed, tokenizer)
             weight_of = trainable.model.get_parameter
         spec = trainable.backend.spec
@@ -102,7 +123,9 @@ class WholeModel(Plan):
             self.data = data.encode_rows(rows, encoder)
         self.held_out_data = None
         if given.held_out:
-            held_out = data.encode_rows(given.held_out, encoder, required=config.validation is not None)
+            held_out = data.encode_rows(
+                given.held_out, encoder, required=config.validation is not None
+            )
             self.held_out_data = held_out if held_out.seen else None
         self._resolve(config, encoder, resume, dry, weight_of)
         if dry:
@@ -113,13 +136,26 @@ class WholeModel(Plan):
         self.order = data.token_order(self.data, spec.vocab)
 
     def _resolve(
-        self, config: FinetuneConfig, encoder: Encoder, resume: Path | None, dry: bool, weight_of: Callable[[str], Tensor]
+        self,
+        config: FinetuneConfig,
+        encoder: Encoder,
+        resume: Path | None,
+        dry: bool,
+        weight_of: Callable[[str], Tensor],
     ) -> None:
-        spec, rows, seen = self.trainable.backend.spec, self.data, self.data.seen
-        self.rows, self.tokens, self.left_out = None if config.streaming else len(seen), rows.tokens, rows.left_out
+        spec = self.trainable.backend.spec
+        rows = self.data
+        seen = self.data.seen
+        self.rows = None if config.streaming else len(seen)
+        self.tokens = rows.tokens
+        self.left_out = rows.left_out
         self.truncated = sum(row["truncated"] for row in seen)
         self.held_out = 0 if self.held_out_data is None else len(self.held_out_data.seen)
-        self.notes = (_PACKED,) * encoder.pack + (_STREAMED,) * config.streaming + (_SHALLOW,) * (spec.layers == 1)
+        self.notes = (
+            (_PACKED,) * encoder.pack
+            + (_STREAMED,) * config.streaming
+            + (_SHALLOW,) * (spec.layers == 1)
+        )
         self.notes += (_TRAINS if MTP_FILE in self.shipped else _SHIPPED,) * bool(self.shipped)
         source = None if self.scratch else locate(config.model).folder
         if source is not None and Path(source, EAGLE3_FILES[0]).is_file():
@@ -133,22 +169,35 @@ class WholeModel(Plan):
         facts = asdict(self.recipe) | {"tokens": rows.tokens, "data_digest": rows.digest}
         facts["model_digest"] = original = fingerprint(spec, weight_of)
         if config.replay:
-            decoder = decoder_of(self.trainable) if dry else for_decoding(config.model, self.device, config.dtype)
+            decoder = (
+                decoder_of(self.trainable)
+                if dry
+                else for_decoding(config.model, self.device, config.dtype)
+            )
             self.answers = plan_replay(self.config, original, rows, encoder, decoder, self.steps)
             facts["replayed"] = self.answers.journal.name
         self.seal(resume, facts)
 
     def _module(self) -> RecipeModule:
-        config, model, readers, backend = self.config, self.trainable.model, None, self.trainable.backend
+        config = self.config
+        model = self.trainable.model
+        readers = None
+        backend = self.trainable.backend
         if self.recipe.exit_reader != "none":  # copied from layers before they get adapters
-            source, blocks = locate(config.model).folder, NO_BLOCKS
+            source = locate(config.model).folder
+            blocks = NO_BLOCKS
             if source is not None and not self.scratch:
                 blocks = read_exit_blocks(source, backend.spec, model.get_parameter)
-            readers = new_readers(backend, [ExitBlock(layer) for layer in self.recipe.exits], blocks)
+            readers = new_readers(
+                backend, [ExitBlock(layer) for layer in self.recipe.exits], blocks
+            )
         if config.lora_rank:
             model = with_lora(model, config)
-        module = RecipeModule(model, self.recipe, config.seed, config.gradient_checkpointing, readers)
-        module.tokenizer, module.by_muon = self.trainable.tokenizer, config.optimizer == "muon"
+        module = RecipeModule(
+            model, self.recipe, config.seed, config.gradient_checkpointing, readers
+        )
+        module.tokenizer = self.trainable.tokenizer
+        module.by_muon = config.optimizer == "muon"
         return module
 
     def _divisions(self) -> tuple[HeldOut, ...]:
@@ -158,13 +207,16 @@ class WholeModel(Plan):
         return tuple(dict.fromkeys((*new, *earlier)))
 
     def data_sets(self, progress: Callable[..., None]) -> tuple[Any, Any]:
-        """Batches have rows of similar length, replayed texts among them; a stream keeps its order."""
+        """Batches have rows of similar length, replayed texts among them; a stream keeps its
+        order.
+        """
         rows: Any = self.data.rows
         held_out = None if self.held_out_data is None else self.held_out_data.rows
         if process_index() == 0 and not self.scratch:
             progress("measurements before the training", 1, 0)
             few: Any = held_out or ()
-            if self.config.fsdp:  # rows would run on the CPU: minutes for a model that needs shards, while processes wait
+            # Rows would run on the CPU: minutes for a model that needs shards, while processes wait
+            if self.config.fsdp:
                 few = ()
             trained_rows = self.steps * data.step_rows(self.config)[0]
             self.original = Original(self.trainable, few, self.config.seed, trained_rows)
@@ -172,12 +224,18 @@ class WholeModel(Plan):
             return rows, held_out
         lengths = [len(row["input_ids"]) for row in rows]
         if self.answers is not None:
-            starts, packed = self.answers.prompts, "documents" in rows[0]
+            starts = self.answers.prompts
+            packed = "documents" in rows[0]
             answers = self.answers.write(partial(progress, "replay texts", len(starts)))
             texts = [start + answer for start, answer in zip(starts, answers, strict=True)]
             documents = [{"documents": [0] * len(text)} if packed else {} for text in texts]
-            rows = rows + [{"input_ids": text, "labels": text} | own for text, own in zip(texts, documents, strict=True)]
-        return Subset(rows, data.ordered(self.config, lengths, self.steps, len(rows) - len(lengths))), held_out
+            rows = rows + [
+                {"input_ids": text, "labels": text} | own
+                for text, own in zip(texts, documents, strict=True)
+            ]
+        return Subset(
+            rows, data.ordered(self.config, lengths, self.steps, len(rows) - len(lengths))
+        ), held_out
 
     @property
     def example(self) -> AnsweredRow | None:
@@ -185,7 +243,9 @@ class WholeModel(Plan):
 
     def save(self, history: LossHistory) -> CheckpointInfo:
         """The info has the last losses of every exit."""
-        config, recipe, first = self.config, self.recipe, process_index() == 0
+        config = self.config
+        recipe = self.recipe
+        first = process_index() == 0
         if config.fsdp:
             gather_whole(self.module, keep=first)
         resolved = {"recipe": asdict(recipe), "epochs": config.epochs or config.usual_epochs}
@@ -199,7 +259,11 @@ class WholeModel(Plan):
             "validation_rows": None if self.held_out_data is None else self.held_out_data.digest,
             "held_out": [asdict(each) for each in self._divisions()],
             "trained_exits": list(trained_exits(recipe, self.steps, self.num_layers)),
-            "agreement": {str(layer): share for layer, share in history.agreement.items() if layer < self.num_layers},
+            "agreement": {
+                str(layer): share
+                for layer, share in history.agreement.items()
+                if layer < self.num_layers
+            },
             "precision": self.precision.name,
             "versions": _VERSIONS,
         }
@@ -207,16 +271,22 @@ class WholeModel(Plan):
             details["cost"] = msgspec.to_builtins(self.original.cost())
         if self.module.readers:
             details[EXIT_BLOCKS] = {str(layer): {} for layer in recipe.exits}
-        info = CheckpointInfo(prompt_template=self.template.text, system=self.template.system, details=details)
+        info = CheckpointInfo(
+            prompt_template=self.template.text, system=self.template.system, details=details
+        )
         if first:
             model = self.module.model
-            trained = model.merge_and_unload() if config.lora_rank and not config.lora_keep else model
+            trained = (
+                model.merge_and_unload() if config.lora_rank and not config.lora_keep else model
+            )
             order = json.dumps(self.order, separators=(",", ":")).encode()
             files = {LOSSES: history.to_jsonl(), ORDER_FILE: order, **self.shipped}
             if self.module.readers:
                 cast_weights(trained, self.stored_dtype)
                 files[EXIT_BLOCKS_FILE] = self.module.readers_content(trained, self.stored_dtype)
-            save_checkpoint(trained, self.trainable.tokenizer, info, config.output, self.stored_dtype, files)
+            save_checkpoint(
+                trained, self.trainable.tokenizer, info, config.output, self.stored_dtype, files
+            )
         return info
 
 
@@ -230,7 +300,9 @@ class FrozenModel(Plan):
     model_fingerprint: str
     answers: Answers
 
-    def __init__(self, config: DrafterConfig, device: torch.device, trainable: Trainable, resume: Path | None) -> None:
+    def __init__(
+        self, config: DrafterConfig, device: torch.device, trainable: Trainable, resume: Path | None
+    ) -> None:
         self.config = config
         self.place(config, device, trainable, resume)
 
@@ -243,98 +315,168 @@ class FrozenModel(Plan):
         """Reads the rows, and plans the answers to them."""
         *given, self.division = data.read_rows(self.config)
         encoder = data.make_encoder(self.config, self.trainable, given[0])
-        first, longest, self.template = self.module.first_target, encoder.max_length, encoder.template
+        first = self.module.first_target
+        longest = encoder.max_length
+        self.template = encoder.template
         self.config = config = replace(self.config, max_length=longest)
         encoded: list[list[Any]]
         if config.answers == "data":
             encoded = [list(encoder.rows(rows)) for rows in given]
             for text in chain(*encoded):
-                text["labels"] = [IGNORED if at < first else label for at, label in enumerate(text["labels"])]
+                text["labels"] = [
+                    IGNORED if at < first else label for at, label in enumerate(text["labels"])
+                ]
             encoded = [list(filter(data.has_target, rows)) for rows in encoded]
         else:
-            encoded = [[ids for ids in encoder.prompts(rows) if first <= len(ids) < longest] for rows in given]
+            encoded = [
+                [ids for ids in encoder.prompts(rows) if first <= len(ids) < longest]
+                for rows in given
+            ]
         if not encoded[0]:
-            needed = f"{first} tokens before an answer, and room for it within `max_length` {longest}"
+            needed = (
+                f"{first} tokens before an answer, and room for it within `max_length` {longest}"
+            )
             raise DataError(f"no row has at least {needed}")
         self.rows, self.held_out = map(len, encoded)
         self.left_out = sum(map(len, given)) - self.rows - self.held_out
-        self.texts, prompts = [*chain(*encoded)], list[list[int]]()  # encoded rows; `data_sets` adds those with written answers
+        # Encoded rows; `data_sets` adds those with written answers
+        self.texts = [*chain(*encoded)]
+        prompts = list[list[int]]()
         if config.answers == "model":
             self.texts, prompts = [], self.texts
         how = Writing(config.answer_tokens, longest)
         journal = f"answers-{digest(self.model_fingerprint, prompts, how, config.dtype)}.jsonl"
-        self.answers = Answers(self.decoder, prompts, how, checkpoints_folder(config.output) / journal)
+        self.answers = Answers(
+            self.decoder, prompts, how, checkpoints_folder(config.output) / journal
+        )
 
     def resolve(self, resume: Path | None) -> None:
         """Counts tokens and steps, and seals the run."""
-        config, answers = self.config, self.answers
+        config = self.config
+        answers = self.answers
         self.tokens = sum(len(text["input_ids"]) for text in self.texts)
-        self.tokens += sum(len(prompt) + answers.how.room(len(prompt)) for prompt in answers.prompts)
-        if advice := ", ".join(self.trainable.info.advice):  # which CheckpointInfo.with_exit_blocks removes
+        self.tokens += sum(
+            len(prompt) + answers.how.room(len(prompt)) for prompt in answers.prompts
+        )
+        # Which CheckpointInfo.with_exit_blocks removes
+        if advice := ", ".join(self.trainable.info.advice):
             why = "chosen without these blocks, which `layerskip sweep-exits --save` includes"
             self.notes = (f"saved settings that will be left out: {advice}; they were {why}",)
         self.steps = data.run_steps(config, self.rows or 0)
         texts = [(text["input_ids"], text["labels"]) for text in self.texts]
-        self.seal(resume, {"model_digest": self.model_fingerprint, "texts": digest(answers.journal.name, texts)})
+        self.seal(
+            resume,
+            {"model_digest": self.model_fingerprint, "texts": digest(answers.journal.name, texts)},
+        )
 
     def data_sets(self, progress: Callable[..., None]) -> tuple[Any, Any]:
         texts: Any = self.texts
         trained = self.rows or 0
         if prompts := self.answers.prompts:
-            texts += map(answered, prompts, self.answers.write(partial(progress, "answers", len(prompts))))
+            texts += map(
+                answered, prompts, self.answers.write(partial(progress, "answers", len(prompts)))
+            )
         self.module.begin(texts[:trained])
-        order = data.ordered(self.config, [len(text["input_ids"]) for text in texts[:trained]], self.steps)
+        order = data.ordered(
+            self.config, [len(text["input_ids"]) for text in texts[:trained]], self.steps
+        )
         return Subset(texts, order), texts[trained:] or None
 
     def save(self, history: LossHistory) -> CheckpointInfo:
-        """Adds the drafter or blocks, and how they were trained, to the model's own folder or to a copy of it."""
-        config, info = self.config, self.trainable.info
-        how: dict[str, Any] = {"data": asdict(config.data), "validation": config.validation, "versions": _VERSIONS}
+        """Adds the drafter or blocks, and how they were trained, to the model's own folder or to a
+        copy of it.
+        """
+        config = self.config
+        info = self.trainable.info
+        how: dict[str, Any] = {
+            "data": asdict(config.data),
+            "validation": config.validation,
+            "versions": _VERSIONS,
+        }
         if self.division is not None:
             how["held_out"] = asdict(self.division)
-        shared = json.loads(json.dumps({**self.sealed, **self.module.details, **how}))  # as it is read back
-        trained = {name: shared | {"divergence": history.latest[layer]} for layer, name in self.module.names.items()}
+        # As it is read back
+        shared = json.loads(json.dumps({**self.sealed, **self.module.details, **how}))
+        trained = {
+            name: shared | {"divergence": history.latest[layer]}
+            for layer, name in self.module.names.items()
+        }
         for layer, share in history.agreement.items():
             trained[self.module.names[layer]]["agreement"] = share
-        verifier = config.model if locate(config.model).folder is None else str(Path(config.output).resolve())
-        files = self.module.files(stored_dtype(config.model), self.kept, self.model_fingerprint, verifier)
+        verifier = (
+            config.model
+            if locate(config.model).folder is None
+            else str(Path(config.output).resolve())
+        )
+        files = self.module.files(
+            stored_dtype(config.model), self.kept, self.model_fingerprint, verifier
+        )
         if config.in_place:
-            for name in files.keys() & {EAGLE3_FILES[0]}:  # a replaced drafter ends with its config.json
+            # A replaced drafter ends with its config.json
+            for name in files.keys() & {EAGLE3_FILES[0]}:
                 (Path(config.output) / name).unlink(missing_ok=True)
             for name in sorted(files, reverse=True):  # weights before their config.json
-                save_sidecar(config.output, name, files[name], lambda info: info.with_exit_blocks(trained))
+                save_sidecar(
+                    config.output, name, files[name], lambda info: info.with_exit_blocks(trained)
+                )
         else:
-            if info.prompt_template is None and self.template.text != "raw" and config.prompting.asked is not None:
-                info = replace(info, prompt_template=self.template.text, system=self.template.system)
-            model, assistant = self.trainable, replace(self.kept, mtp=None)  # an assistant may be outside the folder
+            if (
+                info.prompt_template is None
+                and self.template.text != "raw"
+                and config.prompting.asked is not None
+            ):
+                info = replace(
+                    info, prompt_template=self.template.text, system=self.template.system
+                )
+            # An assistant may be outside the folder
+            model = self.trainable
+            assistant = replace(self.kept, mtp=None)
             beside = files_of_shipped(assistant, model.backend.spec, model.model.get_parameter)
-            copy_checkpoint(downloaded(config.model), info.with_exit_blocks(trained), config.output, beside | files)
+            copy_checkpoint(
+                downloaded(config.model),
+                info.with_exit_blocks(trained),
+                config.output,
+                beside | files,
+            )
         return info.with_exit_blocks(trained)
 
 
 def plan_drafter(config: DrafterConfig, device: torch.device, resume: Path | None) -> FrozenModel:
-    """Plans the run. Loads the model twice: in transformers, to copy blocks, and to decode, for answers and states."""
+    """Plans the run. Loads the model twice: in transformers, to copy blocks, and to decode, for
+    answers and states.
+    """
     if world_size() > 1:
         raise ConfigError(f"a drafter is trained in one process, not in {world_size()} by torchrun")
     source = downloaded(config.model)
     if not weight_files(source):
-        raise CheckpointError(f"`model` {config.model} has no safetensors, which are copied as they are: `layerskip import`")
+        raise CheckpointError(
+            f"`model` {config.model} has no safetensors, which are copied as they are: `layerskip import`"
+        )
     refuse_overwrite(config.output, config.overwrite or config.in_place)
     answers = config.answers or ("model" if has_prompts(config.data) else "data")
     trainable = for_training(config.model, str(device), config.dtype)
-    plan, backend, weight_of = FrozenModel(config, device, trainable, resume), trainable.backend, trainable.model.get_parameter
+    plan = FrozenModel(config, device, trainable, resume)
+    backend = trainable.backend
+    weight_of = trainable.model.get_parameter
     require(backend.num_layers > 1, "model", "a model of at least 2 layers", backend.num_layers)
     layout = config.implied_layout or ("eagle3" if suits_engines(backend) else "exit")
-    module = (FrozenEagle3 if layout == "eagle3" else FrozenExits).of(backend, replace(config, layout=layout))
+    module = (FrozenEagle3 if layout == "eagle3" else FrozenExits).of(
+        backend, replace(config, layout=layout)
+    )
     exits = module.layers if layout == "exit" else None
-    plan.module, plan.config = module, replace(config, lr=config.lr or MUON_LR, layout=layout, answers=answers, exits=exits)
+    plan.module = module
+    plan.config = replace(
+        config, lr=config.lr or MUON_LR, layout=layout, answers=answers, exits=exits
+    )
     plan.kept = kept = read_exit_blocks(source, backend.spec, weight_of)
     held = {str(block.exit_layer): f"a block at exit {block.exit_layer}" for block in kept.blocks}
     held |= {} if kept.eagle3 is None else {"eagle3": "a drafter"}
     held |= {} if kept.mtp is None or config.start_from else {"mtp": "a drafter"}
     there = [held[name] for name in module.names.values() if name in held]
     if there and config.in_place and not (config.overwrite or resume):
-        raise ConfigError(f"`output` {config.output} already has {there[0]}; give `overwrite` to replace it")
+        raise ConfigError(
+            f"`output` {config.output} already has {there[0]}; give `overwrite` to replace it"
+        )
     plan.decoder = for_decoding(config.model, str(device), config.dtype)
     plan.model_fingerprint = fingerprint(backend.spec, weight_of)
     module.decoder = plan.decoder.backend
@@ -348,7 +490,9 @@ def prepare(config: TrainingConfig, dry: bool = False) -> WholeModel | FrozenMod
 
     `dry`: the plan of a `finetune` is for reading only, and its weights are not loaded.
     """
-    require(config.output not in EMBEDDED, "output", "a name that no embedded model has", config.output)
+    require(
+        config.output not in EMBEDDED, "output", "a name that no embedded model has", config.output
+    )
     device = own_device(pick_device(config.device))
     if config.report_to:
         from .trainer import trackers  # imports transformers' Trainer, which a plan does not need
@@ -371,10 +515,16 @@ def prepare(config: TrainingConfig, dry: bool = False) -> WholeModel | FrozenMod
 def own_device(device: torch.device) -> torch.device:
     """The device without its index. For `cuda`, selects the GPU of this process under torchrun."""
     number = int(os.environ.get("LOCAL_RANK", "0"))
-    seen = f"{device.type}, of the GPUs that CUDA_VISIBLE_DEVICES={device.index} leaves"  # Trainer uses the first visible GPU
+    # Trainer uses the first visible GPU
+    seen = f"{device.type}, of the GPUs that CUDA_VISIBLE_DEVICES={device.index} leaves"
     require(not device.index, "device", seen, device)
     if device.type == "cuda":
         gpus = torch.cuda.device_count()
-        require(number < gpus, "device", f"cuda with at least {number + 1} GPUs here, one per process of torchrun", gpus)
+        require(
+            number < gpus,
+            "device",
+            f"cuda with at least {number + 1} GPUs here, one per process of torchrun",
+            gpus,
+        )
         torch.cuda.set_device(number)
     return torch.device(device.type)

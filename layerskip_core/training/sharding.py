@@ -1,4 +1,6 @@
-"""The processes that torchrun started, and FSDP2 over them: a file per process in each checkpoint, a whole model at the end."""
+"""The processes that torchrun started, and FSDP2 over them: a file per process in each checkpoint,
+a whole model at the end.
+"""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -30,20 +32,30 @@ def process_index() -> int:
 
 
 def check_sharding(config: FinetuneConfig, device: torch.device) -> None:
-    """Raises ConfigError for `fsdp` with one process or without CUDA or CPU, and for FSDP by `accelerate launch`."""
+    """Raises ConfigError for `fsdp` with one process or without CUDA or CPU, and for FSDP by
+    `accelerate launch`.
+    """
     launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower()
     require(launched == "false", "accelerate's use_fsdp", "false; give `fsdp` instead", launched)
     if config.fsdp:
         processes = world_size()
-        require(processes > 1, "fsdp", "used under torchrun with at least 2 processes (--nproc-per-node)", processes)
-        require(device.type in ("cuda", "cpu"), "fsdp", "used on GPUs (`device` cuda) or on cpu", device)
+        require(
+            processes > 1,
+            "fsdp",
+            "used under torchrun with at least 2 processes (--nproc-per-node)",
+            processes,
+        )
+        require(
+            device.type in ("cuda", "cpu"), "fsdp", "used on GPUs (`device` cuda) or on cpu", device
+        )
 
 
 def use_fsdp(accelerator: Any, layers: Iterable[nn.Module]) -> None:
-    """Makes an Accelerator shard modules from now on, each of the `layers` alone, the rest as one unit.
+    """Makes an Accelerator shard modules from now on, each of the `layers` alone, the rest as one
+    unit.
 
-    Gradients are summed in fp32. accelerate accepts the plugin only on GPUs and silently runs DDP on a CPU; set on its state,
-    the plugin works on both.
+    Gradients are summed in fp32. accelerate accepts the plugin only on GPUs and silently runs DDP
+    on a CPU; set on its state, the plugin works on both.
     """
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
@@ -52,7 +64,9 @@ def use_fsdp(accelerator: Any, layers: Iterable[nn.Module]) -> None:
         fsdp_version=2,
         auto_wrap_policy="TRANSFORMER_BASED_WRAP",
         transformer_cls_names_to_wrap=list(dict.fromkeys(type(layer).__name__ for layer in layers)),
-        mixed_precision_policy=MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32),
+        mixed_precision_policy=MixedPrecisionPolicy(
+            param_dtype=compute, reduce_dtype=torch.float32
+        ),
         state_dict_type="SHARDED_STATE_DICT",
         cpu_offload=False,
         activation_checkpointing=False,
@@ -61,17 +75,27 @@ def use_fsdp(accelerator: Any, layers: Iterable[nn.Module]) -> None:
     accelerator.state.distributed_type = DistributedType.FSDP
 
 
-def write_shard(module: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, folder: Path) -> None:
-    """Writes this process's shards of trained weights and optimizer. (torch.distributed.checkpoint would unpickle.)"""
+def write_shard(
+    module: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, folder: Path
+) -> None:
+    """Writes this process's shards of trained weights and optimizer. (torch.distributed.checkpoint
+    would unpickle.)
+    """
     reshard(module)
     folder.mkdir(parents=True, exist_ok=True)
     states = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
-    torch.save({"weights": dict(_trained(module)), **states}, folder / _SHARD.format(process_index()))
+    torch.save(
+        {"weights": dict(_trained(module)), **states}, folder / _SHARD.format(process_index())
+    )
 
 
 @torch.no_grad()
-def read_shard(module: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, folder: Path) -> None:
-    """Loads what `write_shard` wrote, in a run of as many processes. Raises ValueError unless it has the same weights."""
+def read_shard(
+    module: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, folder: Path
+) -> None:
+    """Loads what `write_shard` wrote, in a run of as many processes. Raises ValueError unless it
+    has the same weights.
+    """
     stored = torch.load(folder / _SHARD.format(process_index()), weights_only=True)
     restore(dict(_trained(module)), stored["weights"])
     optimizer.load_state_dict(stored["optimizer"])
@@ -79,12 +103,15 @@ def read_shard(module: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, 
 
 
 def gather_whole(module: nn.Module, keep: bool) -> None:
-    """Replaces shards by whole weights on the CPU (`keep`) or by empty ones. Ends a training; all processes call it."""
+    """Replaces shards by whole weights on the CPU (`keep`) or by empty ones. Ends a training; all
+    processes call it.
+    """
     reshard(module)
     gathered: dict[Tensor, nn.Parameter] = {}
     for owner in list(module.modules()):
         if isinstance(owner, FSDPModule):
-            owner.__class__ = type(owner).__bases__[1]  # fully_shard has derived a class from FSDPModule and the module's own
+            # Fully_shard has derived a class from FSDPModule and the module's own
+            owner.__class__ = type(owner).__bases__[1]
             owner._forward_pre_hooks.clear()  # these hooks gather weights
             owner._forward_hooks.clear()
         for name, weight in list(owner.named_parameters(recurse=False, remove_duplicate=False)):
@@ -92,7 +119,9 @@ def gather_whole(module: nn.Module, keep: bool) -> None:
                 continue
             if weight not in gathered:
                 whole = weight.full_tensor().detach()
-                gathered[weight] = nn.Parameter(whole.cpu() if keep else torch.empty(0), requires_grad=False)
+                gathered[weight] = nn.Parameter(
+                    whole.cpu() if keep else torch.empty(0), requires_grad=False
+                )
             setattr(owner, name, gathered[weight])
     module.cpu()  # its buffers, too
 

@@ -1,7 +1,7 @@
 """The training loop: transformers' Trainer around a module.
 
-Three private methods of Trainer are overridden and `_n_gpu` is set; if a new version of transformers changes these,
-tests/training/test_resume.py fails.
+Three private methods of Trainer are overridden and `_n_gpu` is set; if a new version of
+transformers changes these, tests/training/test_resume.py fails.
 """
 
 import math
@@ -19,7 +19,14 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
-from ..errors import CheckpointError, ConfigError, LayerSkipError, TrainingError, TrainingInterrupted, first_line
+from ..errors import (
+    CheckpointError,
+    ConfigError,
+    LayerSkipError,
+    TrainingError,
+    TrainingInterrupted,
+    first_line,
+)
 from ..interruption import Interruption
 from ..losses import IGNORED
 from ..model import ModelSpec
@@ -36,31 +43,50 @@ _EXPLODED = 2.0  # times the greater of ln V (a uniform guess) and the run's fir
 
 
 class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
-    """Trains a module through a run, as its own callback. Raises TrainingError for a loss that explodes or is not finite."""
+    """Trains a module through a run, as its own callback. Raises TrainingError for a loss that
+    explodes or is not finite.
+    """
 
     control: Any
     lr_scheduler: Any
 
     def __init__(
-        self, plan: "Plan", rows: Any, held_out: Any, on_step: Callable[[progress.StepReport], None], interruption: Interruption
+        self,
+        plan: "Plan",
+        rows: Any,
+        held_out: Any,
+        on_step: Callable[[progress.StepReport], None],
+        interruption: Interruption,
     ) -> None:
         """`rows`: a data set in the order of the run."""
-        self.plan, self.on_step, self.interruption, self.history = plan, on_step, interruption, progress.LossHistory()
+        self.plan = plan
+        self.on_step = on_step
+        self.interruption = interruption
+        self.history = progress.LossHistory()
         self.checkpoints = progress.checkpoints_folder(plan.config.output)
         self.phase: Literal["loading", "training", "saving"] = "loading"  # to explain errors
         self.sums: Any = None  # a step's tokens and summed exit losses, on the device
-        self.micro_batches, self.exit_layers = 0, tuple[int, ...]()
+        self.micro_batches = 0
+        self.exit_layers = tuple[int, ...]()
         self.targets: Tensor | int = 1  # of a step, over all micro-batches and processes
         self.started = 0.0
-        super().__init__(plan.module, training_arguments(plan), collate, train_dataset=rows, eval_dataset=held_out)
+        super().__init__(
+            plan.module,
+            training_arguments(plan),
+            collate,
+            train_dataset=rows,
+            eval_dataset=held_out,
+        )
         # Trainer's own removal leaves a partial checkpoint when it is killed.
-        self.kept, self.args.save_total_limit = self.args.save_total_limit, None
+        self.kept = self.args.save_total_limit
+        self.args.save_total_limit = None
         self.remove_callback(PrinterCallback)  # it writes to stdout
         self.add_callback(self)
 
     def run(self) -> progress.LossHistory:
         """Trains to the end, or raises the error that stopped it."""
-        folder, resume = self.checkpoints, self.plan.resume
+        folder = self.checkpoints
+        resume = self.plan.resume
         if process_index() == 0:  # a later `resume` must not find checkpoints of an earlier run
             progress.discard_after(folder, resume)
         try:
@@ -69,14 +95,20 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
             self.train(resume_from_checkpoint=resume and str(resume))
         except LayerSkipError:
             raise
-        except Exception as error:  # safetensors, torch and pickle raise many kinds for a full disk or a bad file
+        # Safetensors, torch and pickle raise many kinds for a full disk or a bad file
+        except Exception as error:
             if self.phase == "loading" and resume is not None:
-                raise CheckpointError(f"cannot resume from {resume}: {first_line(error)}") from error
+                raise CheckpointError(
+                    f"cannot resume from {resume}: {first_line(error)}"
+                ) from error
             if self.phase == "saving":
                 what = f"the checkpoint of step {self.state.global_step} to {folder}"
-                raise CheckpointError(f"cannot write {what}: {first_line(error)}; those before it are whole") from error
+                raise CheckpointError(
+                    f"cannot write {what}: {first_line(error)}; those before it are whole"
+                ) from error
             raise
-        step, steps = self.state.global_step, self.plan.steps
+        step = self.state.global_step
+        steps = self.plan.steps
         if step < steps:
             saved = f"interrupted after step {step} of {steps}; saved {progress.newest_first(folder)[0]}"
             raise TrainingInterrupted(saved, self.interruption.signal or 0, step)
@@ -90,52 +122,79 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """Trainer's AdamW, and Muon for the matrices that the module gives it."""
-        adamw, config = super().create_optimizer(model), self.plan.config
+        adamw = super().create_optimizer(model)
+        config = self.plan.config
         groups = list(self.model.muon(config.lr))
         chosen = {id(weight) for weights, _, _ in groups for weight in weights}
         for group in adamw.param_groups:
             group["params"] = [weight for weight in group["params"] if id(weight) not in chosen]
-        others = (Muon(weights, lr, config.weight_decay, adjust_lr_fn=adjustment) for weights, lr, adjustment in groups)
+        others = (
+            Muon(weights, lr, config.weight_decay, adjust_lr_fn=adjustment)
+            for weights, lr, adjustment in groups
+        )
         self.optimizer = Optimizers(adamw, *others) if groups else adamw
         return self.optimizer
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
     ) -> Any:
         # Processes take the batches of a step in turns.
         number = self.micro_batches * self.args.world_size + self.args.process_index
-        step = RunStep(self.state.global_step, self.state.max_steps, number * self.args.train_batch_size)
+        step = RunStep(
+            self.state.global_step, self.state.max_steps, number * self.args.train_batch_size
+        )
         tokens = inputs.pop("lengths").sum()
         output = model(**inputs, step=step)
         values = torch.cat((tokens.to(torch.float32)[None], output["per_exit"]))
         self.sums = values if self.sums is None else self.sums + values
-        self.micro_batches, self.exit_layers = self.micro_batches + 1, output["exit_layers"]
-        self.targets = (inputs["labels"] != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        self.micro_batches = self.micro_batches + 1
+        self.exit_layers = output["exit_layers"]
+        self.targets = (
+            (inputs["labels"] != IGNORED).sum()
+            if num_items_in_batch is None
+            else num_items_in_batch
+        )
         # DDP averages gradients over processes, while `targets` counts the tokens of all of them.
         scaled = output["loss"] / self.targets * self.accelerator.num_processes
         return (scaled, output) if return_outputs else scaled
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Measures loss and agreement of every exit on the held-out rows, for history, log and trackers; in each process."""
+        """Measures loss and agreement of every exit on the held-out rows, for history, log and
+        trackers; in each process.
+        """
         inner: Any = self.accelerator.unwrap_model(self.model).eval()
         sums: Any = 0
         with torch.no_grad(), self.compute_loss_context_manager():
-            for batch in DataLoader(self.eval_dataset, self.args.train_batch_size, collate_fn=self.data_collator):
+            for batch in DataLoader(
+                self.eval_dataset, self.args.train_batch_size, collate_fn=self.data_collator
+            ):
                 del batch["lengths"]
                 batch = {name: value.to(self.args.device) for name, value in batch.items()}
                 output = inner(**batch, step=RunStep(self.state.global_step, self.state.max_steps))
-                exits, targets = output["exit_layers"], (batch["labels"] != IGNORED).sum()[None]
+                exits = output["exit_layers"]
+                targets = (batch["labels"] != IGNORED).sum()[None]
                 sums = sums + torch.cat((output["per_exit"].float(), output["agreeing"], targets))
         inner.train()
         *parts, count = sums.tolist()
         shares = [part / count for part in parts]
-        losses, agreement = dict(zip(exits, shares, strict=False)), dict(zip(exits, shares[len(exits) :], strict=True))
-        self.history.add(msgspec.structs.replace(self.history.steps.pop(), validation=losses, agreement=agreement))
+        losses = dict(zip(exits, shares, strict=False))
+        agreement = dict(zip(exits, shares[len(exits) :], strict=True))
+        self.history.add(
+            msgspec.structs.replace(
+                self.history.steps.pop(), validation=losses, agreement=agreement
+            )
+        )
         metrics = {f"eval_exit_{layer}_loss": loss for layer, loss in losses.items()}
         metrics |= {f"eval_exit_{layer}_agreement": share for layer, share in agreement.items()}
         metrics["eval_loss"] = losses[max(losses)]
         self.log(dict(metrics))  # a copy, because `log` adds keys
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
         return metrics
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -146,14 +205,17 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
             if not self.is_fsdp_enabled:  # shards are written with the optimizer's
                 self.accelerator.unwrap_model(self.model).save(folder)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
         if not self.is_fsdp_enabled:  # shards are read with the optimizer's
             self.accelerator.unwrap_model(model or self.model).load(Path(resume_from_checkpoint))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_fsdp_enabled:
             write_shard(self.model, self.optimizer, self.lr_scheduler, Path(output_dir))
-            self.accelerator.wait_for_everyone()  # the file that Trainer writes last means that the checkpoint is complete
+            # The file that Trainer writes last means that the checkpoint is complete
+            self.accelerator.wait_for_everyone()
         else:
             super()._save_optimizer_and_scheduler(output_dir)
 
@@ -164,7 +226,8 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        state.save_steps = args.save_steps  # a checkpoint's state has the value of the run that wrote it
+        # A checkpoint's state has the value of the run that wrote it
+        state.save_steps = args.save_steps
         self.started = time.perf_counter()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -174,19 +237,27 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
         control.should_log = True
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the exits' losses to Trainer's log of a step, reports the step, and decides about saving and evaluating."""
+        """Adds the exits' losses to Trainer's log of a step, reports the step, and decides about
+        saving and evaluating.
+        """
         if "grad_norm" in logs:
             self._end_step(logs)
         super().log(logs, start_time)
 
     def _end_step(self, logs: dict[str, float]) -> None:
-        history, state, control = self.history, self.state, self.control
-        signalled = torch.tensor([float(self.interruption.signal is not None)], device=self.sums.device)
+        history = self.history
+        state = self.state
+        control = self.control
+        signalled = torch.tensor(
+            [float(self.interruption.signal is not None)], device=self.sums.device
+        )
         # Over all processes: signals to stop, tokens, and losses of exits.
         sums = self.accelerator.reduce(torch.cat((signalled, self.sums)), reduction="sum").tolist()
         self.sums, self.micro_batches, targets = None, 0, float(self.targets)
         stops, tokens, *per_exit = sums
-        exits = {layer: part / targets for layer, part in zip(self.exit_layers, per_exit, strict=True)}
+        exits = {
+            layer: part / targets for layer, part in zip(self.exit_layers, per_exit, strict=True)
+        }
         losses = progress.StepLosses(state.global_step, logs["loss"], exits)
         first = (history.steps or [losses])[0].final
         for what, value in (("loss", losses.loss), ("norm of the gradient", logs["grad_norm"])):
@@ -198,9 +269,11 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
         history.add(losses)
         logs |= {f"exit_{layer}_loss": loss for layer, loss in losses.exits.items()}
         now = time.perf_counter()
-        elapsed, self.started = now - self.started, now
+        elapsed = now - self.started
+        self.started = now
         self.on_step(history.report(state.max_steps, logs["learning_rate"], tokens / elapsed))
-        last, every = state.global_step >= state.max_steps, self.plan.eval_steps
+        last = state.global_step >= state.max_steps
+        every = self.plan.eval_steps
         if stops and not last:
             control.should_save = control.should_training_stop = True
         control.should_evaluate = every > 0 and (last or state.global_step % every == 0)
@@ -213,8 +286,14 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
     def _failure(self, what: str) -> TrainingError:
         saved = progress.newest_first(self.checkpoints)
         if not saved:
-            return TrainingError(f"{what}; no checkpoint was written before it (`save_steps` N). Try a lower `lr`")
-        again = "" if self.is_fsdp_enabled else f": start from it with `model` {saved[0]} and a lower `lr`"
+            return TrainingError(
+                f"{what}; no checkpoint was written before it (`save_steps` N). Try a lower `lr`"
+            )
+        again = (
+            ""
+            if self.is_fsdp_enabled
+            else f": start from it with `model` {saved[0]} and a lower `lr`"
+        )
         return TrainingError(f"{what}; the last good checkpoint is {saved[0]}{again}")
 
 
@@ -230,7 +309,8 @@ class Optimizers(Optimizer):
         """Gives each part its own of these groups, and the common state."""
         groups = iter(self.param_groups)
         for part in self._parts:
-            part.param_groups, part.state = list(islice(groups, len(part.param_groups))), self.state
+            part.param_groups = list(islice(groups, len(part.param_groups)))
+            part.state = self.state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
@@ -242,10 +322,14 @@ class Optimizers(Optimizer):
 
 
 def trackers(report_to: str) -> list[str]:
-    """The names in `report_to`. Raises ConfigError when a tracker is unknown or its package is not installed."""
+    """The names in `report_to`. Raises ConfigError when a tracker is unknown or its package is not
+    installed.
+    """
     names = [name.strip() for name in report_to.split(",") if name.strip()]
     try:
-        for tracker in get_reporting_integration_callbacks(names[0] if names in (["all"], ["none"]) else names):
+        for tracker in get_reporting_integration_callbacks(
+            names[0] if names in (["all"], ["none"]) else names
+        ):
             tracker()
     except (ImportError, RuntimeError, ValueError) as error:
         raise ConfigError(f"`report_to` {report_to}: {error}") from error
@@ -253,10 +337,13 @@ def trackers(report_to: str) -> list[str]:
 
 
 def training_arguments(plan: "Plan") -> TrainingArguments:
-    """Trainer's arguments for a run. Raises ConfigError for `training_arguments` that transformers refuses."""
-    config, recipe = plan.config, plan.recipe
-    # A backward pass may not reach readers of exits that are off, and experts that no token chose. (A layer without rows and
-    # an exit that is off leave no parameter unused.)
+    """Trainer's arguments for a run. Raises ConfigError for `training_arguments` that transformers
+    refuses.
+    """
+    config = plan.config
+    recipe = plan.recipe
+    # A backward pass may not reach readers of exits that are off, and experts that no token chose.
+    # (A layer without rows and an exit that is off leave no parameter unused.)
     rests = recipe is not None and recipe.exit_reader != "none" and recipe.curriculum != "all"
     unused = rests or not isinstance(plan.trainable.backend.spec, ModelSpec)
     given: dict[str, Any] = dict(
@@ -265,7 +352,9 @@ def training_arguments(plan: "Plan") -> TrainingArguments:
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulation,
         learning_rate=config.lr,
-        lr_scheduler_type="constant_with_warmup" if config.scheduler == "constant" else config.scheduler,
+        lr_scheduler_type="constant_with_warmup"
+        if config.scheduler == "constant"
+        else config.scheduler,
         warmup_steps=round(config.warmup * plan.steps),
         weight_decay=config.weight_decay,
         adam_beta1=_BETAS[0],
@@ -283,7 +372,8 @@ def training_arguments(plan: "Plan") -> TrainingArguments:
         save_steps=config.save_steps or 500,
         save_total_limit=progress.KEPT,
         accelerator_config={
-            "dispatch_batches": False,  # each process reads a stream, whose batches have different lengths
+            # Each process reads a stream, whose batches have different lengths
+            "dispatch_batches": False,
             # Otherwise FSDP would keep whole gradients between the micro-batches of a step.
             "gradient_accumulation_kwargs": {"sync_each_batch": True} if plan.config.fsdp else None,
         },
@@ -296,6 +386,8 @@ def training_arguments(plan: "Plan") -> TrainingArguments:
         arguments = TrainingArguments(**given | (config.training_arguments or {}))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"`training_arguments`: {first_line(error)}") from None
-    if arguments.n_gpu > 1:  # else Trainer splits each batch over all GPUs by DataParallel; torchrun starts a process per GPU
+    # Else Trainer splits each batch over all GPUs by DataParallel; torchrun starts a process per
+    # GPU
+    if arguments.n_gpu > 1:
         arguments._n_gpu = 1
     return arguments

@@ -1,4 +1,6 @@
-"""The speedup by drafts on this machine at an acceptance rate, and the cost of a training in quality."""
+"""The speedup by drafts on this machine at an acceptance rate, and the cost of a training in
+quality.
+"""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -37,7 +39,9 @@ _TIMED_TOKENS = 256  # of a timed answer, at most
 
 @dataclass(frozen=True)
 class Turn:
-    """Seconds of a plain step and of rounds by number of drafts, measured one right after another."""
+    """Seconds of a plain step and of rounds by number of drafts, measured one right after
+    another.
+    """
 
     step: float
     rounds: Mapping[int, float]
@@ -45,9 +49,11 @@ class Turn:
 
 @dataclass(frozen=True)
 class Speedup:
-    """An estimated speedup over plain decoding, at the best number of drafts, with the interval of its measurement.
+    """An estimated speedup over plain decoding, at the best number of drafts, with the interval of
+    its measurement.
 
-    `most`: what arithmetic allows at any number of drafts: the tokens of a round over the weights that it reads.
+    `most`: what arithmetic allows at any number of drafts: the tokens of a round over the weights
+    that it reads.
     """
 
     value: float
@@ -76,8 +82,12 @@ class SpeedEstimate:
 
     @property
     def draft(self) -> float:
-        """The time of one more draft, as a share of a plain step; for exits with its verification."""
-        return median((turn.rounds[_MOST] - turn.rounds[1]) / (_MOST - 1) / turn.step for turn in self.turns)
+        """The time of one more draft, as a share of a plain step; for exits with its
+        verification.
+        """
+        return median(
+            (turn.rounds[_MOST] - turn.rounds[1]) / (_MOST - 1) / turn.step for turn in self.turns
+        )
 
     def speed(self, accepted: float) -> Speedup:
         """The speedup at an acceptance rate, with the number of drafts that gives the most."""
@@ -94,7 +104,8 @@ class SpeedEstimate:
     def _ratios(self, accepted: float, drafts: int) -> tuple[float, float, float]:
         """(median, low end, high end) of the turns' speedups.
 
-        The second and the second last of nine enclose the median with 96% confidence, whatever the distribution.
+        The second and the second last of nine enclose the median with 96% confidence, whatever the
+        distribution.
         """
         tokens = 1 + expected_accepted((accepted, accepted), drafts)
         ratios = sorted(tokens * turn.step / turn.rounds[drafts] for turn in self.turns)
@@ -102,14 +113,18 @@ class SpeedEstimate:
 
 
 def exit_speedup(backend: Backend, exit_layer: int, has_block: bool) -> SpeedEstimate:
-    """Times rounds of decoding with drafts through an exit. A block that does not exist yet is timed as one more layer."""
+    """Times rounds of decoding with drafts through an exit. A block that does not exist yet is
+    timed as one more layer.
+    """
     layers = exit_layer + has_block
     if exit_layer not in backend.exit_blocks:
         exit_layer = min(layers, backend.num_layers - 1)
     plain = DecodingConfig("autoregressive", max_new_tokens=_TIMED_TOKENS, ignore_eos=True)
     drafting = replace(plain, strategy="self-speculative", exit_layer=exit_layer)
     steps = _Rounds(backend, plain)
-    rounds = {drafts: _Rounds(backend, replace(drafting, num_draft_tokens=drafts)) for drafts in _LENGTHS}
+    rounds = {
+        drafts: _Rounds(backend, replace(drafting, num_draft_tokens=drafts)) for drafts in _LENGTHS
+    }
     turns = []
     for _ in range(_TURNS):
         step = steps.seconds()
@@ -118,8 +133,8 @@ def exit_speedup(backend: Backend, exit_layer: int, has_block: bool) -> SpeedEst
 
 
 def _depth(backend: Backend, layers: int) -> float:
-    """The share of a plain step's weights that the first `layers` layers have. 0 for a small model: there what a step costs
-    besides its weights counts, and drafts share it.
+    """The share of a plain step's weights that the first `layers` layers have. 0 for a small model:
+    there what a step costs besides its weights counts, and drafts share it.
     """
     spec = backend.spec
     if spec.parameters < SMALL_MODEL:
@@ -137,7 +152,9 @@ class _Rounds:
         self._loop: DecodingLoop | None = None
 
     def seconds(self) -> float:
-        """Seconds of the next round. A round with a prefill counts only where the context has no room for another."""
+        """Seconds of the next round. A round with a prefill counts only where the context has no
+        room for another.
+        """
         if self._loop is not None and (took := _time_of_step(self._loop)) is not None:
             return took
         self._loop = decode(self._backend, [0] * _LONGEST, self._config)
@@ -161,15 +178,30 @@ def _time_of_step(loop: DecodingLoop) -> float | None:
 @torch.inference_mode()
 def eagle3_speedup(backend: Backend, stored: Eagle3Weights) -> SpeedEstimate:
     """Times a drafter in the EAGLE-3 layout, by the mean of a few drafts."""
-    run, cache = _Passes(backend), backend.new_cache(1, _LONGEST + 2)
+    run = _Passes(backend)
+    cache = backend.new_cache(1, _LONGEST + 2)
     drafter = backend.placed_eagle3(stored, backend.num_layers - 1, PackingConfig())
-    newest, submodel, head = torch.zeros(1, dtype=torch.long), Submodel(0, block=drafter), DraftHead(drafter.head)
+    newest = torch.zeros(1, dtype=torch.long)
+    submodel = Submodel(0, block=drafter)
+    head = DraftHead(drafter.head)
 
     def drafts(embedded: Tensor, _: Places) -> Tensor:
         feature = embedded[:1]
         if drafter.kernel is not None:
-            return drafter.kernel(head, newest, submodel, cache.span(1, _LONGEST + 2), DraftEnds(), None, feature, False)[0]
-        outputs = (drafter.run(backend, feature, feature, place) for place in cache.span(1, _LONGEST + 1).parts(1))
+            return drafter.kernel(
+                head,
+                newest,
+                submodel,
+                cache.span(1, _LONGEST + 2),
+                DraftEnds(),
+                None,
+                feature,
+                False,
+            )[0]
+        outputs = (
+            drafter.run(backend, feature, feature, place)
+            for place in cache.span(1, _LONGEST + 1).parts(1)
+        )
         return torch.cat([drafter.head(output).argmax(-1) for output in outputs])
 
     turns = []
@@ -188,7 +220,9 @@ class _Passes:
 
     def __init__(self, backend: Backend) -> None:
         ids = torch.zeros(_LONGEST, dtype=torch.long, device=backend.device)
-        self.backend, self._cache, self.hidden = backend, backend.new_cache(1, _LONGEST), backend.embed(ids)
+        self.backend = backend
+        self._cache = backend.new_cache(1, _LONGEST)
+        self.hidden = backend.embed(ids)
 
     def timed(self, run: Callable[[Tensor, Places], Tensor], tokens: int) -> float:
         """Seconds of `run` over the embeddings (T, D) of the first `tokens`."""
@@ -200,13 +234,22 @@ class _Passes:
     def seconds(self, tokens: int) -> float:
         """Seconds of a whole pass, head included."""
         model = self.backend
-        return self.timed(lambda hidden, places: model.unembed(model.run_layers(hidden, 0, model.num_layers, places)), tokens)
+        return self.timed(
+            lambda hidden, places: model.unembed(
+                model.run_layers(hidden, 0, model.num_layers, places)
+            ),
+            tokens,
+        )
 
 
 class Original:
-    """Measures losses on a model's own texts and held-out rows, and exact match: before its training, in fp32, and after."""
+    """Measures losses on a model's own texts and held-out rows, and exact match: before its
+    training, in fp32, and after.
+    """
 
-    def __init__(self, trainable: Trainable, held_out: Sequence[Any], seed: int, trained_rows: int) -> None:
+    def __init__(
+        self, trainable: Trainable, held_out: Sequence[Any], seed: int, trained_rows: int
+    ) -> None:
         """`trained_rows`: of the whole run. Shorter runs read and answer fewer held-out rows."""
         self._model = trainable.model.eval()
         self._backend = trainable.backend
@@ -216,11 +259,13 @@ class Original:
         self._held_out = [row for row, _ in few]
         self._asked = [_question(row, start) for row, start in few if _is_answerable(row, start)]
         self._before = self._measured()
-        self.example: AnsweredRow | None = None  # the first of the answered rows, after the training
+        # The first of the answered rows, after the training
+        self.example: AnsweredRow | None = None
 
     def cost(self) -> Cost:
         self._model.eval()
-        before, after = self._before, self._measured()
+        before = self._before
+        after = self._measured()
         losses = (before.loss, after.loss) if self._held_out else None
         exact_match = None
         if self._asked:
@@ -228,8 +273,11 @@ class Original:
             prompt, reference = map(self._decoder.detokenize, self._asked[0])
             self.example = AnsweredRow(prompt, reference, after.first_answer)
         same = float((before.best == after.best).float().mean())
-        tokens, asked = len(before.best), len(self._asked)
-        return Cost(tokens, same, exp(before.own_loss), exp(after.own_loss), losses, exact_match, asked)
+        tokens = len(before.best)
+        asked = len(self._asked)
+        return Cost(
+            tokens, same, exp(before.own_loss), exp(after.own_loss), losses, exact_match, asked
+        )
 
     @torch.no_grad()
     def _measured(self) -> "_Measured":
@@ -240,9 +288,14 @@ class Original:
 
     def _read(self, rows: Sequence[Mapping[str, Any]]) -> tuple[Tensor, float]:
         """(argmax tokens (N,), mean loss) over the targets."""
-        backend, best, loss = self._backend, list[Tensor](), 0.0
+        backend = self._backend
+        best = list[Tensor]()
+        loss = 0.0
         for row in rows:
-            ids, labels = (torch.as_tensor(row[name]).to(backend.device).long()[None] for name in ("input_ids", "labels"))
+            ids, labels = (
+                torch.as_tensor(row[name]).to(backend.device).long()[None]
+                for name in ("input_ids", "labels")
+            )
             states = backend.texts.states(ids, (backend.num_layers,))[backend.num_layers]
             hidden, targets = target_rows(states, labels)
             logits = backend.unembed(hidden).float()
@@ -251,15 +304,23 @@ class Original:
         return torch.cat(best) if best else torch.empty(0), loss / max(1, sum(map(len, best)))
 
     def _answered(self) -> tuple[list[bool], str]:
-        """Whether the greedy answer to each question equals its reference, up to outer white space; and the first answer."""
-        decoder, texts = self._decoder, [""] * len(self._asked)
+        """Whether the greedy answer to each question equals its reference, up to outer white space;
+        and the first answer.
+        """
+        decoder = self._decoder
+        texts = [""] * len(self._asked)
         for at in range(0, len(self._asked), BATCH):
             prompts, wanted = zip(*self._asked[at : at + BATCH], strict=True)
             config = DecodingConfig("autoregressive", max_new_tokens=max(map(len, wanted)))
-            for answer in decode_batch(self._backend, prompts, config, decoder.eos_ids, decoder.detokenize):
+            for answer in decode_batch(
+                self._backend, prompts, config, decoder.eos_ids, decoder.detokenize
+            ):
                 texts[at + answer.row] = answer.text
         references = [decoder.detokenize(reference) for _, reference in self._asked]
-        right = [text.strip() == reference.strip() for text, reference in zip(texts, references, strict=True)]
+        right = [
+            text.strip() == reference.strip()
+            for text, reference in zip(texts, references, strict=True)
+        ]
         return right, "".join(texts[:1])
 
 

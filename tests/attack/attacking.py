@@ -1,4 +1,6 @@
-"""What the parts of the campaign share: how many examples they draw, and what any command may answer to bad input."""
+"""What the parts of the campaign share: how many examples they draw, and what any command may
+answer to bad input.
+"""
 
 import hashlib
 import os
@@ -13,11 +15,15 @@ _ERROR = re.compile(r"^error: \S.{9}", re.MULTILINE)
 def examples(count: int) -> settings:
     """Draws so many examples, times LAYERSKIP_ATTACK."""
     times = int(os.environ.get("LAYERSKIP_ATTACK", "1"))
-    return settings(max_examples=count * times, deadline=None, suppress_health_check=list(HealthCheck))
+    return settings(
+        max_examples=count * times, deadline=None, suppress_health_check=list(HealthCheck)
+    )
 
 
 def require_sound(result: Result) -> None:
-    """The command succeeded, or failed with one line of error; an exception that is none of ours is a fault."""
+    """The command succeeded, or failed with one line of error; an exception that is none of ours is
+    a fault.
+    """
     assert "Traceback" not in result.err + result.out, result.err
     assert "--debug shows where" not in result.err, result.err
     assert result.code in (0, 1, 2, 130, 143), result
@@ -28,4 +34,6 @@ def require_sound(result: Result) -> None:
 def contents(folder) -> dict[str, str]:
     """The hash of each file below a folder, by its path in it."""
     files = (file for file in folder.rglob("*") if file.is_file())
-    return {str(file.relative_to(folder)): hashlib.sha1(file.read_bytes()).hexdigest() for file in files}
+    return {
+        str(file.relative_to(folder)): hashlib.sha1(file.read_bytes()).hexdigest() for file in files
+    }

@@ -1,6 +1,8 @@
-"""Commands in forks of a process that has imported their libraries: each starts in milliseconds, and may be killed.
+"""Commands in forks of a process that has imported their libraries: each starts in milliseconds,
+and may be killed.
 
-The forking process runs nothing of these libraries itself, because a fork lacks the threads of its parent.
+The forking process runs nothing of these libraries itself, because a fork lacks the threads of its
+parent.
 """
 
 import gc
@@ -18,14 +20,29 @@ from command_line import Result
 import cli
 import layerskip_core
 
-_EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod")
+_EVENTS = (
+    "open",
+    "os.rename",
+    "os.remove",
+    "os.rmdir",
+    "os.mkdir",
+    "os.link",
+    "os.symlink",
+    "os.truncate",
+    "os.chmod",
+)
 _SECONDS = 120  # a command that takes longer is ended by SIGALRM
 _LIBRARIES = ("datasets", "matplotlib.backends.backend_agg", "peft", "transformers.trainer")
 
 
 def import_once():
-    """Makes Python's fork server, which starts with its first process, import what commands and trainings need."""
-    packages = (pkgutil.walk_packages(package.__path__, f"{package.__name__}.") for package in (cli, layerskip_core))
+    """Makes Python's fork server, which starts with its first process, import what commands and
+    trainings need.
+    """
+    packages = (
+        pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+        for package in (cli, layerskip_core)
+    )
     modules = [name for _, name, _ in chain(*packages) if not name.endswith("__main__")]
     multiprocessing.set_forkserver_preload([*_LIBRARIES, *modules])
 
@@ -34,19 +51,26 @@ class Forks:
     """Starts commands, and says how they ended."""
 
     def start(self, folder, *arguments, stdin="", strike=(0, 0)):
-        """Starts `layerskip` in a folder, and returns its process. Its streams go to files beside the folder.
+        """Starts `layerskip` in a folder, and returns its process. Its streams go to files beside
+        the folder.
 
-        `strike`: the number of the change to a file below `folder/out` before which it gets a signal, and the signal.
+        `strike`: the number of the change to a file below `folder/out` before which it gets a
+        signal, and the signal.
         """
         folder.with_name("stdin").write_text(stdin)
         import_once()
-        process = multiprocessing.get_context("forkserver").Process(target=_command, args=(str(folder), arguments, *strike))
+        process = multiprocessing.get_context("forkserver").Process(
+            target=_command, args=(str(folder), arguments, *strike)
+        )
         process.start()
         return process
 
     def wait(self, folder, process) -> Result:
         process.join()
-        return Result(process.exitcode, *(_log(folder, name, process.pid).read_text() for name in ("stdout", "stderr")))
+        return Result(
+            process.exitcode,
+            *(_log(folder, name, process.pid).read_text() for name in ("stdout", "stderr")),
+        )
 
     def run(self, folder, *arguments, **keywords) -> Result:
         return self.wait(folder, self.start(folder, *arguments, **keywords))
@@ -66,7 +90,9 @@ def _command(folder, arguments, moment, number):
     os.setsid()
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         path = Path(folder).with_name(name) if name == "stdin" else _log(folder, name, os.getpid())
-        os.dup2(os.open(path, os.O_RDONLY if name == "stdin" else os.O_WRONLY | os.O_CREAT), descriptor)
+        os.dup2(
+            os.open(path, os.O_RDONLY if name == "stdin" else os.O_WRONLY | os.O_CREAT), descriptor
+        )
     sys.stdin = os.fdopen(0)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -74,23 +100,36 @@ def _command(folder, arguments, moment, number):
     os.chdir(folder)
     os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
     sys.argv = ["layerskip", *arguments]
-    _watch(Path(folder) / "out", moment, number, os.open(_log(folder, "changes", os.getpid()), os.O_WRONLY | os.O_CREAT))
+    _watch(
+        Path(folder) / "out",
+        moment,
+        number,
+        os.open(_log(folder, "changes", os.getpid()), os.O_WRONLY | os.O_CREAT),
+    )
     from cli.main import main
 
     main()
 
 
 def _watch(out, moment, number, counter):
-    """Writes a byte to `counter` for each change to files at or below `out`; at the given one, sends the signal first."""
-    names, seen = (str(out), out.name), 0
+    """Writes a byte to `counter` for each change to files at or below `out`; at the given one,
+    sends the signal first.
+    """
+    names = (str(out), out.name)
+    seen = 0
 
     def hook(event, arguments):
         nonlocal seen
         if event not in _EVENTS or (event == "open" and not _writes(arguments[2])):
             return
-        paths = [os.fsdecode(one) for one in arguments[:2] if isinstance(one, str | bytes | os.PathLike)]
-        inner = event in ("os.remove", "os.rmdir") and arguments[-1] not in (-1, None)  # relative to a descriptor of its folder
-        if not inner and not any(path == name or path.startswith(f"{name}/") for path in paths for name in names):
+        paths = [
+            os.fsdecode(one) for one in arguments[:2] if isinstance(one, str | bytes | os.PathLike)
+        ]
+        # Relative to a descriptor of its folder
+        inner = event in ("os.remove", "os.rmdir") and arguments[-1] not in (-1, None)
+        if not inner and not any(
+            path == name or path.startswith(f"{name}/") for path in paths for name in names
+        ):
             return
         seen += 1
         if seen == moment:

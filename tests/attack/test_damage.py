@@ -1,4 +1,6 @@
-"""Damaged and hostile files of a model: an answer or one line of error, no change to a file, and no code of the model runs."""
+"""Damaged and hostile files of a model: an answer or one line of error, no change to a file, and no
+code of the model runs.
+"""
 
 import json
 import shutil
@@ -12,12 +14,38 @@ from hypothesis import strategies as st
 
 GENERATE = ("generate", "--max-new-tokens", "4", "call mom")
 COMMANDS = (
-    *((*GENERATE, "--model", "MODEL"), (*GENERATE, "--strategy", "autoregressive", "--model", "MODEL")),
-    *((*GENERATE, "--exit", "2", "--model", "MODEL"), (*GENERATE, "--quantize", "int4", "--model", "MODEL")),
+    *(
+        (*GENERATE, "--model", "MODEL"),
+        (*GENERATE, "--strategy", "autoregressive", "--model", "MODEL"),
+    ),
+    *(
+        (*GENERATE, "--exit", "2", "--model", "MODEL"),
+        (*GENERATE, "--quantize", "int4", "--model", "MODEL"),
+    ),
     ("import", "MODEL", "--output", "imported"),
 )
 ODD = (  # no huge sizes: a model may waste its user's memory
-    *(None, True, False, 0, 1, -1, 2, 7, 300, 0.5, -0.5, 1e-50, 1e308, "", "x", "1", "\u202e", "a" * 5000, "../../etc"),
+    *(
+        None,
+        True,
+        False,
+        0,
+        1,
+        -1,
+        2,
+        7,
+        300,
+        0.5,
+        -0.5,
+        1e-50,
+        1e308,
+        "",
+        "x",
+        "1",
+        "\u202e",
+        "a" * 5000,
+        "../../etc",
+    ),
     *([], [1], [[]], ["x"], [None], {}, {"x": 1}, [1, 2, 3]),
 )
 
@@ -27,7 +55,17 @@ def models(tmp_path_factory, forks, wide_base):
     home = tmp_path_factory.mktemp("models") / "home"
     home.mkdir()
     few = ("--samples", "2", "--steps", "1")
-    frozen = ("train-drafter", "--exits", "2", "--batch-size", "2", "--answer-tokens", "4", "--output", "blocks")
+    frozen = (
+        "train-drafter",
+        "--exits",
+        "2",
+        "--batch-size",
+        "2",
+        "--answer-tokens",
+        "4",
+        "--output",
+        "blocks",
+    )
     for command in (
         (*frozen, *few, "--model", wide_base),
         ("import", wide_base, "--output", "int4"),
@@ -53,7 +91,9 @@ def damaged_json(draw, file):
     document = json.loads(file.read_text())
     holder = document
     while True:
-        key = draw(st.sampled_from(sorted(holder) if isinstance(holder, dict) else range(len(holder))))
+        key = draw(
+            st.sampled_from(sorted(holder) if isinstance(holder, dict) else range(len(holder)))
+        )
         if not isinstance(holder[key], dict | list) or not holder[key] or draw(st.booleans()):
             break
         holder = holder[key]
@@ -67,11 +107,18 @@ def damaged_header(draw, file):
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])
     names = sorted(name for name in header if name != "__metadata__")
-    name, way = draw(st.sampled_from(names)), draw(st.sampled_from(["dtype", "shape", "data_offsets", "name", "gone"]))
+    name = draw(st.sampled_from(names))
+    way = draw(st.sampled_from(["dtype", "shape", "data_offsets", "name", "gone"]))
     if way == "dtype":
-        header[name][way] = draw(st.sampled_from(["F64", "F16", "BF16", "I32", "U8", "BOOL", "F8_E4M3", "X", 5]))
+        header[name][way] = draw(
+            st.sampled_from(["F64", "F16", "BF16", "I32", "U8", "BOOL", "F8_E4M3", "X", 5])
+        )
     elif way in ("shape", "data_offsets"):
-        header[name][way] = draw(st.sampled_from([[], [0], [1, 1], [2**62, 4], [-1, 2], "x", None, header[names[0]][way]]))
+        header[name][way] = draw(
+            st.sampled_from(
+                [[], [0], [1, 1], [2**62, 4], [-1, 2], "x", None, header[names[0]][way]]
+            )
+        )
     elif way == "name":
         header[f"{name}.x"] = header.pop(name)
     else:
@@ -81,7 +128,11 @@ def damaged_header(draw, file):
 
 
 def damage(draw, model):
-    file = model if model.is_file() else draw(st.sampled_from(sorted(one for one in model.iterdir() if one.is_file())))
+    file = (
+        model
+        if model.is_file()
+        else draw(st.sampled_from(sorted(one for one in model.iterdir() if one.is_file())))
+    )
     way = draw(st.sampled_from(["structure", "structure", "structure", "bytes", "gone", "folder"]))
     if way == "structure" and file.suffix == ".json":
         damaged_json(draw, file)

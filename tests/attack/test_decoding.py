@@ -1,4 +1,6 @@
-"""Random architectures and shapes on every backend give the logits of transformers; random settings change no row's tokens."""
+"""Random architectures and shapes on every backend give the logits of transformers; random settings
+change no row's tokens.
+"""
 
 import math
 from functools import cache
@@ -19,7 +21,14 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import DecodingLoop, Prefixes, decode_batch
-from layerskip_core.model import ModelSpec, NativeBackend, TorchBackend, TransformersBackend, can_run_native, missing_feature
+from layerskip_core.model import (
+    ModelSpec,
+    NativeBackend,
+    TorchBackend,
+    TransformersBackend,
+    can_run_native,
+    missing_feature,
+)
 from layerskip_core.model.architectures import ARCHITECTURES
 from layerskip_core.model.exit_blocks import NO_BLOCKS, ExitBlock
 
@@ -41,7 +50,8 @@ def shapes(draw, architecture):
     def of(*values):
         return draw(st.sampled_from(values))
 
-    heads, layers = of(4, 1, 2, 3, 6, 8), draw(st.integers(1, 5))
+    heads = of(4, 1, 2, 3, 6, 8)
+    layers = draw(st.integers(1, 5))
     shape = {
         "vocab_size": of(67, 5, 31, 256, 513),
         "hidden_size": heads * of(8, 1, 2, 5, 16, 20),
@@ -60,25 +70,44 @@ def shapes(draw, architecture):
     shape |= {name: draw(st.booleans()) for name in kind.biases if isinstance(name, str)}
     if kind.partial_rope:
         shape["head_dim"] = of(16, 64)
-    if "head_dim" in kind.values or architecture == "olmoe":  # whose norms of queries are as wide as its states
+    # Whose norms of queries are as wide as its states
+    if "head_dim" in kind.values or architecture == "olmoe":
         shape["hidden_size"] = heads * shape["head_dim"]
     if kind.windows in ("all", "listed"):
         shape["sliding_window"] = of(5, 1, 2, 16, 4096)
     if architecture in ("gemma2", "gemma3_text", "olmo3", "exaone4", "cohere2"):
         shape["layer_types"] = [of("sliding_attention", "full_attention") for _ in range(layers)]
     if architecture == "gemma4_text":
-        own = [*(of("sliding_attention", "full_attention") for _ in range(draw(st.integers(0, layers - 1)))), "full_attention"]
+        own = [
+            *(
+                of("sliding_attention", "full_attention")
+                for _ in range(draw(st.integers(0, layers - 1)))
+            ),
+            "full_attention",
+        ]
         sharing = layers - len(own)
-        shape["layer_types"] = [*own, *(of(*own) for _ in range(sharing - 1)), *own[-1:] * (sharing > 0)]
+        shape["layer_types"] = [
+            *own,
+            *(of(*own) for _ in range(sharing - 1)),
+            *own[-1:] * (sharing > 0),
+        ]
         shape |= {
             "num_kv_shared_layers": sharing,
             "use_double_wide_mlp": draw(st.booleans()),
             "global_head_dim": of(16, 64, 512),
         }
-        shape |= {"hidden_size_per_layer_input": of(8, 1, 16) if sharing else of(8, 0)}  # else transformers needs some
-        shape |= {"vocab_size_per_layer_input": shape["vocab_size"], "final_logit_softcapping": of(30.0, None)}
+        # Else transformers needs some
+        shape |= {"hidden_size_per_layer_input": of(8, 1, 16) if sharing else of(8, 0)}
+        shape |= {
+            "vocab_size_per_layer_input": shape["vocab_size"],
+            "final_logit_softcapping": of(30.0, None),
+        }
     if architecture == "qwen2":
-        shape |= {"use_sliding_window": draw(st.booleans()), "sliding_window": 4, "max_window_layers": layers // 2}
+        shape |= {
+            "use_sliding_window": draw(st.booleans()),
+            "sliding_window": 4,
+            "max_window_layers": layers // 2,
+        }
     if architecture == "smollm3":
         shape["no_rope_layers"] = [draw(st.integers(0, 1)) for _ in range(layers)]
     if architecture in ("gpt_neox", "stablelm"):
@@ -91,54 +120,100 @@ def shapes(draw, architecture):
         kinds = "full_attention", kind.mixer.kind, *(("mlp",) if kind.one_block else ())
         listed = [*(of(*kinds) for _ in range(layers - 1)), "full_attention"]
         if architecture == "bamba":
-            shape["attn_layer_indices"] = [layer for layer, own in enumerate(listed) if own == "full_attention"]
+            shape["attn_layer_indices"] = [
+                layer for layer, own in enumerate(listed) if own == "full_attention"
+            ]
         else:
             shape["layers_block_type" if architecture == "nemotron_h" else "layer_types"] = listed
     if architecture in ("bamba", "granitemoehybrid"):
-        shape |= {"mamba_n_groups": of(1, 2), "mamba_n_heads": 2, "mamba_d_state": of(8, 5, 64), "mamba_d_conv": of(4, 1, 2)}
+        shape |= {
+            "mamba_n_groups": of(1, 2),
+            "mamba_n_heads": 2,
+            "mamba_d_state": of(8, 5, 64),
+            "mamba_d_conv": of(4, 1, 2),
+        }
         shape["mamba_proj_bias"] = draw(st.booleans())
     if architecture == "granitemoehybrid":
-        shape |= {"num_local_experts": of(0, 4), "shared_intermediate_size": of(96, 48), "intermediate_size": of(48, 32)}
+        shape |= {
+            "num_local_experts": of(0, 4),
+            "shared_intermediate_size": of(96, 48),
+            "intermediate_size": of(48, 32),
+        }
         shape["position_embedding_type"] = of("rope", "nope", None)
     if architecture == "nemotron_h":
         del shape["num_hidden_layers"]
         groups = of(1, 2, 3)
-        shape |= {"n_groups": groups, "mamba_num_heads": groups * of(1, 2), "ssm_state_size": of(8, 5, 64)}
-        shape |= {"mamba_head_dim": of(16, 7, 40), "conv_kernel": of(4, 1, 2), "time_step_min": 1e-9}
+        shape |= {
+            "n_groups": groups,
+            "mamba_num_heads": groups * of(1, 2),
+            "ssm_state_size": of(8, 5, 64),
+        }
+        shape |= {
+            "mamba_head_dim": of(16, 7, 40),
+            "conv_kernel": of(4, 1, 2),
+            "time_step_min": 1e-9,
+        }
     if architecture == "lfm2":
-        shape |= {"conv_bias": draw(st.booleans()), "conv_L_cache": of(3, 1, 2, 8, 9), "block_multiple_of": of(16, 1)}
-        shape["intermediate_size"] = max(2, shape["intermediate_size"])  # of which it takes two thirds
+        shape |= {
+            "conv_bias": draw(st.booleans()),
+            "conv_L_cache": of(3, 1, 2, 8, 9),
+            "block_multiple_of": of(16, 1),
+        }
+        # Of which it takes two thirds
+        shape["intermediate_size"] = max(2, shape["intermediate_size"])
     if architecture in ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"):
         key_heads = of(1, 2, 3)
-        shape |= {"linear_num_key_heads": key_heads, "linear_num_value_heads": key_heads * of(1, 2, 3)}
+        shape |= {
+            "linear_num_key_heads": key_heads,
+            "linear_num_value_heads": key_heads * of(1, 2, 3),
+        }
         shape |= {"linear_key_head_dim": of(8, 5, 64), "linear_value_head_dim": of(16, 7, 40)}
         shape["linear_conv_kernel_dim"] = of(4, 1, 2)
     if kind.experts is not None:  # a type's usual ones take gigabytes
         count = of(4, 1, 3, 8)
-        names = ("num_local_experts",) if architecture in ("granitemoe", "mixtral") else ("num_experts",)
+        names = (
+            ("num_local_experts",)
+            if architecture in ("granitemoe", "mixtral")
+            else ("num_experts",)
+        )
         shape |= dict.fromkeys(names, count) | {
             "num_experts_per_tok": of(*range(1, count + 1)),
             kind.experts.inner: of(48, 1, 16),
             **({"shared_expert_intermediate_size": of(48, 96, 32)} if kind.experts.shared else {}),
         }
     if architecture == "granite":
-        shape |= {"embedding_multiplier": of(0.5, 12.0), "residual_multiplier": of(0.22, 1.0), "logits_scaling": of(0.5, 8.0)}
-    if architecture not in ("gemma3_text", "gemma4_text", "olmo3", "olmoe", "phi3", "gpt2", "falcon", "nemotron_h") and draw(
-        st.booleans()
-    ):
+        shape |= {
+            "embedding_multiplier": of(0.5, 12.0),
+            "residual_multiplier": of(0.22, 1.0),
+            "logits_scaling": of(0.5, 8.0),
+        }
+    if architecture not in (
+        "gemma3_text",
+        "gemma4_text",
+        "olmo3",
+        "olmoe",
+        "phi3",
+        "gpt2",
+        "falcon",
+        "nemotron_h",
+    ) and draw(st.booleans()):
         shape["rope_parameters"] = dict(of(*ROPES))
-        shape["head_dim"] = max(4, shape["head_dim"])  # transformers divides by head_dim - 2 where the type is dynamic
+        # Transformers divides by head_dim - 2 where the type is dynamic
+        shape["head_dim"] = max(4, shape["head_dim"])
     return shape
 
 
 def shaped_model(architecture, shape, seed, dtype):
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[architecture](**shape), attn_implementation="eager")
+    model = AutoModelForCausalLM.from_config(
+        CONFIG_MAPPING[architecture](**shape), attn_implementation="eager"
+    )
     if model.config.to_dict().get("num_experts_per_tok"):
         model.set_experts_implementation("eager")  # the other one lacks fp64
     model = model.to(dtype).eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # norms and biases too: their initial values would hide faults
+        # Norms and biases too: their initial values would hide faults
+        for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * (0.2 if parameter.dim() > 1 else 0.1))
     return model
 
@@ -148,11 +223,15 @@ def shaped_model(architecture, shape, seed, dtype):
 @given(data=st.data(), seed=st.integers(0, 2**31))
 def test_every_backend_gives_the_logits_of_transformers(architecture, data, seed):
     shape = data.draw(shapes(architecture))
-    batch, count = data.draw(st.integers(1, 3)), data.draw(st.integers(1, min(24, shape["max_position_embeddings"])))
-    ids = torch.randint(0, shape["vocab_size"], (batch, count), generator=torch.Generator().manual_seed(seed))
+    batch = data.draw(st.integers(1, 3))
+    count = data.draw(st.integers(1, min(24, shape["max_position_embeddings"])))
+    ids = torch.randint(
+        0, shape["vocab_size"], (batch, count), generator=torch.Generator().manual_seed(seed)
+    )
     cpu = torch.device("cpu")
     precisions = ((torch.float64, 1e-5), (torch.float32, 2e-3))
-    for dtype, tolerance in precisions[architecture in MIXERS :]:  # transformers computes recurrences in fp32
+    # Transformers computes recurrences in fp32
+    for dtype, tolerance in precisions[architecture in MIXERS :]:
         model = shaped_model(architecture, shape, seed, dtype)
         with pytest.MonkeyPatch.context() as patch:
             if dtype == torch.float64:
@@ -173,16 +252,25 @@ def test_every_backend_gives_the_logits_of_transformers(architecture, data, seed
 
 
 def require_same(model, ids, reference, tolerance, data, same_bits=False):
-    """All tokens at once, and in pieces whose layers run in two spans. `tolerance`: of the largest logit."""
+    """All tokens at once, and in pieces whose layers run in two spans. `tolerance`: of the largest
+    logit.
+    """
     batch, count = ids.shape
     positions = torch.arange(count).expand(batch, -1)
     with torch.inference_mode():
         whole = model.unembed(run_texts(model, model.embed(ids), 0, model.num_layers))
-        cache, pieces, start = model.new_cache(batch), [], 0
+        cache = model.new_cache(batch)
+        pieces = []
+        start = 0
         while start < count:
-            stop, middle = data.draw(st.integers(start + 1, count)), data.draw(st.integers(0, model.num_layers))
-            hidden = model.run_layers(model.embed(ids[:, start:stop]), 0, middle, at(positions[:, start:stop], cache))
-            hidden = model.run_layers(hidden, middle, model.num_layers, at(positions[:, start:stop], cache))
+            stop = data.draw(st.integers(start + 1, count))
+            middle = data.draw(st.integers(0, model.num_layers))
+            hidden = model.run_layers(
+                model.embed(ids[:, start:stop]), 0, middle, at(positions[:, start:stop], cache)
+            )
+            hidden = model.run_layers(
+                hidden, middle, model.num_layers, at(positions[:, start:stop], cache)
+            )
             pieces.append(model.unembed(hidden))
             start = stop
         together = torch.cat(pieces, dim=1)
@@ -193,10 +281,32 @@ def require_same(model, ids, reference, tolerance, data, same_bits=False):
     assert not same_bits or torch.equal(whole, together)
 
 
-STRATEGIES = ("autoregressive", "early-exit", "self-speculative", "adaptive", "lookup", "draft-and-verify")
+STRATEGIES = (
+    "autoregressive",
+    "early-exit",
+    "self-speculative",
+    "adaptive",
+    "lookup",
+    "draft-and-verify",
+)
 KINDS = (
-    *("generic", "generic gemma3_text", "packed", "packed mistral", "packed smollm3", "packed qwen2", "packed int8 drafts"),
-    *("packed int4 few drafts", "native", "native bf16", "native int8", "native int4", "native int8 drafts"),
+    *(
+        "generic",
+        "generic gemma3_text",
+        "packed",
+        "packed mistral",
+        "packed smollm3",
+        "packed qwen2",
+        "packed int8 drafts",
+    ),
+    *(
+        "packed int4 few drafts",
+        "native",
+        "native bf16",
+        "native int8",
+        "native int4",
+        "native int8 drafts",
+    ),
     *("native few drafts", "native gemma2", "native gemma3_text", "native granite", "native olmo3"),
     *("native phi3", "native starcoder2", "native qwen3", "native smollm3"),
 )
@@ -207,7 +317,15 @@ PACKING = {
     "int4 few drafts": PackingConfig(draft_weights=("int4",), draft_vocab=40),
     "few drafts": PackingConfig(draft_vocab=30),
 }
-COUNTS = ("prompt_tokens", "new_tokens", "drafted", "accepted", "rounds", "tested_by_position", "accepted_by_position")
+COUNTS = (
+    "prompt_tokens",
+    "new_tokens",
+    "drafted",
+    "accepted",
+    "rounds",
+    "tested_by_position",
+    "accepted_by_position",
+)
 
 
 @cache
@@ -215,10 +333,13 @@ def model_of(kind, exits, scale):
     backend, _, rest = kind.partition(" ")
     architecture = rest if rest in ARCHITECTURES else "llama"
     changes = {"sliding_window": 5} if architecture in ("mistral", "gemma3_text") else {}
-    dtype = {"bf16": torch.bfloat16, "int4": torch.bfloat16}.get(rest, torch.float32 if backend == "native" else torch.float64)
+    dtype = {"bf16": torch.bfloat16, "int4": torch.bfloat16}.get(
+        rest, torch.float32 if backend == "native" else torch.float64
+    )
     if backend == "native" or rest in PACKING:
         changes = {"intermediate_size": 64, "hidden_size": 64}
-    model, packing = tiny_model(architecture, dtype, **changes), PACKING.get(rest)
+    model = tiny_model(architecture, dtype, **changes)
+    packing = PACKING.get(rest)
     blocks = random_blocks(model, *map(ExitBlock, exits), scale=scale) if exits else NO_BLOCKS
     if backend == "generic":
         return TransformersBackend(model, blocks)
@@ -248,16 +369,22 @@ def configs(draw, model, known):
         draw(layers if drafts else st.integers(1, model.num_layers)),
         draw(st.integers(1, 9)),
         draw(st.sampled_from([12, 30, 5, 2, 1, 500])),
-        draw(st.sampled_from([0.0, 0.07, 0.12, 0.99])) if strategy in ("self-speculative", "draft-and-verify") else 0.0,
+        draw(st.sampled_from([0.0, 0.07, 0.12, 0.99]))
+        if strategy in ("self-speculative", "draft-and-verify")
+        else 0.0,
         tuple(letters(known[place : place + 2]) for place in places),
-        draw(st.sampled_from(list(model.draft_sides))) if strategy in ("self-speculative", "draft-and-verify") else None,
+        draw(st.sampled_from(list(model.draft_sides)))
+        if strategy in ("self-speculative", "draft-and-verify")
+        else None,
         lookup=draw(st.sampled_from([0, 0, 1, 2, 5])) if drafts else 0,
         temperature=draw(st.sampled_from([0.0, 0.0, 0.0, 0.3, 1.0, 3.0])),
         top_k=draw(st.sampled_from([0, 0, 1, 3, 40])),
         top_p=draw(st.sampled_from([1.0, 0.9, 0.1])),
         seed=draw(st.integers(0, 999)),
         exits=(tuple(model.exit_blocks) or any_exits) if strategy == "adaptive" else (),
-        skip=tuple(draw(st.sets(layers, min_size=1, max_size=4))) if strategy == "draft-and-verify" else (),
+        skip=tuple(draw(st.sets(layers, min_size=1, max_size=4)))
+        if strategy == "draft-and-verify"
+        else (),
     )
 
 
@@ -266,14 +393,19 @@ def configs(draw, model, known):
 @given(data=st.data())
 def test_drafts_batches_and_joins_change_no_tokens(kind, data):
     model = data.draw(models(kind))
-    prompts = data.draw(st.lists(st.lists(st.integers(3, 66), min_size=1, max_size=14), min_size=1, max_size=4))
-    known = answer_of(model, prompts[0], DecodingConfig("autoregressive", max_new_tokens=20), frozenset())[0]
+    prompts = data.draw(
+        st.lists(st.lists(st.integers(3, 66), min_size=1, max_size=14), min_size=1, max_size=4)
+    )
+    known = answer_of(
+        model, prompts[0], DecodingConfig("autoregressive", max_new_tokens=20), frozenset()
+    )[0]
     config = data.draw(configs(model, known))
     ends = frozenset(data.draw(st.lists(st.sampled_from(known), max_size=2)))
     single = [answer_of(model, prompt, config, ends) for prompt in prompts]
     for prompt, (ids, reason, stats) in zip(prompts, single, strict=True):
         require_consistent(model, len(prompt), config, ids, reason, stats)
-    drafts, sampled = config.strategy not in ("autoregressive", "early-exit"), config.temperature > 0
+    drafts = config.strategy not in ("autoregressive", "early-exit")
+    sampled = config.temperature > 0
     if drafts and not sampled:
         plain = DecodingConfig("autoregressive", None, 1, config.max_new_tokens, 0.0, config.stop)
         for prompt, answer in zip(prompts, single, strict=True):
@@ -283,8 +415,11 @@ def test_drafts_batches_and_joins_change_no_tokens(kind, data):
     if sampled and drafts:  # the other rows of a batch limit the number of drafts, and so the draws
         return
     assert joined(data, model, prompts, config, ends) == [ids for ids, _, _ in single]
-    same_drafts = config.strategy != "adaptive" and (not config.lookup or config.strategy == "lookup")
-    near_the_end = any(reason == "context" for _, reason, _ in single)  # there, the longest row limits the drafts
+    same_drafts = config.strategy != "adaptive" and (
+        not config.lookup or config.strategy == "lookup"
+    )
+    # There, the longest row limits the drafts
+    near_the_end = any(reason == "context" for _, reason, _ in single)
     for output in decode_batch(model, prompts, config, ends, letters):
         ids, reason, stats = single[output.row]
         assert (output.ids, output.finish_reason) == (ids, reason)
@@ -296,19 +431,26 @@ def require_consistent(model, prompt_tokens, config, ids, reason, stats):
     """The counts of one output do not contradict each other."""
     assert (stats.prompt_tokens, stats.new_tokens) == (prompt_tokens, len(ids))
     assert 0 <= stats.accepted <= stats.drafted and stats.accepted < max(1, len(ids))
-    assert sum(count for source, count in stats.steps_by_drafter.items() if source != "plain") == stats.rounds
+    assert (
+        sum(count for source, count in stats.steps_by_drafter.items() if source != "plain")
+        == stats.rounds
+    )
     assert sum(stats.accepted_by_position) == stats.accepted and stats.rounds <= stats.drafted
     room = min(config.max_new_tokens, model.spec.context - prompt_tokens)
     assert len(ids) <= room
     assert (reason in ("length", "context")) == (len(ids) == room and reason not in ("eos", "stop"))
     assert all(0 <= token < model.spec.vocab for token in ids)
-    if config.strategy == "adaptive" and reason == "length":  # a token of the prefill, and one of each step
+    # A token of the prefill, and one of each step
+    if config.strategy == "adaptive" and reason == "length":
         assert sum(stats.steps_by_drafter.values()) + stats.accepted == len(ids) - 1
 
 
 def require_prefixes_to_change_nothing(model, prompts, config, ends):
-    """Texts one after another, each beginning with a part of the one before, as the turns of a conversation do."""
-    kept, text = Prefixes(inf, 2, 1), prompts[0]
+    """Texts one after another, each beginning with a part of the one before, as the turns of a
+    conversation do.
+    """
+    kept = Prefixes(inf, 2, 1)
+    text = prompts[0]
     for more in (*prompts[1:], prompts[0]):
         expected = answer_of(model, text, config, ends)[0]
         ids = answer_of(model, text, config, ends, prefixes=kept)[0]

@@ -1,6 +1,8 @@
-"""Commands that write to one folder: killed before one of their changes to the disk, or two at once.
+"""Commands that write to one folder: killed before one of their changes to the disk, or two at
+once.
 
-Nothing may be lost, a refused command must say why in one line, and a command given again must end well.
+Nothing may be lost, a refused command must say why in one line, and a command given again must end
+well.
 """
 
 import os
@@ -16,24 +18,76 @@ from attacking import contents, examples, require_sound
 from hypothesis import given
 from hypothesis import strategies as st
 
-RESUME, OVERWRITE = ("--resume",), ("--overwrite",)
-FEW = ("--batch-size", "2", "--max-length", "48", "--samples", "4", "--steps", "2", "--save-steps", "1", "--dtype", "fp32")
+RESUME = ("--resume",)
+OVERWRITE = ("--overwrite",)
+FEW = (
+    "--batch-size",
+    "2",
+    "--max-length",
+    "48",
+    "--samples",
+    "4",
+    "--steps",
+    "2",
+    "--save-steps",
+    "1",
+    "--dtype",
+    "fp32",
+)
 SHORT = ("--strategies", "autoregressive,early-exit")
-FROZEN = ("train-drafter", "--exits", "2", "--answer-tokens", "4", *FEW, "--model", "out", "--output", "out")
+FROZEN = (
+    "train-drafter",
+    "--exits",
+    "2",
+    "--answer-tokens",
+    "4",
+    *FEW,
+    "--model",
+    "out",
+    "--output",
+    "out",
+)
 CALIBRATE = ("calibrate", "--samples", "2", "--model", "out")
-BENCH = ("bench", "--model", "NEW", "--samples", "2", "--repeats", "1", "--max-new-tokens", "4", "--output", "out", *SHORT)
-SWEEP = ("sweep-exits", "--model", "out", "--samples", "1", "--exits", "2", "--specs", "2", "--save")
+BENCH = (
+    "bench",
+    "--model",
+    "NEW",
+    "--samples",
+    "2",
+    "--repeats",
+    "1",
+    "--max-new-tokens",
+    "4",
+    "--output",
+    "out",
+    *SHORT,
+)
+SWEEP = (
+    "sweep-exits",
+    "--model",
+    "out",
+    "--samples",
+    "1",
+    "--exits",
+    "2",
+    "--specs",
+    "2",
+    "--save",
+)
 IMPORT = ("import", "NEW", "--output", "out", *OVERWRITE)
-CONFIG, WEIGHTS, BLOCKS, INT4 = "config.json", "model.safetensors", "exit_blocks.safetensors", "int4.safetensors"
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+BLOCKS = "exit_blocks.safetensors"
+INT4 = "int4.safetensors"
 
 
 @dataclass(frozen=True)
 class Scenario:
     """A command that writes to `out`; NEW, OLD and WIDE in it are paths of models.
 
-    `over`: the name of the model that is there before. `again`: flags of which the command's error may ask for one when it is
-    given again. `checked`: files that are as an undisturbed run writes them in the end. `kept`: files that never change. `ask`:
-    how the model is used.
+    `over`: the name of the model that is there before. `again`: flags of which the command's error
+    may ask for one when it is given again. `checked`: files that are as an undisturbed run writes
+    them in the end. `kept`: files that never change. `ask`: how the model is used.
     """
 
     command: tuple[str, ...]
@@ -48,11 +102,17 @@ KEPT = (WEIGHTS, CONFIG)
 ALL = (RESUME, (), OVERWRITE)
 KILLED = {
     "import over a model": Scenario(IMPORT),
-    "finetune over a model": Scenario(("finetune", "--model", "NEW", *FEW, "--output", "out", *OVERWRITE), again=ALL),
+    "finetune over a model": Scenario(
+        ("finetune", "--model", "NEW", *FEW, "--output", "out", *OVERWRITE), again=ALL
+    ),
     "bench": Scenario(BENCH, over=None, again=ALL, checked=()),
     "sweep --save": Scenario(SWEEP, kept=KEPT),
-    "calibrate beside a model": Scenario(CALIBRATE, checked=(WEIGHTS, INT4), kept=KEPT, ask=("--quantize", "int4")),
-    "frozen beside a model": Scenario(FROZEN, again=ALL, checked=(WEIGHTS, BLOCKS), kept=KEPT, ask=("--exit", "2")),
+    "calibrate beside a model": Scenario(
+        CALIBRATE, checked=(WEIGHTS, INT4), kept=KEPT, ask=("--quantize", "int4")
+    ),
+    "frozen beside a model": Scenario(
+        FROZEN, again=ALL, checked=(WEIGHTS, BLOCKS), kept=KEPT, ask=("--exit", "2")
+    ),
 }
 WRITERS = {  # `checked`: those that replace the model
     "import": Scenario(IMPORT, "OLD"),
@@ -70,7 +130,10 @@ class World:
     """Folders in which a scenario's command runs, and how it ends where nobody disturbs it."""
 
     def __init__(self, forks, root, models):
-        self.forks, self._root, self._models, self._numbers = forks, root, models, count()
+        self.forks = forks
+        self._root = root
+        self._models = models
+        self._numbers = count()
         self.undisturbed = cache(self._undisturbed)
 
     def home(self, scenario):
@@ -92,7 +155,9 @@ class World:
         return self.forks.run(home, "generate", *flags, stdin="remind me to call mom")
 
     def _undisturbed(self, scenario):
-        """The number of changes to the disk, the files before and after, and the answers before and after."""
+        """The number of changes to the disk, the files before and after, and the answers before and
+        after.
+        """
         home = self.home(scenario)
         old = self.ask(home, scenario).out if scenario.over else None
         before = contents(home / "out") if scenario.over else {}
@@ -105,7 +170,11 @@ class World:
 
 @pytest.fixture(scope="module")
 def world(forks, tmp_path_factory, wide_base, base, checkpoint):
-    return World(forks, tmp_path_factory.mktemp("outputs"), {"NEW": base, "OLD": checkpoint, "WIDE": wide_base})
+    return World(
+        forks,
+        tmp_path_factory.mktemp("outputs"),
+        {"NEW": base, "OLD": checkpoint, "WIDE": wide_base},
+    )
 
 
 def of(files, names):
@@ -114,11 +183,17 @@ def of(files, names):
 
 def model_in(files):
     """The files of a model that are identical in identical runs."""
-    return {path: found for path, found in files.items() if path.endswith((".safetensors", CONFIG)) and "/" not in path}
+    return {
+        path: found
+        for path, found in files.items()
+        if path.endswith((".safetensors", CONFIG)) and "/" not in path
+    }
 
 
 def lasting(files):
-    """The files of a result: not locks, nor what a run resumes from, nor half a file, which goes when it is old."""
+    """The files of a result: not locks, nor what a run resumes from, nor half a file, which goes
+    when it is old.
+    """
     passing = (".lock", ".layerskip-writing-", f"checkpoints{os.sep}")
     return {path for path in files if not path.endswith(".lock") and not path.startswith(passing)}
 
@@ -130,7 +205,8 @@ def lasting(files):
 def test_a_killed_command_loses_nothing_and_can_be_given_again(name, world, data):
     scenario = KILLED[name]
     changes, before, finished, answers = world.undisturbed(scenario)
-    moment = data.draw(st.integers(1, changes).map(lambda drawn: changes + 1 - drawn))  # the first example is the last change
+    # The first example is the last change
+    moment = data.draw(st.integers(1, changes).map(lambda drawn: changes + 1 - drawn))
     number = data.draw(st.sampled_from([signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
     home = world.home(scenario)
     out = home / "out"

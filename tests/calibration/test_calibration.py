@@ -33,8 +33,12 @@ def logarithms(backend, texts):
 
 
 def divergence(backend, model_type, texts):
-    expected, actual = logarithms(backend_of(model_type), texts), logarithms(backend, texts)
-    return torch.nn.functional.kl_div(actual, expected, log_target=True, reduction="sum").item() / texts.numel()
+    expected = logarithms(backend_of(model_type), texts)
+    actual = logarithms(backend, texts)
+    return (
+        torch.nn.functional.kl_div(actual, expected, log_target=True, reduction="sum").item()
+        / texts.numel()
+    )
 
 
 def with_weights(model_type, weights):
@@ -51,19 +55,24 @@ def test_predictions_are_nearer_to_the_original_than_those_of_rounded_weights(mo
     backend = backend_of(model_type)
     names = matrix_names(backend.spec)
     parameters = {name: backend.model.get_parameter(name).detach() for name in names}
-    nearest = with_weights(model_type, {name: int4_of(weight) for name, weight in parameters.items()})
+    nearest = with_weights(
+        model_type, {name: int4_of(weight) for name, weight in parameters.items()}
+    )
     done = []
     weights = quantize(backend, TEXTS, done.append)
     assert done == [1, 2, 3, 4, 5, 6, 7] and sorted(weights) == sorted(names)
     again = with_weights(model_type, weights)
-    assert divergence(again, model_type, TEXTS) == pytest.approx(divergence(backend, model_type, TEXTS))
+    assert divergence(again, model_type, TEXTS) == pytest.approx(
+        divergence(backend, model_type, TEXTS)
+    )
     for texts in (TEXTS, UNSEEN):
         assert divergence(again, model_type, texts) < divergence(nearest, model_type, texts)
     for name in names:
         assert torch.equal(weights[name].scale.bfloat16().float(), weights[name].scale)
 
 
-OUTPUTS, INPUTS = 24, 160
+OUTPUTS = 24
+INPUTS = 160
 
 
 def weight():
@@ -73,7 +82,9 @@ def weight():
 def inputs(count=600, rank=40):
     """Inputs that depend on each other."""
     generator = torch.Generator().manual_seed(1)
-    mixed = torch.randn(count, rank, generator=generator) @ torch.randn(rank, INPUTS, generator=generator)
+    mixed = torch.randn(count, rank, generator=generator) @ torch.randn(
+        rank, INPUTS, generator=generator
+    )
     return mixed + 0.3 * torch.randn(count, INPUTS, generator=generator)
 
 
@@ -87,7 +98,9 @@ def output_error(made, given):
 
 def test_gptq_keeps_outputs_far_better_than_rounding():
     given = inputs()
-    assert output_error(gptq(weight(), square(given)), given) < 0.25 * output_error(int4_of(weight()), given)
+    assert output_error(gptq(weight(), square(given)), given) < 0.25 * output_error(
+        int4_of(weight()), given
+    )
 
 
 def test_with_inputs_that_do_not_depend_on_each_other_each_group_is_fitted():
@@ -95,19 +108,24 @@ def test_with_inputs_that_do_not_depend_on_each_other_each_group_is_fitted():
     for number, group in enumerate(weight().T.split(32)):
         scale, low = fitted(group, torch.ones(32))
         assert torch.equal(made.scale[:, number], scale) and torch.equal(made.low[:, number], low)
-        assert torch.equal(made.levels[:, 32 * number : 32 * (number + 1)].T.float(), nearest(group, scale, low))
+        assert torch.equal(
+            made.levels[:, 32 * number : 32 * (number + 1)].T.float(), nearest(group, scale, low)
+        )
 
 
 def test_inputs_that_are_always_zero_do_no_harm():
     given = inputs()
     given[:, 7] = 0
     made = gptq(weight(), square(given))
-    assert made.weight.isfinite().all() and output_error(made, given) < 0.25 * output_error(int4_of(weight()), given)
+    assert made.weight.isfinite().all() and output_error(made, given) < 0.25 * output_error(
+        int4_of(weight()), given
+    )
 
 
 @pytest.mark.parametrize("size", [1e-4, 1e4])
 def test_the_size_of_the_inputs_does_not_matter(size):
-    made, same = gptq(weight(), square(inputs())), gptq(weight(), square(size * inputs()))
+    made = gptq(weight(), square(inputs()))
+    same = gptq(weight(), square(size * inputs()))
     assert (made.levels == same.levels).float().mean() > 0.99
 
 
@@ -130,7 +148,11 @@ def identities(folder):
 
 
 def acceptance(model):
-    return load(str(model), draft_weights="int4")._resolved({"strategy": "adaptive"}).profile.acceptance
+    return (
+        load(str(model), draft_weights="int4")
+        ._resolved({"strategy": "adaptive"})
+        .profile.acceptance
+    )
 
 
 def test_int4_weights_are_saved_beside_the_model_and_used(wide):
@@ -141,13 +163,29 @@ def test_int4_weights_are_saved_beside_the_model_and_used(wide):
     assert "texts 14/14" in done.err and "layers 7/7" in done.err
     assert f"saved int4 weights in {wide / INT4_FILE} after" in done.err
     after = state(wide)
-    assert {name for name in after if after[name] != before.get(name)} == {INT4_FILE, "layerskip.json"}
+    assert {name for name in after if after[name] != before.get(name)} == {
+        INT4_FILE,
+        "layerskip.json",
+    }
     assert 0.2 < acceptance(wide)["int4"] < 1
     answer = run("generate", "wake me up", "--model", str(wide), "--quantize", "int4", "--stats")
     assert answer.code == 0 and "calibrated int4" in answer.err and "calibrated" not in rounded.err
-    drafted = run("generate", "wake me up", "--model", str(wide), "--draft-weights", "int4", "--exit", "6", "--stats")
+    drafted = run(
+        "generate",
+        "wake me up",
+        "--model",
+        str(wide),
+        "--draft-weights",
+        "int4",
+        "--exit",
+        "6",
+        "--stats",
+    )
     assert drafted.code == 0 and "calibrated int4 drafts" in drafted.err
-    assert drafted.out == run("generate", "wake me up", "--model", str(wide), "--strategy", "autoregressive").out
+    assert (
+        drafted.out
+        == run("generate", "wake me up", "--model", str(wide), "--strategy", "autoregressive").out
+    )
 
 
 def test_the_same_settings_give_the_same_weights_and_another_seed_others(wide):
@@ -167,21 +205,33 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def test_weights_of_a_model_that_cannot_be_written_are_cached_for_every_copy_of_it(wide, tmp_path, cache, monkeypatch):
+def test_weights_of_a_model_that_cannot_be_written_are_cached_for_every_copy_of_it(
+    wide, tmp_path, cache, monkeypatch
+):
     """As those of an embedded model."""
-    before, writable = state(wide), os.access
+    before = state(wide)
+    writable = os.access
     monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK and writable(path, mode))
     done = run("calibrate", "--model", str(wide), *QUICK)
-    assert done.code == 0 and "saved int4 weights in" in done.err and state(wide) == before, done.err
+    assert done.code == 0 and "saved int4 weights in" in done.err and state(wide) == before, (
+        done.err
+    )
     [file] = cache.glob("*.safetensors")
     imported = run("import", str(wide), "--output", str(tmp_path / "imported"))
     assert imported.code == 0, imported.err
     for model in (wide, tmp_path / "imported"):
         assert 0.2 < acceptance(model)["int4"] < 1
-        answer = run("generate", "wake me up", "--model", str(model), "--quantize", "int4", "--stats")
+        answer = run(
+            "generate", "wake me up", "--model", str(model), "--quantize", "int4", "--stats"
+        )
         assert answer.code == 0 and "calibrated int4" in answer.err
     assert "removed 1 files" in run("calibrate", "--clear").err and not file.exists()
-    assert "calibrated" not in run("generate", "wake me up", "--model", str(wide), "--quantize", "int4", "--stats").err
+    assert (
+        "calibrated"
+        not in run(
+            "generate", "wake me up", "--model", str(wide), "--quantize", "int4", "--stats"
+        ).err
+    )
 
 
 def test_the_oldest_files_leave_a_full_cache(cache, monkeypatch):

@@ -1,4 +1,6 @@
-"""The assistant of a Gemma 4 model: against transformers' class, found beside the model, carried along and told of."""
+"""The assistant of a Gemma 4 model: against transformers' class, found beside the model, carried
+along and told of.
+"""
 
 import json
 import shutil
@@ -28,19 +30,45 @@ PROMPT = prompt_of(20)
 def random_assistant(target, clusters):
     """For a tiny model; the names of its weights are those of google/gemma-4-E2B-it-assistant."""
     torch.manual_seed(1)
-    own = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "layer_types": None, "head_dim": 16}
+    own = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "layer_types": None,
+        "head_dim": 16,
+    }
     kinds = ["sliding_attention"] * 3 + ["full_attention"]
-    unused = dict.fromkeys(("hidden_size_per_layer_input", "vocab_size_per_layer_input", "num_kv_shared_layers"), 0)
-    own |= {"layer_types": kinds, "use_double_wide_mlp": False, "sliding_window": 6, "vocab_size": target.vocab_size, **unused}
+    unused = dict.fromkeys(
+        ("hidden_size_per_layer_input", "vocab_size_per_layer_input", "num_kv_shared_layers"), 0
+    )
+    own |= {
+        "layer_types": kinds,
+        "use_double_wide_mlp": False,
+        "sliding_window": 6,
+        "vocab_size": target.vocab_size,
+        **unused,
+    }
     text = {**target.to_dict(), **own, "num_attention_heads": 4}
     text["per_layer_config"] = {"3": {"head_dim": 32}}
-    how = {"backbone_hidden_size": target.hidden_size, "use_ordered_embeddings": bool(clusters), "num_centroids": clusters or 1}
+    how = {
+        "backbone_hidden_size": target.hidden_size,
+        "use_ordered_embeddings": bool(clusters),
+        "num_centroids": clusters or 1,
+    }
     config = Gemma4AssistantConfig(text_config=text, centroid_intermediate_top_k=3, **how)
-    model = Gemma4AssistantForCausalLM._from_config(config, attn_implementation="eager").float().eval()
+    model = (
+        Gemma4AssistantForCausalLM._from_config(config, attn_implementation="eager").float().eval()
+    )
     with torch.no_grad():
         for weight in model.parameters():
-            weight.copy_(1 + 0.3 * torch.randn(weight.shape) if weight.dim() == 1 else 0.25 * torch.randn(weight.shape))
-        for layer, scale in enumerate(part for name, part in model.named_buffers() if name.endswith("layer_scalar")):
+            weight.copy_(
+                1 + 0.3 * torch.randn(weight.shape)
+                if weight.dim() == 1
+                else 0.25 * torch.randn(weight.shape)
+            )
+        for layer, scale in enumerate(
+            part for name, part in model.named_buffers() if name.endswith("layer_scalar")
+        ):
             scale.fill_(1.2 - 0.2 * layer)
         if clusters:
             model.masked_embedding.token_ordering.copy_(torch.randperm(target.vocab_size))
@@ -50,10 +78,15 @@ def random_assistant(target, clusters):
 @pytest.fixture(scope="module", params=[0, 8], ids=["dense", "clusters"])
 def pair(request, tmp_path_factory):
     """Folders as on the hub, the assistant's beside the model's, and transformers' models."""
-    root, tokenizer = tmp_path_factory.mktemp("assistant"), tiny_loaded(torch.float32).tokenizer
+    root = tmp_path_factory.mktemp("assistant")
+    tokenizer = tiny_loaded(torch.float32).tokenizer
     native_or_skip(tiny_model("gemma4_text", torch.float32, **SHAPE))
-    target = tiny_model("gemma4_text", torch.float32, vocab_size=-(-len(tokenizer) // 8) * 8, **SHAPE)
-    save_checkpoint(target, tokenizer, CheckpointInfo("{prompt}\n"), str(root / "hub"), torch.float32)
+    target = tiny_model(
+        "gemma4_text", torch.float32, vocab_size=-(-len(tokenizer) // 8) * 8, **SHAPE
+    )
+    save_checkpoint(
+        target, tokenizer, CheckpointInfo("{prompt}\n"), str(root / "hub"), torch.float32
+    )
     assistant = random_assistant(target.config, request.param)
     assistant.save_pretrained(root / "hub-assistant")
     return root / "hub", target.float(), assistant
@@ -70,21 +103,33 @@ def folder(pair, tmp_path):
 def decoded(folder, strategy="mtp", packing=None, **options):
     """The ids of a decoding, what was accepted of how many drafts, and the notes."""
     loaded = for_decoding(str(folder), "cpu", "fp32", packing)
-    decoding = decode(loaded.backend, PROMPT, DecodingConfig(strategy, num_draft_tokens=3, max_new_tokens=24, **options))
+    decoding = decode(
+        loaded.backend,
+        PROMPT,
+        DecodingConfig(strategy, num_draft_tokens=3, max_new_tokens=24, **options),
+    )
     return ids_of(decoding), (decoding.stats.accepted, decoding.stats.drafted), loaded.notes
 
 
 @torch.no_grad()
 def reference(target, assistant, ids, count):
-    """Logits of greedy drafts after a text, all at the position of the last token with KV entries."""
+    """Logits of greedy drafts after a text, all at the position of the last token with KV
+    entries.
+    """
     output = target.model(torch.tensor([ids[:-1]]), return_shared_kv_states=True)
-    window, last, token = assistant.config.text_config.sliding_window, len(ids) - 2, ids[-1]
+    window = assistant.config.text_config.sliding_window
+    last = len(ids) - 2
+    token = ids[-1]
     shared = dict(output.shared_kv_states)
-    shared["sliding_attention"] = tuple(part[:, :, -window:] for part in shared["sliding_attention"])
-    state, logits = output.last_hidden_state[:, -1:], []
+    shared["sliding_attention"] = tuple(
+        part[:, :, -window:] for part in shared["sliding_attention"]
+    )
+    state = output.last_hidden_state[:, -1:]
+    logits = []
     for _ in range(count):
         embedded = target.model.embed_tokens(torch.tensor([[token]]))
-        both, at = torch.cat((embedded, state), dim=-1), torch.tensor([[last]])
+        both = torch.cat((embedded, state), dim=-1)
+        at = torch.tensor([[last]])
         found = assistant(inputs_embeds=both, position_ids=at, shared_kv_states=shared)
         state = found.last_hidden_state
         logits.append(found.logits[0, 0])
@@ -97,29 +142,44 @@ def test_logits_of_several_drafts_are_those_of_transformers(pair, length):
     """Texts shorter and longer than the window."""
     folder, target, assistant = pair
     backend = for_decoding(str(folder), "cpu", "fp32", UnroundedDrafter()).backend
-    block, cache, ids = backend.drafters["mtp"], backend.new_cache(1), prompt_of(length)
+    block = backend.drafters["mtp"]
+    cache = backend.new_cache(1)
+    ids = prompt_of(length)
     expected = reference(target, assistant, ids, 4)
     with torch.inference_mode():
-        hidden = backend.run_layers(backend.embed(torch.tensor(ids[:-1])), 0, backend.num_layers, cache.span(0, length - 1))
-        feature, token = block.features(backend, {}, hidden)[-1:], torch.tensor(ids[-1:])
+        hidden = backend.run_layers(
+            backend.embed(torch.tensor(ids[:-1])), 0, backend.num_layers, cache.span(0, length - 1)
+        )
+        feature = block.features(backend, {}, hidden)[-1:]
+        token = torch.tensor(ids[-1:])
         for right in expected:
-            hidden = block.run(backend, backend.embed(token), feature, cache.span(length - 1, length))
-            found, feature = block.head(hidden)[0], block.own_feature(hidden)
-            token, known = found.argmax()[None], found.isfinite()
+            hidden = block.run(
+                backend, backend.embed(token), feature, cache.span(length - 1, length)
+            )
+            found = block.head(hidden)[0]
+            feature = block.own_feature(hidden)
+            token = found.argmax()[None]
+            known = found.isfinite()
             assert known.sum() in (len(found), 3 * len(found) // 8)
             assert int(token) == int(right.argmax())
             assert float((found - right)[known].norm() / right[known].norm()) < 1e-4
 
 
 def test_drafts_of_every_round_are_those_of_transformers(pair, monkeypatch):
-    """The state is that of the last accepted token, also where several rows draft at their own positions."""
+    """The state is that of the last accepted token, also where several rows draft at their own
+    positions.
+    """
     folder, target, assistant = pair
-    backend, rounds = for_decoding(str(folder), "cpu", "fp32", UnroundedDrafter()).backend, []
+    backend = for_decoding(str(folder), "cpu", "fp32", UnroundedDrafter()).backend
+    rounds = []
     draft = ExitDrafter.draft
 
     def recorded(drafter, context, limits, *ends):
         found = draft(drafter, context, limits, *ends)
-        rounds.extend((list(ids), own[1:].tolist()) for ids, own in zip(context.ids, found.by_row(), strict=True))
+        rounds.extend(
+            (list(ids), own[1:].tolist())
+            for ids, own in zip(context.ids, found.by_row(), strict=True)
+        )
         return found
 
     monkeypatch.setattr(ExitDrafter, "draft", recorded)
@@ -127,18 +187,28 @@ def test_drafts_of_every_round_are_those_of_transformers(pair, monkeypatch):
     assert len([*decode_batch(backend, [prompt_of(9), PROMPT], config)]) == 2
     assert len(rounds) > 6
     for text, drafts in rounds:
-        assert drafts == [int(logits.argmax()) for logits in reference(target, assistant, text, len(drafts))]
+        assert drafts == [
+            int(logits.argmax()) for logits in reference(target, assistant, text, len(drafts))
+        ]
 
 
 def test_it_is_found_beside_the_model_and_changes_no_output(pair):
-    """Greedily, in low bits, in a batch whose rows draft at different positions, and as an arm of adaptive drafting."""
-    (ids, (_, count), notes), plain = decoded(pair[0]), DecodingConfig("autoregressive", max_new_tokens=12)
+    """Greedily, in low bits, in a batch whose rows draft at different positions, and as an arm of
+    adaptive drafting.
+    """
+    (ids, (_, count), notes), plain = (
+        decoded(pair[0]),
+        DecodingConfig("autoregressive", max_new_tokens=12),
+    )
     assert count > 10 and not notes
     assert ids == decoded(pair[0], "autoregressive")[0] == decoded(pair[0], "adaptive")[0]
     low = PackingConfig("int8")
     assert decoded(pair[0], packing=low)[0] == decoded(pair[0], "autoregressive", packing=low)[0]
-    backend, prompts = for_decoding(str(pair[0]), "cpu", "fp32").backend, [prompt_of(length) for length in (3, 30, 90)]
-    together = decode_batch(backend, prompts, DecodingConfig("mtp", num_draft_tokens=3, max_new_tokens=12))
+    backend = for_decoding(str(pair[0]), "cpu", "fp32").backend
+    prompts = [prompt_of(length) for length in (3, 30, 90)]
+    together = decode_batch(
+        backend, prompts, DecodingConfig("mtp", num_draft_tokens=3, max_new_tokens=12)
+    )
     alone = [ids_of(decode(backend, prompt, plain)) for prompt in prompts]
     assert [answer.ids for answer in sorted(together, key=lambda answer: answer.row)] == alone
     sampled = decoded(pair[0], temperature=1.0)
@@ -146,11 +216,16 @@ def test_it_is_found_beside_the_model_and_changes_no_output(pair):
 
 
 def test_prompts_run_only_the_layers_with_keys_for_tokens_that_are_not_scored(pair, monkeypatch):
-    """Three of six, as without it; and in pieces of a prompt it drafts what it drafts after a whole one."""
+    """Three of six, as without it; and in pieces of a prompt it drafts what it drafts after a whole
+    one.
+    """
     backend = for_decoding(str(pair[0]), "cpu", "fp32").backend
-    seen, run_layers = [], backend.run_layers
+    seen = []
+    run_layers = backend.run_layers
     monkeypatch.setattr(
-        backend, "run_layers", lambda hidden, *at: seen.append((len(hidden), *at[:2])) or run_layers(hidden, *at)
+        backend,
+        "run_layers",
+        lambda hidden, *at: seen.append((len(hidden), *at[:2])) or run_layers(hidden, *at),
     )
     ids_of(decode(backend, PROMPT, DecodingConfig("mtp", num_draft_tokens=3, max_new_tokens=2)))
     assert seen[:2] == [(20, 0, 3), (1, 3, 6)]
@@ -158,7 +233,20 @@ def test_prompts_run_only_the_layers_with_keys_for_tokens_that_are_not_scored(pa
 
 def test_what_is_made_of_the_model_keeps_it(folder, tmp_path):
     expected = decoded(folder)
-    few = ["--answers", "data", "--max-length", "48", "--samples", "8", "--batch-size", "4", "--steps", "1", "--threads", "1"]
+    few = [
+        "--answers",
+        "data",
+        "--max-length",
+        "48",
+        "--samples",
+        "8",
+        "--batch-size",
+        "4",
+        "--steps",
+        "1",
+        "--threads",
+        "1",
+    ]
     for name, arguments in {
         "imported": ("import", str(folder)),
         "exported": ("export", str(folder), "--exit", "6"),
@@ -169,10 +257,19 @@ def test_what_is_made_of_the_model_keeps_it(folder, tmp_path):
         assert not done.code, done.err
         assert decoded(tmp_path / name) == expected, name
         assert {*ASSISTANT_FILES} <= {*read_info(str(tmp_path / name)).files}
-    stored, own = (load_file(tmp_path / path / "model.safetensors") for path in ("imported/assistant", "hub-assistant"))
+    stored, own = (
+        load_file(tmp_path / path / "model.safetensors")
+        for path in ("imported/assistant", "hub-assistant")
+    )
     assert stored.keys() == own.keys() and all(torch.equal(stored[name], own[name]) for name in own)
-    assert Gemma4AssistantForCausalLM.from_pretrained(tmp_path / "imported/assistant").config.text_config.num_hidden_layers == 4
-    weights = load_file(tmp_path / "imported" / "model.safetensors")  # as after a training by others
+    assert (
+        Gemma4AssistantForCausalLM.from_pretrained(
+            tmp_path / "imported/assistant"
+        ).config.text_config.num_hidden_layers
+        == 4
+    )
+    # As after a training by others
+    weights = load_file(tmp_path / "imported" / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"] *= 1.5
     save_file(weights, tmp_path / "imported" / "model.safetensors", {"format": "pt"})
     assert decoded(tmp_path / "imported")[2] == (STALE_ASSISTANT,)
@@ -181,7 +278,8 @@ def test_what_is_made_of_the_model_keeps_it(folder, tmp_path):
 
 
 def test_a_finetune_keeps_it_and_says_so(folder, tmp_path):
-    tuned, rows = str(tmp_path / "tuned"), ("--data", "commands", "--samples", "8", "--batch-size", "4", "--steps", "1")
+    tuned = str(tmp_path / "tuned")
+    rows = ("--data", "commands", "--samples", "8", "--batch-size", "4", "--steps", "1")
     how = ("--recipe", "none", "--lr", "0.01", "--max-length", "48", "--threads", "1")
     done = run("finetune", "--model", str(folder), "--output", tuned, *rows, *how)
     assert not done.code, done.err
@@ -206,7 +304,8 @@ def changed(folder, **values):
 
 def test_a_configuration_of_an_older_transformers_is_completed(folder):
     """As the released ones are written: without values by layer."""
-    expected, path = decoded(folder), folder.with_name("hub-assistant") / "config.json"
+    expected = decoded(folder)
+    path = folder.with_name("hub-assistant") / "config.json"
     config = json.loads(path.read_text())
     text = config["text_config"]
     del text["per_layer_config"]

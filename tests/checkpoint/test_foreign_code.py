@@ -1,4 +1,6 @@
-"""Code that comes with a checkpoint never runs, and no library reads standard input, which holds prompts."""
+"""Code that comes with a checkpoint never runs, and no library reads standard input, which holds
+prompts.
+"""
 
 import json
 import shutil
@@ -27,15 +29,25 @@ class Tokenizer(PreTrainedTokenizerFast): pass
 def generate(model, **keywords): return model
 """
 HOSTILE_PARTS = {
-    "tokenizer": {"tokenizer_config.json": {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]}}},
+    "tokenizer": {
+        "tokenizer_config.json": {
+            "auto_map": {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]}
+        }
+    },
     "unknown-tokenizer": {
         "tokenizer_config.json": {
             "tokenizer_class": "Tokenizer",
             "auto_map": {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]},
         }
     },
-    "config": {"config.json": {"auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}},
-    "unknown-config": {"config.json": {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}}},
+    "config": {
+        "config.json": {
+            "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+        }
+    },
+    "unknown-config": {
+        "config.json": {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}}
+    },
     "generation": {},
     "pickle": {},
 }
@@ -43,10 +55,13 @@ HOSTILE_PARTS = {
 
 @pytest.fixture
 def hostile(checkpoint, tmp_path):
-    """Makes a checkpoint with code in one of its files; returns its folder and the file that the code would create."""
+    """Makes a checkpoint with code in one of its files; returns its folder and the file that the
+    code would create.
+    """
 
     def make(part):
-        folder, marker = tmp_path / "model", tmp_path / "ran"
+        folder = tmp_path / "model"
+        marker = tmp_path / "ran"
         shutil.copytree(checkpoint, folder)
         code = CODE.format(marker=str(marker))
         (folder / "evil.py").write_text(code)
@@ -57,7 +72,9 @@ def hostile(checkpoint, tmp_path):
             file.write_text(json.dumps(json.loads(file.read_text()) | changes))
         if part == "pickle":
             (folder / "model.safetensors").unlink()
-            (folder / "pytorch_model.bin").write_bytes(f"cbuiltins\nexec\n(Vopen({str(marker)!r}, 'w')\ntR.".encode())
+            (folder / "pytorch_model.bin").write_bytes(
+                f"cbuiltins\nexec\n(Vopen({str(marker)!r}, 'w')\ntR.".encode()
+            )
         return folder, marker
 
     return make
@@ -71,7 +88,8 @@ def test_no_code_of_a_checkpoint_runs(hostile, tmp_path, monkeypatch, command, p
     folder, marker = hostile(part)
     result = run(*COMMANDS[command], str(folder), stdin=CONSENT)
     assert not marker.exists()
-    assert "[y/N]" not in result.out + result.err  # the question that transformers asks before it runs code
+    # The question that transformers asks before it runs code
+    assert "[y/N]" not in result.out + result.err
     assert "Traceback" not in result.err
     assert result.code == 0 or result.err.rstrip().splitlines()[-1].startswith("error: ")
 
@@ -84,13 +102,20 @@ def test_the_code_runs_with_trust_remote_code(hostile, tmp_path, monkeypatch):
 
 
 def test_no_module_that_an_adapter_names_is_imported(checkpoint, tmp_path, monkeypatch):
-    model = get_peft_model(for_training(checkpoint, "cpu", "fp32").model, LoraConfig(r=2, target_modules=["q_proj"]))
-    folder, marker = tmp_path / "adapter", tmp_path / "ran"
+    model = get_peft_model(
+        for_training(checkpoint, "cpu", "fp32").model, LoraConfig(r=2, target_modules=["q_proj"])
+    )
+    folder = tmp_path / "adapter"
+    marker = tmp_path / "ran"
     model.save_pretrained(folder, save_embedding_layers=False)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(f"{checkpoint}/{name}", folder)
     file = folder / "adapter_config.json"
-    named = {"megatron_config": {"sequence_parallel": False}, "megatron_core": "evil", "base_model_name_or_path": checkpoint}
+    named = {
+        "megatron_config": {"sequence_parallel": False},
+        "megatron_core": "evil",
+        "base_model_name_or_path": checkpoint,
+    }
     file.write_text(json.dumps(json.loads(file.read_text()) | named))
     (tmp_path / "evil.py").write_text(CODE.format(marker=str(marker)))
     monkeypatch.syspath_prepend(tmp_path)

@@ -24,15 +24,27 @@ from layerskip_core.model.native.compiled import kernels, requesting
 from layerskip_core.model.rope import rope_frequencies
 from layerskip_core.model.spec import ModelSpec
 
-WRITTEN = {"gemma2": "gemma2", "phi3": "phi3", "starcoder2": "starcoder2"}  # besides what `export` writes
+# Besides what `export` writes
+WRITTEN = {"gemma2": "gemma2", "phi3": "phi3", "starcoder2": "starcoder2"}
 SIZES = {"qwen3": {"head_dim": 128}, "gemma3_text": {"sliding_window": 5}}
 PLAIN = {"rope_type": "default", "rope_theta": 1e4}
 LLAMA3 = {
-    **{"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    **{
+        "rope_type": "llama3",
+        "rope_theta": 1e4,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    },
     "original_max_position_embeddings": 32,
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
-YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 # Of the 1B model: its frequencies have other factors than the tiny model's.
 LLAMA32 = {**LLAMA3, "rope_theta": 5e5, "factor": 32.0, "original_max_position_embeddings": 8192}
 
@@ -49,7 +61,9 @@ def written(path, model_type="llama", kind="f16", **changes):
 def by_transformers(path):
     """transformers' own model, configuration and tokenizer of a GGUF file."""
     names = {"gguf_file": path.name}
-    model = AutoModelForCausalLM.from_pretrained(path.parent, **names, quantization_config=GgufConfig(dequantize=True))
+    model = AutoModelForCausalLM.from_pretrained(
+        path.parent, **names, quantization_config=GgufConfig(dequantize=True)
+    )
     return model, AutoTokenizer.from_pretrained(path.parent, **names)
 
 
@@ -59,7 +73,9 @@ def described(config):
     return {key: value for key, value in config.to_dict().items() if key not in left_out}
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "starcoder2"])
+@pytest.mark.parametrize(
+    "model_type", ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "starcoder2"]
+)
 def test_a_file_is_read_as_transformers_reads_it(model_type, tmp_path, monkeypatch, capfd):
     for known, name in WRITTEN.items():
         monkeypatch.setitem(gguf_file._ARCHITECTURES, known, name)
@@ -67,7 +83,8 @@ def test_a_file_is_read_as_transformers_reads_it(model_type, tmp_path, monkeypat
     path = tmp_path / "model.gguf"
     written(path, model_type)
     model, tokenizer = by_transformers(path)
-    save_file({"model.norm.weight": torch.zeros(3)}, path.with_name("model.safetensors"))  # which is not read
+    # Which is not read
+    save_file({"model.norm.weight": torch.zeros(3)}, path.with_name("model.safetensors"))
     capfd.readouterr()
     read = for_training(str(path), "cpu", "fp32")
     assert capfd.readouterr() == ("", "")
@@ -78,17 +95,28 @@ def test_a_file_is_read_as_transformers_reads_it(model_type, tmp_path, monkeypat
     assert type(read.tokenizer) is type(tokenizer)
     assert read.tokenizer.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
     assert read.tokenizer.special_tokens_map == tokenizer.special_tokens_map
-    assert [read.tokenizer(text)["input_ids"] for text in TEXTS] == [tokenizer(text)["input_ids"] for text in TEXTS]
+    assert [read.tokenizer(text)["input_ids"] for text in TEXTS] == [
+        tokenizer(text)["input_ids"] for text in TEXTS
+    ]
 
 
 def rewritten(path, values=(), tensors=(), stored=lambda tensor: (tensor.data, tensor.tensor_type)):
-    """A copy of the file with values and tensors added or replaced; `stored`: the content and kind of each other tensor."""
-    reader, other = gguf.GGUFReader(path), path.with_name("rewritten.gguf")
+    """A copy of the file with values and tensors added or replaced; `stored`: the content and kind
+    of each other tensor.
+    """
+    reader = gguf.GGUFReader(path)
+    other = path.with_name("rewritten.gguf")
     writer = gguf.GGUFWriter(other, "llama")
-    new, extra = dict(values), dict(tensors)
+    new = dict(values)
+    extra = dict(tensors)
     for name, field in reader.fields.items():
         if not name.startswith("GGUF.") and name not in ("general.architecture", *new):
-            writer.add_key_value(name, field.contents(), field.types[0], field.types[1] if len(field.types) > 1 else None)
+            writer.add_key_value(
+                name,
+                field.contents(),
+                field.types[0],
+                field.types[1] if len(field.types) > 1 else None,
+            )
     for name, value in new.items():
         (writer.add_string if isinstance(value, str) else writer.add_float32)(name, value)
     for tensor in reader.tensors:
@@ -105,22 +133,34 @@ def rewritten(path, values=(), tensors=(), stored=lambda tensor: (tensor.data, t
 
 
 def test_every_kind_of_weight_has_the_values_that_transformers_reads(tmp_path):
-    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4, "num_hidden_layers": 4}
+    sizes = {
+        "hidden_size": 256,
+        "intermediate_size": 256,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 4,
+    }
     written(tmp_path / "model.gguf", **sizes)
-    left, random = list(gguf.quants._type_traits), np.random.default_rng(0)
+    left = list(gguf.quants._type_traits)
+    random = np.random.default_rng(0)
 
     def stored(tensor):
         shape = tuple(int(size) for size in reversed(tensor.shape))
-        if not (len(shape) == 2 and shape[1] % 256 == 0 and tensor.name.startswith("blk.") and left):
+        if not (
+            len(shape) == 2 and shape[1] % 256 == 0 and tensor.name.startswith("blk.") and left
+        ):
             return tensor.data, tensor.tensor_type
         kind = left.pop()
-        return random.integers(0, 100, gguf.quants.quant_shape_to_byte_shape(shape, kind), np.uint8), kind
+        return random.integers(
+            0, 100, gguf.quants.quant_shape_to_byte_shape(shape, kind), np.uint8
+        ), kind
 
     path = rewritten(tmp_path / "model.gguf", stored=stored)
     assert not left
     model, _ = by_transformers(path)
     for name, weight in GgufFile(path).weights().items():
-        torch.testing.assert_close(weight, model.get_parameter(name).detach(), rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(
+            weight, model.get_parameter(name).detach(), rtol=0, atol=0, equal_nan=True
+        )
 
 
 @pytest.mark.parametrize(
@@ -136,18 +176,28 @@ def test_the_precision_that_is_written(kind, exact_in, asked, expected, tmp_path
     model = tiny_model("llama", torch.float32, vocab_size=300)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(exact_in).float()
-    path, output = tmp_path / "model.gguf", tmp_path / "imported"
+    path = tmp_path / "model.gguf"
+    output = tmp_path / "imported"
     write_gguf(model, tiny_loaded().tokenizer, ModelSpec.of(model.config), path, kind)
     (tmp_path / "eagle3").mkdir()  # beside the file, but not of its model
     assert run("import", str(path), "--output", str(output), "--dtype", asked).code == 0
-    stored, read = load_file(output / "model.safetensors"), GgufFile(path).weights()
+    stored = load_file(output / "model.safetensors")
+    read = GgufFile(path).weights()
     assert {weight.dtype for weight in stored.values()} == {expected}
-    assert json.loads((output / "config.json").read_text())["dtype"] == str(expected).removeprefix("torch.")
+    assert json.loads((output / "config.json").read_text())["dtype"] == str(expected).removeprefix(
+        "torch."
+    )
     for name, weight in stored.items():
         assert torch.equal(weight, read[name].to(expected)), name
 
 
-BIG = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "head_dim": 64, "num_hidden_layers": 3}
+BIG = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_attention_heads": 4,
+    "head_dim": 64,
+    "num_hidden_layers": 3,
+}
 
 
 def in_types(tensor, types):
@@ -155,7 +205,9 @@ def in_types(tensor, types):
     kind = gguf.GGMLQuantizationType[types[sum(map(ord, tensor.name)) % len(types)]]
     if not (len(tensor.shape) == 2 and tensor.name.startswith("blk.")):
         return tensor.data, tensor.tensor_type
-    return random_rows(kind.name, *(int(size) for size in reversed(tensor.shape))).as_subclass(torch.Tensor).numpy(), kind
+    return random_rows(kind.name, *(int(size) for size in reversed(tensor.shape))).as_subclass(
+        torch.Tensor
+    ).numpy(), kind
 
 
 @pytest.mark.parametrize(
@@ -168,7 +220,9 @@ def in_types(tensor, types):
     ],
 )
 def test_a_file_is_decoded_with_its_weights_as_they_are_stored(model_type, kind, types, tmp_path):
-    """Its outputs are those of the dequantised model in fp32, also where cache and embedding are in bf16."""
+    """Its outputs are those of the dequantised model in fp32, also where cache and embedding are in
+    bf16.
+    """
     if kernels() is None:
         pytest.skip("no kernels here")
     path = tmp_path / "model.gguf"
@@ -183,7 +237,18 @@ def test_a_file_is_decoded_with_its_weights_as_they_are_stored(model_type, kind,
         decoder = for_decoding(str(path), "cpu", dtype)
         assert decoder.backend.implementation.endswith("as stored)")
         assert (logits_of(decoder.backend, ids) - expected).std() < most * expected.std()
-    command = ("generate", "wake me up", "--model", str(path), "--dtype", "fp32", "--max-new-tokens", "12", "--raw", "--stats")
+    command = (
+        "generate",
+        "wake me up",
+        "--model",
+        str(path),
+        "--dtype",
+        "fp32",
+        "--max-new-tokens",
+        "12",
+        "--raw",
+        "--stats",
+    )
     stored = run(*command)
     with requesting("torch"):
         dequantised = run(*command)
@@ -196,7 +261,9 @@ def put(name, code, value, skip=4):
 
     def change(content):
         at = content.index(name.encode()) + len(name) + skip
-        content[at : at + struct.calcsize(code)] = struct.pack(code, *(value if isinstance(value, tuple) else (value,)))
+        content[at : at + struct.calcsize(code)] = struct.pack(
+            code, *(value if isinstance(value, tuple) else (value,))
+        )
 
     return change
 
@@ -261,12 +328,15 @@ def assert_same_ropes(config, expected):
 
 @pytest.mark.parametrize("rope", [LLAMA3, LLAMA32, LINEAR], ids=["llama3", "llama3.2", "linear"])
 def test_the_scaled_rope_that_export_writes_is_read_back(rope, tmp_path):
-    model = written(tmp_path / "model.gguf", rope_parameters=rope, head_dim=64, max_position_embeddings=512)
+    model = written(
+        tmp_path / "model.gguf", rope_parameters=rope, head_dim=64, max_position_embeddings=512
+    )
     read = for_training(str(tmp_path / "model.gguf"), "cpu", "fp32").model
     assert read.config.rope_parameters == rope
     assert_same_ropes(read.config, model.config)
     ids = torch.arange(1, 200)[None]
-    torch.testing.assert_close(read(ids).logits, model(ids).logits, rtol=0.02, atol=0.02)  # weights in f16
+    # Weights in f16
+    torch.testing.assert_close(read(ids).logits, model(ids).logits, rtol=0.02, atol=0.02)
 
 
 def test_only_the_full_attention_of_gemma_3_is_scaled(tmp_path, monkeypatch):
@@ -289,9 +359,13 @@ def test_yarn_and_old_names_are_read(tmp_path):
         ({"scaling.type": "none", "scaling.factor": 4.0}, PLAIN),
         ({"scaling.factor": 0.0}, PLAIN),
     ):
-        config = GgufFile(rewritten(path, {f"llama.rope.{name}": value for name, value in values.items()})).config
+        config = GgufFile(
+            rewritten(path, {f"llama.rope.{name}": value for name, value in values.items()})
+        ).config
         assert config.rope_parameters == expected
-        assert_same_ropes(config, tiny_model("llama", torch.float32, rope_parameters=expected).config)
+        assert_same_ropes(
+            config, tiny_model("llama", torch.float32, rope_parameters=expected).config
+        )
     ones = rewritten(path, tensors={"rope_freqs.weight": [1.0] * 4})
     assert GgufFile(ones).config.rope_parameters == PLAIN
 
@@ -302,7 +376,11 @@ def test_yarn_and_old_names_are_read(tmp_path):
         ({"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 4.0}, {}, "longrope"),
         ({}, {"rope_factors_long.weight": [1.0] * 4}, "found rope_factors_long.weight"),
         ({"llama.rope.scaling.attn_factor": 2.0}, {}, "attn_factor"),
-        ({}, {"rope_freqs.weight": [1.0, 2.0, 3.0, 8.0]}, "rope_freqs.weight with other factors than those of Llama 3"),
+        (
+            {},
+            {"rope_freqs.weight": [1.0, 2.0, 3.0, 8.0]},
+            "rope_freqs.weight with other factors than those of Llama 3",
+        ),
         ({}, {"rope_freqs.weight": [1.0, 8.0]}, "rope_freqs.weight with other factors"),
     ],
 )

@@ -35,21 +35,42 @@ NAMES = {
     "gemma4_text": "gemma4",
     "qwen3_moe": "qwen3moe",
 }
-_GEMMA4_ROPE = {"full_attention": {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25}} | {
-    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}
-}
+_GEMMA4_ROPE = {
+    "full_attention": {
+        "rope_type": "proportional",
+        "rope_theta": 1e6,
+        "partial_rotary_factor": 0.25,
+    }
+} | {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
 SIZES = {  # what a file of the type cannot say otherwise
     "granite": CHANGES["granite"],
     "lfm2": {},
     "qwen3_5_text": {
-        **{"layer_types": ["linear_attention", "full_attention"] * 3, "linear_num_value_heads": 6, "head_dim": 16},
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        **{
+            "layer_types": ["linear_attention", "full_attention"] * 3,
+            "linear_num_value_heads": 6,
+            "head_dim": 16,
+        },
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "partial_rotary_factor": 0.5,
+        },
     },
-    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+    "qwen3_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+    }
     | {"decoder_sparse_step": 1, "mlp_only_layers": [], "use_sliding_window": False},
     "gemma4_text": {"vocab_size_per_layer_input": 300, "rope_parameters": _GEMMA4_ROPE},
     "gpt_oss": {
-        **{"layer_types": ["sliding_attention", "full_attention"] * 3, "swiglu_limit": 7.0, "swiglu_alpha": 1.702},
+        **{
+            "layer_types": ["sliding_attention", "full_attention"] * 3,
+            "swiglu_limit": 7.0,
+            "swiglu_alpha": 1.702,
+        },
         "rope_parameters": {
             **{"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "truncate": False},
             "original_max_position_embeddings": 32,
@@ -60,28 +81,53 @@ NEXTN = {
     **{"input.weight": "eh_proj", "embedding_norm.weight": "enorm", "feature_norm.weight": "hnorm"},
     "norm.weight": "shared_head_norm",
 }
-OTHERS = (".bias", "conv.weight", "conv1d.weight", "inp.weight")  # which stay in fp32 whatever a file's type
+# Which stay in fp32 whatever a file's type
+OTHERS = (".bias", "conv.weight", "conv1d.weight", "inp.weight")
 CONVERTED = ("lfm2", "qwen3_5_text")  # which transformers reads
 
 
 def header(model):
     """The values of a GGUFWriter, by its methods."""
-    config, rope = SimpleNamespace(**model.config.to_dict()), model.config.rope_parameters
-    kind, rope = config.model_type, rope.get("full_attention", rope)
+    config = SimpleNamespace(**model.config.to_dict())
+    rope = model.config.rope_parameters
+    kind = config.model_type
+    rope = rope.get("full_attention", rope)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kv_heads = config.num_key_value_heads
     values = {
-        **{"context_length": config.max_position_embeddings, "embedding_length": config.hidden_size},
-        **{"feed_forward_length": config.intermediate_size, "block_count": config.num_hidden_layers, "vocab_size": 300},
-        **{"head_count": config.num_attention_heads, "head_count_kv": kv_heads, "rope_freq_base": rope["rope_theta"]},
-        **{"layer_norm_rms_eps": config.norm_eps if kind == "lfm2" else config.rms_norm_eps, "rope_dimension_count": head_dim},
+        **{
+            "context_length": config.max_position_embeddings,
+            "embedding_length": config.hidden_size,
+        },
+        **{
+            "feed_forward_length": config.intermediate_size,
+            "block_count": config.num_hidden_layers,
+            "vocab_size": 300,
+        },
+        **{
+            "head_count": config.num_attention_heads,
+            "head_count_kv": kv_heads,
+            "rope_freq_base": rope["rope_theta"],
+        },
+        **{
+            "layer_norm_rms_eps": config.norm_eps if kind == "lfm2" else config.rms_norm_eps,
+            "rope_dimension_count": head_dim,
+        },
     }
     if kind == "granite":
-        values |= {"attention_scale": config.attention_multiplier, "embedding_scale": config.embedding_multiplier}
-        values |= {"residual_scale": config.residual_multiplier, "logit_scale": config.logits_scaling}
+        values |= {
+            "attention_scale": config.attention_multiplier,
+            "embedding_scale": config.embedding_multiplier,
+        }
+        values |= {
+            "residual_scale": config.residual_multiplier,
+            "logit_scale": config.logits_scaling,
+        }
     if kind == "lfm2":
         values["feed_forward_length"] = model.model.layers[0].feed_forward.w1.out_features
-        values["head_count_kv"] = [kv_heads if layer == "full_attention" else 0 for layer in config.layer_types]
+        values["head_count_kv"] = [
+            kv_heads if layer == "full_attention" else 0 for layer in config.layer_types
+        ]
         values["shortconv_l_cache"] = config.conv_L_cache
     if kind == "qwen3_moe":
         values |= {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 32}
@@ -89,29 +135,59 @@ def header(model):
         values |= {"key_length": head_dim, "value_length": head_dim}
     if kind == "qwen3_5_text":
         inner = config.linear_num_value_heads * config.linear_value_head_dim
-        values |= {"ssm_conv_kernel": config.linear_conv_kernel_dim, "ssm_state_size": config.linear_key_head_dim}
-        values |= {"ssm_group_count": config.linear_num_key_heads, "ssm_time_step_rank": config.linear_num_value_heads}
+        values |= {
+            "ssm_conv_kernel": config.linear_conv_kernel_dim,
+            "ssm_state_size": config.linear_key_head_dim,
+        }
+        values |= {
+            "ssm_group_count": config.linear_num_key_heads,
+            "ssm_time_step_rank": config.linear_num_value_heads,
+        }
         values |= {"ssm_inner_size": inner, "full_attention_interval": 2, "nextn_predict_layers": 0}
         values |= {"rope_dimension_count": head_dim // 2, "rope_dimension_sections": [2, 1, 1, 0]}
     if kind == "gemma4_text":
         widths = [layer.mlp.gate_proj.out_features for layer in model.model.layers]
         slides = [layer == "sliding_attention" for layer in config.layer_types]
-        values |= {"key_length": 2 * head_dim, "value_length": 2 * head_dim, "key_length_swa": head_dim}
-        values |= {"value_length_swa": head_dim, "feed_forward_length": widths, "sliding_window": config.sliding_window}
-        values |= {"sliding_window_pattern": slides, "shared_kv_layers": config.num_kv_shared_layers}
-        values |= {"embedding_length_per_layer_input": config.hidden_size_per_layer_input, "rope_freq_base_swa": 1e4}
+        values |= {
+            "key_length": 2 * head_dim,
+            "value_length": 2 * head_dim,
+            "key_length_swa": head_dim,
+        }
+        values |= {
+            "value_length_swa": head_dim,
+            "feed_forward_length": widths,
+            "sliding_window": config.sliding_window,
+        }
+        values |= {
+            "sliding_window_pattern": slides,
+            "shared_kv_layers": config.num_kv_shared_layers,
+        }
+        values |= {
+            "embedding_length_per_layer_input": config.hidden_size_per_layer_input,
+            "rope_freq_base_swa": 1e4,
+        }
         values |= {"final_logit_softcapping": config.final_logit_softcapping}
     if kind == "gpt_oss":
-        values |= {"sliding_window": config.sliding_window, "expert_feed_forward_length": config.intermediate_size}
-        values |= {"expert_count": config.num_local_experts, "expert_used_count": config.num_experts_per_tok}
-        values |= {"rope_scaling_type": gguf.RopeScalingType.YARN, "rope_scaling_factor": rope["factor"]}
+        values |= {
+            "sliding_window": config.sliding_window,
+            "expert_feed_forward_length": config.intermediate_size,
+        }
+        values |= {
+            "expert_count": config.num_local_experts,
+            "expert_used_count": config.num_experts_per_tok,
+        }
+        values |= {
+            "rope_scaling_type": gguf.RopeScalingType.YARN,
+            "rope_scaling_factor": rope["factor"],
+        }
         values["rope_scaling_orig_ctx_len"] = rope["original_max_position_embeddings"]
     return values
 
 
 def in_file(name, weight, config):
     """A weight by the names that the library gguf maps, in the layout of llama.cpp's converter."""
-    kind, part = config.model_type, name.split(".")[-2]
+    kind = config.model_type
+    part = name.split(".")[-2]
     if kind == "granite" and part in ("q_proj", "k_proj"):
         heads = config.num_attention_heads if part == "q_proj" else config.num_key_value_heads
         weight = weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
@@ -124,13 +200,21 @@ def in_file(name, weight, config):
         weight = weight if what == "bias" or kind == "qwen3_moe" else weight.transpose(1, 2)
         name = f"{name.removesuffix('_bias')}.{what}"
         if "gate_up" in name:
-            halves = weight.chunk(2, 1) if kind == "qwen3_moe" else (weight[:, ::2], weight[:, 1::2])
-            return {name.replace("gate_up", half): rows for half, rows in zip(("gate", "up"), halves, strict=True)}
+            halves = (
+                weight.chunk(2, 1) if kind == "qwen3_moe" else (weight[:, ::2], weight[:, 1::2])
+            )
+            return {
+                name.replace("gate_up", half): rows
+                for half, rows in zip(("gate", "up"), halves, strict=True)
+            }
     if kind == "qwen3_5_text" and "linear_attn" not in name and name.endswith("norm.weight"):
         return {name: weight + 1}
     if "linear_attn" not in name or part == "norm":
         return {name: weight}
-    heads = config.linear_num_key_heads, config.linear_num_value_heads // config.linear_num_key_heads
+    heads = (
+        config.linear_num_key_heads,
+        config.linear_num_value_heads // config.linear_num_key_heads,
+    )
 
     def by_turns(rows):
         return rows.unflatten(0, (*heads, -1)).transpose(0, 1).flatten(0, 2)
@@ -145,11 +229,15 @@ def in_file(name, weight, config):
 
 
 def written(path, model_type, kind="F32", experts="F32", fused=False, drafter=None, **changes):
-    """A tiny model as a file, its matrices of layers in a type; those of experts are random blocks, if they have one.
+    """A tiny model as a file, its matrices of layers in a type; those of experts are random blocks,
+    if they have one.
 
-    `fused`: gate and up of experts are one tensor. `drafter`: weights of MTP by our names, in the layer after the last.
+    `fused`: gate and up of experts are one tensor. `drafter`: weights of MTP by our names, in the
+    layer after the last.
     """
-    model = tiny_model(model_type, torch.float32, **{"vocab_size": 300, **SIZES[model_type], **changes})
+    model = tiny_model(
+        model_type, torch.float32, **{"vocab_size": 300, **SIZES[model_type], **changes}
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
@@ -162,7 +250,10 @@ def written(path, model_type, kind="F32", experts="F32", fused=False, drafter=No
     names = gguf.get_tensor_name_map(architecture, layers + 1)
     if model_type == "gemma4_text":
         head_dim = 2 * model.config.to_dict()["head_dim"]
-        writer.add_tensor("rope_freqs.weight", np.array([1.0] * (head_dim // 8) + [1e30] * (3 * head_dim // 8), np.float32))
+        writer.add_tensor(
+            "rope_freqs.weight",
+            np.array([1.0] * (head_dim // 8) + [1e30] * (3 * head_dim // 8), np.float32),
+        )
     for name, weight in named_weights(model).items():
         parts = in_file(name, weight.detach(), model.config)
         if fused and len(parts) > 1:
@@ -170,20 +261,26 @@ def written(path, model_type, kind="F32", experts="F32", fused=False, drafter=No
         for other, part in parts.items():
             stored = names.get_name(other, try_suffixes=(".weight", ".bias"))
             stored = stored.replace("gate_exps", "gate_up_exps") if fused else stored
-            part, form = part.contiguous(), gguf.GGMLQuantizationType.F32
+            part = part.contiguous()
+            form = gguf.GGMLQuantizationType.F32
             if part.dim() == 3 and experts != "F32":
-                rows = random_rows(experts, part.shape[0] * part.shape[1], part.shape[2], seed=len(stored))
-                data, form = (
-                    rows.view(*part.shape[:2], -1).as_subclass(torch.Tensor).numpy(),
-                    gguf.GGMLQuantizationType[experts],
+                rows = random_rows(
+                    experts, part.shape[0] * part.shape[1], part.shape[2], seed=len(stored)
                 )
+                data = rows.view(*part.shape[:2], -1).as_subclass(torch.Tensor).numpy()
+                form = gguf.GGMLQuantizationType[experts]
             else:
-                if part.dim() == 2 and stored.startswith(("blk.", "per_layer_token")) and not stored.endswith(OTHERS):
+                if (
+                    part.dim() == 2
+                    and stored.startswith(("blk.", "per_layer_token"))
+                    and not stored.endswith(OTHERS)
+                ):
                     form = gguf.GGMLQuantizationType[kind]
                 data = gguf.quants.quantize(part.numpy(), form)
             writer.add_tensor(stored, data, raw_dtype=form)
     for name, weight in (drafter or {}).items():
-        part, weight = name.removeprefix("exits.0."), weight + 1 if weight.dim() == 1 else weight
+        part = name.removeprefix("exits.0.")
+        weight = weight + 1 if weight.dim() == 1 else weight
         stored = (
             f"blk.{layers}.nextn.{NEXTN[part]}.weight"
             if part in NEXTN
@@ -198,7 +295,9 @@ def written(path, model_type, kind="F32", experts="F32", fused=False, drafter=No
     return model
 
 
-@pytest.mark.parametrize(("model_type", "fused"), [*((model_type, False) for model_type in NAMES), ("qwen3_moe", True)])
+@pytest.mark.parametrize(
+    ("model_type", "fused"), [*((model_type, False) for model_type in NAMES), ("qwen3_moe", True)]
+)
 def test_a_file_is_read_as_the_model_that_it_was_made_of(model_type, fused, tmp_path):
     model = written(path := tmp_path / "model.gguf", model_type, fused=fused)
     weights = GgufFile(path).weights()
@@ -212,8 +311,11 @@ def test_a_file_is_read_as_the_model_that_it_was_made_of(model_type, fused, tmp_
         for_decoding(str(path), "cpu", "fp32").backend,
         TransformersBackend(for_training(str(path), "cpu", "fp32").model),
     ):
-        torch.testing.assert_close(logits_of(backend, ids), expected, atol=1e-3 * float(expected.std()), rtol=0)
-    read, text = for_training(str(path), "cpu", "fp32").tokenizer, "wake me up at 7"
+        torch.testing.assert_close(
+            logits_of(backend, ids), expected, atol=1e-3 * float(expected.std()), rtol=0
+        )
+    read = for_training(str(path), "cpu", "fp32").tokenizer
+    text = "wake me up at 7"
     assert read(text)["input_ids"] == tiny_loaded().tokenizer(text)["input_ids"]
 
 
@@ -223,13 +325,21 @@ def test_the_drafter_in_the_layer_after_the_last(tmp_path):
     spec = ModelSpec.of(tiny_model("qwen3_5_text", torch.float32, **sizes).config)
     weights = {name: made.take(name) for name in made.shapes(spec)}
     model = written(path := tmp_path / "model.gguf", "qwen3_5_text", drafter=weights, **sizes)
-    config, prompt = DecodingConfig("mtp", num_draft_tokens=3, max_new_tokens=16), list(range(5, 25))
+    config = DecodingConfig("mtp", num_draft_tokens=3, max_new_tokens=16)
+    prompt = list(range(5, 25))
     right = rounds_of(TransformersBackend(model, replace(NO_BLOCKS, mtp=made)), prompt, config)
-    assert rounds_of(for_decoding(str(path), "cpu", "fp32", UnroundedDrafter()).backend, prompt, config) == right
+    assert (
+        rounds_of(
+            for_decoding(str(path), "cpu", "fp32", UnroundedDrafter()).backend, prompt, config
+        )
+        == right
+    )
     assert not run("import", str(path), "--output", str(tmp_path / "imported")).code
     kept = load_file(tmp_path / "imported" / MTP_FILE)
     for name, weight in weights.items():
-        torch.testing.assert_close(kept[MTP_LAYOUTS[0].stored(name, spec.layers)], weight, atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            kept[MTP_LAYOUTS[0].stored(name, spec.layers)], weight, atol=1e-6, rtol=0
+        )
 
 
 @pytest.mark.parametrize("model_type", CONVERTED)
@@ -260,7 +370,12 @@ def test_as_transformers_reads_it(model_type, tmp_path):
         ("gpt_oss", "F32", "Q5_0", {}),
         ("qwen3_moe", "Q8_0", "Q5_0", {"hidden_size": 64, "head_dim": 16}),
         ("qwen3_moe", "Q8_0", "Q4_1", {"hidden_size": 64, "head_dim": 16, "fused": True}),
-        ("gemma4_text", "Q8_0", "F32", {"hidden_size": 64, "head_dim": 16, "intermediate_size": 64}),
+        (
+            "gemma4_text",
+            "Q8_0",
+            "F32",
+            {"hidden_size": 64, "head_dim": 16, "intermediate_size": 64},
+        ),
     ],
 )
 def test_blocks_stay_as_they_are(model_type, kind, experts, changes, tmp_path):
@@ -274,7 +389,8 @@ def test_blocks_stay_as_they_are(model_type, kind, experts, changes, tmp_path):
     assert types == {kind, experts} - {"F32"}
     divided = [matrix for matrix in matrices if not matrix.form.types]
     assert len(divided) == {("F32", "Q5_0"): 12, ("Q5_1", "F32"): 3}.get((kind, experts), 0)
-    read, prompt = for_training(str(path), "cpu", "fp32"), list(range(5, 25))
+    read = for_training(str(path), "cpu", "fp32")
+    prompt = list(range(5, 25))
     with torch.no_grad():
         expected = read.model(torch.tensor([prompt])).logits
     found = logits_of(decoder.backend, torch.tensor([prompt]))
@@ -289,4 +405,6 @@ def test_experts_in_mxfp4_are_the_weights_that_the_library_reads(tmp_path):
     file = GgufFile(path)
     for name in ("gate_up_proj", "down_proj"):
         rows = file.rows(f"model.layers.0.mlp.experts.{name}")
-        assert torch.equal(plain(rows).transpose(1, 2), file.weight(f"model.layers.0.mlp.experts.{name}"))
+        assert torch.equal(
+            plain(rows).transpose(1, 2), file.weight(f"model.layers.0.mlp.experts.{name}")
+        )

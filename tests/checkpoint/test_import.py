@@ -1,9 +1,12 @@
-"""Models by hub ids, adapters, and `layerskip import` of folders and adapters, with what lies beside their weights."""
+"""Models by hub ids, adapters, and `layerskip import` of folders and adapters, with what lies
+beside their weights.
+"""
 
 import json
 import os
 import shutil
 import subprocess
+from typing import ClassVar
 
 import huggingface_hub
 import pytest
@@ -29,7 +32,8 @@ from layerskip_core.model.vocabulary import ORDER_FILE, token_order
 def test_a_folder_is_written_in_the_precision_asked_for(checkpoint, tmp_path):
     output = str(tmp_path / "half")
     assert "in bfloat16" in run("import", checkpoint, "--output", output, "--dtype", "bf16").err
-    original, imported = for_training(checkpoint, "cpu", "fp32"), for_training(output, "cpu", "fp32")
+    original = for_training(checkpoint, "cpu", "fp32")
+    imported = for_training(output, "cpu", "fp32")
     assert imported.info.prompt_template == original.info.prompt_template
     for name, weight in original.model.state_dict().items():
         assert torch.equal(imported.model.state_dict()[name], weight.bfloat16().float()), name
@@ -52,18 +56,25 @@ def test_exit_blocks_go_with_the_weights_that_they_were_trained_for(with_blocks,
     done = run("import", str(with_blocks), "--output", str(output), "--dtype", dtype)
     assert done.code == 0 and "left out" not in done.err
     assert (output / EXIT_BLOCKS_FILE).read_bytes() == (with_blocks / EXIT_BLOCKS_FILE).read_bytes()
-    assert EXIT_BLOCKS_FILE in read_info(output).files and read_info(output).details["exit_blocks"] == {
-        "2": {"agreement": 0.75}
-    }
+    assert EXIT_BLOCKS_FILE in read_info(output).files and read_info(output).details[
+        "exit_blocks"
+    ] == {"2": {"agreement": 0.75}}
     assert list(for_decoding(str(output), "cpu").backend.exit_blocks) == [2]
-    assert run("import", str(output), "--output", str(output), "--overwrite").code == 0  # onto itself
+    # Onto itself
+    assert run("import", str(output), "--output", str(output), "--overwrite").code == 0
     assert list(for_decoding(str(output), "cpu").backend.exit_blocks) == [2]
 
 
 def test_the_drafter_s_agreement_and_the_order_of_tokens_go_with_the_model(checkpoint, tmp_path):
-    folder, output = shutil.copytree(checkpoint, tmp_path / "drafting"), tmp_path / "imported"
+    folder = shutil.copytree(checkpoint, tmp_path / "drafting")
+    output = tmp_path / "imported"
     add_eagle3(folder)
-    save_sidecar(str(folder), ORDER_FILE, b"[7,3]", lambda info: info.with_exit_blocks({"eagle3": {"agreement": 0.75}}))
+    save_sidecar(
+        str(folder),
+        ORDER_FILE,
+        b"[7,3]",
+        lambda info: info.with_exit_blocks({"eagle3": {"agreement": 0.75}}),
+    )
     assert run("import", str(folder), "--output", str(output)).code == 0
     assert read_info(output).details["exit_blocks"] == {"eagle3": {"agreement": 0.75}}
     assert token_order(output, 300) == [7, 3] and ORDER_FILE in read_info(output).files
@@ -82,7 +93,10 @@ def retrained(folder):
     ("change", "reason"),
     [
         (retrained, "it was made from other weights than this model's"),
-        (lambda folder: (folder / EXIT_BLOCKS_FILE).write_bytes(b""), "remove it, or make it again"),
+        (
+            lambda folder: (folder / EXIT_BLOCKS_FILE).write_bytes(b""),
+            "remove it, or make it again",
+        ),
     ],
 )
 def test_exit_blocks_that_cannot_be_kept_are_left_out_aloud(with_blocks, tmp_path, change, reason):
@@ -90,9 +104,14 @@ def test_exit_blocks_that_cannot_be_kept_are_left_out_aloud(with_blocks, tmp_pat
     output = tmp_path / "imported"
     done = run("import", str(with_blocks), "--output", str(output))
     told, wrote = done.err.splitlines()
-    assert told.startswith(f"left out: {with_blocks / EXIT_BLOCKS_FILE} cannot be used: ") and reason in told
+    assert (
+        told.startswith(f"left out: {with_blocks / EXIT_BLOCKS_FILE} cannot be used: ")
+        and reason in told
+    )
     assert (done.code, done.out) == (0, "") and wrote.startswith("wrote ")
-    assert not (output / EXIT_BLOCKS_FILE).exists() and "exit_blocks" not in read_info(output).details
+    assert (
+        not (output / EXIT_BLOCKS_FILE).exists() and "exit_blocks" not in read_info(output).details
+    )
     assert not for_decoding(str(output), "cpu").backend.exit_blocks
 
 
@@ -101,11 +120,15 @@ def test_an_adapters_weights_are_not_those_of_the_blocks_of_its_base(with_blocks
     from transformers import AutoModelForCausalLM
 
     config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
-    get_peft_model(AutoModelForCausalLM.from_pretrained(with_blocks), config).save_pretrained(tmp_path / "adapter")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(with_blocks), config).save_pretrained(
+        tmp_path / "adapter"
+    )
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(with_blocks / name, tmp_path / "adapter")
     done = run("import", str(tmp_path / "adapter"), "--output", str(tmp_path / "merged"))
-    assert done.err.startswith(f"left out: {with_blocks / EXIT_BLOCKS_FILE} cannot be used: it was made from other weights")
+    assert done.err.startswith(
+        f"left out: {with_blocks / EXIT_BLOCKS_FILE} cannot be used: it was made from other weights"
+    )
     assert done.code == 0 and not (tmp_path / "merged" / EXIT_BLOCKS_FILE).exists()
 
 
@@ -116,24 +139,38 @@ def test_calibrated_int4_weights_go_with_the_weights_that_they_were_made_from(wi
     assert (output / INT4_FILE).read_bytes() == (wide / INT4_FILE).read_bytes()
     retrained(wide)
     assert (
-        f"left out: {wide / INT4_FILE} cannot be used: " in run("import", str(wide), "--output", str(output), "--overwrite").err
+        f"left out: {wide / INT4_FILE} cannot be used: "
+        in run("import", str(wide), "--output", str(output), "--overwrite").err
     )
-    assert not (output / INT4_FILE).exists() and INT4_FILE not in json.loads((output / "layerskip.json").read_text())["files"]
+    assert (
+        not (output / INT4_FILE).exists()
+        and INT4_FILE not in json.loads((output / "layerskip.json").read_text())["files"]
+    )
 
 
 def adapter(folder, base, rank=4, **changes):
     folder.mkdir(exist_ok=True)
-    config = {"peft_type": "LORA", "base_model_name_or_path": str(base), "r": rank, "task_type": "CAUSAL_LM", **changes}
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": str(base),
+        "r": rank,
+        "task_type": "CAUSAL_LM",
+        **changes,
+    }
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 
 
 def test_a_circle_of_adapters(tmp_path):
-    first, second = adapter(tmp_path / "first", tmp_path / "second"), adapter(tmp_path / "second", tmp_path / "first")
+    first = adapter(tmp_path / "first", tmp_path / "second")
+    second = adapter(tmp_path / "second", tmp_path / "first")
     alone = adapter(tmp_path / "alone", tmp_path / "alone")
     for folder in (first, second, alone):
         for load in (for_training, stored_dtype):
-            with pytest.raises(CheckpointError, match=r"adapter_config\.json names a base that needs this adapter itself"):
+            with pytest.raises(
+                CheckpointError,
+                match=r"adapter_config\.json names a base that needs this adapter itself",
+            ):
                 load(str(folder))
 
 
@@ -142,11 +179,17 @@ def test_a_circle_of_adapters(tmp_path):
     [
         ("[" * 100_000, "not valid JSON"),
         ("{}", "base_model_name_or_path must be the name of a model, got None"),
-        ('{"base_model_name_or_path": 7}', "base_model_name_or_path must be the name of a model, got 7"),
+        (
+            '{"base_model_name_or_path": 7}',
+            "base_model_name_or_path must be the name of a model, got 7",
+        ),
     ],
 )
 def test_damaged_adapters(tmp_path, content, message):
-    save_file({"base_model.model.q_proj.lora_A.weight": torch.zeros(4, 8)}, tmp_path / "adapter_model.safetensors")
+    save_file(
+        {"base_model.model.q_proj.lora_A.weight": torch.zeros(4, 8)},
+        tmp_path / "adapter_model.safetensors",
+    )
     (tmp_path / "adapter_config.json").write_text(content)
     with pytest.raises(CheckpointError, match=rf"{tmp_path}/adapter_config\.json: {message}"):
         for_training(str(tmp_path))
@@ -155,7 +198,9 @@ def test_damaged_adapters(tmp_path, content, message):
 def test_an_adapter_without_one_of_its_weights(checkpoint, tmp_path):
     from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(for_training(checkpoint, "cpu", "fp32").model, LoraConfig(r=2, target_modules=["q_proj"]))
+    model = get_peft_model(
+        for_training(checkpoint, "cpu", "fp32").model, LoraConfig(r=2, target_modules=["q_proj"])
+    )
     model.save_pretrained(tmp_path, save_embedding_layers=False)
     edit_json(tmp_path / "adapter_config.json", base_model_name_or_path=checkpoint)
     weights = load_file(tmp_path / "adapter_model.safetensors")
@@ -174,7 +219,10 @@ def test_an_adapter_on_an_adapter_is_merged_into_both(checkpoint, tmp_path, capf
     below = checkpoint
     for name in ("inner", "outer"):
         torch.manual_seed(len(name) + ord(name[0]))
-        model = get_peft_model(for_training(checkpoint, "cpu", "fp32").model, LoraConfig(r=2, target_modules=["q_proj"]))
+        model = get_peft_model(
+            for_training(checkpoint, "cpu", "fp32").model,
+            LoraConfig(r=2, target_modules=["q_proj"]),
+        )
         layer = model.base_model.model.model.layers[0].self_attn.q_proj
         torch.nn.init.normal_(layer.lora_B["default"].weight)
         expected += layer.get_delta_weight("default").detach()
@@ -194,7 +242,9 @@ TEMPLATE = "ask: {prompt}\n"
 @pytest.fixture
 def snapshot(checkpoint, tmp_path, monkeypatch):
     """The files of team/model: a model with a drafter and a template."""
-    folder = shutil.copytree(checkpoint, tmp_path / "hub" / "models--team--model" / "snapshots" / "1f")
+    folder = shutil.copytree(
+        checkpoint, tmp_path / "hub" / "models--team--model" / "snapshots" / "1f"
+    )
     add_eagle3(folder)
     info = json.loads((folder / "layerskip.json").read_text())
     (folder / "layerskip.json").write_text(json.dumps(info | {"prompt_template": TEMPLATE}))
@@ -212,9 +262,19 @@ def test_a_model_from_the_hub_has_what_lies_beside_its_weights(snapshot, tmp_pat
     assert decoder.name == "team/model" and decoder.template.text == TEMPLATE
     assert "eagle3" in decoder.backend.drafters and decoder.info.exit_layer == 1
     assert for_training("team/model", "cpu").info == decoder.info
-    told = run("export", "team/model", "--exit", "1", "--engine", "vllm", "--output", str(tmp_path / "draft"))
+    told = run(
+        "export",
+        "team/model",
+        "--exit",
+        "1",
+        "--engine",
+        "vllm",
+        "--output",
+        str(tmp_path / "draft"),
+    )
     assert "vllm serve team/model " in told.out
-    assert run("import", "team/model", "--output", "team/model").code == 0  # below the folder where it is given
+    # Below the folder where it is given
+    assert run("import", "team/model", "--output", "team/model").code == 0
     assert "eagle3" in for_decoding("./team/model", "cpu").backend.drafters
 
 
@@ -229,7 +289,9 @@ def test_a_model_in_the_cache_of_the_hub_needs_no_network(snapshot, tmp_path, na
 def test_a_revision_is_asked_of_the_hub_and_safetensors_are_needed(snapshot, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        huggingface_hub, "snapshot_download", lambda *name, **how: asked.append((*name, how["revision"])) or str(snapshot)
+        huggingface_hub,
+        "snapshot_download",
+        lambda *name, **how: asked.append((*name, how["revision"])) or str(snapshot),
     )
     assert present("team/model@refs/pr/1").folder == str(snapshot)
     assert present("team/model").folder == str(snapshot)
@@ -243,7 +305,8 @@ def test_a_revision_is_asked_of_the_hub_and_safetensors_are_needed(snapshot, mon
 class Hub:
     """Of huggingface_hub.HfApi what a push calls."""
 
-    uploads, refused = [], False
+    uploads: ClassVar[list] = []
+    refused = False
 
     def create_repo(self, repository, exist_ok):
         if repository != "me/mine":
@@ -257,14 +320,30 @@ class Hub:
 
 def test_a_result_is_pushed_if_the_repository_is_ours(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
-    out, short = tmp_path / "out", ("--steps", "1", "--batch-size", "2", "--samples", "2", "--threads", "1")
-    command = ("finetune", "--model", checkpoint, *short, "--output", str(out), "--overwrite", "--push-to-hub")
+    out = tmp_path / "out"
+    short = ("--steps", "1", "--batch-size", "2", "--samples", "2", "--threads", "1")
+    command = (
+        "finetune",
+        "--model",
+        checkpoint,
+        *short,
+        "--output",
+        str(out),
+        "--overwrite",
+        "--push-to-hub",
+    )
     refused = run(*command, "other/theirs")
-    assert refused.code == 2 and refused.err.splitlines()[-1] == "error: --push-to-hub other/theirs: 401 Client Error"
+    assert (
+        refused.code == 2
+        and refused.err.splitlines()[-1] == "error: --push-to-hub other/theirs: 401 Client Error"
+    )
     assert not (out / "config.json").exists()
     assert run(*command, "me/mine").code == 0
     [(repository, folder, files)] = Hub.uploads
-    assert (repository, folder) == ("me/mine", str(out)) and {"model.safetensors", "exit_blocks.safetensors"} <= set(files)
+    assert (repository, folder) == ("me/mine", str(out)) and {
+        "model.safetensors",
+        "exit_blocks.safetensors",
+    } <= set(files)
     monkeypatch.setattr(Hub, "refused", True)
     failed = run(*command, "me/mine")
     assert failed.code == 1 and failed.err.endswith(

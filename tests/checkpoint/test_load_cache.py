@@ -23,7 +23,9 @@ from layerskip_core.model.exit_blocks import ExitBlock
 from layerskip_core.model.native.compiled import kernels
 from layerskip_core.model.native.matrix import NativeMatrix
 
-pytestmark = pytest.mark.skipif(kernels() is None, reason="no kernels were built here, or the CPU lacks what they need")
+pytestmark = pytest.mark.skipif(
+    kernels() is None, reason="no kernels were built here, or the CPU lacks what they need"
+)
 ADAPTIVE = PackingConfig(adaptive=True)
 TEXT = "wake me up at 7, then </s> play jazz"
 
@@ -46,7 +48,8 @@ def gguf_model(request, tmp_path):
 @pytest.fixture
 def packed(monkeypatch):
     """The names of the matrices that were packed, not read from the cache."""
-    names, pack = [], NativeMatrix.packed.__func__
+    names = []
+    pack = NativeMatrix.packed.__func__
 
     def counting(cls, compiled, name, *arguments, **options):
         names.append(name)
@@ -69,20 +72,31 @@ def files(cache):
 def outputs(decoder):
     """What a model makes of a text: its ids, and the logits of every copy and exit block."""
     ids = decoder.encode_prompt(TEXT)
-    backend, found = decoder.backend, [ids, decoder.detokenize(ids), decoder.eos_ids, decoder.template, decoder.notes]
+    backend = decoder.backend
+    found = [ids, decoder.detokenize(ids), decoder.eos_ids, decoder.template, decoder.notes]
     prompt = torch.tensor([ids[:20]])
     with torch.inference_mode():
         for side in backend.draft_sides.values():
             hidden = run_texts(side.layers, side.layers.embed(prompt), 0, 2)
             found += [side.whole.unembed(hidden).tolist(), side.at_exits.unembed(hidden).tolist()]
             for block in side.exit_blocks.values():
-                found.append(block.head(run_texts(side.layers, hidden, block.layer, block.layer + 1)).tolist())
-        found.append(backend.unembed(run_texts(backend, backend.embed(prompt), 0, backend.num_layers)).tolist())
+                found.append(
+                    block.head(
+                        run_texts(side.layers, hidden, block.layer, block.layer + 1)
+                    ).tolist()
+                )
+        found.append(
+            backend.unembed(
+                run_texts(backend, backend.embed(prompt), 0, backend.num_layers)
+            ).tolist()
+        )
     return found
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_a_gguf_file_from_the_cache_gives_the_same_bits_without_being_read(gguf_model, cache, packed, monkeypatch, dtype):
+def test_a_gguf_file_from_the_cache_gives_the_same_bits_without_being_read(
+    gguf_model, cache, packed, monkeypatch, dtype
+):
     plain = outputs(loaded(gguf_model, dtype=dtype, cache=False))
     assert files(cache) == [] and packed
     assert outputs(loaded(gguf_model, dtype=dtype)) == plain
@@ -94,9 +108,17 @@ def test_a_gguf_file_from_the_cache_gives_the_same_bits_without_being_read(gguf_
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("prepare", [lambda _: None, lambda folder: add_blocks(folder, ExitBlock(2)), add_int4])
 @pytest.mark.parametrize(
-    "packing", [ADAPTIVE, PackingConfig("int8"), PackingConfig("int4"), PackingConfig(draft_weights=("int4",))]
+    "prepare", [lambda _: None, lambda folder: add_blocks(folder, ExitBlock(2)), add_int4]
+)
+@pytest.mark.parametrize(
+    "packing",
+    [
+        ADAPTIVE,
+        PackingConfig("int8"),
+        PackingConfig("int4"),
+        PackingConfig(draft_weights=("int4",)),
+    ],
 )
 def test_a_folder_from_the_cache_gives_the_same_bits(wide, cache, packed, dtype, prepare, packing):
     prepare(wide)
@@ -120,10 +142,18 @@ def test_a_part_that_the_cache_lacks_is_made_and_kept(wide, cache, packed):
 
 def test_another_model_in_the_file_s_place_is_not_taken_from_the_cache(gguf_model, cache, tmp_path):
     loaded(gguf_model)
-    before, other = gguf_model.stat(), tmp_path / "other" / "model.gguf"
+    before = gguf_model.stat()
+    other = tmp_path / "other" / "model.gguf"
     other.parent.mkdir()
     torch.manual_seed(7)
-    written(other, "qwen2", "q8_0" if "q8_0" in str(gguf_model) else "f16", hidden_size=64, head_dim=16, intermediate_size=96)
+    written(
+        other,
+        "qwen2",
+        "q8_0" if "q8_0" in str(gguf_model) else "f16",
+        hidden_size=64,
+        head_dim=16,
+        intermediate_size=96,
+    )
     content = bytearray(gguf_model.read_bytes())
     content[-1000:] = bytes(1000)  # of the same size, at the same time
     gguf_model.write_bytes(content)
@@ -146,9 +176,14 @@ def test_a_retrained_folder_is_not_taken_from_the_cache(wide, cache):
 def test_a_cache_that_cannot_be_used_changes_nothing(gguf_model, cache, monkeypatch, problem):
     plain = outputs(loaded(gguf_model, cache=False))
     if problem == "read-only":
-        monkeypatch.setattr("pathlib.Path.mkdir", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "denied")))
+        monkeypatch.setattr(
+            "pathlib.Path.mkdir",
+            lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "denied")),
+        )
     elif problem == "full":
-        monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        monkeypatch.setattr(
+            os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        )
     elif problem == "a file":
         cache.write_text("")
     else:
@@ -161,7 +196,9 @@ def test_a_cache_that_cannot_be_used_changes_nothing(gguf_model, cache, monkeypa
     assert outputs(loaded(gguf_model)) == plain
 
 
-def test_the_cache_is_bounded_and_drops_what_was_not_used_for_longest(wide, cache, monkeypatch, tmp_path):
+def test_the_cache_is_bounded_and_drops_what_was_not_used_for_longest(
+    wide, cache, monkeypatch, tmp_path
+):
     folders = [wide, *(shutil.copytree(wide, tmp_path / name) for name in "bc")]
     names = []
     for folder in folders[:2]:
@@ -177,13 +214,16 @@ def test_the_cache_is_bounded_and_drops_what_was_not_used_for_longest(wide, cach
     kept = files(cache)
     assert len(kept) == 2 and names[0] in kept and names[1] not in kept
     monkeypatch.setattr(sidecars, "CACHED", size // 2)
-    loaded(shutil.copytree(wide, tmp_path / "d"))  # too large for the cache: it is not written, and nothing is dropped
+    # Too large for the cache: it is not written, and nothing is dropped
+    loaded(shutil.copytree(wide, tmp_path / "d"))
     assert files(cache) == kept
 
 
 def test_two_loads_at_once_leave_one_whole_file(gguf_model, cache):
     for _ in range(2):
-        first, second = (for_decoding(str(gguf_model), "cpu", packing=ADAPTIVE, cache=True) for _ in range(2))
+        first, second = (
+            for_decoding(str(gguf_model), "cpu", packing=ADAPTIVE, cache=True) for _ in range(2)
+        )
         assert outputs(first) == outputs(second)
     finish_writing()
     assert len(files(cache)) == 1
@@ -216,15 +256,24 @@ def test_commands_and_python_use_the_cache_unless_told_otherwise(gguf_model, cac
 
 def test_a_vocabulary_is_no_field_for_each_string(gguf_model, monkeypatch):
     """Of 150,000 tokens and their merges these take seconds."""
-    strings, read = [], gguf.GGUFReader._get_str
-    monkeypatch.setattr(gguf.GGUFReader, "_get_str", lambda self, offset: strings.append(offset) or read(self, offset))
+    strings = []
+    read = gguf.GGUFReader._get_str
+    monkeypatch.setattr(
+        gguf.GGUFReader,
+        "_get_str",
+        lambda self, offset: strings.append(offset) or read(self, offset),
+    )
     expected = gguf.GGUFReader(gguf_model)
     before = len(strings)
     strings.clear()
     file = GgufFile(gguf_model)
     assert len(strings) <= before - len(expected.fields["tokenizer.ggml.tokens"].data)
     assert file.tokens == len(expected.fields["tokenizer.ggml.tokens"].data)
-    values = {name: field.contents() for name, field in expected.fields.items() if not name.startswith(("tokenizer.", "GGUF."))}
+    values = {
+        name: field.contents()
+        for name, field in expected.fields.items()
+        if not name.startswith(("tokenizer.", "GGUF."))
+    }
     assert {name: file._values[name] for name in values} == values
     assert file._tensors.keys() == {tensor.name for tensor in expected.tensors}
 
@@ -240,7 +289,8 @@ def test_slow_loading_is_told_on_standard_error(monkeypatch, gguf_model, cache):
 
     from threading import Event
 
-    told, narrate = Event(), loading.narrate
+    told = Event()
+    narrate = loading.narrate
 
     def telling(text):
         narrate(text)

@@ -1,4 +1,6 @@
-"""Checkpoints of the hub in low bits: read as they are stored where the kernels have the form, else dequantised with a note."""
+"""Checkpoints of the hub in low bits: read as they are stored where the kernels have the form, else
+dequantised with a note.
+"""
 
 import re
 
@@ -22,7 +24,8 @@ from layerskip_core.model.native.compiled import kernels
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
 GROUP = 32
-NIBBLES = [0, 2, 4, 6, 1, 3, 5, 7]  # AWQ: which of eight outputs a number's levels are of, from the lowest bits on
+# AWQ: which of eight outputs a number's levels are of, from the lowest bits on
+NIBBLES = [0, 2, 4, 6, 1, 3, 5, 7]
 MXFP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
 
@@ -37,13 +40,16 @@ def in_numbers(levels, bits=4, order=None):
 def levels_of(weight, bits, middle, generator):
     """Random levels, zeros and scales (fp16) of groups; and the weight that they stand for."""
     outputs, inputs = weight.shape
-    groups, top = inputs // GROUP, 1 << bits
+    groups = inputs // GROUP
+    top = 1 << bits
     levels = torch.randint(0, top, (outputs, inputs), generator=generator)
     zeros = torch.full((outputs, groups), top // 2)
     if not middle:
         zeros = torch.randint(top // 2 - 2, top // 2 + 2, (outputs, groups), generator=generator)
     scales = (torch.rand(outputs, groups, generator=generator) * 0.8 / top + 0.1 / top).half()
-    dense = (levels - zeros.repeat_interleave(GROUP, 1)) * scales.float().repeat_interleave(GROUP, 1)
+    dense = (levels - zeros.repeat_interleave(GROUP, 1)) * scales.float().repeat_interleave(
+        GROUP, 1
+    )
     return levels, zeros, scales, dense
 
 
@@ -61,20 +67,29 @@ def gptq(module, weight, generator, middle=True, bits=4):
 def gptq_in_other_order(module, weight, generator):
     packed, dense = gptq(module, weight, generator)
     order = torch.randperm(weight.shape[1], generator=generator)
-    groups, scales = packed[f"{module}.g_idx"][order], packed[f"{module}.scales"].float().T
+    groups = packed[f"{module}.g_idx"][order]
+    scales = packed[f"{module}.scales"].float().T
     inverse = dense / scales.repeat_interleave(GROUP, 1) * scales[:, groups.long()]
     return {**packed, f"{module}.g_idx": groups}, inverse
 
 
 def awq(module, weight, generator):
     levels, zeros, scales, dense = levels_of(weight, 4, False, generator)
-    packed = {"qweight": in_numbers(levels.T, 4, NIBBLES), "qzeros": in_numbers(zeros.T, 4, NIBBLES), "scales": scales.T}
+    packed = {
+        "qweight": in_numbers(levels.T, 4, NIBBLES),
+        "qzeros": in_numbers(zeros.T, 4, NIBBLES),
+        "scales": scales.T,
+    }
     return {f"{module}.{name}": part for name, part in packed.items()}, dense
 
 
 def compressed(module, weight, generator, middle=True, bits=4):
     levels, zeros, scales, dense = levels_of(weight, bits, middle, generator)
-    packed = {"weight_packed": in_numbers(levels, bits), "weight_scale": scales, "weight_shape": torch.tensor(weight.shape)}
+    packed = {
+        "weight_packed": in_numbers(levels, bits),
+        "weight_scale": scales,
+        "weight_shape": torch.tensor(weight.shape),
+    }
     packed |= {} if middle else {"weight_zero_point": in_numbers(zeros.T, bits).T}
     return {f"{module}.{name}": part for name, part in packed.items()}, dense
 
@@ -86,10 +101,8 @@ def compressed_int8(module, weight, generator):
 
 
 def fp8(module, weight, generator):
-    narrow, scales = (
-        weight.to(torch.float8_e4m3fn),
-        0.5 + torch.rand(-(-len(weight) // 48), -(-weight.shape[1] // 48), generator=generator),
-    )
+    narrow = weight.to(torch.float8_e4m3fn)
+    scales = 0.5 + torch.rand(-(-len(weight) // 48), -(-weight.shape[1] // 48), generator=generator)
     wide = scales.repeat_interleave(-(-len(weight) // len(scales)), 0)[: len(weight)]
     wide = wide.repeat_interleave(-(-weight.shape[1] // scales.shape[1]), 1)[:, : weight.shape[1]]
     return {f"{module}.weight": narrow, f"{module}.weight_scale_inv": scales}, narrow.float() * wide
@@ -102,7 +115,11 @@ FORMS = {  # the method, what stores a projection, and the type of blocks that i
     "GPTQ in another order": ("gptq", gptq_in_other_order, None),
     "AWQ": ("awq", awq, "Q4_Z"),
     "W4A16": ("compressed-tensors", compressed, "Q4_0"),
-    "W4A16 with zeros": ("compressed-tensors", lambda *args: compressed(*args, middle=False), "Q4_Z"),
+    "W4A16 with zeros": (
+        "compressed-tensors",
+        lambda *args: compressed(*args, middle=False),
+        "Q4_Z",
+    ),
     "W8A16": ("compressed-tensors", lambda *args: compressed(*args, bits=8), "Q8_0"),
     "W8A8": ("compressed-tensors", compressed_int8, "Q8_0"),
     "FP8": ("fp8", fp8, None),
@@ -110,14 +127,20 @@ FORMS = {  # the method, what stores a projection, and the type of blocks that i
 
 
 def folder_of(model, path, method, store):
-    """A checkpoint with the projections of layers in low bits; the model gets the weights that these stand for."""
+    """A checkpoint with the projections of layers in low bits; the model gets the weights that
+    these stand for.
+    """
     generator = torch.Generator().manual_seed(0)
-    save_checkpoint(model, tiny_loaded().tokenizer, CheckpointInfo("{prompt}\n"), str(path), torch.float32)
+    save_checkpoint(
+        model, tiny_loaded().tokenizer, CheckpointInfo("{prompt}\n"), str(path), torch.float32
+    )
     weights = load_file(path / "model.safetensors")
     for name in [name for name in weights if name.endswith("_proj.weight")]:
         stored, dense = store(name.removesuffix(".weight"), weights.pop(name), generator)
         weights |= {part: tensor.contiguous() for part, tensor in stored.items()}
-        if (expert := re.fullmatch(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight", name)) is None:
+        if (
+            expert := re.fullmatch(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight", name)
+        ) is None:
             model.get_parameter(name).data = dense
         else:
             kind = "down_proj" if expert[3] == "down" else "gate_up_proj"
@@ -136,9 +159,16 @@ def test_experts_stored_one_by_one(form, tmp_path):
     with torch.no_grad():
         expected = model(IDS).logits
     decoder = for_decoding(path, "cpu", "fp32")
-    torch.testing.assert_close(logits_of(decoder.backend, IDS), expected, atol=5e-3 * float(expected.std()), rtol=0)
+    torch.testing.assert_close(
+        logits_of(decoder.backend, IDS), expected, atol=5e-3 * float(expected.std()), rtol=0
+    )
     if kernels() is not None:
-        types = {name for layer in decoder.backend._layers.layers for matrix in layer.matrices for name in matrix.form.types}
+        types = {
+            name
+            for layer in decoder.backend._layers.layers
+            for matrix in layer.matrices
+            for name in matrix.form.types
+        }
         assert types == {kind} and not decoder.notes
 
 
@@ -154,13 +184,22 @@ def test_weights_are_those_that_are_stored(form, tmp_path):
         expected = model(IDS).logits
     trainable = for_training(path, "cpu", "fp32")
     for name, weight in model.named_parameters():
-        torch.testing.assert_close(trainable.model.get_parameter(name), weight, atol=1e-7, rtol=1e-6)
+        torch.testing.assert_close(
+            trainable.model.get_parameter(name), weight, atol=1e-7, rtol=1e-6
+        )
     assert not hasattr(trainable.model.config, "quantization_config")
     decoder = for_decoding(path, "cpu", "fp32")
-    torch.testing.assert_close(logits_of(decoder.backend, IDS), expected, atol=5e-3 * float(expected.std()), rtol=0)
+    torch.testing.assert_close(
+        logits_of(decoder.backend, IDS), expected, atol=5e-3 * float(expected.std()), rtol=0
+    )
     if kernels() is None:
         return
-    types = {name for layer in decoder.backend._layers.layers for matrix in layer.matrices for name in matrix.form.types}
+    types = {
+        name
+        for layer in decoder.backend._layers.layers
+        for matrix in layer.matrices
+        for name in matrix.form.types
+    }
     assert types == ({kind} if kind else set())
     note = f"{42} weights in {method} were dequantised: the kernels have no form for them"
     assert decoder.notes == (() if kind else (note,))
@@ -169,9 +208,12 @@ def test_weights_are_those_that_are_stored(form, tmp_path):
 def test_an_exit_block_beside_them_drafts(tmp_path):
     """In the model's precision: the files have no levels of it."""
     method, store, _ = FORMS["GPTQ"]
-    path = folder_of(tiny_model("llama", torch.float32, vocab_size=300, **WIDE), tmp_path, method, store)
+    path = folder_of(
+        tiny_model("llama", torch.float32, vocab_size=300, **WIDE), tmp_path, method, store
+    )
     add_blocks(tmp_path, ExitBlock(2))
-    backend, found = for_decoding(path, "cpu", "fp32").backend, []
+    backend = for_decoding(path, "cpu", "fp32").backend
+    found = []
     for strategy in ("autoregressive", "self-speculative"):
         config = DecodingConfig(strategy, exit_layer=2, num_draft_tokens=3, max_new_tokens=12)
         found.append(ids_of(decode(backend, IDS[0].tolist(), config)))
@@ -179,18 +221,33 @@ def test_an_exit_block_beside_them_drafts(tmp_path):
 
 
 def test_gpt_oss_as_it_is_published(tmp_path):
-    """Two levels that follow one another in a byte, the lower half first; rows of gate and up in turns."""
+    """Two levels that follow one another in a byte, the lower half first; rows of gate and up in
+    turns.
+    """
     model = tiny_model("gpt_oss", torch.float32, vocab_size=300, hidden_size=64)
-    save_checkpoint(model, tiny_loaded().tokenizer, CheckpointInfo("{prompt}\n"), str(tmp_path), torch.float32)
-    weights, generator = load_file(tmp_path / "model.safetensors"), torch.Generator().manual_seed(0)
-    for name in [name for name in weights if name.endswith("experts.gate_up_proj") or name.endswith("experts.down_proj")]:
+    save_checkpoint(
+        model, tiny_loaded().tokenizer, CheckpointInfo("{prompt}\n"), str(tmp_path), torch.float32
+    )
+    weights = load_file(tmp_path / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for name in [
+        name
+        for name in weights
+        if name.endswith("experts.gate_up_proj") or name.endswith("experts.down_proj")
+    ]:
         experts, inputs, outputs = weights.pop(name).shape
-        levels = torch.randint(0, 16, (experts, outputs, inputs), generator=generator, dtype=torch.uint8)
-        scales = torch.randint(119, 123, (experts, outputs, inputs // 32), generator=generator, dtype=torch.uint8)
+        levels = torch.randint(
+            0, 16, (experts, outputs, inputs), generator=generator, dtype=torch.uint8
+        )
+        scales = torch.randint(
+            119, 123, (experts, outputs, inputs // 32), generator=generator, dtype=torch.uint8
+        )
         pairs = levels.unflatten(2, (-1, 16, 2))
         weights |= {f"{name}_blocks": pairs[..., 0] | pairs[..., 1] << 4, f"{name}_scales": scales}
         dense = (
-            torch.where(levels > 7, -1, 1) * MXFP4[levels.long() % 8] * 2.0 ** (scales.repeat_interleave(32, 2).float() - 127)
+            torch.where(levels > 7, -1, 1)
+            * MXFP4[levels.long() % 8]
+            * 2.0 ** (scales.repeat_interleave(32, 2).float() - 127)
         )
         model.get_parameter(name).data = dense.transpose(1, 2).contiguous()
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
@@ -200,11 +257,15 @@ def test_gpt_oss_as_it_is_published(tmp_path):
     for name, weight in for_training(str(tmp_path), "cpu", "fp32").model.named_parameters():
         assert torch.equal(weight, model.get_parameter(name)), name
     decoder = for_decoding(str(tmp_path), "cpu", "fp32")
-    torch.testing.assert_close(logits_of(decoder.backend, IDS), expected, atol=5e-3 * float(expected.std()), rtol=0)
+    torch.testing.assert_close(
+        logits_of(decoder.backend, IDS), expected, atol=5e-3 * float(expected.std()), rtol=0
+    )
     if kernels():
         types = [matrix.form.types[:1] for matrix in decoder.backend._layers.layers[0].matrices]
         assert types == [(), (), ("MXFP4",), ("MXFP4",)] and decoder.notes == ()
-    done = run("generate", "wake me up", "--model", str(tmp_path), "--max-new-tokens", "8", "--stats")
+    done = run(
+        "generate", "wake me up", "--model", str(tmp_path), "--max-new-tokens", "8", "--stats"
+    )
     assert done.code == 0 and ("as stored" in done.err or not kernels())
 
 
@@ -212,11 +273,16 @@ def test_gpt_oss_as_it_is_published(tmp_path):
     ("missing", "message"),
     [
         ("qweight", r"1 weights are missing, model\.layers\.2\.mlp\.up_proj\.weight the first"),
-        ("scales", r"up_proj\.scales is missing, which model\.layers\.2\.mlp\.up_proj\.weight in gptq needs"),
+        (
+            "scales",
+            r"up_proj\.scales is missing, which model\.layers\.2\.mlp\.up_proj\.weight in gptq needs",
+        ),
     ],
 )
 def test_a_part_of_a_projection_that_is_missing(missing, message, tmp_path):
-    path = folder_of(tiny_model("llama", torch.float32, vocab_size=300, **WIDE), tmp_path, "gptq", gptq)
+    path = folder_of(
+        tiny_model("llama", torch.float32, vocab_size=300, **WIDE), tmp_path, "gptq", gptq
+    )
     weights = load_file(tmp_path / "model.safetensors")
     del weights[f"model.layers.2.mlp.up_proj.{missing}"]
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})

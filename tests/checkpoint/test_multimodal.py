@@ -1,4 +1,6 @@
-"""Folders of models with images are read as their text part, as published files and as transformers writes them."""
+"""Folders of models with images are read as their text part, as published files and as transformers
+writes them.
+"""
 
 import json
 
@@ -18,7 +20,13 @@ from layerskip_core.model.native.compiled import kernels
 from layerskip_core.training import answers
 
 TEXTS = {
-    **{"gemma3": "gemma3_text", "gemma4": "gemma4_text", "lfm2_vl": "lfm2", "llava": "llama", "mistral3": "mistral"},
+    **{
+        "gemma3": "gemma3_text",
+        "gemma4": "gemma4_text",
+        "lfm2_vl": "lfm2",
+        "llava": "llama",
+        "mistral3": "mistral",
+    },
     **{"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"},
 }
 WIDE = {"hidden_size": 64, "intermediate_size": 96}
@@ -37,14 +45,25 @@ def written(tmp_path):
 
     def write(model_type):
         tokenizer = tiny_loaded(torch.float32).tokenizer
-        ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        ends = {
+            name: getattr(tokenizer, name)
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+        }
         tied = {"tie_word_embeddings": model_type != "llava"}
-        text = tiny_model(TEXTS[model_type], torch.float32, vocab_size=len(tokenizer), **WIDE, **ends, **tied)
-        kind, parts = CONFIG_MAPPING[model_type], {"text_config": text.config.to_dict()}
+        text = tiny_model(
+            TEXTS[model_type], torch.float32, vocab_size=len(tokenizer), **WIDE, **ends, **tied
+        )
+        kind = CONFIG_MAPPING[model_type]
+        parts = {"text_config": text.config.to_dict()}
         for name, part in kind().to_dict().items():
             if name.endswith("_config") and name not in parts and part:
-                parts[name] = {"model_type": part["model_type"], **{key: SIZES[key] for key in part if key in SIZES}}
-        model = AutoModelForImageTextToText.from_config(kind(**parts, **tied), dtype=torch.float32).eval()
+                parts[name] = {
+                    "model_type": part["model_type"],
+                    **{key: SIZES[key] for key in part if key in SIZES},
+                }
+        model = AutoModelForImageTextToText.from_config(
+            kind(**parts, **tied), dtype=torch.float32
+        ).eval()
         model.get_decoder().load_state_dict(text.model.state_dict())
         model.lm_head.load_state_dict(text.lm_head.state_dict())
         model.save_pretrained(tmp_path)
@@ -57,7 +76,11 @@ def written(tmp_path):
 def as_older(folder):
     """Without the values that are defaults, as files of the hub."""
     config = json.loads((folder / "config.json").read_text())
-    text = CONFIG_MAPPING[config["text_config"]["model_type"]].from_dict(config["text_config"]).to_diff_dict()
+    text = (
+        CONFIG_MAPPING[config["text_config"]["model_type"]]
+        .from_dict(config["text_config"])
+        .to_diff_dict()
+    )
     if (sizes := text.pop("per_layer_config", None)) is not None:
         text["global_head_dim"] = next(iter(sizes.values()))["head_dim"]
     edit_json(folder / "config.json", text_config=text, transformers_version="4.57.0.dev0")
@@ -70,9 +93,13 @@ def test_logits_are_those_of_the_whole_model(written, model_type):
         if not is_complete:
             as_older(folder)
         assert (lean_spec(str(folder)) is not None) == is_complete
-        loaded, trainable = for_decoding(str(folder), "cpu", "fp32"), for_training(str(folder), "cpu", "fp32")
+        loaded = for_decoding(str(folder), "cpu", "fp32")
+        trainable = for_training(str(folder), "cpu", "fp32")
         assert isinstance(loaded.backend, NativeBackend) or not kernels()
-        assert loaded.backend.spec == trainable.backend.spec and loaded.backend.spec.model_type == TEXTS[model_type]
+        assert (
+            loaded.backend.spec == trainable.backend.spec
+            and loaded.backend.spec.model_type == TEXTS[model_type]
+        )
         for backend in (loaded.backend, trainable.backend):
             logits = logits_of(backend, IDS).detach()
             torch.testing.assert_close(logits, expected, atol=1e-3 * float(expected.std()), rtol=0)
@@ -85,16 +112,50 @@ def test_what_is_trained_on_the_folder_suits_it(written, model_type, tmp_path, m
     monkeypatch.setattr(answers, "OWN_TOKENS", 4)
     folder, _ = written(model_type)
     as_older(folder)
-    few = ("--steps", "1", "--batch-size", "1", "--samples", "2", "--max-length", "48", "--threads", "1")
-    attached, trained = str(tmp_path / "attached"), str(tmp_path / "trained")
+    few = (
+        "--steps",
+        "1",
+        "--batch-size",
+        "1",
+        "--samples",
+        "2",
+        "--max-length",
+        "48",
+        "--threads",
+        "1",
+    )
+    attached = str(tmp_path / "attached")
+    trained = str(tmp_path / "trained")
     for command in (
-        ("train-drafter", "--exits", "2", "--answer-tokens", "4", *few, "--model", str(folder), "--output", attached),
+        (
+            "train-drafter",
+            "--exits",
+            "2",
+            "--answer-tokens",
+            "4",
+            *few,
+            "--model",
+            str(folder),
+            "--output",
+            attached,
+        ),
         ("finetune", "--pmax", "0.2", *few, "--model", str(folder), "--output", trained),
     ):
         done = run(*command)
         assert done.code == 0, done.err
-    prompt = ("generate", "wake me up", "--template", "raw", "--max-new-tokens", "8", "--threads", "1", "--model")
-    plain, drafted = run(*prompt, str(folder), "--strategy", "autoregressive"), run(*prompt, attached, "--exit", "2")
+    prompt = (
+        "generate",
+        "wake me up",
+        "--template",
+        "raw",
+        "--max-new-tokens",
+        "8",
+        "--threads",
+        "1",
+        "--model",
+    )
+    plain = run(*prompt, str(folder), "--strategy", "autoregressive")
+    drafted = run(*prompt, attached, "--exit", "2")
     assert drafted.code == 0 and drafted.out == plain.out
     assert for_decoding(trained, "cpu").backend.spec.model_type == TEXTS[model_type]
     assert run(*prompt, trained).code == 0

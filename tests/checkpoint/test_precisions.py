@@ -1,4 +1,6 @@
-"""Weights that transformers keeps in fp32, such as corrections of routers, are in fp32 wherever a model is read or written."""
+"""Weights that transformers keeps in fp32, such as corrections of routers, are in fp32 wherever a
+model is read or written.
+"""
 
 import shutil
 from copy import deepcopy
@@ -33,19 +35,28 @@ def routed_model(model_type):
     config.vocab_size = len(tiny_loaded(torch.float32).tokenizer)
     if model_type == "nemotron_h":
         config.layers_block_type = ["linear_attention", "full_attention", "moe", "full_attention"]
-        config.moe_shared_expert_intermediate_size, config.moe_latent_size = 24, 16
+        config.moe_shared_expert_intermediate_size = 24
+        config.moe_latent_size = 16
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for weight in model.state_dict().values():
-            weight.copy_(1 + torch.rand_like(weight) if weight.dim() < 2 else 0.2 * torch.randn_like(weight))
+            weight.copy_(
+                1 + torch.rand_like(weight) if weight.dim() < 2 else 0.2 * torch.randn_like(weight)
+            )
     return model
 
 
 @pytest.fixture(params=ROUTED)
 def folder(request, tmp_path):
     tokenizer = tiny_loaded(torch.float32).tokenizer
-    save_checkpoint(routed_model(request.param), tokenizer, CheckpointInfo("{prompt}\n"), str(tmp_path / "fp32"), torch.float32)
+    save_checkpoint(
+        routed_model(request.param),
+        tokenizer,
+        CheckpointInfo("{prompt}\n"),
+        str(tmp_path / "fp32"),
+        torch.float32,
+    )
     return tmp_path / "fp32"
 
 
@@ -67,7 +78,11 @@ def test_a_model_is_read_and_written_as_transformers_reads_it(folder, tmp_path):
     output = tmp_path / "bf16"
     assert run("import", str(folder), "--output", str(output), "--dtype", "bf16").code == 0
     require_same(by_transformers(output, "auto"), expected)
-    stored = {name: weight for name, weight in load_file(output / "model.safetensors").items() if _CORRECTION in name}
+    stored = {
+        name: weight
+        for name, weight in load_file(output / "model.safetensors").items()
+        if _CORRECTION in name
+    }
     assert stored and all(weight.dtype == torch.float32 for weight in stored.values())
 
 
@@ -89,7 +104,8 @@ def test_a_training_keeps_what_no_step_changes(folder, tmp_path):
         dtype="fp32",
     )
     prepare(settings).run(lambda report: None)
-    before, after = by_transformers(half, "auto"), by_transformers(output, "auto")
+    before = by_transformers(half, "auto")
+    after = by_transformers(output, "auto")
     corrections = [name for name in before if name.endswith(_CORRECTION)]
     assert corrections and {name: weight.dtype for name, weight in before.items()} == {
         name: weight.dtype for name, weight in after.items()
@@ -104,9 +120,15 @@ def test_a_block_keeps_its_router(model_type):
     model = routed_model(model_type)
     module = FrozenExits(TransformersBackend(model), [ExitBlock(2)])
     stored = load(module.files(torch.bfloat16, NO_BLOCKS, "", "")[EXIT_BLOCKS_FILE])
-    assert [block.exit_layer for block in blocks_named(stored, model.config.num_hidden_layers)] == [2]
+    assert [block.exit_layer for block in blocks_named(stored, model.config.num_hidden_layers)] == [
+        2
+    ]
     (correction,) = (weight for name, weight in stored.items() if name.endswith(_CORRECTION))
-    original = next(weight for name, weight in reversed(model.state_dict().items()) if name.endswith(_CORRECTION))
+    original = next(
+        weight
+        for name, weight in reversed(model.state_dict().items())
+        if name.endswith(_CORRECTION)
+    )
     assert torch.equal(correction, original) and {weight.dtype for weight in stored.values()} == {
         torch.float32,
         torch.bfloat16,
@@ -117,4 +139,6 @@ def test_buffers_that_are_not_stored_keep_their_precision():
     model = routed_model("deepseek_v3")
     frequencies = model.model.rotary_emb.inv_freq.clone()
     cast_weights(model, torch.bfloat16)
-    assert model.dtype == torch.bfloat16 and torch.equal(model.model.rotary_emb.inv_freq, frequencies)
+    assert model.dtype == torch.bfloat16 and torch.equal(
+        model.model.rotary_emb.inv_freq, frequencies
+    )

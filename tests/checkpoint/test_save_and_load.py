@@ -1,4 +1,6 @@
-"""Models are loaded as they were saved, as plain checkpoints, or refused; a save that fails or is killed changes nothing."""
+"""Models are loaded as they were saved, as plain checkpoints, or refused; a save that fails or is
+killed changes nothing.
+"""
 
 import errno
 import json
@@ -16,7 +18,14 @@ from layerskip_core.checkpoint import open as opening
 from layerskip_core.checkpoint.info import CheckpointInfo, read_info
 from layerskip_core.checkpoint.loaded import Decoder, decoder_of, end_ids, pick_device, pick_dtype
 from layerskip_core.checkpoint.open import for_decoding, for_training
-from layerskip_core.checkpoint.save import READY, read_whole, save_checkpoint, save_files, settle, write_info
+from layerskip_core.checkpoint.save import (
+    READY,
+    read_whole,
+    save_checkpoint,
+    save_files,
+    settle,
+    write_info,
+)
 from layerskip_core.checkpoint.transformers_read import blank
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.config.resolution import Recommended
@@ -50,28 +59,39 @@ def test_a_model_comes_back_as_it_was_saved(folder, tokenizer):
     loaded = for_training(str(folder), "cpu", "fp32")
     expected = model_of().state_dict()
     assert loaded.model.state_dict().keys() == expected.keys()
-    assert all(torch.equal(value, expected[name]) for name, value in loaded.model.state_dict().items())
+    assert all(
+        torch.equal(value, expected[name]) for name, value in loaded.model.state_dict().items()
+    )
     assert loaded.info == INFO and loaded.backend.num_layers == 6 and not loaded.model.training
     decoder = decoder_of(loaded)
     assert decoder.encode_prompt("remind me") == tokenizer("remind me ->")["input_ids"]
-    assert decoder.with_template("raw", None).encode_prompt("remind me") == tokenizer("remind me")["input_ids"]
+    assert (
+        decoder.with_template("raw", None).encode_prompt("remind me")
+        == tokenizer("remind me")["input_ids"]
+    )
     assert decoder.detokenize([*tokenizer("remind  me , 's")["input_ids"], 2]) == "remind  me , 's"
     assert decoder.recommended() == Recommended(3, 5, "self-speculative")
 
 
 def test_tied_weights_stay_tied_and_capped_attention_eager(tmp_path, tokenizer):
-    save_checkpoint(model_of(tie_word_embeddings=True), tokenizer, INFO, str(tmp_path), torch.float32)
+    save_checkpoint(
+        model_of(tie_word_embeddings=True), tokenizer, INFO, str(tmp_path), torch.float32
+    )
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
     model = for_training(str(tmp_path), "cpu", "fp32").model
     assert model.lm_head.weight is model.model.embed_tokens.weight
     torch.testing.assert_close(model(IDS).logits, model_of(tie_word_embeddings=True)(IDS).logits)
     shape = {"vocab_size": 300, "attn_logit_softcapping": 2.0}
-    save_checkpoint(tiny_model("gemma2", torch.float32, **shape), tokenizer, INFO, str(tmp_path), torch.float32)
+    save_checkpoint(
+        tiny_model("gemma2", torch.float32, **shape), tokenizer, INFO, str(tmp_path), torch.float32
+    )
     assert for_training(str(tmp_path), "cpu").model.config._attn_implementation == "eager"
 
 
 def test_devices_and_precisions():
-    with pytest.raises(ConfigError, match="`device` must be auto, cpu, cuda, cuda:N or mps, got gpu"):
+    with pytest.raises(
+        ConfigError, match="`device` must be auto, cpu, cuda, cuda:N or mps, got gpu"
+    ):
         pick_device("gpu")
     for absent in {"cuda", "mps"} - ({"cuda"} if torch.cuda.is_available() else set()):
         with pytest.raises(ConfigError, match=f"`device` {absent} was asked for, but"):
@@ -80,7 +100,10 @@ def test_devices_and_precisions():
     assert pick_device("cpu") == cpu
     assert pick_dtype("auto", cpu, 1_000_000) == torch.float32
     assert pick_dtype("auto", torch.device("cuda"), 1) == torch.bfloat16
-    assert pick_dtype("bf16", cpu, 1) == torch.bfloat16 and pick_dtype("fp32", torch.device("cuda"), 1) == torch.float32
+    assert (
+        pick_dtype("bf16", cpu, 1) == torch.bfloat16
+        and pick_dtype("fp32", torch.device("cuda"), 1) == torch.float32
+    )
 
 
 def test_eos_ids_come_from_both_configs_and_the_tokenizer(folder):
@@ -104,9 +127,13 @@ def test_the_template_of_layerskip_json_takes_precedence_over_the_chat_template(
 
     assert ids("go", prompt_template="a {prompt}") == tokenizer("a go")["input_ids"]
     assert ids("go") == ids("go", prompt_template="chat") == tokenizer("<go>!")["input_ids"]
-    assert ids("go", prompt_template="chat", system="be brief") == tokenizer("<be brief><go>!")["input_ids"]
+    assert (
+        ids("go", prompt_template="chat", system="be brief")
+        == tokenizer("<be brief><go>!")["input_ids"]
+    )
     assert ids("go", prompt_template="raw") == tokenizer("go")["input_ids"]
-    assert ids("{prompt}", prompt_template="{x} {prompt}") == tokenizer("{x} {prompt}")["input_ids"]  # no str.format
+    # No str.format
+    assert ids("{prompt}", prompt_template="{x} {prompt}") == tokenizer("{x} {prompt}")["input_ids"]
     (folder / "chat_template.jinja").unlink()
     assert ids("go") == tokenizer("go")["input_ids"]
 
@@ -115,19 +142,29 @@ def test_recommendations():
     backend = TransformersBackend(model_of(num_hidden_layers=8))
 
     def recommended(name, **info):
-        return Decoder(name, backend, None, CheckpointInfo(**info), frozenset(), PromptTemplate()).recommended()
+        return Decoder(
+            name, backend, None, CheckpointInfo(**info), frozenset(), PromptTemplate()
+        ).recommended()
 
     assert recommended("facebook/layerskip-llama2-7B") == Recommended(8, 12, exits=(8,))
     assert recommended("some/model") == Recommended(2, 6)  # a quarter of 8 layers
     assert recommended("some/model", exit_layer=5) == Recommended(5, 6, "self-speculative")
-    assert recommended("facebook/layerskip-llama2-7B", exit_layer=5, strategy="autoregressive").strategy == "autoregressive"
+    assert (
+        recommended(
+            "facebook/layerskip-llama2-7B", exit_layer=5, strategy="autoregressive"
+        ).strategy
+        == "autoregressive"
+    )
 
 
-def test_a_blank_model_has_weights_of_its_seed_and_the_size_of_a_new_tokenizer(folder, tokenizer, tmp_path):
+def test_a_blank_model_has_weights_of_its_seed_and_the_size_of_a_new_tokenizer(
+    folder, tokenizer, tmp_path
+):
     first, again, other = (blank(str(folder), seed).model.lm_head.weight for seed in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert not torch.equal(first, model_of().lm_head.weight)
-    model_of(vocab_size=67, eos_token_id=5).config.save_pretrained(tmp_path)  # a config alone: no weights, no tokenizer
+    # A config alone: no weights, no tokenizer
+    model_of(vocab_size=67, eos_token_id=5).config.save_pretrained(tmp_path)
     loaded = blank(str(tmp_path), 0, tokenizer)
     assert loaded.backend.spec.vocab == 300 and decoder_of(loaded).eos_ids == {2}
     assert loaded.model.config.pad_token_id == 0
@@ -135,16 +172,23 @@ def test_a_blank_model_has_weights_of_its_seed_and_the_size_of_a_new_tokenizer(f
 
 @pytest.mark.parametrize("by_transformers", [False, True], ids=["lean", "transformers"])
 @pytest.mark.parametrize(("dtype", "itemsize"), [("fp32", 4), ("bf16", 2)])
-def test_a_copy_for_adaptive_drafting_is_made_where_memory_is_free_for_it(dtype, itemsize, by_transformers, monkeypatch):
-    """Beside keys and values (a fifth of the memory by default) the weights have room, and a byte for each of the copy."""
+def test_a_copy_for_adaptive_drafting_is_made_where_memory_is_free_for_it(
+    dtype, itemsize, by_transformers, monkeypatch
+):
+    """Beside keys and values (a fifth of the memory by default) the weights have room, and a byte
+    for each of the copy.
+    """
     if by_transformers:
         monkeypatch.setattr(opening, "_lean_source", lambda *_: None)
 
     def sides(available, kv_megabytes=None):
         monkeypatch.setattr(caches, "available_memory", lambda: int(available))
         memory = None if kv_megabytes is None else memory_budget(kv_megabytes)[1]
-        decoder = for_decoding("embedded", "cpu", dtype, PackingConfig(adaptive=True), memory=memory)
-        backend, told = decoder.backend, " ".join(decoder.notes)
+        decoder = for_decoding(
+            "embedded", "cpu", dtype, PackingConfig(adaptive=True), memory=memory
+        )
+        backend = decoder.backend
+        told = " ".join(decoder.notes)
         if not isinstance(backend, NativeBackend):
             pytest.skip("no kernels were built here")
         assert ("int8" in backend.draft_sides) != (
@@ -156,10 +200,13 @@ def test_a_copy_for_adaptive_drafting_is_made_where_memory_is_free_for_it(dtype,
     needed = parameters * (itemsize + 1)
     for taken in (None, 1, 2**20):
         all_free = needed / 0.8 if taken is None else needed + taken * 2**20
-        assert sides(all_free - 9, taken) == ([None], parameters) and sides(all_free + 9, taken) == ([None, "int8"], parameters)
+        assert sides(all_free - 9, taken) == ([None], parameters) and sides(
+            all_free + 9, taken
+        ) == ([None, "int8"], parameters)
 
 
-# --- saving -----------------------------------------------------------------------------------------------------------
+# --- saving
+# -----------------------------------------------------------------------------------------------------------
 
 
 def contents(folder):
@@ -191,7 +238,9 @@ def test_a_full_disk_leaves_the_older_model(folder, tokenizer, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(type(other), "save_pretrained", full)
-    with pytest.raises(CheckpointError, match=f"cannot write the model to {folder}: .*No space left on device"):
+    with pytest.raises(
+        CheckpointError, match=f"cannot write the model to {folder}: .*No space left on device"
+    ):
         save_checkpoint(other, tokenizer, CheckpointInfo(), str(folder), torch.float32)
     assert contents(folder) == before
     assert not [path for path in folder.iterdir() if path.is_dir()]
@@ -199,7 +248,11 @@ def test_a_full_disk_leaves_the_older_model(folder, tokenizer, monkeypatch):
 
 def test_nothing_is_written_to_the_terminal(folder, tokenizer, capfd):
     weights = load_file(folder / "model.safetensors")
-    save_file({**weights, "unexpected": torch.zeros(1)}, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {**weights, "unexpected": torch.zeros(1)},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     loaded = for_training(str(folder))
     save_checkpoint(loaded.model, tokenizer, INFO, str(folder), torch.float32)
     assert capfd.readouterr() == ("", "")
@@ -214,7 +267,9 @@ class Killed(BaseException):
 
 @pytest.fixture
 def killed_at(monkeypatch):
-    """Makes the k-th disk operation and all later ones fail before they do anything; counts the operations."""
+    """Makes the k-th disk operation and all later ones fail before they do anything; counts the
+    operations.
+    """
 
     def arm(step):
         count = [0]
@@ -257,14 +312,20 @@ def old_model(folder):
 
 
 def state(folder):
-    files = [path for path in folder.rglob("*") if path.is_file() and ".layerskip" not in str(path.relative_to(folder))]
+    files = [
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and ".layerskip" not in str(path.relative_to(folder))
+    ]
     found = {path.relative_to(folder).as_posix(): path.read_text() for path in files}
     del found["layerskip.json"]
     assert found.pop("notes") == "a user's"
     return found
 
 
-def test_killed_at_any_operation_the_folder_holds_the_old_model_or_the_new_one(tmp_path, killed_at, monkeypatch):
+def test_killed_at_any_operation_the_folder_holds_the_old_model_or_the_new_one(
+    tmp_path, killed_at, monkeypatch
+):
     folder = old_model(tmp_path / "whole")
     count = killed_at(None)
     replace_by(NEW, folder)
@@ -282,11 +343,13 @@ def test_killed_at_any_operation_the_folder_holds_the_old_model_or_the_new_one(t
         outcomes.append(state(folder) == NEW)
         replace_by(OLD, folder)
         assert state(folder) == OLD and not (folder / "other").exists()
-    assert outcomes == sorted(outcomes) and set(outcomes) == {False, True}  # old up to some step, new from then on
+    # Old up to some step, new from then on
+    assert outcomes == sorted(outcomes) and set(outcomes) == {False, True}
 
 
 def test_every_command_finishes_an_interrupted_save(tmp_path, killed_at, monkeypatch):
-    tokenizer, model = tiny_loaded().tokenizer, tiny_model(dtype=torch.float32, vocab_size=300, num_hidden_layers=2)
+    tokenizer = tiny_loaded().tokenizer
+    model = tiny_model(dtype=torch.float32, vocab_size=300, num_hidden_layers=2)
     for step in range(1, 99):
         folder = tmp_path / str(step)
         killed_at(step)
@@ -300,7 +363,10 @@ def test_every_command_finishes_an_interrupted_save(tmp_path, killed_at, monkeyp
         f"--output {folder} already holds a model; give --overwrite to replace it, or another folder",
         "import", "no/model", "--output", str(folder),
     )  # fmt: skip
-    assert for_decoding(str(folder), "cpu", "fp32").backend.num_layers == 2 and not (folder / READY).exists()
+    assert (
+        for_decoding(str(folder), "cpu", "fp32").backend.num_layers == 2
+        and not (folder / READY).exists()
+    )
 
 
 def test_a_reader_sees_one_model_whatever_happens_meanwhile(tmp_path):

@@ -30,7 +30,9 @@ def model(tmp_path, monkeypatch):
 def read_only(monkeypatch):
     """Lets no folder of models be written, also for root."""
     access = os.access
-    monkeypatch.setattr(os, "access", lambda path, mode: "models" not in str(path) and access(path, mode))
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: "models" not in str(path) and access(path, mode)
+    )
 
 
 def policy_of(model):
@@ -46,7 +48,11 @@ def test_settings_are_saved_beside_a_gguf_file_and_used(model):
     assert done.code == 0 and f"as the default of {model}, in {beside}" in done.err
     assert {path.name for path in model.parent.iterdir()} == {model.name, beside.name}
     assert policy_of(model)
-    assert for_decoding(str(model), "cpu").info.policies.keys() == info_of(str(model)).policies.keys() >= {"exact"}
+    assert (
+        for_decoding(str(model), "cpu").info.policies.keys()
+        == info_of(str(model)).policies.keys()
+        >= {"exact"}
+    )
     other = model.with_name("other.gguf")
     os.link(model, other)
     assert not policy_of(other)  # another file of the folder
@@ -68,7 +74,9 @@ def test_settings_of_what_cannot_be_written_are_in_the_cache(model, wide, tmp_pa
 def test_a_cache_that_cannot_be_written_either_is_one_error(model, tmp_path, read_only):
     (tmp_path / "cache").write_text("")
     done = run("sweep-exits", "--model", str(model), *SWEEP)  # told before the measurement
-    assert (done.code, done.out, done.err.count("\n")) == (1, "", 1) and done.err.startswith("error: cannot write")
+    assert (done.code, done.out, done.err.count("\n")) == (1, "", 1) and done.err.startswith(
+        "error: cannot write"
+    )
 
 
 def test_other_kinds_of_models_are_told_what_to_do():
@@ -82,7 +90,13 @@ def test_other_kinds_of_models_are_told_what_to_do():
 def test_import_keeps_acceptance_but_no_times_of_the_low_bit_weights(model, tmp_path):
     profile = DraftProfile({"exit 2": 0.5}, (0.01, 0.02), {"exit 2": 0.003})
     policies = {"exact": {"strategy": "self-speculative", "exit_layer": 2, "num_draft_tokens": 3}}
-    saved = CheckpointInfo(exit_layer=2, num_draft_tokens=3, policies=policies, profile=profile, details={"note": "kept"})
+    saved = CheckpointInfo(
+        exit_layer=2,
+        num_draft_tokens=3,
+        policies=policies,
+        profile=profile,
+        details={"note": "kept"},
+    )
     write_settings(settings_file(str(model), locate(str(model))), saved)
     import_checkpoint(str(model), str(tmp_path / "plain"), "fp32")
     found = read_info(tmp_path / "plain")

@@ -1,4 +1,6 @@
-"""int4.safetensors and exit_blocks.safetensors beside a model: used, extended, replaced with it, and refused elsewhere."""
+"""int4.safetensors and exit_blocks.safetensors beside a model: used, extended, replaced with it,
+and refused elsewhere.
+"""
 
 import hashlib
 import shutil
@@ -16,7 +18,12 @@ from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.open import for_decoding, for_training, import_checkpoint
 from layerskip_core.checkpoint.save import refuse_overwrite, save_sidecar, write_info
 from layerskip_core.checkpoint.shipped import read_exit_blocks
-from layerskip_core.checkpoint.sidecars import content_of, exit_blocks_content, fingerprint, int4_content
+from layerskip_core.checkpoint.sidecars import (
+    content_of,
+    exit_blocks_content,
+    fingerprint,
+    int4_content,
+)
 from layerskip_core.config.decoding import DecodingConfig, DraftProfile
 from layerskip_core.config.evaluation import BenchConfig, SweepConfig, TaskConfig
 from layerskip_core.config.model import DataConfig, PackingConfig
@@ -55,11 +62,14 @@ def test_the_stored_weights_are_used_in_every_precision(wide, prepare):
         assert not torch.equal(other, before[dtype]) and "calibrated int4" in implementation
     for packing in (PackingConfig(), PackingConfig("int8")):
         assert "calibrated" not in quantized_logits(wide, packing)[1]
-    assert quantized_logits(wide, PackingConfig(draft_weights=("int4",)))[1].endswith(", calibrated int4 drafts")
+    assert quantized_logits(wide, PackingConfig(draft_weights=("int4",)))[1].endswith(
+        ", calibrated int4 drafts"
+    )
 
 
 def test_layerskip_json_lists_the_file_so_that_the_next_model_replaces_it(wide, tmp_path):
-    files, plain = read_info(wide).files, shutil.copytree(wide, tmp_path / "plain")
+    files = read_info(wide).files
+    plain = shutil.copytree(wide, tmp_path / "plain")
     add_int4(wide)
     assert set(read_info(wide).files) == {*files, INT4_FILE}
     add_int4(wide)
@@ -76,11 +86,14 @@ def test_layerskip_json_lists_the_file_so_that_the_next_model_replaces_it(wide, 
         (None, None, "int8"),
         ("0.95", None, "int4"),
         ("0.8", None, "int8"),
-        ("0.95", {"int8": 5.0, "int4": 6.0}, "int8"),  # milliseconds of a draft, where a pass takes 10
+        # Milliseconds of a draft, where a pass takes 10
+        ("0.95", {"int8": 5.0, "int4": 6.0}, "int8"),
         ("0.8", {"int8": 8.0, "int4": 2.0}, "int4"),
     ],
 )
-def test_the_copy_that_drafts_is_the_one_with_more_tokens_per_second(wide, agreement, measured, copy):
+def test_the_copy_that_drafts_is_the_one_with_more_tokens_per_second(
+    wide, agreement, measured, copy
+):
     if agreement is not None:
         add_int4(wide, agreement=agreement)
     if measured is not None:
@@ -99,7 +112,9 @@ def test_a_file_of_another_model_is_refused(wide, tmp_path):
     weights = load_file(other / "model.safetensors")
     weights["model.layers.3.mlp.down_proj.weight"] *= 1.01
     save_file(weights, other / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"int4.safetensors cannot be used: it was made from other weights"):
+    with pytest.raises(
+        CheckpointError, match=r"int4.safetensors cannot be used: it was made from other weights"
+    ):
         quantized_logits(other)
     quantized_logits(other, PackingConfig())
     quantized_logits(wide)
@@ -109,8 +124,14 @@ def test_a_file_of_another_model_is_refused(wide, tmp_path):
     ("damage", "found"),
     [
         (lambda rows: rows.pop("lm_head.weight"), "lm_head.weight must be U8"),
-        (lambda rows: rows.update({"lm_head.weight": rows["lm_head.weight"][:9].clone()}), "lm_head.weight must be U8"),
-        (lambda rows: rows.update({"lm_head.weight": rows["lm_head.weight"].float()}), "lm_head.weight must be U8"),
+        (
+            lambda rows: rows.update({"lm_head.weight": rows["lm_head.weight"][:9].clone()}),
+            "lm_head.weight must be U8",
+        ),
+        (
+            lambda rows: rows.update({"lm_head.weight": rows["lm_head.weight"].float()}),
+            "lm_head.weight must be U8",
+        ),
     ],
 )
 def test_damaged_files_are_refused(wide, damage, found):
@@ -130,8 +151,12 @@ def loaded(checkpoint, tmp_path):
 
 
 def content(loaded, *blocks, kept=NO_BLOCKS, factor=1.0):
-    spec, weight_of = loaded.backend.spec, loaded.model.get_parameter
-    weights = {name: factor * weight for name, weight in FrozenExits(loaded.backend, blocks).weights().items()}
+    spec = loaded.backend.spec
+    weight_of = loaded.model.get_parameter
+    weights = {
+        name: factor * weight
+        for name, weight in FrozenExits(loaded.backend, blocks).weights().items()
+    }
     return exit_blocks_content(spec, weights, fingerprint(spec, weight_of), kept)
 
 
@@ -153,31 +178,57 @@ def test_exits_follow_from_the_names_whatever_the_precision(loaded):
 
 def test_another_exit_is_added_and_the_same_one_replaced(loaded):
     save_sidecar(loaded.name, EXIT_BLOCKS_FILE, content(loaded, ExitBlock(2), ExitBlock(3)))
-    save_sidecar(loaded.name, EXIT_BLOCKS_FILE, content(loaded, ExitBlock(3), ExitBlock(4), kept=read(loaded), factor=2.0))
+    save_sidecar(
+        loaded.name,
+        EXIT_BLOCKS_FILE,
+        content(loaded, ExitBlock(3), ExitBlock(4), kept=read(loaded), factor=2.0),
+    )
     found = read(loaded)
     assert found.blocks == (ExitBlock(2), ExitBlock(3), ExitBlock(4))
     norm = loaded.model.model.norm.weight
-    kept = [torch.equal(found.take(f"exits.{exit_layer}.norm.weight"), norm) for exit_layer in (2, 3, 4)]
+    kept = [
+        torch.equal(found.take(f"exits.{exit_layer}.norm.weight"), norm) for exit_layer in (2, 3, 4)
+    ]
     assert kept == [True, False, False]
 
 
 @pytest.mark.parametrize(
     ("change", "found"),
     [
-        (lambda weights: weights.pop("exits.2.norm.weight"), "exits.2.norm.weight must be .* found nothing"),
-        (lambda weights: weights.update({"exits.2.layer.x.weight": torch.zeros(1)}), "exits.2.layer.x.weight must be left out"),
-        (lambda weights: weights.update({"exits.2.norm.weight": torch.zeros(5)}), "exits.2.norm.weight must be"),
-        (lambda weights: weights.update({"exits.2.norm.weight": torch.zeros(32, dtype=torch.int8)}), "found I8"),
-        (lambda weights: weights.update({"exits.6.norm.weight": torch.zeros(32)}), "no weight of a block at an exit in 1..5"),
+        (
+            lambda weights: weights.pop("exits.2.norm.weight"),
+            "exits.2.norm.weight must be .* found nothing",
+        ),
+        (
+            lambda weights: weights.update({"exits.2.layer.x.weight": torch.zeros(1)}),
+            "exits.2.layer.x.weight must be left out",
+        ),
+        (
+            lambda weights: weights.update({"exits.2.norm.weight": torch.zeros(5)}),
+            "exits.2.norm.weight must be",
+        ),
+        (
+            lambda weights: weights.update(
+                {"exits.2.norm.weight": torch.zeros(32, dtype=torch.int8)}
+            ),
+            "found I8",
+        ),
+        (
+            lambda weights: weights.update({"exits.6.norm.weight": torch.zeros(32)}),
+            "no weight of a block at an exit in 1..5",
+        ),
     ],
 )
 def test_damaged_blocks_are_refused(loaded, change, found):
-    spec, weight_of = loaded.backend.spec, loaded.model.get_parameter
+    spec = loaded.backend.spec
+    weight_of = loaded.model.get_parameter
     weights = FrozenExits(loaded.backend, [ExitBlock(2)]).weights()
     change(weights)
     metadata = {"format": "1", "fingerprint": fingerprint(spec, weight_of)}
     save_file(weights, f"{loaded.name}/{EXIT_BLOCKS_FILE}", metadata)
-    with pytest.raises(CheckpointError, match=rf"exit_blocks\.safetensors cannot be used: .*({found})"):
+    with pytest.raises(
+        CheckpointError, match=rf"exit_blocks\.safetensors cannot be used: .*({found})"
+    ):
         read(loaded)
 
 
@@ -215,24 +266,36 @@ def logits(decoder):
 def test_full_depth_stays_as_it_is(checkpoint, tmp_path, prepare, dtype):
     copy = str(shutil.copytree(checkpoint, tmp_path / "model"))
     prepare(copy)
-    before, weights = logits(for_decoding(copy, "cpu", dtype)), Path(copy) / "model.safetensors"
+    before = logits(for_decoding(copy, "cpu", dtype))
+    weights = Path(copy) / "model.safetensors"
     digest = hashlib.sha256(weights.read_bytes()).digest()
     add_blocks(copy, *BLOCKS)
     decoder = for_decoding(copy, "cpu", dtype)
     assert [placed.block for placed in decoder.backend.exit_blocks.values()] == list(BLOCKS)
-    assert torch.equal(logits(decoder), before) and hashlib.sha256(weights.read_bytes()).digest() == digest
+    assert (
+        torch.equal(logits(decoder), before)
+        and hashlib.sha256(weights.read_bytes()).digest() == digest
+    )
 
 
 def test_exits_with_blocks_are_the_trained_ones(folder, checkpoint):
     adaptive = PackingConfig(adaptive=True)
-    with_blocks, without = (for_decoding(name, "cpu", "fp32", adaptive) for name in (folder, checkpoint))
+    with_blocks, without = (
+        for_decoding(name, "cpu", "fp32", adaptive) for name in (folder, checkpoint)
+    )
     assert with_blocks.recommended().exits == (2, 4) and without.recommended().exits == ()
-    assert list(with_blocks.backend.draft_sides) == [None]  # no copy of all layers is made to draft with
+    # No copy of all layers is made to draft with
+    assert list(with_blocks.backend.draft_sides) == [None]
     nothing_saved = replace(with_blocks, info=replace(with_blocks.info, exit_layer=None))
     assert nothing_saved.recommended().exit_layer == 2
-    told = replace(with_blocks.info, details={"exit_blocks": {"2": {"agreement": 0.75}, "4": {"agreement": None}}})
+    told = replace(
+        with_blocks.info,
+        details={"exit_blocks": {"2": {"agreement": 0.75}, "4": {"agreement": None}}},
+    )
     assert told.draft_profile(6).acceptance == {"exit 2": 0.75}
-    copies = for_decoding(folder, "cpu", "fp32", PackingConfig(draft_weights=("int8",), draft_layers=3))
+    copies = for_decoding(
+        folder, "cpu", "fp32", PackingConfig(draft_weights=("int8",), draft_layers=3)
+    )
     assert list(copies.backend.draft_sides["int8"].exit_blocks) == [2]
 
 
@@ -253,10 +316,13 @@ def test_adaptive_drafting_may_choose_the_blocks_of_a_copy(folder):
 
 def test_agreement_and_perplexity_are_those_of_the_blocks(folder, checkpoint):
     decoder = for_decoding(folder, "cpu", "fp32")
-    model, prompt, output = decoder.backend, [5, 9, 33, 12], [7, 8, 60, 23, 40]
+    model = decoder.backend
+    prompt = [5, 9, 33, 12]
+    output = [7, 8, 60, 23, 40]
     tokens = torch.tensor([prompt + output])
     with torch.inference_mode():
-        chosen, scores = {}, {}
+        chosen = {}
+        scores = {}
         for exit_layer, block in model.exit_blocks.items():
             states = run_texts(model, model.embed(tokens), 0, exit_layer)
             hidden = run_texts(model, states, block.layer, block.layer + 1)
@@ -287,19 +353,36 @@ def test_inspect_shows_what_blocks_predict(folder):
 def test_bench_and_sweep_measure_blocks(folder):
     decoder = for_decoding(folder, "cpu", "fp32")
     task = load_task(TaskConfig("commands", samples=2, max_new_tokens=8))
-    *_, record = bench(decoder, task, BenchConfig(generation={"exit_layer": 4, "num_draft_tokens": 3}, repeats=1))
+    *_, record = bench(
+        decoder, task, BenchConfig(generation={"exit_layer": 4, "num_draft_tokens": 3}, repeats=1)
+    )
     assert isinstance(record, RunRecord)
     strategies = [result.strategy for result in record.results]
     assert {"self-speculative", "early-exit"} <= set(strategies)
-    assert all(result.identical_outputs == 1 for result in record.results if result.strategy != "early-exit")
+    assert all(
+        result.identical_outputs == 1
+        for result in record.results
+        if result.strategy != "early-exit"
+    )
     *_, record = sweep(decoder, task, SweepConfig(specs=(3,), exit_confidences=()))
     assert isinstance(record, RunRecord)
-    by_confidence = BenchConfig(generation={"exit_confidence": 0.5}, strategies=("autoregressive", "early-exit"), repeats=1)
-    *_, benched = bench(replace(decoder, info=replace(decoder.info, exit_layer=4)), task, by_confidence)
+    by_confidence = BenchConfig(
+        generation={"exit_confidence": 0.5}, strategies=("autoregressive", "early-exit"), repeats=1
+    )
+    *_, benched = bench(
+        replace(decoder, info=replace(decoder.info, exit_layer=4)), task, by_confidence
+    )
     assert isinstance(benched, RunRecord)
-    assert [(result.exits, result.failures) for result in benched.results] == [((), ()), ((2, 4), ())]
+    assert [(result.exits, result.failures) for result in benched.results] == [
+        ((), ()),
+        ((2, 4), ()),
+    ]
     rows = {(result.strategy, result.exit_layer) for result in record.results}
-    assert {(strategy, exit_layer) for strategy in ("early-exit", "self-speculative") for exit_layer in (2, 4)} <= rows
+    assert {
+        (strategy, exit_layer)
+        for strategy in ("early-exit", "self-speculative")
+        for exit_layer in (2, 4)
+    } <= rows
 
 
 def test_weights_that_are_views_are_written():

@@ -1,4 +1,6 @@
-"""Folders of drafters in the EAGLE-3 layout: those of other trainers are read, and what does not fit is refused by name."""
+"""Folders of drafters in the EAGLE-3 layout: those of other trainers are read, and what does not
+fit is refused by name.
+"""
 
 import json
 from dataclasses import replace
@@ -8,7 +10,12 @@ import torch
 from conftest import tiny_model
 from safetensors.torch import load_file, save_file
 
-from layerskip_core.checkpoint.sidecars import default_layers, eagle3_content, eagle3_sidecar, read_eagle3
+from layerskip_core.checkpoint.sidecars import (
+    default_layers,
+    eagle3_content,
+    eagle3_sidecar,
+    read_eagle3,
+)
 from layerskip_core.errors import CheckpointError
 from layerskip_core.model import ModelSpec
 from layerskip_core.model.eagle3 import Eagle3, Eagle3Form, Eagle3Weights
@@ -21,7 +28,9 @@ ROPE = {"rope_theta": 50_000.0, "rope_type": "default"}
 @pytest.fixture
 def folder(tmp_path):
     """As `finetune` writes it."""
-    form = Eagle3Form((2, 4, 6), SPEC.hidden, SPEC.heads, SPEC.kv_heads, SPEC.head_dim, 40, 11, 1e-6, ROPE)
+    form = Eagle3Form(
+        (2, 4, 6), SPEC.hidden, SPEC.heads, SPEC.kv_heads, SPEC.head_dim, 40, 11, 1e-6, ROPE
+    )
     tokens = torch.arange(0, 55, 5)
     drafter = Eagle3(form, tokens)
     weights = {name: drafter.weight(name).detach() for name in form.shapes}
@@ -33,7 +42,8 @@ def folder(tmp_path):
 
 
 def changed(folder, config=lambda document: None, weights=lambda tensors: None):
-    document, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    document = json.loads((folder / "config.json").read_text())
+    tensors = load_file(folder / "model.safetensors")
     config(document)
     weights(tensors)
     (folder / "config.json").write_text(json.dumps(document))
@@ -55,8 +65,14 @@ def test_a_folder_is_read_back_unless_its_config_was_never_written(folder):
 
 def test_the_weights_have_the_names_and_shapes_of_sglang_s_loader(folder):
     """It leaves weights out that it does not know, without a word."""
-    size, inner, queries, keys = SPEC.hidden, 40, SPEC.heads * SPEC.head_dim, SPEC.kv_heads * SPEC.head_dim
-    assert {name: tuple(weight.shape) for name, weight in load_file(folder[0] / "model.safetensors").items()} == {
+    size = SPEC.hidden
+    inner = 40
+    queries = SPEC.heads * SPEC.head_dim
+    keys = SPEC.kv_heads * SPEC.head_dim
+    assert {
+        name: tuple(weight.shape)
+        for name, weight in load_file(folder[0] / "model.safetensors").items()
+    } == {
         "fc.weight": (size, 3 * size),
         "midlayer.input_layernorm.weight": (size,),
         "midlayer.hidden_norm.weight": (size,),
@@ -73,20 +89,35 @@ def test_the_weights_have_the_names_and_shapes_of_sglang_s_loader(folder):
         "d2t": (11,),
     }
     document = json.loads((folder[0] / "config.json").read_text())
-    assert document["architectures"] == ["LlamaForCausalLMEagle3"] and document["model_type"] == "llama"
-    assert document["hidden_size"] == size and document["draft_vocab_size"] == 11 and not document["tie_word_embeddings"]
-    assert "target_hidden_size" not in document and not document["attention_bias"]  # it would have other widths, and biases
+    assert (
+        document["architectures"] == ["LlamaForCausalLMEagle3"]
+        and document["model_type"] == "llama"
+    )
+    assert (
+        document["hidden_size"] == size
+        and document["draft_vocab_size"] == 11
+        and not document["tie_word_embeddings"]
+    )
+    # It would have other widths, and biases
+    assert "target_hidden_size" not in document and not document["attention_bias"]
 
 
 @pytest.mark.parametrize("layers", [(2, 4, 6), (3, 5, 8)])
 def test_vllm_and_sglang_take_states_after_the_same_layers(folder, layers):
-    """They number them differently. SGLang adds 1 to each number of a list that begins with 1, in older versions to all."""
+    """They number them differently. SGLang adds 1 to each number of a list that begins with 1, in
+    older versions to all.
+    """
     form = replace(folder[1].form, layers=layers)
-    document = json.loads(eagle3_content(replace(folder[1], form=form), SPEC, "the-target")["eagle3/config.json"])
+    document = json.loads(
+        eagle3_content(replace(folder[1], form=form), SPEC, "the-target")["eagle3/config.json"]
+    )
     of_sglang = document["eagle_config"]["eagle_aux_hidden_state_layer_ids"]
     assert document["eagle_aux_hidden_state_layer_ids"] == list(layers)
     assert [number + (of_sglang[0] == 1) for number in of_sglang] == list(layers)
-    changed(folder[0], lambda config: (config.update(document), config.pop("eagle_aux_hidden_state_layer_ids")))
+    changed(
+        folder[0],
+        lambda config: (config.update(document), config.pop("eagle_aux_hidden_state_layer_ids")),
+    )
     assert read_eagle3(folder[0], SPEC).form.layers == layers  # as SpecForge writes it
 
 
@@ -105,15 +136,21 @@ def test_a_drafter_of_eagle_3_1_has_the_names_that_vllm_reads(folder):
     norms = {"fc_norm": True, "norm_before_fc": True, "norm_output": True}
     weights = {f"fc_norm.{place}.weight": torch.rand(SPEC.hidden) for place in range(3)}
     weights["input_norm.weight"] = torch.rand(3 * SPEC.hidden)
-    changed(folder[0], lambda document: document.update(norms), lambda tensors: tensors.update(weights))
-    stored = replace(folder[1], form=replace(folder[1].form, **norms), weights=folder[1].weights | weights)
+    changed(
+        folder[0], lambda document: document.update(norms), lambda tensors: tensors.update(weights)
+    )
+    stored = replace(
+        folder[1], form=replace(folder[1].form, **norms), weights=folder[1].weights | weights
+    )
     assert_same(read_eagle3(folder[0], SPEC), stored)
     document = json.loads(eagle3_content(stored, SPEC, "the-target")["eagle3/config.json"])
     assert {name: document[name] for name in norms} == norms
 
 
 def test_other_trainers_folders_are_read(folder):
-    """Those of `speculators`, and those of EAGLE, which have everything at the top and no list of layers."""
+    """Those of `speculators`, and those of EAGLE, which have everything at the top and no list of
+    layers.
+    """
     path, stored = folder
 
     def of_speculators(tensors):
@@ -128,7 +165,12 @@ def test_other_trainers_folders_are_read(folder):
     assert torch.equal(found.weights["fc.weight"], stored.weights["fc.weight"])
 
     def of_eagle(document):
-        for name in ("transformer_layer_config", "speculators_config", "eagle_config", "eagle_aux_hidden_state_layer_ids"):
+        for name in (
+            "transformer_layer_config",
+            "speculators_config",
+            "eagle_config",
+            "eagle_aux_hidden_state_layer_ids",
+        ):
             del document[name]
         document.pop("rope_parameters")
         document["rope_scaling"] = None
@@ -160,10 +202,16 @@ def test_other_trainers_folders_are_read(folder):
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(folder, config, weights, message):
-    changed(folder[0], lambda document: document.update(config), lambda tensors: tensors.update(weights))
+    changed(
+        folder[0], lambda document: document.update(config), lambda tensors: tensors.update(weights)
+    )
     with pytest.raises(CheckpointError, match=message):
         read_eagle3(folder[0], SPEC)
 
 
 def test_layers_of_small_models_are_different_ones():
-    assert default_layers(30) == (2, 15, 27) and default_layers(4) == (1, 2) and default_layers(2) == (1,)
+    assert (
+        default_layers(30) == (2, 15, 27)
+        and default_layers(4) == (1, 2)
+        and default_layers(2) == (1,)
+    )

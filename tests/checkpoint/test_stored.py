@@ -1,6 +1,8 @@
-"""Impossible values in a checkpoint's files are one error, the same for every way of loading, before anything is built.
+"""Impossible values in a checkpoint's files are one error, the same for every way of loading,
+before anything is built.
 
-A folder that is read without transformers gives the same results as with it, or is left to transformers.
+A folder that is read without transformers gives the same results as with it, or is left to
+transformers.
 """
 
 import re
@@ -36,7 +38,11 @@ def folder(checkpoint, tmp_path):
 
 def refused(path, message, blank=True):
     """Loads a folder in every way; each must fail with the message given, in one line."""
-    ways = [for_decoding, for_training, *([lambda name, device: blank_model(name, 0)] if blank else [])]
+    ways = [
+        for_decoding,
+        for_training,
+        *([lambda name, device: blank_model(name, 0)] if blank else []),
+    ]
     for way in ways:
         with pytest.raises(CheckpointError, match=f"^cannot load model {path}: ") as error:
             way(str(path), "cpu")
@@ -47,7 +53,10 @@ CONFIGS = [
     ({"num_hidden_layers": 0}, "hidden_layers"),
     ({"rms_norm_eps": "1e-6"}, "rms_norm_eps"),
     ({"layer_types": ["full_attention"]}, "layer_types|num_hidden_layers"),
-    ({"num_key_value_heads": 3}, "num_attention_heads must be a multiple of num_key_value_heads, 3, got 4"),
+    (
+        {"num_key_value_heads": 3},
+        "num_attention_heads must be a multiple of num_key_value_heads, 3, got 4",
+    ),
     ({"max_position_embeddings": None}, "max_position_embeddings"),
     ({"model_type": "gpt9"}, "model type `gpt9`"),
 ]
@@ -59,7 +68,9 @@ def test_configurations(folder, changes, message):
     refused(folder, message)
 
 
-@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json"]
+)
 @pytest.mark.parametrize("content", ["[" * 100_000, "[]"], ids=["deep", "list"])
 def test_damaged_files(folder, name, content):
     (folder / name).write_text(content)
@@ -98,7 +109,8 @@ def test_a_wrong_value_of_sampling(folder):
     edit_json(folder / "generation_config.json", do_sample=True, top_p=1.5)
     message = f"generation_config.json of {folder}: --top-p must be a number in (0, 1], got 1.5"
     fails(message, "chat", "--model", str(folder))
-    assert run("generate", "hello", "--model", str(folder), "--max-new-tokens", "4").code == 0  # which is greedy
+    # Which is greedy
+    assert run("generate", "hello", "--model", str(folder), "--max-new-tokens", "4").code == 0
 
 
 def test_sampling_stays_with_a_model(wide, tmp_path):
@@ -109,7 +121,18 @@ def test_sampling_stays_with_a_model(wide, tmp_path):
             ("import", str(wide)),
             ("export", str(wide), "--exit", "2"),
             *([("export", str(wide), "--format", "packed")] if kernels() else []),
-            ("finetune", "--model", str(wide), "--steps", "1", "--samples", "2", "--batch-size", "1", *lora),
+            (
+                "finetune",
+                "--model",
+                str(wide),
+                "--steps",
+                "1",
+                "--samples",
+                "2",
+                "--batch-size",
+                "1",
+                *lora,
+            ),
         )
     ):
         output = str(tmp_path / str(number))
@@ -118,10 +141,14 @@ def test_sampling_stays_with_a_model(wide, tmp_path):
         assert for_decoding(output, "cpu").own_sampling == SAMPLING, command
 
 
-@pytest.mark.parametrize("model", [{"type": "Unigram", "vocab": []}, {"type": "BPE", "vocab": {}, "merges": []}], ids=str)
+@pytest.mark.parametrize(
+    "model", [{"type": "Unigram", "vocab": []}, {"type": "BPE", "vocab": {}, "merges": []}], ids=str
+)
 def test_a_tokenizer_without_a_vocabulary(folder, model):
     edit_json(folder / "tokenizer.json", model=model)
-    with pytest.raises(CheckpointError, match=f"cannot load model {folder}: the tokenizer has no vocabulary"):
+    with pytest.raises(
+        CheckpointError, match=f"cannot load model {folder}: the tokenizer has no vocabulary"
+    ):
         for_training(str(folder), "cpu")
     with pytest.raises(CheckpointError, match=f"cannot load model {folder}: "):
         for_decoding(str(folder), "cpu")
@@ -134,7 +161,8 @@ def change_weights(folder, **changes):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-NORM, DOWN = "model.layers.2.input_layernorm.weight", "model.layers.4.mlp.down_proj.weight"
+NORM = "model.layers.2.input_layernorm.weight"
+DOWN = "model.layers.4.mlp.down_proj.weight"
 
 
 @pytest.mark.parametrize(
@@ -156,20 +184,30 @@ def test_weights(folder, name, change, message):
 
 def test_missing_weights_are_reported_before_memory_is_allocated(folder):
     edit_json(folder / "config.json", num_hidden_layers=1000)
-    refused(folder, "8946 weights are missing, model.layers.10.input_layernorm.weight the first", blank=False)
+    refused(
+        folder,
+        "8946 weights are missing, model.layers.10.input_layernorm.weight the first",
+        blank=False,
+    )
 
 
 def test_the_window_of_qwen2_without_sliding_layers(tmp_path):
-    """Older Qwen2 checkpoints name a window that no layer uses; reading without transformers once applied it to all layers."""
+    """Older Qwen2 checkpoints name a window that no layer uses; reading without transformers once
+    applied it to all layers.
+    """
     tokenizer = tiny_loaded(torch.float32).tokenizer
     model = tiny_model("qwen2", torch.float32, vocab_size=len(tokenizer))
     save_checkpoint(model, tokenizer, tiny_loaded().info, str(tmp_path), torch.float32)
-    edit_json(tmp_path / "config.json", use_sliding_window=False, sliding_window=2, layer_types="absent")
+    edit_json(
+        tmp_path / "config.json", use_sliding_window=False, sliding_window=2, layer_types="absent"
+    )
     loaded = for_decoding(str(tmp_path), "cpu", "fp32")
     ids = torch.randint(3, 300, (1, 9), generator=torch.Generator().manual_seed(1))
     expected = tiny_model("qwen2", torch.float32, vocab_size=len(tokenizer))(ids).logits.detach()
     assert not isinstance(loaded.backend, TransformersBackend)
-    torch.testing.assert_close(logits_of(loaded.backend, ids), expected, atol=1e-4 * float(expected.std()), rtol=0)
+    torch.testing.assert_close(
+        logits_of(loaded.backend, ids), expected, atol=1e-4 * float(expected.std()), rtol=0
+    )
 
 
 def test_a_tokenizer_larger_than_the_embedding(checkpoint, tmp_path):
@@ -187,9 +225,14 @@ def test_special_tokens_beyond_the_embedding_are_refused_in_prompts_only(checkpo
     loaded = for_training(checkpoint, "cpu")
     loaded.tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     save_checkpoint(loaded.model, loaded.tokenizer, loaded.info, str(tmp_path), torch.float32)
-    for again in (for_decoding(str(tmp_path), "cpu"), decoder_of(for_training(str(tmp_path), "cpu"))):
+    for again in (
+        for_decoding(str(tmp_path), "cpu"),
+        decoder_of(for_training(str(tmp_path), "cpu")),
+    ):
         assert again.encode_prompt("wake me up") == decoder_of(loaded).encode_prompt("wake me up")
-        with pytest.raises(ConfigError, match="tokens of the model, ids below 300, got '<image>', id 300"):
+        with pytest.raises(
+            ConfigError, match="tokens of the model, ids below 300, got '<image>', id 300"
+        ):
             again.with_template("raw", None).encode_prompt("an <image>")
 
 
@@ -201,7 +244,9 @@ def saved(tmp_path):
     def make(model_type="llama", **changes):
         tokenizer = tiny_loaded(torch.float32).tokenizer
         model = tiny_model(model_type, torch.float32, vocab_size=len(tokenizer), **changes)
-        save_checkpoint(model, tokenizer, CheckpointInfo("{prompt}\n"), str(tmp_path), torch.float32)
+        save_checkpoint(
+            model, tokenizer, CheckpointInfo("{prompt}\n"), str(tmp_path), torch.float32
+        )
         return tmp_path
 
     return make
@@ -213,38 +258,63 @@ def test_logits_and_ids_equal_transformers(saved, model_type):
     rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}} if scaled else {}
     path = str(saved(model_type, tie_word_embeddings=model_type == "qwen2", **rope))
     assert lean_spec(path) is not None
-    trainable, lean = for_training(path, "cpu", "fp32"), for_decoding(path, "cpu", "fp32")
+    trainable = for_training(path, "cpu", "fp32")
+    lean = for_decoding(path, "cpu", "fp32")
     expected = decoder_of(trainable)
-    assert not isinstance(lean.backend, TransformersBackend) and isinstance(lean.tokenizer, Tokenizer)
+    assert not isinstance(lean.backend, TransformersBackend) and isinstance(
+        lean.tokenizer, Tokenizer
+    )
     ids = torch.tensor([expected.encode_prompt("wake me up")])
     assert lean.encode_prompt("wake me up") == ids[0].tolist()
     wanted = trainable.model(ids).logits.detach()
-    torch.testing.assert_close(logits_of(lean.backend, ids), wanted, atol=1e-4 * float(wanted.std()), rtol=0)
-    assert (lean.eos_ids, lean.info, lean.backend.dtype) == (expected.eos_ids, expected.info, torch.float32)
+    torch.testing.assert_close(
+        logits_of(lean.backend, ids), wanted, atol=1e-4 * float(wanted.std()), rtol=0
+    )
+    assert (lean.eos_ids, lean.info, lean.backend.dtype) == (
+        expected.eos_ids,
+        expected.info,
+        torch.float32,
+    )
 
 
 @pytest.mark.parametrize("model_type", OWN_LAYERS)
-def test_without_kernels_layers_of_other_kinds_are_those_of_transformers(saved, model_type, monkeypatch):
+def test_without_kernels_layers_of_other_kinds_are_those_of_transformers(
+    saved, model_type, monkeypatch
+):
     path = str(saved(model_type))
     ids = torch.arange(3, 20)[None]
     expected = logits_of(for_decoding(path, "cpu", "fp32").backend, ids)
     monkeypatch.setenv("LAYERSKIP_KERNELS", "torch")
     loaded = for_decoding(path, "cpu", "fp32")
     assert isinstance(loaded.backend, TransformersBackend)
-    torch.testing.assert_close(logits_of(loaded.backend, ids), expected, atol=1e-3 * float(expected.std()), rtol=0)
+    torch.testing.assert_close(
+        logits_of(loaded.backend, ids), expected, atol=1e-3 * float(expected.std()), rtol=0
+    )
     with pytest.raises(
-        ConfigError, match=f"a model that can be repacked, got {model_type} with (recurrent|different sizes|attention sinks)"
+        ConfigError,
+        match=f"a model that can be repacked, got {model_type} with (recurrent|different sizes|attention sinks)",
     ):
         for_decoding(path, "cpu", "fp32", PackingConfig("int8"))
 
 
 def test_the_names_of_a_model_with_images(saved):
-    """As transformers writes the text part of a Qwen3.5 that it has read with images, and as published files have it."""
+    """As transformers writes the text part of a Qwen3.5 that it has read with images, and as
+    published files have it.
+    """
     path = saved("qwen3_5_text")
-    before = logits_of(for_decoding(str(path), "cpu", "fp32").backend, ids := torch.arange(3, 20)[None])
+    before = logits_of(
+        for_decoding(str(path), "cpu", "fp32").backend, ids := torch.arange(3, 20)[None]
+    )
     weights = load_file(path / "model.safetensors")
-    renamed = {name.replace("model.", "model.language_model.", 1): weight for name, weight in weights.items()}
-    save_file({**renamed, "model.visual.other": torch.zeros(1)}, path / "model.safetensors", {"format": "pt"})
+    renamed = {
+        name.replace("model.", "model.language_model.", 1): weight
+        for name, weight in weights.items()
+    }
+    save_file(
+        {**renamed, "model.visual.other": torch.zeros(1)},
+        path / "model.safetensors",
+        {"format": "pt"},
+    )
     assert lean_spec(str(path)) is not None
     assert torch.equal(logits_of(for_decoding(str(path), "cpu", "fp32").backend, ids), before)
     generic = logits_of(for_training(str(path), "cpu", "fp32").backend, ids).detach()
@@ -253,17 +323,28 @@ def test_the_names_of_a_model_with_images(saved):
 
 def test_the_tokenizer_is_the_same(saved):
     path = str(saved())
-    expected, lean = AutoTokenizer.from_pretrained(path), lean_tokenizer(path)
+    expected = AutoTokenizer.from_pretrained(path)
+    lean = lean_tokenizer(path)
     for text in TEXTS:
         ids = expected(text)["input_ids"]
         assert lean(text)["input_ids"] == ids
         assert lean.decode(ids, skip_special_tokens=True) == expected.decode(
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-    assert lean(TEXTS, add_special_tokens=False)["input_ids"] == expected(TEXTS, add_special_tokens=False)["input_ids"]
+    assert (
+        lean(TEXTS, add_special_tokens=False)["input_ids"]
+        == expected(TEXTS, add_special_tokens=False)["input_ids"]
+    )
     assert (lean.eos_token_id, lean.pad_token_id) == (expected.eos_token_id, expected.pad_token_id)
-    assert (lean.chat_template, lean.special_tokens_map) == (expected.chat_template, expected.special_tokens_map)
-    assert (lean.vocab_size, len(lean), lean.get_vocab()) == (expected.vocab_size, len(expected), expected.get_vocab())
+    assert (lean.chat_template, lean.special_tokens_map) == (
+        expected.chat_template,
+        expected.special_tokens_map,
+    )
+    assert (lean.vocab_size, len(lean), lean.get_vocab()) == (
+        expected.vocab_size,
+        len(expected),
+        expected.get_vocab(),
+    )
     assert special_ids(lean) == special_ids(expected)
     assert lean.added_tokens_decoder.keys() == expected.added_tokens_decoder.keys()
     assert lean.convert_ids_to_tokens(299) == expected.convert_ids_to_tokens(299)

@@ -39,17 +39,30 @@ def loaded(model):
 @pytest.fixture
 def chat(model):
     def command(*arguments, **keywords):
-        return run("chat", "--model", model, "--max-new-tokens", "20", "--dtype", "fp32", *arguments, **keywords)
+        return run(
+            "chat",
+            "--model",
+            model,
+            "--max-new-tokens",
+            "20",
+            "--dtype",
+            "fp32",
+            *arguments,
+            **keywords,
+        )
 
     return command
 
 
 @pytest.fixture(scope="module")
 def conversation(loaded):
-    """The answers to messages, each from the whole text of the conversation so far, by plain decoding."""
+    """The answers to messages, each from the whole text of the conversation so far, by plain
+    decoding.
+    """
 
     def answers(*messages, system=None):
-        model, turns = loaded.with_template(None, system), []
+        model = loaded.with_template(None, system)
+        turns = []
         for message in messages:
             stream = TextStream(model, model.encode_prompt(message, turns), PLAIN)
             turns.append((message, "".join(stream)))
@@ -62,23 +75,31 @@ def lines(*texts):
     return "".join(text + "\n" for text in texts)
 
 
-# --- over a pipe --------------------------------------------------------------------------------------------------------
+# --- over a pipe
+# --------------------------------------------------------------------------------------------------------
 
 
 def test_every_line_is_a_turn_of_one_conversation(chat, conversation):
     expected = conversation(*MESSAGES)
     assert chat(stdin=lines(*MESSAGES)) == Result(0, lines(*expected), "")
     assert expected[1] != conversation(MESSAGES[1])[0]  # it depends on the turn before
-    assert chat(stdin=f"\n{MESSAGES[0]}\r\n  \n{MESSAGES[1]}") == Result(0, lines(*expected[:2]), "")  # empty lines are none
+    assert chat(stdin=f"\n{MESSAGES[0]}\r\n  \n{MESSAGES[1]}") == Result(
+        0, lines(*expected[:2]), ""
+    )  # empty lines are none
     brief = chat("--system", "Be brief.", stdin=lines(*MESSAGES[:2]))
-    assert brief.out == lines(*conversation(*MESSAGES[:2], system="Be brief.")) != lines(*expected[:2])
+    assert (
+        brief.out == lines(*conversation(*MESSAGES[:2], system="Be brief.")) != lines(*expected[:2])
+    )
     assert chat() == Result(0, "", "")
 
 
 def test_reset_forget_and_exit(chat, loaded, conversation):
     one, two, three = MESSAGES
-    alone, pair = conversation(two)[0], conversation(one, two)
-    assert chat(stdin=lines(one, "/reset", two)) == Result(0, lines(pair[0], alone), "a new conversation\n")
+    alone = conversation(two)[0]
+    pair = conversation(one, two)
+    assert chat(stdin=lines(one, "/reset", two)) == Result(
+        0, lines(pair[0], alone), "a new conversation\n"
+    )
     forgotten = chat(stdin=lines(one, two, "/forget", three, "/exit", one))
     after = "".join(TextStream(loaded, loaded.encode_prompt(three, [(two, pair[1])]), PLAIN))
     assert forgotten == Result(0, lines(*pair, after), "1 turn left\n")
@@ -87,8 +108,23 @@ def test_reset_forget_and_exit(chat, loaded, conversation):
 def test_it_samples_as_the_model_s_maker_says(loaded, tmp_path, model, conversation):
     """Flags win one by one; `generate` is greedy."""
     folder = shutil.copytree(model, tmp_path / "sampled")
-    edit_json(folder / "generation_config.json", do_sample=True, temperature=2.0, top_k=9, repetition_penalty=1.5)
-    flags = ("--model", str(folder), "--max-new-tokens", "20", "--dtype", "fp32", "--strategy", "autoregressive")
+    edit_json(
+        folder / "generation_config.json",
+        do_sample=True,
+        temperature=2.0,
+        top_k=9,
+        repetition_penalty=1.5,
+    )
+    flags = (
+        "--model",
+        str(folder),
+        "--max-new-tokens",
+        "20",
+        "--dtype",
+        "fp32",
+        "--strategy",
+        "autoregressive",
+    )
     ids = loaded.encode_prompt(MESSAGES[0])
     for more, changes in (
         ((), {"temperature": 2.0, "top_k": 9}),
@@ -102,7 +138,9 @@ def test_it_samples_as_the_model_s_maker_says(loaded, tmp_path, model, conversat
             "generation_config.json: temperature 2, repetition_penalty 1.5, top_k 9, "
             "unless a flag or a request says otherwise; --temperature 0 is greedy\n",
         )
-    assert run("generate", *flags, stdin=MESSAGES[0]) == Result(0, conversation(MESSAGES[0])[0] + "\n", "")
+    assert run("generate", *flags, stdin=MESSAGES[0]) == Result(
+        0, conversation(MESSAGES[0])[0] + "\n", ""
+    )
 
 
 def test_a_slash_begins_a_command_and_two_a_message(chat, conversation):
@@ -111,20 +149,33 @@ def test_a_slash_begins_a_command_and_two_a_message(chat, conversation):
     needed = "error: line {}: needed a message or a command, found '{}'; /help lists the commands"
     assert result.err.splitlines() == [needed.format(2, "/etc"), needed.format(3, "/stats now")]
     shown = chat(stdin="/help\n").err
-    assert all(f"\n{name} " in "\n" + shown for name in ("/reset", "/forget", "/stats", "/help", "/exit"))
+    assert all(
+        f"\n{name} " in "\n" + shown for name in ("/reset", "/forget", "/stats", "/help", "/exit")
+    )
 
 
 def test_stats_say_what_was_reused(chat, loaded, conversation):
     first, second = conversation(*MESSAGES[:2])
-    prompts = [len(loaded.encode_prompt(MESSAGES[0])), len(loaded.encode_prompt(MESSAGES[1], [(MESSAGES[0], first)]))]
+    prompts = [
+        len(loaded.encode_prompt(MESSAGES[0])),
+        len(loaded.encode_prompt(MESSAGES[1], [(MESSAGES[0], first)])),
+    ]
     result = chat("--stats", stdin=lines("/stats", *MESSAGES[:2], "/stats"))
     assert (result.code, result.out) == (0, lines(first, second))
-    told = re.findall(r"20 tokens, .*; prompt: (\d+) tokens, (\d+) of them reused; context: (\d+) of 512 tokens", result.err)
+    told = re.findall(
+        r"20 tokens, .*; prompt: (\d+) tokens, (\d+) of them reused; context: (\d+) of 512 tokens",
+        result.err,
+    )
     counts = [tuple(map(int, line)) for line in told]
-    assert [(prompt, used) for prompt, _, used in counts] == [(count, count + 20) for count in (*prompts, prompts[1])]
+    assert [(prompt, used) for prompt, _, used in counts] == [
+        (count, count + 20) for count in (*prompts, prompts[1])
+    ]
     assert counts[0][1] == 0 and prompts[0] <= counts[1][1] < prompts[1]
     assert result.err.startswith("no answer yet\n")
-    assert re.search(r"\n2 answers: 40 tokens, [\d.]+ tokens/s; drafted \d+, accepted \d+ \([\d.]+%\) in .*\n$", result.err)
+    assert re.search(
+        r"\n2 answers: 40 tokens, [\d.]+ tokens/s; drafted \d+, accepted \d+ \([\d.]+%\) in .*\n$",
+        result.err,
+    )
 
 
 def test_without_a_chat_template_every_message_is_a_prompt_of_its_own(checkpoint):
@@ -132,17 +183,26 @@ def test_without_a_chat_template_every_message_is_a_prompt_of_its_own(checkpoint
     stdin = lines("wake me up", "play jazz")
     result = run("chat", *flags, stdin=stdin)
     assert result.out == run("generate", "--lines", *flags, stdin=stdin).out
-    assert (result.code, result.err) == (0, r"'{prompt}\n' is no chat template: every message is a prompt of its own" + "\n")
+    assert (result.code, result.err) == (
+        0,
+        r"'{prompt}\n' is no chat template: every message is a prompt of its own" + "\n",
+    )
 
 
 def test_what_does_not_fit_is_refused_and_nothing_is_left_out(model, chat, conversation):
-    """The answer before has no limit and fills the context: no room for the next message until the oldest turn is left out."""
+    """The answer before has no limit and fills the context: no room for the next message until the
+    oldest turn is left out.
+    """
     one, two, _ = MESSAGES
     result = run("chat", "--model", model, "--dtype", "fp32", stdin=lines(one, two, "/reset", two))
     assert result.code == 1
     full, refused, reset, again = result.err.splitlines()
     room = "; /forget leaves out the oldest turn, /reset all turns"
-    assert full == again == "the answer ends here because the model's context of 512 tokens is full" + room
+    assert (
+        full
+        == again
+        == "the answer ends here because the model's context of 512 tokens is full" + room
+    )
     assert reset == "a new conversation"
     assert re.fullmatch(
         r"error: line 2: the conversation with this message must be at most 511 tokens, got \d+ "
@@ -151,18 +211,30 @@ def test_what_does_not_fit_is_refused_and_nothing_is_left_out(model, chat, conve
     )
     too_long = chat(stdin=lines(LONG, one))
     assert (too_long.code, too_long.out) == (1, lines(conversation(one)[0]))
-    assert re.fullmatch(r"error: line 1: the prompt must be at most 511 tokens, got \d+ \(.*\)\n", too_long.err)
+    assert re.fullmatch(
+        r"error: line 1: the prompt must be at most 511 tokens, got \d+ \(.*\)\n", too_long.err
+    )
 
 
 def test_wrong_flags_are_one_error_before_the_first_answer(model, checkpoint):
-    fails("--exit must be in 1..5, got 9 (model has 6 layers)", "chat", "--model", model, "--exit", "9", stdin="hi\n")
+    fails(
+        "--exit must be in 1..5, got 9 (model has 6 layers)",
+        "chat",
+        "--model",
+        model,
+        "--exit",
+        "9",
+        stdin="hi\n",
+    )
     fails(
         r"--system must be given with the chat template only, got the template '{prompt}\n'",
         *("chat", "--model", checkpoint, "--system", "Be brief."),
         stdin="hi\n",
     )
     refused = run("chat", "--model", model, stdin=b"\xff\n")
-    assert refused == Result(1, "", "error: line 1: the prompt must be valid Unicode, got '\\udcff' in it\n")
+    assert refused == Result(
+        1, "", "error: line 1: the prompt must be valid Unicode, got '\\udcff' in it\n"
+    )
     assert run("chat", "hello").code == 2
 
 
@@ -179,13 +251,17 @@ def test_colours_are_for_terminals(chat, conversation, monkeypatch):
         assert chat(stdin=lines(*MESSAGES[:2])).out == expected
 
 
-# --- in a terminal ------------------------------------------------------------------------------------------------------
+# --- in a terminal
+# ------------------------------------------------------------------------------------------------------
 
 
-def test_ctrl_c_at_any_moment_leaves_a_working_conversation(model, loaded, conversation, monkeypatch):
+def test_ctrl_c_at_any_moment_leaves_a_working_conversation(
+    model, loaded, conversation, monkeypatch
+):
     """Pressed twice within a pass, which breaks it off: nothing that it wrote is used."""
     typed = iter([*MESSAGES[:1], "lost", MESSAGES[1]])
-    ask, asked = Dialogue.ask, []
+    ask = Dialogue.ask
+    asked = []
 
     def broken_off(dialogue, message):
         stream = ask(dialogue, message)
@@ -205,8 +281,15 @@ def test_ctrl_c_at_any_moment_leaves_a_working_conversation(model, loaded, conve
     monkeypatch.setattr(console, "is_terminal", lambda: True)
     monkeypatch.setattr(console, "typed_line", typed_line)
     result = run("chat", "--model", model, "--max-new-tokens", "20", "--dtype", "fp32")
-    assert (result.code, result.out, asked) == (0, lines(*conversation(*MESSAGES[:2])), [MESSAGES[0], "lost", MESSAGES[1]])
-    assert "\nstopped\n" in result.err and result.err.count("the answer ends here because of --max-new-tokens 20\n") == 2
+    assert (result.code, result.out, asked) == (
+        0,
+        lines(*conversation(*MESSAGES[:2])),
+        [MESSAGES[0], "lost", MESSAGES[1]],
+    )
+    assert (
+        "\nstopped\n" in result.err
+        and result.err.count("the answer ends here because of --max-new-tokens 20\n") == 2
+    )
 
 
 class Terminal:
@@ -234,7 +317,9 @@ class Terminal:
         return shown + found
 
     def wait_until_asleep(self):
-        """A signal between the prompt and readline's wait for keys would be seen with the next key only."""
+        """A signal between the prompt and readline's wait for keys would be seen with the next key
+        only.
+        """
         status = Path(f"/proc/{self.process.pid}/stat")
         while status.exists() and status.read_text().rpartition(")")[2].split()[0] != "S":
             time.sleep(0.01)
@@ -246,7 +331,9 @@ class Terminal:
 def test_a_person_talks_stops_an_answer_and_leaves(tmp_path_factory, monkeypatch):
     """Of 100,000 tokens, so that Ctrl-C always comes in time."""
     model = talking_model(tmp_path_factory.mktemp("long"), 200_000)
-    terminal = Terminal("chat", "--model", model, "--show-drafts", "--max-new-tokens", "100000", "--threads", "1")
+    terminal = Terminal(
+        "chat", "--model", model, "--show-drafts", "--max-new-tokens", "100000", "--threads", "1"
+    )
     greeting = terminal.read_until("> ")
     assert "accepted drafts are green\r\n" in greeting and "prompt template: chat\r\n" in greeting
     terminal.type("r\xe9veil\n")
@@ -266,7 +353,8 @@ def test_a_person_talks_stops_an_answer_and_leaves(tmp_path_factory, monkeypatch
     assert terminal.process.wait(60) == 0
 
 
-# --- without a command line ---------------------------------------------------------------------------------------------
+# --- without a command line
+# ---------------------------------------------------------------------------------------------
 
 
 def test_an_answer_that_was_left_is_a_turn_as_far_as_it_came(loaded):

@@ -23,7 +23,8 @@ STRATEGIES = "autoregressive,early-exit,self-speculative"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    loaded, folder = tiny_loaded(torch.float32), str(tmp_path_factory.mktemp("tiny") / "model")
+    loaded = tiny_loaded(torch.float32)
+    folder = str(tmp_path_factory.mktemp("tiny") / "model")
     save_checkpoint(loaded.backend.model, loaded.tokenizer, loaded.info, folder, torch.float32)
     return folder
 
@@ -35,9 +36,14 @@ def copy(model, tmp_path):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """The model's own answers as a file: exact match is 100% wherever decoding is the model's own."""
+    """The model's own answers as a file: exact match is 100% wherever decoding is the model's
+    own.
+    """
     file = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    rows = [{"prompt": example.prompt, "reference": example.completion} for example in own_answers().examples]
+    rows = [
+        {"prompt": example.prompt, "reference": example.completion}
+        for example in own_answers().examples
+    ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(file)
 
@@ -62,10 +68,23 @@ def test_sweep_prints_json_and_writes_files(tmp_path, model):
     plots = ["acceptance_by_exit", "acceptance_by_position", "pareto", "perplexity"]
     files = ["answers.html", "answers.jsonl", "report.html", "results.csv", "results.json"]
     out = tmp_path / "out"
-    assert sorted(file.name for file in out.iterdir()) == sorted([f"{name}.png" for name in plots] + files)
+    assert sorted(file.name for file in out.iterdir()) == sorted(
+        [f"{name}.png" for name in plots] + files
+    )
     assert json.loads((out / "results.json").read_text()) == document
-    assert "wrote report.html, results.json, results.csv, answers.html, answers.jsonl, pareto.png" in result.err
-    again = run("sweep-exits", "--from", str(out / "results.json"), "--format", "json", "--output", str(tmp_path / "again"))
+    assert (
+        "wrote report.html, results.json, results.csv, answers.html, answers.jsonl, pareto.png"
+        in result.err
+    )
+    again = run(
+        "sweep-exits",
+        "--from",
+        str(out / "results.json"),
+        "--format",
+        "json",
+        "--output",
+        str(tmp_path / "again"),
+    )
     assert again.out == result.out
     for name in files:
         assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes()
@@ -73,12 +92,29 @@ def test_sweep_prints_json_and_writes_files(tmp_path, model):
 
 def test_the_table_fits_80_columns_and_progress_is_on_stderr(model, data, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    result = run("sweep-exits", "--model", model, "--data", data, "--exits", "5", "--specs", "12", "--max-new-tokens", "12")
+    result = run(
+        "sweep-exits",
+        "--model",
+        model,
+        "--data",
+        data,
+        "--exits",
+        "5",
+        "--specs",
+        "12",
+        "--max-new-tokens",
+        "12",
+    )
     lines = result.out.splitlines()
     columns = [name for line in lines if line.startswith("strategy") for name in line.split()[3:]]
-    assert columns == ["R2", "EM", "change", "accept", "tok/s", "speed", "same"]  # what does not fit is named
+    # What does not fit is named
+    assert columns == ["R2", "EM", "change", "accept", "tok/s", "speed", "same"]
     assert "Not shown, for lack of width: ppl, mean, pred, " in " ".join(lines)
-    assert [line.split()[0] for line in lines[2:5]] == ["autoregressive", "early-exit", "self-speculative"]
+    assert [line.split()[0] for line in lines[2:5]] == [
+        "autoregressive",
+        "early-exit",
+        "self-speculative",
+    ]
     assert lines[4].split()[:3] == ["self-speculative", "5", "12"]
     assert max(map(len, lines)) <= 80
     assert "…" not in result.out
@@ -91,12 +127,19 @@ SAVED = ("--samples", "1", "--exits", "5", "--specs", "3", "--max-new-tokens", "
 
 
 def only(monkeypatch, strategy, pays=True):
-    """Sweeps whose finalists are the settings of this strategy, and whether these certainly gain."""
-    measure, chosen = "layerskip_core.evaluation.measure", lambda result: result.strategy == strategy and result.metrics
+    """Sweeps whose finalists are the settings of this strategy, and whether these certainly
+    gain.
+    """
+    measure = "layerskip_core.evaluation.measure"
+
+    def chosen(result):
+        return result.strategy == strategy and result.metrics
+
     monkeypatch.setattr(f"{measure}.figures.DRAFTERS", (strategy,))
     monkeypatch.setattr(f"{measure}.figures.Contest.lower_end", lambda *_: 2.0 if pays else 0.5)
     monkeypatch.setattr(
-        f"{measure}.sweep.finalists", lambda every, *_: [0, *(n for n, each in enumerate(every) if chosen(each))]
+        f"{measure}.sweep.finalists",
+        lambda every, *_: [0, *(n for n, each in enumerate(every) if chosen(each))],
     )
 
 
@@ -105,7 +148,10 @@ def test_a_policy_that_is_no_exit_leaves_no_exit_recommended(copy, monkeypatch):
     result = run("sweep-exits", "--model", copy, *SAVED)
     info = read_info(copy)
     assert (info.exit_layer, info.num_draft_tokens, info.strategy) == (None, None, "autoregressive")
-    assert (info.policies["exact"]["strategy"], info.policies["exact"]["num_draft_tokens"]) == ("lookup", 3)
+    assert (info.policies["exact"]["strategy"], info.policies["exact"]["num_draft_tokens"]) == (
+        "lookup",
+        3,
+    )
     assert f"saved lookup with 3 draft tokens as the default of {copy}" in result.err
     assert "Recommended: lookup with 3 draft tokens is the fastest of 1 settings" in result.out
 
@@ -116,33 +162,76 @@ def test_save_writes_the_recommendation_if_there_is_one(copy, tmp_path, monkeypa
     result = run("sweep-exits", "--model", copy, *SAVED, "--output", str(tmp_path / "out"))
     info = read_info(copy)
     assert (info.exit_layer, info.num_draft_tokens) == ((5, 3) if pays else (None, None))
-    assert info.prompt_template == "{prompt}\n" and info.strategy == (None if pays else "autoregressive")
+    assert info.prompt_template == "{prompt}\n" and info.strategy == (
+        None if pays else "autoregressive"
+    )
     saved = (
-        "exit 5 with 3 draft tokens as the default" if pays else f"plain decoding as the default of {copy}: speculation does"
+        "exit 5 with 3 draft tokens as the default"
+        if pays
+        else f"plain decoding as the default of {copy}: speculation does"
     )
     assert f"saved {saved}" in result.err
     exact = info.policies["exact"]
-    assert (exact["strategy"], exact.get("exit_layer")) == (("self-speculative", 5) if pays else ("autoregressive", None))
+    assert (exact["strategy"], exact.get("exit_layer")) == (
+        ("self-speculative", 5) if pays else ("autoregressive", None)
+    )
     assert (exact["measured"]["task"], exact["measured"]["metric"]) == ("commands", "exact_match")
     assert "policy fast: none, because exact_match is 0 at full depth" in result.err
-    assert set(info.profile.acceptance) == set(info.profile.drafts) == {"exit 5"} and len(info.profile.passes) == 17
-    assert "Policy fast: none, because" in result.out and f"Policy exact: {policy_text(exact)}." in result.out
+    assert (
+        set(info.profile.acceptance) == set(info.profile.drafts) == {"exit 5"}
+        and len(info.profile.passes) == 17
+    )
+    assert (
+        "Policy fast: none, because" in result.out
+        and f"Policy exact: {policy_text(exact)}." in result.out
+    )
     (Path(copy) / "layerskip.json").unlink()
     run("sweep-exits", "--from", str(tmp_path / "out" / "results.json"), "--save")
-    assert read_info(copy).policies == info.policies and read_info(copy).exit_layer == info.exit_layer
+    assert (
+        read_info(copy).policies == info.policies and read_info(copy).exit_layer == info.exit_layer
+    )
 
 
 def test_adaptive_drafting_starts_from_the_acceptance_of_the_copy_that_a_sweep_saved(copy):
-    run("sweep-exits", "--model", copy, "--samples", "1", "--max-new-tokens", "6", "--draft-weights", "int8", "--save")
+    run(
+        "sweep-exits",
+        "--model",
+        copy,
+        "--samples",
+        "1",
+        "--max-new-tokens",
+        "6",
+        "--draft-weights",
+        "int8",
+        "--save",
+    )
     stored = read_info(copy).profile
-    assert list(stored.acceptance) == list(stored.drafts) == ["int8"] and stored.acceptance["int8"] > 0.5
+    assert (
+        list(stored.acceptance) == list(stored.drafts) == ["int8"]
+        and stored.acceptance["int8"] > 0.5
+    )
     adaptive = {"strategy": "adaptive"}
     assert load(copy, draft_weights="int8")._resolved(adaptive).profile == stored
-    assert load(copy, draft_weights="int8", draft_vocab=50)._resolved(adaptive).profile.acceptance == {}  # other drafts
+    assert (
+        load(copy, draft_weights="int8", draft_vocab=50)._resolved(adaptive).profile.acceptance
+        == {}
+    )  # other drafts
 
 
 def test_bench_formats(tmp_path, model, data):
-    arguments = ("bench", "--model", model, "--data", data, "--exit", "5", "--spec", "3", "--repeats", "1")
+    arguments = (
+        "bench",
+        "--model",
+        model,
+        "--data",
+        data,
+        "--exit",
+        "5",
+        "--spec",
+        "3",
+        "--repeats",
+        "1",
+    )
     arguments += ("--max-new-tokens", "12", "--strategies", STRATEGIES)
     table = run(*arguments, "--output", str(tmp_path / "out")).out.splitlines()
     assert table[0].split()[:5] == ["strategy", "exit", "spec", "R2", "EM"]
@@ -153,13 +242,17 @@ def test_bench_formats(tmp_path, model, data):
     assert max(map(len, table)) <= 80
     pages = ["answers.html", "answers.jsonl", "report.html", "results.csv", "results.json"]
     files = [*pages, "acceptance_by_position.png", "pareto.png"]
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == sorted([*files, "outputs.jsonl"])
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == sorted(
+        [*files, "outputs.jsonl"]
+    )
     saved = str(tmp_path / "out" / "results.json")
     assert run("bench", "--from", saved).out.splitlines() == table
     refused("must be a results.json that sweep-exits wrote", "sweep-exits", "--from", saved)
     rows = list(csv.DictReader(io.StringIO(run(*arguments, "--format", "csv").out)))
     assert [row["num_draft_tokens"] for row in rows] == ["", "", "3"]
-    assert run(*arguments, "--format", "markdown").out.startswith("| strategy | exit | spec | R2 | EM | ")
+    assert run(*arguments, "--format", "markdown").out.startswith(
+        "| strategy | exit | spec | R2 | EM | "
+    )
 
 
 def test_adaptive_drafting_has_the_copy_that_generate_gives_it(model, data, monkeypatch):
@@ -170,18 +263,44 @@ def test_adaptive_drafting_has_the_copy_that_generate_gives_it(model, data, monk
         return for_decoding(name, device, dtype, packing, *policies, **options)
 
     monkeypatch.setattr("layerskip_core.checkpoint.open.for_decoding", recorded)
-    arguments = ("--model", model, "--data", data, "--samples", "1", "--max-new-tokens", "6", "--format", "json")
+    arguments = (
+        "--model",
+        model,
+        "--data",
+        data,
+        "--samples",
+        "1",
+        "--max-new-tokens",
+        "6",
+        "--format",
+        "json",
+    )
     for strategies in ("autoregressive", "autoregressive,adaptive"):
         result = run("bench", *arguments, "--repeats", "1", "--strategies", strategies)
     plain, adaptive = json.loads(result.out)["results"]
-    assert (adaptive["exit_layer"], adaptive["num_draft_tokens"], adaptive["draft_weights"]) == (None, None, None)
+    assert (adaptive["exit_layer"], adaptive["num_draft_tokens"], adaptive["draft_weights"]) == (
+        None,
+        None,
+        None,
+    )
     assert adaptive["metrics"] == plain["metrics"] and adaptive["identical_outputs"] == 1.0
     swept = json.loads(run("sweep-exits", *arguments, "--exits", "5", "--specs", "2").out)
     assert swept["results"][-1]["strategy"] == "adaptive"
     assert [packing.adaptive for packing in packings] == [False, True, True]
 
 
-FIXED = ("--exit", "5", "--spec", "3", "--repeats", "1", "--max-new-tokens", "12", "--format", "json")
+FIXED = (
+    "--exit",
+    "5",
+    "--spec",
+    "3",
+    "--repeats",
+    "1",
+    "--max-new-tokens",
+    "12",
+    "--format",
+    "json",
+)
 FIXED += ("--strategies", STRATEGIES)
 
 
@@ -192,16 +311,34 @@ def test_bench_measures_with_the_flags_of_decoding(model, data):
     assert unsure["config"]["generation"]["draft_confidence"] == 0.999999
     drafted = [document["results"][2]["mean_accepted_tokens"] for document in (plain, unsure)]
     assert drafted[0] > drafted[1]
-    hot = json.loads(run(*arguments, "--temperature", "5", "--top-k", "9", "--top-p", "0.9", "--seed", "3").out)
+    hot = json.loads(
+        run(*arguments, "--temperature", "5", "--top-k", "9", "--top-p", "0.9", "--seed", "3").out
+    )
     sampling = {"temperature": 5.0, "top_k": 9, "top_p": 0.9, "seed": 3}
     assert hot["config"]["generation"].items() >= sampling.items()
-    assert (plain["results"][0]["metrics"]["exact_match"], hot["results"][0]["metrics"]["exact_match"]) == (1.0, 0.0)
+    assert (
+        plain["results"][0]["metrics"]["exact_match"],
+        hot["results"][0]["metrics"]["exact_match"],
+    ) == (1.0, 0.0)
     assert [one["differences"] for one in hot["results"]] == [[]] * 3
 
 
 def test_an_unfinished_benchmark_is_not_lost_without_a_word(tmp_path, model, monkeypatch):
-    out, told = tmp_path / "out", "holds an unfinished run; give --resume to go on, or --overwrite to start anew"
-    arguments = ("bench", "--model", model, "--samples", "2", "--repeats", "1", "--max-new-tokens", "2", "--output", str(out))
+    out = tmp_path / "out"
+    told = "holds an unfinished run; give --resume to go on, or --overwrite to start anew"
+    arguments = (
+        "bench",
+        "--model",
+        model,
+        "--samples",
+        "2",
+        "--repeats",
+        "1",
+        "--max-new-tokens",
+        "2",
+        "--output",
+        str(out),
+    )
     with monkeypatch.context() as patch:
         patch.setattr("layerskip_core.evaluation.measure.figures.result_of", lambda *_: 1 / 0)
         patch.setattr("layerskip_core.evaluation.measure.bench.result_of", lambda *_: 1 / 0)
@@ -211,11 +348,16 @@ def test_an_unfinished_benchmark_is_not_lost_without_a_word(tmp_path, model, mon
     assert (out / "unfinished.jsonl").read_bytes() == left and left.count(b"\n") == 3
     run(*arguments, "--resume")
     assert (out / "outputs.jsonl").read_bytes() == left
-    refused(f"--output {out} already holds results.json; give --overwrite to replace it", *arguments, "--resume")
+    refused(
+        f"--output {out} already holds results.json; give --overwrite to replace it",
+        *arguments,
+        "--resume",
+    )
 
 
 def test_an_earlier_result_is_replaced_whole_and_only_if_asked(tmp_path, model):
-    out, again = tmp_path / "out", ("--from", str(tmp_path / "out" / "results.json"), "--output", str(tmp_path / "out"))
+    out = tmp_path / "out"
+    again = ("--from", str(tmp_path / "out" / "results.json"), "--output", str(tmp_path / "out"))
     flags = ("--model", model, "--samples", "1", "--max-new-tokens", "2", "--output", str(out))
     swept = ("sweep-exits", *flags, "--exits", "2,5", "--specs", "2")
     benched = ("bench", *flags, "--repeats", "1", "--strategies", "autoregressive,early-exit")
@@ -228,7 +370,14 @@ def test_an_earlier_result_is_replaced_whole_and_only_if_asked(tmp_path, model):
         refused(told, *command)
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
     run(*benched, "--overwrite")
-    reported = {"report.html", "results.json", "results.csv", "answers.html", "answers.jsonl", "pareto.png"}
+    reported = {
+        "report.html",
+        "results.json",
+        "results.csv",
+        "answers.html",
+        "answers.jsonl",
+        "pareto.png",
+    }
     assert {file.name for file in out.iterdir()} == reported | {"outputs.jsonl", "mine.png"}
     run("bench", *again, "--overwrite")  # the outputs are those of this result
     assert {file.name for file in out.iterdir()} == reported | {"outputs.jsonl", "mine.png"}
@@ -238,20 +387,57 @@ def test_an_earlier_result_is_replaced_whole_and_only_if_asked(tmp_path, model):
 
 def test_bench_tells_failures_and_goes_on(tmp_path, model):
     file = tmp_path / "rows.jsonl"
-    file.write_text(json.dumps({"prompt": "word " * 200, "reference": "x"}) + '\n{"prompt": "hi", "reference": "y"}\n')
-    result = run("bench", "--model", model, "--data", str(file), "--repeats", "1", "--max-new-tokens", "2", "--format", "json")
+    file.write_text(
+        json.dumps({"prompt": "word " * 200, "reference": "x"})
+        + '\n{"prompt": "hi", "reference": "y"}\n'
+    )
+    result = run(
+        "bench",
+        "--model",
+        model,
+        "--data",
+        str(file),
+        "--repeats",
+        "1",
+        "--max-new-tokens",
+        "2",
+        "--format",
+        "json",
+    )
     results = json.loads(result.out)["results"]
-    assert [[failure["sample"] for failure in one["failures"]] for one in results] == [[0]] * len(results)
-    (told,) = [line for line in result.err.splitlines() if "failed" in line]  # though every strategy did
-    assert told.startswith("autoregressive: 1 prompt failed, counted as wrong; sample 0: the prompt must be at most 127 tokens")
+    assert [[failure["sample"] for failure in one["failures"]] for one in results] == [[0]] * len(
+        results
+    )
+    # Though every strategy did
+    (told,) = [line for line in result.err.splitlines() if "failed" in line]
+    assert told.startswith(
+        "autoregressive: 1 prompt failed, counted as wrong; sample 0: the prompt must be at most 127 tokens"
+    )
 
 
 @pytest.fixture
 def problem(tmp_path, model):
     file = tmp_path / "problems.jsonl"
-    row = {"task_id": 1, "prompt": "def f(x):\n", "entry_point": "f", "canonical_solution": "    return x\n"}
+    row = {
+        "task_id": 1,
+        "prompt": "def f(x):\n",
+        "entry_point": "f",
+        "canonical_solution": "    return x\n",
+    }
     file.write_text(json.dumps({**row, "test": "def check(f):\n    assert f(1) == 1\n"}) + "\n")
-    return ("bench", "--model", model, "--task", "humaneval", "--data", str(file), "--exit", "5", "--repeats", "1")
+    return (
+        "bench",
+        "--model",
+        model,
+        "--task",
+        "humaneval",
+        "--data",
+        str(file),
+        "--exit",
+        "5",
+        "--repeats",
+        "1",
+    )
 
 
 def test_code_is_judged_with_the_flag_alone(problem):
@@ -259,18 +445,33 @@ def test_code_is_judged_with_the_flag_alone(problem):
     without = run(*arguments)
     assert list(json.loads(without.out)["results"][0]["metrics"]) == ["rouge2"]
     assert "pass@k needs --allow-code-execution" in without.err
-    drawn = ("--allow-code-execution", "--pass-k", "1,2", "--problem-samples", "2", "--temperature", "1.0")
+    drawn = (
+        "--allow-code-execution",
+        "--pass-k",
+        "1,2",
+        "--problem-samples",
+        "2",
+        "--temperature",
+        "1.0",
+    )
     result = run(*arguments, *drawn)
     for one in json.loads(result.out)["results"]:
         assert list(one["metrics"]) == ["pass@1", "pass@2", "rouge2"]
         assert (one["metrics"]["pass@1"], one["differences"]) == (0.0, [])
 
 
-def test_where_the_sandbox_protects_no_files_code_runs_only_if_the_flag_says_unsandboxed(problem, monkeypatch):
+def test_where_the_sandbox_protects_no_files_code_runs_only_if_the_flag_says_unsandboxed(
+    problem, monkeypatch
+):
     arguments = (*problem, "--strategies", "autoregressive", "--format", "json")
     for standing in (("network", "system calls", "privileges"), ("privileges",)):
-        monkeypatch.setattr("layerskip_core.evaluation.tasks.code.standing_layers", lambda standing=standing: standing)
-        message = "--allow-code-execution needs a sandbox that protects files, and this machine has none"
+        monkeypatch.setattr(
+            "layerskip_core.evaluation.tasks.code.standing_layers",
+            lambda standing=standing: standing,
+        )
+        message = (
+            "--allow-code-execution needs a sandbox that protects files, and this machine has none"
+        )
         refused(message, *arguments, "--allow-code-execution")
     result = run(*arguments, "--allow-code-execution", "unsandboxed", "--max-new-tokens", "4")
     assert json.loads(result.out)["results"][0]["metrics"]["pass@1"] == 0.0
@@ -278,35 +479,76 @@ def test_where_the_sandbox_protects_no_files_code_runs_only_if_the_flag_says_uns
 
 
 def test_text_is_measured_by_perplexity(tmp_path, model, monkeypatch):
-    monkeypatch.setattr("layerskip_core.evaluation.tasks.texts._PROMPT_WORDS", 20)  # for a context of 128 tokens
+    # For a context of 128 tokens
+    monkeypatch.setattr("layerskip_core.evaluation.tasks.texts._PROMPT_WORDS", 20)
     file = tmp_path / "text.txt"
     file.write_text("remind me to call mom at five and to buy some milk on the way " * 40)
-    arguments = ("--model", model, "--task", "lm", "--data", str(file), "--samples", "1", "--max-new-tokens", "3")
-    swept = json.loads(run("sweep-exits", *arguments, "--exits", "5", "--specs", "2", "--format", "json").out)["results"]
-    assert [one["metrics"]["perplexity"] for one in swept[:2]] == [one["perplexity"] for one in swept[:2]]
+    arguments = (
+        "--model",
+        model,
+        "--task",
+        "lm",
+        "--data",
+        str(file),
+        "--samples",
+        "1",
+        "--max-new-tokens",
+        "3",
+    )
+    swept = json.loads(
+        run("sweep-exits", *arguments, "--exits", "5", "--specs", "2", "--format", "json").out
+    )["results"]
+    assert [one["metrics"]["perplexity"] for one in swept[:2]] == [
+        one["perplexity"] for one in swept[:2]
+    ]
     assert swept[2]["metrics"] == swept[0]["metrics"] != swept[1]["metrics"]
-    benched = json.loads(run("bench", *arguments, "--exit", "5", "--repeats", "1", "--format", "json").out)["results"]
-    assert [one["metrics"] for one in benched[:3]] == [swept[place]["metrics"] for place in (0, 1, 0)]
+    benched = json.loads(
+        run("bench", *arguments, "--exit", "5", "--repeats", "1", "--format", "json").out
+    )["results"]
+    assert [one["metrics"] for one in benched[:3]] == [
+        swept[place]["metrics"] for place in (0, 1, 0)
+    ]
 
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (("bench", "--format", "xml"), "--format must be one of table, json, csv, markdown, got xml"),
-        (("bench", "--template", "chat"), "a chat template was asked for, but the model's tokenizer has none"),
+        (
+            ("bench", "--format", "xml"),
+            "--format must be one of table, json, csv, markdown, got xml",
+        ),
+        (
+            ("bench", "--template", "chat"),
+            "a chat template was asked for, but the model's tokenizer has none",
+        ),
         (("bench", "--data", "nothing-here"), "nothing-here"),
         (("bench", "--task", "nothing-here"), "--task must be one of commands, topv2, jsonl"),
-        (("bench", "--temperature", "1", "--baselines", "no-reuse"), "--temperature must be 0 with --baselines"),
+        (
+            ("bench", "--temperature", "1", "--baselines", "no-reuse"),
+            "--temperature must be 0 with --baselines",
+        ),
         (("bench", "--problem-samples", "5"), "--temperature must be above 0"),
         (("sweep-exits", "--problem-samples", "5"), "--temperature must be above 0"),
-        (("bench", "--baselines", "magic"), "--baselines must be a list, each one of transformers, "),
+        (
+            ("bench", "--baselines", "magic"),
+            "--baselines must be a list, each one of transformers, ",
+        ),
         (("bench", "--strategies", "lookup"), "--strategies must be a list with autoregressive"),
-        (("bench", "--strategies", "autoregressive,eagle3"), "--strategies must be a list without eagle3"),
+        (
+            ("bench", "--strategies", "autoregressive,eagle3"),
+            "--strategies must be a list without eagle3",
+        ),
         (("bench", "--gguf", "x.gguf"), "--gguf must be given with the baseline llama.cpp"),
-        (("bench", "--resume"), "--resume must be used with the --output of the interrupted run, got none"),
+        (
+            ("bench", "--resume"),
+            "--resume must be used with the --output of the interrupted run, got none",
+        ),
         (("sweep-exits", "--save"), "--save needs a --model that is a folder"),
         (("sweep-exits", "--metric", "bleu"), "--metric must be one of exact_match"),
-        (("sweep-exits", "--specs", "0,2"), "--specs must be a list, each a whole number in 1..10000, got 0,2"),
+        (
+            ("sweep-exits", "--specs", "0,2"),
+            "--specs must be a list, each a whole number in 1..10000, got 0,2",
+        ),
     ],
 )
 def test_bad_flags_are_named(arguments, named):

@@ -16,14 +16,28 @@ SHORT = ("--batch-size", "2", "--max-length", "48", "--device", "cpu", "--dtype"
 
 @pytest.fixture
 def finetune(checkpoint, tmp_path, monkeypatch):
-    """The command in an empty folder, on four rows in a file elsewhere; `--output` is `out` there."""
+    """The command in an empty folder, on four rows in a file elsewhere; `--output` is `out`
+    there.
+    """
     file = tmp_path / "rows.jsonl"
-    file.write_text("".join(f'{{"prompt": "row {row}", "completion": "answer {row}"}}\n' for row in range(4)))
+    file.write_text(
+        "".join(f'{{"prompt": "row {row}", "completion": "answer {row}"}}\n' for row in range(4))
+    )
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
 
     def command(*arguments, name="finetune"):
-        return (name, "--model", checkpoint, "--data", str(file), "--output", "out", *SHORT, *arguments)
+        return (
+            name,
+            "--model",
+            checkpoint,
+            "--data",
+            str(file),
+            "--output",
+            "out",
+            *SHORT,
+            *arguments,
+        )
 
     return command
 
@@ -33,7 +47,11 @@ def files():
 
 
 def test_a_dry_run_tells_the_plan_and_writes_nothing(finetune, checkpoint):
-    result = run(*finetune("--steps", "7", "--pmax", "0.3", "--lr", "0.002", "--accumulation", "2", "--dry-run"))
+    result = run(
+        *finetune(
+            "--steps", "7", "--pmax", "0.3", "--lr", "0.002", "--accumulation", "2", "--dry-run"
+        )
+    )
     assert (result.code, result.out) == (0, "")
     what, how, recipe, note = result.err.splitlines()
     assert re.fullmatch(
@@ -62,15 +80,21 @@ def test_the_papers_recipe_with_named_exits(finetune):
 
 def test_the_end_tells_what_the_exits_give_and_what_they_cost(finetune):
     """Of 340 rows 21 choose and 10 report; two steps of two rows answer eight of them."""
-    Path("rows.jsonl").write_text("".join(f'{{"prompt": "row {row}", "completion": "a {row}"}}\n' for row in range(340)))
+    Path("rows.jsonl").write_text(
+        "".join(f'{{"prompt": "row {row}", "completion": "a {row}"}}\n' for row in range(340))
+    )
     result = run(*finetune("--data", "rows.jsonl", "--steps", "2", "--exits", "2"))
     assert (result.code, result.out) == (0, "")
     assert ": 309 rows and 31 held out, " in result.err and "not measured" not in result.err
-    given, cost, *example, saved = [line for line in result.err.splitlines() if not line.startswith("to keep more")][-7:]
+    given, cost, *example, saved = [
+        line for line in result.err.splitlines() if not line.startswith("to keep more")
+    ][-7:]
     bound = r"by arithmetic at most [\d.]+x\)(: does not pay)?"
     known = rf"with \d drafts? about [\d.]+x of plain decoding here \([\d.]+ to [\d.]+, {bound}"
     unknown = rf"the speed here is not known, because times differ as on a busy machine \({bound}"
-    assert re.fullmatch(rf"exit 2: [\d.]+% of first drafts agree on held-out rows; ({known}|{unknown})", given)
+    assert re.fullmatch(
+        rf"exit 2: [\d.]+% of first drafts agree on held-out rows; ({known}|{unknown})", given
+    )
     assert re.fullmatch(
         r"cost: on \d+ tokens of the model's own text [\d.]+% of next tokens as before, perplexity [\d.]+ -> [\d.]+; "
         r"held-out loss [\d.]+ -> [\d.]+; exact match of 8 held-out rows 0\.0 -> 0\.0%",
@@ -88,14 +112,18 @@ def test_the_end_tells_what_the_exits_give_and_what_they_cost(finetune):
     )
     details = json.loads(Path("out", "layerskip.json").read_text())
     assert details["held_out"][0]["rows"] == 31 and details["cost"]["answered"] == 8
-    assert not any(f"row {number}" in value for value in map(str, details["held_out"]))  # keys, not texts
+    # Keys, not texts
+    assert not any(f"row {number}" in value for value in map(str, details["held_out"]))
 
 
 def test_forty_rows_are_measured_and_fewer_are_said_to_be_too_few(finetune):
     rows = [f'{{"prompt": "row {row}", "completion": "a {row}"}}\n' for row in range(40)]
     Path("rows.jsonl").write_text("".join(rows))
     enough = run(*finetune("--data", "rows.jsonl", "--steps", "1"))
-    assert "% of first drafts agree on held-out rows" in enough.err and "exact match of 8 held-out rows" in enough.err
+    assert (
+        "% of first drafts agree on held-out rows" in enough.err
+        and "exact match of 8 held-out rows" in enough.err
+    )
     Path("rows.jsonl").write_text("".join(rows[:39]))
     few = run(*finetune("--data", "rows.jsonl", "--steps", "1", "--output", "few"))
     told = "held-out rows: not measured: 39 rows are too few to hold some out; --validation FILE"
@@ -106,7 +134,11 @@ def test_a_replay_is_planned_written_and_found_again(finetune):
     arguments = finetune("--replay", "0.5", "--steps", "3", "--lora-rank", "2")
     plan = run(*arguments, "--dry-run")
     assert "\nreplay: 1 of the 2 rows of a step\n" in plan.err
-    assert re.search(r"^3 replayed texts by the model, at most \d+ tokens; 0 exist already$", plan.err, re.MULTILINE)
+    assert re.search(
+        r"^3 replayed texts by the model, at most \d+ tokens; 0 exist already$",
+        plan.err,
+        re.MULTILINE,
+    )
     assert "lr 0.0005, fp32 on cpu" in plan.err and list(Path().iterdir()) == []
     result = run(*arguments)
     assert (result.code, result.out) == (0, "")
@@ -117,17 +149,31 @@ def test_a_replay_is_planned_written_and_found_again(finetune):
 
 
 def test_a_short_run_writes_a_checkpoint_and_names_the_next_command(finetune):
-    result = run(*finetune("--steps", "2", "--curriculum", "all", "--recipe", "finetune", "--output", "my model"))
+    result = run(
+        *finetune(
+            "--steps", "2", "--curriculum", "all", "--recipe", "finetune", "--output", "my model"
+        )
+    )
     assert (result.code, result.out) == (0, "")
-    *_, progress, exits, told, _, saved = [line for line in result.err.splitlines() if not line.startswith("to keep more")]
+    *_, progress, exits, told, _, saved = [
+        line for line in result.err.splitlines() if not line.startswith("to keep more")
+    ]
     assert re.fullmatch(
         r"training 2/2 loss [\d.]+ exits 2:[\d.]+ 3:[\d.]+ 5:[\d.]+ 6:[\d.]+ "
         r"lr \d\.\de-\d\d \d+ tokens/s 0 s left",
         progress,
     )
-    assert told == "held-out rows: not measured: 4 rows are too few to hold some out; --validation FILE"
-    assert re.fullmatch(r"loss by exit: 1: [\d.]+  2: [\d.]+  3: [\d.]+  4: [\d.]+  5: [\d.]+  6: [\d.]+", exits)
-    assert saved == f"saved my model; next: layerskip sweep-exits --model {shlex.quote('my model')} --save"
+    assert (
+        told
+        == "held-out rows: not measured: 4 rows are too few to hold some out; --validation FILE"
+    )
+    assert re.fullmatch(
+        r"loss by exit: 1: [\d.]+  2: [\d.]+  3: [\d.]+  4: [\d.]+  5: [\d.]+  6: [\d.]+", exits
+    )
+    assert (
+        saved
+        == f"saved my model; next: layerskip sweep-exits --model {shlex.quote('my model')} --save"
+    )
     loaded = for_training("my model", "cpu", "fp32")
     assert loaded.backend.num_layers == 6 and loaded.info.prompt_template == "{prompt}\n"
     config = loaded.info.details["config"]
@@ -143,18 +189,42 @@ def test_without_a_recipe_train_drafter_is_next(finetune):
     following = f"train-drafter --model out --output out --data {rows}"
     assert result.err.endswith(f"saved out; next: layerskip {following}\n")
     drafter = run(*following.split(), *SHORT, "--answers", "data", "--steps", "1")
-    assert drafter.code == 0 and re.search(r"^training 1/1 loss \d\.\d{3} exits 0:\d\.\d{3} lr ", drafter.err, re.MULTILINE)
+    assert drafter.code == 0 and re.search(
+        r"^training 1/1 loss \d\.\d{3} exits 0:\d\.\d{3} lr ", drafter.err, re.MULTILINE
+    )
     assert re.search(r"^divergence: eagle3: \d", drafter.err, re.MULTILINE)
-    measured = run("bench", "--model", "out", "--repeats", "1", "--max-new-tokens", "2", "--format", "json")
-    assert json.loads(measured.out)["config"]["task"].items() >= {"data": rows, "prompt_column": "prompt"}.items()
-    assert f"rows: among 4 of the 4 in {rows}, which the model was trained on; --data gives others\n" in measured.err
-    adapter = run(*finetune("--recipe", "none", "--steps", "1", "--lora-rank", "2", "--lora-keep", "--output", "adapter"))
+    measured = run(
+        "bench", "--model", "out", "--repeats", "1", "--max-new-tokens", "2", "--format", "json"
+    )
+    assert (
+        json.loads(measured.out)["config"]["task"].items()
+        >= {"data": rows, "prompt_column": "prompt"}.items()
+    )
+    assert (
+        f"rows: among 4 of the 4 in {rows}, which the model was trained on; --data gives others\n"
+        in measured.err
+    )
+    adapter = run(
+        *finetune(
+            "--recipe",
+            "none",
+            "--steps",
+            "1",
+            "--lora-rank",
+            "2",
+            "--lora-keep",
+            "--output",
+            "adapter",
+        )
+    )
     assert adapter.err.endswith("saved adapter; next: layerskip generate --model adapter\n")
 
 
 def test_the_template_and_the_system_message_are_saved_and_used(checkpoint, finetune):
     shutil.copytree(checkpoint, "base")
-    Path("base", "chat_template.jinja").write_text("{% for m in messages %}[{{ m.role }}: {{ m.content }}]{% endfor %}")
+    Path("base", "chat_template.jinja").write_text(
+        "{% for m in messages %}[{{ m.role }}: {{ m.content }}]{% endfor %}"
+    )
     asked = ("--template", "chat", "--system", "Be brief.")
     assert run(*finetune("--model", "base", "--steps", "1", *asked)).code == 0
     saved = json.loads(Path("out", "layerskip.json").read_text())
@@ -162,7 +232,9 @@ def test_the_template_and_the_system_message_are_saved_and_used(checkpoint, fine
     prompt = ("row 1", "--max-new-tokens", "4", "--device", "cpu", "--dtype", "fp32")
     by_default = run("generate", *prompt, "--model", "out", "--stats")
     assert "prompt template: chat with a system message" in by_default.err
-    whole = run("generate", "[system: Be brief.][user: row 1]", *prompt[1:], "--model", "out", "--raw")
+    whole = run(
+        "generate", "[system: Be brief.][user: row 1]", *prompt[1:], "--model", "out", "--raw"
+    )
     assert (by_default.code, by_default.out) == (0, whole.out)
     assert run("generate", *prompt, "--model", "out", "--raw").out != whole.out
 
@@ -181,7 +253,10 @@ def test_a_config_file_gives_defaults_and_flags_win(finetune, checkpoint):
     )
     plan = plan_of("finetune", "--config", "run.toml")
     assert "4 rows" in plan and "4 rows are truncated at 12" in plan and "9 steps of 3 x 1" in plan
-    assert "recipe auto: dropout up to 0.4, ending after 1 step, e_scale 0.2 uniform, gradual, " in plan
+    assert (
+        "recipe auto: dropout up to 0.4, ending after 1 step, e_scale 0.2 uniform, gradual, "
+        in plan
+    )
     plan = plan_of("finetune", "--steps", "5", "--config", "run.toml", "--pmax", "0")
     assert "truncated at 12" in plan and "5 steps of 3 x 1" in plan and "no dropout" in plan
     Path("run.toml").write_text("dry-run = true\n")
@@ -192,7 +267,10 @@ def test_a_config_file_gives_defaults_and_flags_win(finetune, checkpoint):
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("steps = 3\nlearning-speed = 1\n", "'learning-speed' is no flag of finetune; known: accumulation, "),
+        (
+            "steps = 3\nlearning-speed = 1\n",
+            "'learning-speed' is no flag of finetune; known: accumulation, ",
+        ),
         ('config = "other.toml"\n', "'config' is no flag of finetune"),
         ("steps = \n", "run.toml is not valid TOML: Invalid value (at line 1"),
         (b"model = '\xff'\n", "is not valid TOML: 'utf-8' codec"),
@@ -219,23 +297,53 @@ def test_a_number_of_another_kind_in_a_config_file_is_wrong_usage(finetune, valu
 
 def test_settings_that_cannot_be(finetune):
     for arguments, named in (
-        (["--curriculum", "spiral"], "--curriculum must be one of rotational, gradual, all, none, got spiral"),
+        (
+            ["--curriculum", "spiral"],
+            "--curriculum must be one of rotational, gradual, all, none, got spiral",
+        ),
         (["--exits", "2,6"], "--exits must be in 1..5, got 6 (model has 6 layers)"),
-        (["--max-length", "129"], "--max-length must be at most the model's context of 128 tokens, got 129"),
+        (
+            ["--max-length", "129"],
+            "--max-length must be at most the model's context of 128 tokens, got 129",
+        ),
         (["--vocab-size", "400"], "--vocab-size must be used with --recipe scratch, got 400"),
-        (["--recipe", "scratch", "--replay", "0.5"], "--replay must be left out with --recipe scratch"),
+        (
+            ["--recipe", "scratch", "--replay", "0.5"],
+            "--replay must be left out with --recipe scratch",
+        ),
         (["--recipe", "none", "--pmax", "0.1"], "--pmax must be left out with --recipe none"),
-        (["--template", "chat"], "a chat template was asked for, but the model's tokenizer has none"),
-        (["--prompt-template", "Q:"], "--template must be raw, chat or a text with {prompt} in it, got Q:"),
+        (
+            ["--template", "chat"],
+            "a chat template was asked for, but the model's tokenizer has none",
+        ),
+        (
+            ["--prompt-template", "Q:"],
+            "--template must be raw, chat or a text with {prompt} in it, got Q:",
+        ),
         (["--model", "here/none/such"], "no model 'here/none/such': needed embedded"),
         (["--data", "none.jsonl"], "--data none.jsonl: there is no such file"),
-        (["--epochs", "2", "--data", "commands"], "--epochs must be used with --samples for `commands`, which has no end"),
-        (["--curriculum", "all", "--rotation", "2"], "--rotation must be used with --curriculum rotational, got all"),
-        (["--validation-samples", "9"], "--validation-samples must be used with --validation, got 9"),
+        (
+            ["--epochs", "2", "--data", "commands"],
+            "--epochs must be used with --samples for `commands`, which has no end",
+        ),
+        (
+            ["--curriculum", "all", "--rotation", "2"],
+            "--rotation must be used with --curriculum rotational, got all",
+        ),
+        (
+            ["--validation-samples", "9"],
+            "--validation-samples must be used with --validation, got 9",
+        ),
         (["--streaming"], "--steps must be given with --streaming"),
-        (["--streaming", "--steps", "1", "--samples", "2"], "--samples must be left out with --streaming, got 2"),
+        (
+            ["--streaming", "--steps", "1", "--samples", "2"],
+            "--samples must be left out with --streaming, got 2",
+        ),
         (["--lora-targets", "q_proj"], "--lora-targets must be used with --lora-rank, got no rank"),
-        (["--resume"], "--resume: there is no checkpoint in out/checkpoints; a run with --save-steps N has them until it ends"),
+        (
+            ["--resume"],
+            "--resume: there is no checkpoint in out/checkpoints; a run with --save-steps N has them until it ends",
+        ),
     ):
         refused(f"error: {named}", *finetune("--threads", "1", *arguments))
         assert list(Path().iterdir()) == [], arguments
@@ -250,14 +358,20 @@ def test_a_dry_run_finds_what_the_libraries_refuse(finetune, flags):
 
 def test_a_malformed_row_is_named_and_nothing_written(finetune):
     Path("rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
-    fails("rows.jsonl:2: no column 'completion' (--completion-column); found prompt", *finetune("--data", "rows.jsonl"))
+    fails(
+        "rows.jsonl:2: no column 'completion' (--completion-column); found prompt",
+        *finetune("--data", "rows.jsonl"),
+    )
     assert files() == ["rows.jsonl"]
 
 
 def test_an_output_that_may_not_be_replaced(finetune):
     Path("out").mkdir()
     Path("out", "config.json").write_text("{}")
-    fails("--output out already holds a model; give --overwrite to replace it, or another folder", *finetune())
+    fails(
+        "--output out already holds a model; give --overwrite to replace it, or another folder",
+        *finetune(),
+    )
     message = "in the way is config.json, which layerskip did not write; move it away, or give another folder"
     fails(f"--output out: {message}", *finetune("--overwrite"))
     assert (files(), Path("out", "config.json").read_text()) == (["out/config.json"], "{}")
@@ -273,26 +387,38 @@ def test_blocks_beside_a_frozen_model(finetune, checkpoint):
     planned = run(*arguments, "--dry-run")
     assert (planned.code, planned.out, list(Path().iterdir())) == (0, "", [])
     rows, steps, what, worth, answers, note = planned.err.splitlines()
-    assert what == ("blocks at exits 2,4, 0.0M parameters; the model stays as it is; answers of the model")
+    assert what == (
+        "blocks at exits 2,4, 0.0M parameters; the model stays as it is; answers of the model"
+    )
     assert re.fullmatch(
         rf"{re.escape(checkpoint)} \(0\.1M parameters, 6 layers\) on .*rows\.jsonl: 4 rows and 0 held out, \d+ tokens at most",
         rows,
     )
     assert steps == "2 steps of 2 x 1 rows, lr 0.01, fp32 on cpu"
     assert answers == "4 answers by the model, at most 4 tokens; 0 exist already"
-    speeds = "(" + ", ".join(rf"[\d.]+x at {share}%" for share in (50, 60, 70, 80)) + "|not known, because times differ.*)"
+    speeds = (
+        "("
+        + ", ".join(rf"[\d.]+x at {share}%" for share in (50, 60, 70, 80))
+        + "|not known, because times differ.*)"
+    )
     draft = r"a draft takes about [\d.]+ of a step \([\d.]+ ms\) on this machine"
     assert re.match(rf"{draft}; estimated speedup by acceptance rate: {speeds};", worth)
-    assert note.startswith("saved settings that will be left out: exit 1; they were chosen without these blocks")
+    assert note.startswith(
+        "saved settings that will be left out: exit 1; they were chosen without these blocks"
+    )
 
     result = run(*arguments)
     assert (result.code, result.out) == (0, "")
     assert re.search(
-        r"^training 2/2 loss [\d.]+ exits 2:[\d.]+ 4:[\d.]+ lr [\d.e-]+ \d+ tokens/s 0 s left$", result.err, re.MULTILINE
+        r"^training 2/2 loss [\d.]+ exits 2:[\d.]+ 4:[\d.]+ lr [\d.e-]+ \d+ tokens/s 0 s left$",
+        result.err,
+        re.MULTILINE,
     )
     assert re.search(r"^divergence: 2: [\d.]+  4: [\d.]+$", result.err, re.MULTILINE)
     assert result.err.endswith("saved out; next: layerskip bench --model out\n")
-    assert {"out/exit_blocks.safetensors", "out/model.safetensors", "out/layerskip.json"} <= set(files())
+    assert {"out/exit_blocks.safetensors", "out/model.safetensors", "out/layerskip.json"} <= set(
+        files()
+    )
     for wrong, told in (
         (("--answers", "data"), "--answer-tokens must be left out with --answers data, got 4"),
         (("--draft-vocab", "9"), "--draft-vocab must be used with --layout eagle3, got 9"),

@@ -1,4 +1,6 @@
-"""The command itself: fast help, one-line errors, exit statuses; and `layerskip data`: rows as JSON lines."""
+"""The command itself: fast help, one-line errors, exit statuses; and `layerskip data`: rows as JSON
+lines.
+"""
 
 import sys
 from importlib.metadata import version
@@ -37,15 +39,27 @@ def test_help_loads_no_library_of_models(arguments):
 @pytest.mark.parametrize(
     "arguments",
     [
-        *(["finetune", "--data", "no.csv"], ["bench", "--data", "no.csv"], ["verify", "--data", "no.csv"]),
+        *(
+            ["finetune", "--data", "no.csv"],
+            ["bench", "--data", "no.csv"],
+            ["verify", "--data", "no.csv"],
+        ),
         *(["finetune", "--validation", "no.csv"], ["bench", "--task", "no.csv"]),
-        *(["finetune", "--model", "none"], ["generate", "hi", "--model", "none"], ["export", "none"]),
+        *(
+            ["finetune", "--model", "none"],
+            ["generate", "hi", "--model", "none"],
+            ["export", "none"],
+        ),
     ],
     ids=" ".join,
 )
 def test_what_is_not_there_is_told_before_a_library_of_models_is_loaded(arguments):
     result = finish(start(*arguments, command=LISTING_MODULES))
-    told = f"{arguments[1]} no.csv: there is no such file" if "no.csv" in arguments else "no model 'none': needed embedded, "
+    told = (
+        f"{arguments[1]} no.csv: there is no such file"
+        if "no.csv" in arguments
+        else "no model 'none': needed embedded, "
+    )
     assert result.code == 1 and result.err.startswith(f"error: {told}")
     assert not {"torch", "transformers", "datasets", "numpy"} & set(result.err.split())
 
@@ -54,19 +68,40 @@ def test_what_is_not_there_is_told_before_a_library_of_models_is_loaded(argument
     ("arguments", "line"),
     [
         (["generat"], "no such command 'generat'; did you mean 'generate'? (see layerskip --help)"),
-        (["generate", "--spek", "3"], "no such option: --spek; did you mean --spec? (see layerskip generate --help)"),
-        (["generate", "x", "--max-tokens", "3"], "--max-tokens; did you mean --max-new-tokens? (see layerskip generate"),
+        (
+            ["generate", "--spek", "3"],
+            "no such option: --spek; did you mean --spec? (see layerskip generate --help)",
+        ),
+        (
+            ["generate", "x", "--max-tokens", "3"],
+            "--max-tokens; did you mean --max-new-tokens? (see layerskip generate",
+        ),
         (["generate", "x", "y"], "unexpected extra argument"),
         (["generate", "x", "--spec"], "'--spec' requires an argument"),
-        (["generate", "x", "--exit", "half"], "--exit must be a whole number of at least 1, got half"),
+        (
+            ["generate", "x", "--exit", "half"],
+            "--exit must be a whole number of at least 1, got half",
+        ),
         (["generate", "x", "--top_p=z"], "--top-p must be a number in (0, 1], got z"),
         (["generate", "x", "--spec", "-3"], "--spec must be a whole number in 1..10000, got -3"),
-        (["generate", "x", "--strategy", "lokup"], "autoregressive, got lokup; did you mean lookup?"),
+        (
+            ["generate", "x", "--strategy", "lokup"],
+            "autoregressive, got lokup; did you mean lookup?",
+        ),
         (["generate", "x", "--dtype", "fp23"], "got fp23; did you mean fp32?"),
-        (["generate", "x", "--exit", "99"], "--exit must be in 1..23, got 99 (model has 24 layers)"),
-        (["generate", "x", "--lines"], "--lines and --jsonl read standard input; give no PROMPT with them"),
+        (
+            ["generate", "x", "--exit", "99"],
+            "--exit must be in 1..23, got 99 (model has 24 layers)",
+        ),
+        (
+            ["generate", "x", "--lines"],
+            "--lines and --jsonl read standard input; give no PROMPT with them",
+        ),
         (["bench", "--task", "comands"], "got comands; did you mean commands?"),
-        (["data", "--split", "tset"], "--split must be one of train, validation, test, compositional, sealed, got tset"),
+        (
+            ["data", "--split", "tset"],
+            "--split must be one of train, validation, test, compositional, sealed, got tset",
+        ),
     ],
 )
 def test_wrong_usage_is_one_line_and_status_2(arguments, line):
@@ -79,7 +114,10 @@ def test_what_fails_while_running_is_status_1(tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "x"}\n')
     for arguments, line in (
-        (["generate", "x", "--model", str(rows)], f"error: the file {str(rows)!r} is no model: needed embedded, "),
+        (
+            ["generate", "x", "--model", str(rows)],
+            f"error: the file {str(rows)!r} is no model: needed embedded, ",
+        ),
         (["generate", "x", "--model", "embeded"], "error: no model 'embeded': needed embedded, "),
         (["generate", "x" * 9000], "error: the prompt"),  # does not fit into the context
         (["compare", str(tmp_path / "none")], "error: RUNS"),
@@ -92,15 +130,24 @@ def test_what_fails_while_running_is_status_1(tmp_path):
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        (LayerSkipError("--exit must be [bold]1[/bold], got " + "x" * 200), "--exit must be [bold]1[/bold], got " + "x" * 200),
+        (
+            LayerSkipError("--exit must be [bold]1[/bold], got " + "x" * 200),
+            "--exit must be [bold]1[/bold], got " + "x" * 200,
+        ),
         (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
         (LayerSkipError("several\nlines\r\n\n  of it\u2028\n"), "several lines of it"),
         (LayerSkipError("\x1b[31mred\x07 half \ud83c"), r"\x1b[31mred\x07 half \ud83c"),
         (LayerSkipError("x" * 5000), "x" * 2000 + "..."),
         (KeyError("weight"), "KeyError: 'weight'; --debug shows where"),
         (MemoryError(), "out of memory"),
-        (torch.OutOfMemoryError("CUDA out of memory.\nTried"), "out of memory: CUDA out of memory. Tried"),
-        (RecursionError("too deep"), "something is nested too deeply: too deep; --debug shows where"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory.\nTried"),
+            "out of memory: CUDA out of memory. Tried",
+        ),
+        (
+            RecursionError("too deep"),
+            "something is nested too deeply: too deep; --debug shows where",
+        ),
         (BaseException("a panic of Rust"), "BaseException: a panic of Rust; --debug shows where"),
     ],
     ids=repr,
@@ -110,13 +157,18 @@ def test_an_error_is_one_line_as_it_stands(failing, error, line):
     fails(line, "data")
 
 
-@pytest.mark.parametrize("arguments", [["--debug", "data"], ["data", "--debug"], ["data", "--debug", "--samples", "2"]])
+@pytest.mark.parametrize(
+    "arguments", [["--debug", "data"], ["data", "--debug"], ["data", "--debug", "--samples", "2"]]
+)
 def test_debug_shows_where(failing, arguments):
     failing(KeyError("weight"))
     result = run(*arguments)
     assert (result.code, result.out) == (1, "")
     first, *between, last = result.err.splitlines()
-    assert (first, last) == ("Traceback (most recent call last):", "error: KeyError: 'weight'; --debug shows where")
+    assert (first, last) == (
+        "Traceback (most recent call last):",
+        "error: KeyError: 'weight'; --debug shows where",
+    )
     assert any("in fail" in line for line in between)
 
 
@@ -124,13 +176,18 @@ def test_debug_by_the_environment_and_a_prompt_of_that_name(failing, monkeypatch
     failing(LayerSkipError("no"))
     for value, lines in (("", 1), ("0", 1), ("1", 3)):
         monkeypatch.setenv("LAYERSKIP_DEBUG", value)
-        assert (run("data").err.count("\n") >= lines) and (lines > 1) == ("Traceback" in run("data").err)
+        assert (run("data").err.count("\n") >= lines) and (lines > 1) == (
+            "Traceback" in run("data").err
+        )
     monkeypatch.delenv("LAYERSKIP_DEBUG")
     result = run("generate", "--model", "nonesuch", "--", "--debug")
-    assert (result.code, result.err.count("\n")) == (1, 1) and result.err.startswith("error: no model 'nonesuch'")
+    assert (result.code, result.err.count("\n")) == (1, 1) and result.err.startswith(
+        "error: no model 'nonesuch'"
+    )
 
 
-CLOSED, FULL = "error: [Errno 9] Bad file descriptor\n", "error: [Errno 28] No space left on device\n"
+CLOSED = "error: [Errno 9] Bad file descriptor\n"
+FULL = "error: [Errno 28] No space left on device\n"
 
 
 @pytest.mark.parametrize(
@@ -148,14 +205,18 @@ CLOSED, FULL = "error: [Errno 9] Bad file descriptor\n", "error: [Errno 28] No s
     ],
 )
 def test_streams_as_the_shell_left_them(arguments, streams, code, error):
-    result = finish(start("-c", f'exec "{sys.executable}" -m cli {arguments} {streams}', command=("/bin/sh",)))
+    result = finish(
+        start("-c", f'exec "{sys.executable}" -m cli {arguments} {streams}', command=("/bin/sh",))
+    )
     assert (result.code, result.err) == (code, error)
     assert bool(result.out) == (code == 0)
 
 
 @pytest.mark.slow
 def test_a_model_is_loaded_and_answers_whatever_the_streams_are(checkpoint):
-    command = f'exec "{sys.executable}" -m cli generate x --stats --max-new-tokens 3 --model {checkpoint}'
+    command = (
+        f'exec "{sys.executable}" -m cli generate x --stats --max-new-tokens 3 --model {checkpoint}'
+    )
     for streams, code in (("<&- 2>&-", 0), (">/dev/full", 1)):
         result = finish(start("-c", f"{command} {streams}", command=("/bin/sh",)))
         assert (result.code, bool(result.out)) == (code, code == 0)
@@ -210,11 +271,16 @@ def test_odd_and_empty_arguments(arguments, named, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("locale", [{"LC_ALL": "C"}, {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}])
+@pytest.mark.parametrize(
+    "locale", [{"LC_ALL": "C"}, {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
+)
 def test_any_locale(tmp_path, locale):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"prompt": "n\u00e9 \u65e5", "completion": "\U0001f3e0"}\n', encoding="utf-8")
-    result = finish(start("data", "--data", str(file), env={**ENVIRONMENT, **locale}, encoding="utf-8"))
+    result = finish(
+        start("data", "--data", str(file), env={**ENVIRONMENT, **locale}, encoding="utf-8")
+    )
     assert (result.code, result.out, result.err) == (0, file.read_text(encoding="utf-8"), "")
     result = finish(start("data", "--data", "n\u00e9.csv", env={**ENVIRONMENT, **locale}))
-    assert (result.out, result.err.count("\n")) == ("", 1) and result.code in (1, 2)  # 2: a path of bytes is no text
+    # 2: a path of bytes is no text
+    assert (result.out, result.err.count("\n")) == ("", 1) and result.code in (1, 2)

@@ -24,16 +24,33 @@ def extras():
 
 @pytest.mark.parametrize(
     ("number", "flags", "key", "source"),
-    [(signal.SIGINT, (), "secret", "LAYERSKIP_API_KEY"), (signal.SIGTERM, ("--api-key", "secret"), "other", "--api-key")],
+    [
+        (signal.SIGINT, (), "secret", "LAYERSKIP_API_KEY"),
+        (signal.SIGTERM, ("--api-key", "secret"), "other", "--api-key"),
+    ],
 )
 def test_it_answers_until_a_signal_and_finishes_what_it_began(extras, number, flags, key, source):
     import openai
 
-    process = start("serve", "--port", "0", "--threads", "1", *flags, env={**ENVIRONMENT, "LAYERSKIP_API_KEY": key})
+    process = start(
+        "serve",
+        "--port",
+        "0",
+        "--threads",
+        "1",
+        *flags,
+        env={**ENVIRONMENT, "LAYERSKIP_API_KEY": key},
+    )
     line = process.stderr.readline()
-    assert line.startswith("embedded at http://127.0.0.1:") and line.endswith(f"with the key of {source}; Ctrl-C stops it\n")
-    client = openai.OpenAI(base_url=re.search(r"http://[\d.:]+/v1", line)[0], api_key="secret", max_retries=0)
-    text = client.completions.create(model="embedded", prompt="set an alarm for 7 am").choices[0].text
+    assert line.startswith("embedded at http://127.0.0.1:") and line.endswith(
+        f"with the key of {source}; Ctrl-C stops it\n"
+    )
+    client = openai.OpenAI(
+        base_url=re.search(r"http://[\d.:]+/v1", line)[0], api_key="secret", max_retries=0
+    )
+    text = (
+        client.completions.create(model="embedded", prompt="set an alarm for 7 am").choices[0].text
+    )
     assert text.startswith("[IN:CREATE_ALARM ")
     messages = [{"role": "user", "content": "set an alarm for 7 am"}]
     stream = iter(client.chat.completions.create(model="embedded", messages=messages, stream=True))
@@ -47,12 +64,22 @@ def test_it_answers_until_a_signal_and_finishes_what_it_began(extras, number, fl
 def test_an_address_that_cannot_be_used(extras):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])
-        fails(f"--host 127.0.0.1 with --port {port} cannot be used: Address already in use", "serve", "--port", port)
+        fails(
+            f"--host 127.0.0.1 with --port {port} cannot be used: Address already in use",
+            "serve",
+            "--port",
+            port,
+        )
 
 
 def test_wrong_settings(extras, monkeypatch):
     fails("--port must be a whole number in 0..65535, got 70000", "serve", "--port", "70000")
-    fails("--api-key must be a text of valid Unicode that is not empty, got an empty one", "serve", "--api-key", "")
+    fails(
+        "--api-key must be a text of valid Unicode that is not empty, got an empty one",
+        "serve",
+        "--api-key",
+        "",
+    )
     monkeypatch.setenv("LAYERSKIP_API_KEY", "")
     fails("LAYERSKIP_API_KEY must be a text that is not empty, got an empty one", "serve")
 
@@ -73,10 +100,18 @@ def test_answers_are_not_remembered_unless_asked(extras, monkeypatch, flags, kep
 def test_a_bound_on_memory_that_nothing_keeps_is_refused(extras, checkpoint, monkeypatch):
     monkeypatch.setattr("layerskip_core.checkpoint.open.can_run_native", lambda *_: False)
     given = ("--model", checkpoint, "--kv-memory", "100")
-    refused("--kv-memory must be left out: nothing bounds the KV entries of ", "serve", "--port", "0", *given)
+    refused(
+        "--kv-memory must be left out: nothing bounds the KV entries of ",
+        "serve",
+        "--port",
+        "0",
+        *given,
+    )
 
 
-def test_requests_are_sampled_as_the_model_s_maker_says_unless_a_flag_does(extras, monkeypatch, checkpoint, tmp_path):
+def test_requests_are_sampled_as_the_model_s_maker_says_unless_a_flag_does(
+    extras, monkeypatch, checkpoint, tmp_path
+):
     folder = shutil.copytree(checkpoint, tmp_path / "sampled")
     edit_json(folder / "generation_config.json", do_sample=True, temperature=0.6, top_k=40)
 
@@ -86,9 +121,14 @@ def test_requests_are_sampled_as_the_model_s_maker_says_unless_a_flag_does(extra
 
     monkeypatch.setattr("cli.server.app.Service", service)
     said = run("serve", "--port", "0", "--model", str(folder), "--top-k", "3").err
-    assert said.startswith("generation_config.json: temperature 0.6, top_k 40, ") and said.endswith("error: far enough\n")
+    assert said.startswith("generation_config.json: temperature 0.6, top_k 40, ") and said.endswith(
+        "error: far enough\n"
+    )
 
 
 def test_without_the_extra_it_names_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    fails("serve needs the extra `serve`, whose package uvicorn is missing: pip install 'layerskip[serve]'", "serve")
+    fails(
+        "serve needs the extra `serve`, whose package uvicorn is missing: pip install 'layerskip[serve]'",
+        "serve",
+    )

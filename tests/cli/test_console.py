@@ -1,4 +1,6 @@
-"""Progress in a terminal, and the number of CPU threads of a model; those beside other processes: test_threads.py."""
+"""Progress in a terminal, and the number of CPU threads of a model; those beside other processes:
+test_threads.py.
+"""
 
 from types import SimpleNamespace
 
@@ -14,7 +16,10 @@ def test_time_left_counts_from_where_a_run_began(monkeypatch, capsys):
         show("training", 801, 840, "a")
         show("training", 811, 840, "b")  # 10 steps in 10 s, 29 to go
         show("training", 821, 840, "c")
-    assert capsys.readouterr().err.splitlines() == ["training 811/840 b 29 s left", "training 821/840 c 19 s left"]
+    assert capsys.readouterr().err.splitlines() == [
+        "training 811/840 b 29 s left",
+        "training 821/840 c 19 s left",
+    ]
     now = iter([0.0, 10.0])
     monkeypatch.setattr(console.time, "monotonic", lambda: next(now))
     with console.stage_bars() as show:
@@ -25,7 +30,9 @@ def test_time_left_counts_from_where_a_run_began(monkeypatch, capsys):
 
 def test_a_small_model_decodes_with_one_thread_unless_told_otherwise():
     def loaded(width, device="cpu"):
-        return SimpleNamespace(backend=SimpleNamespace(spec=SimpleNamespace(hidden=width), device=torch.device(device)))
+        return SimpleNamespace(
+            backend=SimpleNamespace(spec=SimpleNamespace(hidden=width), device=torch.device(device))
+        )
 
     before = torch.get_num_threads()
     try:

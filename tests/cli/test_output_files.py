@@ -1,4 +1,6 @@
-"""Whose files an output folder holds: only those of a model of ours are replaced, and what is in the way is told first."""
+"""Whose files an output folder holds: only those of a model of ours are replaced, and what is in
+the way is told first.
+"""
 
 import json
 from dataclasses import replace
@@ -13,11 +15,21 @@ from layerskip_core.checkpoint.save import RUN_FILES, model_files, write_info
 from layerskip_core.errors import CheckpointError
 
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
-LISTED = {"config.json", "generation_config.json", "model.safetensors", "layerskip.json", *TOKENIZER}
+LISTED = {
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "layerskip.json",
+    *TOKENIZER,
+}
 
 
 def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in Path(folder).rglob("*")
+        if path.is_file()
+    }
 
 
 def imported(checkpoint, output, *arguments):
@@ -32,7 +44,12 @@ def model(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "text"), [("model.safetensors", "mine"), ("additional_chat_templates/tools.jinja", "mine"), ("config.json", "{}")]
+    ("name", "text"),
+    [
+        ("model.safetensors", "mine"),
+        ("additional_chat_templates/tools.jinja", "mine"),
+        ("config.json", "{}"),
+    ],
 )
 def test_files_of_others_are_in_the_way_before_any_work(tmp_path, name, text):
     """The model does not exist: nobody has looked for it yet."""
@@ -59,20 +76,31 @@ def test_a_folder_is_in_the_way_even_under_a_name_of_ours(model):
     (model / "model.safetensors").unlink()
     (model / "model.safetensors").mkdir()
     told = f"--output {model}: in the way is model.safetensors, which layerskip did not write; "
-    fails(f"{told}move it away, or give another folder", "import", "no/model", "--output", str(model), "--overwrite")
+    fails(
+        f"{told}move it away, or give another folder",
+        "import",
+        "no/model",
+        "--output",
+        str(model),
+        "--overwrite",
+    )
     assert (model / "model.safetensors").is_dir() and (model / "config.json").exists()
 
 
 def test_files_that_no_loader_reads_stay(checkpoint, tmp_path):
     folder = tmp_path / "out"
     (folder / "notes").mkdir(parents=True)
-    mine = dict.fromkeys(("notes.txt", "README.md", "notes/model.safetensors", "weights.bin", "config.yaml"), "mine")
+    mine = dict.fromkeys(
+        ("notes.txt", "README.md", "notes/model.safetensors", "weights.bin", "config.yaml"), "mine"
+    )
     for name, text in mine.items():
         (folder / name).write_text(text)
     assert imported(checkpoint, folder).code == 0
     assert imported(checkpoint, folder, "--overwrite").code == 0
     found = contents(folder)
-    assert found.keys() == LISTED | mine.keys() and all(found[name] == text.encode() for name, text in mine.items())
+    assert found.keys() == LISTED | mine.keys() and all(
+        found[name] == text.encode() for name, text in mine.items()
+    )
 
 
 def test_layerskip_json_lists_what_is_replaced(checkpoint, model):
@@ -111,7 +139,20 @@ def test_a_folder_behind_a_link_is_written_through_it(checkpoint, tmp_path):
     assert (tmp_path / "link").is_symlink() and contents(tmp_path / "real").keys() == LISTED
 
 
-TRAINED = ("--samples", "4", "--steps", "1", "--batch-size", "2", "--max-length", "48", "--device", "cpu", "--dtype", "fp32")
+TRAINED = (
+    "--samples",
+    "4",
+    "--steps",
+    "1",
+    "--batch-size",
+    "2",
+    "--max-length",
+    "48",
+    "--device",
+    "cpu",
+    "--dtype",
+    "fp32",
+)
 
 
 def test_an_adapter_does_not_replace_its_base(base, tmp_path):

@@ -13,7 +13,11 @@ tools = pytest.importorskip("test_tools", reason=NEEDED)
 ASKED = {"model": "tiny", "input": "wake me", "max_output_tokens": 12}
 CONVERSATION = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "wake me"}]
 WEATHER, TIME = ({"type": "function", **tool["function"]} for tool in (tools.WEATHER, tools.TIME))
-NAMED = {"tools": [WEATHER, TIME], "tool_choice": {"type": "function", "name": "weather"}, "max_output_tokens": 100}
+NAMED = {
+    "tools": [WEATHER, TIME],
+    "tool_choice": {"type": "function", "name": "weather"},
+    "max_output_tokens": 100,
+}
 
 
 @pytest.fixture(scope="module")
@@ -24,15 +28,25 @@ def client(folders):
 
 def without_names(response):
     items = [{**item.to_dict(), "id": "", "call_id": ""} for item in response.output]
-    return response.to_dict() | {"id": "", "created_at": 0, "usage": response.usage.output_tokens, "output": items}
+    return response.to_dict() | {
+        "id": "",
+        "created_at": 0,
+        "usage": response.usage.output_tokens,
+        "output": items,
+    }
 
 
 def streamed(client, **asked):
     """The response of a stream, whose events are in order and tell each part once."""
-    events, parts = list(client.responses.create(**asked, stream=True)), {}
+    events = list(client.responses.create(**asked, stream=True))
+    parts = {}
     assert [event.sequence_number for event in events] == list(range(len(events)))
     first, second, *others, last = events
-    assert (first.type, second.type, first.response.status) == ("response.created", "response.in_progress", "in_progress")
+    assert (first.type, second.type, first.response.status) == (
+        "response.created",
+        "response.in_progress",
+        "in_progress",
+    )
     assert last.type == f"response.{last.response.status}"
     for event in others:
         kind = event.type.removeprefix("response.")
@@ -50,17 +64,44 @@ def streamed(client, **asked):
 
 
 def test_a_response_is_a_conversation_s_answer_whole_and_streamed(client):
-    chat = client.chat.completions.create(model="tiny", messages=CONVERSATION, max_tokens=12, logprobs=True, top_logprobs=2)
+    chat = client.chat.completions.create(
+        model="tiny", messages=CONVERSATION, max_tokens=12, logprobs=True, top_logprobs=2
+    )
     parts = [{"type": "input_text", "text": "wake "}, {"type": "input_text", "text": "me"}]
-    for given in ("wake me", [{"role": "user", "content": "wake me"}], [{"type": "message", "role": "user", "content": parts}]):
-        response = client.responses.create(**ASKED | {"input": given}, instructions="Be short.", store=False)
-        assert response.output_text == chat.choices[0].message.content and response.instructions == "Be short."
-        assert (response.usage.input_tokens, response.usage.output_tokens) == (chat.usage.prompt_tokens, 12)
-        assert (response.status, response.incomplete_details.reason) == ("incomplete", "max_output_tokens")
-    more = {**ASKED, "input": CONVERSATION, "include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    for given in (
+        "wake me",
+        [{"role": "user", "content": "wake me"}],
+        [{"type": "message", "role": "user", "content": parts}],
+    ):
+        response = client.responses.create(
+            **ASKED | {"input": given}, instructions="Be short.", store=False
+        )
+        assert (
+            response.output_text == chat.choices[0].message.content
+            and response.instructions == "Be short."
+        )
+        assert (response.usage.input_tokens, response.usage.output_tokens) == (
+            chat.usage.prompt_tokens,
+            12,
+        )
+        assert (response.status, response.incomplete_details.reason) == (
+            "incomplete",
+            "max_output_tokens",
+        )
+    more = {
+        **ASKED,
+        "input": CONVERSATION,
+        "include": ["message.output_text.logprobs"],
+        "top_logprobs": 2,
+    }
     whole = client.responses.create(**more)
-    told = [(one.token, one.logprob, len(one.top_logprobs)) for one in whole.output[0].content[0].logprobs]
-    assert told == [(one.token, pytest.approx(one.logprob), 2) for one in chat.choices[0].logprobs.content]
+    told = [
+        (one.token, one.logprob, len(one.top_logprobs))
+        for one in whole.output[0].content[0].logprobs
+    ]
+    assert told == [
+        (one.token, pytest.approx(one.logprob), 2) for one in chat.choices[0].logprobs.content
+    ]
     assert without_names(streamed(client, **more)) == without_names(whole)
 
 
@@ -71,7 +112,9 @@ def test_a_response_is_parsed(client):
     assert isinstance(parsed.output_parsed, server.Alarm) and parsed.status == "completed"
     with client.responses.stream(**asked, text_format=server.Alarm) as stream:
         assert stream.get_final_response().output_parsed == parsed.output_parsed
-    free = client.responses.create(**asked, text={"format": {"type": "json_object"}}, temperature=1, extra_body={"seed": 1})
+    free = client.responses.create(
+        **asked, text={"format": {"type": "json_object"}}, temperature=1, extra_body={"seed": 1}
+    )
     assert free.status == "incomplete" or isinstance(json.loads(free.output_text), dict)
 
 
@@ -79,15 +122,27 @@ def test_a_tool_is_called_and_its_result_read(client):
     pytest.importorskip("llguidance", reason="needs the extra grammar")
     response = client.responses.create(**ASKED | NAMED)
     (call,) = response.output
-    assert (call.type, call.name, set(json.loads(call.arguments))) == ("function_call", "weather", {"city", "day"})
-    assert response.status == "completed" and [tool.name for tool in response.tools] == ["weather", "time"]
+    assert (call.type, call.name, set(json.loads(call.arguments))) == (
+        "function_call",
+        "weather",
+        {"city", "day"},
+    )
+    assert response.status == "completed" and [tool.name for tool in response.tools] == [
+        "weather",
+        "time",
+    ]
     assert without_names(streamed(client, **ASKED | NAMED)) == without_names(response)
     result = {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}
-    later = client.responses.create(**ASKED | {"input": [*CONVERSATION, *response.output, result], "tools": [WEATHER, TIME]})
+    later = client.responses.create(
+        **ASKED | {"input": [*CONVERSATION, *response.output, result], "tools": [WEATHER, TIME]}
+    )
     function = {"name": call.name, "arguments": call.arguments}
     messages = [
         *CONVERSATION,
-        {"role": "assistant", "tool_calls": [{"id": call.call_id, "type": "function", "function": function}]},
+        {
+            "role": "assistant",
+            "tool_calls": [{"id": call.call_id, "type": "function", "function": function}],
+        },
         {"role": "tool", "tool_call_id": call.call_id, "content": "sunny"},
     ]
     known = {"tools": [tools.WEATHER, tools.TIME], "max_tokens": 12}

@@ -30,7 +30,12 @@ httpx, openai, uvicorn, pydantic = (
 Service = pytest.importorskip("cli.server.app", reason=NEEDED).Service
 PROMPT = "wake me at 7"
 EXIT = 5  # whose drafts are sometimes right
-FLAGS = {"strategy": "self-speculative", "exit_layer": EXIT, "num_draft_tokens": 4, "max_new_tokens": 12}
+FLAGS = {
+    "strategy": "self-speculative",
+    "exit_layer": EXIT,
+    "num_draft_tokens": 4,
+    "max_new_tokens": 12,
+}
 
 
 @dataclass
@@ -40,17 +45,29 @@ class Api:
     server: uvicorn.Server
 
     def client(self, **keywords):
-        return openai.OpenAI(base_url=f"{self.url}/v1", max_retries=0, **{"api_key": "none", **keywords})
+        return openai.OpenAI(
+            base_url=f"{self.url}/v1", max_retries=0, **{"api_key": "none", **keywords}
+        )
 
     def metrics(self):
         lines = httpx.get(f"{self.url}/metrics").text.splitlines()
-        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
+        return {
+            name: float(value)
+            for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")
+        }
 
 
 @contextmanager
 def serving(decoder, key=None, **limits):
-    config = ServeConfig(**{"batch_size": 8, "queue_size": 256, "token_limit": 100, "decoding": FLAGS, **limits})
-    engine = Engine(decoder, config.batch_size, config.queue_size, prefixes=Prefixes(config.prefix_cache * 2**20))
+    config = ServeConfig(
+        **{"batch_size": 8, "queue_size": 256, "token_limit": 100, "decoding": FLAGS, **limits}
+    )
+    engine = Engine(
+        decoder,
+        config.batch_size,
+        config.queue_size,
+        prefixes=Prefixes(config.prefix_cache * 2**20),
+    )
     app = Service(decoder, PackingConfig(), config, engine, "tiny", key).app()
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
     listener = socket.create_server(("127.0.0.1", 0))
@@ -78,7 +95,11 @@ def client(api):
 
 
 def expected(prompt, limit=12, decoder=None, **changes):
-    stream = TextStream(decoder or tiny_loaded(), prompt, DecodingConfig("self-speculative", EXIT, 4, limit, **changes))
+    stream = TextStream(
+        decoder or tiny_loaded(),
+        prompt,
+        DecodingConfig("self-speculative", EXIT, 4, limit, **changes),
+    )
     return "".join(stream), stream.stats
 
 
@@ -93,7 +114,8 @@ def test_a_completion_is_the_model_s_answer_with_its_counts(client):
     text, stats = expected(PROMPT, 60)
     answer = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=60)
     assert (answer.choices[0].text, answer.choices[0].finish_reason) == (text, "length")
-    usage, details = answer.usage, answer.usage.completion_tokens_details
+    usage = answer.usage
+    details = answer.usage.completion_tokens_details
     assert (usage.prompt_tokens, usage.completion_tokens) == (stats.prompt_tokens, 60)
     assert 0 < details.accepted_prediction_tokens == stats.accepted
     assert details.rejected_prediction_tokens == stats.drafted - stats.accepted
@@ -109,16 +131,27 @@ def test_a_common_beginning_is_computed_once(client):
 
 def test_a_stream_is_the_same_answer_in_pieces(client):
     text, stats = expected(PROMPT, 30)
-    keywords = {"model": "tiny", "max_tokens": 30, "stream": True, "stream_options": {"include_usage": True}}
+    keywords = {
+        "model": "tiny",
+        "max_tokens": 30,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
     *pieces, last, usage = client.completions.create(prompt=PROMPT, **keywords)
     assert len(pieces) > 2
     assert "".join(chunk.choices[0].text for chunk in [*pieces, last]) == text
     assert [chunk.choices[0].finish_reason for chunk in pieces] == [None] * len(pieces)
     assert last.choices[0].finish_reason == "length"
-    assert (usage.choices, usage.usage.completion_tokens_details.accepted_prediction_tokens) == ([], stats.accepted)
+    assert (usage.choices, usage.usage.completion_tokens_details.accepted_prediction_tokens) == (
+        [],
+        stats.accepted,
+    )
     messages = [{"role": "user", "content": PROMPT}]
     first, *rest, _ = client.chat.completions.create(messages=messages, **keywords)
-    assert (first.choices[0].delta.role, {chunk.choices[0].delta.role for chunk in rest}) == ("assistant", {None})
+    assert (first.choices[0].delta.role, {chunk.choices[0].delta.role for chunk in rest}) == (
+        "assistant",
+        {None},
+    )
     assert "".join(chunk.choices[0].delta.content or "" for chunk in [first, *rest]) == text
 
 
@@ -126,13 +159,23 @@ def test_stop_and_limits_end_an_answer(client):
     text = expected(PROMPT, 30)[0]
     stop = text[10:13]
     for stops in (stop, [stop, "never there"]):
-        choice = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=30, stop=stops).choices[0]
+        choice = client.completions.create(
+            model="tiny", prompt=PROMPT, max_tokens=30, stop=stops
+        ).choices[0]
         assert (choice.text, choice.finish_reason) == (text[: text.index(stop)], "stop")
     messages = [{"role": "user", "content": [{"type": "text", "text": PROMPT}]}]
-    answer = client.chat.completions.create(model="tiny", messages=messages, max_completion_tokens=3)
-    assert (answer.choices[0].message.content, answer.usage.completion_tokens) == (expected(PROMPT, 3)[0], 3)
+    answer = client.chat.completions.create(
+        model="tiny", messages=messages, max_completion_tokens=3
+    )
+    assert (answer.choices[0].message.content, answer.usage.completion_tokens) == (
+        expected(PROMPT, 3)[0],
+        3,
+    )
     limited = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=9_999)
-    assert (limited.choices[0].text, limited.usage.completion_tokens) == (expected(PROMPT, 100)[0], 100)  # the server's limit
+    assert (limited.choices[0].text, limited.usage.completion_tokens) == (
+        expected(PROMPT, 100)[0],
+        100,
+    )  # the server's limit
 
 
 def test_a_request_s_sampling_wins_and_without_limits_answers_go_on_to_the_end_of_the_context():
@@ -142,19 +185,28 @@ def test_a_request_s_sampling_wins_and_without_limits_answers_go_on_to_the_end_o
     assert greedy.choices[0].text == expected(PROMPT)[0]
     assert cold.choices[0].text == expected(PROMPT, temperature=1, top_k=9, seed=3)[0]
     with serving(tiny_loaded(), token_limit=None, decoding={"strategy": "autoregressive"}) as api:
-        by_chat = api.client().chat.completions.create(model="tiny", messages=[{"role": "user", "content": PROMPT}])
+        by_chat = api.client().chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": PROMPT}]
+        )
         for answer in (api.client().completions.create(model="tiny", prompt=PROMPT), by_chat):
             assert (answer.usage.total_tokens, answer.choices[0].finish_reason) == (128, "length")
 
 
 def test_sampling_follows_its_seed(client):
     def sampled(**keywords):
-        answer = client.completions.create(model="tiny", prompt=PROMPT, temperature=2, max_tokens=12, **keywords)
+        answer = client.completions.create(
+            model="tiny", prompt=PROMPT, temperature=2, max_tokens=12, **keywords
+        )
         return [choice.text for choice in answer.choices]
 
     once = sampled(seed=7, n=2)
-    assert once == sampled(seed=7, n=2) == [expected(PROMPT, temperature=2.0, seed=seed)[0] for seed in (7, 8)]
-    assert len({text for _ in range(4) for text in sampled()}) > 1  # without a seed each has one of its own
+    assert (
+        once
+        == sampled(seed=7, n=2)
+        == [expected(PROMPT, temperature=2.0, seed=seed)[0] for seed in (7, 8)]
+    )
+    # Without a seed each has one of its own
+    assert len({text for _ in range(4) for text in sampled()}) > 1
     greedy = expected(PROMPT)[0]
     assert sampled(seed=7, top_p=1e-9) == sampled(seed=8, extra_body={"top_k": 1}) == [greedy]
 
@@ -166,11 +218,18 @@ def test_several_prompts_as_texts_or_ids_have_numbered_answers(client):
         choices = client.completions.create(model="tiny", prompt=asked).choices
         assert [choice.index for choice in choices] == [0, 1, 2]
         assert [choice.text for choice in choices] == [expected(prompt)[0] for prompt in prompts]
-    assert client.completions.create(model="tiny", prompt=ids[1]).choices[0].text == expected(prompts[1])[0]
+    assert (
+        client.completions.create(model="tiny", prompt=ids[1]).choices[0].text
+        == expected(prompts[1])[0]
+    )
 
 
 def test_options_that_change_logits_are_those_of_decoding(client):
-    options = {"frequency_penalty": 1.2, "presence_penalty": 0.5, "logit_bias": {"30": 5, "31": -100}}
+    options = {
+        "frequency_penalty": 1.2,
+        "presence_penalty": 0.5,
+        "logit_bias": {"30": 5, "31": -100},
+    }
     more = {"repetition_penalty": 1.3, "min_tokens": 5, "stop_token_ids": [44], "ignore_eos": True}
     own = {**options, **more, "logit_bias": ((30, 5.0), (31, -100.0)), "stop_token_ids": (44,)}
     text = expected(PROMPT, 30, **own)[0]
@@ -183,18 +242,31 @@ def test_options_that_change_logits_are_those_of_decoding(client):
 
 def test_log_probabilities_of_a_conversation_whole_and_streamed(client):
     config = DecodingConfig("self-speculative", EXIT, 4, 12, logprobs=3)
-    answer, decoder = TextStream(tiny_loaded(), PROMPT, config).finish(), tiny_loaded()
-    asked = {"model": "tiny", "messages": [{"role": "user", "content": PROMPT}], "logprobs": True, "top_logprobs": 3}
+    answer = TextStream(tiny_loaded(), PROMPT, config).finish()
+    decoder = tiny_loaded()
+    asked = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": PROMPT}],
+        "logprobs": True,
+        "top_logprobs": 3,
+    }
     whole = client.chat.completions.create(**asked).choices[0].logprobs.content
     chunks = list(client.chat.completions.create(**asked, stream=True))
     streamed = [one for chunk in chunks for one in chunk.choices[0].logprobs.content]
     for told in (whole, streamed):
-        assert [one.logprob for one in told] == pytest.approx([one.logprob for one in answer.logprobs])
+        assert [one.logprob for one in told] == pytest.approx(
+            [one.logprob for one in answer.logprobs]
+        )
         assert [one.token for one in told] == [decoder.token_text(token) for token in answer.ids]
         tops = [[(top.token, top.logprob) for top in one.top_logprobs] for one in told]
-        assert tops[4][0] == (decoder.token_text(answer.ids[4]), pytest.approx(answer.logprobs[4].logprob))
+        assert tops[4][0] == (
+            decoder.token_text(answer.ids[4]),
+            pytest.approx(answer.logprobs[4].logprob),
+        )
         assert all(len(top) == 3 for top in tops)
-    assert [bytes(one.bytes).decode() for one in whole if one.bytes] == [one.token for one in whole if one.bytes]
+    assert [bytes(one.bytes).decode() for one in whole if one.bytes] == [
+        one.token for one in whole if one.bytes
+    ]
     with pytest.raises(openai.BadRequestError, match="top_logprobs must be used with logprobs"):
         client.chat.completions.create(**{**asked, "logprobs": False})
 
@@ -212,17 +284,31 @@ def test_structured_outputs_validate_whole_and_streamed(client):
     pytest.importorskip("llguidance", reason="needs the extra grammar")
     asked = {"model": "tiny", "messages": [{"role": "user", "content": PROMPT}], "max_tokens": 90}
     for temperature in (0, 1):
-        choice = client.chat.completions.parse(**asked, response_format=Alarm, temperature=temperature).choices[0]
+        choice = client.chat.completions.parse(
+            **asked, response_format=Alarm, temperature=temperature
+        ).choices[0]
         assert isinstance(choice.message.parsed, Alarm) and choice.finish_reason == "stop"
-    form = {"type": "json_schema", "json_schema": {"name": "alarm", "schema": Alarm.model_json_schema()}}
+    form = {
+        "type": "json_schema",
+        "json_schema": {"name": "alarm", "schema": Alarm.model_json_schema()},
+    }
     chunks = list(client.chat.completions.create(**asked, response_format=form, stream=True))
-    by_text = {"model": "tiny", "prompt": PROMPT, "max_tokens": 90, "extra_body": {"response_format": form}}
+    by_text = {
+        "model": "tiny",
+        "prompt": PROMPT,
+        "max_tokens": 90,
+        "extra_body": {"response_format": form},
+    }
     whole = client.completions.create(**by_text).choices[0]
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole.text
     assert Alarm.model_validate_json(whole.text)
-    cut = client.chat.completions.create(**{**asked, "max_tokens": 4}, response_format=form).choices[0]
+    cut = client.chat.completions.create(
+        **{**asked, "max_tokens": 4}, response_format=form
+    ).choices[0]
     assert cut.finish_reason == "length" and cut.message.content.startswith("{")
-    free = client.chat.completions.create(**asked, response_format={"type": "json_object"}, seed=1, temperature=1).choices[0]
+    free = client.chat.completions.create(
+        **asked, response_format={"type": "json_object"}, seed=1, temperature=1
+    ).choices[0]
     assert free.finish_reason == "length" or isinstance(json.loads(free.message.content), dict)
     for guided, pattern in (
         ({"guided_choice": ["yes", "no"]}, "yes|no"),
@@ -230,27 +316,44 @@ def test_structured_outputs_validate_whole_and_streamed(client):
         ({"guided_grammar": 'start: "x" "y"+'}, "xy.*"),
         ({"guided_json": '{"enum": [1, 2]}'}, "[12]"),
     ):
-        answer = client.chat.completions.create(**{**asked, "max_tokens": 8}, extra_body=guided).choices[0]
+        answer = client.chat.completions.create(
+            **{**asked, "max_tokens": 8}, extra_body=guided
+        ).choices[0]
         assert re.fullmatch(pattern, answer.message.content)
 
 
 def test_echo_gives_the_prompt_s_log_probabilities(client):
     """As lm-eval's local-completions asks for them: prompts as token ids, and one token more."""
-    decoder, prompts = tiny_loaded(), [PROMPT, "play"]
+    decoder = tiny_loaded()
+    prompts = [PROMPT, "play"]
     ids = [decoder.encode_prompt(prompt) for prompt in prompts]
-    choices = client.completions.create(model="tiny", prompt=ids, echo=True, logprobs=1, max_tokens=1).choices
+    choices = client.completions.create(
+        model="tiny", prompt=ids, echo=True, logprobs=1, max_tokens=1
+    ).choices
     for prompt, choice in zip(ids, choices, strict=True):
-        config = DecodingConfig("autoregressive", max_new_tokens=1, logprobs=1, prompt_logprobs=True)
-        answer, told = TextStream(decoder, prompt, config).finish(), choice.logprobs
+        config = DecodingConfig(
+            "autoregressive", max_new_tokens=1, logprobs=1, prompt_logprobs=True
+        )
+        answer = TextStream(decoder, prompt, config).finish()
+        told = choice.logprobs
         expected_of = [one.logprob for one in answer.prompt_logprobs + answer.logprobs]
-        assert told.token_logprobs[0] is None and told.token_logprobs[1:] == pytest.approx(expected_of)
+        assert told.token_logprobs[0] is None and told.token_logprobs[1:] == pytest.approx(
+            expected_of
+        )
         assert choice.text == decoder.tokenizer.decode(prompt) + answer.text
         assert told.tokens == [decoder.token_text(token) for token in [*prompt, *answer.ids]]
         assert told.text_offset[:2] == [0, len(told.tokens[0])]
         assert max(told.top_logprobs[-1].values()) == told.token_logprobs[-1]  # greedy
-    first, *rest = client.completions.create(model="tiny", prompt=PROMPT, echo=True, logprobs=0, stream=True)
-    assert first.choices[0].text.startswith(PROMPT) and len(first.choices[0].logprobs.tokens) > len(ids[0])
-    assert first.choices[0].text + "".join(chunk.choices[0].text for chunk in rest) == PROMPT + expected(PROMPT)[0]
+    first, *rest = client.completions.create(
+        model="tiny", prompt=PROMPT, echo=True, logprobs=0, stream=True
+    )
+    assert first.choices[0].text.startswith(PROMPT) and len(first.choices[0].logprobs.tokens) > len(
+        ids[0]
+    )
+    assert (
+        first.choices[0].text + "".join(chunk.choices[0].text for chunk in rest)
+        == PROMPT + expected(PROMPT)[0]
+    )
 
 
 WRONG = {
@@ -275,7 +378,9 @@ WRONG = {
 )
 def test_a_wrong_request_is_told_why_in_openai_s_form(client, body, param):
     with pytest.raises(openai.APIStatusError, match=param or "the prompt must") as failed:
-        client.post("/completions", cast_to=object, body={"model": "tiny", "prompt": PROMPT, **body})
+        client.post(
+            "/completions", cast_to=object, body={"model": "tiny", "prompt": PROMPT, **body}
+        )
     error = failed.value
     status = 404 if body == {"model": "gpt"} else 400
     assert (error.status_code, error.param, error.type) == (status, param, "invalid_request_error")
@@ -285,18 +390,24 @@ def test_what_is_read_at_every_token_is_bounded(client):
     """Far above what OpenAI takes, 300 tokens."""
     asked = {"model": "tiny", "prompt": PROMPT}
     for body, needed in (
-        ({"logit_bias": {str(token): 1 for token in range(1_025)}}, "an object of at most 1024 token ids with numbers"),
+        (
+            {"logit_bias": {str(token): 1 for token in range(1_025)}},
+            "an object of at most 1024 token ids with numbers",
+        ),
         ({"stop_token_ids": [5] * 1_025}, "a list of at most 1024 token ids"),
     ):
         with pytest.raises(openai.BadRequestError, match=f"must be {needed}") as failed:
             client.post("/completions", cast_to=object, body={**asked, **body})
         assert failed.value.param == next(iter(body))
     bias = {str(token): -1 for token in range(300)}
-    assert client.completions.create(**asked, logit_bias=bias).choices[0].text == expected(PROMPT)[0]
+    assert (
+        client.completions.create(**asked, logit_bias=bias).choices[0].text == expected(PROMPT)[0]
+    )
 
 
 def test_texts_are_tokenized_and_embedded(api, client):
-    decoder, inputs = tiny_loaded(), [PROMPT, "play some jazz"]
+    decoder = tiny_loaded()
+    inputs = [PROMPT, "play some jazz"]
     ids = [decoder.encode_prompt(text) for text in inputs]
     counted = httpx.post(f"{api.url}/tokenize", json={"model": "tiny", "prompt": PROMPT}).json()
     assert counted == {"tokens": ids[0], "count": len(ids[0]), "max_model_len": 128}
@@ -307,12 +418,20 @@ def test_texts_are_tokenized_and_embedded(api, client):
         for served, layers in ((api, 6), (early, 3)):
             answer = served.client().embeddings.create(model="tiny", input=inputs)
             for one, text in zip(answer.data, plain, strict=True):
-                states = run_texts(decoder.backend, decoder.backend.embed(torch.tensor([text])), 0, layers)
+                states = run_texts(
+                    decoder.backend, decoder.backend.embed(torch.tensor([text])), 0, layers
+                )
                 mean = decoder.backend.normed(states)[0].mean(0)
                 assert one.embedding == pytest.approx((mean / mean.norm()).tolist(), abs=1e-5)
             assert answer.usage.prompt_tokens == sum(map(len, plain))
-    exact = client.embeddings.create(model="tiny", input=plain[0], encoding_format="float").data[0].embedding
-    assert exact == pytest.approx(client.embeddings.create(model="tiny", input=PROMPT).data[0].embedding)
+    exact = (
+        client.embeddings.create(model="tiny", input=plain[0], encoding_format="float")
+        .data[0]
+        .embedding
+    )
+    assert exact == pytest.approx(
+        client.embeddings.create(model="tiny", input=PROMPT).data[0].embedding
+    )
     for wrong, param in (
         ({"input": []}, "input"),
         ({"input": "x", "dimensions": 3}, "dimensions"),
@@ -332,7 +451,10 @@ def test_texts_are_tokenized_and_embedded(api, client):
         ([{"role": "tool", "content": "x"}], "this model has no chat template"),
         ([{"role": "robot", "content": "x"}], r"\[0\].role"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], r"\[0\].content"),
-        ([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}], "this model has no chat template"),
+        (
+            [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}],
+            "this model has no chat template",
+        ),
     ],
 )
 def test_wrong_messages(client, messages, message):
@@ -354,7 +476,10 @@ def test_what_is_no_request_at_all(api):
             ("models", {}, 405),
         ]:
             answer = httpx.post(f"{small.url}/v1/{url}", **keywords)
-            assert (answer.status_code, answer.json()["error"]["type"]) == (status, "invalid_request_error")
+            assert (answer.status_code, answer.json()["error"]["type"]) == (
+                status,
+                "invalid_request_error",
+            )
         assert small.engine.held == 0
 
 
@@ -364,15 +489,24 @@ def test_a_failure_is_an_error_and_not_the_end(api, client, monkeypatch, capsys)
         with pytest.raises(openai.InternalServerError, match="its log says why"):
             client.completions.create(model="tiny", prompt=PROMPT, stream=True)
     assert "division by zero" in capsys.readouterr().err
-    assert client.completions.create(model="tiny", prompt=PROMPT).choices[0].text == expected(PROMPT)[0]
+    assert (
+        client.completions.create(model="tiny", prompt=PROMPT).choices[0].text
+        == expected(PROMPT)[0]
+    )
 
 
 def test_a_conversation_is_put_into_the_chat_template(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(chatml_folder(tmp_path / "chatml"))
     model = tiny_model("llama", torch.float64, vocab_size=len(tokenizer))
-    decoder = replace(tiny_loaded(), tokenizer=tokenizer, backend=TransformersBackend(model), eos_ids=frozenset())
+    decoder = replace(
+        tiny_loaded(), tokenizer=tokenizer, backend=TransformersBackend(model), eos_ids=frozenset()
+    )
     decoder = replace(decoder, template=PromptTemplate(CHAT, "You are short."))
-    turns = [{"role": "user", "content": "start"}, {"role": "assistant", "content": "end"}, {"role": "user", "content": "im"}]
+    turns = [
+        {"role": "user", "content": "start"},
+        {"role": "assistant", "content": "end"},
+        {"role": "user", "content": "im"},
+    ]
     system = {"role": "system", "content": "Be long."}
     with serving(decoder) as api:
         client = api.client()
@@ -380,13 +514,24 @@ def test_a_conversation_is_put_into_the_chat_template(tmp_path):
             (turns, [{**system, "content": "You are short."}, *turns]),
             ([system, *turns], [system, *turns]),
         ):
-            ids = tokenizer.apply_chat_template(whole, add_generation_prompt=True, return_dict=False)
+            ids = tokenizer.apply_chat_template(
+                whole, add_generation_prompt=True, return_dict=False
+            )
             answer = client.chat.completions.create(model="tiny", messages=messages)
             assert answer.usage.prompt_tokens == len(ids)
-            assert answer.choices[0].message.content == client.completions.create(model="tiny", prompt=ids).choices[0].text
+            assert (
+                answer.choices[0].message.content
+                == client.completions.create(model="tiny", prompt=ids).choices[0].text
+            )
         forged, short = (
-            client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": content}])
+            client.chat.completions.create(
+                model="tiny", messages=[{"role": "user", "content": content}]
+            )
             for content in ("<|im_start|>", "a")
         )
-        real = client.completions.create(model="tiny", prompt="<|im_start|>")  # the text of a completion is raw
-        assert forged.usage.prompt_tokens > short.usage.prompt_tokens + 2 and real.usage.prompt_tokens == 1
+        # The text of a completion is raw
+        real = client.completions.create(model="tiny", prompt="<|im_start|>")
+        assert (
+            forged.usage.prompt_tokens > short.usage.prompt_tokens + 2
+            and real.usage.prompt_tokens == 1
+        )

@@ -29,7 +29,8 @@ class Loads:
     """Gives these measured loads, each over `seconds`; the last one again and again."""
 
     def __init__(self, *cores, seconds=1.0):
-        self.seconds, self._cores = seconds, list(cores)
+        self.seconds = seconds
+        self._cores = list(cores)
 
     def busy_cores(self):
         return self._cores.pop(0) if len(self._cores) > 1 else self._cores[0]
@@ -55,20 +56,23 @@ def free_threads(monkeypatch, *loads, given=0, cores=4, seconds=1.0):
         (0, 5.0, 8, 3),
     ],
 )
-def test_work_leaves_busy_cores_to_others_and_says_so(monkeypatch, capsys, given, busy, cores, expected):
+def test_work_leaves_busy_cores_to_others_and_says_so(
+    monkeypatch, capsys, given, busy, cores, expected
+):
     """Of eight cores three busy ones leave enough for four threads."""
     free_threads(monkeypatch, busy, given=given, cores=cores).start()
     assert torch.get_num_threads() == expected
     said = capsys.readouterr().err
-    assert (f"{expected} of 4 CPU threads, because other processes keep {cores - expected}" in said) == (
-        not given and expected < 4
-    )
+    assert (
+        f"{expected} of 4 CPU threads, because other processes keep {cores - expected}" in said
+    ) == (not given and expected < 4)
 
 
 @pytest.mark.parametrize(
     ("loads", "chosen"),
     [
-        ([0, 0, 0.5, 1, 1, 1, 1], [4, 4, 3, 3, 3, 3, 3]),  # a process begins: it shares a core first, then has it alone
+        # A process begins: it shares a core first, then has it alone
+        ([0, 0, 0.5, 1, 1, 1, 1], [4, 4, 3, 3, 3, 3, 3]),
         ([1, 0, 0, 0, 0], [3, 3, 3, 4, 4]),  # it ends: three quiet seconds
         ([1, 0, 0, 1, 0, 0, 0], [3, 3, 3, 3, 3, 3, 4]),  # a pause is no end
         ([0.45, 0.35, 0.35, 0.35, 0.35], [3, 3, 3, 3, 3]),  # neither up nor down near a bound
@@ -104,7 +108,9 @@ def spinning(core):
     return process
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system does not bind processes to cores")
+@pytest.mark.skipif(
+    not hasattr(os, "sched_setaffinity"), reason="this system does not bind processes to cores"
+)
 def test_a_real_busy_process_takes_a_thread_away(monkeypatch):
     """Of two cores; whatever else runs there, one thread is left."""
     cores = processor.usable_cores()[:2]
@@ -124,14 +130,17 @@ def test_a_real_busy_process_takes_a_thread_away(monkeypatch):
 
 
 def test_busy_cores_are_those_that_this_process_may_use_without_its_own_share(monkeypatch):
-    """Cores 0 and 2 are busy for 10 + 30 of 40 seconds each, 20 of them by this process; niced processes give way."""
+    """Cores 0 and 2 are busy for 10 + 30 of 40 seconds each, 20 of them by this process; niced
+    processes give way.
+    """
 
     class Times(NamedTuple):
         user: float
         nice: float
         system: float
 
-    clock, own = iter([0.0, 40.0]), iter([5.0, 25.0])
+    clock = iter([0.0, 40.0])
+    own = iter([5.0, 25.0])
     cores = iter([[Times(0, 0, 0)] * 3, [Times(10, 40, 30), Times(99, 0, 0), Times(30, 0, 10)]])
     monkeypatch.setattr(processor, "usable_cores", lambda: [0, 2])
     monkeypatch.setattr(processor.time, "monotonic", lambda: next(clock))
@@ -164,10 +173,26 @@ def test_a_training_looks_again_between_its_steps(monkeypatch, base):
     """A process begins to work after the first look."""
     monkeypatch.setattr(processor, "usable_cores", lambda: list(range(4)))
     monkeypatch.setattr(processor, "OtherLoad", lambda: Loads(0, 1))
-    data = ("--samples", "8", "--steps", "2", "--batch-size", "2", "--max-length", "64", "--dtype", "fp32")
-    result = run("finetune", "--model", base, *data, "--device", "cpu", "--recipe", "none", "--output", "out")
+    data = (
+        "--samples",
+        "8",
+        "--steps",
+        "2",
+        "--batch-size",
+        "2",
+        "--max-length",
+        "64",
+        "--dtype",
+        "fp32",
+    )
+    result = run(
+        "finetune", "--model", base, *data, "--device", "cpu", "--recipe", "none", "--output", "out"
+    )
     assert result.code == 0, result.err
-    assert "3 of 4 CPU threads, because other processes keep 1 core busy; --threads sets another number" in result.err
+    assert (
+        "3 of 4 CPU threads, because other processes keep 1 core busy; --threads sets another number"
+        in result.err
+    )
     assert torch.get_num_threads() == 3
 
 

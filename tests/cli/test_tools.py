@@ -39,7 +39,10 @@ WEATHER = {
 NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}
 TIME = {"type": "function", "function": {"name": "time", "parameters": NOTHING}}
 KNOWN = tools.Tools(
-    tuple(tools.Tool("function", tools.Function(each["function"]["name"])) for each in (WEATHER, TIME)), [WEATHER, TIME]
+    tuple(
+        tools.Tool("function", tools.Function(each["function"]["name"])) for each in (WEATHER, TIME)
+    ),
+    [WEATHER, TIME],
 )
 HERMES = (
     "{% if tools %}{{ '<|im_start|>system\n' }}{% for tool in tools %}{{ tool | tojson }}{% endfor %}{{ '<tool_call>' }}"
@@ -48,7 +51,8 @@ HERMES = (
     "{{ call.function.arguments | tojson }}{{ '}\n</tool_call>' }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-ROME, BOTH = {"city": "Rome"}, ["weather", "time"]
+ROME = {"city": "Rome"}
+BOTH = ["weather", "time"]
 LLAMA = '{"name": "weather", "parameters": {"city": "Rome"}}'
 
 
@@ -80,14 +84,19 @@ LLAMA = '{"name": "weather", "parameters": {"city": "Rome"}}'
 )  # fmt: skip
 def test_calls_in_an_answer_whole_and_piece_by_piece(form, text, said, found):
     for size in (1, 3, 7, len(text)):
-        calls, pieces, made = tools.Calls(form, KNOWN), [], []
+        calls = tools.Calls(form, KNOWN)
+        pieces = []
+        made = []
         for start in range(0, len(text), size):
             piece, new = calls.add(text[start : start + size], start + size >= len(text))
             pieces.append(piece)
             made += new
         assert "".join(pieces) == (text if said is None else said)
         assert [call["function"]["name"] for call in made] == found and calls.count == len(found)
-        assert all(json.loads(call["function"]["arguments"]) in ({}, ROME) and len(call["id"]) == 9 for call in made)
+        assert all(
+            json.loads(call["function"]["arguments"]) in ({}, ROME) and len(call["id"]) == 9
+            for call in made
+        )
 
 
 def test_formats_are_known_by_the_template():
@@ -101,10 +110,15 @@ def test_formats_are_known_by_the_template():
 
 
 # Of any format, with what it is known by.
-TEMPLATES = {"hermes": HERMES, "llama": HERMES.replace("tool_call>", "call>"), "mistral": HERMES + "{# [TOOL_CALLS] #}"}
+TEMPLATES = {
+    "hermes": HERMES,
+    "llama": HERMES.replace("tool_call>", "call>"),
+    "mistral": HERMES + "{# [TOOL_CALLS] #}",
+}
 
 
-# By style of the tokenizer: the format, and its marks that are added tokens: special ones, or with a text in an answer.
+# By style of the tokenizer: the format, and its marks that are added tokens: special ones, or with
+# a text in an answer.
 STYLES = {
     "hermes": ("hermes", {}),
     "qwen": ("hermes", {"<tool_call>": False, "</tool_call>": False}),
@@ -118,10 +132,21 @@ STYLES = {
 
 def conversing(folder, template, marks=()):
     tokenizer = AutoTokenizer.from_pretrained(chatml_folder(folder))
-    tokenizer.add_tokens([AddedToken(text, special=special, normalized=False) for text, special in dict(marks).items()])
+    tokenizer.add_tokens(
+        [
+            AddedToken(text, special=special, normalized=False)
+            for text, special in dict(marks).items()
+        ]
+    )
     tokenizer.chat_template = template
-    model = tiny_model("llama", torch.float64, vocab_size=len(tokenizer), max_position_embeddings=1024)
-    named = {"tokenizer": tokenizer, "eos_ids": frozenset({tokenizer.eos_token_id}), "template": PromptTemplate(CHAT)}
+    model = tiny_model(
+        "llama", torch.float64, vocab_size=len(tokenizer), max_position_embeddings=1024
+    )
+    named = {
+        "tokenizer": tokenizer,
+        "eos_ids": frozenset({tokenizer.eos_token_id}),
+        "template": PromptTemplate(CHAT),
+    }
     return replace(tiny_loaded(), backend=TransformersBackend(model), **named)
 
 
@@ -137,7 +162,12 @@ def client(decoder):
         yield api.client()
 
 
-ASKED = {"model": "tiny", "messages": [{"role": "user", "content": "the weather"}], "tools": [WEATHER, TIME], "max_tokens": 100}
+ASKED = {
+    "model": "tiny",
+    "messages": [{"role": "user", "content": "the weather"}],
+    "tools": [WEATHER, TIME],
+    "max_tokens": 100,
+}
 NAMED = {"type": "function", "function": {"name": "weather"}}
 
 
@@ -145,28 +175,61 @@ def test_a_needed_tool_is_called_as_its_schema_says(client):
     pytest.importorskip("llguidance", reason="needs the extra grammar")
     for choice, names in ((NAMED, {"weather"}), ("required", {"weather", "time"})):
         for temperature in (0, 1):
-            more = {"tool_choice": choice, "temperature": temperature, "seed": 5, "parallel_tool_calls": False}
+            more = {
+                "tool_choice": choice,
+                "temperature": temperature,
+                "seed": 5,
+                "parallel_tool_calls": False,
+            }
             answer = client.chat.completions.create(**ASKED, **more).choices[0]
             (call,) = answer.message.tool_calls
-            assert answer.finish_reason == "tool_calls" and answer.message.content is None and call.function.name in names
+            assert (
+                answer.finish_reason == "tool_calls"
+                and answer.message.content is None
+                and call.function.name in names
+            )
             arguments = json.loads(call.function.arguments)
-            assert arguments == {} if call.function.name == "time" else set(arguments) == {"city", "day"}
-            chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**ASKED, **more, stream=True)]
+            assert (
+                arguments == {}
+                if call.function.name == "time"
+                else set(arguments) == {"city", "day"}
+            )
+            chunks = [
+                chunk.choices[0]
+                for chunk in client.chat.completions.create(**ASKED, **more, stream=True)
+            ]
             parts = [part for chunk in chunks for part in chunk.delta.tool_calls or []]
-            assert [part.index for part in parts] == [0, 0] and parts[0].function.name == call.function.name
+            assert [part.index for part in parts] == [0, 0] and parts[
+                0
+            ].function.name == call.function.name
             assert "".join(part.function.arguments for part in parts) == call.function.arguments
-            assert chunks[-1].finish_reason == "tool_calls" and not any(chunk.delta.content for chunk in chunks)
+            assert chunks[-1].finish_reason == "tool_calls" and not any(
+                chunk.delta.content for chunk in chunks
+            )
 
 
-def test_a_call_that_the_model_chooses_is_read_with_auto_and_is_text_with_none(client, decoder, request):
-    """A grammar of the request stands for a model that calls: its only answer is a call, as the model would write it."""
+def test_a_call_that_the_model_chooses_is_read_with_auto_and_is_text_with_none(
+    client, decoder, request
+):
+    """A grammar of the request stands for a model that calls: its only answer is a call, as the
+    model would write it.
+    """
     pytest.importorskip("llguidance", reason="needs the extra grammar")
     form, _ = STYLES[request.node.callspec.params["decoder"]]
     call = {"name": "time", "parameters" if form == "llama" else "arguments": {}}
-    before, after = {"hermes": ("<tool_call>", "</tool_call>"), "mistral": ("[TOOL_CALLS]", "")}.get(form, ("", ""))
-    body = {"hermes": f"\n{json.dumps(call)}\n", "mistral": json.dumps([call])}.get(form, json.dumps(call))
+    before, after = {
+        "hermes": ("<tool_call>", "</tool_call>"),
+        "mistral": ("[TOOL_CALLS]", ""),
+    }.get(form, ("", ""))
+    body = {"hermes": f"\n{json.dumps(call)}\n", "mistral": json.dumps([call])}.get(
+        form, json.dumps(call)
+    )
     special = special_ids(decoder.tokenizer)
-    parts = [f"<[{special[part]}]>" if part in special else json.dumps(part) for part in (before, body, after) if part]
+    parts = [
+        f"<[{special[part]}]>" if part in special else json.dumps(part)
+        for part in (before, body, after)
+        if part
+    ]
     shown = "".join(part for part in (before, body, after) if part not in special)
     asked = {**ASKED, "extra_body": {"guided_grammar": f"start: {' '.join(parts)}"}}
     for choice in ("auto", "none"):
@@ -175,12 +238,21 @@ def test_a_call_that_the_model_chooses_is_read_with_auto_and_is_text_with_none(c
         chunks = list(client.chat.completions.create(**asked, tool_choice=choice, stream=True))
         deltas = [chunk.choices[0].delta for chunk in chunks]
         streamed = "".join(delta.content or "" for delta in deltas)
-        names = [part.function.name for delta in deltas for part in delta.tool_calls or [] if part.function.name]
+        names = [
+            part.function.name
+            for delta in deltas
+            for part in delta.tool_calls or []
+            if part.function.name
+        ]
         if choice == "auto":
             [made] = choice_made.message.tool_calls
             assert (made.function.name, made.function.arguments) == ("time", "{}")
             assert (choice_made.finish_reason, choice_made.message.content) == ("tool_calls", None)
-            assert (names, streamed, chunks[-1].choices[0].finish_reason) == (["time"], "", "tool_calls")
+            assert (names, streamed, chunks[-1].choices[0].finish_reason) == (
+                ["time"],
+                "",
+                "tool_calls",
+            )
         else:
             assert choice_made.message.tool_calls is None and names == []
             assert choice_made.message.content == streamed == shown
@@ -209,22 +281,36 @@ def test_a_needed_tool_is_called_where_the_server_s_own_flags_guide_answers(fold
 
 
 def test_tools_and_their_results_are_put_into_the_template(client, decoder):
-    call = {"id": "abcdefghi", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
+    call = {
+        "id": "abcdefghi",
+        "type": "function",
+        "function": {"name": "weather", "arguments": '{"city": "Rome"}'},
+    }
     messages = [
         *ASKED["messages"],
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "abcdefghi", "content": "sunny<|im_end|>"},
     ]
     plain = [dict(message) for message in messages]
-    plain[1] |= {"content": "", "tool_calls": [{**call, "function": {"name": "weather", "arguments": ROME}}]}
-    answer = client.chat.completions.create(**{**ASKED, "messages": messages, "max_tokens": 5}, tool_choice="auto")
+    plain[1] |= {
+        "content": "",
+        "tool_calls": [{**call, "function": {"name": "weather", "arguments": ROME}}],
+    }
+    answer = client.chat.completions.create(
+        **{**ASKED, "messages": messages, "max_tokens": 5}, tool_choice="auto"
+    )
     ids = encode_conversation(decoder.tokenizer, plain, [WEATHER, TIME])
-    assert answer.usage.prompt_tokens == len(ids) and ids.count(decoder.tokenizer.eos_token_id) == 4  # the tool's own is text
+    # The tool's own is text
+    assert answer.usage.prompt_tokens == len(ids) and ids.count(decoder.tokenizer.eos_token_id) == 4
     plain[2]["content"] = "sunny"
-    whole = decoder.tokenizer.apply_chat_template(plain, tools=[WEATHER, TIME], add_generation_prompt=True, return_dict=False)
+    whole = decoder.tokenizer.apply_chat_template(
+        plain, tools=[WEATHER, TIME], add_generation_prompt=True, return_dict=False
+    )
     assert encode_conversation(decoder.tokenizer, plain, [WEATHER, TIME]) == whole
     without = client.chat.completions.create(**{**ASKED, "max_tokens": 5}, tool_choice="none")
-    assert without.usage.prompt_tokens < len(whole) / 4 and not without.choices[0].message.tool_calls
+    assert (
+        without.usage.prompt_tokens < len(whole) / 4 and not without.choices[0].message.tool_calls
+    )
 
 
 @pytest.mark.parametrize(
@@ -237,7 +323,17 @@ def test_tools_and_their_results_are_put_into_the_template(client, decoder):
         ({"tools": [], "tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": "required", "response_format": {"type": "json_object"}}, "tool_choice"),
         ({"messages": [{"role": "user"}]}, "messages"),
-        ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "{"}}]}]}, "messages"),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "assistant",
+                        "tool_calls": [{"function": {"name": "a", "arguments": "{"}}],
+                    }
+                ]
+            },
+            "messages",
+        ),
     ],
 )
 def test_wrong_tools(client, changes, param):
@@ -247,12 +343,16 @@ def test_wrong_tools(client, changes, param):
 
 
 def test_a_model_without_a_chat_template_refuses_tools():
-    with serving(tiny_loaded()) as api, pytest.raises(openai.BadRequestError, match="tools need a chat template") as failed:
+    with (
+        serving(tiny_loaded()) as api,
+        pytest.raises(openai.BadRequestError, match="tools need a chat template") as failed,
+    ):
         api.client().chat.completions.create(**ASKED)
     assert failed.value.param == "tools"
 
 
-# Of templates that know no tools: one with a system message, and one that refuses it and wants roles in turn, as Gemma's.
+# Of templates that know no tools: one with a system message, and one that refuses it and wants
+# roles in turn, as Gemma's.
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -261,7 +361,9 @@ IN_TURN = (
     "{% for message in messages %}{% if message.role != ['user', 'assistant'][loop.index0 % 2] %}"
     "{{ raise_exception('roles must be in turn') }}{% endif %}{% endfor %}" + CHATML
 )
-CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome", "day": "today"}}\n</tool_call>'
+CALL = (
+    '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome", "day": "today"}}\n</tool_call>'
+)
 CALLED = {"id": "abcdefghi", "type": "function", "function": {"name": "weather", "arguments": ROME}}
 TALK = (
     {"role": "user", "content": "the weather"},
@@ -274,14 +376,26 @@ TALK = (
 def test_a_conversation_with_tools_as_texts():
     call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
     answers = "<tool_response>\nsunny\n</tool_response>\n\n<tool_response>\nrain\n</tool_response>"
-    later = [{"role": "assistant", "content": f"{call}\n{call}"}, {"role": "user", "content": answers}]
+    later = [
+        {"role": "assistant", "content": f"{call}\n{call}"},
+        {"role": "user", "content": answers},
+    ]
     assert tools.as_texts(TALK, None, "system") == [TALK[0], *later]
     brief = {"role": "system", "content": "Be brief."}
     told, asked, *rest = tools.as_texts([brief, *TALK], KNOWN, "system")
-    assert told["role"] == "system" and told["content"].startswith("Be brief.\n\n") and rest == later
-    assert json.dumps(WEATHER) in told["content"] and json.dumps(TIME) in told["content"] and asked == TALK[0]
+    assert (
+        told["role"] == "system" and told["content"].startswith("Be brief.\n\n") and rest == later
+    )
+    assert (
+        json.dumps(WEATHER) in told["content"]
+        and json.dumps(TIME) in told["content"]
+        and asked == TALK[0]
+    )
     first, *rest = tools.as_texts(TALK, KNOWN, "user")
-    assert first["content"] == told["content"].removeprefix("Be brief.\n\n") + "\n\nthe weather" and rest == later
+    assert (
+        first["content"] == told["content"].removeprefix("Be brief.\n\n") + "\n\nthe weather"
+        and rest == later
+    )
 
 
 @pytest.mark.parametrize(
@@ -299,12 +413,17 @@ def test_the_grammar_of_an_answer_that_may_call(folders, text, is_permitted):
     pytest.importorskip("llguidance", reason="needs the extra grammar")
     tokenizer = AutoTokenizer.from_pretrained(chatml_folder(folders("chatml") / "chatml"))
     known = tools.Tools(tuple(msgspec.convert([WEATHER, TIME], list[tools.Tool])), [WEATHER, TIME])
-    lark, ends = tools.grammar("hermes", known, {}), frozenset({tokenizer.eos_token_id})
+    lark = tools.grammar("hermes", known, {})
+    ends = frozenset({tokenizer.eos_token_id})
     ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    permitted = guide(("grammar", lark), tokenizer, len(tokenizer), ends).matcher().permitted([], ids)
+    permitted = (
+        guide(("grammar", lark), tokenizer, len(tokenizer), ends).matcher().permitted([], ids)
+    )
     assert (permitted == len(ids)) == is_permitted
     alone = tools.grammar("hermes", known._replace(parallel=False), {})
-    permitted = guide(("grammar", alone), tokenizer, len(tokenizer), ends).matcher().permitted([], ids)
+    permitted = (
+        guide(("grammar", alone), tokenizer, len(tokenizer), ends).matcher().permitted([], ids)
+    )
     assert (permitted == len(ids)) == (is_permitted and text.count(CALL) < 2)
 
 
@@ -312,19 +431,38 @@ def test_the_grammar_of_an_answer_that_may_call(folders, text, is_permitted):
 def test_a_template_that_knows_no_tools_gets_them_as_texts(folders, template, teller, capsys):
     pytest.importorskip("llguidance", reason="needs the extra grammar")
     decoder = conversing(folders("chatml") / "chatml", template)
-    talk = [TALK[0], {**TALK[1], "tool_calls": [{**CALLED, "function": {"name": "weather", "arguments": json.dumps(ROME)}}]}]
+    talk = [
+        TALK[0],
+        {
+            **TALK[1],
+            "tool_calls": [
+                {**CALLED, "function": {"name": "weather", "arguments": json.dumps(ROME)}}
+            ],
+        },
+    ]
     with serving(decoder) as api:
         client = api.client()
         for choice, names in ((NAMED, {"weather"}), ("required", {"weather", "time"})):
-            answer = client.chat.completions.create(**ASKED, tool_choice=choice, parallel_tool_calls=False).choices[0]
+            answer = client.chat.completions.create(
+                **ASKED, tool_choice=choice, parallel_tool_calls=False
+            ).choices[0]
             (call,) = answer.message.tool_calls
-            assert (answer.finish_reason, answer.message.content) == ("tool_calls", None) and call.function.name in names
+            assert (answer.finish_reason, answer.message.content) == (
+                "tool_calls",
+                None,
+            ) and call.function.name in names
             assert set(json.loads(call.function.arguments)) in (set(), {"city", "day"})
         for choice, described in (("auto", KNOWN), ("none", None)):
             asked = {**ASKED, "messages": [*talk, TALK[2]], "max_tokens": 9, "tool_choice": choice}
-            answer, chunks = client.chat.completions.create(**asked), client.chat.completions.create(**asked, stream=True)
+            answer = client.chat.completions.create(**asked)
+            chunks = client.chat.completions.create(**asked, stream=True)
             plain = [TALK[0], {**TALK[1], "tool_calls": [CALLED]}, TALK[2]]
             ids = encode_conversation(decoder.tokenizer, tools.as_texts(plain, described, teller))
             assert answer.usage.prompt_tokens == len(ids)
-            assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == answer.choices[0].message.content
-    assert capsys.readouterr().err.count("the chat template has no tools: a text describes them") == 1
+            assert (
+                "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+                == answer.choices[0].message.content
+            )
+    assert (
+        capsys.readouterr().err.count("the chat template has no tools: a text describes them") == 1
+    )

@@ -1,4 +1,6 @@
-"""Every number of every command has a range, and hostile ones are one line; what options mean for a checkpoint."""
+"""Every number of every command has a range, and hostile ones are one line; what options mean for a
+checkpoint.
+"""
 
 import re
 from pathlib import Path
@@ -24,16 +26,30 @@ from layerskip_core.errors import ConfigError
 
 HOSTILE = ("-1", str(2**70), "inf", "nan", "1e-50", "9" * 5000)
 NO_NUMBERS = ("2147483648", "-1e308", "", "x", "٣")  # which are read before a flag's range matters
-HUGE = ("-1", str(2**70), "-1e308", "inf", "nan", "9" * 5000)  # outside every range but that of an exit
+# Outside every range but that of an exit
+HUGE = ("-1", str(2**70), "-1e308", "inf", "nan", "9" * 5000)
 # What is said where the number was taken: nothing else of these commands can be done.
-ACCEPTED = ("error: no model 'nonesuch'", "error: --data none.csv: there is no such file", "error: cannot load model nonesuch")
+ACCEPTED = (
+    "error: no model 'nonesuch'",
+    "error: --data none.csv: there is no such file",
+    "error: cannot load model nonesuch",
+)
 NOWHERE = {
     "generate": ("x", "--model", "nonesuch"),
     "bench": ("--model", "nonesuch", "--data", "none.csv"),
     "sweep-exits": ("--model", "nonesuch", "--data", "none.csv"),
     "inspect": ("x", "--model", "nonesuch"),
     "finetune": ("--threads", "1", "--model", "nonesuch", "--data", "none.csv", "--output", "out"),
-    "train-drafter": ("--threads", "1", "--model", "nonesuch", "--data", "none.csv", "--output", "out"),
+    "train-drafter": (
+        "--threads",
+        "1",
+        "--model",
+        "nonesuch",
+        "--data",
+        "none.csv",
+        "--output",
+        "out",
+    ),
     "calibrate": ("--model", "nonesuch"),
     "data": ("--data", "none.csv"),
 }
@@ -41,7 +57,10 @@ NEEDED = {  # of flags that mean nothing by themselves
     ("generate", "--batch-size"): ("--lines",),
     **{(name, "--timed"): ("--batch-size", "2") for name in ("bench", "sweep-exits")},
     **{(name, "--problem-samples"): ("--temperature", "1") for name in ("bench", "sweep-exits")},
-    **{(name, "--validation-samples"): ("--validation", "none.csv") for name in ("finetune", "train-drafter")},
+    **{
+        (name, "--validation-samples"): ("--validation", "none.csv")
+        for name in ("finetune", "train-drafter")
+    },
     ("finetune", "--vocab-size"): ("--recipe", "scratch"),
     **{("finetune", flag): ("--lora-rank", "2") for flag in ("--lora-alpha", "--lora-dropout")},
 }
@@ -58,7 +77,11 @@ FLAGS = [
 @pytest.mark.parametrize(("command", "flag"), FLAGS)
 def test_hostile_numbers(command, flag, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    fixed = NOWHERE[command] if flag != "--batch-size" or command != "generate" else NOWHERE[command][1:]
+    fixed = (
+        NOWHERE[command]
+        if flag != "--batch-size" or command != "generate"
+        else NOWHERE[command][1:]
+    )
     for number in (*HOSTILE, *(NO_NUMBERS if command == "generate" else ())):
         result = run(command, *fixed, *NEEDED.get((command, flag), ()), flag, number)
         case = (number[:30], result)
@@ -69,7 +92,11 @@ def test_hostile_numbers(command, flag, tmp_path, monkeypatch):
         else:
             assert result.code == 1 and len(lines) == 1 and len(lines[0]) < 300, case
             assert flag in lines[0] or lines[0].startswith(ACCEPTED), case
-            taken = number not in HUGE or flag in ("--exit", *LISTS) or (number == "-1" and flag in SIGNED)
+            taken = (
+                number not in HUGE
+                or flag in ("--exit", *LISTS)
+                or (number == "-1" and flag in SIGNED)
+            )
             assert flag in lines[0] or taken, case
     assert not list(Path().iterdir())
 
@@ -80,7 +107,20 @@ def test_counts_are_bounded_before_they_are_built():
         with pytest.raises(ConfigError, match="`exits` must be at most 10000 counts, got 1000"):
             parse_counts(text, "exits")
     huge = ("9" * 5000, "1:" + "9" * 5000, "1:" + "9" * 30)
-    for text in (*huge, "", "a", "3,", "1.5", "3,8:6", "1:2:3:4", ":", "1:", "1:5:0", "1:5:-1", "5:3"):
+    for text in (
+        *huge,
+        "",
+        "a",
+        "3,",
+        "1.5",
+        "3,8:6",
+        "1:2:3:4",
+        ":",
+        "1:",
+        "1:5:0",
+        "1:5:-1",
+        "5:3",
+    ):
         with pytest.raises(ConfigError, match="`exits` must be a list such as 3,6,8 or a range"):
             parse_counts(text, "exits")
 
@@ -110,22 +150,31 @@ LOW = {
         ({"exit_layer": 3}, UNKNOWN, "self-speculative", 3, 6),
         ({"num_draft_tokens": 1}, UNKNOWN, "self-speculative", 2, 1),
         ({"strategy": "early-exit", "exit_layer": 8}, TRAINED, "early-exit", 8, 6),
-        ({"lookup": 3}, Recommended(4, 12, "autoregressive"), "adaptive", None, 32),  # it was ignored
+        # It was ignored
+        ({"lookup": 3}, Recommended(4, 12, "autoregressive"), "adaptive", None, 32),
     ],
 )
 def test_the_checkpoint_decides_what_was_not_said(asked, recommended, strategy, exit_layer, drafts):
     config = resolve(asked, recommended, 8)
-    assert (config.strategy, config.exit_layer, config.num_draft_tokens) == (strategy, exit_layer, drafts)
+    assert (config.strategy, config.exit_layer, config.num_draft_tokens) == (
+        strategy,
+        exit_layer,
+        drafts,
+    )
     assert config.max_new_tokens == 256
 
 
 def test_weights_for_drafts_imply_drafting():
     plain = Recommended(2, 6, "autoregressive")  # found best without such weights
     assert resolve({}, plain, 8, PackingConfig(draft_vocab=9)).strategy == "adaptive"
-    asked, copies = {"num_draft_tokens": 3}, PackingConfig(draft_weights=("int4", "int8"))
+    asked = {"num_draft_tokens": 3}
+    copies = PackingConfig(draft_weights=("int4", "int8"))
     low = resolve(asked, UNKNOWN, 8, copies)
     assert (low.strategy, low.exit_layer, low.draft_weights) == ("self-speculative", 8, "int4")
-    assert resolve(asked, Recommended(4, 12, "self-speculative", exits=(4, 6)), 8, copies).exit_layer == 4
+    assert (
+        resolve(asked, Recommended(4, 12, "self-speculative", exits=(4, 6)), 8, copies).exit_layer
+        == 4
+    )
 
 
 @pytest.mark.parametrize(
@@ -135,8 +184,14 @@ def test_weights_for_drafts_imply_drafting():
 def test_layers_to_skip_imply_the_strategy(asked, drafts):
     for packing in (PackingConfig(), PackingConfig(draft_weights=("int8",))):
         config = resolve(asked, UNKNOWN, 8, packing)
-        assert (config.strategy, config.skip, config.num_draft_tokens) == ("draft-and-verify", (2,), drafts)
-        assert config.exit_layer is None and config.draft_weights == next(iter(packing.draft_weights), None)
+        assert (config.strategy, config.skip, config.num_draft_tokens) == (
+            "draft-and-verify",
+            (2,),
+            drafts,
+        )
+        assert config.exit_layer is None and config.draft_weights == next(
+            iter(packing.draft_weights), None
+        )
 
 
 def test_one_strategy_of_several_takes_what_it_uses():
@@ -150,8 +205,20 @@ def test_one_strategy_of_several_takes_what_it_uses():
 
 def test_early_exit_by_confidence_is_among_the_trained_exits():
     config = resolve(CONFIDENT, Recommended(4, 12, "self-speculative", exits=(4, 6)), 8)
-    assert (config.strategy, config.exit_layer, config.exits, config.exit_confidence) == ("early-exit", None, (4, 6), 0.9)
-    assert resolve(CONFIDENT, Recommended(4, 12, exits=tuple(range(1, 24))), 24).exits == (3, 4, 6, 8, 12, 18)
+    assert (config.strategy, config.exit_layer, config.exits, config.exit_confidence) == (
+        "early-exit",
+        None,
+        (4, 6),
+        0.9,
+    )
+    assert resolve(CONFIDENT, Recommended(4, 12, exits=tuple(range(1, 24))), 24).exits == (
+        3,
+        4,
+        6,
+        8,
+        12,
+        18,
+    )
     assert spread_exits((1, 2, 5, 9, 10, 11, 20, 23), 24) == (2, 5, 9, 11, 20)
     assert resolve({**CONFIDENT, "exits": [2, 7]}, UNKNOWN, 8).exits == (2, 7)
 
@@ -163,13 +230,19 @@ def test_early_exit_by_confidence_is_among_the_trained_exits():
         ({**CONFIDENT, "exits": [2, 8]}, "exits", "in 1..7, got 8"),
         ({**CONFIDENT, "exit_layer": 3}, "exit_layer", "left out with `exit_confidence`"),
         ({"exits": [2]}, "exits", "used with `exit_confidence`, got none"),
-        ({"strategy": "early-exit", "lookup": 3}, "lookup", "used with `strategy` adaptive or self-speculative or "),
+        (
+            {"strategy": "early-exit", "lookup": 3},
+            "lookup",
+            "used with `strategy` adaptive or self-speculative or ",
+        ),
     ],
 )
 def test_options_that_contradict_each_other_or_the_model(asked, field, message):
     with pytest.raises(ConfigError) as caught:
         resolve(asked, UNKNOWN, 8)
-    assert caught.value.field == field and str(caught.value).startswith(f"`{field}` must be {message}")
+    assert caught.value.field == field and str(caught.value).startswith(
+        f"`{field}` must be {message}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -196,32 +269,58 @@ def test_ranges_and_types(field, inside, outside):
         checked(DecodingOptions, {"nothing": 1})
 
 
-# --- policies -----------------------------------------------------------------------------------------------------------
+# --- policies
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_policy_keeps_limit_stop_and_sampling_of_the_request():
     request = {"max_new_tokens": 9, "stop": ["x"], "temperature": 0.5, "top_k": 3, "seed": 7}
     config = resolve(policy_options(LOW, request), UNKNOWN, 8, policy_packing(LOW))
-    expected = DecodingConfig("self-speculative", 8, 3, 9, 0.5, ("x",), "int8", 4, temperature=0.5, top_k=3, seed=7)
+    expected = DecodingConfig(
+        "self-speculative", 8, 3, 9, 0.5, ("x",), "int8", 4, temperature=0.5, top_k=3, seed=7
+    )
     assert config == expected
-    for said in ({"strategy": "lookup"}, {"exit_layer": 4}, {"exit_confidence": 0.5}, {"exits": [2, 3]}):
-        with pytest.raises(ConfigError, match=f"`policy` must be given without `{next(iter(said))}`"):
+    for said in (
+        {"strategy": "lookup"},
+        {"exit_layer": 4},
+        {"exit_confidence": 0.5},
+        {"exits": [2, 3]},
+    ):
+        with pytest.raises(
+            ConfigError, match=f"`policy` must be given without `{next(iter(said))}`"
+        ):
             policy_options(LOW, said)
 
 
 def test_a_row_replaces_options_and_a_policy_all_that_it_sets():
     flags = {"exit_layer": 4, "lookup": 3, "temperature": 0.9}
-    assert changed(flags, {"policy": "fast", "seed": 1}) == {"policy": "fast", "temperature": 0.9, "seed": 1}
+    assert changed(flags, {"policy": "fast", "seed": 1}) == {
+        "policy": "fast",
+        "temperature": 0.9,
+        "seed": 1,
+    }
     assert changed({"policy": "fast", "seed": 1}, {"exit_layer": 3}) == {"exit_layer": 3, "seed": 1}
     assert changed(flags, {"lookup": 0}) == flags | {"lookup": 0}
     assert choices({"max_new_tokens": 9, "stop": ["x"], "temperature": 0.5, "lookup": 0}) == {}
-    for said in ({"policy": "fast"}, {"strategy": "autoregressive"}, {"exit_layer": 2}, {"draft_confidence": 0.5}):
+    for said in (
+        {"policy": "fast"},
+        {"strategy": "autoregressive"},
+        {"exit_layer": 2},
+        {"draft_confidence": 0.5},
+    ):
         assert choices({**said, "seed": 1}) == said
 
 
 def test_how_its_drafts_are_stored_and_its_name():
-    several = {"strategy": "adaptive", "draft_copies": ["int8", "int4"], "draft_head": "int4", "draft_vocab": 500}
-    assert policy_packing(several) == PackingConfig(draft_weights=("int8", "int4"), draft_head="int4", draft_vocab=500)
+    several = {
+        "strategy": "adaptive",
+        "draft_copies": ["int8", "int4"],
+        "draft_head": "int4",
+        "draft_vocab": 500,
+    }
+    assert policy_packing(several) == PackingConfig(
+        draft_weights=("int8", "int4"), draft_head="int4", draft_vocab=500
+    )
     assert policy_packing(LOW) == PackingConfig(draft_weights=("int8",))
     names = {
         "plain decoding": {"strategy": "autoregressive"},

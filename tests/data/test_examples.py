@@ -1,4 +1,6 @@
-"""Rows of data sets; whatever bytes a file holds, reading it gives rows or one error of one line."""
+"""Rows of data sets; whatever bytes a file holds, reading it gives rows or one error of one
+line.
+"""
 
 import gzip
 import io
@@ -14,7 +16,15 @@ from hypothesis import strategies as st
 
 from layerskip_core.config.evaluation import TaskConfig
 from layerskip_core.config.model import DataConfig
-from layerskip_core.data import Conversation, Example, has_prompts, load_examples, load_prompts, load_rows, stream_rows
+from layerskip_core.data import (
+    Conversation,
+    Example,
+    has_prompts,
+    load_examples,
+    load_prompts,
+    load_rows,
+    stream_rows,
+)
 from layerskip_core.embedded import commands
 from layerskip_core.errors import ConfigError, DataError
 from layerskip_core.evaluation.tasks import load_task
@@ -38,25 +48,45 @@ def parquet(**columns):
     return file.getvalue()
 
 
-PARQUET = parquet(prompt=[f"p{row}" for row in range(500)], completion=[f"c{row}" for row in range(500)])
+PARQUET = parquet(
+    prompt=[f"p{row}" for row in range(500)], completion=[f"c{row}" for row in range(500)]
+)
 
 
 def load(name, **settings):
-    return [(example.prompt, example.completion) for example in load_examples(DataConfig(name=name, **settings))]
+    return [
+        (example.prompt, example.completion)
+        for example in load_examples(DataConfig(name=name, **settings))
+    ]
 
 
 FULL = {"prompt": "p", "completion": "c"}
 GOOD = {
-    "lines of JSON": ("a.jsonl", lines({"prompt": "p", "completion": "c"}, {"prompt": "q", "completion": "d", "more": 1})),
-    "blank lines between": ("a.jsonl", '{"prompt": "p", "completion": "c"}\n\n{"prompt": "q", "completion": "d"}\n'),
+    "lines of JSON": (
+        "a.jsonl",
+        lines({"prompt": "p", "completion": "c"}, {"prompt": "q", "completion": "d", "more": 1}),
+    ),
+    "blank lines between": (
+        "a.jsonl",
+        '{"prompt": "p", "completion": "c"}\n\n{"prompt": "q", "completion": "d"}\n',
+    ),
     "CSV with a blank line": ("a.csv", "completion,prompt\nc,p\n\nd,q\n"),
     "JSON with a mark and CRLF": (
         "a.jsonl",
         b'\xef\xbb\xbf{"prompt":"p","completion":"c"}\r\n{"prompt":"q","completion":"d"}\r\n',
     ),
-    "a JSON array": ("a.json", '\n [{"prompt": "p", "completion": "c"},\n {"prompt": "q", "completion": "d"}]'),
-    "packed lines of JSON": ("a.gz", gzip.compress(lines(FULL, {"prompt": "q", "completion": "d"}).encode())),
-    "a packed JSON array": ("a.json.gz", gzip.compress(json.dumps([FULL, {"prompt": "q", "completion": "d"}]).encode())),
+    "a JSON array": (
+        "a.json",
+        '\n [{"prompt": "p", "completion": "c"},\n {"prompt": "q", "completion": "d"}]',
+    ),
+    "packed lines of JSON": (
+        "a.gz",
+        gzip.compress(lines(FULL, {"prompt": "q", "completion": "d"}).encode()),
+    ),
+    "a packed JSON array": (
+        "a.json.gz",
+        gzip.compress(json.dumps([FULL, {"prompt": "q", "completion": "d"}]).encode()),
+    ),
     "CSV with empty names": ("a.csv", "\nprompt,,completion,\np,1,c,2\nq,3,d,\n"),
     "CSV with a mark and CRLF": ("a.csv", b"\xef\xbb\xbfprompt,completion\r\np,c\r\nq,d\r\n"),
 }
@@ -69,9 +99,13 @@ def test_good_files(tmp_path, name, content):
 
 def test_parquet_and_text_a_completion_a_line(tmp_path):
     file = tmp_path / "a.parquet"
-    Dataset.from_list([{"prompt": "p", "completion": "c"}, {"prompt": None, "completion": "d"}]).to_parquet(file)
+    Dataset.from_list(
+        [{"prompt": "p", "completion": "c"}, {"prompt": None, "completion": "d"}]
+    ).to_parquet(file)
     assert load(str(file)) == [("p", "c"), ("", "d")]
-    assert load(written(tmp_path, "a.txt", b"\xef\xbb\xbf one\r\n\r\ntwo \xe2\x80\xa8 words\n")) == [
+    assert load(
+        written(tmp_path, "a.txt", b"\xef\xbb\xbf one\r\n\r\ntwo \xe2\x80\xa8 words\n")
+    ) == [
         ("", " one"),
         ("", "two \u2028 words"),
     ]
@@ -84,7 +118,9 @@ def test_texts_that_look_like_something_else_stay_as_they_are(tmp_path):
     assert load(written(tmp_path, "a.jsonl", rows)) == [("null", text) for text in texts]
     table = "prompt,completion\n" + "".join(f"null,{text}\n" for text in texts)
     assert load(written(tmp_path, "a.csv", table)) == [("null", text) for text in texts]
-    assert load(written(tmp_path, "a.csv", 'prompt,completion\n"a, b","c\nd"\n')) == [("a, b", "c\nd")]
+    assert load(written(tmp_path, "a.csv", 'prompt,completion\n"a, b","c\nd"\n')) == [
+        ("a, b", "c\nd")
+    ]
 
 
 def test_columns_by_flag_and_without_a_prompt_column(tmp_path):
@@ -96,9 +132,15 @@ def test_columns_by_flag_and_without_a_prompt_column(tmp_path):
 
 
 USUAL = {
-    "Alpaca": [{"instruction": "i", "input": "x", "output": "o"}, {"instruction": "j", "input": "", "output": "p"}],
+    "Alpaca": [
+        {"instruction": "i", "input": "x", "output": "o"},
+        {"instruction": "j", "input": "", "output": "p"},
+    ],
     "questions": [{"question": "i\n\nx", "answer": "o"}, {"question": "j", "answer": "p"}],
-    "ours first": [{"input": "?", "prompt": "i\n\nx", "response": "o"}, {"prompt": "j", "response": "p"}],
+    "ours first": [
+        {"input": "?", "prompt": "i\n\nx", "response": "o"},
+        {"prompt": "j", "response": "p"},
+    ],
 }
 
 
@@ -106,14 +148,22 @@ USUAL = {
 def test_columns_with_usual_names_need_no_flag(tmp_path, rows):
     name = written(tmp_path, "a.jsonl", lines(*rows))
     assert load(name) == [("i\n\nx", "o"), ("j", "p")]
-    assert [row.prompt for row in load_prompts(DataConfig(name))] == ["i\n\nx", "j"] and has_prompts(DataConfig(name))
+    assert [row.prompt for row in load_prompts(DataConfig(name))] == [
+        "i\n\nx",
+        "j",
+    ] and has_prompts(DataConfig(name))
     task = load_task(TaskConfig(data=name, samples=0))
     assert [(row.prompt, row.completion) for row in task.examples] == load(name)
 
 
 def test_a_column_is_that_of_the_first_row(tmp_path):
-    name = written(tmp_path, "a.jsonl", lines({"question": "q", "answer": "a"}, {"prompt": "p", "answer": "b"}))
-    with pytest.raises(DataError, match=r"a\.jsonl:2: no column 'question' \(`prompt_column`\); found prompt, answer"):
+    name = written(
+        tmp_path, "a.jsonl", lines({"question": "q", "answer": "a"}, {"prompt": "p", "answer": "b"})
+    )
+    with pytest.raises(
+        DataError,
+        match=r"a\.jsonl:2: no column 'question' \(`prompt_column`\); found prompt, answer",
+    ):
         load(name)
 
 
@@ -123,34 +173,74 @@ def corrupted(content):
 
 
 BAD = {
-    "malformed JSON": ("a.jsonl", lines(FULL) + '\n{"prompt": "p",\n', r"a\.jsonl:3: not valid JSON"),
+    "malformed JSON": (
+        "a.jsonl",
+        lines(FULL) + '\n{"prompt": "p",\n',
+        r"a\.jsonl:3: not valid JSON",
+    ),
     "not an object": ("a.jsonl", lines(FULL, ["p", "c"]), r"a\.jsonl:2: needed a JSON object"),
-    "a prompt that stops coming": ("a.jsonl", lines(FULL, {"completion": "c"}), r"a\.jsonl:2: no column 'prompt'"),
-    "an empty completion": ("a.jsonl", lines(FULL, {"prompt": "p", "completion": " "}), r"a\.jsonl:2: the completion must be"),
-    "null": ("a.jsonl", lines(FULL, {"prompt": "p", "completion": None}), r"a\.jsonl:2: the completion must be .* found None"),
+    "a prompt that stops coming": (
+        "a.jsonl",
+        lines(FULL, {"completion": "c"}),
+        r"a\.jsonl:2: no column 'prompt'",
+    ),
+    "an empty completion": (
+        "a.jsonl",
+        lines(FULL, {"prompt": "p", "completion": " "}),
+        r"a\.jsonl:2: the completion must be",
+    ),
+    "null": (
+        "a.jsonl",
+        lines(FULL, {"prompt": "p", "completion": None}),
+        r"a\.jsonl:2: the completion must be .* found None",
+    ),
     "empty JSON": ("a.jsonl", "\n", r"a\.jsonl holds no rows"),
-    "too many fields": ("a.csv", "prompt,completion\np,c\np,c,d\n", r"a\.csv:3: needed 2 fields, found 3"),
+    "too many fields": (
+        "a.csv",
+        "prompt,completion\np,c\np,c,d\n",
+        r"a\.csv:3: needed 2 fields, found 3",
+    ),
     "a quote left open": ("a.csv", 'prompt,completion\np,c\np,"c\nq,d\n', r"a\.csv:3: "),
     "empty CSV": ("a.csv", "", r"a\.csv holds no rows"),
     "no Parquet": ("a.parquet", "text", r"a\.parquet: not readable as Parquet"),
     "text in Latin-1": ("a.txt", b"one\ntw\xf6\n", r"a\.txt:2: not UTF-8 text: .* at byte 3"),
-    "JSON nested too deeply": ("a.jsonl", lines(FULL) + '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}\n", r"a\.jsonl:2: "),
+    "JSON nested too deeply": (
+        "a.jsonl",
+        lines(FULL) + '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}\n",
+        r"a\.jsonl:2: ",
+    ),
     "a value without end": (
         "a.jsonl",
         lines({"prompt": ["x" * 10_000], "completion": "c"}),
         r"a\.jsonl:1: the prompt must be a text, found \['x{50,60}\.\.\.$",
     ),
-    "a name of two lines": ("a.jsonl", lines({"a\nb": 1}), r"a\.jsonl:1: no column 'completion', nor .* found 'a\\nb'$"),
+    "a name of two lines": (
+        "a.jsonl",
+        lines({"a\nb": 1}),
+        r"a\.jsonl:1: no column 'completion', nor .* found 'a\\nb'$",
+    ),
     "an array that does not end": ("a.json", '[{"completion": "c"},', r"a\.json: not valid JSON"),
-    "columns of one name": ("a.csv", "prompt,completion,prompt\np,c,q\n", r"a\.csv:1: needed distinct column names.*prompt"),
+    "columns of one name": (
+        "a.csv",
+        "prompt,completion,prompt\np,c,q\n",
+        r"a\.csv:1: needed distinct column names.*prompt",
+    ),
     "a damaged gzip": (
         "a.jsonl.gz",
         gzip.compress(lines(FULL).encode())[:-8] + b"\1" * 8,
         r"a\.jsonl\.gz cannot be read after line 1: CRC check failed",
     ),
     "damaged Parquet": ("a.parquet", corrupted(PARQUET), r"a\.parquet: not readable as Parquet: "),
-    "Parquet of numbers": ("a.parquet", parquet(prompt=[1], completion=[2]), r"a\.parquet:1: the completion .* found 2"),
-    "another ending": ("a.xml", "<a/>", r"a\.xml: needed one of \.jsonl, .* found the ending '\.xml'"),
+    "Parquet of numbers": (
+        "a.parquet",
+        parquet(prompt=[1], completion=[2]),
+        r"a\.parquet:1: the completion .* found 2",
+    ),
+    "another ending": (
+        "a.xml",
+        "<a/>",
+        r"a\.xml: needed one of \.jsonl, .* found the ending '\.xml'",
+    ),
 }
 
 
@@ -165,7 +255,9 @@ def test_bad_files_are_named_with_their_line(tmp_path, name, content, message):
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.csv.gz"])
 def test_a_file_that_cannot_be_read(tmp_path, name):
-    with pytest.raises(DataError, match=rf"`validation` .*{name}.* (cannot be read|not readable|no such file)"):
+    with pytest.raises(
+        DataError, match=rf"`validation` .*{name}.* (cannot be read|not readable|no such file)"
+    ):
         load(str(tmp_path / name), setting="validation")
     (tmp_path / name).mkdir()
     with pytest.raises(DataError):
@@ -189,7 +281,10 @@ def topv2(tmp_path, **files):
 
 def test_a_topv2_folder_reads_every_domain_of_a_split(tmp_path):
     folder = topv2(
-        tmp_path, b_train='b\tsay "hi\t[IN:B say "hi ]\r\n', a_train="a\tgo\t[IN:A go ]\n", a_eval="a\tstop\t[IN:A stop ]\n"
+        tmp_path,
+        b_train='b\tsay "hi\t[IN:B say "hi ]\r\n',
+        a_train="a\tgo\t[IN:A go ]\n",
+        a_eval="a\tstop\t[IN:A stop ]\n",
     )
     assert load(folder) == [("go", "[IN:A go ]"), ('say "hi', '[IN:B say "hi ]')]
     assert load(folder, split="validation") == [("stop", "[IN:A stop ]")]
@@ -198,7 +293,9 @@ def test_a_topv2_folder_reads_every_domain_of_a_split(tmp_path):
 def test_bad_topv2_folders(tmp_path):
     with pytest.raises(DataError, match=r"holds no TOPv2 files named DOMAIN_train\.tsv"):
         load(str(tmp_path))
-    with pytest.raises(ConfigError, match="`split` must be one of train, validation, test, got dev for TOPv2"):
+    with pytest.raises(
+        ConfigError, match="`split` must be one of train, validation, test, got dev for TOPv2"
+    ):
         load(str(tmp_path), split="dev")
     for row, fault in (
         ("a\tgo\t[IN:A go ]\na\tgo\n", "3: needed 3 fields, found 2"),
@@ -217,7 +314,9 @@ def test_topv2_by_name_comes_from_the_hub(monkeypatch):
 
     def hub(name, streaming, **keywords):
         asked.append((name, keywords))
-        return Dataset.from_list([{"domain": "a", "utterance": "go", "semantic_parse": "[IN:A go ]"}])
+        return Dataset.from_list(
+            [{"domain": "a", "utterance": "go", "semantic_parse": "[IN:A go ]"}]
+        )
 
     monkeypatch.setattr(datasets, "load_dataset", hub)
     assert load("topv2", split="validation") == [("go", "[IN:A go ]")]
@@ -228,9 +327,13 @@ def test_topv2_by_name_comes_from_the_hub(monkeypatch):
 
 def test_rows_of_a_hub_id_are_checked_too(monkeypatch):
     rows = [{"question": "q", "answer": "a"}, {"question": "r", "answer": ""}]
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split, streaming: Dataset.from_list(rows))
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda name, split, streaming: Dataset.from_list(rows)
+    )
     columns = {"prompt_column": "question", "completion_column": "answer"}
-    with pytest.raises(DataError, match="owner/set:2: the completion must be a text that is not empty, found ''"):
+    with pytest.raises(
+        DataError, match="owner/set:2: the completion must be a text that is not empty, found ''"
+    ):
         load("owner/set", **columns)
     rows.pop()
     assert load("owner/set", **columns) == load("owner/set") == [("q", "a")]
@@ -248,19 +351,30 @@ def test_the_limit_is_spread_over_the_rows(tmp_path):
 
 def test_commands_by_name():
     rows = load_examples(DataConfig(limit=5, seed=1))
-    assert rows == load_examples(DataConfig(limit=7, seed=1))[:5] != load_examples(DataConfig(limit=5, seed=2))
-    with pytest.raises(ConfigError, match=r"`split` must be one of train, validation, .* sealed, got dev for commands"):
+    assert (
+        rows
+        == load_examples(DataConfig(limit=7, seed=1))[:5]
+        != load_examples(DataConfig(limit=5, seed=2))
+    )
+    with pytest.raises(
+        ConfigError,
+        match=r"`split` must be one of train, validation, .* sealed, got dev for commands",
+    ):
         load("commands", split="dev")
 
 
 def test_more_commands_than_there_are(monkeypatch):
-    tiny = commands.Grammar({"d": "== a root\n" + "\n".join(f"[IN:X {'w' * length} ]" for length in range(1, 30))})
+    tiny = commands.Grammar(
+        {"d": "== a root\n" + "\n".join(f"[IN:X {'w' * length} ]" for length in range(1, 30))}
+    )
     monkeypatch.setattr(commands, "load_grammar", lambda: tiny)
     with pytest.raises(DataError, match="`limit` 50: split train has fewer than 50 distinct rows"):
         load("commands", limit=50)
 
 
-CHAT_ROW = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}
+CHAT_ROW = {
+    "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+}
 MALFORMED = {
     "no list": {"messages": "hi"},
     "no role": {"messages": [{"content": "hi"}]},
@@ -275,13 +389,16 @@ def test_conversations(tmp_path):
     name = written(tmp_path, "a.jsonl", lines(CHAT_ROW))
     expected = [Conversation((("user", "hi"), ("assistant", "yes")))]
     assert load_rows(DataConfig(name=name)) == list(stream_rows(DataConfig(name=name))) == expected
-    with pytest.raises(DataError, match=r"holds conversations .*; needed a prompt and a completion"):
+    with pytest.raises(
+        DataError, match=r"holds conversations .*; needed a prompt and a completion"
+    ):
         load_examples(DataConfig(name=name))
     Dataset.from_list([CHAT_ROW]).to_parquet(tmp_path / "a.parquet")
     for read in (load_rows, stream_rows):
         assert list(read(DataConfig(name=str(tmp_path / "a.parquet")))) == expected
     shared = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}]}
-    assert load_rows(DataConfig(written(tmp_path, "a.jsonl", lines(shared)))) == expected  # as ShareGPT has them
+    # As ShareGPT has them
+    assert load_rows(DataConfig(written(tmp_path, "a.jsonl", lines(shared)))) == expected
     both = written(tmp_path, "both.jsonl", lines({**CHAT_ROW, "prompt": "p", "completion": "c"}))
     assert load(both) == [("p", "c")]  # who names a completion means it
 
@@ -293,7 +410,9 @@ def test_malformed_conversations_are_named_with_their_line(tmp_path, row):
 
 
 TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-ROWS = [{"prompt": f"p{row} \u00e9", "completion": "c" * row, "messages": TURNS} for row in range(1, 30)]
+ROWS = [
+    {"prompt": f"p{row} \u00e9", "completion": "c" * row, "messages": TURNS} for row in range(1, 30)
+]
 EVERY_LINE = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
 TABLE = b"prompt,completion\n" + b"".join(b'"p, %d",c\n' % row for row in range(30))
 
@@ -317,16 +436,25 @@ EVERY = settings(max_examples=50, deadline=None, derandomize=True, database=None
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "a"]), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "a"]), inner, max_size=3)
+    ),
     max_leaves=6,
 )
-json_rows = st.dictionaries(st.sampled_from(["prompt", "completion", "messages", "text"]), json_values, max_size=4)
+json_rows = st.dictionaries(
+    st.sampled_from(["prompt", "completion", "messages", "text"]), json_values, max_size=4
+)
 
 
 @st.composite
 def damaged(draw, content):
-    parts = bytearray(content[: draw(st.integers(0, len(content)))] if draw(st.booleans()) else content)
-    for place, byte in draw(st.lists(st.tuples(st.integers(0, len(content)), st.integers(0, 255)), max_size=8)):
+    parts = bytearray(
+        content[: draw(st.integers(0, len(content)))] if draw(st.booleans()) else content
+    )
+    for place, byte in draw(
+        st.lists(st.tuples(st.integers(0, len(content)), st.integers(0, 255)), max_size=8)
+    ):
         if place < len(parts):
             parts[place] = byte
     place = draw(st.integers(0, len(parts)))
@@ -347,7 +475,11 @@ def read_all(folder, name, content):
         try:
             results.append(list(read(DataConfig(str(file)))))
         except DataError as error:
-            assert str(file) in str(error) and "\n" not in str(error) and len(str(error)) < len(str(file)) + 450
+            assert (
+                str(file) in str(error)
+                and "\n" not in str(error)
+                and len(str(error)) < len(str(file)) + 450
+            )
             results.append(str(error))
     assert results[0] == results[1]
     return None if isinstance(results[0], str) else results[0]
@@ -365,8 +497,14 @@ def test_damaged_files(folder, ending, data):
 def test_rows_of_any_json(folder, rows):
     read = read_all(folder, "a.jsonl", "\n".join(map(json.dumps, rows)).encode())
     for row in read or []:
-        texts = [row.prompt, row.completion] if isinstance(row, Example) else [text for turn in row.messages for text in turn]
-        assert isinstance(row, Example | Conversation) and all(isinstance(text, str) for text in texts)
+        texts = (
+            [row.prompt, row.completion]
+            if isinstance(row, Example)
+            else [text for turn in row.messages for text in turn]
+        )
+        assert isinstance(row, Example | Conversation) and all(
+            isinstance(text, str) for text in texts
+        )
 
 
 @EVERY

@@ -1,4 +1,6 @@
-"""A drafter by prompt lookup, as one module: it drafts what followed the last earlier occurrence of the newest token."""
+"""A drafter by prompt lookup, as one module: it drafts what followed the last earlier occurrence of
+the newest token.
+"""
 
 from torch import tensor
 
@@ -10,11 +12,14 @@ class RepeatingDrafter:
     """Without exit states: the target starts at layer 0."""
 
     def __init__(self) -> None:
-        self.verdicts: dict[Row, list[tuple[int, int]]] = {}  # by row: how many tokens were drafted, and accepted
+        # By row: how many tokens were drafted, and accepted
+        self.verdicts: dict[Row, list[tuple[int, int]]] = {}
 
     def draft(self, context: Context, limits: list[int]) -> Draft:
         drafts = [repetition(ids)[:limit] for ids, limit in zip(context.ids, limits, strict=True)]
-        tokens = [token for ids, row in zip(context.ids, drafts, strict=True) for token in (ids[-1], *row)]
+        tokens = [
+            token for ids, row in zip(context.ids, drafts, strict=True) for token in (ids[-1], *row)
+        ]
         return Draft(tensor(tokens, device=context.newest.device), tuple(map(len, drafts)))
 
     def observe(self, row: Row, drafted: int, verified: list[int]) -> None:
@@ -22,7 +27,9 @@ class RepeatingDrafter:
 
 
 def repetition(ids: list[int]) -> list[int]:
-    """What follows the last earlier occurrence of the last id, the last id not included; nothing if it is new."""
+    """What follows the last earlier occurrence of the last id, the last id not included; nothing if
+    it is new.
+    """
     earlier = [place for place in range(len(ids) - 1) if ids[place] == ids[-1]]
     return ids[earlier[-1] + 1 :] if earlier else []
 

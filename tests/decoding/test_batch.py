@@ -43,35 +43,49 @@ def alone(model, prompt, config, eos_ids=frozenset()):
 
 def together(model, prompts, config, eos_ids=frozenset()):
     found = {one.row: one for one in decode_batch(model, prompts, config, eos_ids, letters)}
-    return [(one.ids, one.finish_reason, *(getattr(one.stats, name) for name in COUNTS)) for _, one in sorted(found.items())]
+    return [
+        (one.ids, one.finish_reason, *(getattr(one.stats, name) for name in COUNTS))
+        for _, one in sorted(found.items())
+    ]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_answer_has_room_from_the_start(kind, monkeypatch):
     """Its end is near: no keys and values are ever copied elsewhere."""
-    model, filled, hold = model_of(kind), [], RowCache._hold
+    model = model_of(kind)
+    filled = []
+    hold = RowCache._hold
 
     def noted(cache, storage):
         filled.append(getattr(cache, "storage", storage).shape[4])
         return hold(cache, storage)
 
     monkeypatch.setattr(RowCache, "_hold", noted)
-    assert len(alone(model, prompt_of(5), DecodingConfig(exit_layer=3, max_new_tokens=120))[0]) == 120
+    assert (
+        len(alone(model, prompt_of(5), DecodingConfig(exit_layer=3, max_new_tokens=120))[0]) == 120
+    )
     assert {*filled} <= {0}
 
 
 def test_a_row_draws_for_itself_while_an_older_one_reads_its_prompt():
-    """The older prompt has a piece that ends early, as where prompts part; the younger one drafts before its end."""
+    """The older prompt has a piece that ends early, as where prompts part; the younger one drafts
+    before its end.
+    """
     backend = native_or_skip(tiny_model("llama", torch.float32, **WIDE))
     config = DecodingConfig("self-speculative", 3, 4, max_new_tokens=24, temperature=0.9)
     loop = DecodingLoop(backend, [], config)
     rows = [loop.row(prompt_of(length), config, frozenset(), length) for length in (100, 5)]
     for row in rows:
         loop.add(row)
-    rows[0].stop, loop.piece = 4, 12
+    rows[0].stop = 4
+    loop.piece = 12
     list(loop)
-    alone = [DecodingLoop(backend, [prompt_of(length)], config, seeds=[length]) for length in (100, 5)]
-    assert [row.output for row in rows] == [[token for [step] in each for token in step.ids] for each in alone]
+    alone = [
+        DecodingLoop(backend, [prompt_of(length)], config, seeds=[length]) for length in (100, 5)
+    ]
+    assert [row.output for row in rows] == [
+        [token for [step] in each for token in step.ids] for each in alone
+    ]
 
 
 def test_what_cannot_be_batched_is_refused():
@@ -83,4 +97,10 @@ def test_what_cannot_be_batched_is_refused():
     with pytest.raises(ConfigError, match="at most 127 tokens, got 128"):
         list(decode_batch(model_of("packed"), [[3], [4] * 128], DecodingConfig("autoregressive")))
     with pytest.raises(ConfigError, match="`batch_size` must be 1 with `exit_confidence`"):
-        next(decode_batch(model_of("packed"), [[3], [4]], DecodingConfig("early-exit", exits=(2,), exit_confidence=0.5)))
+        next(
+            decode_batch(
+                model_of("packed"),
+                [[3], [4]],
+                DecodingConfig("early-exit", exits=(2,), exit_confidence=0.5),
+            )
+        )

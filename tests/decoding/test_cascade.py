@@ -14,37 +14,58 @@ from layerskip_core.model.cache import Places
 
 def drafted(backend, texts, config, limits, ends, steps):
     """The drafts of rows by the cascade, or in single steps, and how many passes they took."""
-    setup, passes = DrafterSetup(backend, config, reuse_exit_states=False), []
+    setup = DrafterSetup(backend, config, reuse_exit_states=False)
+    passes = []
     drafter = ExitDrafter(setup, None, Submodel(6))
-    cache, filled = backend.new_cache(len(texts), 64), [len(ids) - 1 for ids in texts]
-    layers, newest = drafter._side.layers, torch.tensor([ids[-1] for ids in texts])
-    context, run = context_of(texts, newest, cache, range(len(texts)), filled, config), layers.run_layers
+    cache = backend.new_cache(len(texts), 64)
+    filled = [len(ids) - 1 for ids in texts]
+    layers = drafter._side.layers
+    newest = torch.tensor([ids[-1] for ids in texts])
+    context = context_of(texts, newest, cache, range(len(texts)), filled, config)
+    run = layers.run_layers
     with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
         told = torch.tensor([token for ids in texts for token in ids[:-1]])
         run(layers.embed(told), 0, 6, Places(cache, [0] * len(texts), filled))
-        patch.setattr(layers, "run_layers", lambda *given: passes.append(given[1] == 0 < given[2]) or run(*given))
+        patch.setattr(
+            layers,
+            "run_layers",
+            lambda *given: passes.append(given[1] == 0 < given[2]) or run(*given),
+        )
         made = (drafter._step_by_step if steps else drafter._cascade.draft)(context, limits, ends)
     return made, sum(passes)
 
 
 @pytest.mark.parametrize("kind", ["generic", "native"])
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
-@pytest.mark.parametrize("ends", [DraftEnds(), DraftEnds(frozenset({9}), survival=0.05), DraftEnds(confidence=0.02)])
+@pytest.mark.parametrize(
+    "ends", [DraftEnds(), DraftEnds(frozenset({9}), survival=0.05), DraftEnds(confidence=0.02)]
+)
 def test_the_drafts_are_those_of_single_steps(kind, temperature, ends, monkeypatch):
-    """With guesses that are right, with some that are not, and where nothing is found: of rows of other lengths and limits."""
+    """With guesses that are right, with some that are not, and where nothing is found: of rows of
+    other lengths and limits.
+    """
     monkeypatch.setattr(cascade, "_GUESSES", 16)
-    backend, config = backend_of(kind), DecodingConfig("self-speculative", 3, 8, temperature=temperature, seed=5)
-    texts, limits = [prompt_of(12, vocabulary=12), prompt_of(30, vocabulary=8), [*range(3, 20)]], [8, 6, 7]
-    made, expected = (drafted(backend, texts, config, limits, ends, steps)[0] for steps in (False, True))
+    backend = backend_of(kind)
+    config = DecodingConfig("self-speculative", 3, 8, temperature=temperature, seed=5)
+    texts = [prompt_of(12, vocabulary=12), prompt_of(30, vocabulary=8), [*range(3, 20)]]
+    limits = [8, 6, 7]
+    made, expected = (
+        drafted(backend, texts, config, limits, ends, steps)[0] for steps in (False, True)
+    )
     assert made.counts == expected.counts and torch.equal(made.tokens, expected.tokens)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_right_guesses_save_passes(temperature, monkeypatch):
-    backend, config = backend_of("generic"), DecodingConfig("self-speculative", 3, 8, temperature=temperature, seed=5)
+    backend = backend_of("generic")
+    config = DecodingConfig("self-speculative", 3, 8, temperature=temperature, seed=5)
     text = prompt_of(12)
     drafts, steps = drafted(backend, [text], config, [8], DraftEnds(), True)
     answer = drafts.tokens.tolist()[1:]
-    monkeypatch.setattr(cascade.History, "continuation", lambda self, ids, most, own: (answer[len(own) :][:most], most))
+    monkeypatch.setattr(
+        cascade.History,
+        "continuation",
+        lambda self, ids, most, own: (answer[len(own) :][:most], most),
+    )
     made, passes = drafted(backend, [text], config, [8], DraftEnds(), False)
     assert made.tokens.tolist() == drafts.tokens.tolist() and (steps, passes) == (8, 2)

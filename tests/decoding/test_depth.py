@@ -1,4 +1,6 @@
-"""Dynamic depth per token: against a reference in plain torch, on every backend, and against the fixed depths at its ends."""
+"""Dynamic depth per token: against a reference in plain torch, on every backend, and against the
+fixed depths at its ends.
+"""
 
 from collections import Counter
 
@@ -18,16 +20,25 @@ from layerskip_core.model.native.compiled import kernels
 
 LAYERS = 6
 EXITS = (1, 2, 4)
-UNTIED = {"tie_word_embeddings": False}  # a head of its own: a tied one mostly repeats the last token
+# A head of its own: a tied one mostly repeats the last token
+UNTIED = {"tie_word_embeddings": False}
 MODELS = {
     "llama": {},
     "gemma2": {**UNTIED, "sliding_window": 5},
-    "gemma3_text": {**UNTIED, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"] * 3},
+    "gemma3_text": {
+        **UNTIED,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+    },
     "olmo2": {},
     "starcoder2": UNTIED,
 }
 CONFIDENCE = 0.08  # of 67 tokens: some tokens of these models leave at each exit
-BACKENDS = [TransformersBackend, TorchBackend.of, *([NativeBackend.of] if kernels() is not None else [])]
+BACKENDS = [
+    TransformersBackend,
+    TorchBackend.of,
+    *([NativeBackend.of] if kernels() is not None else []),
+]
 
 
 def model_of(backend, model_type="llama"):
@@ -41,13 +52,24 @@ def run(model, prompt, count=24, **settings):
 
 
 def dynamic(model, prompt, confidence, count=24, **settings):
-    return run(model, prompt, count, strategy="early-exit", exits=EXITS, exit_confidence=confidence, **settings)
+    return run(
+        model,
+        prompt,
+        count,
+        strategy="early-exit",
+        exits=EXITS,
+        exit_confidence=confidence,
+        **settings,
+    )
 
 
 @torch.no_grad()
 def reference(backend, prompt, confidence, count=24, draft_vocab=67, possible=EXITS):
-    """The whole sequence again for each token, layer by layer: above its exit a token stays as it was at its exit."""
-    ids, exits = list(prompt), []
+    """The whole sequence again for each token, layer by layer: above its exit a token stays as it
+    was at its exit.
+    """
+    ids = list(prompt)
+    exits = []
     for _ in range(count):
         hidden = backend.embed(torch.tensor([ids]))
         ran = torch.tensor([LAYERS] * len(prompt) + exits[1:] + [LAYERS] * (len(ids) > len(prompt)))
@@ -58,7 +80,9 @@ def reference(backend, prompt, confidence, count=24, draft_vocab=67, possible=EX
                 logits = backend.unembed(hidden[0, -1])
             else:
                 logits = block.head(run_texts(backend, hidden, block.layer, block.layer + 1)[0, -1])
-            if layer + 1 == LAYERS or (layer + 1 in possible and logits[:draft_vocab].softmax(-1).max() > confidence):
+            if layer + 1 == LAYERS or (
+                layer + 1 in possible and logits[:draft_vocab].softmax(-1).max() > confidence
+            ):
                 break
         exits.append(layer + 1)
         ids.append(int(logits.argmax()))
@@ -72,7 +96,8 @@ def by_layers(exits):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("model_type", MODELS)
 def test_each_token_leaves_at_its_exit_and_is_seen_from_above(backend, model_type):
-    model, seen = model_of(backend, model_type), Counter()
+    model = model_of(backend, model_type)
+    seen = Counter()
     for length in (1, 2, 9):
         plain = TransformersBackend(tiny_model(model_type, **MODELS[model_type]))
         expected, exits = reference(plain, prompt_of(length), CONFIDENCE)
@@ -87,11 +112,9 @@ def test_each_token_leaves_at_its_exit_and_is_seen_from_above(backend, model_typ
 
 def test_exits_are_tested_with_the_head_that_drafts():
     """Over the first 40 of 67 tokens more tokens leave early; which token it is decide all."""
-    model, plain, prompt = (
-        TorchBackend.of(tiny_model(), PackingConfig(draft_vocab=40)),
-        model_of(TransformersBackend),
-        prompt_of(9),
-    )
+    model = TorchBackend.of(tiny_model(), PackingConfig(draft_vocab=40))
+    plain = model_of(TransformersBackend)
+    prompt = prompt_of(9)
     expected, exits = reference(plain, prompt, 0.12, draft_vocab=40)
     ids, stats = dynamic(model, prompt, 0.12)
     assert ids == expected and max(ids) >= 40
@@ -103,22 +126,35 @@ def test_blocks_decide_and_attend_to_tokens_that_left_below_them():
     model = tiny_model("llama", torch.float64, **WIDE)
     backend = TransformersBackend(model, random_blocks(model, ExitBlock(2), ExitBlock(4)))
     expected, exits = reference(backend, prompt_of(8), 0.3, 20, possible=(2, 4))
-    ids, stats = run(backend, prompt_of(8), 20, strategy="early-exit", exits=(2, 4), exit_confidence=0.3)
+    ids, stats = run(
+        backend, prompt_of(8), 20, strategy="early-exit", exits=(2, 4), exit_confidence=0.3
+    )
     assert len(set(exits)) > 1
     assert (ids, stats.tokens_by_layers) == (expected, by_layers(exits))
 
 
 def test_each_layer_runs_once_for_a_token_that_reaches_it(monkeypatch):
-    """And keys are written for tokens that left, all together, only when a token goes where they are missing."""
-    model, calls = model_of(TransformersBackend), []
+    """And keys are written for tokens that left, all together, only when a token goes where they
+    are missing.
+    """
+    model = model_of(TransformersBackend)
+    calls = []
     for name in ("run_layers", "write_kv"):
         recorded(monkeypatch, model, name, calls)
-    decoding = decode(model, prompt_of(9), DecodingConfig("early-exit", exits=(2, 4), exit_confidence=0.5, max_new_tokens=9))
+    decoding = decode(
+        model,
+        prompt_of(9),
+        DecodingConfig("early-exit", exits=(2, 4), exit_confidence=0.5, max_new_tokens=9),
+    )
     monkeypatch.setattr(decoding._target, "_leaving", scripted([2, 2, 4, 2, 2, 6, 2], model))
     for _ in range(7):
         next(decoding)
     assert calls == [
-        *[("run_layers", 0, 2, [*range(9)]), ("run_layers", 2, 4, [*range(9)]), ("run_layers", 4, 6, [*range(9)])],
+        *[
+            ("run_layers", 0, 2, [*range(9)]),
+            ("run_layers", 2, 4, [*range(9)]),
+            ("run_layers", 4, 6, [*range(9)]),
+        ],
         ("run_layers", 0, 2, [9]),
         *[("run_layers", 0, 2, [10]), ("write_kv", 2, 4, [9]), ("run_layers", 2, 4, [10])],
         ("run_layers", 0, 2, [11]),
@@ -157,7 +193,10 @@ def scripted(exits, model):
 
 def test_fixed_depths_are_counted_too():
     model = model_of(TransformersBackend)
-    assert run(model, prompt_of(9), 5, strategy="early-exit", exit_layer=2)[1].tokens_by_layers == (0, 5)
+    assert run(model, prompt_of(9), 5, strategy="early-exit", exit_layer=2)[1].tokens_by_layers == (
+        0,
+        5,
+    )
     stats = run(model, prompt_of(9), 5, exit_layer=2, num_draft_tokens=3)[1]
     assert stats.tokens_by_layers == (0, 0, 0, 0, 0, 5) and stats.drafted > 0
     both = stats + run(model, prompt_of(9), 15, strategy="early-exit", exit_layer=2)[1]

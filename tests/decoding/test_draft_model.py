@@ -26,7 +26,9 @@ from layerskip_core.serving import Request, Scheduler
 KINDS = ("generic", "packed", "native")
 DRAFTED = DecodingConfig("draft-model", num_draft_tokens=4, max_new_tokens=24)
 # Drafts of the draft model that cost little, so that it is chosen where times are not measured.
-ADAPTIVE = replace(DRAFTED, strategy="adaptive", profile=DraftProfile({}, (1.0, 1.0), {"draft model": 0.05}))
+ADAPTIVE = replace(
+    DRAFTED, strategy="adaptive", profile=DraftProfile({}, (1.0, 1.0), {"draft model": 0.05})
+)
 
 
 def backend_on(kind, model):
@@ -36,7 +38,9 @@ def backend_on(kind, model):
 
 
 def pair_of(kind, context=128, layers=4, model_type="llama", **changes):
-    """A target of six layers, of which the last two add little, and a draft model: as many layers of the same weights."""
+    """A target of six layers, of which the last two add little, and a draft model: as many layers
+    of the same weights.
+    """
     dtype = torch.float32 if kind == "native" else torch.float64
     target = tiny_model(model_type, dtype, **WIDE, **changes)
     with torch.no_grad():
@@ -55,13 +59,19 @@ cached_pair = cache(pair_of)
 
 
 def together(backend, prompts, config, eos_ids=frozenset(), **options):
-    found = sorted(decode_batch(backend, prompts, config, eos_ids, letters, **options), key=lambda answer: answer.row)
+    found = sorted(
+        decode_batch(backend, prompts, config, eos_ids, letters, **options),
+        key=lambda answer: answer.row,
+    )
     return [answer.ids for answer in found], [answer.stats for answer in found]
 
 
 def passes_of(model, monkeypatch):
-    """Records how many tokens of each row run in the passes of a model that are no draft's steps, and all other calls."""
-    passes, run = [], model.run_layers
+    """Records how many tokens of each row run in the passes of a model that are no draft's steps,
+    and all other calls.
+    """
+    passes = []
+    run = model.run_layers
 
     def recorded(hidden, start, stop, places):
         passes.append(list(places.counts))
@@ -74,8 +84,11 @@ def passes_of(model, monkeypatch):
 @pytest.mark.parametrize("strategy", ["draft-model", "adaptive"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_output_is_the_target_s(kind, strategy):
-    """Alone and in a batch of rows that end at different times: at an EOS, at their limit, at the end of the context."""
-    backend, prompts = cached_pair(kind), [prompt_of(length) for length in (1, 14, 60, 5, 120)]
+    """Alone and in a batch of rows that end at different times: at an EOS, at their limit, at the
+    end of the context.
+    """
+    backend = cached_pair(kind)
+    prompts = [prompt_of(length) for length in (1, 14, 60, 5, 120)]
     config = replace(ADAPTIVE if strategy == "adaptive" else DRAFTED, max_new_tokens=40)
     free = [plainly(backend, prompt) for prompt in prompts]
     eos_ids = frozenset({free[0][21], free[2][9]})
@@ -88,7 +101,9 @@ def test_the_output_is_the_target_s(kind, strategy):
     ids, counted = together(backend, prompts, config, eos_ids)
     assert ids == expected
     if strategy == "draft-model":
-        assert [(each.drafted, each.accepted) for each in counted] == [(each.drafted, each.accepted) for _, _, each in alone]
+        assert [(each.drafted, each.accepted) for each in counted] == [
+            (each.drafted, each.accepted) for _, _, each in alone
+        ]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -97,11 +112,13 @@ def test_the_target_itself_as_draft_model_is_always_right(kind):
     for length in (1, 30):
         ids, _, stats = answer_of(backend, prompt_of(length), DRAFTED)
         assert ids == plainly(backend, prompt_of(length), 24)
-        assert stats.accepted == stats.drafted == 18  # 1 token from the prefill, rounds of 5, 5, 5, 5 and 3
+        # 1 token from the prefill, rounds of 5, 5, 5, 5 and 3
+        assert stats.accepted == stats.drafted == 18
 
 
 def test_stop_strings_penalties_lookups_and_confidence_keep_the_output():
-    backend, prompt = cached_pair("packed"), prompt_of(9)
+    backend = cached_pair("packed")
+    prompt = prompt_of(9)
     plain = replace(DRAFTED, strategy="autoregressive")
     stop = letters(plainly(backend, prompt, 24)[10:12])
     for changes in (
@@ -119,10 +136,15 @@ def test_stop_strings_penalties_lookups_and_confidence_keep_the_output():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_token_of_a_text_runs_twice(kind, monkeypatch):
-    """But for rejected ones: the prompt in one pass before the first draft, and the last draft where all were accepted."""
-    backend, config = pair_of(kind), replace(DRAFTED, num_draft_tokens=3)
-    passes, prompt = passes_of(backend.draft_model, monkeypatch), prompt_of(30)
-    loop, drafts = decode(backend, prompt, config), 0
+    """But for rejected ones: the prompt in one pass before the first draft, and the last draft
+    where all were accepted.
+    """
+    backend = pair_of(kind)
+    config = replace(DRAFTED, num_draft_tokens=3)
+    passes = passes_of(backend.draft_model, monkeypatch)
+    prompt = prompt_of(30)
+    loop = decode(backend, prompt, config)
+    drafts = 0
     for [step] in loop:
         drafts += step.counts.drafted
     counted = kind == "generic"  # elsewhere the steps of drafts are those of its layers
@@ -136,26 +158,36 @@ def test_no_token_of_a_text_runs_twice(kind, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["packed", "native"])
 @pytest.mark.parametrize(
-    "config", [DRAFTED, ADAPTIVE, replace(DRAFTED, temperature=0.8)], ids=["greedy", "adaptive", "sampled"]
+    "config",
+    [DRAFTED, ADAPTIVE, replace(DRAFTED, temperature=0.8)],
+    ids=["greedy", "adaptive", "sampled"],
 )
 def test_rows_that_join_a_loop_get_what_they_get_alone(kind, config):
-    backend, prompts = cached_pair(kind), [prompt_of(length) for length in (9, 3, 40, 17)]
+    backend = cached_pair(kind)
+    prompts = [prompt_of(length) for length in (9, 3, 40, 17)]
     if kind == "packed" and config.temperature:
         pytest.skip("PyTorch's kernels round otherwise among others")
-    loop, rows = DecodingLoop(backend, [], config), []
+    loop = DecodingLoop(backend, [], config)
+    rows = []
     for number, prompt in enumerate(prompts):
-        rows.append(loop.row(prompt, replace(config, max_new_tokens=30 - 6 * number), frozenset(), number))
+        rows.append(
+            loop.row(prompt, replace(config, max_new_tokens=30 - 6 * number), frozenset(), number)
+        )
         loop.add(rows[-1])
         next(loop), next(loop)
     assert all(loop)
     for number, prompt in enumerate(prompts):
-        alone = DecodingLoop(backend, [prompt], replace(config, max_new_tokens=30 - 6 * number), seeds=[number])
+        alone = DecodingLoop(
+            backend, [prompt], replace(config, max_new_tokens=30 - 6 * number), seeds=[number]
+        )
         assert rows[number].output == ids_of(alone)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_sampled_output_follows_the_target_s_distribution(kind):
-    vocabulary, prompt, draws = 5, [3, 1, 4], 400
+    vocabulary = 5
+    prompt = [3, 1, 4]
+    draws = 400
     config = replace(DRAFTED, temperature=3.0, top_k=3, num_draft_tokens=2, max_new_tokens=4)
     backend = pair_of(kind, vocab_size=vocabulary, eos_token_id=None)
     loop = DecodingLoop(backend, [prompt] * draws, config, seeds=range(draws))
@@ -164,8 +196,12 @@ def test_sampled_output_follows_the_target_s_distribution(kind):
     for _ in range(4):
         longer = {}
         for ids, mass in joint.items():
-            probs = probabilities(logits(backend, torch.tensor([[*prompt, *ids]]), last=1)[0, -1], config)
-            longer |= {(*ids, int(token)): mass * float(probs[token]) for token in probs.nonzero()[:, 0]}
+            probs = probabilities(
+                logits(backend, torch.tensor([[*prompt, *ids]]), last=1)[0, -1], config
+            )
+            longer |= {
+                (*ids, int(token)): mass * float(probs[token]) for token in probs.nonzero()[:, 0]
+            }
         joint = longer
     assert 0.2 < loop.stats.acceptance_rate < 0.95
     found = Counter(tuple(row.output) for row in loop.rows)
@@ -174,15 +210,26 @@ def test_sampled_output_follows_the_target_s_distribution(kind):
 
 @pytest.mark.parametrize("model_type", ["lfm2", "mamba2"])
 def test_recurrent_draft_models_go_back_too(model_type):
-    """As a draft model of itself one is always right, also where a lookup drafted before, and as that of another it is not."""
-    backend, other = (TransformersBackend(decoder_types.tiny.__wrapped__(model_type)) for _ in range(2))
-    backend.draft_model, target = other, TransformersBackend(tiny_model(dtype=torch.float32))
+    """As a draft model of itself one is always right, also where a lookup drafted before, and as
+    that of another it is not.
+    """
+    backend, other = (
+        TransformersBackend(decoder_types.tiny.__wrapped__(model_type)) for _ in range(2)
+    )
+    backend.draft_model = other
+    target = TransformersBackend(tiny_model(dtype=torch.float32))
     target.draft_model = other
     prompts = [prompt_of(9), [5, 6, 7, 8] * 4]
     for config in (DRAFTED, replace(DRAFTED, lookup=2)):
         plain = [plainly(backend, prompt, 24) for prompt in prompts]
-        assert [ids_of(decode(backend, prompt, config)) for prompt in prompts] == plain == together(backend, prompts, config)[0]
-        assert [ids_of(decode(target, prompt, config)) for prompt in prompts] == [plainly(target, p, 24) for p in prompts]
+        assert (
+            [ids_of(decode(backend, prompt, config)) for prompt in prompts]
+            == plain
+            == together(backend, prompts, config)[0]
+        )
+        assert [ids_of(decode(target, prompt, config)) for prompt in prompts] == [
+            plainly(target, p, 24) for p in prompts
+        ]
     stats = answer_of(backend, prompts[0], DRAFTED)[2]
     assert stats.accepted == stats.drafted > 0
 
@@ -190,31 +237,42 @@ def test_recurrent_draft_models_go_back_too(model_type):
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_drafts_as_far_as_its_context_reaches(kind):
     """Beyond it the target goes on alone, and adaptive drafting by something else."""
-    backend, prompts, config = pair_of(kind, context=32, layers=6), [prompt_of(20), prompt_of(60)], DRAFTED
+    backend = pair_of(kind, context=32, layers=6)
+    prompts = [prompt_of(20), prompt_of(60)]
+    config = DRAFTED
     config = replace(config, max_new_tokens=30)
     (near, far), (counted, none) = together(backend, prompts, config)
     assert [near, far] == [plainly(backend, prompt, 30) for prompt in prompts]
     alone = answer_of(backend, prompts[0], config)[2]
-    # 21 tokens after the prefill: rounds of 4 drafts give 26 and 31; then there is room for 1 draft.
+    # 21 tokens after the prefill: rounds of 4 drafts give 26 and 31; then there is room for 1
+    # draft.
     assert (alone.drafted, alone.accepted) == (counted.drafted, counted.accepted) == (9, 9)
     assert none.drafted == 0
     exits = replace(
-        ADAPTIVE, exits=(5,), max_new_tokens=30, profile=DraftProfile({"exit 5": 0.5}, (1.0, 1.0), {"draft model": 0.01})
+        ADAPTIVE,
+        exits=(5,),
+        max_new_tokens=30,
+        profile=DraftProfile({"exit 5": 0.5}, (1.0, 1.0), {"draft model": 0.01}),
     )
     ids, _, stats = answer_of(backend, prompts[1], exits)
     assert ids == far and "draft model" not in stats.steps_by_drafter
 
 
 def test_memory_bounds_what_is_drafted_and_loses_nothing():
-    """The draft model's pool has as many pages as the target's; where rows share pages there, it cannot hold all of them."""
+    """The draft model's pool has as many pages as the target's; where rows share pages there, it
+    cannot hold all of them.
+    """
     backend = pair_of("native", max_position_embeddings=512, context=512)
-    draft, bytes_of_both = backend.draft_model, sum(each._pool.page_bytes for each in (backend, backend.draft_model))
+    draft = backend.draft_model
+    bytes_of_both = sum(each._pool.page_bytes for each in (backend, backend.draft_model))
     assert draft._pool.page_bytes < backend._pool.page_bytes
-    config, prompts = replace(DRAFTED, max_new_tokens=60), [prompt_of(100), prompt_of(70), prompt_of(90)]
+    config = replace(DRAFTED, max_new_tokens=60)
+    prompts = [prompt_of(100), prompt_of(70), prompt_of(90)]
     expected = [plainly(backend, prompt, 60) for prompt in prompts]
     backend.limit_memory(12 * bytes_of_both + 7)
     assert (backend._pool.most, draft._pool.most) == (12, 12)
-    draft._pool.most, loop = 5, DecodingLoop(backend, prompts, config)
+    draft._pool.most = 5
+    loop = DecodingLoop(backend, prompts, config)
     for _ in range(4):
         next(loop)
     assert [sum(step.drafted for step in row.steps) > 0 for row in loop.rows] == [True, True, False]
@@ -225,12 +283,18 @@ def test_memory_bounds_what_is_drafted_and_loses_nothing():
 @pytest.mark.parametrize("kind", ["packed", "native"])
 def test_a_common_beginning_runs_once(kind, monkeypatch):
     """As in a conversation: only what is new of a text runs."""
-    backend, prefixes = pair_of(kind, max_position_embeddings=512, context=512), Prefixes(inf, most_texts=2, least=1)
+    backend = pair_of(kind, max_position_embeddings=512, context=512)
+    prefixes = Prefixes(inf, most_texts=2, least=1)
     first = prompt_of(100)
     ids = ids_of(decode(backend, first, DRAFTED, prefixes=prefixes))
-    following, passes = [*first, *ids, *prompt_of(40)], passes_of(backend.draft_model, monkeypatch)
+    following = [*first, *ids, *prompt_of(40)]
+    passes = passes_of(backend.draft_model, monkeypatch)
     loop = decode(backend, following, DRAFTED, prefixes=prefixes)
-    assert ids_of(loop) == plainly(backend, following, 24) and loop.reused_tokens > 110 and loop.stats.drafted
+    assert (
+        ids_of(loop) == plainly(backend, following, 24)
+        and loop.reused_tokens > 110
+        and loop.stats.drafted
+    )
     assert max(counts[0] for counts in passes) <= 24 + 40
 
 
@@ -241,8 +305,12 @@ def kept_by(prefixes):
 
 def test_a_shortage_in_one_pool_drops_texts_of_that_pool_only():
     """Those of the other model have no pages there."""
-    backend, prefixes = pair_of("native", max_position_embeddings=512, context=512), Prefixes(1 << 30, least=1)
-    draft, config, first, other = backend.draft_model, DRAFTED, prompt_of(130), prompt_of(250)
+    backend = pair_of("native", max_position_embeddings=512, context=512)
+    prefixes = Prefixes(1 << 30, least=1)
+    draft = backend.draft_model
+    config = DRAFTED
+    first = prompt_of(130)
+    other = prompt_of(250)
     ids = ids_of(decode(backend, first, config, prefixes=prefixes))
     assert {owner for owner, _ in kept_by(prefixes)} == {backend, draft}
     draft._pool.most = 5  # of which 3 hold the kept text, and the other prompt needs 5
@@ -252,51 +320,65 @@ def test_a_shortage_in_one_pool_drops_texts_of_that_pool_only():
     assert again.reused_tokens == 130 + 23
     list(again)
     plain = DecodingConfig("autoregressive", max_new_tokens=24, ignore_eos=True)
-    told, of_draft = Told(prompt_of(300), plain), [text for text in kept_by(prefixes) if text[0] is draft]
+    told = Told(prompt_of(300), plain)
+    of_draft = [text for text in kept_by(prefixes) if text[0] is draft]
     backend._pool.most = 6
     scheduler = Scheduler(replace(tiny_loaded(), backend=backend), 4, prefixes=prefixes)
     scheduler.add(told.request)
     while scheduler.held:
         scheduler.step()
-    assert told.reason == "length" and of_draft and [text for text in kept_by(prefixes) if text[0] is draft] == of_draft
+    assert (
+        told.reason == "length"
+        and of_draft
+        and [text for text in kept_by(prefixes) if text[0] is draft] == of_draft
+    )
 
 
 def test_a_full_pool_of_the_draft_model_costs_drafts_and_no_answer():
     """Where a kept text would be continued, whose last page is copied."""
-    backend, prefixes = pair_of("native", max_position_embeddings=512, context=512), Prefixes(1 << 30)
+    backend = pair_of("native", max_position_embeddings=512, context=512)
+    prefixes = Prefixes(1 << 30)
     first = prompt_of(100)
     ids = ids_of(decode(backend, first, DRAFTED, prefixes=prefixes))
-    draft, following = backend.draft_model, [*first, *ids, 5]
+    draft = backend.draft_model
+    following = [*first, *ids, 5]
     held = [draft._pool.take() for _ in range(3)]
     draft._pool.most = draft._pool.used
-    assert ids_of(decode(backend, following, DRAFTED, prefixes=prefixes)) == plainly(backend, following, 24)
+    assert ids_of(decode(backend, following, DRAFTED, prefixes=prefixes)) == plainly(
+        backend, following, 24
+    )
     assert len(held) == 3
 
 
 class Told:
     def __init__(self, ids, config):
-        self.text, self.reason = "", None
+        self.text = ""
+        self.reason = None
         self.request = Request(ids, config, self.hear)
 
     def hear(self, update):
         assert update.error is None
-        self.text, self.reason = self.text + update.text, update.finish_reason
+        self.text = self.text + update.text
+        self.reason = update.finish_reason
 
 
 @pytest.mark.parametrize("config", [DRAFTED, ADAPTIVE], ids=["draft-model", "adaptive"])
 def test_requests_are_answered_while_long_prompts_are_read(config, monkeypatch):
     """A long prompt runs in pieces in the draft model too, and one that was set aside comes back.
 
-    Every look at the clock takes a second, so that drafts of any length take as long as a pass, and adaptive drafting has them.
+    Every look at the clock takes a second, so that drafts of any length take as long as a pass, and
+    adaptive drafting has them.
     """
     monkeypatch.setattr(time, "perf_counter", count(0.0).__next__)
     backend = pair_of("native", vocab_size=300, max_position_embeddings=2048, context=2048)
-    decoder, config = replace(tiny_loaded(), backend=backend), replace(config, ignore_eos=True, max_new_tokens=50)
+    decoder = replace(tiny_loaded(), backend=backend)
+    config = replace(config, ignore_eos=True, max_new_tokens=50)
     lengths = (120, 600, 60, 120, 500, 64)
     clients = [Told(prompt_of(length, vocabulary=300), config) for length in lengths]
     expected = [decoder.detokenize(plainly(backend, client.request.ids, 50)) for client in clients]
     passes = passes_of(backend.draft_model, monkeypatch)
-    scheduler, aside = Scheduler(decoder, 4, prefixes=Prefixes(1 << 30)), 0
+    scheduler = Scheduler(decoder, 4, prefixes=Prefixes(1 << 30))
+    aside = 0
     backend.limit_memory(13 * (backend._pool.page_bytes + backend.draft_model._pool.page_bytes))
     for client in clients:
         scheduler.add(client.request)

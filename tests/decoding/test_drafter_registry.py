@@ -1,4 +1,6 @@
-"""A drafter of one module and one line: it decodes, in batches and sampled too, and its name is a strategy everywhere."""
+"""A drafter of one module and one line: it decodes, in batches and sampled too, and its name is a
+strategy everywhere.
+"""
 
 import pytest
 from conftest import tiny_model
@@ -28,16 +30,19 @@ def test_it_is_a_strategy_with_the_tokens_of_autoregressive_decoding(registered,
     for prompt in PROMPTS:
         decoding = decode(backend, prompt, config)
         assert ids_of(decoding) == plainly(backend, prompt)
-        drafted, accepted = drafted + decoding.stats.drafted, accepted + decoding.stats.accepted
+        drafted = drafted + decoding.stats.drafted
+        accepted = accepted + decoding.stats.accepted
     assert 0 < accepted < drafted
 
 
 def test_it_hears_of_every_verdict(backend):
-    drafter, config = RepeatingDrafter(), DecodingConfig(temperature=1, num_draft_tokens=3, max_new_tokens=30)
+    drafter = RepeatingDrafter()
+    config = DecodingConfig(temperature=1, num_draft_tokens=3, max_new_tokens=30)
     loop = DecodingLoop(backend, PROMPTS, config, drafter=drafter)
     list(loop)
     for row in loop.rows:
-        stats, verdicts = sum(row.steps, DecodeStats()), drafter.verdicts.get(row, [])
+        stats = sum(row.steps, DecodeStats())
+        verdicts = drafter.verdicts.get(row, [])
         assert sum(drafted > 0 for drafted, _ in verdicts) == stats.rounds
         assert sum(drafted for drafted, _ in verdicts) == stats.drafted
         assert sum(accepted for _, accepted in verdicts[:-1]) <= stats.accepted

@@ -1,4 +1,6 @@
-"""A sample depends on its prompt, its options and its seed alone: drafts, batches and pre-emption change no token."""
+"""A sample depends on its prompt, its options and its seed alone: drafts, batches and pre-emption
+change no token.
+"""
 
 from dataclasses import replace
 from functools import cache
@@ -18,14 +20,39 @@ from layerskip_core.model import DraftEnds, Submodel
 NEW = 40
 DRAFTING = {
     **{
-        f"exit, {count}": {"strategy": "self-speculative", "exit_layer": 4, "num_draft_tokens": count} for count in (1, 2, 3, 7)
+        f"exit, {count}": {
+            "strategy": "self-speculative",
+            "exit_layer": 4,
+            "num_draft_tokens": count,
+        }
+        for count in (1, 2, 3, 7)
     },
-    "confident": {"strategy": "self-speculative", "exit_layer": 5, "num_draft_tokens": 6, "draft_confidence": 0.3},
-    "copy": {"strategy": "self-speculative", "exit_layer": 3, "num_draft_tokens": 5, "draft_weights": "int8"},
-    "whole copy": {"strategy": "self-speculative", "exit_layer": 6, "num_draft_tokens": 5, "draft_weights": "int8"},
+    "confident": {
+        "strategy": "self-speculative",
+        "exit_layer": 5,
+        "num_draft_tokens": 6,
+        "draft_confidence": 0.3,
+    },
+    "copy": {
+        "strategy": "self-speculative",
+        "exit_layer": 3,
+        "num_draft_tokens": 5,
+        "draft_weights": "int8",
+    },
+    "whole copy": {
+        "strategy": "self-speculative",
+        "exit_layer": 6,
+        "num_draft_tokens": 5,
+        "draft_weights": "int8",
+    },
     "skipping": {"strategy": "draft-and-verify", "skip": (3, 5), "num_draft_tokens": 4},
     "lookup": {"strategy": "lookup", "num_draft_tokens": 8},
-    "exit and lookup": {"strategy": "self-speculative", "exit_layer": 4, "num_draft_tokens": 6, "lookup": 2},
+    "exit and lookup": {
+        "strategy": "self-speculative",
+        "exit_layer": 4,
+        "num_draft_tokens": 6,
+        "lookup": 2,
+    },
     "adaptive": {"strategy": "adaptive", "exits": (2, 5), "num_draft_tokens": 8},
 }
 SAMPLING = {
@@ -49,7 +76,9 @@ def test_every_drafter_gives_the_sample_of_plain_decoding(kind, sampling):
     backend = backend_of(kind)
     plain = DecodingConfig("autoregressive", max_new_tokens=NEW, **SAMPLING[sampling])
     prompt = [*prompt_of(9), *prompt_of(9)]  # something to look up
-    expected = {seed: ids_of(decode(backend, prompt, replace(plain, seed=seed))) for seed in (0, 1, 2**63)}
+    expected = {
+        seed: ids_of(decode(backend, prompt, replace(plain, seed=seed))) for seed in (0, 1, 2**63)
+    }
     assert len({*map(tuple, expected.values())}) == 3
     for name, drafting in DRAFTING.items():
         if kind == "generic" and "draft_weights" in drafting:
@@ -67,12 +96,15 @@ def test_every_drafter_gives_the_sample_of_plain_decoding(kind, sampling):
 def test_rows_of_a_batch_get_their_own_samples(kind, strategy):
     if kind == "generic" and strategy == "whole copy":
         pytest.skip("has no copy")
-    backend, seeds = backend_of(kind), [5, 6, 5, 7]
+    backend = backend_of(kind)
+    seeds = [5, 6, 5, 7]
     config = DecodingConfig(max_new_tokens=25, temperature=1.0, **DRAFTING[strategy])
     prompts = [prompt_of(9), prompt_of(30), prompt_of(9), prompt_of(3)]
     expected = []
     for prompt, seed in zip(prompts, seeds, strict=True):
-        expected.append(ids_of(decode(backend, prompt, replace(config, strategy="autoregressive", seed=seed))))
+        expected.append(
+            ids_of(decode(backend, prompt, replace(config, strategy="autoregressive", seed=seed)))
+        )
     found = decode_batch(backend, prompts, config, seeds=seeds)
     assert [answer.ids for answer in sorted(found, key=lambda answer: answer.row)] == expected
     assert expected[0] == expected[2] != expected[1]
@@ -102,7 +134,9 @@ def test_a_row_that_was_set_aside_goes_on_with_its_sample_in_another_loop(kind):
 
 
 def test_the_rest_of_an_answer_is_the_sample_of_its_beginning_as_a_prompt():
-    """Noise belongs to positions of the text: an answer that was cut by its limit goes on as it would have."""
+    """Noise belongs to positions of the text: an answer that was cut by its limit goes on as it
+    would have.
+    """
     backend = backend_of("native")
     config = DecodingConfig("autoregressive", max_new_tokens=NEW, temperature=1.2, seed=11)
     whole = ids_of(decode(backend, prompt_of(9), config))
@@ -112,7 +146,9 @@ def test_the_rest_of_an_answer_is_the_sample_of_its_beginning_as_a_prompt():
 
 @pytest.mark.parametrize("lengths", [[0], [3], [5, 0, 1], [1, 2, 3, 4]])
 def test_drafts_of_any_length_and_quality_change_no_sample(lengths):
-    """Right ones, wrong ones, and none, as a full pool of a draft model or a new bandit would change them."""
+    """Right ones, wrong ones, and none, as a full pool of a draft model or a new bandit would
+    change them.
+    """
     backend = backend_of("native")
     plain = DecodingConfig("autoregressive", max_new_tokens=NEW, temperature=1.0, seed=4)
     expected = ids_of(decode(backend, prompt_of(9), plain))
@@ -142,13 +178,17 @@ def test_drafts_of_any_length_and_quality_change_no_sample(lengths):
 @pytest.mark.parametrize("layers", [3, 6])
 def test_a_draft_in_one_call_is_that_of_single_steps(temperature, layers):
     """With the same probabilities, of scores with noise, by which drafts end."""
-    backend, prompt = backend_of("native"), [*prompt_of(9), *prompt_of(9)]
+    backend = backend_of("native")
+    prompt = [*prompt_of(9), *prompt_of(9)]
     weights = "int8" if layers == 6 else None
     drafting = {"exit_layer": layers, "num_draft_tokens": 6, "draft_weights": weights}
     for seed in range(6):
-        config = DecodingConfig("self-speculative", temperature=temperature, seed=seed, max_new_tokens=20, **drafting)
+        config = DecodingConfig(
+            "self-speculative", temperature=temperature, seed=seed, max_new_tokens=20, **drafting
+        )
         drafter = ExitDrafter(DrafterSetup(backend, config), weights, Submodel(layers))
-        loop, made = DecodingLoop(backend, [prompt], config), []
+        loop = DecodingLoop(backend, [prompt], config)
+        made = []
         next(loop)
 
         def both(context, limits, drafter=drafter, made=made):
@@ -157,7 +197,9 @@ def test_a_draft_in_one_call_is_that_of_single_steps(temperature, layers):
                 made.append(draft(context, limits, ends))
             return made[-1]
 
-        loop._drafter = type("Both", (), {"draft": staticmethod(both), "observe": lambda *_: None})()
+        loop._drafter = type(
+            "Both", (), {"draft": staticmethod(both), "observe": lambda *_: None}
+        )()
         ids_of(loop)
         for one, other in zip(made[::2], made[1::2], strict=True):
             assert one.tokens.tolist() == other.tokens.tolist()
@@ -166,7 +208,9 @@ def test_a_draft_in_one_call_is_that_of_single_steps(temperature, layers):
 
 
 def test_sampled_adaptive_drafting_measures_times():
-    """As greedy drafting does on batch-invariant kernels, because a choice of drafts cannot change a sample."""
+    """As greedy drafting does on batch-invariant kernels, because a choice of drafts cannot change
+    a sample.
+    """
     config = DecodingConfig(max_new_tokens=NEW, temperature=0.7, **DRAFTING["adaptive"])
     loop = decode(backend_of("native"), prompt_of(9), config)
     ids_of(loop)

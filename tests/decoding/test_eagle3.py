@@ -1,4 +1,6 @@
-"""Drafts in the EAGLE-3 layout: the output is the target's own, and drafts are those of the training's forward."""
+"""Drafts in the EAGLE-3 layout: the output is the target's own, and drafts are those of the
+training's forward.
+"""
 
 import warnings
 from dataclasses import replace
@@ -8,7 +10,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_model
-from decodings import WIDE, UnroundedDrafter, backend_on, draft_of, ids_of, native_or_skip, prompt_of, rounds_of
+from decodings import (
+    WIDE,
+    UnroundedDrafter,
+    backend_on,
+    draft_of,
+    ids_of,
+    native_or_skip,
+    prompt_of,
+    rounds_of,
+)
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
@@ -57,43 +68,64 @@ def stored(**norms):
 
 @cache
 def backend_of(kind, quantize=None, **norms):
-    return backend_on(kind, UnroundedDrafter(quantize), blocks_of=lambda model: stored(**norms), **SHAPE)
+    return backend_on(
+        kind, UnroundedDrafter(quantize), blocks_of=lambda model: stored(**norms), **SHAPE
+    )
 
 
-@pytest.mark.parametrize(("kind", "quantize"), [("native", None), ("native", "int8"), ("packed", None), ("generic", None)])
+@pytest.mark.parametrize(
+    ("kind", "quantize"),
+    [("native", None), ("native", "int8"), ("packed", None), ("generic", None)],
+)
 def test_the_output_is_the_target_s(kind, quantize):
     backend = backend_of(kind, quantize)
     for length in (1, 9):
         prompt = prompt_of(length)
         decoding = decode(backend, prompt, EAGLE3)
-        assert ids_of(decoding) == ids_of(decode(backend, prompt, DecodingConfig("autoregressive", max_new_tokens=24)))
+        assert ids_of(decoding) == ids_of(
+            decode(backend, prompt, DecodingConfig("autoregressive", max_new_tokens=24))
+        )
         assert decoding.stats.drafted > 0
 
 
 @pytest.mark.parametrize("kind", ["native", "packed", "generic"])
 @pytest.mark.parametrize("strategy", ["eagle3", "adaptive"])
 def test_rows_of_a_batch_too(kind, strategy):
-    backend, prompts = backend_of(kind), [prompt_of(length) for length in (1, 14, 5)]
+    backend = backend_of(kind)
+    prompts = [prompt_of(length) for length in (1, 14, 5)]
     config = DecodingConfig(strategy, num_draft_tokens=DRAFTS, max_new_tokens=24)
     found = sorted(decode_batch(backend, prompts, config), key=lambda answer: answer.row)
     plain = DecodingConfig("autoregressive", max_new_tokens=24)
-    assert [answer.ids for answer in found] == [ids_of(decode(backend, prompt, plain)) for prompt in prompts]
+    assert [answer.ids for answer in found] == [
+        ids_of(decode(backend, prompt, plain)) for prompt in prompts
+    ]
     if strategy == "eagle3":
         alone = [decode(backend, prompt, EAGLE3) for prompt in prompts]
         assert [ids_of(decoding) for decoding in alone] == [answer.ids for answer in found]
-        assert [answer.stats.accepted for answer in found] == [decoding.stats.accepted for decoding in alone]
+        assert [answer.stats.accepted for answer in found] == [
+            decoding.stats.accepted for decoding in alone
+        ]
 
 
-@pytest.mark.parametrize("norms", [{}, {"fc_norm": True, "norm_before_fc": True, "norm_output": True}])
+@pytest.mark.parametrize(
+    "norms", [{}, {"fc_norm": True, "norm_before_fc": True, "norm_output": True}]
+)
 @pytest.mark.parametrize("kind", ["native", "packed", "generic"])
 def test_drafts_are_those_of_training(kind, norms):
-    """Round by round, at each position of the draft: the features that the loss saw are those that drafts read."""
-    backend, model, prompt = backend_of(kind, **norms), model_of(kind), prompt_of(9)
-    layer, form, tokens = (made := drafter(**norms)).layer, made.form, made.tokens
+    """Round by round, at each position of the draft: the features that the loss saw are those that
+    drafts read.
+    """
+    backend = backend_of(kind, **norms)
+    model = model_of(kind)
+    prompt = prompt_of(9)
+    layer = (made := drafter(**norms)).layer
+    form = made.form
+    tokens = made.tokens
     _, rounds = rounds_of(backend, prompt, EAGLE3)
     assert len(rounds) > 3
     for ids, drafts in rounds:
-        known, text = len(ids), torch.tensor([[*ids, *drafts]])
+        known = len(ids)
+        text = torch.tensor([[*ids, *drafts]])
         with torch.no_grad():
             states = model(text, output_hidden_states=True).hidden_states
             feature = layer.feature([states[tap][:, :-1].float() for tap in form.layers])
@@ -103,14 +135,27 @@ def test_drafts_are_those_of_training(kind, norms):
 
 
 class OnKernels:
-    """A drafter of random weights on a variant's kernels, with its entries of two rows of 9 tokens, and the same on torch."""
+    """A drafter of random weights on a variant's kernels, with its entries of two rows of 9 tokens,
+    and the same on torch.
+    """
 
     FORMS = {  # noqa: RUF012
         "as the target": {},
         "imported": {
-            **{"heads": 6, "inner": 51, "eps": 1e-3, "norm_before_residual": True, "norm_output": True},
+            **{
+                "heads": 6,
+                "inner": 51,
+                "eps": 1e-3,
+                "norm_before_residual": True,
+                "norm_output": True,
+            },
             "rope": {
-                **{"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "original_max_position_embeddings": 16},
+                **{
+                    "rope_type": "llama3",
+                    "rope_theta": 500.0,
+                    "factor": 8.0,
+                    "original_max_position_embeddings": 16,
+                },
                 **{"low_freq_factor": 1.0, "high_freq_factor": 4.0},
             },
         },
@@ -121,16 +166,25 @@ class OnKernels:
         torch.manual_seed(0)
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         form = replace(drafter().form, **self.FORMS[form])
-        weights = {name: (3 * torch.randn(shape) / shape[-1] ** 0.5).to(dtype) for name, shape in form.shapes.items()}
+        weights = {
+            name: (3 * torch.randn(shape) / shape[-1] ** 0.5).to(dtype)
+            for name, shape in form.shapes.items()
+        }
         stored = Eagle3Weights(form, drafter().tokens, weights)
         packing = PackingConfig() if precision == "int8" else UnroundedDrafter()
         with compiled.requesting(variant):
             model = tiny_model("llama", dtype, **SHAPE)
-            self.backend = native_or_skip(model, packing, exit_blocks=ExitBlocks((), lambda name: None, stored))
-        self.like, vocab = torch.zeros(0, dtype=torch.float64), self.backend.spec.vocab
+            self.backend = native_or_skip(
+                model, packing, exit_blocks=ExitBlocks((), lambda name: None, stored)
+            )
+        self.like = torch.zeros(0, dtype=torch.float64)
+        vocab = self.backend.spec.vocab
         self.shape = 7, form.kv_heads, form.head_dim
-        self.torch = PlacedEagle3(stored, 6, vocab, self.like, lambda matrix: partial(F.linear, weight=matrix.double()))
-        self.states, self.before = torch.randn(2, 9, form.hidden), torch.randn(2, 9, form.hidden)
+        self.torch = PlacedEagle3(
+            stored, 6, vocab, self.like, lambda matrix: partial(F.linear, weight=matrix.double())
+        )
+        self.states = torch.randn(2, 9, form.hidden)
+        self.before = torch.randn(2, 9, form.hidden)
 
     def run(self, drafter, dtype, first=0, cache=None, rows=slice(None)):
         """The head's logits of the entries from the `first` on."""
@@ -139,7 +193,9 @@ class OnKernels:
         of_torch = RowCache(self.shape, count, 16, self.like)
         cache = cache or (of_torch if drafter is self.torch else self.backend.new_cache(count))
         states, before = (part.flatten(0, 1) for part in (states, before))
-        return drafter.head(drafter.run(None, states, before, cache.span(1 + first, 10))).view(count, 9 - first, -1)
+        return drafter.head(drafter.run(None, states, before, cache.span(1 + first, 10))).view(
+            count, 9 - first, -1
+        )
 
 
 @pytest.fixture(params=[name for name in compiled.VARIANTS if compiled.kernels(name) is not None])
@@ -150,30 +206,57 @@ def variant(request):
 @pytest.mark.parametrize("precision", OnKernels.PRECISIONS)
 @pytest.mark.parametrize("form", OnKernels.FORMS)
 def test_the_kernels_compute_what_torch_does(variant, form, precision):
-    """Entries of several tokens and rows have the bits that each has alone, whether earlier ones were written or run."""
+    """Entries of several tokens and rows have the bits that each has alone, whether earlier ones
+    were written or run.
+    """
     of = OnKernels(variant, form, precision)
-    ours, right = of.run(of.backend.drafters["eagle3"], torch.float32), of.run(of.torch, torch.float64)
+    ours = of.run(of.backend.drafters["eagle3"], torch.float32)
+    right = of.run(of.torch, torch.float64)
     assert float((ours - right).norm() / right.norm()) < OnKernels.PRECISIONS[precision]
     for row in (0, 1):
-        cache, rows = of.backend.new_cache(1), slice(row, row + 1)
-        of.backend.drafters["eagle3"].write(None, {0: of.states[row, :8]}, of.before[row, :8], cache.span(1, 9))
-        assert torch.equal(of.run(of.backend.drafters["eagle3"], torch.float32, 8, cache, rows), ours[rows, 8:])
+        cache = of.backend.new_cache(1)
+        rows = slice(row, row + 1)
+        of.backend.drafters["eagle3"].write(
+            None, {0: of.states[row, :8]}, of.before[row, :8], cache.span(1, 9)
+        )
+        assert torch.equal(
+            of.run(of.backend.drafters["eagle3"], torch.float32, 8, cache, rows), ours[rows, 8:]
+        )
 
 
 @pytest.mark.parametrize("precision", OnKernels.PRECISIONS)
 @pytest.mark.parametrize("form", OnKernels.FORMS)
 def test_drafts_in_one_call_are_those_of_single_calls(variant, form, precision, monkeypatch):
-    """Up to their largest number, an end token, a token that is too uncertain, and drafts that probably fail."""
-    of, ids = OnKernels(variant, form, precision), torch.tensor([prompt_of(10)])
-    block, cache, positions = of.backend.drafters["eagle3"], of.backend.new_cache(), torch.arange(9, 18)[None]
+    """Up to their largest number, an end token, a token that is too uncertain, and drafts that
+    probably fail.
+    """
+    of = OnKernels(variant, form, precision)
+    ids = torch.tensor([prompt_of(10)])
+    block = of.backend.drafters["eagle3"]
+    cache = of.backend.new_cache()
+    positions = torch.arange(9, 18)[None]
     block.write(None, {0: of.states[0]}, of.before[0], cache.span(1, 10))
 
     def drafted(**ends):
-        return draft_of(of.backend, None, Submodel(0, block=block), ids, positions, cache, of.before[:1, :1], **ends)
+        return draft_of(
+            of.backend,
+            None,
+            Submodel(0, block=block),
+            ids,
+            positions,
+            cache,
+            of.before[:1, :1],
+            **ends,
+        )
 
     whole = drafted(survival=1e-9)
     probs = sorted(whole.confidence)
-    ends = [{}, {"survival": 1e-9}, {"eos_ids": {int(whole.tokens[3])}}, {"draft_confidence": (probs[2] + probs[3]) / 2}]
+    ends = [
+        {},
+        {"survival": 1e-9},
+        {"eos_ids": {int(whole.tokens[3])}},
+        {"draft_confidence": (probs[2] + probs[3]) / 2},
+    ]
     ends.append({"survival": 0.9 * whole.confidence[0] * whole.confidence[1]})
     found = [drafted(**end) for end in ends]
     monkeypatch.setattr(NativeEagle3, "kernel", None)
@@ -195,31 +278,45 @@ def test_drafts_in_one_call_are_those_of_single_calls(variant, form, precision, 
     ],
 )
 def test_its_precision_is_that_of_what_else_drafts(packing, kinds):
-    block = native_or_skip(model_of("native"), PackingConfig(**packing), exit_blocks=stored()).drafters["eagle3"]
+    block = native_or_skip(
+        model_of("native"), PackingConfig(**packing), exit_blocks=stored()
+    ).drafters["eagle3"]
     assert (block._fc.matrix.form.kind, block.head.matrix.form.kind) == kinds
     assert {matrix.form.kind for matrix in block._layers.layers[-1].matrices} == {kinds[0]}
 
 
 def test_penalties_and_seeds_keep_the_output():
     """Logits are processed over all tokens, of which the head scores some."""
-    backend, prompt = backend_of("native"), prompt_of(9)
+    backend = backend_of("native")
+    prompt = prompt_of(9)
     penalised = replace(EAGLE3, frequency_penalty=0.8, repetition_penalty=1.3)
     assert ids_of(decode(backend, prompt, penalised)) == ids_of(
         decode(backend, prompt, replace(penalised, strategy="autoregressive"))
     )
     sampled = replace(EAGLE3, temperature=0.9, seed=3)
     first = ids_of(decode(backend, prompt, sampled))
-    assert first == ids_of(decode(backend, prompt, sampled)) != ids_of(decode(backend, prompt, replace(sampled, seed=4)))
+    assert (
+        first
+        == ids_of(decode(backend, prompt, sampled))
+        != ids_of(decode(backend, prompt, replace(sampled, seed=4)))
+    )
 
 
 def test_without_a_drafter_it_is_refused():
     with pytest.raises(ConfigError, match="layout eagle3"):
-        decode(native_or_skip(tiny_model("llama", torch.float32, **SHAPE), PackingConfig()), prompt_of(4), EAGLE3)
+        decode(
+            native_or_skip(tiny_model("llama", torch.float32, **SHAPE), PackingConfig()),
+            prompt_of(4),
+            EAGLE3,
+        )
 
 
 def test_norms_in_training_are_those_of_fp32_without_a_warning():
-    """Autocast gives bf16 states and leaves the weights in fp32; PyTorch warns of the mixture, once in a process."""
-    layer, states = drafter().layer, torch.randn(2, 3, drafter().form.hidden).bfloat16()
+    """Autocast gives bf16 states and leaves the weights in fp32; PyTorch warns of the mixture, once
+    in a process.
+    """
+    layer = drafter().layer
+    states = torch.randn(2, 3, drafter().form.hidden).bfloat16()
     torch.set_warn_always(True)
     try:
         with warnings.catch_warnings(), torch.autocast("cpu", torch.bfloat16), torch.no_grad():
@@ -228,4 +325,6 @@ def test_norms_in_training_are_those_of_fp32_without_a_warning():
     finally:
         torch.set_warn_always(False)
     weight = drafter().weight("norm.weight")
-    assert torch.equal(found, F.rms_norm(states.float(), weight.shape, weight, drafter().form.eps).bfloat16())
+    assert torch.equal(
+        found, F.rms_norm(states.float(), weight.shape, weight, drafter().form.eps).bfloat16()
+    )

@@ -1,4 +1,6 @@
-"""Decoding with exit blocks: outputs are those of plain decoding, and first drafts are made from the target's own states."""
+"""Decoding with exit blocks: outputs are those of plain decoding, and first drafts are made from
+the target's own states.
+"""
 
 from functools import cache
 from itertools import accumulate
@@ -31,7 +33,9 @@ def backend_of(kind):
     dtype = {"native": torch.float32, "exact": torch.bfloat16}.get(kind, torch.float64)
     model = tiny_model("llama", dtype, **SHAPE)
     blocks = random_blocks(model, *map(ExitBlock, EXITS))
-    packing = PackingConfig(exact=True) if kind == "exact" else PackingConfig(draft_weights=("int8",))
+    packing = (
+        PackingConfig(exact=True) if kind == "exact" else PackingConfig(draft_weights=("int8",))
+    )
     if kind == "generic":
         return TransformersBackend(model, blocks)
     if kind in ("packed", "exact"):
@@ -41,15 +45,19 @@ def backend_of(kind):
 
 def first_logits(backend, ids, exit_layer):
     """The logits (V,) of the block after a text, by passes over all of it."""
-    block, tokens = backend.exit_blocks[exit_layer], torch.tensor([ids])
+    block = backend.exit_blocks[exit_layer]
+    tokens = torch.tensor([ids])
     with torch.inference_mode():
         states = run_texts(backend, backend.embed(tokens), 0, exit_layer)
         return block.head(run_texts(backend, states, block.layer, block.layer + 1))[0, -1]
 
 
 def recorded(loop, backend):
-    """Compares the first draft of every round by a block with the one from the whole text; returns how many there were."""
-    drafter, seen = loop._drafter, []
+    """Compares the first draft of every round by a block with the one from the whole text; returns
+    how many there were.
+    """
+    drafter = loop._drafter
+    seen = []
     original = drafter.draft
 
     def draft(context, most, *ends):
@@ -58,7 +66,9 @@ def recorded(loop, backend):
             firsts = accumulate(made.counts, initial=0)
             for row, (count, first) in enumerate(zip(made.counts, firsts, strict=False)):
                 if count:
-                    logits = first_logits(backend, list(context.ids[row]), int(made.source[-1])).double()
+                    logits = first_logits(
+                        backend, list(context.ids[row]), int(made.source[-1])
+                    ).double()
                     noise = loop._sampler.noise([context.rows[row]], [0], [1])
                     scores = loop._sampler.scores(logits[None], noise)
                     assert int(made.tokens[first + row + 1]) == int(loop._sampler.best(scores))
@@ -74,7 +84,8 @@ def recorded(loop, backend):
 def test_the_output_is_that_of_plain_decoding(kind, exit_layer):
     backend = backend_of(kind)
     accepted = 0
-    for length, drafts, limit in ((1, 1, 1), (7, 2, 2), (20, 6, 20), (59, 5, 9)):  # the last reaches the context's end
+    # The last reaches the context's end
+    for length, drafts, limit in ((1, 1, 1), (7, 2, 2), (20, 6, 20), (59, 5, 9)):
         prompt = prompt_of(length)
         config = DecodingConfig("self-speculative", exit_layer, drafts, max_new_tokens=limit)
         decoding = decode(backend, prompt, config)
@@ -87,7 +98,9 @@ def test_the_output_is_that_of_plain_decoding(kind, exit_layer):
     plain = plainly(backend, prompt)
     config = DecodingConfig("self-speculative", exit_layer, 5, max_new_tokens=40)
     for eos_ids in (frozenset({plain[3]}), frozenset({plain[12], plain[20]})):
-        assert ids_of(decode(backend, prompt, config, eos_ids)) == plainly(backend, prompt, 40, eos_ids)
+        assert ids_of(decode(backend, prompt, config, eos_ids)) == plainly(
+            backend, prompt, 40, eos_ids
+        )
     assert ids_of(decode(backend, prompt, config, reuse_exit_states=False)) == plain
 
 
@@ -100,8 +113,12 @@ class Scheduled(AdaptiveDrafter):
         choice, length = self.schedule.pop(0) if self.schedule else (0, 0)
         arms = [None, *self.bandit.arms.values()]
         arm = arms[choice % len(arms)] if length else None
-        self.bandit.plan = lambda rows, shortest, found: Plan(arm, length, DraftEnds(), inf if arm else 0.0, 0)
-        return super()._best_draft(context, [min(length, limit) for limit in limits] if arm else limits, step)
+        self.bandit.plan = lambda rows, shortest, found: Plan(
+            arm, length, DraftEnds(), inf if arm else 0.0, 0
+        )
+        return super()._best_draft(
+            context, [min(length, limit) for limit in limits] if arm else limits, step
+        )
 
 
 def scheduled(backend, prompts, schedule, limit, eos_ids=frozenset()):
@@ -122,10 +139,17 @@ def scheduled(backend, prompts, schedule, limit, eos_ids=frozenset()):
     limit=st.integers(1, 25),
     eos_place=st.none() | st.integers(0, 24),
 )
-def test_no_schedule_changes_the_output_or_the_states_that_blocks_draft_on(kind, schedule, lengths, limit, eos_place):
+def test_no_schedule_changes_the_output_or_the_states_that_blocks_draft_on(
+    kind, schedule, lengths, limit, eos_place
+):
     """Blocks of two exits, low-bit copies, lookups and plain steps take turns on one cache."""
-    backend, prompts = backend_of(kind), [prompt_of(length) for length in lengths]
-    eos_ids = frozenset() if eos_place is None else frozenset({plainly(backend, prompts[0], 25)[eos_place]})
+    backend = backend_of(kind)
+    prompts = [prompt_of(length) for length in lengths]
+    eos_ids = (
+        frozenset()
+        if eos_place is None
+        else frozenset({plainly(backend, prompts[0], 25)[eos_place]})
+    )
     loop = scheduled(backend, prompts, schedule, limit, eos_ids)
     found = {row: [] for row in loop.rows}
     recorded(loop, backend)
@@ -137,9 +161,14 @@ def test_no_schedule_changes_the_output_or_the_states_that_blocks_draft_on(kind,
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_block_that_does_not_draft_writes_nothing_and_catches_up_when_it_does(kind):
-    """Two rows, ten steps without drafts, then one draft by exit 2: entries are those of a pass over each whole text."""
-    backend, plain_steps = backend_of(kind), 10
-    loop = scheduled(backend, [prompt_of(5), prompt_of(9, 1)], [(0, 0)] * plain_steps + [(1, 3)], 40)
+    """Two rows, ten steps without drafts, then one draft by exit 2: entries are those of a pass
+    over each whole text.
+    """
+    backend = backend_of(kind)
+    plain_steps = 10
+    loop = scheduled(
+        backend, [prompt_of(5), prompt_of(9, 1)], [(0, 0)] * plain_steps + [(1, 3)], 40
+    )
     block = backend.exit_blocks[2]
     next(loop)  # the prompts
     for _ in range(plain_steps):
@@ -164,9 +193,13 @@ def test_a_block_that_does_not_draft_writes_nothing_and_catches_up_when_it_does(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_target_goes_on_from_the_exit_that_drafted(kind, monkeypatch):
-    """The other exit's block gets its states too. Only the last draft may still need the layers before the exit."""
-    backend, spans = backend_of(kind), []
-    run_layers, choose = backend.run_layers, backend.choose
+    """The other exit's block gets its states too. Only the last draft may still need the layers
+    before the exit.
+    """
+    backend = backend_of(kind)
+    spans = []
+    run_layers = backend.run_layers
+    choose = backend.choose
 
     def choice(tokens, states, start, stop, kept, places, noise):
         spans.extend((layer, len(tokens)) for layer in (start, *kept[:-1]))
@@ -199,7 +232,8 @@ def test_sampled_drafts_are_chosen_from_the_block_s_logits_by_the_target_s_noise
 
 @pytest.mark.parametrize("kind", ["generic", "native"])
 def test_early_exit_runs_the_block(kind):
-    backend, prompt = backend_of(kind), prompt_of(8)
+    backend = backend_of(kind)
+    prompt = prompt_of(8)
     expected = list(prompt)
     for _ in range(12):
         expected.append(int(first_logits(backend, expected, 2).argmax()))

@@ -53,14 +53,24 @@ def matches(kind, text):
     if kind == "schema":
         answer = json.loads(text)
         assert list(answer) == list(SCHEMA["properties"]) and len(answer["name"]) <= 3
-        assert answer["kind"] in ("alarm", "reminder") and 0 <= answer["hour"] <= 24 and len(answer["at"]) <= 1
+        assert (
+            answer["kind"] in ("alarm", "reminder")
+            and 0 <= answer["hour"] <= 24
+            and len(answer["at"]) <= 1
+        )
         return set(answer["at"]) <= {"am", "pm"}
-    return text in GUIDES[kind] if kind == "choice" else bool(re.fullmatch(GUIDES.get(kind, ""), text)) or kind == "grammar"
+    return (
+        text in GUIDES[kind]
+        if kind == "choice"
+        else bool(re.fullmatch(GUIDES.get(kind, ""), text)) or kind == "grammar"
+    )
 
 
 @cache
 def model_of(kind):
-    """The tiny model with its tokenizer; on native kernels an int8 copy drafts too, by few of the tokens."""
+    """The tiny model with its tokenizer; on native kernels an int8 copy drafts too, by few of the
+    tokens.
+    """
     decoder = tiny_loaded()
     if kind == "native":
         model = tiny_model("llama", torch.float32, vocab_size=300, **WIDE)
@@ -76,7 +86,8 @@ def reference(decoder, ids, asked, limit):
     )
     matcher = llguidance.LLMatcher(tokenizer, asked, log_level=0)
     assert not matcher.get_error()
-    output, backend = [], decoder.backend
+    output = []
+    backend = decoder.backend
     while len(output) < limit and not decoder.eos_ids.intersection(output):
         text = ids + output
         hidden = run_texts(backend, backend.embed(torch.tensor([text])), 0, backend.num_layers)
@@ -88,9 +99,12 @@ def reference(decoder, ids, asked, limit):
     return output
 
 
-@pytest.mark.parametrize(("kernels", "kind"), [("generic", "schema"), *(("native", kind) for kind in GUIDES)])
+@pytest.mark.parametrize(
+    ("kernels", "kind"), [("generic", "schema"), *(("native", kind) for kind in GUIDES)]
+)
 def test_greedy_drafts_change_nothing_and_no_forbidden_one_is_verified(kernels, kind, monkeypatch):
-    decoder, asked = model_of(kernels), GUIDES[kind]
+    decoder = model_of(kernels)
+    asked = GUIDES[kind]
     ids = decoder.encode_prompt("wake me at 7")
     options = {kind: asked, "max_new_tokens": 70}
     plain = decoder.resolve({"strategy": "autoregressive", **options})
@@ -113,9 +127,14 @@ def test_greedy_drafts_change_nothing_and_no_forbidden_one_is_verified(kernels, 
     for strategy, drafting in {"autoregressive": {}, **DRAFTING}.items():
         verified.clear()
         decoding = decode(
-            decoder.backend, ids, replace(plain, strategy=strategy, **drafting), decoder.eos_ids, decoder.detokenize
+            decoder.backend,
+            ids,
+            replace(plain, strategy=strategy, **drafting),
+            decoder.eos_ids,
+            decoder.detokenize,
         )
-        found, matcher = [], plain.guide.matcher()
+        found = []
+        matcher = plain.guide.matcher()
         for [step] in decoding:
             if found:
                 drafts = verified[-1]
@@ -133,11 +152,16 @@ def test_answers_of_a_batch_have_their_own_grammars_and_validate():
     for temperature in (0.0, 1.5):
         for kind, asked in GUIDES.items():
             options = {kind: asked, "temperature": temperature, "seed": 3, "max_new_tokens": 80}
-            answers = model.generate_batch(["wake me at 7", "play some jazz", "remind me"], **options)
+            answers = model.generate_batch(
+                ["wake me at 7", "play some jazz", "remind me"], **options
+            )
             assert [answer.finish_reason for answer in answers] == ["eos"] * 3
             assert all(matches(kind, answer.text) for answer in answers)
             if not temperature:
-                assert answers[1].ids == model.generate("play some jazz", strategy="autoregressive", **options).ids
+                assert (
+                    answers[1].ids
+                    == model.generate("play some jazz", strategy="autoregressive", **options).ids
+                )
     cut = model.generate("wake me at 7", schema=SCHEMA, max_new_tokens=9)
     assert cut.finish_reason == "length" and cut.stats.new_tokens == 9
 
@@ -146,15 +170,27 @@ def test_sampled_output_follows_the_joint_distribution_of_what_the_grammar_permi
     """Against the exact joint, with tokens that the grammar forces among the drafts of an exit."""
     words = Tokenizer(models.BPE({"a": 0, "b": 1, "c": 2, "d": 3, "</s>": 4}, []))
     words.decoder = decoders.ByteLevel()
-    members = {"backend_tokenizer": words, "added_tokens_decoder": {}, "__len__": lambda self: VOCABULARY}
+    members = {
+        "backend_tokenizer": words,
+        "added_tokens_decoder": {},
+        "__len__": lambda self: VOCABULARY,
+    }
     named = type("Named", (), members)()
     guide = grammar.guide(("regex", "((ab|ba|c|aa)d?){9}"), named, VOCABULARY, frozenset({4}))
-    table = torch.randn(3, 8, VOCABULARY, VOCABULARY, dtype=torch.double, generator=torch.Generator().manual_seed(2))
-    plain = DecodingConfig("autoregressive", max_new_tokens=NEW, temperature=1.0, guided=("regex", ""), guide=guide)
+    table = torch.randn(
+        3, 8, VOCABULARY, VOCABULARY, dtype=torch.double, generator=torch.Generator().manual_seed(2)
+    )
+    plain = DecodingConfig(
+        "autoregressive", max_new_tokens=NEW, temperature=1.0, guided=("regex", ""), guide=guide
+    )
 
     def next_probs(ids):
         logits = table[2, len(ids), ids[-1] if ids else 3].clone()
-        permitted = [token for token in range(4) if guide.matcher().permitted([], [*ids, token]) == len(ids) + 1]
+        permitted = [
+            token
+            for token in range(4)
+            if guide.matcher().permitted([], [*ids, token]) == len(ids) + 1
+        ]
         others = [token for token in range(VOCABULARY) if token not in permitted]
         if permitted:
             logits[others] = -torch.inf
@@ -192,9 +228,16 @@ def test_lookups_draft_as_far_as_the_grammar_permits(options, monkeypatch):
     """Greedy output repeats itself until the grammar ends the repetition."""
     decoder = model_of("generic")
     ids = decoder.encode_prompt("wake me at 7")
-    plain = decoder.resolve({"strategy": "autoregressive", "regex": "[ab]{25}c[ab]{4}", "max_new_tokens": 40})
-    expected = [token for [step] in decode(decoder.backend, ids, plain, decoder.eos_ids) for token in step.ids]
-    looked_up, honest = [], FixedTarget.verify
+    plain = decoder.resolve(
+        {"strategy": "autoregressive", "regex": "[ab]{25}c[ab]{4}", "max_new_tokens": 40}
+    )
+    expected = [
+        token
+        for [step] in decode(decoder.backend, ids, plain, decoder.eos_ids)
+        for token in step.ids
+    ]
+    looked_up = []
+    honest = FixedTarget.verify
 
     def watched(self, draft, places, *recorder):
         if draft.source == "lookup":
@@ -202,13 +245,18 @@ def test_lookups_draft_as_far_as_the_grammar_permits(options, monkeypatch):
         return honest(self, draft, places, *recorder)
 
     monkeypatch.setattr(FixedTarget, "verify", watched)
-    found, matcher = [], plain.guide.matcher()
-    decoding = decode(decoder.backend, ids, replace(plain, num_draft_tokens=16, **options), decoder.eos_ids)
+    found = []
+    matcher = plain.guide.matcher()
+    decoding = decode(
+        decoder.backend, ids, replace(plain, num_draft_tokens=16, **options), decoder.eos_ids
+    )
     for [step] in decoding:
         drafts = looked_up.pop() if looked_up else []
         assert matcher.permitted(found, drafts) == len(drafts)
         found += step.ids
     assert found == expected and decoding.finish_reason == "eos"
     assert decoding.stats.steps_by_drafter["lookup"] > 0 and decoding.stats.accepted > 5
-    with pytest.raises(ConfigError, match="`regex` must be used with a model that has an EOS token"):
+    with pytest.raises(
+        ConfigError, match="`regex` must be used with a model that has an EOS token"
+    ):
         replace(tiny_loaded(), eos_ids=frozenset()).resolve({"regex": "a"})

@@ -64,7 +64,9 @@ def test_another_drafter_drafts_where_nothing_is_found():
     drafter = LookupDrafter(2, frozenset({4}), other)
 
     def drafted(ids):
-        draft = drafter.draft(context_of([ids], torch.tensor(ids[-1:]), None, [0], [len(ids) - 1]), [8])
+        draft = drafter.draft(
+            context_of([ids], torch.tensor(ids[-1:]), None, [0], [len(ids) - 1]), [8]
+        )
         drafter.observe(0, 1, [draft.source])
         return draft.tokens.tolist(), draft.counts, draft.source
 
@@ -82,7 +84,8 @@ def test_the_shortest_match_is_two_tokens_unless_told_otherwise(backend):
     assert found() == [([], 0)] and found(lookup=1) == [([3], 1)]
 
 
-# --- earlier answers -----------------------------------------------------------------------------------------------------
+# --- earlier answers
+# -----------------------------------------------------------------------------------------------------
 
 
 def remembering(*answers, most=1000, prompt=(1, 2, 3)):
@@ -98,10 +101,12 @@ def remembering(*answers, most=1000, prompt=(1, 2, 3)):
         ([[4, 5, 6, 7, 8]], [9, 4, 5, 6], ([7, 8], 3)),
         ([[4, 5, 6, 7, 8]], [9, 9, 5, 6], ([], 0)),  # two tokens are no match
         ([[4, 5, 6, 7]], [1, 2, 3], ([4, 5, 6, 7], 3)),  # after the prompt's last tokens
-        ([[4, 5, 6, 7, 8], [9]], [7, 8, 9, 1, 2, 3], ([9], 0)),  # the latest of two; an answer's end ends the draft
+        # The latest of two; an answer's end ends the draft
+        ([[4, 5, 6, 7, 8], [9]], [7, 8, 9, 1, 2, 3], ([9], 0)),
         ([[4, 5, 6, 7], [8, 9]], [3, 8, 9], ([], 0)),
         ([[4, 5, 6, 7], [8, 5, 6, 7]], [3, 4, 5, 6], ([7], 4)),  # both go on in the same way
-        ([[9, 4, 5, 6, 7], [8, 4, 5, 6, 2]], [9, 4, 5, 6], ([7], 1)),  # the longer match, by one token
+        # The longer match, by one token
+        ([[9, 4, 5, 6, 7], [8, 4, 5, 6, 2]], [9, 4, 5, 6], ([7], 1)),
     ],
 )
 def test_what_followed_in_an_earlier_answer_is_copied(answers, ids, expected):
@@ -111,8 +116,18 @@ def test_what_followed_in_an_earlier_answer_is_copied(answers, ids, expected):
 def test_a_long_match_in_an_answer_is_followed_further_and_a_prompt_is_not_drafted():
     answer = list(range(10, 110))
     earlier = remembering(answer)
-    assert [len(earlier.continuation(answer[:count], 50)[0]) for count in (3, 10, 30, 90)] == [6, 20, 50, 10]
-    assert [earlier.continuation(answer[:count], 50)[1] for count in (10, 30, 64, 90)] == [10, 30, 64, 64]
+    assert [len(earlier.continuation(answer[:count], 50)[0]) for count in (3, 10, 30, 90)] == [
+        6,
+        20,
+        50,
+        10,
+    ]
+    assert [earlier.continuation(answer[:count], 50)[1] for count in (10, 30, 64, 90)] == [
+        10,
+        30,
+        64,
+        64,
+    ]
     assert remembering([50, 51], prompt=range(40)).continuation([20, 21, 22, 23], 9) == ([], 0)
 
 
@@ -121,7 +136,9 @@ def test_the_oldest_answers_go_first_and_no_more_than_told_are_kept():
     for number in range(40):
         earlier.add([1, 2, *range(10 * number + 10, 10 * number + 20)], 2)
         assert len(earlier) <= 100
-    assert earlier.continuation([400, 401, 402], 2) == ([403, 404], 3) and earlier.continuation([10, 11, 12], 2) == ([], 0)
+    assert earlier.continuation([400, 401, 402], 2) == ([403, 404], 3) and earlier.continuation(
+        [10, 11, 12], 2
+    ) == ([], 0)
     earlier.add(range(1000, 1060), 5)  # longer than half of all
     assert len(earlier) <= 100 and earlier.continuation([1000, 1001, 1002], 2) == ([], 0)
     nothing = remembering([4, 5, 6, 7], most=0)
@@ -130,16 +147,23 @@ def test_the_oldest_answers_go_first_and_no_more_than_told_are_kept():
 
 @pytest.fixture(scope="module")
 def invariant():
-    return native_or_skip(tiny_model("llama", torch.float32, **WIDE), PackingConfig(draft_weights=("int8",)))
+    return native_or_skip(
+        tiny_model("llama", torch.float32, **WIDE), PackingConfig(draft_weights=("int8",))
+    )
 
 
-STRATEGIES = [{"strategy": "lookup"}, {"exit_layer": 3, "lookup": 2}, {"strategy": "adaptive", "exits": (2, 4)}]
+STRATEGIES = [
+    {"strategy": "lookup"},
+    {"exit_layer": 3, "lookup": 2},
+    {"strategy": "adaptive", "exits": (2, 4)},
+]
 
 
 @pytest.mark.parametrize("settings", STRATEGIES, ids=str)
 def test_a_repeated_prompt_is_answered_by_lookups_with_the_same_output(invariant, settings):
     prompts = [prompt_of(9), prompt_of(12), prompt_of(9)]
-    config, earlier = DecodingConfig(max_new_tokens=40, num_draft_tokens=8, **settings), EarlierAnswers()
+    config = DecodingConfig(max_new_tokens=40, num_draft_tokens=8, **settings)
+    earlier = EarlierAnswers()
     rounds = []
     for prompt in prompts:
         decoding = decode(invariant, prompt, config, earlier=earlier)
@@ -147,18 +171,22 @@ def test_a_repeated_prompt_is_answered_by_lookups_with_the_same_output(invariant
         rounds.append(decoding.stats)
     assert len(earlier) == 40 * 3 + 9 + 12 + 9 + 3  # with the prompts' last tokens, and an end each
     if settings.get("strategy") != "adaptive":  # which may know something better
-        assert rounds[2].accepted > rounds[0].accepted and rounds[2].steps_by_drafter["lookup"] == 5  # 39 tokens, 9 a round
+        # 39 tokens, 9 a round
+        assert rounds[2].accepted > rounds[0].accepted and rounds[2].steps_by_drafter["lookup"] == 5
 
 
 def test_rows_of_a_batch_are_remembered_as_they_finish(invariant):
-    prompts, earlier = [prompt_of(9), prompt_of(12)], EarlierAnswers()
+    prompts = [prompt_of(9), prompt_of(12)]
+    earlier = EarlierAnswers()
     config = DecodingConfig("lookup", max_new_tokens=30, num_draft_tokens=8)
     plain = {place: plainly(invariant, prompt, 30) for place, prompt in enumerate(prompts)}
     first = list(decode_batch(invariant, prompts, config, earlier=earlier))
     again = list(decode_batch(invariant, prompts, config, earlier=earlier))
     for answers in (first, again):
         assert {answer.row: answer.ids for answer in answers} == plain
-    assert sum(answer.stats.accepted for answer in again) > sum(answer.stats.accepted for answer in first)
+    assert sum(answer.stats.accepted for answer in again) > sum(
+        answer.stats.accepted for answer in first
+    )
     loop = DecodingLoop(invariant, [prompt_of(5)], config, earlier=EarlierAnswers())
     next(loop)
     loop.cancel(loop.rows[0])
@@ -168,7 +196,9 @@ def test_rows_of_a_batch_are_remembered_as_they_finish(invariant):
 @pytest.mark.parametrize("settings", STRATEGIES, ids=str)
 def test_what_is_recalled_changes_no_sample(invariant, settings):
     config = DecodingConfig(max_new_tokens=40, temperature=0.4, seed=5, **settings)
-    earlier, seen, accepted = EarlierAnswers(), [], []
+    earlier = EarlierAnswers()
+    seen = []
+    accepted = []
     for _ in range(2):
         decoding = decode(invariant, prompt_of(9), config, earlier=earlier)
         seen.append(ids_of(decoding))
@@ -178,6 +208,10 @@ def test_what_is_recalled_changes_no_sample(invariant, settings):
 
 
 def test_where_drafts_may_change_how_passes_round_nothing_is_recalled(backend):
-    earlier, config = EarlierAnswers(), DecodingConfig("lookup", max_new_tokens=20)
+    earlier = EarlierAnswers()
+    config = DecodingConfig("lookup", max_new_tokens=20)
     first, second = (decode(backend, prompt_of(9), config, earlier=earlier) for _ in range(2))
-    assert ids_of(first) == ids_of(second) and first.stats.steps_by_drafter == second.stats.steps_by_drafter
+    assert (
+        ids_of(first) == ids_of(second)
+        and first.stats.steps_by_drafter == second.stats.steps_by_drafter
+    )

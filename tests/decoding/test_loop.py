@@ -1,9 +1,12 @@
-"""The loop's invariants: on tiny random transformers models, and on a table of known probabilities."""
+"""The loop's invariants: on tiny random transformers models, and on a table of known
+probabilities.
+"""
 
 import time
 from dataclasses import replace
 from itertools import count
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -36,14 +39,17 @@ def backend(llama):
 
 
 def run(model, prompt, eos_ids=(), reuse_exit_states=True, **settings):
-    return answer_of(model, prompt, DecodingConfig(**settings), eos_ids, reuse_exit_states=reuse_exit_states)
+    return answer_of(
+        model, prompt, DecodingConfig(**settings), eos_ids, reuse_exit_states=reuse_exit_states
+    )
 
 
 def plain(model, prompt, **settings):
     return run(model, prompt, strategy="autoregressive", **settings)
 
 
-# --- the same tokens as other ways to the same answer ------------------------------------------------------------------
+# --- the same tokens as other ways to the same answer
+# ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
@@ -59,7 +65,9 @@ def test_autoregressive_decoding_equals_generate(models, model_type):
 
 def generate(model, prompt, max_new_tokens, **settings):
     model.generation_config.eos_token_id = None
-    output = model.generate(tensor([prompt]), max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0, **settings)
+    output = model.generate(
+        tensor([prompt]), max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0, **settings
+    )
     return output[0, len(prompt) :].tolist()
 
 
@@ -67,11 +75,14 @@ def generate(model, prompt, max_new_tokens, **settings):
 def test_early_exit_equals_the_truncated_model(llama, backend, exit_layer):
     truncated = tiny_model(num_hidden_layers=exit_layer)
     truncated.load_state_dict(llama.state_dict(), strict=False)
-    ids, _, _ = run(backend, prompt_of(9), strategy="early-exit", exit_layer=exit_layer, max_new_tokens=20)
+    ids, _, _ = run(
+        backend, prompt_of(9), strategy="early-exit", exit_layer=exit_layer, max_new_tokens=20
+    )
     assert ids == generate(truncated, prompt_of(9), 20)
 
 
-# --- how much is computed ----------------------------------------------------------------------------------------------
+# --- how much is computed
+# ----------------------------------------------------------------------------------------------
 
 
 def tokens_by_layer(model, run_it):
@@ -80,7 +91,10 @@ def tokens_by_layer(model, run_it):
     def watch(layer):
         return lambda module, args: calls[layer].append(args[0].shape[1])
 
-    hooks = [layer.mlp.register_forward_pre_hook(watch(index)) for index, layer in enumerate(model.layers)]
+    hooks = [
+        layer.mlp.register_forward_pre_hook(watch(index))
+        for index, layer in enumerate(model.layers)
+    ]
     try:
         run_it()
     finally:
@@ -90,11 +104,18 @@ def tokens_by_layer(model, run_it):
 
 
 def test_a_round_runs_the_first_layers_once_a_token_and_the_others_once(backend):
-    """E = 2, d = 3: (d+1)E = 8 passes of one token and L-E = 4 passes of d+1 tokens; the prompt of 9 once through all."""
+    """E = 2, d = 3: (d+1)E = 8 passes of one token and L-E = 4 passes of d+1 tokens; the prompt of
+    9 once through all.
+    """
     decoding = decode(backend, prompt_of(9), DecodingConfig(exit_layer=2, num_draft_tokens=3))
     assert tokens_by_layer(backend, lambda: next(decoding)) == [[9]] * 6
     assert tokens_by_layer(backend, lambda: next(decoding)) == [[1, 1, 1, 1]] * 2 + [[4]] * 4
-    decoding = decode(backend, prompt_of(9), DecodingConfig(exit_layer=2, num_draft_tokens=3), reuse_exit_states=False)
+    decoding = decode(
+        backend,
+        prompt_of(9),
+        DecodingConfig(exit_layer=2, num_draft_tokens=3),
+        reuse_exit_states=False,
+    )
     next(decoding)
     assert tokens_by_layer(backend, lambda: next(decoding)) == [[1, 1, 1, 4]] * 2 + [[4]] * 4
     config = DecodingConfig(exit_layer=2, num_draft_tokens=3, draft_confidence=1 - 1e-12)
@@ -103,10 +124,14 @@ def test_a_round_runs_the_first_layers_once_a_token_and_the_others_once(backend)
     assert tokens_by_layer(backend, lambda: next(decoding)) == [[1]] * 6
     assert (decoding.stats.rounds, decoding.stats.drafted) == (0, 0)
     config = DecodingConfig(strategy="early-exit", exit_layer=2, max_new_tokens=3)
-    assert tokens_by_layer(backend, lambda: list(decode(backend, prompt_of(9), config))) == [[9, 1, 1]] * 2 + [[]] * 4
+    assert (
+        tokens_by_layer(backend, lambda: list(decode(backend, prompt_of(9), config)))
+        == [[9, 1, 1]] * 2 + [[]] * 4
+    )
 
 
-# --- rejected drafts, interruptions ------------------------------------------------------------------------------------
+# --- rejected drafts, interruptions
+# ------------------------------------------------------------------------------------
 
 
 def test_an_abandoned_decoding_leaves_the_model_usable(backend):
@@ -142,29 +167,45 @@ def test_an_interrupt_ends_a_decoding(backend, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             next(decoding)
     assert list(decoding) == []
-    assert run(backend, prompt_of(9), exit_layer=2, num_draft_tokens=3, max_new_tokens=17)[0] == expected
+    assert (
+        run(backend, prompt_of(9), exit_layer=2, num_draft_tokens=3, max_new_tokens=17)[0]
+        == expected
+    )
 
 
 def interrupt(*_):
     raise KeyboardInterrupt
 
 
-# --- doubles with known answers ----------------------------------------------------------------------------------------
+# --- doubles with known answers
+# ----------------------------------------------------------------------------------------
 
 
 class TableModel:
-    """A model of two layers whose logits are `table[layers run, position, token]`, (3, P, V, V): all is known.
+    """A model of two layers whose logits are `table[layers run, position, token]`, (3, P, V, V):
+    all is known.
 
     Hidden states are (token, layers run, position); a state given to the wrong layer fails.
     """
 
-    num_layers, device, exact, batch_invariant, recordable = 2, torch.device("cpu"), False, False, False
-    exit_blocks, drafters, choose = {}, {}, choose_by_head
-    shares_states, kernel = True, None  # of its draft side, which is the model itself
+    num_layers = 2
+    device = torch.device("cpu")
+    exact = False
+    batch_invariant = False
+    recordable = False
+    exit_blocks: ClassVar[dict] = {}
+    drafters: ClassVar[dict] = {}
+    choose = choose_by_head
+    # Of its draft side, which is the model itself
+    shares_states = True
+    kernel = None
 
     def __init__(self, table):
-        self.table, self.spec, self.layers = table, SimpleNamespace(context=table.shape[1]), self
-        self.draft_sides, self.room_for = {None: self}, lambda num_draft_tokens: table.shape[1]
+        self.table = table
+        self.spec = SimpleNamespace(context=table.shape[1])
+        self.layers = self
+        self.draft_sides = {None: self}
+        self.room_for = lambda num_draft_tokens: table.shape[1]
 
     def head(self, submodel):
         return DraftHead(self.unembed)
@@ -177,7 +218,9 @@ class TableModel:
 
     def run_layers(self, hidden, start, stop, places):
         assert (hidden[..., 1] == start).all()
-        return torch.stack((hidden[..., 0], torch.full_like(hidden[..., 0], stop), places.positions), dim=-1)
+        return torch.stack(
+            (hidden[..., 0], torch.full_like(hidden[..., 0], stop), places.positions), dim=-1
+        )
 
     def unembed(self, hidden):
         token, layer, position = hidden.unbind(-1)
@@ -210,16 +253,32 @@ def counting_model(limit=100):
 
 def scripted_decoding(choose, max_new_tokens=9, eos_ids=(), stop=(), limit=100):
     config = DecodingConfig(num_draft_tokens=3, max_new_tokens=max_new_tokens, stop=stop)
-    return DecodingLoop(counting_model(limit), [[3, 4]], config, frozenset(eos_ids), letters, drafter=Scripted(choose))
+    return DecodingLoop(
+        counting_model(limit),
+        [[3, 4]],
+        config,
+        frozenset(eos_ids),
+        letters,
+        drafter=Scripted(choose),
+    )
 
 
 def written(decoding):
     """Ids round by round, accepted drafts negative."""
-    return [[*(-token for token in step.ids[: step.counts.accepted]), *step.ids[step.counts.accepted :]] for [step] in decoding]
+    return [
+        [*(-token for token in step.ids[: step.counts.accepted]), *step.ids[step.counts.accepted :]]
+        for [step] in decoding
+    ]
 
 
 def counts(stats):
-    return stats.rounds, stats.drafted, stats.accepted, stats.tested_by_position, stats.accepted_by_position
+    return (
+        stats.rounds,
+        stats.drafted,
+        stats.accepted,
+        stats.tested_by_position,
+        stats.accepted_by_position,
+    )
 
 
 def always(place, token):
@@ -235,29 +294,61 @@ def first_only(place, token):
 
 
 ROUNDS = {
-    "always accepted": (always, {}, [[5], [-6, -7, -8, 9], [-10, -11, -12, 13]], (2, 6, 6, (2, 2, 2), (2, 2, 2)), "length"),
-    # With 4, 3, 2 tokens of room after it, the round drafts 3, 2, 1; the last token has no room for a draft.
-    "never accepted": (never, {"max_new_tokens": 5}, [[5], [6], [7], [8], [9]], (3, 6, 0, (3,), ()), "length"),
+    "always accepted": (
+        always,
+        {},
+        [[5], [-6, -7, -8, 9], [-10, -11, -12, 13]],
+        (2, 6, 6, (2, 2, 2), (2, 2, 2)),
+        "length",
+    ),
+    # With 4, 3, 2 tokens of room after it, the round drafts 3, 2, 1; the last token has no room for
+    # a draft.
+    "never accepted": (
+        never,
+        {"max_new_tokens": 5},
+        [[5], [6], [7], [8], [9]],
+        (3, 6, 0, (3,), ()),
+        "length",
+    ),
     "sometimes accepted": (
         *(first_only, {}, [[5], [-6, 7], [-8, 9], [-10, 11], [-12, 13]]),
         *((4, 3 + 3 + 3 + 1, 4, (4, 3), (4,)), "length"),
     ),
-    "drafts behind an EOS": (always, {"eos_ids": [30, 7]}, [[5], [-6, -7]], (1, 3, 2, (1, 1), (1, 1)), "eos"),
+    "drafts behind an EOS": (
+        always,
+        {"eos_ids": [30, 7]},
+        [[5], [-6, -7]],
+        (1, 3, 2, (1, 1), (1, 1)),
+        "eos",
+    ),
     "a stop string inside drafts": (
-        *(always, {"stop": (letters([7, 8]), letters([40])), "max_new_tokens": 20}, [[5], [-6, -7, -8]]),
+        *(
+            always,
+            {"stop": (letters([7, 8]), letters([40])), "max_new_tokens": 20},
+            [[5], [-6, -7, -8]],
+        ),
         *((1, 3, 3, (1, 1, 1), (1, 1, 1)), "stop"),
     ),
     "an EOS first": (always, {"eos_ids": [5]}, [[5]], (0, 0, 0, (), ()), "eos"),
 }
 
 
-@pytest.mark.parametrize(("choose", "settings", "rounds", "counted", "reason"), ROUNDS.values(), ids=ROUNDS)
+@pytest.mark.parametrize(
+    ("choose", "settings", "rounds", "counted", "reason"), ROUNDS.values(), ids=ROUNDS
+)
 def test_rounds_of_scripted_drafts(choose, settings, rounds, counted, reason):
     decoding = scripted_decoding(choose, **settings)
     assert written(decoding) == rounds and list(decoding) == []
     stats, (number, drafted, accepted, *_) = decoding.stats, counted
-    assert (counts(stats), decoding.finish_reason, stats.new_tokens) == (counted, reason, sum(map(len, rounds)))
-    assert (stats.acceptance_rate, stats.mean_accepted_tokens) == (accepted / max(drafted, 1), accepted / max(number, 1))
+    assert (counts(stats), decoding.finish_reason, stats.new_tokens) == (
+        counted,
+        reason,
+        sum(map(len, rounds)),
+    )
+    assert (stats.acceptance_rate, stats.mean_accepted_tokens) == (
+        accepted / max(drafted, 1),
+        accepted / max(number, 1),
+    )
 
 
 @pytest.mark.parametrize("choose", [always, never, first_only])
@@ -290,13 +381,19 @@ def test_bad_settings_are_refused(backend):
     assert run(backend, [5] * 127, exit_layer=3)[1] == "context"
 
 
-# --- sampling ----------------------------------------------------------------------------------------------------------
+# --- sampling
+# ----------------------------------------------------------------------------------------------------------
 
 
 def p_value_of(outputs, joint):
-    """Chi-square of outputs (tuples of ids) against their exact joint {ids: probability}; rare ones are one cell."""
-    assert set(outputs) <= {ids for ids, mass in joint.items() if mass > 0}  # never a token of zero target mass
-    total, cells, rare = len(outputs), [], [0.0, 0.0]
+    """Chi-square of outputs (tuples of ids) against their exact joint {ids: probability}; rare ones
+    are one cell.
+    """
+    # Never a token of zero target mass
+    assert set(outputs) <= {ids for ids, mass in joint.items() if mass > 0}
+    total = len(outputs)
+    cells = []
+    rare = [0.0, 0.0]
     observed = dict.fromkeys(joint, 0)
     for ids in outputs:
         observed[ids] += 1
@@ -312,7 +409,9 @@ def p_value_of(outputs, joint):
 
 
 def joint_of(next_probs, length, vocabulary):
-    """Exact probability of every continuation of `length`; `next_probs(ids)` (V,) are those behind a continuation."""
+    """Exact probability of every continuation of `length`; `next_probs(ids)` (V,) are those behind
+    a continuation.
+    """
     joint = {(): 1.0}
     for _ in range(length):
         joint = {
@@ -324,18 +423,30 @@ def joint_of(next_probs, length, vocabulary):
     return joint
 
 
-VOCABULARY, NEW = 5, 4
-COMBINATIONS = [DecodingConfig(temperature=1.0), DecodingConfig(temperature=1.2, top_k=4, top_p=0.9)]
+VOCABULARY = 5
+NEW = 4
+COMBINATIONS = [
+    DecodingConfig(temperature=1.0),
+    DecodingConfig(temperature=1.2, top_k=4, top_p=0.9),
+]
 
 
 def sampled_table_p_value(config, draws=1000, num_draft_tokens=3):
-    """Four tokens: one from the prefill, three from a round of up to two drafts and, after rejections, of fewer."""
-    table = torch.randn(3, 8, VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(1), dtype=torch.double)
+    """Four tokens: one from the prefill, three from a round of up to two drafts and, after
+    rejections, of fewer.
+    """
+    table = torch.randn(
+        3, 8, VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(1), dtype=torch.double
+    )
     config = replace(config, exit_layer=1, num_draft_tokens=num_draft_tokens, max_new_tokens=NEW)
     loop = DecodingLoop(TableModel(table), [[3]] * draws, config, seeds=range(draws))
     list(loop)
     outputs = [tuple(row.output) for row in loop.rows]
-    joint = joint_of(lambda ids: probabilities(table[2, len(ids), ids[-1] if ids else 3], config), NEW, VOCABULARY)
+    joint = joint_of(
+        lambda ids: probabilities(table[2, len(ids), ids[-1] if ids else 3], config),
+        NEW,
+        VOCABULARY,
+    )
     return p_value_of(outputs, joint)
 
 
@@ -347,6 +458,8 @@ def test_sampled_output_follows_the_target_s_joint_distribution(config):
 def test_sampling_is_repeatable_by_its_seed(backend):
     def sampled(seed):
         sampling = {"temperature": 2.0, "seed": seed}
-        return run(backend, prompt_of(9), exit_layer=4, num_draft_tokens=3, max_new_tokens=17, **sampling)[0]
+        return run(
+            backend, prompt_of(9), exit_layer=4, num_draft_tokens=3, max_new_tokens=17, **sampling
+        )[0]
 
     assert sampled(1) == sampled(1) != sampled(2)

@@ -1,4 +1,6 @@
-"""A prompt that begins like the text before starts at the first difference, and nothing else changes."""
+"""A prompt that begins like the text before starts at the first difference, and nothing else
+changes.
+"""
 
 from dataclasses import replace
 from functools import cache
@@ -21,14 +23,23 @@ SHAPE = {**WIDE, "max_position_embeddings": 256}
 STRATEGIES = {
     "autoregressive": {"strategy": "autoregressive"},
     "exit": {"strategy": "self-speculative", "exit_layer": 3, "num_draft_tokens": 4},
-    "copy": {"strategy": "self-speculative", "exit_layer": 6, "num_draft_tokens": 4, "draft_weights": "int8"},
+    "copy": {
+        "strategy": "self-speculative",
+        "exit_layer": 6,
+        "num_draft_tokens": 4,
+        "draft_weights": "int8",
+    },
     "adaptive": {"strategy": "adaptive", "exits": (2, 4), "num_draft_tokens": 4},
     "skipping": {"strategy": "draft-and-verify", "skip": (3, 4), "num_draft_tokens": 4},
     "early exit": {"strategy": "early-exit", "exit_layer": 3},
     "depth per token": {"strategy": "early-exit", "exits": (2, 4), "exit_confidence": 0.1},
     "sampled": {"strategy": "self-speculative", "exit_layer": 3, "temperature": 0.9, "seed": 4},
 }
-PRECISIONS = {"fp32": (torch.float32, None), "bf16": (torch.bfloat16, None), "int8": (torch.bfloat16, "int8")}
+PRECISIONS = {
+    "fp32": (torch.float32, None),
+    "bf16": (torch.bfloat16, None),
+    "int8": (torch.bfloat16, "int8"),
+}
 
 
 def settings_of(name, limit=12):
@@ -47,19 +58,27 @@ def of_turns():
 
 
 def conversation(backend, config, prefixes):
-    """Three turns, each the text so far and new tokens. Returns ids, the tokens reused, and the last decoding and its cache."""
-    text, outputs, reused, last = prompt_of(9), [], [], None
+    """Three turns, each the text so far and new tokens. Returns ids, the tokens reused, and the
+    last decoding and its cache.
+    """
+    text = prompt_of(9)
+    outputs = []
+    reused = []
+    last = None
     for turn in range(3):
         decoding = decode(backend, text, config, prefixes=prefixes)
         last = decoding, decoding._cache  # a loop drops it at its end
         outputs.append(ids_of(decoding))
         reused.append(decoding.reused_tokens)
-        text = [*text, *outputs[-1], *prompt_of(5 + 80 * (turn == 0), turn)]  # a long one, so that tiled kernels run too
+        # A long one, so that tiled kernels run too
+        text = [*text, *outputs[-1], *prompt_of(5 + 80 * (turn == 0), turn)]
     return outputs, reused, last
 
 
 def keys_and_values(decoding, cache):
-    """By layer and position: those of the whole text, or of the prompt alone where tokens leave at different depths."""
+    """By layer and position: those of the whole text, or of the prompt alone where tokens leave at
+    different depths.
+    """
     [row] = decoding.rows
     if (blocks := decoding._target.exit_cache) is not None:
         blocks.write(cache, [row.filled])
@@ -78,8 +97,11 @@ def assert_same_bits(backend, config, layers=None):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_turns_have_the_bits_of_whole_prefills(strategy):
-    reused = assert_same_bits(native(), settings_of(strategy), 3 if strategy == "early exit" else None)
-    # All but the last token of a text are known, or only its prompt where tokens left at different depths.
+    reused = assert_same_bits(
+        native(), settings_of(strategy), 3 if strategy == "early exit" else None
+    )
+    # All but the last token of a text are known, or only its prompt where tokens left at different
+    # depths.
     assert reused == ([0, 9, 106] if strategy == "depth per token" else [0, 20, 117])
 
 
@@ -97,21 +119,32 @@ def test_exit_blocks_go_on_too(strategy):
     blocks = random_blocks(model, ExitBlock(2), ExitBlock(4))
     backend = native_or_skip(model, PackingConfig(), exit_blocks=blocks)
     exit_layer = int(strategy[-1]) if strategy.startswith("exit") else None
-    config = DecodingConfig("self-speculative", exit_layer, 3, 12) if exit_layer else settings_of("adaptive")
+    config = (
+        DecodingConfig("self-speculative", exit_layer, 3, 12)
+        if exit_layer
+        else settings_of("adaptive")
+    )
     assert assert_same_bits(backend, config, None if strategy == "adaptive" else 6) == [0, 20, 117]
 
 
 @pytest.mark.parametrize("kept", ["a conversation", "shared"])
 @pytest.mark.parametrize("kind", ["native", "packed"])
 def test_a_drafter_keeps_its_entry_of_the_token_that_is_rerun(kind, kept):
-    """So it drafts after a known beginning, here of 64 tokens and one that is rerun, what it drafts after a whole prefill."""
+    """So it drafts after a known beginning, here of 64 tokens and one that is rerun, what it drafts
+    after a whole prefill.
+    """
     model = tiny_model("llama", torch.float32, **SHAPE)
     blocks = replace(NO_BLOCKS, eagle3=random_eagle3(ModelSpec.of(model.config)))
-    backend = (native_or_skip if kind == "native" else TorchBackend.of)(model, PackingConfig(), exit_blocks=blocks)
-    config, first = DecodingConfig("eagle3", None, 3, 1), [*prompt_of(65), 5, 6]
+    backend = (native_or_skip if kind == "native" else TorchBackend.of)(
+        model, PackingConfig(), exit_blocks=blocks
+    )
+    config = DecodingConfig("eagle3", None, 3, 1)
+    first = [*prompt_of(65), 5, 6]
 
     def of_drafter(**known):
-        """Those of the drafter for the first 65 tokens of a text, in a loop that has taken its first step."""
+        """Those of the drafter for the first 65 tokens of a text, in a loop that has taken its
+        first step.
+        """
         loop = DecodingLoop(backend, [[*first[:65], 7, 8]], config, **known)
         cache = loop._cache
         next(loop)
@@ -137,7 +170,9 @@ def test_a_drafter_keeps_its_entry_of_the_token_that_is_rerun(kind, kept):
     ],
 )
 def test_a_prompt_starts_at_the_first_difference(prompt, reused):
-    backend, config, prefixes = native(), settings_of("exit"), of_turns()
+    backend = native()
+    config = settings_of("exit")
+    prefixes = of_turns()
     first = prompt_of(9)
     text = [*first, *ids_of(decode(backend, first, config, prefixes=prefixes))]
     assert text[13] != 66 and len(text) == 21
@@ -148,7 +183,9 @@ def test_a_prompt_starts_at_the_first_difference(prompt, reused):
 
 
 def test_an_answer_that_is_left_is_kept_as_far_as_it_came():
-    backend, config, prefixes = native(), settings_of("exit", 30), of_turns()
+    backend = native()
+    config = settings_of("exit", 30)
+    prefixes = of_turns()
     decoding = decode(backend, prompt_of(9), config, prefixes=prefixes)
     came = ids_of(islice(decoding, 3))
     decoding.leave()
@@ -160,7 +197,9 @@ def test_an_answer_that_is_left_is_kept_as_far_as_it_came():
 
 
 def test_a_text_that_is_given_up_while_it_runs_again_is_not_kept():
-    backend, config, shared = native(), settings_of("exit", 30), Prefixes(1 << 30)
+    backend = native()
+    config = settings_of("exit", 30)
+    shared = Prefixes(1 << 30)
     loop = decoded(backend, prompt_of(200), config, shared)
     for _ in range(4):
         next(loop)
@@ -175,15 +214,21 @@ def test_a_text_that_is_given_up_while_it_runs_again_is_not_kept():
     loop.cancel(row)
     assert not loop.active
     again = decoded(backend, text, settings_of("exit"), shared)
-    assert again.reused_tokens == 0 and ids_of(again) == ids_of(decoded(backend, text, settings_of("exit")))
+    assert again.reused_tokens == 0 and ids_of(again) == ids_of(
+        decoded(backend, text, settings_of("exit"))
+    )
 
 
 def test_an_interrupted_step_does_no_harm(monkeypatch):
     """In a prefill and in a verification, after some of the layers have written to the cache."""
-    backend, config, prefixes = native(), settings_of("exit"), of_turns()
-    first, second = prompt_of(9), [*prompt_of(6), 40, 41, 42]
+    backend = native()
+    config = settings_of("exit")
+    prefixes = of_turns()
+    first = prompt_of(9)
+    second = [*prompt_of(6), 40, 41, 42]
     ids_of(decode(backend, first, config, prefixes=prefixes))
-    original, choose = backend.run_layers, backend.choose
+    original = backend.run_layers
+    choose = backend.choose
 
     def interrupted(hidden, start, stop, places):
         original(hidden, start, stop - 1, places)
@@ -202,15 +247,24 @@ def test_an_interrupted_step_does_no_harm(monkeypatch):
             patch.setattr(backend, "choose", interrupted_choice)
             next(decoding)
         for again in (first, second):
-            assert ids_of(decode(backend, again, config, prefixes=prefixes)) == ids_of(decode(backend, again, config))
+            assert ids_of(decode(backend, again, config, prefixes=prefixes)) == ids_of(
+                decode(backend, again, config)
+            )
 
 
 def test_other_settings_begin_afresh():
-    """A prompt that ran through three layers only lacks keys for those above. Limits and sampling change nothing."""
-    backend, prefixes, prompt = native(), of_turns(), prompt_of(9)
+    """A prompt that ran through three layers only lacks keys for those above. Limits and sampling
+    change nothing.
+    """
+    backend = native()
+    prefixes = of_turns()
+    prompt = prompt_of(9)
     ids_of(decode(backend, prompt, settings_of("early exit"), prefixes=prefixes))
     whole = decode(backend, prompt, settings_of("exit"), prefixes=prefixes)
-    assert ids_of(whole) == ids_of(decode(backend, prompt, settings_of("exit"))) and whole.reused_tokens == 0
+    assert (
+        ids_of(whole) == ids_of(decode(backend, prompt, settings_of("exit")))
+        and whole.reused_tokens == 0
+    )
     for config in (settings_of("exit", 3), settings_of("exit")):
         assert decode(backend, prompt, config, prefixes=prefixes).reused_tokens == 8
     sampled = DecodingConfig("self-speculative", 3, 4, temperature=0.5)
@@ -225,23 +279,32 @@ def decoded(backend, prompt, config, shared=None):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_texts_with_a_common_beginning_compute_it_once(strategy):
     """Whichever of them came last. Keys and values have the bits of whole prefills."""
-    backend, config, shared = native(), settings_of(strategy), Prefixes(1 << 30)
-    system, other = prompt_of(80), prompt_of(70, 5)
+    backend = native()
+    config = settings_of(strategy)
+    shared = Prefixes(1 << 30)
+    system = prompt_of(80)
+    other = prompt_of(70, 5)
     prompts = [[*system, 3, 4], [*other, 7], [*system, 9, 9, 9], [*other, 8, 5], system]
     reused = []
     for prompt in prompts:
-        found, fresh = decoded(backend, prompt, config, shared), decoded(backend, prompt, config)
+        found = decoded(backend, prompt, config, shared)
+        fresh = decoded(backend, prompt, config)
         caches = found._cache, fresh._cache  # a loop drops its cache at its end
         assert ids_of(found) == ids_of(fresh)
         layers = 3 if strategy == "early exit" else None
-        assert torch.equal(keys_and_values(found, caches[0])[:layers], keys_and_values(fresh, caches[1])[:layers])
+        assert torch.equal(
+            keys_and_values(found, caches[0])[:layers], keys_and_values(fresh, caches[1])[:layers]
+        )
         reused.append(found.reused_tokens)
     assert reused == [0, 0, 80, 70, 79]
 
 
 def test_the_memory_of_shared_texts_is_bounded():
-    """The text that was not used for the longest time goes first; one that does not fit at all is not kept."""
-    backend, config = native(), settings_of("autoregressive", 1)
+    """The text that was not used for the longest time goes first; one that does not fit at all is
+    not kept.
+    """
+    backend = native()
+    config = settings_of("autoregressive", 1)
     prompts = [prompt_of(100, seed) for seed in range(3)]
 
     shared = Prefixes(1 << 30)
@@ -251,14 +314,20 @@ def test_the_memory_of_shared_texts_is_bounded():
     for number in (0, 1, 0, 2):
         ids_of(decoded(backend, prompts[number], config, shared))
         assert shared.bytes <= 2 * one
-    assert [decoded(backend, prompt, config, shared).reused_tokens for prompt in prompts] == [99, 0, 99]
+    assert [decoded(backend, prompt, config, shared).reused_tokens for prompt in prompts] == [
+        99,
+        0,
+        99,
+    ]
     small = Prefixes(one - 1)
     ids_of(decoded(backend, prompts[0], config, small))
     assert small.bytes == 0
 
 
 def test_exact_weights_reuse_and_share_nothing():
-    backend = TorchBackend.of(tiny_model("llama", torch.bfloat16, **SHAPE), PackingConfig(exact=True))
+    backend = TorchBackend.of(
+        tiny_model("llama", torch.bfloat16, **SHAPE), PackingConfig(exact=True)
+    )
     config = settings_of("exit")
     outputs, reused, _ = conversation(backend, config, of_turns())
     assert outputs == conversation(backend, config, None)[0] and reused == [0, 0, 0]

@@ -1,4 +1,6 @@
-"""A row's own options: bias, penalties, least tokens; and log probabilities. With drafts as without."""
+"""A row's own options: bias, penalties, least tokens; and log probabilities. With drafts as
+without.
+"""
 
 from dataclasses import replace
 from functools import cache
@@ -43,7 +45,9 @@ def reference(model, prompt, config, eos=()):
         for token in set(ids):
             logits[token] *= config.repetition_penalty ** (1 if logits[token] < 0 else -1)
         for token in set(output):
-            logits[token] -= config.frequency_penalty * output.count(token) + config.presence_penalty
+            logits[token] -= (
+                config.frequency_penalty * output.count(token) + config.presence_penalty
+            )
         if len(output) < config.min_tokens:
             logits[list(eos)] = -torch.inf
         ids.append(int(logits.argmax()))
@@ -52,10 +56,13 @@ def reference(model, prompt, config, eos=()):
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize(("kind", "names"), [("generic", ALL), ("native", ALL), *(("native", [name]) for name in ALL)])
+@pytest.mark.parametrize(
+    ("kind", "names"), [("generic", ALL), ("native", ALL), *(("native", [name]) for name in ALL)]
+)
 def test_greedy_drafts_change_nothing(kind, names):
     options = {name: ALL[name] for name in names}
-    model, config = model_of(kind), DecodingConfig("autoregressive", max_new_tokens=24, **options)
+    model = model_of(kind)
+    config = DecodingConfig("autoregressive", max_new_tokens=24, **options)
     free = reference(model, PROMPT, replace(config, min_tokens=0))
     eos = frozenset(free[3:4] if "min_tokens" in options else ())
     expected = reference(model, PROMPT, config, eos)
@@ -67,14 +74,16 @@ def test_greedy_drafts_change_nothing(kind, names):
         assert ids_of(decoding) == expected, strategy
         accepted += decoding.stats.accepted
     assert accepted or kind == "generic"
-    prompts, drafting = [PROMPT, PROMPT[:4], PROMPT], replace(config, strategy="self-speculative", exit_layer=5)
+    prompts = [PROMPT, PROMPT[:4], PROMPT]
+    drafting = replace(config, strategy="self-speculative", exit_layer=5)
     for answer in decode_batch(model, prompts, drafting, eos):
         assert answer.ids == reference(model, prompts[answer.row], config, eos)
 
 
 def test_biased_tokens_and_ends_become_tensors_once(monkeypatch):
     """Not at every pass: there may be a thousand of them, and other rows wait."""
-    made, honest = [], sampling._tensor_on
+    made = []
+    honest = sampling._tensor_on
 
     def counted(logits, values, *dtype):
         made.append(list(values))
@@ -82,15 +91,21 @@ def test_biased_tokens_and_ends_become_tensors_once(monkeypatch):
 
     monkeypatch.setattr(sampling, "_tensor_on", counted)
     options = {name: ALL[name] for name in ("logit_bias", "min_tokens")}
-    decoding = decode(model_of("packed"), PROMPT, DecodingConfig(exit_layer=5, max_new_tokens=24, **options), {7})
+    decoding = decode(
+        model_of("packed"), PROMPT, DecodingConfig(exit_layer=5, max_new_tokens=24, **options), {7}
+    )
     assert len(ids_of(decoding)) >= 12 and decoding.stats.rounds > 2
     assert sorted(made) == [[3, 11, 20], [4.0, -100.0, 6.0], [7]]
 
 
 def test_sampled_output_follows_the_joint_distribution_of_the_changed_logits():
-    """Of answers that an exit drafts, against the exact joint: each place's logits know the tokens before it."""
+    """Of answers that an exit drafts, against the exact joint: each place's logits know the tokens
+    before it.
+    """
     options = {"frequency_penalty": 1.5, "presence_penalty": 0.5, "logit_bias": ((1, 1.0),)}
-    table = torch.randn(3, 8, VOCABULARY, VOCABULARY, dtype=torch.double, generator=torch.Generator().manual_seed(1))
+    table = torch.randn(
+        3, 8, VOCABULARY, VOCABULARY, dtype=torch.double, generator=torch.Generator().manual_seed(1)
+    )
     plain = DecodingConfig("autoregressive", max_new_tokens=NEW, temperature=1.0, **options)
 
     def next_probs(ids):
@@ -102,7 +117,11 @@ def test_sampled_output_follows_the_joint_distribution_of_the_changed_logits():
 
     joint = joint_of(next_probs, NEW, VOCABULARY)
     drafting = replace(plain, strategy="self-speculative", exit_layer=1, num_draft_tokens=3)
-    for config, right in ((plain, True), (drafting, True), (replace(drafting, presence_penalty=-1.0), False)):
+    for config, right in (
+        (plain, True),
+        (drafting, True),
+        (replace(drafting, presence_penalty=-1.0), False),
+    ):
         loop = DecodingLoop(TableModel(table), [[3]] * 1000, config, seeds=range(1000))
         list(loop)
         assert (p_value_of([tuple(row.output) for row in loop.rows], joint) > 1e-3) == right
@@ -110,15 +129,23 @@ def test_sampled_output_follows_the_joint_distribution_of_the_changed_logits():
 
 @pytest.mark.parametrize("kind", ["generic", "native"])
 def test_log_probabilities_are_the_model_s_own(kind):
-    """Of whatever options change, and with drafts to the bit on kernels that are batch-invariant."""
+    """Of whatever options change, and with drafts to the bit on kernels that are
+    batch-invariant.
+    """
     model = model_of(kind)
-    config = DecodingConfig("autoregressive", max_new_tokens=20, logprobs=3, prompt_logprobs=True, frequency_penalty=1.5)
+    config = DecodingConfig(
+        "autoregressive", max_new_tokens=20, logprobs=3, prompt_logprobs=True, frequency_penalty=1.5
+    )
     told = {}
     for strategy in ("autoregressive", "self-speculative", "adaptive"):
-        decoding = decode(model, PROMPT, replace(config, strategy=strategy, **DRAFTING.get(strategy, {})))
+        decoding = decode(
+            model, PROMPT, replace(config, strategy=strategy, **DRAFTING.get(strategy, {}))
+        )
         assert all(decoding)
         [row] = decoding.rows
-        assert [one.id for one in row.logprobs] == row.output and [one.id for one in row.prompt_logprobs] == PROMPT[1:]
+        assert [one.id for one in row.logprobs] == row.output and [
+            one.id for one in row.prompt_logprobs
+        ] == PROMPT[1:]
         told[strategy] = row.prompt_logprobs + row.logprobs
     ids = PROMPT + row.output
     hidden = run_texts(model, model.embed(torch.tensor([ids])), 0, model.num_layers)

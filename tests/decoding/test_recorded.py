@@ -1,4 +1,6 @@
-"""Recorded passes, on a simulated GPU: what is recorded, for how long, and what happens where it cannot be."""
+"""Recorded passes, on a simulated GPU: what is recorded, for how long, and what happens where it
+cannot be.
+"""
 
 import warnings
 from collections import Counter
@@ -23,7 +25,8 @@ from layerskip_core.model import TorchBackend, row_cache
 from layerskip_core.model.cache import Places
 from layerskip_core.model.exit_blocks import ExitBlock
 
-PROMPT, OTHER = [5, 11, 23, 42, 8], [7, 9, 30, 31]
+PROMPT = [5, 11, 23, 42, 8]
+OTHER = [7, 9, 30, 31]
 JOINING = [PROMPT, OTHER, [3] * 9, [12, 40, 2], [50, 51, 7, 7, 8, 1]]
 DRAFTED = DecodingConfig(exit_layer=2, num_draft_tokens=4, max_new_tokens=24)
 PLAIN = DecodingConfig("autoregressive", max_new_tokens=24)
@@ -42,7 +45,8 @@ def model(gpu):
 
 @pytest.fixture
 def recordings(monkeypatch):
-    made, usual = [], Recorder._recorded
+    made = []
+    usual = Recorder._recorded
 
     def noted(self, work, inputs):
         recording = usual(self, work, inputs)
@@ -65,7 +69,8 @@ def on_cpu(prompt, config=PLAIN):
 def test_a_pass_is_recorded_once_and_replayed_for_later_texts(gpu, model, recordings):
     assert ids_of(decode(model, PROMPT, DRAFTED)) == on_cpu(PROMPT)
     first = len(recordings)
-    draft, verification = ((1,), (1, 5)), ((1, 5), (5,), (5, 32))
+    draft = ((1,), (1, 5))
+    verification = ((1, 5), (5,), (5, 32))
     assert {draft, verification} <= {*recordings} and len({*recordings}) == first
     gpu.replays = 0
     assert ids_of(decode(model, OTHER, DRAFTED)) == on_cpu(OTHER)
@@ -86,7 +91,9 @@ class Silent:
 
 
 def test_no_entries_of_a_block_wait_across_a_recorded_pass(gpu):
-    """It writes its own tokens' entries: those of the prompt would later be written one position too far."""
+    """It writes its own tokens' entries: those of the prompt would later be written one position
+    too far.
+    """
     tiny = tiny_model(num_hidden_layers=3, max_position_embeddings=128)
     blocks = random_blocks(tiny, ExitBlock(2))
     model = TorchBackend.of(tiny.to("cuda"), PackingConfig(), exit_blocks=blocks)
@@ -109,14 +116,24 @@ def test_two_decodings_at_once_keep_apart(model):
 
 
 @pytest.mark.parametrize("config", [PLAIN, DRAFTED], ids=["plain", "drafted"])
-def test_a_text_that_outgrows_the_cache_is_recorded_anew(gpu, model, recordings, monkeypatch, config):
-    """A later text goes on with the recordings, but for a short one after a long one: that would attend to many places."""
+def test_a_text_that_outgrows_the_cache_is_recorded_anew(
+    gpu, model, recordings, monkeypatch, config
+):
+    """A later text goes on with the recordings, but for a short one after a long one: that would
+    attend to many places.
+    """
     monkeypatch.setattr(row_cache, "_BLOCK", 16)
     monkeypatch.setattr(row_cache, "_AHEAD", 8)
     monkeypatch.setattr(graphs, "_WORTH_KEEPING", 32)
     long = replace(config, max_new_tokens=40)
-    for settings, rooms in ((config, [16, 32]), (config, [32]), (long, [32, 48]), (config, [16, 32])):
-        loop, seen = decode(model, PROMPT, settings), []
+    for settings, rooms in (
+        (config, [16, 32]),
+        (config, [32]),
+        (long, [32, 48]),
+        (config, [16, 32]),
+    ):
+        loop = decode(model, PROMPT, settings)
+        seen = []
         found = list(next(loop)[0].ids)  # whose pass is not recorded
         for [step] in loop:
             if loop.active:  # at its end a loop drops its cache
@@ -124,13 +141,19 @@ def test_a_text_that_outgrows_the_cache_is_recorded_anew(gpu, model, recordings,
             found += step.ids
         assert sorted({*seen}) == rooms and loop.stats.replayed > 0
         assert found == on_cpu(PROMPT, replace(PLAIN, max_new_tokens=settings.max_new_tokens))
-        assert max(Counter(recordings).values(), default=0) == len(rooms) - (rooms[0] == 32)  # known from the text before
+        # Known from the text before
+        assert max(Counter(recordings).values(), default=0) == len(rooms) - (rooms[0] == 32)
         recordings.clear()
 
 
 def test_a_cache_has_room_for_the_text_and_not_for_all_that_may_come(gpu):
     model = on_gpu(40_000)
-    for prompt, count, room in ((PROMPT, 30_000, 320), (1000 * [7], 30_000, 1536), (PROMPT, 30_000, 320), (PROMPT, 24, 320)):
+    for prompt, count, room in (
+        (PROMPT, 30_000, 320),
+        (1000 * [7], 30_000, 1536),
+        (PROMPT, 30_000, 320),
+        (PROMPT, 24, 320),
+    ):
         loop = decode(model, prompt, replace(PLAIN, max_new_tokens=count))
         next(loop), next(loop)
         assert loop._cache.capacity == room
@@ -145,19 +168,33 @@ def test_only_what_was_replayed_is_counted(model):
 
 @pytest.mark.parametrize("config", [PLAIN, DRAFTED], ids=["plain", "drafted"])
 def test_a_conversation_goes_on_in_the_recorded_cache(gpu, model, config):
-    """Another text's numbers that stand there are overwritten, and those of a text that is kept stay its own."""
-    prefixes, text = Prefixes(inf, least=1), list(PROMPT)
+    """Another text's numbers that stand there are overwritten, and those of a text that is kept
+    stay its own.
+    """
+    prefixes = Prefixes(inf, least=1)
+    text = list(PROMPT)
     for turn in range(3):
         decoding = decode(model, text, config, prefixes=prefixes)
         found = ids_of(decoding)
-        assert found == on_cpu(text) and decoding.stats.replayed > 0 and (decoding.reused_tokens > 0) == (turn > 0)
+        assert (
+            found == on_cpu(text)
+            and decoding.stats.replayed > 0
+            and (decoding.reused_tokens > 0) == (turn > 0)
+        )
         assert ids_of(decode(model, OTHER, config)) == on_cpu(OTHER)
         text = [*text, *found, 7 + turn, 9]
-    again = decode(model, [*PROMPT, *on_cpu(PROMPT), 30], config, prefixes=prefixes)  # as the first turn, then otherwise
-    assert ids_of(again) == on_cpu([*PROMPT, *on_cpu(PROMPT), 30]) and again.reused_tokens > len(PROMPT)
+    # As the first turn, then otherwise
+    again = decode(model, [*PROMPT, *on_cpu(PROMPT), 30], config, prefixes=prefixes)
+    assert ids_of(again) == on_cpu([*PROMPT, *on_cpu(PROMPT), 30]) and again.reused_tokens > len(
+        PROMPT
+    )
 
 
-@pytest.mark.parametrize("config", [PLAIN, DRAFTED, replace(DRAFTED, strategy="lookup")], ids=["plain", "drafted", "lookup"])
+@pytest.mark.parametrize(
+    "config",
+    [PLAIN, DRAFTED, replace(DRAFTED, strategy="lookup")],
+    ids=["plain", "drafted", "lookup"],
+)
 def test_the_passes_of_a_batch_are_replayed(gpu, model, recordings, config):
     """Rows end one after another, and the passes of fewer have fewer slots."""
     prompts = [PROMPT, OTHER, [3] * 9, [4, 5, 4, 5, 4]]
@@ -166,16 +203,20 @@ def test_the_passes_of_a_batch_are_replayed(gpu, model, recordings, config):
         row.scanner.room = room
     for _ in loop:
         pass
-    assert [row.output for row in loop.rows] == [on_cpu(row.ids[: row.prompt_tokens])[: len(row.output)] for row in loop.rows]
+    assert [row.output for row in loop.rows] == [
+        on_cpu(row.ids[: row.prompt_tokens])[: len(row.output)] for row in loop.rows
+    ]
     assert [len(row.output) for row in loop.rows] == [24, 24, 7, 5] and loop.stats.replayed > 0
-    slots = {shapes[0][0] if len(shapes[0]) == 2 else shapes[1][0] for shapes in recordings}  # of the positions
+    # Of the positions
+    slots = {shapes[0][0] if len(shapes[0]) == 2 else shapes[1][0] for shapes in recordings}
     assert {4, 2} <= slots <= {4, 2, 1} and len({*recordings}) == len(recordings)
 
 
 def test_rows_join_and_leave_without_new_recordings(gpu, model, recordings):
     """Until there are more than slots: each has a place of its own, and the cache does not move."""
     loop = DecodingLoop(model, JOINING[:4], DRAFTED)
-    rows, later = list(loop.rows), [loop.row(prompt, DRAFTED, frozenset(), 0) for prompt in (*JOINING[4:], OTHER)]
+    rows = list(loop.rows)
+    later = [loop.row(prompt, DRAFTED, frozenset(), 0) for prompt in (*JOINING[4:], OTHER)]
     for row, room in zip(rows, (5, 24, 9, 24), strict=True):
         row.scanner.room = room
     next(loop), next(loop)
@@ -185,7 +226,9 @@ def test_rows_join_and_leave_without_new_recordings(gpu, model, recordings):
         if later and loop._cache.rows < 4:
             rows.append(later.pop(0))
             loop.add(rows[-1])
-    assert [row.output for row in rows] == [on_cpu(row.ids[: row.prompt_tokens])[: len(row.output)] for row in rows]
+    assert [row.output for row in rows] == [
+        on_cpu(row.ids[: row.prompt_tokens])[: len(row.output)] for row in rows
+    ]
     assert [len(row.output) for row in rows] == [5, 24, 9, 24, 24, 24]
     assert loop.stats.replayed > 10 and len({*recordings}) == len(recordings)
 
@@ -200,7 +243,9 @@ def test_where_recording_fails_decoding_goes_on(gpu, model, monkeypatch):
         return logits
 
     monkeypatch.setattr(TorchBackend, "unembed", waiting)
-    with pytest.warns(RuntimeWarning, match="decoding goes on without CUDA graphs: operation not permitted"):
+    with pytest.warns(
+        RuntimeWarning, match="decoding goes on without CUDA graphs: operation not permitted"
+    ):
         found = ids_of(decode(model, PROMPT, DRAFTED))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -209,7 +254,10 @@ def test_where_recording_fails_decoding_goes_on(gpu, model, monkeypatch):
 
 def test_what_the_environment_asks_for(gpu, monkeypatch):
     assert on_gpu().recordable and on_gpu().implementation == "packed"
-    assert not on_gpu(exact=True).recordable and not TorchBackend.of(tiny_model(num_hidden_layers=3)).recordable
+    assert (
+        not on_gpu(exact=True).recordable
+        and not TorchBackend.of(tiny_model(num_hidden_layers=3)).recordable
+    )
     monkeypatch.setenv("LAYERSKIP_CUDA_GRAPHS", "off")
     assert not on_gpu().recordable
     monkeypatch.setenv("LAYERSKIP_CUDA_GRAPHS", "yes")
@@ -221,11 +269,17 @@ def test_recorded_passes_see_no_key_that_the_mask_hides(model):
     """Whatever the places after a text hold, such as an older text."""
     recorder = Recorder(model.new_cache())
     with torch.inference_mode():
-        model.run_layers(model.embed(torch.tensor(PROMPT).to("cuda")), 0, 3, recorder.cache.span(0, 5))
-        newest, positions = (tokens.to("cuda") for tokens in (torch.tensor([8, 9, 10, 11]), torch.arange(5, 9)[None]))
+        model.run_layers(
+            model.embed(torch.tensor(PROMPT).to("cuda")), 0, 3, recorder.cache.span(0, 5)
+        )
+        newest, positions = (
+            tokens.to("cuda") for tokens in (torch.tensor([8, 9, 10, 11]), torch.arange(5, 9)[None])
+        )
 
         def run():
-            hidden = model.run_layers(model.embed(newest), 0, 3, Places(recorder.cache, (), (), recorded=positions))
+            hidden = model.run_layers(
+                model.embed(newest), 0, 3, Places(recorder.cache, (), (), recorded=positions)
+            )
             return model.unembed(hidden).cpu()
 
         expected = run()

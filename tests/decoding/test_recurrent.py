@@ -1,4 +1,6 @@
-"""Layers with a memory, and gpt-oss: drafts, batches, pieces, kept texts and rows that run again change no bit."""
+"""Layers with a memory, and gpt-oss: drafts, batches, pieces, kept texts and rows that run again
+change no bit.
+"""
 
 from dataclasses import replace
 from functools import cache
@@ -45,7 +47,8 @@ DRAFTING = {
     "eagle3": {"strategy": "eagle3"},
     "lookup": {"strategy": "lookup"},
 }
-MIXERS = [name for name in ALL_MIXERS if name not in ("bamba", "qwen3_5_moe_text")]  # whose layers others have
+# Whose layers others have
+MIXERS = [name for name in ALL_MIXERS if name not in ("bamba", "qwen3_5_moe_text")]
 RECURRENT = [name for name in MIXERS if name != "gpt_oss"]
 TYPES = [*MIXERS, "gemma4_text"]  # whose layers read tokens, and keys of others
 PLAIN = DecodingConfig("autoregressive", max_new_tokens=40)
@@ -57,7 +60,9 @@ def backend_of(model_type, precision="fp32"):
     model = tiny_model(model_type, dtype, **SHAPE)
     blocks = random_blocks(model, ExitBlock(2), ExitBlock(4))
     if model_type in MIXERS:
-        blocks = replace(blocks, eagle3=random_eagle3(ModelSpec.of(model.config)), mtp=random_blocks(model, MTP))
+        blocks = replace(
+            blocks, eagle3=random_eagle3(ModelSpec.of(model.config)), mtp=random_blocks(model, MTP)
+        )
     return native_or_skip(model, packing, exit_blocks=blocks)
 
 
@@ -74,10 +79,16 @@ def plainly(model_type, precision, length):
 
 
 def together(backend, prompts, config):
-    return [answer.ids for answer in sorted(decode_batch(backend, prompts, config), key=lambda answer: answer.row)]
+    return [
+        answer.ids
+        for answer in sorted(decode_batch(backend, prompts, config), key=lambda answer: answer.row)
+    ]
 
 
-CELLS = [*((kind, "fp32") for kind in TYPES), *product(("qwen3_5_text", "gemma4_text"), ("bf16", "int8", "int4"))]
+CELLS = [
+    *((kind, "fp32") for kind in TYPES),
+    *product(("qwen3_5_text", "gemma4_text"), ("bf16", "int8", "int4")),
+]
 UNSUITED = [("gemma4_text", "eagle3"), ("gemma4_text", "mtp")]
 
 
@@ -86,11 +97,17 @@ UNSUITED = [("gemma4_text", "eagle3"), ("gemma4_text", "mtp")]
     [(*cell, name) for cell, name in product(CELLS, DRAFTING) if (cell[0], name) not in UNSUITED],
 )
 def test_drafts_change_nothing(model_type, precision, name):
-    """Of one prompt, whose draft is one call, and of rows, some of which draft while others begin."""
-    backend, lengths = backend_of(model_type, precision), (1, 9, 70)
+    """Of one prompt, whose draft is one call, and of rows, some of which draft while others
+    begin.
+    """
+    backend = backend_of(model_type, precision)
+    lengths = (1, 9, 70)
     expected = [plainly(model_type, precision, length) for length in lengths]
     for drafts in (1, 6):
-        decodings = [decode(backend, prompt_of(length), drafting(name, precision, drafts)) for length in lengths]
+        decodings = [
+            decode(backend, prompt_of(length), drafting(name, precision, drafts))
+            for length in lengths
+        ]
         assert list(map(ids_of, decodings)) == expected
         assert sum(decoding.stats.drafted for decoding in decodings) > 0 or name == "lookup"
     assert together(backend, list(map(prompt_of, lengths)), drafting(name, precision)) == expected
@@ -101,7 +118,8 @@ def test_a_draft_model_too(model_type):
     """Of the same weights: all of its drafts are right, unless its state went wrong."""
     backend = native_or_skip(tiny_model(model_type, torch.float32, **SHAPE))
     backend.draft_model = native_or_skip(tiny_model(model_type, torch.float32, **SHAPE))
-    lengths, config = (1, 9, 70), DecodingConfig("draft-model", num_draft_tokens=4, max_new_tokens=40)
+    lengths = (1, 9, 70)
+    config = DecodingConfig("draft-model", num_draft_tokens=4, max_new_tokens=40)
     prompts = list(map(prompt_of, lengths))
     expected = [ids_of(decode(backend, prompt, PLAIN)) for prompt in prompts]
     assert together(backend, prompts, config) == expected
@@ -113,7 +131,9 @@ def test_a_draft_model_too(model_type):
 @pytest.mark.parametrize("name", ["exit", "copy", "adaptive"])
 @pytest.mark.parametrize("model_type", TYPES)
 def test_rows_join_leave_and_run_again_in_pieces(model_type, name):
-    backend, config, lengths = backend_of(model_type), drafting(name), (20, 3, 50, 31)
+    backend = backend_of(model_type)
+    config = drafting(name)
+    lengths = (20, 3, 50, 31)
     loop = DecodingLoop(backend, [], config)
     rows = [loop.row(prompt_of(length), config, frozenset(), 0) for length in lengths]
     loop.piece = 7
@@ -126,21 +146,34 @@ def test_rows_join_leave_and_run_again_in_pieces(model_type, name):
             loop.add(rows[1])
         if next(loop, None) is None:
             break
-    assert [row.output for row in rows] == [plainly(model_type, "fp32", length) for length in lengths]
+    assert [row.output for row in rows] == [
+        plainly(model_type, "fp32", length) for length in lengths
+    ]
 
 
-@pytest.mark.parametrize("name", ["plain", "exit", "copy", "adaptive", "mtp", "eagle3", "depth per token", "early exit"])
+@pytest.mark.parametrize(
+    "name", ["plain", "exit", "copy", "adaptive", "mtp", "eagle3", "depth per token", "early exit"]
+)
 @pytest.mark.parametrize("model_type", MIXERS)
 def test_a_text_goes_on_from_its_end(model_type, name):
     """Or from the token before, for drafters that need its last token once more."""
-    own = {"plain": {"strategy": "autoregressive"}, "early exit": {"strategy": "early-exit", "exit_layer": 3}}
+    own = {
+        "plain": {"strategy": "autoregressive"},
+        "early exit": {"strategy": "early-exit", "exit_layer": 3},
+    }
     own["depth per token"] = {"strategy": "early-exit", "exits": (3, 5), "exit_confidence": 0.1}
     config = drafting(name) if name in DRAFTING else DecodingConfig(max_new_tokens=40, **own[name])
-    config, backend = replace(config, max_new_tokens=12), backend_of(model_type)
+    config = replace(config, max_new_tokens=12)
+    backend = backend_of(model_type)
     outputs, reused, last = conversation(backend, config, of_turns())
     expected, _, fresh = conversation(backend, config, None)
     assert outputs == expected
-    known = {"adaptive": (19, 116), "mtp": (19, 116), "eagle3": (19, 116), "depth per token": (9, 106)}
+    known = {
+        "adaptive": (19, 116),
+        "mtp": (19, 116),
+        "eagle3": (19, 116),
+        "depth per token": (9, 106),
+    }
     assert reused == [0, *known.get(name, (20, 117))]
     (last, held), (_, wanted) = last, fresh
     stop = len(last.rows[0].ids) - 1
@@ -150,9 +183,13 @@ def test_a_text_goes_on_from_its_end(model_type, name):
 
 @pytest.mark.parametrize("model_type", TYPES)
 def test_a_text_that_differs_begins_anew(model_type):
-    backend, prefixes = backend_of(model_type), Prefixes(1 << 30)
-    first, config = prompt_of(70), drafting("exit")
-    assert ids_of(decode(backend, first, config, prefixes=prefixes)) == plainly(model_type, "fp32", 70)
+    backend = backend_of(model_type)
+    prefixes = Prefixes(1 << 30)
+    first = prompt_of(70)
+    config = drafting("exit")
+    assert ids_of(decode(backend, first, config, prefixes=prefixes)) == plainly(
+        model_type, "fp32", 70
+    )
     for prompt in ([*first[:-1], 3], first, [*first, 3, 4]):
         decoding = decode(backend, prompt, config, prefixes=prefixes)
         assert ids_of(decoding) == ids_of(decode(backend, prompt, PLAIN))
@@ -161,7 +198,8 @@ def test_a_text_that_differs_begins_anew(model_type):
 @pytest.mark.parametrize("model_type", RECURRENT)
 def test_memories_count_as_pages(model_type):
     backend = backend_of(model_type)
-    pool, before = backend._pool, backend._pool.used
+    pool = backend._pool
+    before = backend._pool.used
     cache = backend.new_cache(2)
     held = pool.pages_of_memory(9 + backend.spec.recurrence.taps - 1)
     pool.most = before + 5 + 2 * held
@@ -186,7 +224,8 @@ def test_memories_count_as_pages(model_type):
 @pytest.mark.parametrize("model_type", RECURRENT)
 def test_an_answer_ends_where_the_memory_does(model_type, drafts):
     """A text's memory has a slot for each draft of a round."""
-    backend, config = backend_of(model_type), replace(drafting("lookup", ignore_eos=True), num_draft_tokens=drafts)
+    backend = backend_of(model_type)
+    config = replace(drafting("lookup", ignore_eos=True), num_draft_tokens=drafts)
     config = replace(config, max_new_tokens=1000)
     pool = backend._pool
     pool.most = pool.used + pool.pages_of_memory(drafts + backend.spec.recurrence.taps) + 1
@@ -204,10 +243,12 @@ def test_an_answer_ends_where_the_memory_does(model_type, drafts):
 def test_freed_pages_make_room_for_memories(model_type):
     """What is allocated stays within the limit, whatever pages were in use before."""
     backend = backend_of(model_type)
-    pool, rows = backend._pool, 3
+    pool = backend._pool
+    rows = 3
     pool.most = pool.used + 3 * pool.pages_of_memory(backend.new_cache()._slots) + 12
     try:
-        tokens, most = PAGE * 3, 0
+        tokens = PAGE * 3
+        most = 0
         cache = backend.new_cache(rows)
         with torch.inference_mode():
             hidden = backend.embed(torch.tensor([prompt_of(tokens)] * rows))
@@ -229,27 +270,45 @@ def test_freed_pages_make_room_for_memories(model_type):
 
 def served(model_type):
     shape = {**SHAPE, "vocab_size": 300, "max_position_embeddings": 512}
-    backend = native_or_skip(tiny_model(model_type, torch.float32, **shape), PackingConfig(draft_weights=("int8",)))
+    backend = native_or_skip(
+        tiny_model(model_type, torch.float32, **shape), PackingConfig(draft_weights=("int8",))
+    )
     return replace(tiny_loaded(), backend=backend)
 
 
 @pytest.mark.parametrize("name", ["lookup", "adaptive", "copy"])
 @pytest.mark.parametrize("model_type", RECURRENT)
 def test_served_prompts_that_begin_alike_share_states(model_type, name):
-    """A prompt leaves a state where it leaves an earlier one, and one at its end. The oldest states go first."""
-    decoder, config = served(model_type), replace(drafting(name, ignore_eos=True), max_new_tokens=9)
-    first, second, third, fourth = ([*prompt_of(290, 1, 300), *prompt_of(length, length, 300)] for length in (9, 2, 70, 20))
+    """A prompt leaves a state where it leaves an earlier one, and one at its end. The oldest states
+    go first.
+    """
+    decoder = served(model_type)
+    config = replace(drafting(name, ignore_eos=True), max_new_tokens=9)
+    first, second, third, fourth = (
+        [*prompt_of(290, 1, 300), *prompt_of(length, length, 300)] for length in (9, 2, 70, 20)
+    )
     prefixes = Prefixes(1 << 30)
 
     def reused(prompt):
-        told, scheduler = [], Scheduler(decoder, 2, prefixes=prefixes)
+        told = []
+        scheduler = Scheduler(decoder, 2, prefixes=prefixes)
         scheduler.add(request := Request(prompt, config, told.append))
         while scheduler.held:
             scheduler.step()
-        assert "".join(update.text for update in told) == TextStream(decoder, prompt, config).finish().text
+        assert (
+            "".join(update.text for update in told)
+            == TextStream(decoder, prompt, config).finish().text
+        )
         return request.reused
 
-    assert [reused(prompt) for prompt in (first, second, third, first, [*third, 7], fourth)] == [0, 0, 290, 298, 360, 290]
+    assert [reused(prompt) for prompt in (first, second, third, first, [*third, 7], fourth)] == [
+        0,
+        0,
+        290,
+        298,
+        360,
+        290,
+    ]
     assert prefixes.bytes > 3 * sum(decoder.backend._pool.memory[:2])
     prefixes._most_bytes = prefixes.bytes
     for seed in range(3):
@@ -261,12 +320,15 @@ def test_served_prompts_that_begin_alike_share_states(model_type, name):
 @pytest.mark.parametrize("model_type", TYPES)
 def test_a_full_pool_loses_nothing(model_type, name):
     """Requests wait, or run again after they were set aside, and kept texts go."""
-    decoder, config = served(model_type), replace(drafting(name, ignore_eos=True), max_new_tokens=90)
+    decoder = served(model_type)
+    config = replace(drafting(name, ignore_eos=True), max_new_tokens=90)
     backend = decoder.backend
     prompts = [prompt_of(length, length, 300) for length in (200, 3, 40, 9, 120, 64, 5, 30)]
     expected = [TextStream(decoder, prompt, config).finish().text for prompt in prompts]
     told = [[] for _ in prompts]
-    pool, prefixes, waited = backend._pool, Prefixes(1 << 30), 0
+    pool = backend._pool
+    prefixes = Prefixes(1 << 30)
+    waited = 0
     pool.most = 4 * pool.pages_of_memory(14) + 12
     scheduler = Scheduler(decoder, 8, prefixes=prefixes)
     for prompt, updates in zip(prompts, told, strict=True):
@@ -283,10 +345,11 @@ def test_a_full_pool_loses_nothing(model_type, name):
 
 @pytest.mark.parametrize("model_type", [name for name in MIXERS if name in DENSE_MIXERS])
 def test_low_bits_are_those_of_the_weights(model_type):
-    """int4 near the model with the rounded weights in fp32: what differs is the rounding of activations, which changes
-    the choice of experts, so no model has any. Stored int4 too.
+    """int4 near the model with the rounded weights in fp32: what differs is the rounding of
+    activations, which changes the choice of experts, so no model has any. Stored int4 too.
     """
-    ids, shape = torch.tensor([prompt_of(30)]), {**SHAPE, "tie_word_embeddings": False}
+    ids = torch.tensor([prompt_of(30)])
+    shape = {**SHAPE, "tie_word_embeddings": False}
     rounded = tiny_model(model_type, torch.float32, **shape)
     spec = ModelSpec.of(rounded.config)
     others = (spec.embedding_name, *spec.architecture.mixer.steps)
@@ -295,8 +358,14 @@ def test_low_bits_are_those_of_the_weights(model_type):
             if weight.dim() == 2 and not any(part in name for part in others):
                 weight.copy_(int4_of(weight).weight)
     expected = logits_of(native_or_skip(rounded), ids)
-    actual = logits_of(native_or_skip(tiny_model(model_type, torch.float32, **shape), PackingConfig("int4")), ids)
+    actual = logits_of(
+        native_or_skip(tiny_model(model_type, torch.float32, **shape), PackingConfig("int4")), ids
+    )
     assert (actual - expected).std() < 0.1 * expected.std()
     model = tiny_model(model_type, torch.float32, **shape)
-    levels = {name: stored(int4_of(model.get_parameter(name).detach())) for name in matrix_names(spec)}
-    assert torch.equal(logits_of(NativeBackend.of(model, PackingConfig("int4"), None, levels.get), ids), actual)
+    levels = {
+        name: stored(int4_of(model.get_parameter(name).detach())) for name in matrix_names(spec)
+    }
+    assert torch.equal(
+        logits_of(NativeBackend.of(model, PackingConfig("int4"), None, levels.get), ids), actual
+    )

@@ -26,7 +26,9 @@ def p_value(counts: torch.Tensor, probs: torch.Tensor) -> float:
     """Pearson's chi-square test of counts against probabilities, all of them above zero."""
     expected = probs.double() * counts.sum()
     statistic = ((counts - expected) ** 2 / expected).sum()
-    return float(torch.special.gammaincc(tensor((len(probs) - 1) / 2, dtype=torch.double), statistic / 2))
+    return float(
+        torch.special.gammaincc(tensor((len(probs) - 1) / 2, dtype=torch.double), statistic / 2)
+    )
 
 
 # softmax of these logits is (8, 4, 2, 1, 1) / 16
@@ -60,14 +62,19 @@ SMALL = (1e-3, 1e-30, 1e-45, 5e-324)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("temperature", [0.1, *SMALL])
 def test_a_small_temperature_gives_the_exact_distribution(temperature, dtype):
-    """Logits a few temperatures apart, so that more than one token has mass; held against exact arithmetic."""
+    """Logits a few temperatures apart, so that more than one token has mass; held against exact
+    arithmetic.
+    """
     from decimal import Decimal, getcontext
 
     getcontext().prec = 60
     steps = tensor([0.0, -0.5, -1.0, -3.0, -1e4, -1e9])
     logits = (torch.tensor(1.0) + steps * max(temperature, 1e-3)).to(dtype)
     apart = [Decimal(float(one)) - Decimal(float(logits.max())) for one in logits]
-    weights = [(one / Decimal(temperature)).exp() if one / Decimal(temperature) > -2000 else Decimal(0) for one in apart]
+    weights = [
+        (one / Decimal(temperature)).exp() if one / Decimal(temperature) > -2000 else Decimal(0)
+        for one in apart
+    ]
     expected = tensor([float(weight / sum(weights)) for weight in weights], dtype=torch.float64)
     found = probabilities(logits, DecodingConfig(temperature=temperature)).double()
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-9)
@@ -84,7 +91,9 @@ def test_top_p_among_equals_keeps_one_at_least(vocabulary):
 def drawn(sampler, logits, draws, first=0):
     """How often each token is chosen by so many seeds."""
     rows = drawing(range(first, first + draws))
-    scores = sampler.scores(logits.expand(draws, -1).clone(), sampler.noise(rows, [0] * draws, [1] * draws))
+    scores = sampler.scores(
+        logits.expand(draws, -1).clone(), sampler.noise(rows, [0] * draws, [1] * draws)
+    )
     return sampler.best(scores).bincount(minlength=len(logits))
 
 
@@ -95,12 +104,17 @@ def made_by(request, monkeypatch):
         monkeypatch.setattr(native_noise, "can_perturb", lambda scores: False)
 
 
-@pytest.mark.parametrize("config", [*(config for config, _ in DISTRIBUTIONS), DecodingConfig(temperature=1e-45)], ids=str)
+@pytest.mark.parametrize(
+    "config", [*(config for config, _ in DISTRIBUTIONS), DecodingConfig(temperature=1e-45)], ids=str
+)
 def test_choices_follow_their_probabilities_and_never_fall_on_zero(config, made_by):
-    """By 20,000 seeds, of tokens with and without mass; the tied ones of tiny temperatures share it."""
+    """By 20,000 seeds, of tokens with and without mass; the tied ones of tiny temperatures share
+    it.
+    """
     draws = 20_000
     for logits in (LOGITS.clone(), tensor([0.3, -torch.inf, 1.0, 1.0, -torch.inf, -2.0])):
-        counts, probs = drawn(Sampler(config), logits, draws), probabilities(logits, config)
+        counts = drawn(Sampler(config), logits, draws)
+        probs = probabilities(logits, config)
         has_mass = probs > 1e-12
         assert counts[~has_mass].sum() == 0
         if has_mass.sum() > 1:
@@ -110,8 +124,11 @@ def test_choices_follow_their_probabilities_and_never_fall_on_zero(config, made_
 
 
 def test_noise_by_the_kernels_is_that_of_torch(monkeypatch):
-    """Alone, in a batch, of some tokens in any order, and in pieces; the tokens of all rows, or of each row its own."""
-    vocabulary, keys = 5_003, [key_of(seed, place) for seed, place in ((0, 0), (0, 1), (2**64 - 1, 7), (5, 1 << 20))]
+    """Alone, in a batch, of some tokens in any order, and in pieces; the tokens of all rows, or of
+    each row its own.
+    """
+    vocabulary = 5_003
+    keys = [key_of(seed, place) for seed, place in ((0, 0), (0, 1), (2**64 - 1, 7), (5, 1 << 20))]
     logits = torch.randn(4, vocabulary, generator=torch.Generator().manual_seed(0)) * 3
     whole = perturbed(logits.clone(), Noise(0.8, keys))
     order = torch.randperm(vocabulary, generator=torch.Generator().manual_seed(1))[:999]
@@ -120,13 +137,20 @@ def test_noise_by_the_kernels_is_that_of_torch(monkeypatch):
         "some": (logits[:, order].contiguous(), order, whole[:, order]),
         "by row": (logits.gather(1, by_row), by_row, whole.gather(1, by_row)),
     }
-    apart = {name: expected - expected.amax(-1, keepdim=True) for name, (_, _, expected) in cases.items()}
+    apart = {
+        name: expected - expected.amax(-1, keepdim=True) for name, (_, _, expected) in cases.items()
+    }
     for _ in range(2):
         for row in range(4):
-            assert torch.equal(perturbed(logits[row : row + 1].clone(), Noise(0.8, keys[row : row + 1]))[0], whole[row])
+            assert torch.equal(
+                perturbed(logits[row : row + 1].clone(), Noise(0.8, keys[row : row + 1]))[0],
+                whole[row],
+            )
         for name, (given, ids, _) in cases.items():
             found = perturbed(given.clone(), Noise(0.8, keys), ids)
-            torch.testing.assert_close(found - found.amax(-1, keepdim=True), apart[name], atol=2e-2, rtol=1e-5)
+            torch.testing.assert_close(
+                found - found.amax(-1, keepdim=True), apart[name], atol=2e-2, rtol=1e-5
+            )
         exact = perturbed(logits.double(), Noise(0.8, keys))
         torch.testing.assert_close(whole.double(), exact, atol=2e-2, rtol=0)
         likely = exact > exact.median()  # noise of the least likely has fewer bits
@@ -147,15 +171,21 @@ LEAST_P = 1e-4  # of each test of the noise: with some sixty of them, one in 170
 
 
 def test_noise_is_uniform():
-    """Of all numbers, of each of their bits' halves, and of each token and key over the others, by chi-square of 64 cells."""
+    """Of all numbers, of each of their bits' halves, and of each token and key over the others, by
+    chi-square of 64 cells.
+    """
     found = uniforms(range(64), range(64), range(1024))
     assert found.min() > 0 and found.max() < 1
     cells = (found * 64).long().clamp_(max=63)
-    assert p_value(cells.flatten().bincount(minlength=64).double(), torch.full((64,), 1 / 64)) > LEAST_P
+    assert (
+        p_value(cells.flatten().bincount(minlength=64).double(), torch.full((64,), 1 / 64))
+        > LEAST_P
+    )
     tail = found[found > 1 - 2.0**-12]  # those by which rare tokens are chosen
     deep = ((1 - tail) * 2.0**12 * 16).long().clamp_(max=15)
     assert p_value(deep.bincount(minlength=16).double(), torch.full((16,), 1 / 16)) > LEAST_P
-    for across in (cells, cells.T):  # the statistic of each line has 63 degrees of freedom: their sum is nearly normal
+    # The statistic of each line has 63 degrees of freedom: their sum is nearly normal
+    for across in (cells, cells.T):
         counts = torch.zeros(len(across), 64, dtype=torch.double).scatter_add_(
             1, across, torch.ones(across.shape, dtype=torch.double)
         )
@@ -167,21 +197,33 @@ def test_noise_is_uniform():
 
 @pytest.mark.parametrize("apart", ["positions", "seeds", "tokens", "both", "far"])
 def test_noise_of_neighbours_is_independent(apart):
-    """Pairs of numbers fill 32 x 32 cells evenly: of adjacent positions, seeds, ids, and of those a power of two apart."""
-    steps = {"positions": (0, 1, 0), "seeds": (1, 0, 0), "tokens": (0, 0, 1), "both": (1, -1, 0), "far": (0, 0, 0)}[apart]
+    """Pairs of numbers fill 32 x 32 cells evenly: of adjacent positions, seeds, ids, and of those a
+    power of two apart.
+    """
+    steps = {
+        "positions": (0, 1, 0),
+        "seeds": (1, 0, 0),
+        "tokens": (0, 0, 1),
+        "both": (1, -1, 0),
+        "far": (0, 0, 0),
+    }[apart]
     for shift in range(6) if apart != "far" else (16, 31, 32, 33):
         seed, position, token = (step << shift for step in steps)
         if apart == "far":
             seed = 1 << shift
         here = uniforms(range(32), range(64, 96), range(512))
-        there = uniforms(range(seed, 32 + seed), range(64 + position, 96 + position), range(token, 512 + token))
+        there = uniforms(
+            range(seed, 32 + seed), range(64 + position, 96 + position), range(token, 512 + token)
+        )
         pairs = (here * 32).long() * 32 + (there * 32).long()
         counts = pairs.flatten().clamp_(max=1023).bincount(minlength=1024).double()
         assert p_value(counts, torch.full((1024,), 1 / 1024)) > LEAST_P, shift
 
 
 def test_winners_of_adjacent_positions_are_independent():
-    """Of eight equally likely tokens the one that is chosen says nothing about the next, nor about that of the next seed."""
+    """Of eight equally likely tokens the one that is chosen says nothing about the next, nor about
+    that of the next seed.
+    """
     winners = uniforms(range(200), range(200), range(8)).argmax(-1).view(200, 200)
     for one, other in ((winners[:, :-1], winners[:, 1:]), (winners[:-1], winners[1:])):
         counts = (one * 8 + other).flatten().bincount(minlength=64).double()
@@ -189,19 +231,30 @@ def test_winners_of_adjacent_positions_are_independent():
 
 
 def test_seeds_and_positions_have_keys_of_their_own():
-    keys = {key_of(seed, position) for seed in (*range(300), 2**32, 2**63, 2**64 - 1) for position in range(300)}
+    keys = {
+        key_of(seed, position)
+        for seed in (*range(300), 2**32, 2**63, 2**64 - 1)
+        for position in range(300)
+    }
     assert len(keys) == 303 * 300
 
 
 def test_the_same_noise_makes_likely_drafts():
-    """A drafter's choice is the target's with probability (1 - d) / (1 + d) or more, and no more than 1 - d."""
-    generator, draws = torch.Generator().manual_seed(2), 4_000
-    sampler, rows = Sampler(DecodingConfig(temperature=1.0)), drawing(range(draws))
+    """A drafter's choice is the target's with probability (1 - d) / (1 + d) or more, and no more
+    than 1 - d.
+    """
+    generator = torch.Generator().manual_seed(2)
+    draws = 4_000
+    sampler = Sampler(DecodingConfig(temperature=1.0))
+    rows = drawing(range(draws))
     noise = sampler.noise(rows, [0] * draws, [1] * draws)
     for spread in (0.2, 1.0, 3.0):
         target = torch.randn(50, generator=generator) * 2
         draft = target + spread * torch.randn(50, generator=generator)
-        choices = [sampler.best(sampler.scores(one.expand(draws, -1).clone(), noise)) for one in (target, draft)]
+        choices = [
+            sampler.best(sampler.scores(one.expand(draws, -1).clone(), noise))
+            for one in (target, draft)
+        ]
         agreement = float((choices[0] == choices[1]).double().mean())
         distance = float((target.softmax(-1) - draft.softmax(-1)).abs().sum()) / 2
         error = 4 * (0.25 / draws) ** 0.5  # four standard deviations
@@ -213,23 +266,33 @@ def one_hot(*ids: int) -> torch.Tensor:
 
 
 def test_greedy_keeps_each_row_s_drafts_that_the_target_would_choose():
-    drafts, choices = [[7, 8], [7, 8], [7, 8], [7], []], [[7, 8, 9], [7, 5, 9], [6, 8, 9], [7, 8], [7]]
-    logits, counts = one_hot(*chain(*choices)), list(map(len, choices))
+    drafts = [[7, 8], [7, 8], [7, 8], [7], []]
+    choices = [[7, 8, 9], [7, 5, 9], [6, 8, 9], [7, 8], [7]]
+    logits = one_hot(*chain(*choices))
+    counts = list(map(len, choices))
     tokens = tensor([*chain(*([3, *own] for own in drafts))])
     verified = Sampler(DecodingConfig()).verify(tokens, counts, logits, None, drawing(range(5)))
     assert verified == [[7, 8, 9], [7, 5], [6], [7, 8], [7]]
-    assert Sampler(DecodingConfig()).verify(tokens[:3], [3], logits[3:6], None, drawing([0])) == [[7, 5]]
+    assert Sampler(DecodingConfig()).verify(tokens[:3], [3], logits[3:6], None, drawing([0])) == [
+        [7, 5]
+    ]
 
 
 @pytest.mark.parametrize("options", [{}, {"top_p": 0.8}, {"top_k": 5, "min_p": 0.01}], ids=str)
 def test_logits_are_copied_in_pieces_which_change_nothing(options, monkeypatch):
-    """A piece is a part of a row, or of several: choices and accepted drafts are those of one piece."""
-    config, vocabulary = DecodingConfig(temperature=0.9, **options), 211
-    sampler, counts, rows = Sampler(config), [4, 1, 6, 3], drawing([3, 4, 5, 3], ids=[1, 2, 3])
+    """A piece is a part of a row, or of several: choices and accepted drafts are those of one
+    piece.
+    """
+    config = DecodingConfig(temperature=0.9, **options)
+    vocabulary = 211
+    sampler = Sampler(config)
+    counts = [4, 1, 6, 3]
+    rows = drawing([3, 4, 5, 3], ids=[1, 2, 3])
     logits = torch.randn(sum(counts), vocabulary, generator=torch.Generator().manual_seed(3)) * 3
     noise = sampler.noise(rows, [0] * 4, counts)
     likely = sampler.best(sampler.scores(logits.clone(), noise))
-    tokens = torch.cat((tensor([0]), likely[:-1]))  # every draft is right, those of rows but the first begin after
+    # Every draft is right, those of rows but the first begin after
+    tokens = torch.cat((tensor([0]), likely[:-1]))
     expected = sampler.verify(tokens, counts, logits.clone(), noise, rows)
     assert [len(own) for own in expected] == counts
     sizes = []

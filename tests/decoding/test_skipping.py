@@ -18,7 +18,8 @@ from layerskip_core.model import TorchBackend, TransformersBackend
 from layerskip_core.model.position_cache import PositionCache
 from layerskip_core.model.row_cache import EntryWriter
 
-LAYERS, MOST = 6, 5
+LAYERS = 6
+MOST = 5
 PROMPT = [5, 11, 23, 42, 8]
 KINDS = ("generic", "packed", "packed windows", "native", "native int8 drafts")
 SKIPS = [(1,), (6,), (2, 5), (3, 4, 6), (2, 3, 4, 5, 6)]
@@ -30,7 +31,9 @@ def model_of(kind):
     if kind == "generic":
         return TransformersBackend(tiny_model())
     if kind.startswith("packed"):
-        return TorchBackend.of(tiny_model("mistral", sliding_window=4 if "windows" in kind else None))
+        return TorchBackend.of(
+            tiny_model("mistral", sliding_window=4 if "windows" in kind else None)
+        )
     model = tiny_model(dtype=torch.float32, **WIDE)
     return native_or_skip(model, PackingConfig(draft_weights=("int8",)) if "int8" in kind else None)
 
@@ -65,7 +68,9 @@ def draft_of(model, config, reuse=True):
 
 @cache
 def pruned_drafts(skip):
-    """The greedy drafts of a model that lacks the layers, on the keys and values that the whole model wrote for the prompt."""
+    """The greedy drafts of a model that lacks the layers, on the keys and values that the whole
+    model wrote for the prompt.
+    """
     whole = TransformersBackend(tiny_model())
     pruned = tiny_model()
     kept = [index for index in range(LAYERS) if index + 1 not in skip]
@@ -74,9 +79,12 @@ def pruned_drafts(skip):
     pruned.config.layer_types = None
     for place, layer in enumerate(pruned.model.layers):
         layer.self_attn.layer_idx = place
-    backend, last = TransformersBackend(pruned), len(PROMPT) - 1
-    full, cache = whole.new_cache(), backend.new_cache()
-    ids, logits = list(PROMPT), []
+    backend = TransformersBackend(pruned)
+    last = len(PROMPT) - 1
+    full = whole.new_cache()
+    cache = backend.new_cache()
+    ids = list(PROMPT)
+    logits = []
     before = torch.arange(last)[None]
     with torch.inference_mode():
         prompt = whole.embed(torch.tensor([PROMPT[:last]]))
@@ -95,12 +103,15 @@ def pruned_drafts(skip):
 @pytest.mark.parametrize("kind", ["generic", "packed"])
 @pytest.mark.parametrize("skip", SKIPS)
 def test_drafts_are_those_of_a_pruned_model_on_the_same_cache(kind, skip):
-    model = TransformersBackend(tiny_model()) if kind == "generic" else TorchBackend.of(tiny_model())
+    model = (
+        TransformersBackend(tiny_model()) if kind == "generic" else TorchBackend.of(tiny_model())
+    )
     tokens, logits = pruned_drafts(skip)
     draft, _ = draft_of(model, config_of(kind, skip))
     assert draft.tokens.tolist() == tokens
     assert (draft.counts, draft.source) == ((MOST,), f"{LAYERS - len(skip)} of 6 layers")
-    sampled, _ = draft_of(model, config_of(kind, skip, temperature=1, top_k=1))  # step by step, and the same tokens
+    # Step by step, and the same tokens
+    sampled, _ = draft_of(model, config_of(kind, skip, temperature=1, top_k=1))
     assert sampled.tokens.tolist() == tokens
     top = logits.softmax(-1).amax(-1).tolist()
     sure = next(place for place in range(MOST) if top[place] == min(top))
@@ -111,8 +122,11 @@ def test_drafts_are_those_of_a_pruned_model_on_the_same_cache(kind, skip):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("skip", SKIPS)
 def test_the_target_goes_on_from_the_states_before_the_first_skipped_layer(kind, skip):
-    """Recomputing them gives the same logits, and the same keys and values for the tokens that follow."""
-    model, found = model_of(kind), []
+    """Recomputing them gives the same logits, and the same keys and values for the tokens that
+    follow.
+    """
+    model = model_of(kind)
+    found = []
     for reuse in (True, False):
         draft, cache = draft_of(model, config_of(kind, skip), reuse=reuse)
         last = len(PROMPT) - 1
@@ -121,17 +135,25 @@ def test_the_target_goes_on_from_the_states_before_the_first_skipped_layer(kind,
             logits = target.verify(draft, cache.span(last, last + MOST + 1)).logits
             # The next token sees all that was written.
             newest = torch.tensor([[7]])
-            hidden = model.run_layers(model.embed(newest), 0, LAYERS, at(torch.tensor([[last + MOST + 1]]), cache))
+            hidden = model.run_layers(
+                model.embed(newest), 0, LAYERS, at(torch.tensor([[last + MOST + 1]]), cache)
+            )
         found.append((draft, logits, model.unembed(hidden)))
     (reused, *numbers), (recomputed, *others) = found
     shares = "int8" not in kind
-    assert recomputed.exit_states == {} and list(reused.exit_states) == ([skip[0] - 1] if shares else [])
+    assert recomputed.exit_states == {} and list(reused.exit_states) == (
+        [skip[0] - 1] if shares else []
+    )
     for ours, expected in zip(numbers, others, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-9 if numbers[0].dtype == torch.float64 else 0)
+        torch.testing.assert_close(
+            ours, expected, rtol=0, atol=1e-9 if numbers[0].dtype == torch.float64 else 0
+        )
 
 
 def test_drafts_without_layers_that_add_nothing_are_always_accepted():
-    decoding = decode(silent_layers(2, 5), PROMPT, config_of("generic", (2, 5), drafts=3, max_new_tokens=17))
+    decoding = decode(
+        silent_layers(2, 5), PROMPT, config_of("generic", (2, 5), drafts=3, max_new_tokens=17)
+    )
     assert len(ids_of(decoding)) == 17
     assert (decoding.stats.drafted, decoding.stats.accepted, decoding.stats.rounds) == (12, 12, 4)
 
@@ -139,6 +161,10 @@ def test_drafts_without_layers_that_add_nothing_are_always_accepted():
 def test_a_copy_of_the_first_layers_is_not_enough():
     packing = PackingConfig(draft_weights=("int8",), draft_layers=4)
     model = TorchBackend.of(tiny_model(dtype=torch.float32, **WIDE), packing)
-    with pytest.raises(ConfigError, match="`skip` must be a list with all layers after the 4 layers"):
+    with pytest.raises(
+        ConfigError, match="`skip` must be a list with all layers after the 4 layers"
+    ):
         decode(model, PROMPT, config_of("int8", (2,)))
-    assert ids_of(decode(model, PROMPT, config_of("int8", (2, 5, 6), max_new_tokens=5))) == plainly(model, PROMPT, 5)
+    assert ids_of(decode(model, PROMPT, config_of("int8", (2, 5, 6), max_new_tokens=5))) == plainly(
+        model, PROMPT, 5
+    )

@@ -21,38 +21,70 @@ def bytes_to_text(ids):
 
 
 class Scripted:
-    """A decoding that verifies the given bytes, a chunk a step. All but the last of a chunk are accepted drafts."""
+    """A decoding that verifies the given bytes, a chunk a step. All but the last of a chunk are
+    accepted drafts.
+    """
 
     def __init__(self, chunks, reason, stop):
-        self._chunks, self._reason = chunks, reason
-        self.rows = [SimpleNamespace(text=OutputText(bytes_to_text, frozenset({EOS}), stop), error=None)]
+        self._chunks = chunks
+        self._reason = reason
+        self.rows = [
+            SimpleNamespace(text=OutputText(bytes_to_text, frozenset({EOS}), stop), error=None)
+        ]
         self.finish_reason = None
 
     def __iter__(self):
         for number, chunk in enumerate(self._chunks, start=1):
             self.finish_reason = self._reason if number == len(self._chunks) else None
             accepted = len(chunk) - 1
-            yield [RowStep(0, list(chunk), self.finish_reason, step_counts(accepted, accepted, len(chunk)))]
+            yield [
+                RowStep(
+                    0, list(chunk), self.finish_reason, step_counts(accepted, accepted, len(chunk))
+                )
+            ]
 
 
 def scripted(monkeypatch, chunks, reason, stop):
     monkeypatch.setattr(dialogue, "decode", lambda *_, **__: Scripted(chunks, reason, stop))
-    loaded = SimpleNamespace(backend=None, ends_of=lambda _: frozenset({EOS}), detokenize=bytes_to_text)
+    loaded = SimpleNamespace(
+        backend=None, ends_of=lambda _: frozenset({EOS}), detokenize=bytes_to_text
+    )
     return TextStream(loaded, [1], DecodingConfig("autoregressive", stop=stop))
 
 
 @pytest.mark.parametrize(
     ("chunks", "reason", "stop", "runs"),
     [
-        ([b"ab", b"c", [*b"de", EOS]], "eos", (), [[("a", True), ("b", False)], [("c", False)], [("de", True)]]),
+        (
+            [b"ab", b"c", [*b"de", EOS]],
+            "eos",
+            (),
+            [[("a", True), ("b", False)], [("c", False)], [("de", True)]],
+        ),
         ([b"ab", [EOS]], "eos", (), [[("a", True), ("b", False)], []]),
         ([b"a\xc3", b"\xa9bc"], "length", (), [[("a", True)], [("\xe9b", True), ("c", False)]]),
-        ([b"xa\xc3", b"\xa9"], "length", (), [[("xa", True)], [("\xe9", False)]]),  # the target's token completes it
+        # The target's token completes it
+        ([b"xa\xc3", b"\xa9"], "length", (), [[("xa", True)], [("\xe9", False)]]),
         ([b"x\xc3"], "length", (), [[("x", True), ("\ufffd", False)]]),
         ([b"a", b"\xc3", b"\xa9"], "length", (), [[("a", False)], [], [("\xe9", False)]]),
-        ([b"one\n", b"x", b"\n"], "length", ("\n\n",), [[("one", True)], [("\nx", False)], [("\n", False)]]),
-        ([b"one\n", b"x\n", b"\n"], "stop", ("\n\n",), [[("one", True)], [("\n", False), ("x", True)], []]),
-        ([b"on\n", b"xyz"], "length", ("\nxa",), [[("on", True)], [("\n", False), ("xy", True), ("z", False)]]),
+        (
+            [b"one\n", b"x", b"\n"],
+            "length",
+            ("\n\n",),
+            [[("one", True)], [("\nx", False)], [("\n", False)]],
+        ),
+        (
+            [b"one\n", b"x\n", b"\n"],
+            "stop",
+            ("\n\n",),
+            [[("one", True)], [("\n", False), ("x", True)], []],
+        ),
+        (
+            [b"on\n", b"xyz"],
+            "length",
+            ("\nxa",),
+            [[("on", True)], [("\n", False), ("xy", True), ("z", False)]],
+        ),
         ([b"a#b", b";c"], "stop", (";", "#"), [[("a", True)], []]),
     ],
 )
@@ -61,7 +93,8 @@ def test_pieces_of_an_answer_and_what_of_them_was_drafted(monkeypatch, chunks, r
     assert [[tuple(run) for run in step] for step in answer.segments()] == runs
     pieces = ["".join(run for run, _ in step) for step in runs]
     assert (answer.text, answer.finish_reason) == ("".join(pieces), reason)
-    assert list(scripted(monkeypatch, chunks, reason, stop)) == [piece for piece in pieces if piece]  # no empty one
+    # No empty one
+    assert list(scripted(monkeypatch, chunks, reason, stop)) == [piece for piece in pieces if piece]
 
 
 def test_a_stop_string_that_is_a_special_token_stops_as_a_token():
@@ -72,8 +105,12 @@ def test_a_stop_string_that_is_a_special_token_stops_as_a_token():
     assert ended.finish_reason == "eos"
     for strategy, exit_layer in (("autoregressive", None), ("self-speculative", 8)):
         config = DecodingConfig(strategy, exit_layer, stop=("never", name))
-        answer = TextStream(replace(loaded, eos_ids=frozenset()), "wake me up at 7", config).finish()
+        answer = TextStream(
+            replace(loaded, eos_ids=frozenset()), "wake me up at 7", config
+        ).finish()
         assert (answer.text, answer.finish_reason) == (ended.text, "eos")
     model = LanguageModel(replace(loaded, eos_ids=frozenset()), PackingConfig())
-    (answer,) = model.generate_batch(["wake me up at 7"], strategy="self-speculative", exit_layer=8, stop=("never", name))
+    (answer,) = model.generate_batch(
+        ["wake me up at 7"], strategy="self-speculative", exit_layer=8, stop=("never", name)
+    )
     assert answer.text == ended.text

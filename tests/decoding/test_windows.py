@@ -1,4 +1,6 @@
-"""A text in whose layers a token sees a window gives back the pages before it, and gets the same tokens."""
+"""A text in whose layers a token sees a window gives back the pages before it, and gets the same
+tokens.
+"""
 
 from dataclasses import replace
 from math import inf
@@ -16,7 +18,9 @@ from layerskip_core.model.exit_blocks import ExitBlock
 from layerskip_core.model.pages import PAGE, PagedCache, PagePool
 from layerskip_core.serving import Request, Scheduler
 
-WINDOW, MOST = 100, 100 // PAGE + 5  # pages: of the window, of a page more, at both of their ends, and for drafts
+# Pages: of the window, of a page more, at both of their ends, and for drafts
+WINDOW = 100
+MOST = 100 // PAGE + 5
 STRATEGIES = {
     "plain": DecodingConfig("autoregressive"),
     "exit": DecodingConfig("self-speculative", 3, 5),
@@ -34,7 +38,8 @@ def sliding(window=WINDOW):
 
 @pytest.fixture
 def most_used(monkeypatch):
-    used, take = [0], PagePool.take
+    used = [0]
+    take = PagePool.take
 
     def counted(pool):
         page = take(pool)
@@ -48,7 +53,8 @@ def most_used(monkeypatch):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_long_text_takes_a_bounded_number_of_pages(strategy, most_used, monkeypatch):
     """Also where entries of tokens that left early are written long after them."""
-    backend, config = sliding(), replace(STRATEGIES[strategy], max_new_tokens=900, ignore_eos=True)
+    backend = sliding()
+    config = replace(STRATEGIES[strategy], max_new_tokens=900, ignore_eos=True)
     ids = ids_of(decode(backend, prompt_of(20), config))
     assert most_used[0] <= MOST and backend._pool.used == 0
     monkeypatch.setattr(PagedCache, "_forget", lambda *_: None)
@@ -57,13 +63,22 @@ def test_a_long_text_takes_a_bounded_number_of_pages(strategy, most_used, monkey
 
 
 def test_no_page_is_given_back_where_a_layer_sees_all(most_used):
-    backend = backend_on("native", model_type="olmo3", **WIDE, max_position_embeddings=500, sliding_window=40)
-    ids_of(decode(backend, prompt_of(20), DecodingConfig("autoregressive", max_new_tokens=400, ignore_eos=True)))
+    backend = backend_on(
+        "native", model_type="olmo3", **WIDE, max_position_embeddings=500, sliding_window=40
+    )
+    ids_of(
+        decode(
+            backend,
+            prompt_of(20),
+            DecodingConfig("autoregressive", max_new_tokens=400, ignore_eos=True),
+        )
+    )
     assert most_used[0] == 420 // PAGE + 1
 
 
 def test_a_long_prompt_in_pieces_takes_a_bounded_number_of_pages(most_used):
-    told, backend = [], sliding()
+    told = []
+    backend = sliding()
     request = Request(prompt_of(1500), replace(STRATEGIES["block"], max_new_tokens=60), told.append)
     scheduler = Scheduler(replace(tiny_loaded(), backend=backend), 1)
     scheduler.add(request)
@@ -72,15 +87,22 @@ def test_a_long_prompt_in_pieces_takes_a_bounded_number_of_pages(most_used):
     assert most_used[0] <= MOST + 256 // PAGE
     answer = DecodingLoop(backend, [request.ids], request.config)
     assert sum(len(step.ids) for steps in answer for step in steps) == request.stats.new_tokens
-    assert "".join(update.text for update in told) == tiny_loaded().detokenize(answer.rows[0].output)
+    assert "".join(update.text for update in told) == tiny_loaded().detokenize(
+        answer.rows[0].output
+    )
 
 
 def test_a_pass_in_several_calls_keeps_the_pages_of_its_first_tokens(monkeypatch):
     """The first two layers run over all calls of 256 tokens, then the others."""
-    backend, last = sliding(), []
+    backend = sliding()
+    last = []
     for most_bytes in (repacked.MOST_BYTES, 1):
         monkeypatch.setattr(repacked, "MOST_BYTES", most_bytes)
-        loop = decode(backend, prompt_of(600), replace(STRATEGIES["block"], max_new_tokens=20, ignore_eos=True))
+        loop = decode(
+            backend,
+            prompt_of(600),
+            replace(STRATEGIES["block"], max_new_tokens=20, ignore_eos=True),
+        )
         next(loop)
         last.append(loop._cache._pages[0][-1].content.clone())
     assert torch.equal(*last)
@@ -88,10 +110,20 @@ def test_a_pass_in_several_calls_keeps_the_pages_of_its_first_tokens(monkeypatch
 
 def test_a_prompt_goes_on_only_from_what_a_text_still_has():
     """The prompt of an answer is kept beside the answer, which has lost the prompt's pages."""
-    backend, config, prefixes = sliding(), replace(STRATEGIES["plain"], max_new_tokens=400, ignore_eos=True), Prefixes(inf)
+    backend = sliding()
+    config = replace(STRATEGIES["plain"], max_new_tokens=400, ignore_eos=True)
+    prefixes = Prefixes(inf)
     prompt = prompt_of(150)
     text = [*prompt, *ids_of(decode(backend, prompt, config, prefixes=prefixes))]
     short = replace(config, max_new_tokens=30)
-    for following, reused in ([*text, 5, 6], 549), ([*text[:530], 7], 530), ([*text[:300], 7], 150), ([*prompt, 9, 9], 150):
+    for following, reused in (
+        ([*text, 5, 6], 549),
+        ([*text[:530], 7], 530),
+        ([*text[:300], 7], 150),
+        ([*prompt, 9, 9], 150),
+    ):
         again = decode(backend, following, short, prefixes=prefixes)
-        assert ids_of(again) == ids_of(decode(backend, following, short)) and again.reused_tokens == reused
+        assert (
+            ids_of(again) == ids_of(decode(backend, following, short))
+            and again.reused_tokens == reused
+        )

@@ -20,7 +20,8 @@ def labels_of(rows):
 
 def chains(row):
     """Label paths from the root to every intent: (IN:A,), (IN:A, SL:B, IN:C), ..."""
-    path, intents = [], set()
+    path = []
+    intents = set()
     for token in row.parse.split():
         if token.startswith("["):
             path.append(token[1:])
@@ -42,7 +43,8 @@ class Recording(commands.Grammar):
 
     def __init__(self, split, count):
         vars(self).update(vars(commands.load_grammar()))
-        self.values, self.skeletons = set(), set()
+        self.values = set()
+        self.skeletons = set()
         for index in range(count):
             self.row(split, random.Random(f"recorded:{split}:{index}"))
             self.skeletons.add(self.filled)
@@ -78,15 +80,24 @@ def train(drawn):
 def listed():
     """Every word and reference that the grammar writes out."""
     rules = commands.load_grammar().rules.values()
-    return {piece for rule in rules for alternative in rule.alternatives + rule.sealed for piece in alternative.pieces}
+    return {
+        piece
+        for rule in rules
+        for alternative in rule.alternatives + rule.sealed
+        for piece in alternative.pieces
+    }
 
 
 def test_rows_are_a_function_of_split_and_seed_and_every_rule_is_there(listed):
     first = list(commands.rows("train", 50, seed=3))
     assert first == list(commands.rows("train", 50, seed=3))
     assert first[:20] == list(commands.rows("train", 20, seed=3))
-    assert not {row.utterance for row in first} & {row.utterance for row in commands.rows("train", 50, seed=4)}
-    assert {piece[1:-1] for piece in listed if piece.startswith("{")} <= commands.load_grammar().rules.keys()
+    assert not {row.utterance for row in first} & {
+        row.utterance for row in commands.rows("train", 50, seed=4)
+    }
+    assert {
+        piece[1:-1] for piece in listed if piece.startswith("{")
+    } <= commands.load_grammar().rules.keys()
 
 
 DIGESTS = {
@@ -100,14 +111,19 @@ DIGESTS = {
 
 @pytest.mark.parametrize("split", commands.SPLITS)
 def test_the_rows_are_those_that_published_results_used(split):
-    lines = "\n".join(f"{row.domain}\t{row.utterance}\t{row.parse}" for row in commands.rows(split, 200))
+    lines = "\n".join(
+        f"{row.domain}\t{row.utterance}\t{row.parse}" for row in commands.rows(split, 200)
+    )
     assert hashlib.sha256(lines.encode()).hexdigest()[:16] == DIGESTS[split]
 
 
 def test_utterance_is_the_parse_without_brackets_and_brackets_balance(train):
     for row in train[:3000]:
         assert row.utterance == " ".join(re.sub(r"\[(IN|SL):[A-Z_]+|\]", " ", row.parse).split())
-        assert re.fullmatch(r"(\[(IN|SL):[A-Z_]+|\]|[^\[\]\sA-Z]+)( (\[(IN|SL):[A-Z_]+|\]|[^\[\]\sA-Z]+))*", row.parse)
+        assert re.fullmatch(
+            r"(\[(IN|SL):[A-Z_]+|\]|[^\[\]\sA-Z]+)( (\[(IN|SL):[A-Z_]+|\]|[^\[\]\sA-Z]+))*",
+            row.parse,
+        )
         assert chains(row)  # and the brackets close
 
 
@@ -130,15 +146,22 @@ def test_sealed_rows_draw_what_is_sealed_and_other_rows_what_is_not():
         }
     )
     drawn = {
-        split: {grammar.row(split, random.Random(index)).utterance for index in range(50)} for split in ("train", "sealed")
+        split: {grammar.row(split, random.Random(index)).utterance for index in range(50)}
+        for split in ("train", "sealed")
     }
-    assert drawn["sealed"] == {f"{when} new {number} old" for when in ("now", "soon") for number in ("one", "two")}
+    assert drawn["sealed"] == {
+        f"{when} new {number} old" for when in ("now", "soon") for number in ("one", "two")
+    }
     assert drawn["train"] <= {f"{do}{word} old" for do in ("", "do ") for word in words}
 
 
 def test_made_up_words_are_in_training_rows_alone_and_in_no_phrasing(train, listed, recorded):
     def made_up(rows):
-        return [row for row in rows if set(row.utterance.split()) - listed and not re.search(r"\d", row.utterance)]
+        return [
+            row
+            for row in rows
+            if set(row.utterance.split()) - listed and not re.search(r"\d", row.utterance)
+        ]
 
     assert 0.15 < len(made_up(train[:2000])) / 2000 < 0.5
     for split in commands.SPLITS[1:]:
@@ -147,7 +170,9 @@ def test_made_up_words_are_in_training_rows_alone_and_in_no_phrasing(train, list
 
 
 def test_compositional_rows_nest_as_training_never_does(train):
-    """A chain of labels, or two chains in one row, that 20k training rows do not have, made of labels that they have."""
+    """A chain of labels, or two chains in one row, that 20k training rows do not have, made of
+    labels that they have.
+    """
     trained = set().union(*(novelties(row) for row in train))
     rows = list(commands.rows("compositional", 500))
     assert all(novelties(row) - trained for row in rows)
@@ -170,7 +195,9 @@ def test_ten_test_rows_by_default_and_rows_of_a_file_as_they_are(tmp_path):
     file.write_text('{"prompt": "né\\n", "completion": "日本 \\"🏠\\""}\n', encoding="utf-8")
     result = run("data", "--data", str(file), encoding="ascii")
     assert result.out == file.read_text(encoding="utf-8")
-    assert run("data") == run("data", "--data", "commands", "--split", "test", "--samples", "10", "--seed", "0")
+    assert run("data") == run(
+        "data", "--data", "commands", "--split", "test", "--samples", "10", "--seed", "0"
+    )
 
 
 def test_what_cannot_be_read(tmp_path):
@@ -178,6 +205,8 @@ def test_what_cannot_be_read(tmp_path):
     fails("--data none.csv: there is no such file", "data", "--data", "none.csv")
     splits = "train, validation, test, compositional, sealed"
     fails(f"--split must be one of {splits}, got dev for commands", "data", "--split", "dev")
-    file.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
+    file.write_text(
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+    )
     message = f"{file} holds conversations (a column 'messages'); needed a prompt and a completion"
     fails(message, "data", "--data", str(file))

@@ -17,7 +17,13 @@ from layerskip_core.config.evaluation import BenchConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.errors import ConfigError, LayerSkipError
 from layerskip_core.evaluation.measure import answer_prompts, measure_prompt, own_output
-from layerskip_core.evaluation.measure.bench import bench, llama_cpp, load_baselines, require_early_exit, transformers_generate
+from layerskip_core.evaluation.measure.bench import (
+    bench,
+    llama_cpp,
+    load_baselines,
+    require_early_exit,
+    transformers_generate,
+)
 
 PLAIN = DecodingConfig("autoregressive", max_new_tokens=NEW_TOKENS)
 SPECULATIVE = DecodingConfig("self-speculative", 5, 3, NEW_TOKENS)
@@ -25,39 +31,70 @@ SPECULATIVE = DecodingConfig("self-speculative", 5, 3, NEW_TOKENS)
 
 def answer(name, prompt, stop=(), **changes):
     setting = replace(SPECULATIVE, stop=stop)
-    baselines = load_baselines(tiny_loaded(), BenchConfig("tiny", baselines=(name,), **changes), setting)
+    baselines = load_baselines(
+        tiny_loaded(), BenchConfig("tiny", baselines=(name,), **changes), setting
+    )
     (output,) = answer_prompts(tiny_loaded(), [prompt], replace(setting, strategy=name), baselines)
     return output
 
 
-@pytest.mark.parametrize("name", ["transformers", "assistant-early-exit", "prompt-lookup", "no-reuse"])
+@pytest.mark.parametrize(
+    "name", ["transformers", "assistant-early-exit", "prompt-lookup", "no-reuse"]
+)
 def test_every_baseline_gives_the_autoregressive_tokens(name):
     for example in own_answers().examples:
-        expected, output = measure_prompt(tiny_loaded(), example.prompt, PLAIN), answer(name, example.prompt)
-        assert (output.ids, output.text, output.finish_reason) == (expected.ids, expected.text, expected.finish_reason)
-        assert sum(step.tokens for step in output.steps) == output.stats.new_tokens == len(expected.ids)
+        expected = measure_prompt(tiny_loaded(), example.prompt, PLAIN)
+        output = answer(name, example.prompt)
+        assert (output.ids, output.text, output.finish_reason) == (
+            expected.ids,
+            expected.text,
+            expected.finish_reason,
+        )
+        assert (
+            sum(step.tokens for step in output.steps)
+            == output.stats.new_tokens
+            == len(expected.ids)
+        )
         assert output.stats.sequences == 1
         assert all(step.seconds > 0 for step in output.steps)
 
 
 def test_the_early_exit_of_transformers_drafts_at_the_same_exit_and_length():
-    """Its first round drafts after the prompt, as our early exit answers; each round adds its accepted drafts and one token."""
-    loaded, early = tiny_loaded(), DecodingConfig("early-exit", 5, max_new_tokens=3)
+    """Its first round drafts after the prompt, as our early exit answers; each round adds its
+    accepted drafts and one token.
+    """
+    loaded = tiny_loaded()
+    early = DecodingConfig("early-exit", 5, max_new_tokens=3)
     for example in own_answers().examples:
         expected = measure_prompt(loaded, example.prompt, PLAIN).ids
         drafts = measure_prompt(loaded, example.prompt, early).ids
         output = answer("assistant-early-exit", example.prompt)
-        assert output.steps[0].tokens == 1 + next((place for place in range(3) if drafts[place] != expected[place]), 3)
+        assert output.steps[0].tokens == 1 + next(
+            (place for place in range(3) if drafts[place] != expected[place]), 3
+        )
         stats = output.stats
-        assert stats.accepted == stats.new_tokens - len(output.steps) <= stats.drafted <= 3 * stats.rounds
+        assert (
+            stats.accepted
+            == stats.new_tokens - len(output.steps)
+            <= stats.drafted
+            <= 3 * stats.rounds
+        )
 
 
 def test_without_reuse_only_the_time_changes():
-    loaded, prompt = tiny_loaded(), own_answers().examples[1].prompt
+    loaded = tiny_loaded()
+    prompt = own_answers().examples[1].prompt
     with_reuse = measure_prompt(loaded, prompt, SPECULATIVE).stats
     without = answer("no-reuse", prompt).stats
-    assert (without.drafted, without.accepted, without.rounds) == (with_reuse.drafted, with_reuse.accepted, with_reuse.rounds)
-    with pytest.raises(ConfigError, match="`draft_model` must have the tokenizer of tiny; embedded-base has another"):
+    assert (without.drafted, without.accepted, without.rounds) == (
+        with_reuse.drafted,
+        with_reuse.accepted,
+        with_reuse.rounds,
+    )
+    with pytest.raises(
+        ConfigError,
+        match="`draft_model` must have the tokenizer of tiny; embedded-base has another",
+    ):
         answer("assistant-model", "hi", packing=PackingConfig(draft_model="embedded-base"))
 
 
@@ -74,10 +111,13 @@ def test_a_draft_model_that_is_the_model_itself_is_always_right():
 
 
 def test_the_checkpoints_generation_config_does_not_reach_the_baselines():
-    loaded, prompt = tiny_loaded(), own_answers().examples[0].prompt
+    loaded = tiny_loaded()
+    prompt = own_answers().examples[0].prompt
     expected = measure_prompt(loaded, prompt, PLAIN).ids
     before = loaded.backend.model.generation_config
-    changed = type(before)(repetition_penalty=5.0, do_sample=True, temperature=9.0, eos_token_id=before.eos_token_id)
+    changed = type(before)(
+        repetition_penalty=5.0, do_sample=True, temperature=9.0, eos_token_id=before.eos_token_id
+    )
     loaded.backend.model.generation_config = changed
     try:
         assert answer("assistant-early-exit", prompt).ids == expected
@@ -87,7 +127,8 @@ def test_the_checkpoints_generation_config_does_not_reach_the_baselines():
 
 
 def test_a_failing_prompt_is_recorded_and_leaves_the_model_whole(monkeypatch):
-    loaded, exit_of = tiny_loaded(), "assistant-early-exit"
+    loaded = tiny_loaded()
+    exit_of = "assistant-early-exit"
 
     def fail(*_, **__):
         assert loaded.backend.model.config.num_hidden_layers == 5
@@ -119,9 +160,12 @@ def test_the_weights_are_read_again_for_a_repacked_model(checkpoint):
 
     packed = for_decoding(checkpoint)
     assert isinstance(packed, Decoder)
-    strategies, baselines = ("autoregressive", "early-exit", "self-speculative"), ("transformers", "no-reuse")
+    strategies = ("autoregressive", "early-exit", "self-speculative")
+    baselines = ("transformers", "no-reuse")
     generation = {"exit_layer": 5, "num_draft_tokens": 3}
-    config = BenchConfig(checkpoint, generation=generation, strategies=strategies, baselines=baselines)
+    config = BenchConfig(
+        checkpoint, generation=generation, strategies=strategies, baselines=baselines
+    )
     *_, record = bench(packed, own_answers(2), replace(config, repeats=1))
     plain, _, drafted, transformers, without = record.results
     assert [result.strategy for result in record.results[3:]] == ["transformers", "no-reuse"]
@@ -157,7 +201,9 @@ class Server:
 @pytest.fixture
 def package(monkeypatch):
     def params():
-        return SimpleNamespace(model=SimpleNamespace(), cpuparams=SimpleNamespace(), cpuparams_batch=SimpleNamespace())
+        return SimpleNamespace(
+            model=SimpleNamespace(), cpuparams=SimpleNamespace(), cpuparams_batch=SimpleNamespace()
+        )
 
     info = "CPU : SSE3 = 1 | AVX2 = 1 | AVX512 = 0 | "
     fake = SimpleNamespace(CommonParams=params, Server=Server, get_system_info=lambda: info)
@@ -170,13 +216,17 @@ def package(monkeypatch):
 @pytest.fixture(scope="module")
 def file(checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("gguf") / "model"
-    assert run("export", checkpoint, "--exit", "6", "--format", "gguf", "--output", str(folder)).code == 0
+    assert (
+        run("export", checkpoint, "--exit", "6", "--format", "gguf", "--output", str(folder)).code
+        == 0
+    )
     return str(folder / "target.gguf")
 
 
 def test_answers_end_where_ours_do_or_do_not_fit(package, file, monkeypatch):
     loaded, (example, *_) = tiny_loaded(), own_answers().examples
-    prompt, server = loaded.encode_prompt(example.prompt), llama_cpp(loaded, file)
+    prompt = loaded.encode_prompt(example.prompt)
+    server = llama_cpp(loaded, file)
     whole = server(loaded, prompt, SETTING)
     assert len(whole.ids) == 12 and [step.tokens for step in whole.steps] == [1, 11]
     third = loaded.detokenize(list(whole.ids[2:3])).strip()
@@ -186,7 +236,9 @@ def test_answers_end_where_ours_do_or_do_not_fit(package, file, monkeypatch):
     assert Server.asked[-1]["stop"] == [third]
     one = server(loaded, prompt, replace(SETTING, max_new_tokens=1))
     assert [step.tokens for step in one.steps] == [1]
-    with pytest.raises(LayerSkipError, match=r"the prompt must be at most 127 tokens for llama.cpp, got 128"):
+    with pytest.raises(
+        LayerSkipError, match=r"the prompt must be at most 127 tokens for llama.cpp, got 128"
+    ):
         server(loaded, [5] * 128, SETTING)
     monkeypatch.setattr(Server, "context", 20)
     with pytest.raises(LayerSkipError, match=r"llama.cpp: too long"):
@@ -194,7 +246,10 @@ def test_answers_end_where_ours_do_or_do_not_fit(package, file, monkeypatch):
 
 
 def test_files_of_other_models_are_refused(package, file, tmp_path):
-    with pytest.raises(ConfigError, match=rf"`gguf` must be a file of tiny, with 5 layers and 300 tokens; {file} has 6 layers"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"`gguf` must be a file of tiny, with 5 layers and 300 tokens; {file} has 6 layers",
+    ):
         llama_cpp(tiny_loaded(num_hidden_layers=5), file)
     with pytest.raises(ConfigError, match="`gguf` must be a file; there is none at"):
         llama_cpp(tiny_loaded(), str(tmp_path / "none.gguf"))
@@ -205,9 +260,15 @@ def test_files_of_other_models_are_refused(package, file, tmp_path):
 
 def test_flags_and_the_package_are_asked_for(monkeypatch, file, checkpoint):
     command = ("bench", "--model", checkpoint, "--samples", "1", "--baselines")
-    fails("--gguf must be given with the baseline llama.cpp, and only then, got none", *command, "llama.cpp")
+    fails(
+        "--gguf must be given with the baseline llama.cpp, and only then, got none",
+        *command,
+        "llama.cpp",
+    )
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
-    message = "--baselines llama.cpp needs the package xllamacpp: pip install 'layerskip[llama-cpp]'"
+    message = (
+        "--baselines llama.cpp needs the package xllamacpp: pip install 'layerskip[llama-cpp]'"
+    )
     fails(message, *command, "llama.cpp", "--gguf", file)
 
 

@@ -5,7 +5,15 @@ import shutil
 from dataclasses import replace
 
 import pytest
-from evaluating import NEW_TOKENS, TRAINED, early_exit_share, outputs_of, own_answers, repacked, tiny_loaded
+from evaluating import (
+    NEW_TOKENS,
+    TRAINED,
+    early_exit_share,
+    outputs_of,
+    own_answers,
+    repacked,
+    tiny_loaded,
+)
 
 from layerskip_core.checkpoint.info import CheckpointInfo
 from layerskip_core.config.decoding import DecodingConfig
@@ -30,7 +38,9 @@ DRAFTED = DecodingConfig("self-speculative", 5, 3)
 
 
 def figures(setting, repeats, baseline, scores=(), differing=(), transformers=None):
-    """The figures of a setting from its outputs in each repeat, and from those of plain decoding."""
+    """The figures of a setting from its outputs in each repeat, and from those of plain
+    decoding.
+    """
     full = Measured(PLAIN, baseline[0], baseline)
     theirs = transformers and Measured(PLAIN, transformers[0], transformers)
     return result_of(Measured(setting, repeats[0], repeats, differing, dict(scores)), full, theirs)
@@ -43,11 +53,14 @@ def record_of(task, config):
 
 
 def test_figures_from_known_times_are_medians_over_the_repeats():
-    # Baseline: 1 + 4 tokens, prefill 1 s, decoding 4 s: 1 s a token. Each repeat of the other decodes its 4 tokens in one step.
+    # Baseline: 1 + 4 tokens, prefill 1 s, decoding 4 s: 1 s a token. Each repeat of the other
+    # decodes its 4 tokens in one step.
     baseline = [outputs_of([(1, 1.0), (1, 1.0), (1, 1.0), (1, 1.0), (1, 1.0)])] * 3
     stats = DecodeStats(drafted=6, accepted=3, rounds=2)
     repeats = [outputs_of([(1, 1.0), (4, seconds)], stats=stats) for seconds in (1.0, 4.0, 1.5)]
-    result = figures(DRAFTED, repeats, baseline, {"exact_match": Scores((0.5,))}, (Difference(0, 1, 0.25),))
+    result = figures(
+        DRAFTED, repeats, baseline, {"exact_match": Scores((0.5,))}, (Difference(0, 1, 0.25),)
+    )
     assert result == Result(
         strategy="self-speculative",
         exit_layer=5,
@@ -66,22 +79,35 @@ def test_figures_from_known_times_are_medians_over_the_repeats():
 
 def test_speedup_is_per_token():
     # Half the tokens in half the time are no speedup.
-    baseline, shorter = outputs_of([(1, 1.0), (1, 1.0)]), outputs_of([(1, 1.0)])
+    baseline = outputs_of([(1, 1.0), (1, 1.0)])
+    shorter = outputs_of([(1, 1.0)])
     result = figures(DecodingConfig("early-exit", 5), [shorter], [baseline])
     assert (result.speedup, result.identical_outputs) == (1.0, 0.0)
-    assert (result.acceptance_rate, result.mean_accepted_tokens, result.num_draft_tokens) == (None, None, None)
+    assert (result.acceptance_rate, result.mean_accepted_tokens, result.num_draft_tokens) == (
+        None,
+        None,
+        None,
+    )
     stats = DecodeStats(new_tokens=4, tested_by_position=(4, 2, 1), accepted_by_position=(2, 1))
-    result = figures(DRAFTED, [outputs_of([(1, 0.6), (3, 3.3)], stats=stats)], [outputs_of([(1, 1.0)])])
+    result = figures(
+        DRAFTED, [outputs_of([(1, 0.6), (3, 3.3)], stats=stats)], [outputs_of([(1, 1.0)])]
+    )
     assert result.acceptance_by_position == (0.5, 0.5, 0.0)
 
 
 def test_a_run_on_the_models_own_answers():
     task = own_answers()
-    settings = {"generation": {"exit_layer": 5, "num_draft_tokens": 3}, "repeats": 2, "strategies": STRATEGIES}
+    settings = {
+        "generation": {"exit_layer": 5, "num_draft_tokens": 3},
+        "repeats": 2,
+        "strategies": STRATEGIES,
+    }
     record = record_of(task, BenchConfig("tiny", **settings))
     plain, early, drafted, looked_up = record.results
     settings = zip(STRATEGIES, (None, 5, 5, None), (None, None, 3, 3), strict=True)
-    assert [(result.strategy, result.exit_layer, result.num_draft_tokens) for result in record.results] == list(settings)
+    assert [
+        (result.strategy, result.exit_layer, result.num_draft_tokens) for result in record.results
+    ] == list(settings)
     assert plain.metrics == drafted.metrics == looked_up.metrics == {"exact_match": 1.0}
     assert (looked_up.identical_outputs, looked_up.differences) == (1.0, ())
     assert (plain.speedup, plain.identical_outputs) == (1.0, 1.0)
@@ -90,29 +116,51 @@ def test_a_run_on_the_models_own_answers():
     assert (early.metrics["exact_match"], early.identical_outputs) == (share, share)
     assert (drafted.identical_outputs, drafted.differences) == (1.0, ())
     setting = DecodingConfig("self-speculative", 5, 3, NEW_TOKENS)
-    stats = sum((measure_prompt(tiny_loaded(), example.prompt, setting).stats for example in task.examples), DecodeStats())
+    stats = sum(
+        (measure_prompt(tiny_loaded(), example.prompt, setting).stats for example in task.examples),
+        DecodeStats(),
+    )
     assert 0 < drafted.acceptance_rate == stats.acceptance_rate < 1
     assert drafted.mean_accepted_tokens == stats.mean_accepted_tokens
     plain_steps = {name: count for name, count in stats.steps_by_drafter.items() if name == "plain"}
-    assert drafted.steps_by_drafter == stats.steps_by_drafter == {"exit 5": stats.rounds} | plain_steps
+    assert (
+        drafted.steps_by_drafter == stats.steps_by_drafter == {"exit 5": stats.rounds} | plain_steps
+    )
     assert set(looked_up.steps_by_drafter) <= {"lookup", "plain"}
     assert plain.acceptance_rate is None
     assert plain.steps_by_drafter == early.steps_by_drafter == {}
     assert record.config["task"]["max_new_tokens"] == NEW_TOKENS
-    assert (record.environment["dtype"], record.environment["implementation"]) == ("float64", "generic")
+    assert (record.environment["dtype"], record.environment["implementation"]) == (
+        "float64",
+        "generic",
+    )
 
 
 def test_figures_by_category_are_those_of_its_prompts_alone(tmp_path):
-    """Without references: full depth is right, and an early exit is as good as it agrees with full depth."""
+    """Without references: full depth is right, and an early exit is as good as it agrees with full
+    depth.
+    """
     prompts = [example.prompt for example in own_answers(4).examples]
     file = tmp_path / "rows.jsonl"
-    rows = [{"prompt": prompt, "category": "ab"[place % 2]} for place, prompt in enumerate(prompts[:3])]
+    rows = [
+        {"prompt": prompt, "category": "ab"[place % 2]} for place, prompt in enumerate(prompts[:3])
+    ]
     file.write_text("\n".join(map(json.dumps, [*rows, {"prompt": prompts[3]}])))
-    asked = TaskConfig(data=str(file), metric="exact_match", max_new_tokens=NEW_TOKENS, prompting=PromptingConfig("raw"))
+    asked = TaskConfig(
+        data=str(file),
+        metric="exact_match",
+        max_new_tokens=NEW_TOKENS,
+        prompting=PromptingConfig("raw"),
+    )
     task = load_task(asked)
     generation = {"exit_layer": 5, "num_draft_tokens": 3}
     settings = {"task": asked, "generation": generation, "repeats": 1, "batch_size": 2, "timed": 2}
-    record = record_of(task, BenchConfig("tiny", **settings, strategies=("autoregressive", "early-exit", "self-speculative")))
+    record = record_of(
+        task,
+        BenchConfig(
+            "tiny", **settings, strategies=("autoregressive", "early-exit", "self-speculative")
+        ),
+    )
     plain, early, drafted = record.results
     assert plain.metrics == drafted.metrics == {"exact_match": 1.0}
     assert early.metrics["exact_match"] == early.identical_outputs
@@ -122,8 +170,13 @@ def test_figures_by_category_are_those_of_its_prompts_alone(tmp_path):
     both = drafted.categories["a"]
     setting = DecodingConfig("self-speculative", 5, 3, NEW_TOKENS)
     loaded = task.prepared(tiny_loaded())
-    stats = sum((measure_prompt(loaded, prompts[place], setting).stats for place in (0, 2)), DecodeStats())
-    assert (both.acceptance_rate, both.mean_accepted_tokens) == (stats.acceptance_rate, stats.mean_accepted_tokens)
+    stats = sum(
+        (measure_prompt(loaded, prompts[place], setting).stats for place in (0, 2)), DecodeStats()
+    )
+    assert (both.acceptance_rate, both.mean_accepted_tokens) == (
+        stats.acceptance_rate,
+        stats.mean_accepted_tokens,
+    )
     # Timed were the first prompt and the third, which are both of category a.
     assert both.speedup == drafted.speedup
     assert drafted.categories["b"].speedup is None
@@ -132,10 +185,22 @@ def test_figures_by_category_are_those_of_its_prompts_alone(tmp_path):
 def test_every_low_bit_copy_drafts():
     packing = PackingConfig(draft_weights=("int8", "int4"))
     loaded = repacked(packing)
-    settings = {"strategies": ("autoregressive", "self-speculative"), "repeats": 1, "packing": packing}
+    settings = {
+        "strategies": ("autoregressive", "self-speculative"),
+        "repeats": 1,
+        "packing": packing,
+    }
     *_, record = bench(loaded, own_answers(2), BenchConfig("tiny", **settings))
-    assert [(result.draft_weights, result.exit_layer) for result in record.results] == [(None, None), ("int8", 6), ("int4", 6)]
-    assert [row[0] for row in results_table(record).rows] == ["autoregressive", "int8 drafts", "int4 drafts"]
+    assert [(result.draft_weights, result.exit_layer) for result in record.results] == [
+        (None, None),
+        ("int8", 6),
+        ("int4", 6),
+    ]
+    assert [row[0] for row in results_table(record).rows] == [
+        "autoregressive",
+        "int8 drafts",
+        "int4 drafts",
+    ]
     _, int8, int4 = record.results
     assert int8.identical_outputs == int4.identical_outputs == 1.0
     assert int8.acceptance_rate > int4.acceptance_rate > 0
@@ -157,42 +222,68 @@ def test_strategies_that_the_model_was_not_made_for_are_left_out_unless_asked_fo
         (saved, {}, exits),
     ):
         config = BenchConfig("tiny", **settings)
-        assert {each.strategy for each in strategies_of(model, config, model.recommended(config.packing))} == names
+        assert {
+            each.strategy
+            for each in strategies_of(model, config, model.recommended(config.packing))
+        } == names
     record = record_of(own_answers(1), BenchConfig("tiny", repeats=1))
-    assert {result.strategy for result in record.results} == set(record.config["strategies"]) == usual
+    assert (
+        {result.strategy for result in record.results} == set(record.config["strategies"]) == usual
+    )
     document = json.loads(to_json(record))
     assert list(document) == ["config", "environment", "results"]
     # A checkpoint without a recommendation gets a quarter of its six layers, and 6 drafts.
     assert (document["config"]["exit_layer"], document["config"]["num_draft_tokens"]) == (1, 6)
     read = document["environment"]["bandwidth"]
-    assert read["bytes_per_second"] > 0 and 8 * tiny_loaded().backend.spec.weights_read(1) < read["bytes_per_token"]
+    assert (
+        read["bytes_per_second"] > 0
+        and 8 * tiny_loaded().backend.spec.weights_read(1) < read["bytes_per_token"]
+    )
 
 
 def test_prompts_that_failed_count_as_different_and_in_no_time():
-    outputs = [*outputs_of([(1, 1.0), (4, 0.8)], [(1, 2.0), (2, 1.0)], ids=((1,), (2,))), Output((3,), peak_memory_mb=30.0)]
+    outputs = [
+        *outputs_of([(1, 1.0), (4, 0.8)], [(1, 2.0), (2, 1.0)], ids=((1,), (2,))),
+        Output((3,), peak_memory_mb=30.0),
+    ]
     failed = [*outputs[:2], Output(error="too long", peak_memory_mb=20.0)]
-    mine, base = figures(PLAIN, [failed], [outputs]), figures(PLAIN, [outputs], [failed])
+    mine = figures(PLAIN, [failed], [outputs])
+    base = figures(PLAIN, [outputs], [failed])
     assert (mine.identical_outputs, base.identical_outputs) == (pytest.approx(2 / 3), 1.0)
-    assert (mine.peak_memory_mb, base.peak_memory_mb, mine.failures) == (20.0, 30.0, (Failure(2, "too long"),))
+    assert (mine.peak_memory_mb, base.peak_memory_mb, mine.failures) == (
+        20.0,
+        30.0,
+        (Failure(2, "too long"),),
+    )
     # 1 + 4 + 1 + 2 tokens in 1.0 + 0.8 + 2.0 + 1.0 seconds.
     assert (mine.tokens_per_second, mine.ttft_ms) == pytest.approx((8 / 4.8, 1500.0))
 
 
 RESUMED = STRATEGIES[:3]
-CONFIG = BenchConfig("tiny", generation={"exit_layer": 5, "num_draft_tokens": 3}, repeats=2, strategies=RESUMED)
+CONFIG = BenchConfig(
+    "tiny", generation={"exit_layer": 5, "num_draft_tokens": 3}, repeats=2, strategies=RESUMED
+)
 
 
-def test_what_other_weights_kernels_versions_rows_or_settings_measured_is_not_resumed(tmp_path, checkpoint, monkeypatch):
-    model, out, task = tmp_path / "model", tmp_path / "out", own_answers()
+def test_what_other_weights_kernels_versions_rows_or_settings_measured_is_not_resumed(
+    tmp_path, checkpoint, monkeypatch
+):
+    model = tmp_path / "model"
+    out = tmp_path / "out"
+    task = own_answers()
     shutil.copytree(checkpoint, model)
-    loaded, other = replace(tiny_loaded(), name=str(model)), replace(task, examples=task.examples[::-1])
+    loaded = replace(tiny_loaded(), name=str(model))
+    other = replace(task, examples=task.examples[::-1])
     running = bench(loaded, task, CONFIG, out)
     out.mkdir()
     next(running)
     running.close()
 
     def refused(told, task=task, config=CONFIG):
-        with pytest.raises(LayerSkipError, match=rf"unfinished.jsonl belongs to another run \({told}\); give `overwrite`"):
+        with pytest.raises(
+            LayerSkipError,
+            match=rf"unfinished.jsonl belongs to another run \({told}\); give `overwrite`",
+        ):
             next(bench(loaded, task, config, out, resume=True))
 
     digests = "[0-9a-f]{16} then, [0-9a-f]{16} now"
@@ -209,13 +300,16 @@ def test_what_other_weights_kernels_versions_rows_or_settings_measured_is_not_re
 
 
 def test_only_what_is_missing_is_measured(tmp_path, monkeypatch):
-    loaded, task = replace(tiny_loaded(), name="embedded"), own_answers()
+    loaded = replace(tiny_loaded(), name="embedded")
+    task = own_answers()
     *_, whole = bench(loaded, task, CONFIG)
     running = bench(loaded, task, CONFIG, tmp_path)
     for _ in range(4):  # of 6: one repeat of 3 prompts, and the first of the other
         next(running)
     running.close()
-    assert [json.loads(line).get("sample") for line in (tmp_path / JOURNAL).read_text().splitlines()] == [None, 0, 1, 2, 0]
+    assert [
+        json.loads(line).get("sample") for line in (tmp_path / JOURNAL).read_text().splitlines()
+    ] == [None, 0, 1, 2, 0]
     calls = []
     honest = measurement.answer_prompts
 
@@ -226,8 +320,13 @@ def test_only_what_is_missing_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(measurement, "answer_prompts", counted)
     *progress, resumed = bench(loaded, task, CONFIG, tmp_path, resume=True)
     prompts = [example.prompt for example in task.examples]
-    assert calls == [prompts[0]] * 3 + [prompts[1]] * 3 + [prompts[2]] * 3  # warm-up, then two prompts in three ways
+    # Warm-up, then two prompts in three ways
+    assert calls == [prompts[0]] * 3 + [prompts[1]] * 3 + [prompts[2]] * 3
     assert [event.done for event in progress] == [5, 6]
-    assert [(result.metrics, result.acceptance_rate, result.identical_outputs) for result in resumed.results] == [
-        (result.metrics, result.acceptance_rate, result.identical_outputs) for result in whole.results
+    assert [
+        (result.metrics, result.acceptance_rate, result.identical_outputs)
+        for result in resumed.results
+    ] == [
+        (result.metrics, result.acceptance_rate, result.identical_outputs)
+        for result in whole.results
     ]

@@ -13,21 +13,34 @@ from layerskip_core.config.evaluation import BenchConfig, SweepConfig
 from layerskip_core.errors import LayerSkipError
 from layerskip_core.evaluation.measure.bench import bench
 from layerskip_core.evaluation.measure.sweep import sweep
-from layerskip_core.evaluation.report import answers_page, report_files, report_page, to_json, to_jsonl
+from layerskip_core.evaluation.report import (
+    answers_page,
+    report_files,
+    report_page,
+    to_json,
+    to_jsonl,
+)
 from layerskip_core.evaluation.report.plots import figures, to_svg
 from layerskip_core.evaluation.report.tables import results_table
 from layerskip_core.evaluation.results import Answered, Failure, Result, RunRecord, read_record
 
 FULL = replace(SWEEP, config={**SWEEP.config, "quality_metric": "exact_match"})
-TABLES = replace(BENCH, config={**BENCH.config, "task": {"task": "rows<.jsonl"}, "quality_metric": "rouge2"})
+TABLES = replace(
+    BENCH, config={**BENCH.config, "task": {"task": "rows<.jsonl"}, "quality_metric": "rouge2"}
+)
 
 
 class Page(HTMLParser):
-    """The cells of each row, links that leave the page, and how often each tag stands in it. Tags must be closed in order."""
+    """The cells of each row, links that leave the page, and how often each tag stands in it. Tags
+    must be closed in order.
+    """
 
     def __init__(self, text):
         super().__init__()
-        self.rows, self.links, self.open, self.tags = [], [], [], Counter()
+        self.rows = []
+        self.links = []
+        self.open = []
+        self.tags = Counter()
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
@@ -76,9 +89,18 @@ def test_the_page_is_well_formed_and_self_contained(record):
 
 def test_no_text_of_a_record_becomes_markup():
     """Every text that a model, a data set or a saved results.json can choose, at once."""
-    result = replace(FULL.results[2], strategy=HOSTILE, metrics={HOSTILE: 0.5}, failures=(Failure(0, HOSTILE),))
-    config = {"model": f"folder/{HOSTILE.replace('/', '')}", "task": {"task": HOSTILE}, "quality_metric": HOSTILE, HOSTILE: 1}
-    record = RunRecord(config, {**FULL.environment, "device_name": HOSTILE, "notes": [HOSTILE]}, (result,))
+    result = replace(
+        FULL.results[2], strategy=HOSTILE, metrics={HOSTILE: 0.5}, failures=(Failure(0, HOSTILE),)
+    )
+    config = {
+        "model": f"folder/{HOSTILE.replace('/', '')}",
+        "task": {"task": HOSTILE},
+        "quality_metric": HOSTILE,
+        HOSTILE: 1,
+    }
+    record = RunRecord(
+        config, {**FULL.environment, "device_name": HOSTILE, "notes": [HOSTILE]}, (result,)
+    )
     text = report_page(record, pictures(record), [HOSTILE])
     parsed = Page(text)
     assert (parsed.open, parsed.links) == ([], [])
@@ -91,17 +113,37 @@ def test_no_text_of_a_record_becomes_markup():
 def test_the_page_has_the_columns_of_the_terminal():
     page, tables = (report_page(record, {}, []) for record in (FULL, TABLES))
     head, plain, early, _ = Page(page).rows
-    assert head == ["strategy", "exit", "spec", "EM", "ppl", "accept", "mean", "tok/s", "speed", "pred", "same"]
+    assert head == [
+        "strategy",
+        "exit",
+        "spec",
+        "EM",
+        "ppl",
+        "accept",
+        "mean",
+        "tok/s",
+        "speed",
+        "pred",
+        "same",
+    ]
     assert plain[:6] == ["autoregressive", "-", "-", "87.5%", "1.25", "-"]
     assert early[1:5] == ["12", "-", "50.0%", "1.2e4"]
     assert page.count('class="mark"') == 2
     assert "rows&lt;.jsonl" in tables
     *_, head, poem, summed = Page(tables).rows
     assert head[:5] == ["strategy", "category", "R2", "EM", "accept"]
-    assert (poem[:3], summed[:3]) == (["self-speculative", "poem", "50%"], ["self-speculative", "sum", "25%"])
+    assert (poem[:3], summed[:3]) == (
+        ["self-speculative", "poem", "50%"],
+        ["self-speculative", "sum", "25%"],
+    )
     harness = replace(FULL, config=FULL.config | {"task": {"task": "lm-eval:x"}})
     scored = replace(PLAIN, metrics={"x acc": 0.5}, stderr={"x acc": 0.05}, samples={"x": 9})
-    assert Page(report_page(replace(harness, results=(scored,)), {}, [])).rows[1][:4] == ["x", "acc", "9", "0.500±.050"]
+    assert Page(report_page(replace(harness, results=(scored,)), {}, [])).rows[1][:4] == [
+        "x",
+        "acc",
+        "9",
+        "0.500±.050",
+    ]
 
 
 def test_the_recommendation_is_first_and_a_policy_that_there_is_not_is_left_out():
@@ -111,10 +153,19 @@ def test_the_recommendation_is_first_and_a_policy_that_there_is_not_is_left_out(
 
 
 def record_of(*answered):
-    names = (("autoregressive", None, None), ("early-exit", 2, None), ("self-speculative", 2, 4), ("lookup", None, 4))
-    results = tuple(Result(*name, tokens_per_second=10.0, speedup=1.0, identical_outputs=1.0) for name in names)
+    names = (
+        ("autoregressive", None, None),
+        ("early-exit", 2, None),
+        ("self-speculative", 2, 4),
+        ("lookup", None, 4),
+    )
+    results = tuple(
+        Result(*name, tokens_per_second=10.0, speedup=1.0, identical_outputs=1.0) for name in names
+    )
     machine = {"dtype": "float32", "device_name": "cpu", "implementation": "generic", "threads": 1}
-    return RunRecord({"model": "tiny", "task": {"name": "known"}}, machine, results, answered=answered)
+    return RunRecord(
+        {"model": "tiny", "task": {"name": "known"}}, machine, results, answered=answered
+    )
 
 
 def versions(page):
@@ -130,11 +181,15 @@ def test_each_answer_stands_once_with_all_that_gave_it():
     ]
     assert "wake me" in page and re.search(r"reference</p>\s*<pre class=\"soft\">\nup</pre>", page)
     # A setting that was not measured cannot be chosen.
-    assert re.findall(r'<option value="(\d+)">(.*?)</option>', page) == [("1", "exit 2 alone"), ("2", "exit 2, 4 drafts")]
+    assert re.findall(r'<option value="(\d+)">(.*?)</option>', page) == [
+        ("1", "exit 2 alone"),
+        ("2", "exit 2, 4 drafts"),
+    ]
 
 
 @pytest.mark.parametrize(
-    ("answer", "marked"), [("a x c", "a <mark>x</mark> c"), ("a c", "a <mark></mark>c"), ("", "<mark></mark>")]
+    ("answer", "marked"),
+    [("a x c", "a <mark>x</mark> c"), ("a c", "a <mark></mark>c"), ("", "<mark></mark>")],
 )
 def test_what_differs_from_the_first_answer_is_marked(answer, marked):
     found = versions(answers_page(record_of(Answered("p", "", ("a b c", answer, None, None)))))
@@ -144,7 +199,9 @@ def test_what_differs_from_the_first_answer_is_marked(answer, marked):
 def test_a_long_answer_is_marked_where_it_differs_and_texts_cannot_become_markup():
     words = [f"w{number}" for number in range(400)]
     other = " ".join([*words[:200], "x", *words[201:]])
-    found = versions(answers_page(record_of(Answered("p", "", (" ".join(words), other, None, None)))))
+    found = versions(
+        answers_page(record_of(Answered("p", "", (" ".join(words), other, None, None))))
+    )
     assert re.findall("<mark>(.*?)</mark>", found[-1][2]) == ["x"]
     page = answers_page(record_of(Answered("<b>", "<i>", ("<script>x", "<script>y", None, None))))
     assert not re.search(r"<(b|i|script>x|script>y)>", page) and "&lt;script&gt;" in page
@@ -161,9 +218,13 @@ def test_tables_link_to_the_answers_of_a_setting():
 
 def test_answers_are_read_from_beside_their_results(tmp_path):
     record = record_of(Answered("p\n", "r", ("a", None, "b", "c")), Answered("q", "", (None,) * 4))
-    saved, file = tmp_path / "results.json", tmp_path / "answers.jsonl"
+    saved = tmp_path / "results.json"
+    file = tmp_path / "answers.jsonl"
     saved.write_text(to_json(record))
-    assert "answered" not in record.document() and read_record(str(saved), "sweep-exits") == record_of()
+    assert (
+        "answered" not in record.document()
+        and read_record(str(saved), "sweep-exits") == record_of()
+    )
     file.write_text(to_jsonl(record.answered))
     assert read_record(str(saved), "sweep-exits") == record
     file.write_text('{"prompt": "p", "reference": "", "answers": "a"}\n')
@@ -179,8 +240,15 @@ def test_a_measurement_keeps_its_answers(measure):
         config = BenchConfig("tiny", generation={"exit_layer": 2}, repeats=1)
     task = own_answers(2)
     *_, record = measure(tiny_loaded(), task, config)
-    assert [answered.prompt for answered in record.answered] == [example.prompt for example in task.examples]
+    assert [answered.prompt for answered in record.answered] == [
+        example.prompt for example in task.examples
+    ]
     for answered in record.answered:
-        by_strategy = {result.strategy: answer for result, answer in zip(record.results, answered.answers, strict=True)}
-        assert by_strategy["autoregressive"] == by_strategy["self-speculative"] == answered.reference
+        by_strategy = {
+            result.strategy: answer
+            for result, answer in zip(record.results, answered.answers, strict=True)
+        }
+        assert (
+            by_strategy["autoregressive"] == by_strategy["self-speculative"] == answered.reference
+        )
         assert by_strategy["early-exit"] not in (None, answered.reference)

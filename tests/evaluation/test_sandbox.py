@@ -29,7 +29,9 @@ def namespaces(request):
 
 
 def needs(layer):
-    return pytest.mark.skipif(layer not in standing_layers(), reason=f"this kernel has no layer for {layer}")
+    return pytest.mark.skipif(
+        layer not in standing_layers(), reason=f"this kernel has no layer for {layer}"
+    )
 
 
 def none_is_left(marker):
@@ -58,9 +60,13 @@ def marker(tmp_path, monkeypatch):
 
 
 def test_a_right_program_passes_and_a_wrong_one_fails(namespaces):
-    program = "import collections, math, re\nfrom typing import List\n\ndef f(x):\n    return x + 1\n"
+    program = (
+        "import collections, math, re\nfrom typing import List\n\ndef f(x):\n    return x + 1\n"
+    )
     assert run_tests(program, "assert f(1) == 2\nassert f(2) == 3", namespaces=namespaces) == ""
-    wrong = run_tests(program, "assert f(1) == 2\nassert f(2) == 4, 'not four'", namespaces=namespaces)
+    wrong = run_tests(
+        program, "assert f(1) == 2\nassert f(2) == 4, 'not four'", namespaces=namespaces
+    )
     assert wrong == "AssertionError: not four"
 
 
@@ -70,11 +76,17 @@ def test_a_right_program_passes_and_a_wrong_one_fails(namespaces):
         ("def f(x:\n", "SyntaxError"),
         ("class E(Exception):\n    def __str__(self): raise self\nraise E", "program.E"),
         ("x = '\ud800'", "UnicodeEncodeError"),
-        ("import sys\nassert not sys.stdin.read() and not __name__ == '__main__'\nf()", "NameError"),
+        (
+            "import sys\nassert not sys.stdin.read() and not __name__ == '__main__'\nf()",
+            "NameError",
+        ),
         ("import ctypes; ctypes.string_at(0)", "ended, or was ended"),
         ("bytearray(1 << 32)", "MemoryError"),
         ("open('big', 'wb').write(bytes(1 << 21))", "OSError: [Errno 27] File too large"),
-        ("import os\nassert 'SECRET_OF_THE_TEST' not in os.environ and 'PATH' not in os.environ\nf()", "NameError"),
+        (
+            "import os\nassert 'SECRET_OF_THE_TEST' not in os.environ and 'PATH' not in os.environ\nf()",
+            "NameError",
+        ),
         ("import os\nif os.fork() == 0: raise KeyError\nos.wait()\nf()", "NameError"),
     ],
 )
@@ -101,9 +113,14 @@ def test_the_cpu_limit_ends_a_program():
 def test_processes_are_few_and_none_is_left(namespaces, marker):
     counting = "import os, time\ncount = 0\ntry:\n  while count < 50:\n    if os.fork() == 0: time.sleep(600)\n    count += 1\n"
     counting += "except OSError: pass\nraise Exception(count)"
-    assert int(run_tests(counting, "", Limits(processes=4), namespaces).removeprefix("Exception: ")) <= 4
+    assert (
+        int(run_tests(counting, "", Limits(processes=4), namespaces).removeprefix("Exception: "))
+        <= 4
+    )
     assert none_is_left(marker)
-    assert run_tests("import os\nwhile True:\n  try: os.fork()\n  except OSError: pass", "", SHORT, namespaces)
+    assert run_tests(
+        "import os\nwhile True:\n  try: os.fork()\n  except OSError: pass", "", SHORT, namespaces
+    )
     assert none_is_left(marker)
 
 
@@ -195,7 +212,9 @@ def ring():
     time.sleep(0.1)
     return rung
 """
-    tests = "assert sorted(results[:3]) == [0, 1, 2] and results[3] == b'child'\nassert ring() == [1]\n"
+    tests = (
+        "assert sorted(results[:3]) == [0, 1, 2] and results[3] == b'child'\nassert ring() == [1]\n"
+    )
     assert run_tests(program, tests, namespaces=namespaces) == ""
 
 
@@ -204,10 +223,28 @@ def of_user(home, pid):
     files = {}
     for path in (home, home / "secret", home / "link"):
         status = os.lstat(path)
-        files[path.name] = (status.st_mode, status.st_uid, status.st_gid, status.st_mtime_ns, status.st_size, status.st_nlink)
+        files[path.name] = (
+            status.st_mode,
+            status.st_uid,
+            status.st_gid,
+            status.st_mtime_ns,
+            status.st_size,
+            status.st_nlink,
+        )
     limits = [resource.prlimit(pid, kind) for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_CPU)]
-    bent = (os.getpriority(os.PRIO_PROCESS, pid), os.sched_getaffinity(pid), os.sched_getscheduler(pid), limits)
-    return sorted(os.listdir(home)), (home / "secret").read_text(), os.getxattr(home / "secret", "user.kept"), files, bent
+    bent = (
+        os.getpriority(os.PRIO_PROCESS, pid),
+        os.sched_getaffinity(pid),
+        os.sched_getscheduler(pid),
+        limits,
+    )
+    return (
+        sorted(os.listdir(home)),
+        (home / "secret").read_text(),
+        os.getxattr(home / "secret", "user.kept"),
+        files,
+        bent,
+    )
 
 
 def make_home(home):
@@ -219,7 +256,9 @@ def make_home(home):
 @pytest.fixture
 def temporary_folder(monkeypatch):
     """The folder for the sandbox's own folders, in memory if possible; empty before and after."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
+    with tempfile.TemporaryDirectory(
+        dir="/dev/shm" if os.path.isdir("/dev/shm") else None
+    ) as folder:
         os.chmod(folder, 0o711)
         monkeypatch.setattr(tempfile, "tempdir", folder)
         yield folder
@@ -238,8 +277,12 @@ def victim(tmp_path_factory):
 
 
 def attempted(home, pid, namespaces):
-    """The reason why a program that makes all attempts has ended; empty if each of them failed as it must."""
-    return run_tests(making(ATTEMPTS | (ASKED if namespaces else {}), str(home), pid), "", None, namespaces)
+    """The reason why a program that makes all attempts has ended; empty if each of them failed as
+    it must.
+    """
+    return run_tests(
+        making(ATTEMPTS | (ASKED if namespaces else {}), str(home), pid), "", None, namespaces
+    )
 
 
 @needs("files")
@@ -296,7 +339,14 @@ def test_hostile_programs_of_a_plain_user():
             "TMPDIR": temporary,
         }
         ran = subprocess.run(
-            command, user=user, group=user, extra_groups=[], env=environment, cwd="/", capture_output=True, text=True
+            command,
+            user=user,
+            group=user,
+            extra_groups=[],
+            env=environment,
+            cwd="/",
+            capture_output=True,
+            text=True,
         )
     assert ran.returncode == 0, ran.stderr
     found = json.loads(ran.stdout)
@@ -321,7 +371,8 @@ def start_with(patch):
     )
 
 
-NO_LANDLOCK, NO_NAMESPACES = "supervisor._allow_files_only = lambda *all: 0", "supervisor.enter_namespaces = fail"
+NO_LANDLOCK = "supervisor._allow_files_only = lambda *all: 0"
+NO_NAMESPACES = "supervisor.enter_namespaces = fail"
 
 
 @pytest.mark.parametrize(
@@ -333,7 +384,9 @@ NO_LANDLOCK, NO_NAMESPACES = "supervisor._allow_files_only = lambda *all: 0", "s
         ("seccomp.filter_calls = lambda *all: False", {"system calls"}),
     ],
 )
-def test_a_layer_that_the_kernel_forbids_is_left_out_and_reported_missing(monkeypatch, patch, missing, marker):
+def test_a_layer_that_the_kernel_forbids_is_left_out_and_reported_missing(
+    monkeypatch, patch, missing, marker
+):
     before = set(standing_layers())
     monkeypatch.setattr(sandbox, "_START", start_with(patch))
     monkeypatch.setattr(sandbox, "standing_layers", standing_layers.__wrapped__)
@@ -345,10 +398,12 @@ def test_a_layer_that_the_kernel_forbids_is_left_out_and_reported_missing(monkey
 @needs("files")
 @needs("file names")
 @pytest.mark.parametrize(
-    ("patch", "protects"), [(NO_LANDLOCK, True), (NO_NAMESPACES, True), (f"{NO_LANDLOCK}; {NO_NAMESPACES}", False)]
+    ("patch", "protects"),
+    [(NO_LANDLOCK, True), (NO_NAMESPACES, True), (f"{NO_LANDLOCK}; {NO_NAMESPACES}", False)],
 )
 def test_a_program_that_could_remove_files_is_not_run(monkeypatch, patch, protects):
-    from layerskip_core.config.evaluation import TaskConfig  # not above: the plain user's Python may have no packages
+    # Not above: the plain user's Python may have no packages
+    from layerskip_core.config.evaluation import TaskConfig
     from layerskip_core.evaluation.tasks import code
 
     monkeypatch.setattr(sandbox, "_START", start_with(patch))
@@ -359,21 +414,34 @@ def test_a_program_that_could_remove_files_is_not_run(monkeypatch, patch, protec
         Path(home, "kept").touch()
         run_tests(f"import os; os.unlink('{home}/kept')", "")
         assert os.listdir(home) == ["kept"] * protects
-    with nullcontext() if protects else pytest.raises(ConfigError, match="needs a sandbox that protects files"):
+    with (
+        nullcontext()
+        if protects
+        else pytest.raises(ConfigError, match="needs a sandbox that protects files")
+    ):
         code._notes(TaskConfig(allow_code_execution=True))
 
 
 def test_a_sandbox_that_cannot_be_set_up_is_an_error_and_not_a_wrong_answer(monkeypatch):
     monkeypatch.setattr(sandbox, "_START", start_with("supervisor._set_limits = fail"))
-    with pytest.raises(LayerSkipError, match=r"cannot be set up: OSError: \[Errno 22\] Invalid argument"):
+    with pytest.raises(
+        LayerSkipError, match=r"cannot be set up: OSError: \[Errno 22\] Invalid argument"
+    ):
         run_tests("", "", namespaces=False)
 
 
-@pytest.mark.skipif(subprocess.run(["unshare", "-r", "true"], check=False).returncode != 0, reason="no user namespaces here")
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "-r", "true"], check=False).returncode != 0,
+    reason="no user namespaces here",
+)
 def test_root_of_a_user_namespace_that_knows_no_other_user_runs_programs():
     code = "from layerskip_core.evaluation.sandbox import run_tests\n"
     code += "print([run_tests('x = 1', 'assert x == 1', None, way) for way in (None, False)])"
     ran = subprocess.run(
-        ["unshare", "-r", sys.executable, "-c", code], cwd=sandbox._ROOT, capture_output=True, text=True, check=True
+        ["unshare", "-r", sys.executable, "-c", code],
+        cwd=sandbox._ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert ran.stdout == "['', '']\n"

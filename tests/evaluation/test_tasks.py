@@ -32,7 +32,8 @@ def write_lines(path, rows):
 @pytest.fixture
 def hub(monkeypatch):
     """A fake hub: (rows by (id, split), the calls of load_dataset)."""
-    rows, calls = {}, []
+    rows = {}
+    calls = []
 
     def load_dataset(hub_id, split, streaming=False, **keywords):
         calls.append((hub_id, split, streaming, keywords))
@@ -44,9 +45,17 @@ def hub(monkeypatch):
 
 def test_commands_is_the_default_and_a_parsing_task():
     task = load_task(TaskConfig(samples=5))
-    assert (len(task.examples), task.config.max_new_tokens, task.quality_metric) == (5, 128, "exact_match")
+    assert (len(task.examples), task.config.max_new_tokens, task.quality_metric) == (
+        5,
+        128,
+        "exact_match",
+    )
     assert all(example.completion.startswith("[IN:") for example in task.examples)
-    assert (task.config.task, task.config.data, task.config.completion_column) == ("commands", "commands", "completion")
+    assert (task.config.task, task.config.data, task.config.completion_column) == (
+        "commands",
+        "commands",
+        "completion",
+    )
     references = [example.completion for example in task.examples]
     assert score(task, references) == {"exact_match": 1.0}
     spaced = [f"\n{references[0]}  ", references[1].replace(" ", "  "), "", *references[3:]]
@@ -56,13 +65,20 @@ def test_commands_is_the_default_and_a_parsing_task():
 @pytest.mark.parametrize("column", ["completion", "reference"])
 def test_jsonl_and_csv_with_prompt_and_reference(tmp_path, column):
     rows = [{"prompt": "one", column: "the cat sat down"}, {"prompt": "two", column: "b a"}]
-    jsonl, table = tmp_path / "rows.jsonl", tmp_path / "rows.csv"
+    jsonl = tmp_path / "rows.jsonl"
+    table = tmp_path / "rows.csv"
     jsonl.write_text("\n" + "\n".join(map(json.dumps, rows)))
     table.write_text(f"prompt,{column}\none,the cat sat down\ntwo,b a\n")
     for task in (load_task(TaskConfig(str(jsonl))), load_task(TaskConfig("jsonl", str(table)))):
         assert task.examples == (Example("one", "the cat sat down"), Example("two", "b a"))
-        assert (task.template, task.quality_metric, task.config.completion_column) == (None, "rouge2", column)
-        assert score(task, ["the cat sat", "b a"]) == pytest.approx({"rouge2": 0.9, "exact_match": 0.5})
+        assert (task.template, task.quality_metric, task.config.completion_column) == (
+            None,
+            "rouge2",
+            column,
+        )
+        assert score(task, ["the cat sat", "b a"]) == pytest.approx(
+            {"rouge2": 0.9, "exact_match": 0.5}
+        )
 
 
 def test_references_of_one_word_are_scored_by_exact_match_and_columns_are_chosen_by_flag(tmp_path):
@@ -71,25 +87,40 @@ def test_references_of_one_word_are_scored_by_exact_match_and_columns_are_chosen
     task = load_task(TaskConfig(data=file))
     assert task.quality_metric == "exact_match"
     assert score(task, ["yes", "never"]) == {"exact_match": 1.0}
-    swapped = load_task(TaskConfig(data=file, samples=1, prompt_column="answer", completion_column="prompt"))
+    swapped = load_task(
+        TaskConfig(data=file, samples=1, prompt_column="answer", completion_column="prompt")
+    )
     assert swapped.examples == (Example("yes", "one"),)
 
 
 def test_a_list_is_joined_as_a_prompt_and_a_choice_of_references(tmp_path):
-    file = write_lines(tmp_path / "rows.json", [{"source": ["One. ", "Two."], "target": ["a b c", "the cat sat down"]}])
+    file = write_lines(
+        tmp_path / "rows.json",
+        [{"source": ["One. ", "Two."], "target": ["a b c", "the cat sat down"]}],
+    )
     task = load_task(TaskConfig(data=file, metric="rouge1"))
     assert task.examples == (Example("One. Two.", "a b c"),)
     # Against the second reference: 3 of 3 words, of 4; 2 of 2 bigrams, of 3.
     scores = {"rouge1": 6 / 7, "rouge2": 0.8, "rougeL": 6 / 7}
     assert score(task, ["the cat sat"]) == pytest.approx(scores)
     assert task.quality_metric == "rouge1"
-    assert score(load_task(TaskConfig(data=file, metric="exact_match")), ["the cat sat down"]) == {"exact_match": 1.0}
+    assert score(load_task(TaskConfig(data=file, metric="exact_match")), ["the cat sat down"]) == {
+        "exact_match": 1.0
+    }
 
 
 def test_rows_without_references_are_scored_against_given_answers(tmp_path):
-    """The first of several `turns` is asked. Answers are cut at stop strings before they become references."""
-    rows = [{"turns": ["one", "then"], "category": "poem"}, {"turns": ["two"]}, {"turns": ["three"], "category": "poem"}]
-    task = load_task(TaskConfig(data=write_lines(tmp_path / "rows.jsonl", rows), metric="exact_match"))
+    """The first of several `turns` is asked. Answers are cut at stop strings before they become
+    references.
+    """
+    rows = [
+        {"turns": ["one", "then"], "category": "poem"},
+        {"turns": ["two"]},
+        {"turns": ["three"], "category": "poem"},
+    ]
+    task = load_task(
+        TaskConfig(data=write_lines(tmp_path / "rows.jsonl", rows), metric="exact_match")
+    )
     assert task.examples == tuple(Example(prompt, "") for prompt in ("one", "two", "three"))
     assert "no references" in task.notes[0]
     assert list(task.losses(None, [1])) == []
@@ -97,10 +128,16 @@ def test_rows_without_references_are_scored_against_given_answers(tmp_path):
     assert score(task, ["a", "b|", "x"]) == {"exact_match": pytest.approx(2 / 3)}
     assert task.categories == {"poem": (0, 2)}
     assert task.referring_to(["x", "x", "x"]) is task
-    failed = load_task(TaskConfig(data=str(tmp_path / "rows.jsonl"))).referring_to(["one", None, "three words here"])
+    failed = load_task(TaskConfig(data=str(tmp_path / "rows.jsonl"))).referring_to(
+        ["one", None, "three words here"]
+    )
     assert failed.quality_metric == "rougeL"
-    assert score(failed, ["one", "", "three words here"]) == pytest.approx({"rougeL": 2 / 3, "exact_match": 2 / 3})
-    with pytest.raises(ConfigError, match=r"`shots` must be 0 for .*, which has no references, got 1"):
+    assert score(failed, ["one", "", "three words here"]) == pytest.approx(
+        {"rougeL": 2 / 3, "exact_match": 2 / 3}
+    )
+    with pytest.raises(
+        ConfigError, match=r"`shots` must be 0 for .*, which has no references, got 1"
+    ):
         load_task(TaskConfig(data=str(tmp_path / "rows.jsonl"), shots=1))
 
 
@@ -113,20 +150,37 @@ def test_rows_without_references_are_scored_against_given_answers(tmp_path):
         ("Q: {prompt}\nA:", "three", " C", "Q: one\nA: A\n\nQ: two\nA: B\n\nQ: {prompt}\nA:"),
     ],
 )
-def test_first_rows_are_shots_in_the_template(tmp_path, template, prompt, completion, model_template):
-    rows = [{"prompt": "one", "answer": "A"}, {"prompt": "two", "answer": "B"}, {"prompt": "three", "answer": "C"}]
-    task = load_task(TaskConfig(data=write_lines(tmp_path / "rows.jsonl", rows), shots=2, prompting=PromptingConfig(template)))
+def test_first_rows_are_shots_in_the_template(
+    tmp_path, template, prompt, completion, model_template
+):
+    rows = [
+        {"prompt": "one", "answer": "A"},
+        {"prompt": "two", "answer": "B"},
+        {"prompt": "three", "answer": "C"},
+    ]
+    task = load_task(
+        TaskConfig(
+            data=write_lines(tmp_path / "rows.jsonl", rows),
+            shots=2,
+            prompting=PromptingConfig(template),
+        )
+    )
     assert task.examples == (Example(prompt, completion),)
     assert (task.stop, task.template) == (("\n\n",), model_template)
     assert score(task, ["C\n\nQ: four"])["exact_match"] == 1.0
-    loaded = task.prepared(replace(tiny_loaded(), tokenizer=SimpleNamespace(chat_template="{{ messages }}")))
+    loaded = task.prepared(
+        replace(tiny_loaded(), tokenizer=SimpleNamespace(chat_template="{{ messages }}"))
+    )
     assert loaded.template == PromptTemplate(model_template or "{prompt}\n")
     assert task.asked({"stop": ["!"]})[1] == {"max_new_tokens": 128, "stop": ("\n\n", "!")}
 
 
 def test_topv2_from_a_folder_and_complete_prompts_of_xsum(tmp_path):
-    head, form = "domain\tutterance\tsemantic_parse\n", "music\t{0}\t[IN:{0} ]\n"
-    (tmp_path / "music_train.tsv").write_text(head + "".join(map(form.format, ("one", "two", "three", "more"))))
+    head = "domain\tutterance\tsemantic_parse\n"
+    form = "music\t{0}\t[IN:{0} ]\n"
+    (tmp_path / "music_train.tsv").write_text(
+        head + "".join(map(form.format, ("one", "two", "three", "more")))
+    )
     (tmp_path / "music_test.tsv").write_text(head + form.format("four"))
     assert load_task(TaskConfig(data=str(tmp_path))).examples == (Example("four", "[IN:four ]"),)
     task = load_task(TaskConfig("topv2", str(tmp_path), shots=2))
@@ -141,7 +195,10 @@ def test_topv2_from_a_folder_and_complete_prompts_of_xsum(tmp_path):
 
 ARTICLE = {"article": "Rain fell.", "highlights": "It rained .\nA lot ."}
 SHOWN = "Article: Rain fell.\nSummary: It rained . A lot .\n\n"
-ABSTRACT = {"source": ["Snow fell.", "It was white."], "target": ["It snowed a lot.", "Rain is rare."]}
+ABSTRACT = {
+    "source": ["Snow fell.", "It was white."],
+    "target": ["It snowed a lot.", "Rain is rare."],
+}
 PARQUET = {"revision": "refs/convert/parquet"}
 
 
@@ -171,7 +228,11 @@ def test_summaries_from_the_hub(hub, name, source, row, example, keywords, answe
 def test_other_tasks_from_the_hub(hub):
     rows, calls = hub
     rows["owner/set", "test"] = [{"question": "one", "answer": "two"}]
-    rows["Salesforce/wikitext", "test"] = [{"text": " = Snow = \n"}, {"text": ""}, {"text": " It fell . \n"}]
+    rows["Salesforce/wikitext", "test"] = [
+        {"text": " = Snow = \n"},
+        {"text": ""},
+        {"text": " It fell . \n"},
+    ]
     rows["openai/openai_humaneval", "test"] = [problem(1)]
     rows["google-research-datasets/mbpp", "prompt"] = [small(number) for number in range(1, 11)]
     rows["google-research-datasets/mbpp", "test"] = [small(11)]
@@ -195,14 +256,20 @@ def problem(number):
 
 def test_humaneval_judges_by_running_the_tests(tmp_path):
     file = tmp_path / "problems.jsonl.gz"
-    file.write_bytes(gzip.compress("".join(json.dumps(problem(number)) + "\n" for number in (1, 2)).encode()))
-    config = TaskConfig("humaneval", str(file), problem_samples=2, pass_k=(1, 2), allow_code_execution=True)
+    file.write_bytes(
+        gzip.compress("".join(json.dumps(problem(number)) + "\n" for number in (1, 2)).encode())
+    )
+    config = TaskConfig(
+        "humaneval", str(file), problem_samples=2, pass_k=(1, 2), allow_code_execution=True
+    )
     task = load_task(config)
-    first, second = problem(1), problem(2)
+    first = problem(1)
+    second = problem(2)
     heads = [row["prompt"].removesuffix("\n") for row in (first, second)]
     assert [example.prompt for example in task.examples] == [heads[0]] * 2 + [heads[1]] * 2
     assert (task.quality_metric, task.template) == ("pass@1", "{prompt}")
-    right = "    return x + 1\n\ndef add1(x):\n    return 0\n"  # the text after a stop string is not part of the answer
+    # The text after a stop string is not part of the answer
+    right = "    return x + 1\n\ndef add1(x):\n    return 0\n"
     scores = score(task, [right, "    return x", "    return x", ""])
     assert (scores["pass@1"], scores["pass@2"]) == (0.25, 0.5)
     fenced = "\n    return x + 2\n```\n\nThis adds 2."
@@ -216,7 +283,12 @@ def small(number, **changes):
         "code": f"def f{number}():\r\n  return {number}",
         "test_setup_code": "",
     }
-    return {**row, "test_list": [f"assert f{number}() == {number}"], "challenge_test_list": [], **changes}
+    return {
+        **row,
+        "test_list": [f"assert f{number}() == {number}"],
+        "challenge_test_list": [],
+        **changes,
+    }
 
 
 SHOT = "You are an expert Python programmer, and here is your task: Write f{0}. Your code should pass these tests:\n\n"
@@ -225,32 +297,53 @@ SOLVED = SHOT + "def f{0}():\n  return {0}\n[DONE]\n\n"
 
 
 def test_mbpp_has_problems_2_to_4_as_shots_and_asks_those_of_the_split(tmp_path):
-    file = write_lines(tmp_path / "mbpp.jsonl", [small(number) for number in (1, 2, 3, 4, 5, 11, 12, 511)])
+    file = write_lines(
+        tmp_path / "mbpp.jsonl", [small(number) for number in (1, 2, 3, 4, 5, 11, 12, 511)]
+    )
     task = load_task(TaskConfig("mbpp", file, allow_code_execution=True))
     assert [example.prompt for example in task.examples] == [
-        "".join(SOLVED.format(number) for number in (2, 3, 4)) + SHOT.format(number) for number in (11, 12)
+        "".join(SOLVED.format(number) for number in (2, 3, 4)) + SHOT.format(number)
+        for number in (11, 12)
     ]
     assert task.examples[0].completion == "def f11():\n  return 11"
-    assert score(task, ["def f11():\n  return 11\n[DONE]\nnot python", "def f12():\n  return 11"])["pass@1"] == 0.5
+    assert (
+        score(task, ["def f11():\n  return 11\n[DONE]\nnot python", "def f12():\n  return 11"])[
+            "pass@1"
+        ]
+        == 0.5
+    )
     (only,) = load_task(TaskConfig("mbpp", file, split="validation", shots=0)).examples
     assert only.prompt == SHOT.format(511)
 
 
 def test_the_tests_of_mbpp_have_a_setup_that_uses_the_answer_or_imports(tmp_path):
     full = small(367, test_setup_code="root = Node(1)\r\n", test_list=["assert root.value == 1"])
-    task = load_task(TaskConfig("mbpp", write_lines(tmp_path / "mbpp.jsonl", [full]), shots=0, allow_code_execution=True))
+    task = load_task(
+        TaskConfig(
+            "mbpp", write_lines(tmp_path / "mbpp.jsonl", [full]), shots=0, allow_code_execution=True
+        )
+    )
     answer = "class Node:\n  def __init__(self, value):\n    self.value = value"
     assert (score(task, [answer])["pass@1"], score(task, ["def f(): pass"])["pass@1"]) == (1.0, 0.0)
-    sanitized = [small(7), small(8, test_imports=["import math"], test_list=["assert math.floor(f8()) == 8"])]
+    sanitized = [
+        small(7),
+        small(8, test_imports=["import math"], test_list=["assert math.floor(f8()) == 8"]),
+    ]
     for row in sanitized:
         row["prompt"] = row.pop("text")
         del row["test_setup_code"]
-    task = load_task(TaskConfig("mbpp", write_lines(tmp_path / "b.json", sanitized), shots=1, allow_code_execution=True))
+    task = load_task(
+        TaskConfig(
+            "mbpp", write_lines(tmp_path / "b.json", sanitized), shots=1, allow_code_execution=True
+        )
+    )
     assert [example.prompt.count("[BEGIN]") for example in task.examples] == [2]
     assert score(task, ["def f8(): return 8"])["pass@1"] == 1.0
 
 
-@pytest.mark.parametrize(("column", "odd"), [("text", 5), ("code", ["a"]), ("test_list", "assert 1"), ("test_list", [5])])
+@pytest.mark.parametrize(
+    ("column", "odd"), [("text", 5), ("code", ["a"]), ("test_list", "assert 1"), ("test_list", [5])]
+)
 def test_rows_of_wrong_types_are_named(tmp_path, column, odd):
     file = write_lines(tmp_path / "rows.jsonl", [small(1), small(2, **{column: odd})])
     with pytest.raises(DataError, match=rf"rows\.jsonl:2: {column} must be a "):
@@ -266,7 +359,10 @@ def test_lm_takes_passages_of_a_text(tmp_path):
     assert [len(example.prompt.split()) for example in task.examples] == [100] * 4
     assert task.examples[0].completion.split()[0] == "w100"
     perplexity = Scores((2.0, 3.0), (1, 2))
-    assert (task.quality_metric, task.score(["a", "b"], perplexity)) == ("perplexity", {"perplexity": perplexity})
+    assert (task.quality_metric, task.score(["a", "b"], perplexity)) == (
+        "perplexity",
+        {"perplexity": perplexity},
+    )
     rows = tmp_path / "rows.csv"
     rows.write_text("name,text\nx,first\ny,second\n")
     assert load_task(TaskConfig("lm", str(rows))).text == "first\n\nsecond"
@@ -316,16 +412,35 @@ def test_shots_leave_a_row_to_ask(tmp_path, task):
 def test_a_module_and_a_line_are_a_task(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setitem(TASKS, "toy", "toy_task:TOY")
     folder = tmp_path / "out"
-    arguments = ("--model", checkpoint, "--task", "toy", "--samples", "3", "--format", "markdown", "--output", str(folder))
+    arguments = (
+        "--model",
+        checkpoint,
+        "--task",
+        "toy",
+        "--samples",
+        "3",
+        "--format",
+        "markdown",
+        "--output",
+        str(folder),
+    )
     result = run("bench", *arguments, "--exit", "5", "--spec", "3", "--repeats", "1")
     assert result.code == 0, result.err
     document = json.loads((folder / "results.json").read_text())
-    assert (document["config"]["task"]["task"], document["config"]["quality_metric"]) == ("toy", "digits")
+    assert (document["config"]["task"]["task"], document["config"]["quality_metric"]) == (
+        "toy",
+        "digits",
+    )
     values = [row["metrics"]["digits"] for row in document["results"]]
-    head, _, *lines = [line.split(" | ") for line in result.out.splitlines() if line.startswith("|")]
-    shares = [float(re.match(r"[\d.]+", line[head.index("digits")])[0]) for line in lines]  # rounded more with an interval
+    head, _, *lines = [
+        line.split(" | ") for line in result.out.splitlines() if line.startswith("|")
+    ]
+    # Rounded more with an interval
+    shares = [float(re.match(r"[\d.]+", line[head.index("digits")])[0]) for line in lines]
     assert shares == pytest.approx([100 * value for value in values], abs=0.5)
-    assert [float(row["digits"]) for row in csv.DictReader((folder / "results.csv").open())] == values
+    assert [
+        float(row["digits"]) for row in csv.DictReader((folder / "results.csv").open())
+    ] == values
     page = (folder / "report.html").read_text()
     assert "<button>digits</button>" in page
     assert "Quality: digits (%)</text>" in page
@@ -337,7 +452,9 @@ USUAL = TaskConfig()
 def trained(folder, data, exit_blocks=None, **config):
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text("{}")
-    details = {"config": {"data": data, **config}} | ({} if exit_blocks is None else {"exit_blocks": exit_blocks})
+    details = {"config": {"data": data, **config}} | (
+        {} if exit_blocks is None else {"exit_blocks": exit_blocks}
+    )
     (folder / "layerskip.json").write_text(CheckpointInfo(details=details).to_json())
     return str(folder)
 
@@ -350,7 +467,11 @@ def test_a_trained_model_is_measured_on_rows_of_its_data(tmp_path, monkeypatch):
 
     def loaded(data, asked=USUAL, **config):
         task = load_trained(asked, trained(tmp_path / "model", data, **config))
-        return [(row.prompt, row.completion) for row in task.examples], task.config.task, next(iter(task.notes), "")
+        return (
+            [(row.prompt, row.completion) for row in task.examples],
+            task.config.task,
+            next(iter(task.notes), ""),
+        )
 
     rows = {"name": "rows.jsonl", "split": "train", **columns}
     seen = "rows: rows.jsonl, split train, which the model was trained on; `data` gives others"
@@ -359,20 +480,36 @@ def test_a_trained_model_is_measured_on_rows_of_its_data(tmp_path, monkeypatch):
     assert loaded(rows, validation="other.jsonl") == ([("three", "four")], "other.jsonl", other)
     assert loaded(rows, validation="gone.jsonl")[0] == [("one", "two")]
     # The latest training counts; older versions wrote the name of its data alone.
-    blocks = {"exit 2": {"data": "gone.jsonl"}, "eagle3": {"data": {"name": "other.jsonl", **columns}}}
+    blocks = {
+        "exit 2": {"data": "gone.jsonl"},
+        "eagle3": {"data": {"name": "other.jsonl", **columns}},
+    }
     assert loaded(rows, exit_blocks=blocks)[0] == [("three", "four")]
     assert loaded(rows, TaskConfig("commands", samples=1))[1:] == ("commands", "")
     assert loaded({"name": "commands"}, TaskConfig(samples=1))[1:] == ("commands", "")
     Path("folder").mkdir()
     for split, utterance in (("train", "a"), ("eval", "b")):
-        Path(f"folder/alarm_{split}.tsv").write_text(f"domain\tutterance\tsemantic_parse\nalarm\t{utterance}\t[X ]\n")
+        Path(f"folder/alarm_{split}.tsv").write_text(
+            f"domain\tutterance\tsemantic_parse\nalarm\t{utterance}\t[X ]\n"
+        )
     told = "rows: folder, split validation, which the model was not trained on"
-    assert loaded({"name": "folder", "prompt_column": "prompt"}) == ([("b", "[X ]")], "folder", told)
+    assert loaded({"name": "folder", "prompt_column": "prompt"}) == (
+        [("b", "[X ]")],
+        "folder",
+        told,
+    )
     Path("rows.jsonl").write_text('{"say": "a text without a prompt"}\n')
     assert loaded(rows)[1] == "lm"
-    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+    messages = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "u"},
+        {"role": "assistant", "content": "a"},
+    ]
     Path("rows.jsonl").write_text(json.dumps({"messages": messages}))
     assert loaded(rows)[0] == [("u", "a")]
     Path("rows.jsonl").unlink()
-    with pytest.raises(DataError, match=r"was trained for: `data` rows.jsonl: there is no such file; give `data` or `task`"):
+    with pytest.raises(
+        DataError,
+        match=r"was trained for: `data` rows.jsonl: there is no such file; give `data` or `task`",
+    ):
         loaded(rows)

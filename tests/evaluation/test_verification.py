@@ -1,4 +1,6 @@
-"""`verify`, which finds what is broken on purpose, and `inspect`, the prediction after every layer."""
+"""`verify`, which finds what is broken on purpose, and `inspect`, the prediction after every
+layer.
+"""
 
 import html
 import json
@@ -35,7 +37,13 @@ from layerskip_core.evaluation.checks import (
     TURN,
     chi_square,
 )
-from layerskip_core.evaluation.inspection import Inspection, LayerPrediction, TokenTrace, inspect, settled_layer
+from layerskip_core.evaluation.inspection import (
+    Inspection,
+    LayerPrediction,
+    TokenTrace,
+    inspect,
+    settled_layer,
+)
 from layerskip_core.evaluation.measure import measure_prompt
 from layerskip_core.evaluation.report import inspection_page
 from layerskip_core.evaluation.verification import tables, to_csv
@@ -44,7 +52,9 @@ from layerskip_core.model.torch_backend import TorchBackend
 
 VARIANT = next((name for name in compiled.VARIANTS if compiled.kernels(name) is not None), None)
 OWN = VARIANT or "torch"
-SMALL = tuple(f"--samples 2 --max-new-tokens 6 --draws 0 --kernels {OWN} --precisions fp32 --specs 2".split())
+SMALL = tuple(
+    f"--samples 2 --max-new-tokens 6 --draws 0 --kernels {OWN} --precisions fp32 --specs 2".split()
+)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +68,14 @@ def model(tmp_path_factory):
 
 
 def settings(model, **changes):
-    usual = {"samples": 4, "max_new_tokens": 8, "precisions": ("fp32",), "kernels": (OWN,), "specs": (3,), "draws": 0}
+    usual = {
+        "samples": 4,
+        "max_new_tokens": 8,
+        "precisions": ("fp32",),
+        "kernels": (OWN,),
+        "specs": (3,),
+        "draws": 0,
+    }
     return VerifyConfig(model, **{**usual, **changes})
 
 
@@ -74,18 +91,24 @@ def missed(record):
 @pytest.fixture(scope="module")
 def whole(model):
     kernels = tuple(filter(None, (VARIANT, "torch", "exact", "generic")))
-    return verified(settings(model, samples=2, kernels=kernels, precisions=("fp32", "int8"), draws=40))
+    return verified(
+        settings(model, samples=2, kernels=kernels, precisions=("fp32", "int8"), draws=40)
+    )
 
 
 def test_every_promise_is_kept(whole):
     assert missed(whole) == set()
     found = {(result.kernels, result.precision) for result in whole.results}
     assert {(OWN, "fp32"), ("torch", "int8"), ("exact", "fp32"), ("generic", "fp32")} <= found
-    assert whole.environment["skipped"] == ["not verified: generic int8: transformers' layers have no low-bit weights"]
+    assert whole.environment["skipped"] == [
+        "not verified: generic int8: transformers' layers have no low-bit weights"
+    ]
 
 
 def test_every_check_ran_on_our_own_kernels(whole):
-    own = [result for result in whole.results if (result.kernels, result.precision) == (OWN, "fp32")]
+    own = [
+        result for result in whole.results if (result.kernels, result.precision) == (OWN, "fp32")
+    ]
     checks = {ROWS, PIECES, THREADS, DRAFTS, BATCH, JOINED, TURN, SEED, DISTRIBUTION} | (
         {ROW, SAMPLED_DRAFTS} if VARIANT else set()
     )
@@ -125,7 +148,9 @@ def _bits_of_a_batch(monkeypatch):
     kind = NativeBackend if VARIANT else TorchBackend
     honest = kind.unembed
     off = 1 + 1e-7 if VARIANT else -1.0
-    monkeypatch.setattr(kind, "unembed", lambda self, hidden: honest(self, hidden) * (off if len(hidden) > 1 else 1))
+    monkeypatch.setattr(
+        kind, "unembed", lambda self, hidden: honest(self, hidden) * (off if len(hidden) > 1 else 1)
+    )
     return {ROWS}
 
 
@@ -154,18 +179,27 @@ def _biased_sampling(monkeypatch):
     return {DISTRIBUTION}
 
 
-@pytest.mark.parametrize("break_it", [_wrong_tokens, _bits_of_a_batch, _stale_turns, _biased_sampling])
+@pytest.mark.parametrize(
+    "break_it", [_wrong_tokens, _bits_of_a_batch, _stale_turns, _biased_sampling]
+)
 def test_what_is_broken_is_found(model, monkeypatch, break_it):
     expected = break_it(monkeypatch)
     record = verified(settings(model, draws=60 if break_it is _biased_sampling else 0))
     assert expected <= missed(record)
     if break_it is _wrong_tokens:
-        result = next(result for result in record.results if result.check == DRAFTS and not result.passed)
+        result = next(
+            result for result in record.results if result.check == DRAFTS and not result.passed
+        )
         miss = result.mismatches[0]
         assert miss.expected != miss.found and miss.gap > 1e-3 and not miss.near_tie
         check, setting, kernels, prompt, place, *_, gap, near = tables(record)[1].rows[0]
         assert (check, setting, kernels) == (DRAFTS, result.setting, f"{OWN} fp32")
-        assert (prompt, place, gap, near) == (str(miss.prompt), str(miss.position), f"{miss.gap:.3g}", "no")
+        assert (prompt, place, gap, near) == (
+            str(miss.prompt),
+            str(miss.position),
+            f"{miss.gap:.3g}",
+            "no",
+        )
 
 
 def test_the_command(model, tmp_path):
@@ -185,7 +219,12 @@ def test_the_command_ends_with_status_1_where_a_promise_is_broken(model, monkeyp
     def spoiled(self, *more):
         """The target goes on from states that are not its own."""
         draft = honest(self, *more)
-        return replace(draft, exit_states={exit_layer: states * -3 for exit_layer, states in draft.exit_states.items()})
+        return replace(
+            draft,
+            exit_states={
+                exit_layer: states * -3 for exit_layer, states in draft.exit_states.items()
+            },
+        )
 
     monkeypatch.setattr(ExitDrafter, "draft", spoiled)
     monkeypatch.setenv("COLUMNS", "200")
@@ -196,11 +235,13 @@ def test_the_command_ends_with_status_1_where_a_promise_is_broken(model, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("flag", "value"), [("--kernels", "cuda"), ("--samples", "1"), ("--exits", "6"), ("--max-new-tokens", "128")]
+    ("flag", "value"),
+    [("--kernels", "cuda"), ("--samples", "1"), ("--exits", "6"), ("--max-new-tokens", "128")],
 )
 def test_wrong_flags(model, flag, value):
     result = run("verify", model, "--kernels", OWN, flag, value)
-    named = "every prompt of --data" if value == "128" else flag  # the context is as long as the output
+    # The context is as long as the output
+    named = "every prompt of --data" if value == "128" else flag
     assert result.code == (1 if value == "128" else 2)
     assert result.err.splitlines()[-1].startswith(f"error: {named} must be ")
 
@@ -209,30 +250,48 @@ def test_chi_square_tells_what_is_drawn_from_another_distribution():
     shares = {(0,): 0.5, (1,): 0.3, (2,): 0.199, (3,): 0.001}
     assert chi_square(Counter({(0,): 100, (1,): 60, (2,): 40}), shares, 200) > 0.9
     # 40^2/100 + 40^2/60 + 0.2^2/39.8 + 0.2^2/0.2 = 42.87 of three degrees of freedom
-    assert chi_square(Counter({(0,): 60, (1,): 100, (2,): 40}), shares, 200) == pytest.approx(2.63e-9, rel=0.02)
+    assert chi_square(Counter({(0,): 60, (1,): 100, (2,): 40}), shares, 200) == pytest.approx(
+        2.63e-9, rel=0.02
+    )
     assert chi_square(Counter({(4,): 1}), shares, 1) == 0.0
 
 
 @pytest.mark.parametrize(
-    ("chosen", "layer"), [([5], 1), ([5, 5, 5], 1), ([1, 5, 5], 2), ([5, 1, 5], 3), ([1, 2, 5], 3), ([5, 5, 1, 5, 5], 4)]
+    ("chosen", "layer"),
+    [
+        ([5], 1),
+        ([5, 5, 5], 1),
+        ([1, 5, 5], 2),
+        ([5, 1, 5], 3),
+        ([1, 2, 5], 3),
+        ([5, 5, 1, 5, 5], 4),
+    ],
 )
 def test_the_layer_from_which_on_a_prediction_stays(chosen, layer):
     assert settled_layer(chosen) == layer
 
 
 def test_every_layer_predicts_as_transformers_does():
-    loaded, prompt = tiny_loaded(), own_answers().examples[0].prompt
+    loaded = tiny_loaded()
+    prompt = own_answers().examples[0].prompt
     found = inspect(loaded, prompt, 6)
     ids = loaded.encode_prompt(prompt)
-    answer = list(measure_prompt(loaded, prompt, DecodingConfig("autoregressive", max_new_tokens=6)).ids)
+    answer = list(
+        measure_prompt(loaded, prompt, DecodingConfig("autoregressive", max_new_tokens=6)).ids
+    )
     assert [one.token for one in found.tokens] == [loaded.detokenize([token]) for token in answer]
     with torch.no_grad():
-        states = loaded.backend.model(torch.tensor([ids + answer]), output_hidden_states=True).hidden_states
+        states = loaded.backend.model(
+            torch.tensor([ids + answer]), output_hidden_states=True
+        ).hidden_states
         for place, one in enumerate(found.tokens):
             for layer in range(1, LAYERS + 1):
                 state = states[layer][0, len(ids) - 1 + place]
-                normed = state if layer == LAYERS else loaded.backend.model.model.norm(state)  # the last one is given normed
-                probability, token = loaded.backend.model.lm_head(normed).float().softmax(-1).max(-1)
+                # The last one is given normed
+                normed = state if layer == LAYERS else loaded.backend.model.model.norm(state)
+                probability, token = (
+                    loaded.backend.model.lm_head(normed).float().softmax(-1).max(-1)
+                )
                 said = one.predictions[layer - 1]
                 assert said.token == loaded.detokenize([int(token)])
                 assert said.probability == pytest.approx(float(probability), abs=1e-5)
@@ -242,7 +301,9 @@ def test_every_layer_predicts_as_transformers_does():
 
 def test_no_text_of_an_inspection_becomes_markup():
     text = """</pre></title><script>alert("1")</script><img src=x onerror='1'>&lt;"""
-    page = inspection_page(Inspection(text, text, 1, (TokenTrace(text, 1, (LayerPrediction(text, 0.5),)),), 1.0))
+    page = inspection_page(
+        Inspection(text, text, 1, (TokenTrace(text, 1, (LayerPrediction(text, 0.5),)),), 1.0)
+    )
     assert re.findall(r"<(script|img)", page) == []
     assert page.count("</title>") == 1
     assert html.unescape(re.search(r'title="(.*?)"', page)[1]) == f"layer 1: {text!r} 50%"
@@ -256,7 +317,9 @@ def test_the_page_of_a_known_inspection():
     page = inspection_page(Inspection("tiny", "a <b>", 3, (first, second), 2.5))
     assert "On average, a token needed 2.5 of 3 layers." in page
     rows = re.findall(r'<tr><th scope="row">(\d)</th>(.*?)</tr>', page, re.DOTALL)
-    cells = {int(layer): re.findall(r'<td class="(\w+)" .*?>(.*?)</td>', row) for layer, row in rows}
+    cells = {
+        int(layer): re.findall(r'<td class="(\w+)" .*?>(.*?)</td>', row) for layer, row in rows
+    }
     assert cells == {
         3: [("right", "␣x"), ("right", "&lt;")],
         2: [("right", "␣x"), ("wrong", "↵")],
@@ -269,21 +332,33 @@ def test_the_page_of_a_known_inspection():
 def test_the_command_at_80_columns(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     file = tmp_path / "out.html"
-    result = run("inspect", "hi", "--model", checkpoint, "--max-new-tokens", "3", "--output", str(file))
+    result = run(
+        "inspect", "hi", "--model", checkpoint, "--max-new-tokens", "3", "--output", str(file)
+    )
     lines = result.out.splitlines()
     assert result.code == 0
-    assert lines[0].split() == ["token", "needed", *[part for layer in range(1, 7) for part in ("layer", str(layer))]]
+    assert lines[0].split() == [
+        "token",
+        "needed",
+        *[part for layer in range(1, 7) for part in ("layer", str(layer))],
+    ]
     assert max(map(len, lines)) <= 80
     assert re.search(r"A token needed \d\.\d of 6 layers", result.out)
     assert file.read_text().count("<tr>") == 2 + LAYERS
-    narrow = run("inspect", "hi", "--model", checkpoint, "--max-new-tokens", "3", "--layers", "2,6").out.splitlines()[0]
+    narrow = run(
+        "inspect", "hi", "--model", checkpoint, "--max-new-tokens", "3", "--layers", "2,6"
+    ).out.splitlines()[0]
     assert narrow.split() == ["token", "needed", "layer", "2", "layer", "6"]
 
 
 def test_json_from_standard_input_and_of_an_empty_prompt(checkpoint):
     short = ("inspect", "--model", checkpoint, "--max-new-tokens", "2", "--format", "json")
     document = json.loads(run(*short, stdin="hi\n").out)
-    assert (document["prompt"], document["num_layers"], len(document["tokens"])) == ("hi", LAYERS, 2)
+    assert (document["prompt"], document["num_layers"], len(document["tokens"])) == (
+        "hi",
+        LAYERS,
+        2,
+    )
     assert [len(one["predictions"]) for one in document["tokens"]] == [LAYERS] * 2
     assert document["mean_layers"] == sum(one["settled"] for one in document["tokens"]) / 2
     fails("the prompt is empty", *short, "")
@@ -291,7 +366,15 @@ def test_json_from_standard_input_and_of_an_empty_prompt(checkpoint):
 
 
 def test_bad_flags_and_a_page_that_would_replace_a_file_of_a_model(checkpoint, tmp_path):
-    fails("--layers must be in 1..6, got 2,7", "inspect", "hi", "--model", checkpoint, "--layers", "2,7")
+    fails(
+        "--layers must be in 1..6, got 2,7",
+        "inspect",
+        "hi",
+        "--model",
+        checkpoint,
+        "--layers",
+        "2,7",
+    )
     fails("--format must be one of table, json, got csv", "inspect", "hi", "--format", "csv")
     file = tmp_path / "none" / "x.html"
     message = f"cannot write {file}: there is no folder {file.parent}"
@@ -300,7 +383,11 @@ def test_bad_flags_and_a_page_that_would_replace_a_file_of_a_model(checkpoint, t
     (tmp_path / "link").symlink_to(folder / "config.json")
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     for output in (folder / "config.json", tmp_path / "link"):
-        message = f"--output {output} must not be a file of the model in {folder}; give another name"
+        message = (
+            f"--output {output} must not be a file of the model in {folder}; give another name"
+        )
         fails(message, "inspect", "x", "--model", str(folder), "--output", str(output))
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
-    assert run("inspect", "x", "--model", str(folder), "--output", str(folder / "page.html")).code == 0
+    assert (
+        run("inspect", "x", "--model", str(folder), "--output", str(folder / "page.html")).code == 0
+    )

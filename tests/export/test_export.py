@@ -53,12 +53,15 @@ def test_the_draft_is_a_plain_checkpoint(checkpoint, tmp_path):
     assert done.err == (
         f"exit 2 was not trained, so most of its drafts will be wrong\nwrote exit 2 of {checkpoint}, 2 layers, to {output}\n"
     )
-    whole, text = for_training(checkpoint, "cpu", "fp32"), "remind me to call mom at 5"
+    whole = for_training(checkpoint, "cpu", "fp32")
+    text = "remind me to call mom at 5"
     ids = AutoTokenizer.from_pretrained(output)(text, return_tensors="pt").input_ids
     assert ids.tolist()[0] == whole.tokenizer(text)["input_ids"]
     with torch.no_grad():
         expected = whole.backend.unembed(run_texts(whole.backend, whole.backend.embed(ids), 0, 2))
-        torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(output)(ids).logits, expected)
+        torch.testing.assert_close(
+            AutoModelForCausalLM.from_pretrained(output)(ids).logits, expected
+        )
     info = read_info(output)
     assert info.prompt_template == whole.info.prompt_template and info.exit_layer is None
     assert info.details == {"exported_from": checkpoint, "exported_exit": 2}
@@ -82,19 +85,29 @@ def test_the_exit_with_a_block_is_the_default_and_keeps_it(with_block, tmp_path)
     assert f"vllm serve {target} " in done.out and f'"model": "{output}"' in done.out
     assert run("export", str(with_block), "--exit", "6", "--output", str(target)).code == 0
     assert not (target / EXIT_BLOCKS_FILE).exists()
-    whole, written = (for_training(str(folder), "cpu", "fp32").model.state_dict() for folder in (with_block, target))
-    assert whole.keys() == written.keys() and all(torch.equal(whole[name], written[name]) for name in whole)
+    whole, written = (
+        for_training(str(folder), "cpu", "fp32").model.state_dict()
+        for folder in (with_block, target)
+    )
+    assert whole.keys() == written.keys() and all(
+        torch.equal(whole[name], written[name]) for name in whole
+    )
 
 
-def test_a_plain_folder_is_its_own_target_and_a_drafter_that_vllm_reads_needs_no_export(checkpoint, tmp_path):
+def test_a_plain_folder_is_its_own_target_and_a_drafter_that_vllm_reads_needs_no_export(
+    checkpoint, tmp_path
+):
     done = run("export", checkpoint, "--output", str(tmp_path / "draft"), "--engine", "vllm")
     assert f"vllm serve {checkpoint} " in done.out and "layerskip export" not in done.out
     assert '"num_speculative_tokens": 6' in done.out
-    folder, output = shutil.copytree(checkpoint, tmp_path / "drafting"), str(tmp_path / "other")
+    folder = shutil.copytree(checkpoint, tmp_path / "drafting")
+    output = str(tmp_path / "other")
     add_eagle3(folder)
     told = f"--exit must be given: this model has a drafter that vLLM reads as it is, by `vllm serve {folder}/eagle3`, got none"
     fails(told, "export", str(folder), "--output", output, "--engine", "vllm")
-    assert run("export", str(folder), "--output", output, "--engine", "vllm", "--exit", "2").code == 0
+    assert (
+        run("export", str(folder), "--output", output, "--engine", "vllm", "--exit", "2").code == 0
+    )
 
 
 def test_wrong_input_is_one_error(checkpoint, tmp_path):
@@ -103,10 +116,18 @@ def test_wrong_input_is_one_error(checkpoint, tmp_path):
     fails("--exit must be in 1..6, got 7 (model has 6 layers)", *exits, "7")
     fails("--exit must be in 1..5, got 6 (model has 6 layers)", *exits, "6", "--engine", "vllm")
     assert "--engine must be one of vllm, llama.cpp" in run(*exits, "1", "--engine", "onnx").err
-    fails(f"--output must be another folder than the model's, got {checkpoint}", *exits[:2], "--output", checkpoint)
+    fails(
+        f"--output must be another folder than the model's, got {checkpoint}",
+        *exits[:2],
+        "--output",
+        checkpoint,
+    )
     (tmp_path / "draft").mkdir()
     (tmp_path / "draft" / "README.md").write_text("mine")
-    assert "in the way is README.md, which layerskip did not write" in run(*exits, "1", "--engine", "vllm").err
+    assert (
+        "in the way is README.md, which layerskip did not write"
+        in run(*exits, "1", "--engine", "vllm").err
+    )
     assert run(*exits, "1").code == 0
     assert (tmp_path / "draft" / "README.md").read_text() == "mine"
 
@@ -127,16 +148,36 @@ def test_paths_are_quoted_for_the_language_of_the_instructions(engine):
 
 def test_transformers_drafts_with_it_as_told(checkpoint, tmp_path, capsys):
     """The program of the README runs and gives the text of the model alone."""
-    done = run("export", checkpoint, "--exit", "1", "--output", str(tmp_path / "draft"), "--engine", "transformers")
-    code = done.out.split("```python\n")[1].removesuffix("```\n").replace("max_new_tokens=128", "max_new_tokens=16")
+    done = run(
+        "export",
+        checkpoint,
+        "--exit",
+        "1",
+        "--output",
+        str(tmp_path / "draft"),
+        "--engine",
+        "transformers",
+    )
+    code = (
+        done.out.split("```python\n")[1]
+        .removesuffix("```\n")
+        .replace("max_new_tokens=128", "max_new_tokens=16")
+    )
     exec(code.replace('"PROMPT"', '"set an alarm"'), {})
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
-    alone = model.generate(**tokenizer("set an alarm", return_tensors="pt"), do_sample=False, max_new_tokens=16)
-    assert capsys.readouterr().out.strip() == tokenizer.decode(alone[0], skip_special_tokens=True).strip()
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    alone = model.generate(
+        **tokenizer("set an alarm", return_tensors="pt"), do_sample=False, max_new_tokens=16
+    )
+    assert (
+        capsys.readouterr().out.strip()
+        == tokenizer.decode(alone[0], skip_special_tokens=True).strip()
+    )
 
 
 IDS = torch.randint(3, 67, (2, 11), generator=torch.Generator().manual_seed(4))
-WINDOWS = {"use_sliding_window": True, "max_window_layers": 2, "sliding_window": 5}  # from layer 2 on, counted from 0
+# From layer 2 on, counted from 0
+WINDOWS = {"use_sliding_window": True, "max_window_layers": 2, "sliding_window": 5}
 
 
 def tiny(model_type, **changes):
@@ -148,12 +189,15 @@ def tiny(model_type, **changes):
 def written_logits(model, folder):
     model.save_pretrained(folder)
     kernels = ATTENTION.get(model.config.model_type)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=kernels)(IDS).logits
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation=kernels
+    )(IDS).logits
 
 
 @pytest.mark.parametrize("model_type", SUPPORTED)
 def test_the_logits_are_those_of_the_exit_s_block(model_type, tmp_path):
-    """Layers of the first kind, and a block of the kind of the last, which has another window or no positions.
+    """Layers of the first kind, and a block of the kind of the last, which has another window or no
+    positions.
 
     Exits without blocks: tests/model/test_any_decoder.py.
     """
@@ -161,16 +205,22 @@ def test_the_logits_are_those_of_the_exit_s_block(model_type, tmp_path):
     blocks = random_blocks(loaded.model, ExitBlock(2), ExitBlock(4))
     backend = TransformersBackend(loaded.model, blocks)
     with torch.no_grad():
-        early, block = run_texts(backend, backend.embed(IDS), 0, 2), backend.exit_blocks[2]
+        early = run_texts(backend, backend.embed(IDS), 0, 2)
+        block = backend.exit_blocks[2]
         expected = block.head(run_texts(backend, early, block.layer, block.layer + 1))
         assert (backend.unembed(early) - expected).abs().max() > 0.1
     torch.testing.assert_close(written_logits(cut_to_exit(loaded, 2, blocks), tmp_path), expected)
 
 
 def test_values_by_layer_follow_the_layers_that_are_kept():
-    sliding, full = "sliding_attention", "full_attention"
+    sliding = "sliding_attention"
+    full = "full_attention"
     qwen = cut_config(tiny("qwen2", **WINDOWS).model.config, [0, 5])
-    assert (qwen.num_hidden_layers, qwen.layer_types, qwen.max_window_layers) == (2, [full, sliding], 1)
+    assert (qwen.num_hidden_layers, qwen.layer_types, qwen.max_window_layers) == (
+        2,
+        [full, sliding],
+        1,
+    )
     listed = {"no_rope_layers": [1, 0, 1, 1, 1, 0]}
     smollm = cut_config(tiny("smollm3", **listed).model.config, [0, 1, 2, 5])
     assert (smollm.no_rope_layers, len(smollm.layer_types)) == ([1, 0, 1, 0], 4)
@@ -233,16 +283,26 @@ for number, prompt in enumerate(prompts):
     answers.append(steps)
 print("RESULT", json.dumps(answers))
 """
-NEEDS_VISION = pytest.mark.skipif(find_spec("torchvision") is None, reason="vLLM's Qwen3.5 imports torchvision")
-ENVIRONMENT = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+NEEDS_VISION = pytest.mark.skipif(
+    find_spec("torchvision") is None, reason="vLLM's Qwen3.5 imports torchvision"
+)
+ENVIRONMENT = {
+    **os.environ,
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
 
 
 def qwen_with_mtp(folder):
-    """A Qwen3.5 whose layers add little to the embedding, and its drafter. vLLM's recurrent layers take no fp32 on a CPU."""
+    """A Qwen3.5 whose layers add little to the embedding, and its drafter. vLLM's recurrent layers
+    take no fp32 on a CPU.
+    """
     tokenizer = tiny_loaded().tokenizer
     shape = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 64, "num_hidden_layers": 4}
     shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
-    model = tiny_model("qwen3_5_text", torch.float32, vocab_size=300, layer_types=["full_attention"] * 4, **shape)
+    model = tiny_model(
+        "qwen3_5_text", torch.float32, vocab_size=300, layer_types=["full_attention"] * 4, **shape
+    )
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.mul_(0.15 if ".layers." in name and weight.dim() > 1 else 1)
@@ -251,7 +311,11 @@ def qwen_with_mtp(folder):
     save_checkpoint(model, tokenizer, CheckpointInfo("{prompt}\n"), str(folder), torch.float32)
     names = drafter.shapes(TransformersBackend(model).spec)
     weights = {MTP_LAYOUTS[0].stored(name, 4): drafter.take(name) for name in names}
-    save_file(load_file(folder / "model.safetensors") | weights, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        load_file(folder / "model.safetensors") | weights,
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
     edit_json(folder / "config.json", mtp_num_hidden_layers=1)
 
 
@@ -259,22 +323,45 @@ def qwen_with_mtp(folder):
 @pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed")
 @pytest.mark.parametrize("method", ["eagle3", pytest.param("mtp", marks=NEEDS_VISION)])
 def test_a_drafter_accepts_as_often_as_here(method, tmp_path):
-    """Draft for draft: vLLM as it is reads the folder, and accepts what we accept, round by round, but for the last ones."""
-    target, speculative = str(tmp_path / "target"), {"method": method, "num_speculative_tokens": 4}
+    """Draft for draft: vLLM as it is reads the folder, and accepts what we accept, round by round,
+    but for the last ones.
+    """
+    target = str(tmp_path / "target")
+    speculative = {"method": method, "num_speculative_tokens": 4}
     if method == "eagle3":
         speculative["model"] = f"{target}/eagle3"
-        flags = ("--model", "embedded-base", "--answers", "data", "--samples", "96", "--steps", "24", "--draft-vocab", "512")
-        assert not run("train-drafter", "--layout", "eagle3", *flags, "--threads", "1", "--output", target).code
+        flags = (
+            "--model",
+            "embedded-base",
+            "--answers",
+            "data",
+            "--samples",
+            "96",
+            "--steps",
+            "24",
+            "--draft-vocab",
+            "512",
+        )
+        assert not run(
+            "train-drafter", "--layout", "eagle3", *flags, "--threads", "1", "--output", target
+        ).code
     else:
         qwen_with_mtp(tmp_path / "target")
     decoder = for_decoding(target, "cpu", "fp32", UnroundedDrafter())
     prompts = [decoder.encode_prompt(prompt) for prompt in PROMPTS]
     setting = DecodingConfig(method, num_draft_tokens=4, max_new_tokens=64)
-    here = [[step.ids for [step] in decode(decoder.backend, prompt, setting, decoder.eos_ids)] for prompt in prompts]
+    here = [
+        [step.ids for [step] in decode(decoder.backend, prompt, setting, decoder.eos_ids)]
+        for prompt in prompts
+    ]
     program = [sys.executable, "-c", DRAFTER, target, json.dumps(prompts), json.dumps(speculative)]
     done = subprocess.run(program, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-3000:]
-    theirs = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT ")).removeprefix("RESULT "))
+    theirs = json.loads(
+        next(line for line in done.stdout.splitlines() if line.startswith("RESULT ")).removeprefix(
+            "RESULT "
+        )
+    )
     assert [[*map(list, answer[:-1])] for answer in here] == [answer[:-1] for answer in theirs]
     assert sum(len(step) - 1 for answer in here for step in answer[1:-1]) > 0
 
@@ -282,46 +369,94 @@ def test_a_drafter_accepts_as_often_as_here(method, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed")
 def test_the_draft_is_part_of_the_target(tmp_path):
-    """The draft is exit 5 of `embedded`, taken for exit 4 with a block: four shared layers, one layer and norm of its own."""
-    target, draft = str(tmp_path / "target"), tmp_path / "draft"
+    """The draft is exit 5 of `embedded`, taken for exit 4 with a block: four shared layers, one
+    layer and norm of its own.
+    """
+    target = str(tmp_path / "target")
+    draft = tmp_path / "draft"
     run("export", "embedded", "--exit", "24", "--output", target, "--dtype", "fp32")
     run("export", "embedded", "--exit", "5", "--output", str(draft), "--dtype", "fp32")
     info = json.loads((draft / "layerskip.json").read_text())
     (draft / "layerskip.json").write_text(json.dumps({**info, "exported_exit": 4}))
-    program = [sys.executable, "-c", PROGRAM, target, str(draft), json.dumps([f"{prompt}\n" for prompt in PROMPTS])]
+    program = [
+        sys.executable,
+        "-c",
+        PROGRAM,
+        target,
+        str(draft),
+        json.dumps([f"{prompt}\n" for prompt in PROMPTS]),
+    ]
     done = subprocess.run(program, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT ")).removeprefix("RESULT "))
+    result = json.loads(
+        next(line for line in done.stdout.splitlines() if line.startswith("RESULT ")).removeprefix(
+            "RESULT "
+        )
+    )
     model = load("embedded", device="cpu")
-    assert result["texts"] == [model.generate(prompt, strategy="autoregressive", max_new_tokens=64).text for prompt in PROMPTS]
+    assert result["texts"] == [
+        model.generate(prompt, strategy="autoregressive", max_new_tokens=64).text
+        for prompt in PROMPTS
+    ]
     counts = result["counts"]
-    assert counts["vllm:spec_decode_num_accepted_tokens"] > 0.7 * counts["vllm:spec_decode_num_draft_tokens"] > 0
+    assert (
+        counts["vllm:spec_decode_num_accepted_tokens"]
+        > 0.7 * counts["vllm:spec_decode_num_draft_tokens"]
+        > 0
+    )
     assert {name.split(".")[2] for name in result["own"] if ".layers." in name} == {"4"}
     assert [name for name in result["own"] if ".layers." not in name] == ["model.norm.weight"]
     assert result["mine"][:4] == result["theirs"][:4]
     assert result["mine"][4] not in result["theirs"]
     accepted, whole, other, nothing = result["refused"]
     assert accepted is None
-    assert whole == f"load format layerskip needs a draft that `layerskip export` wrote, got {target}"
-    assert other == "load format layerskip needs a draft of this target: hidden_size must be 160, got 99"
+    assert (
+        whole == f"load format layerskip needs a draft that `layerskip export` wrote, got {target}"
+    )
+    assert (
+        other
+        == "load format layerskip needs a draft of this target: hidden_size must be 160, got 99"
+    )
     assert nothing.endswith("got /")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed")
 def test_the_script_that_measures_vllm(tmp_path):
-    target, draft, result, prompts = (str(tmp_path / name) for name in ("target", "draft", "result.json", "prompts.jsonl"))
+    target, draft, result, prompts = (
+        str(tmp_path / name) for name in ("target", "draft", "result.json", "prompts.jsonl")
+    )
     for exit_layer, folder in (("24", target), ("4", draft)):
         assert run("export", "embedded", "--exit", exit_layer, "--output", folder).code == 0
     Path(prompts).write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
     script = [sys.executable, str(Path(__file__).parents[2] / "examples" / "vllm_speed.py")]
-    drafting = ["--draft", draft, "--spec", "4", "--load-format", "layerskip", "--max-new-tokens", "8", "--repeats", "1"]
+    drafting = [
+        "--draft",
+        draft,
+        "--spec",
+        "4",
+        "--load-format",
+        "layerskip",
+        "--max-new-tokens",
+        "8",
+        "--repeats",
+        "1",
+    ]
     done = subprocess.run(
-        [*script, "offline", target, prompts, result, *drafting], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+        [*script, "offline", target, prompts, result, *drafting],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    shown = subprocess.run([*script, "table", f"shared={result}"], capture_output=True, text=True, check=True).stdout
-    assert [line.split(" | ")[1] for line in shown.splitlines()[2:]] == ["1", "4", "16"] and "3 of 3" in shown
+    shown = subprocess.run(
+        [*script, "table", f"shared={result}"], capture_output=True, text=True, check=True
+    ).stdout
+    assert [line.split(" | ")[1] for line in shown.splitlines()[2:]] == [
+        "1",
+        "4",
+        "16",
+    ] and "3 of 3" in shown
 
 
 class _Stub(ModuleType):
@@ -336,7 +471,9 @@ class _Stub(ModuleType):
 @pytest.fixture
 def plugin(monkeypatch):
     name = "layerskip_core.export.vllm_plugin"
-    wanted = re.findall(r"^from (vllm\S*) import", Path(find_spec(name).origin).read_text(), re.MULTILINE)
+    wanted = re.findall(
+        r"^from (vllm\S*) import", Path(find_spec(name).origin).read_text(), re.MULTILINE
+    )
     for module in ("vllm", *wanted):
         monkeypatch.setitem(sys.modules, module, _Stub(module))
     monkeypatch.delitem(sys.modules, name, raising=False)
@@ -346,7 +483,16 @@ def plugin(monkeypatch):
 
 def test_a_draft_may_be_a_hub_id(plugin, monkeypatch, tmp_path):
     """As the target may: what `layerskip export` wrote, sent to the hub."""
-    sizes = dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size"), 8)
+    sizes = dict.fromkeys(
+        (
+            "hidden_size",
+            "intermediate_size",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "vocab_size",
+        ),
+        8,
+    )
     target = SimpleNamespace(config=SimpleNamespace(**sizes))
     (tmp_path / "layerskip.json").write_text('{"exported_exit": 4}')
 
@@ -357,7 +503,12 @@ def test_a_draft_may_be_a_hub_id(plugin, monkeypatch, tmp_path):
     monkeypatch.setattr(plugin, "hf_hub_download", download)
     config = SimpleNamespace(num_hidden_layers=4, **sizes)
     for model in ("me/draft", str(tmp_path)):
-        assert plugin.exported_exit(SimpleNamespace(model=model, revision="v1", hf_config=config), target) == 4
+        assert (
+            plugin.exported_exit(
+                SimpleNamespace(model=model, revision="v1", hf_config=config), target
+            )
+            == 4
+        )
 
 
 def test_a_tied_head_stays_tied(tmp_path):

@@ -1,4 +1,6 @@
-"""`layerskip export --format packed`: what it writes decodes to the same bits as the model packed at load."""
+"""`layerskip export --format packed`: what it writes decodes to the same bits as the model packed
+at load.
+"""
 
 import json
 import shutil
@@ -36,7 +38,11 @@ def add_two_blocks(folder):
 
 
 def packed_from(folder, output, quantize=None, dtype="auto"):
-    return export_packed(ExportConfig(str(folder), output=str(output), format="packed", quantize=quantize, dtype=dtype))
+    return export_packed(
+        ExportConfig(
+            str(folder), output=str(output), format="packed", quantize=quantize, dtype=dtype
+        )
+    )
 
 
 def states(backend):
@@ -48,23 +54,35 @@ def states(backend):
             drafted = run_texts(side.layers, side.layers.embed(IDS), 0, 2)
             found += [drafted, side.whole.unembed(drafted), side.at_exits.unembed(drafted)]
             for block in side.exit_blocks.values():
-                found.append(block.head(run_texts(side.layers, drafted, block.layer, block.layer + 1)))
+                found.append(
+                    block.head(run_texts(side.layers, drafted, block.layer, block.layer + 1))
+                )
         for layer in range(backend.num_layers):
             hidden = run_texts(backend, hidden, layer, layer + 1)
             found.append(hidden)
         for drafter in backend.drafters.values():
-            found.append(drafter.head(drafter.features(backend, dict.fromkeys(range(1, 6), hidden), hidden)))
+            found.append(
+                drafter.head(drafter.features(backend, dict.fromkeys(range(1, 6), hidden), hidden))
+            )
         return [*found, backend.unembed(hidden)]
 
 
 def assert_same(packed, plain):
-    assert isinstance(packed.backend, NativeBackend) and packed.backend.implementation == plain.backend.implementation
+    assert (
+        isinstance(packed.backend, NativeBackend)
+        and packed.backend.implementation == plain.backend.implementation
+    )
     assert packed.backend.draft_sides.keys() == plain.backend.draft_sides.keys()
     assert packed.backend.exit_blocks.keys() == plain.backend.exit_blocks.keys()
     assert packed.backend.drafters.keys() == plain.backend.drafters.keys()
-    ours, theirs = states(packed.backend), states(plain.backend)
+    ours = states(packed.backend)
+    theirs = states(plain.backend)
     assert len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
-    assert (packed.eos_ids, packed.template, packed.info.strategy) == (plain.eos_ids, plain.template, plain.info.strategy)
+    assert (packed.eos_ids, packed.template, packed.info.strategy) == (
+        plain.eos_ids,
+        plain.template,
+        plain.info.strategy,
+    )
 
 
 SETTINGS = {
@@ -79,8 +97,18 @@ SETTINGS = {
 def add_experts(folder):
     """Makes the model one with experts in all layers but the second."""
     loaded = tiny_loaded(torch.float32)
-    changes = {**CHANGES["qwen3_moe"], "decoder_sparse_step": 1, "mlp_only_layers": [1], "moe_intermediate_size": 32}
-    sizes = {"vocab_size": len(loaded.tokenizer), "eos_token_id": 2, "hidden_size": 64, "intermediate_size": 96}
+    changes = {
+        **CHANGES["qwen3_moe"],
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [1],
+        "moe_intermediate_size": 32,
+    }
+    sizes = {
+        "vocab_size": len(loaded.tokenizer),
+        "eos_token_id": 2,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+    }
     model = tiny_model("qwen3_moe", torch.float32, **changes, **sizes)
     save_checkpoint(model, loaded.tokenizer, loaded.info, str(folder), torch.float32)
     add_two_blocks(folder)
@@ -101,19 +129,29 @@ def test_the_bits_are_those_of_the_model_packed_at_load(wide, tmp_path, setting,
     written = packed_from(wide, tmp_path / "packed", quantize, dtype)
     assert ("calibrated" in written[0]) == (prepare is add_int4 and setting != "int8")
     asked = replace(packing, quantize=None)  # what was packed is known
-    assert_same(for_decoding(str(tmp_path / "packed"), packing=asked), for_decoding(str(wide), "cpu", dtype, packing))
+    assert_same(
+        for_decoding(str(tmp_path / "packed"), packing=asked),
+        for_decoding(str(wide), "cpu", dtype, packing),
+    )
 
 
-@pytest.mark.skipif(not getattr(compiled.kernels(), "widens_bf16", False), reason="kernels with bf16 of their own")
+@pytest.mark.skipif(
+    not getattr(compiled.kernels(), "widens_bf16", False), reason="kernels with bf16 of their own"
+)
 def test_fp32_weights_that_bf16_holds_are_packed_in_bf16(wide, tmp_path, monkeypatch):
     packed_from(wide, tmp_path / "before", dtype="fp32")
     weights = load_file(wide / "model.safetensors")
     save_file(
-        {name: weight.bfloat16().float() for name, weight in weights.items()}, wide / "model.safetensors", {"format": "pt"}
+        {name: weight.bfloat16().float() for name, weight in weights.items()},
+        wide / "model.safetensors",
+        {"format": "pt"},
     )
     packed_from(wide, tmp_path / "packed", dtype="fp32")
-    folder, packing = str(tmp_path / "packed"), PackingConfig(adaptive=True)
-    assert_same(for_decoding(folder, packing=packing), for_decoding(str(wide), "cpu", "fp32", packing))
+    folder = str(tmp_path / "packed")
+    packing = PackingConfig(adaptive=True)
+    assert_same(
+        for_decoding(folder, packing=packing), for_decoding(str(wide), "cpu", "fp32", packing)
+    )
     sizes = [(tmp_path / name / PACKED_FILE).stat().st_size for name in ("before", "packed")]
     assert sizes[1] < 0.75 * sizes[0]
     monkeypatch.setattr(compiled.kernels(), "widens_bf16", False)
@@ -122,14 +160,27 @@ def test_fp32_weights_that_bf16_holds_are_packed_in_bf16(wide, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize(
-    "model_type", ["qwen2", "phi3", "starcoder2", "gemma3_text", "olmo2", "gpt2", "phi", "apertus", *OWN_LAYERS]
+    "model_type",
+    ["qwen2", "phi3", "starcoder2", "gemma3_text", "olmo2", "gpt2", "phi", "apertus", *OWN_LAYERS],
 )
 def test_architectures_with_biases_fused_projections_and_other_norms(tmp_path, model_type):
     """And with a tied head; with learned positions, and numbers in activations."""
     loaded = tiny_loaded(torch.float32)
     widths = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "vocab_size": 300}
-    ropes = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}}
-    model = tiny_model(model_type, torch.float32, tie_word_embeddings=True, **widths, **(ropes if model_type == "phi3" else {}))
+    ropes = {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "partial_rotary_factor": 0.75,
+        }
+    }
+    model = tiny_model(
+        model_type,
+        torch.float32,
+        tie_word_embeddings=True,
+        **widths,
+        **(ropes if model_type == "phi3" else {}),
+    )
     save_checkpoint(model, loaded.tokenizer, loaded.info, str(tmp_path / "plain"), torch.float32)
     packed_from(tmp_path / "plain", tmp_path / "packed", "int8", "bf16")
     plain = for_decoding(str(tmp_path / "plain"), "cpu", "bf16", PackingConfig("int8"))
@@ -145,12 +196,20 @@ def test_draft_vocabularies_are_rows_of_the_packed_head(wide, tmp_path, quantize
     for dtype in ("fp32", "bf16"):
         packed_from(wide, tmp_path / dtype, quantize, dtype)
         packing = PackingConfig(quantize, draft_vocab=45)
-        assert_same(for_decoding(str(tmp_path / dtype), packing=packing), for_decoding(str(wide), "cpu", dtype, packing))
+        assert_same(
+            for_decoding(str(tmp_path / dtype), packing=packing),
+            for_decoding(str(wide), "cpu", dtype, packing),
+        )
 
 
 def test_what_saved_policies_draft_with_is_packed_too(wide, tmp_path):
     info = read_info(wide)
-    policy = {"strategy": "self-speculative", "exit_layer": 2, "num_draft_tokens": 4, "draft_weights": "int4"}
+    policy = {
+        "strategy": "self-speculative",
+        "exit_layer": 2,
+        "num_draft_tokens": 4,
+        "draft_weights": "int4",
+    }
     policy |= {"draft_head": "int4", "draft_vocab": 64}
     (wide / "layerskip.json").write_text(replace(info, policies={"exact": policy}).to_json())
     assert packed_from(wide, tmp_path / "packed", dtype="bf16")[0] == "bf16 with int4 for drafts"
@@ -165,10 +224,28 @@ def test_commands_decode_with_it_and_training_refuses_it(checkpoint, tmp_path):
     assert (done.code, done.out) == (0, "")
     assert done.err == f"wrote {checkpoint}, packed in fp32, to {output}: {size / 1e6:,.1f} MB\n"
     prompt = ("set an alarm", "--max-new-tokens", "8")
-    assert run("generate", *prompt, "--model", output) == run("generate", *prompt, "--model", checkpoint)
+    assert run("generate", *prompt, "--model", output) == run(
+        "generate", *prompt, "--model", checkpoint
+    )
     info = read_info(output)
-    assert info.exit_layer == 1 and info.details["packed_from"] == checkpoint and PACKED_FILE in info.files
-    sweep = run("sweep-exits", "--model", output, "--samples", "1", "--exits", "2", "--specs", "2", "--max-new-tokens", "4")
+    assert (
+        info.exit_layer == 1
+        and info.details["packed_from"] == checkpoint
+        and PACKED_FILE in info.files
+    )
+    sweep = run(
+        "sweep-exits",
+        "--model",
+        output,
+        "--samples",
+        "1",
+        "--exits",
+        "2",
+        "--specs",
+        "2",
+        "--max-new-tokens",
+        "4",
+    )
     assert sweep.code == 0 and "self-speculative" in sweep.out
     refused = (
         f"cannot load model {output}: needed the weights of a model, found {PACKED_FILE}, which only decoding can use: "
@@ -189,18 +266,40 @@ def packed(wide, tmp_path):
 
 def test_what_was_not_packed_is_one_error(wide, packed, tmp_path):
     generate = ("generate", "a", "--model", str(packed))
-    fails("--dtype must be auto or bf16, as the model was packed, got fp32", *generate, "--dtype", "fp32")
-    fails("--quantize must be left out or int4, as the model was packed, got int8", *generate, "--quantize", "int8")
-    fails("--draft-weights must be left out, as the model was packed, got int8", *generate, "--draft-weights", "int8")
+    fails(
+        "--dtype must be auto or bf16, as the model was packed, got fp32",
+        *generate,
+        "--dtype",
+        "fp32",
+    )
+    fails(
+        "--quantize must be left out or int4, as the model was packed, got int8",
+        *generate,
+        "--quantize",
+        "int8",
+    )
+    fails(
+        "--draft-weights must be left out, as the model was packed, got int8",
+        *generate,
+        "--draft-weights",
+        "int8",
+    )
     export = ("export", str(wide), "--output", str(tmp_path / "other"))
     fails("--quantize must be used with --format packed, got int4", *export, "--quantize", "int4")
     export = (*export, "--format", "packed")
-    fails("--exit must be left out with --format packed, which has all layers, got 2", *export, "--exit", "2")
+    fails(
+        "--exit must be left out with --format packed, which has all layers, got 2",
+        *export,
+        "--exit",
+        "2",
+    )
     own = ("export", str(wide), "--format", "packed", "--output", str(wide), "--overwrite")
     fails(f"--output must be another folder than the model's, got {shown(wide)}", *own)
 
 
-def test_machines_without_kernels_are_told_so_and_a_folder_with_weights_is_not_packed(wide, packed, tmp_path, monkeypatch):
+def test_machines_without_kernels_are_told_so_and_a_folder_with_weights_is_not_packed(
+    wide, packed, tmp_path, monkeypatch
+):
     both = shutil.copytree(wide, tmp_path / "both")
     shutil.copy(packed / PACKED_FILE, both)
     assert "int4" not in for_decoding(str(both), "cpu").backend.implementation
@@ -216,19 +315,26 @@ def test_the_kernels_variants_share_the_file(packed, wide, monkeypatch):
     for variant in VARIANTS:
         if (chosen := compiled.kernels(variant)) is not None:
             monkeypatch.setattr(native, "kernels", lambda chosen=chosen: chosen)
-            assert_same(for_decoding(str(packed)), for_decoding(str(wide), "cpu", "bf16", PackingConfig("int4")))
+            assert_same(
+                for_decoding(str(packed)),
+                for_decoding(str(wide), "cpu", "bf16", PackingConfig("int4")),
+            )
             assert f"native ({variant}, int4)" in for_decoding(str(packed)).backend.implementation
 
 
 def test_damaged_and_foreign_files_are_one_error(packed, wide):
     path = packed / PACKED_FILE
-    whole, half = path.read_bytes(), path.stat().st_size // 2
+    whole = path.read_bytes()
+    half = path.stat().st_size // 2
 
     def refused(content, reason):
         path.write_bytes(content)
         done = run("generate", "a", "--model", str(packed))
         assert (done.code, done.out, done.err.count("\n")) == (1, "", 1)
-        assert done.err.startswith(f"error: cannot load model {packed}: {path} cannot be used: ") and reason in done.err
+        assert (
+            done.err.startswith(f"error: cannot load model {packed}: {path} cannot be used: ")
+            and reason in done.err
+        )
         assert done.err.endswith("; export the model again with `--format packed`\n")
 
     refused(whole[:-1], "")
@@ -238,7 +344,10 @@ def test_damaged_and_foreign_files_are_one_error(packed, wide):
     refused(whole[:half] + bytes(len(whole) - half), "its content is damaged or missing")
     config = json.loads((packed / "config.json").read_text())
     (packed / "config.json").write_text(json.dumps(config | {"intermediate_size": 128}))
-    refused(whole, "int4.layers.0.up.weight must be ('U8', (8, 2, 4, 32, 4)), as config.json says, found ('U8', (6, 2, 4")
+    refused(
+        whole,
+        "int4.layers.0.up.weight must be ('U8', (8, 2, 4, 32, 4)), as config.json says, found ('U8', (6, 2, 4",
+    )
 
 
 def test_an_interrupted_export_leaves_nothing(wide, tmp_path):

@@ -1,4 +1,6 @@
-"""Local task files of lm-eval over the rows of `commands`: choices, generated answers, whole texts, and few-shot choices."""
+"""Local task files of lm-eval over the rows of `commands`: choices, generated answers, whole texts,
+and few-shot choices.
+"""
 
 import json
 import random
@@ -29,16 +31,31 @@ TASKS = {
 
 
 def write_tasks(folder, answers=(), count=10):
-    """Writes the tasks and their rows. `answers`: what the model generates, so that some of the rows are right."""
+    """Writes the tasks and their rows. `answers`: what the model generates, so that some of the
+    rows are right.
+    """
     draw = random.Random(1)
     examples = load_examples(DataConfig("commands", "test", limit=count))
     rows = []
     for place, example in enumerate(examples):
         words = example.completion.split()[:5]
-        choices = [" ".join(words), *(" ".join(draw.sample(words, len(words))) for _ in range(2)), words[0]]
+        choices = [
+            " ".join(words),
+            *(" ".join(draw.sample(words, len(words))) for _ in range(2)),
+            words[0],
+        ]
         answer = answers[place] if place < len(answers) else "nothing"
-        text = " ".join(other.completion for other in examples[: 1 + place % 2])  # some are longer than the model's context
-        rows.append({"question": example.prompt, "choices": choices, "label": place % 2, "answer": answer, "text": text})
+        # Some are longer than the model's context
+        text = " ".join(other.completion for other in examples[: 1 + place % 2])
+        rows.append(
+            {
+                "question": example.prompt,
+                "choices": choices,
+                "label": place % 2,
+                "answer": answer,
+                "text": text,
+            }
+        )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = {

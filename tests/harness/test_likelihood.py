@@ -1,4 +1,6 @@
-"""Log-likelihoods through several exits, against one pass per continuation, and tasks of lm-eval where it is not installed."""
+"""Log-likelihoods through several exits, against one pass per continuation, and tasks of lm-eval
+where it is not installed.
+"""
 
 import random
 import sys
@@ -16,13 +18,20 @@ from layerskip_core.harness.likelihood import Likelihood, likelihoods
 
 @torch.inference_mode()
 def alone(model, context, continuation, exit_layer):
-    """The likelihood by definition: one pass over one text, cut at its beginning if the context limit needs it."""
+    """The likelihood by definition: one pass over one text, cut at its beginning if the context
+    limit needs it.
+    """
     ids = [*context, *continuation][-(model.spec.context + 1) :]
-    tokens, places, cache = torch.tensor([ids[:-1]]), torch.arange(len(ids) - 1)[None], model.new_cache(1)
-    hidden, block = model.run_layers(model.embed(tokens), 0, exit_layer, at(places, cache)), model.exit_blocks.get(exit_layer)
+    tokens = torch.tensor([ids[:-1]])
+    places = torch.arange(len(ids) - 1)[None]
+    cache = model.new_cache(1)
+    hidden = model.run_layers(model.embed(tokens), 0, exit_layer, at(places, cache))
+    block = model.exit_blocks.get(exit_layer)
     if block is not None:
         hidden = model.run_layers(hidden, block.layer, block.layer + 1, at(places, cache))
-    logits = (model.unembed if block is None else block.head)(hidden)[0, -len(continuation) :].double()
+    logits = (model.unembed if block is None else block.head)(hidden)[
+        0, -len(continuation) :
+    ].double()
     wanted = torch.tensor(continuation)
     chosen = logits.log_softmax(-1).gather(1, wanted[:, None])
     return float(chosen.sum()), bool((logits.argmax(-1) == wanted).all())
@@ -38,26 +47,38 @@ def greedy(model, context, count):
 
 
 def pairs_for(model):
-    """Choices that share contexts, contexts that begin alike, single ones, one that is cut, and one as long as it can be."""
+    """Choices that share contexts, contexts that begin alike, single ones, one that is cut, and one
+    as long as it can be.
+    """
     draw = random.Random(3)
 
     def some(count):
         return [draw.randrange(model.spec.vocab) for _ in range(count)]
 
-    start, limit = some(70), 128
+    start = some(70)
+    limit = 128
     shared = [start + some(draw.randrange(1, 30)) for _ in range(4)]
     pairs = [(context, some(draw.randrange(1, 6))) for context in shared for _ in range(3)]
     pairs += [(some(draw.randrange(1, 40)), some(draw.randrange(1, 9))) for _ in range(4)]
-    pairs += [(some(5), [7])] * 2 + [(some(limit + 9), some(4)), (some(3), some(limit)), (some(limit - 3), some(3))]
+    pairs += [(some(5), [7])] * 2 + [
+        (some(limit + 9), some(4)),
+        (some(3), some(limit)),
+        (some(limit - 3), some(3)),
+    ]
     return [*pairs, (shared[0], greedy(model, shared[0], 3))]
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
 @pytest.mark.parametrize("kind", ["generic", "kernels"])
 def test_every_exit_of_one_pass_equals_a_pass_of_its_own(kind, batch_size, wide):
-    model = tiny_loaded().backend if kind == "generic" else for_decoding(str(wide), dtype="fp32").backend
+    model = (
+        tiny_loaded().backend
+        if kind == "generic"
+        else for_decoding(str(wide), dtype="fp32").backend
+    )
     assert model.spec.context == 128
-    pairs, exits = pairs_for(model), [1, 4, 6]
+    pairs = pairs_for(model)
+    exits = [1, 4, 6]
     found = dict(likelihoods(model, pairs, exits, batch_size))
     assert sorted(found) == list(range(len(pairs)))
     for place, (context, continuation) in enumerate(pairs):
@@ -78,7 +99,9 @@ def test_what_does_not_fit_and_what_is_empty():
 
 
 def test_the_missing_package_and_how_to_install_it(monkeypatch):
-    for name in [name for name in sys.modules if name.startswith(("lm_eval", "layerskip_core.harness"))]:
+    for name in [
+        name for name in sys.modules if name.startswith(("lm_eval", "layerskip_core.harness"))
+    ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     needed = "lm-evaluation-harness is needed, whose package lm_eval is missing: pip install 'layerskip[lm-eval]'"
@@ -87,7 +110,24 @@ def test_the_missing_package_and_how_to_install_it(monkeypatch):
 
 
 def test_where_the_flags_of_lm_eval_belong():
-    fails("--include-path must be used with --task lm-eval:..., got here", "bench", "--include-path", "here")
-    fails("--tasks must be left out with --task, got piqa", "bench", "--task", "commands", "--tasks", "piqa")
+    fails(
+        "--include-path must be used with --task lm-eval:..., got here",
+        "bench",
+        "--include-path",
+        "here",
+    )
+    fails(
+        "--tasks must be left out with --task, got piqa",
+        "bench",
+        "--task",
+        "commands",
+        "--tasks",
+        "piqa",
+    )
     fails("--log-samples must be used with --output, got none", "sweep-exits", "--log-samples")
-    fails("--task must be lm-eval: with the name of a task, got lm-eval: ,", "bench", "--task", "lm-eval: ,")
+    fails(
+        "--task must be lm-eval: with the name of a task, got lm-eval: ,",
+        "bench",
+        "--task",
+        "lm-eval: ,",
+    )

@@ -17,7 +17,13 @@ from layerskip_core.model.native.matrix import MatrixForm, NativeMatrix
 from layerskip_core.model.vocabulary import DraftVocabulary
 from layerskip_core.model.weights import Affine
 
-WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4, "head_dim": 64}
+WIDE = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "head_dim": 64,
+}
 
 
 def bits_apart(units, count, width):
@@ -28,16 +34,20 @@ def bits_apart(units, count, width):
 def weights_of(matrix, name):
     """What the panels of a type hold, (rows, inputs) in fp32."""
     form = FORMS[name]
-    units, scale = matrix.parts[f"{name}.weight"], matrix.parts.get(f"{name}.scale", torch.ones(0)).float()
-    panels, inputs = len(units), matrix.form.inputs
+    units = matrix.parts[f"{name}.weight"]
+    scale = matrix.parts.get(f"{name}.scale", torch.ones(0)).float()
+    panels = len(units)
+    inputs = matrix.form.inputs
     groups = units.view(panels, -1, form.bits, 32)
     if form.bits == 8:
         levels = bits_apart(groups, 4, 8).permute(0, 3, 1, 2, 4).reshape(panels, 32, inputs)
     else:
-        halves = bits_apart(groups[:, :, :4], 8, 4).unflatten(-1, (4, 2))  # (P, G, unit, 32, byte, half)
+        # (P, G, unit, 32, byte, half)
+        halves = bits_apart(groups[:, :, :4], 8, 4).unflatten(-1, (4, 2))
         levels = halves.permute(0, 3, 1, 2, 5, 4).reshape(panels, 32, inputs)
         if form.bits > 4:
-            width, quads = form.bits - 4, 8 // (form.bits - 4)
+            width = form.bits - 4
+            quads = 8 // (form.bits - 4)
             upper = bits_apart(groups[:, :, 4:], 32 // width, width).unflatten(-1, (4, quads))
             levels = levels | upper.permute(0, 3, 1, 2, 5, 4).reshape(panels, 32, inputs) << 4
     if form.by_table:
@@ -47,7 +57,11 @@ def weights_of(matrix, name):
     zeros = torch.full((), form.offset)
     if form.offset < 0:
         zeros = matrix.parts[f"{name}.steps"].repeat_interleave(32, 1).transpose(1, 2)
-    factors = scale.view(panels, -1, form.factors, 32).repeat_interleave(form.inputs, 1).permute(2, 0, 3, 1)
+    factors = (
+        scale.view(panels, -1, form.factors, 32)
+        .repeat_interleave(form.inputs, 1)
+        .permute(2, 0, 3, 1)
+    )
     if form.step_inputs and form.offset >= 0:
         steps = matrix.parts[f"{name}.steps"].float().view(panels, -1, form.factors, 32)
         factors = factors * steps.repeat_interleave(form.step_inputs, 1).permute(2, 0, 3, 1)
@@ -74,7 +88,9 @@ def test_panels_hold_every_weight_as_it_is(variant, name):
 
 @pytest.mark.parametrize("variant", BUILT)
 def test_a_matrix_of_several_types(variant):
-    first, second, third = random_rows("Q4_K", 64, 256), random_rows("Q6_K", 32, 256), random_rows("Q4_K", 40, 256, seed=1)
+    first = random_rows("Q4_K", 64, 256)
+    second = random_rows("Q6_K", 32, 256)
+    third = random_rows("Q4_K", 40, 256, seed=1)
     joined = packed(variant, [first, second, third])
     assert joined.form.types == ("Q4_K",) * 2 + ("Q6_K",) + ("Q4_K",) * 2
     assert torch.equal(weights_of(joined, "Q6_K"), plain(second))
@@ -83,7 +99,9 @@ def test_a_matrix_of_several_types(variant):
     assert alternating.form.types == ("Q4_K", "Q8_0") * 2
     assert torch.equal(weights_of(alternating, "Q4_K"), plain(first))
     alike = packed(variant, [first, third[:40].repeat(2, 1)[:64]], 2)
-    assert torch.equal(weights_of(alike, "Q4_K").view(2, 2, 32, 256)[:, 0].flatten(0, 1), plain(first))
+    assert torch.equal(
+        weights_of(alike, "Q4_K").view(2, 2, 32, 256)[:, 0].flatten(0, 1), plain(first)
+    )
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q6_K"])
@@ -97,8 +115,12 @@ def test_the_rows_of_some_tokens(name):
 
 
 def stored_model(model_type, types, **changes):
-    """A model of random rows of blocks, the types in turns, as the weights that they stand for; and the rows by name."""
-    model, rows, turn = tiny_model(model_type, torch.float32, **WIDE, **changes), {}, 0
+    """A model of random rows of blocks, the types in turns, as the weights that they stand for; and
+    the rows by name.
+    """
+    model = tiny_model(model_type, torch.float32, **WIDE, **changes)
+    rows = {}
+    turn = 0
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2 and ("embed" not in name or model.config.tie_word_embeddings):
             rows[name] = random_rows(types[turn % len(types)], *parameter.shape, seed=turn)
@@ -113,16 +135,21 @@ IDS = torch.tensor([[5, 9, 33, 61, 2, 17, 40, 8, 12]])
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "phi3", "starcoder2"])
 @pytest.mark.parametrize("types", [("Q4_1",), ("Q4_K", "Q4_K", "Q6_K"), tuple(FORMS)])
 def test_products_are_those_of_the_weights_in_fp32(model_type, types):
-    """Phi-3 has fused projections, qwen2 and starcoder2 biases, starcoder2 no gate and a tied head."""
+    """Phi-3 has fused projections, qwen2 and starcoder2 biases, starcoder2 no gate and a tied
+    head.
+    """
     native_or_skip(tiny_model("llama", torch.float32, **WIDE))
     model, rows = stored_model(model_type, types)
     expected = logits_of(TorchBackend.of(stored_model(model_type, types)[0]), IDS)
     kept = NativeBackend.of(model, stored=rows.get)
     assert kept.implementation.endswith("as stored)")
-    assert {matrix.form.kind for matrix in (*kept._layers.layers[0].matrices, kept._head.matrix)} == {"stored"}
+    assert {
+        matrix.form.kind for matrix in (*kept._layers.layers[0].matrices, kept._head.matrix)
+    } == {"stored"}
     found = logits_of(kept, IDS)
     torch.testing.assert_close(found, expected, atol=5e-3 * float(expected.std()), rtol=0)
-    assert torch.equal(found, logits_of(kept, IDS, range(1, IDS.shape[1])))  # a token alone has the bits that it has here
+    # A token alone has the bits that it has here
+    assert torch.equal(found, logits_of(kept, IDS, range(1, IDS.shape[1])))
 
 
 @pytest.mark.parametrize("missing", ["k_proj", "up_proj"])
@@ -132,8 +159,14 @@ def test_a_matrix_of_which_a_part_is_no_block_is_dequantised(missing):
     expected = logits_of(TorchBackend.of(stored_model("llama", ("Q4_K", "Q8_0"))[0]), IDS)
     kept = NativeBackend.of(model, stored=lambda name: None if missing in name else rows.get(name))
     kinds = [matrix.form.kind for matrix in kept._layers.layers[0].matrices]
-    assert kinds == (["fp32", "stored", "stored", "stored"] if missing == "k_proj" else ["stored", "stored", "fp32", "stored"])
-    torch.testing.assert_close(logits_of(kept, IDS), expected, atol=5e-3 * float(expected.std()), rtol=0)
+    assert kinds == (
+        ["fp32", "stored", "stored", "stored"]
+        if missing == "k_proj"
+        else ["stored", "stored", "fp32", "stored"]
+    )
+    torch.testing.assert_close(
+        logits_of(kept, IDS), expected, atol=5e-3 * float(expected.std()), rtol=0
+    )
 
 
 def test_low_bits_that_were_asked_for_are_rounded_from_the_weights():
@@ -150,7 +183,9 @@ def test_scales_that_are_not_finite_are_an_error():
     model, rows = stored_model("llama", ("Q4_K",))
     broken = rows["model.layers.1.mlp.up_proj.weight"]
     broken[3, 2:4] = torch.tensor([0, 0x7C], dtype=torch.uint8)  # infinity
-    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds infinity"):
+    with pytest.raises(
+        CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds infinity"
+    ):
         NativeBackend.of(model, stored=rows.get)
 
 
@@ -160,5 +195,10 @@ def test_reports_count_the_bytes_that_are_stored():
     backend = NativeBackend.of(model, stored=rows.get)
     norms = (2 * WIDE["num_hidden_layers"] + 1) * WIDE["hidden_size"]
     assert backend.bytes_read == 4.625 / 8 * (backend.spec.weights_read(1) - norms)
-    chosen = NativeBackend.of(tiny_model("mixtral", torch.float32, **WIDE | {"num_experts_per_tok": 2, "num_local_experts": 8}))
-    assert chosen.bytes_read == pytest.approx(4 * chosen.spec.weights_read(1), rel=0.05)  # routers and norms are small
+    chosen = NativeBackend.of(
+        tiny_model(
+            "mixtral", torch.float32, **WIDE | {"num_experts_per_tok": 2, "num_local_experts": 8}
+        )
+    )
+    # Routers and norms are small
+    assert chosen.bytes_read == pytest.approx(4 * chosen.spec.weights_read(1), rel=0.05)

@@ -14,7 +14,10 @@ from layerskip_core.model.cache import Places, available_memory
 from layerskip_core.model.pages import PAGE, PagedCache, PagePool
 from layerskip_core.model.row_cache import RowCache, SpanWriter
 
-LAYERS, HEADS, SIZE, CONTEXT = 2, 2, 4, 512
+LAYERS = 2
+HEADS = 2
+SIZE = 4
+CONTEXT = 512
 LIKE = torch.empty(0)
 
 
@@ -46,13 +49,21 @@ class Pages:
 
     def write(self, cache, row, start, numbers):
         stop = start + numbers.shape[3]
-        cache.addresses(Places(cache, [start] * cache.rows, [(each == row) * (stop - start) for each in range(cache.rows)]))
+        cache.addresses(
+            Places(
+                cache,
+                [start] * cache.rows,
+                [(each == row) * (stop - start) for each in range(cache.rows)],
+            )
+        )
         pages = cache._pages[row]
         for place in range(start, stop):
             page = pages[place // PAGE]
             assert getrefcount(page) == 3  # the list, the name and the argument
             with torch.inference_mode():
-                page.content.view(LAYERS, 2, HEADS, PAGE, SIZE)[:, :, :, place % PAGE] = numbers[:, :, :, place - start]
+                page.content.view(LAYERS, 2, HEADS, PAGE, SIZE)[:, :, :, place % PAGE] = numbers[
+                    :, :, :, place - start
+                ]
 
     def read(self, cache, row, stop):
         pages = [page.content.view(LAYERS, 2, HEADS, PAGE, SIZE) for page in cache._pages[row]]
@@ -60,13 +71,17 @@ class Pages:
 
 
 class Windowed(Pages):
-    """Of which a token sees the last 100. What no token will see again is no part of what is read."""
+    """Of which a token sees the last 100. What no token will see again is no part of what is
+    read.
+    """
 
     window = 100
 
     def read(self, cache, row, stop):
         forgotten = cache._pages[row].count(self.pool.nowhere)
-        assert len(cache._pages[row]) - forgotten <= (self.window + cache.steps_back + 150) // PAGE + 3  # 150 in a pass
+        assert (
+            len(cache._pages[row]) - forgotten <= (self.window + cache.steps_back + 150) // PAGE + 3
+        )  # 150 in a pass
         return super().read(cache, row, stop)
 
 
@@ -74,17 +89,30 @@ class Windowed(Pages):
 @given(seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=40)
 def test_rows_keep_their_numbers(kind, seed):
-    """Whoever leaves, joins, goes on from an earlier position or begins as another does, in a cache or in one that branches.
+    """Whoever leaves, joins, goes on from an earlier position or begins as another does, in a cache
+    or in one that branches.
 
-    A row is its numbers, and the position from which it may still write; with a window the numbers that may still be seen.
+    A row is its numbers, and the position from which it may still write; with a window the numbers
+    that may still be seen.
     """
-    random, memory, generator = Random(seed), kind(), torch.Generator().manual_seed(seed)
+    random = Random(seed)
+    memory = kind()
+    generator = torch.Generator().manual_seed(seed)
 
     def grown(cache, rows, row):
         """With new numbers from a position on."""
         numbers, least = rows[row]
-        start = random.randint(max(least, first(cache, row), numbers.shape[3] - 70), numbers.shape[3])
-        new = torch.rand(LAYERS, 2, HEADS, min(random.randint(1, 150), CONTEXT - start), SIZE, generator=generator)
+        start = random.randint(
+            max(least, first(cache, row), numbers.shape[3] - 70), numbers.shape[3]
+        )
+        new = torch.rand(
+            LAYERS,
+            2,
+            HEADS,
+            min(random.randint(1, 150), CONTEXT - start),
+            SIZE,
+            generator=generator,
+        )
         if new.shape[3]:
             memory.write(cache, row, start, new)
         return torch.cat([numbers[..., :start, :], new], dim=3), least
@@ -93,7 +121,8 @@ def test_rows_keep_their_numbers(kind, seed):
         return 0 if kind is Rows else cache.first(row)
 
     def fresh():
-        cache, rows = memory.new(1), [(torch.zeros(LAYERS, 2, HEADS, 0, SIZE), 0)]
+        cache = memory.new(1)
+        rows = [(torch.zeros(LAYERS, 2, HEADS, 0, SIZE), 0)]
         return cache, [grown(cache, rows, 0)]
 
     caches = [fresh()]
@@ -114,8 +143,13 @@ def test_rows_keep_their_numbers(kind, seed):
             rows[row] = grown(cache, rows, row)
         elif action == "branch" and rows and len(caches) < 6:
             chosen = [random.randrange(len(rows)) for _ in range(random.randint(1, 3))]
-            stops = [random.randint(max(1, first(cache, row)), rows[row][0].shape[3]) for row in chosen]
-            starts = [random.randint(max(first(cache, row), stop - 5), stop) for row, stop in zip(chosen, stops, strict=True)]
+            stops = [
+                random.randint(max(1, first(cache, row)), rows[row][0].shape[3]) for row in chosen
+            ]
+            starts = [
+                random.randint(max(first(cache, row), stop - 5), stop)
+                for row, stop in zip(chosen, stops, strict=True)
+            ]
             taken = list(zip(chosen, starts, stops, strict=True))
             branched = [(rows[row][0][..., :stop, :], start) for row, start, stop in taken]
             caches.append((cache.branch(chosen, starts, stops), branched))
@@ -131,14 +165,21 @@ def test_rows_keep_their_numbers(kind, seed):
                 assert torch.equal(found[..., least:, :], numbers[..., least:, :])
     cache = other = None
     if kind is not Rows:
-        held = {page for each, _ in caches for pages in each._pages for page in pages} - {memory.pool.nowhere}
+        held = {page for each, _ in caches for pages in each._pages for page in pages} - {
+            memory.pool.nowhere
+        }
         assert memory.pool.used == len(held)
 
 
-@pytest.mark.parametrize(("prompt", "end", "moves"), [(20, 270, 1), (1000, 1500, 1), (20, 3000, 6), (20, 131_072, 6)])
+@pytest.mark.parametrize(
+    ("prompt", "end", "moves"), [(20, 270, 1), (1000, 1500, 1), (20, 3000, 6), (20, 131_072, 6)]
+)
 def test_a_text_that_grows_moves_seldom(monkeypatch, prompt, end, moves):
-    """At once to an end that is near, else by half: to 320, 640, 1024, 1600, 2432 and 3712, or to the end."""
-    moved, hold = [], RowCache._hold
+    """At once to an end that is near, else by half: to 320, 640, 1024, 1600, 2432 and 3712, or to
+    the end.
+    """
+    moved = []
+    hold = RowCache._hold
 
     def counted(cache, storage):
         moved.append(cache.capacity)
@@ -171,7 +212,10 @@ def test_pages_are_given_back_and_taken_again():
     assert pool.used == 0
     for _ in range(3):
         held = texts(20)
-        assert pool.used == 20 * CONTEXT // PAGE and sum(len(slab.pages) for slab in pool._slabs) <= slabs
+        assert (
+            pool.used == 20 * CONTEXT // PAGE
+            and sum(len(slab.pages) for slab in pool._slabs) <= slabs
+        )
         del held
 
 
@@ -181,11 +225,14 @@ def test_a_prefix_shares_all_pages_but_the_last():
     cache.addresses(cache.span(200, 201))
     branches = [cache.branch([0], [200]) for _ in range(5)]
     assert pool.used == 4 + 5 and len({*branches[0].memory} & {*branches[1].memory}) == 3
-    with pytest.raises(ConfigError, match="the context limit of 512 tokens is reached: position 512 was requested"):
+    with pytest.raises(
+        ConfigError, match="the context limit of 512 tokens is reached: position 512 was requested"
+    ):
         branches[0].span(512, 513)
 
 
-V1, V2 = ("limit_in_bytes", "usage_in_bytes", "total_"), ("max", "current", "")
+V1 = ("limit_in_bytes", "usage_in_bytes", "total_")
+V2 = ("max", "current", "")
 
 
 @pytest.mark.parametrize(
@@ -207,12 +254,16 @@ def test_the_memory_available_is_the_machines_within_the_limits_of_cgroups(
     tmp_path, monkeypatch, listed, folder, names, limit, expected
 ):
     """200 bytes are used, of which 40 by cached files."""
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=9000, available=1000))
+    monkeypatch.setattr(
+        "psutil.virtual_memory", lambda: SimpleNamespace(total=9000, available=1000)
+    )
     group, (limited, used, prefix) = tmp_path / "sys/fs/cgroup" / folder, names
     group.mkdir(parents=True)
     (group / f"memory.{limited}").write_text(f"{limit}\n")
     (group / f"memory.{used}").write_text("200\n")
-    (group / "memory.stat").write_text(f"anon 160\n{prefix}inactive_file 30\n{prefix}active_file 10\nslab 7\n")
+    (group / "memory.stat").write_text(
+        f"anon 160\n{prefix}inactive_file 30\n{prefix}active_file 10\nslab 7\n"
+    )
     if listed is not None:
         (tmp_path / "proc/self").mkdir(parents=True)
         (tmp_path / "proc/self/cgroup").write_text(f"{listed}\n")

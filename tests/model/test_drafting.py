@@ -14,7 +14,9 @@ from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding.sampling import Sampler
 from layerskip_core.model import Submodel, TorchBackend, TransformersBackend
 
-STOPS, EXIT, MOST = (1, 3), 3, 5
+STOPS = (1, 3)
+EXIT = 3
+MOST = 5
 SUBMODEL = Submodel(EXIT, taps=STOPS[:-1])
 WIDE = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
 ORDER = torch.randperm(67, generator=torch.Generator().manual_seed(3)).tolist()
@@ -33,7 +35,9 @@ def backend_of(kind, packing=None):
     if kind == "packed":
         return TorchBackend.of(tiny_model("llama", torch.float64, **WIDE), packing, ORDER)
     if kind.endswith("native"):  # that of gemma2 with capped logits
-        return native_or_skip(tiny_model(kind.split()[0], torch.float32, **WIDE), packing, token_order=ORDER)
+        return native_or_skip(
+            tiny_model(kind.split()[0], torch.float32, **WIDE), packing, token_order=ORDER
+        )
     return TransformersBackend(tiny_model(kind))
 
 
@@ -43,25 +47,39 @@ def side_of(backend):
 
 def drafted(backend, **settings):
     """A draft after a prompt; all of the prompt but its last token is cached."""
-    side, cache, last = side_of(backend), backend.new_cache(), PROMPT.shape[1] - 1
-    positions, weights = torch.arange(last + MOST + 1)[None], list(backend.draft_sides)[-1]
+    side = side_of(backend)
+    cache = backend.new_cache()
+    last = PROMPT.shape[1] - 1
+    positions = torch.arange(last + MOST + 1)[None]
+    weights = list(backend.draft_sides)[-1]
     with torch.inference_mode():
         for layers in (backend, side.layers):  # a draft side with its own weights has its own keys
-            layers.run_layers(layers.embed(PROMPT[:, :last]), 0, side.num_layers, at(positions[:, :last], cache))
+            layers.run_layers(
+                layers.embed(PROMPT[:, :last]), 0, side.num_layers, at(positions[:, :last], cache)
+            )
     return draft_of(backend, weights, SUBMODEL, PROMPT, positions[:, last:], cache, **settings)
 
 
 @cache
 def expected(backend):
-    """The same by the whole sequence for each token, without a cache: MOST + 1 tokens, and their states by stop."""
-    side, ids = side_of(backend), PROMPT
+    """The same by the whole sequence for each token, without a cache: MOST + 1 tokens, and their
+    states by stop.
+    """
+    side = side_of(backend)
+    ids = PROMPT
     with torch.inference_mode():
         while True:
-            states = {stop: run_texts(side.layers, side.layers.embed(ids), 0, stop) for stop in STOPS}
+            states = {
+                stop: run_texts(side.layers, side.layers.embed(ids), 0, stop) for stop in STOPS
+            }
             if ids.shape[1] == PROMPT.shape[1] + MOST:
                 new = slice(PROMPT.shape[1] - 1, None)
-                return ids[0, new].tolist(), {stop: reached[:, new] for stop, reached in states.items()}
-            ids = torch.cat([ids, side.at_exits.choose(side.at_exits.unembed(states[EXIT][:, -1:]))], dim=1)
+                return ids[0, new].tolist(), {
+                    stop: reached[:, new] for stop, reached in states.items()
+                }
+            ids = torch.cat(
+                [ids, side.at_exits.choose(side.at_exits.unembed(states[EXIT][:, -1:]))], dim=1
+            )
 
 
 CASES = [
@@ -103,27 +121,37 @@ def test_a_draft_ends_where_its_probabilities_are_low(kind, packing):
     backend = backend_of(kind, packing)
     known, states = expected(backend)
     with torch.inference_mode():
-        logits = side_of(backend).at_exits.unembed(states[EXIT][0, :MOST].to(backend.embed(PROMPT).dtype))
+        logits = side_of(backend).at_exits.unembed(
+            states[EXIT][0, :MOST].to(backend.embed(PROMPT).dtype)
+        )
     probs = logits.double().softmax(-1).amax(-1).tolist()
     rough = 1e-2 if kind == "packed" else 1e-5
     full = drafted(backend, draft_confidence=1e-30)
     assert full.tokens.tolist() == known and full.confidence == pytest.approx(probs, rel=rough)
     low = min(range(MOST), key=probs.__getitem__)
     confident = drafted(backend, draft_confidence=probs[low] * (1 + 2 * rough))
-    assert all(len(states) == low + 1 for states in confident.exit_states.values())  # the last token's are there already
+    # The last token's are there already
+    assert all(len(states) == low + 1 for states in confident.exit_states.values())
     assert confident.tokens.tolist() == known[: low + 1] and len(confident.confidence) == low
     survival = [prod(probs[: place + 1]) for place in range(MOST)]
     for place in (0, 2):
         surviving = drafted(backend, survival=survival[place] * (1 + 10 * rough))
-        assert surviving.tokens.tolist() == known[: place + 2] and len(surviving.confidence) == place + 1
+        assert (
+            surviving.tokens.tolist() == known[: place + 2]
+            and len(surviving.confidence) == place + 1
+        )
 
 
 def test_sampled_drafts_are_chosen_by_the_noise_of_their_positions():
-    backend, sampling = backend_of("llama"), {"temperature": 2.0, "top_k": 7}
+    backend = backend_of("llama")
+    sampling = {"temperature": 2.0, "top_k": 7}
     draft = drafted(backend, **sampling)
     ids = torch.cat([PROMPT[0, :-1], draft.tokens[:-1]])[None]
-    sampler, row = Sampler(DecodingConfig(**sampling)), SimpleNamespace(ids=PROMPT[0].tolist(), seed=0)
+    sampler = Sampler(DecodingConfig(**sampling))
+    row = SimpleNamespace(ids=PROMPT[0].tolist(), seed=0)
     with torch.no_grad():
         states = run_texts(backend, backend.embed(ids), 0, EXIT)
-        scores = sampler.scores(backend.unembed(states[0, -MOST:]), sampler.noise([row], [0], [MOST]))
+        scores = sampler.scores(
+            backend.unembed(states[0, -MOST:]), sampler.noise([row], [0], [MOST])
+        )
     assert draft.tokens[1:].tolist() == sampler.best(scores).tolist()

@@ -1,4 +1,6 @@
-"""Mixtures of experts, beside what test_native.py, test_packed.py and others ask of every architecture."""
+"""Mixtures of experts, beside what test_native.py, test_packed.py and others ask of every
+architecture.
+"""
 
 import pytest
 import torch
@@ -26,11 +28,15 @@ MIXTURES = ("granitemoe", "mixtral", "olmoe", "qwen3_moe")
 def test_weights_in_parts_are_read_as_the_model_has_them(model_type, tmp_path):
     model = tiny_model(model_type, torch.float32, **CHANGES[model_type])
     model.save_pretrained(tmp_path)
-    files, stored = open_weights(tmp_path, ModelSpec.of(model.config)), open_weights(tmp_path)
+    files = open_weights(tmp_path, ModelSpec.of(model.config))
+    stored = open_weights(tmp_path)
     assert files.keys() == {name for name, _ in model.named_parameters()} != stored.keys()
     for name, weight in model.named_parameters():
         for read in (files[name].read, files[name].mapped):
-            assert torch.equal(read(name), weight) and files[name].entries[name] == ("F32", tuple(weight.shape))
+            assert torch.equal(read(name), weight) and files[name].entries[name] == (
+                "F32",
+                tuple(weight.shape),
+            )
 
 
 @pytest.mark.parametrize("model_type", MIXTURES)
@@ -42,7 +48,9 @@ def test_a_checkpoint_of_training_has_the_weights_as_they_are(model_type, tmp_pa
     recipe_module(other, RecipeSettings("none")).load(tmp_path)
     read = AutoModelForCausalLM.from_pretrained(tmp_path)
     for name, weight in model.named_parameters():
-        assert torch.equal(other.get_parameter(name), weight) and torch.equal(read.get_parameter(name), weight)
+        assert torch.equal(other.get_parameter(name), weight) and torch.equal(
+            read.get_parameter(name), weight
+        )
 
 
 def test_a_weight_without_one_of_its_parts_is_missing(tmp_path):
@@ -68,12 +76,16 @@ def test_low_bit_experts_on_torchs_kernels_are_near_the_model(quantize):
 
 
 def test_clipped_projections_are_left_to_transformers():
-    clipped = ModelSpec.of(tiny_model("olmoe", torch.float32, clip_qkv=2.0, **CHANGES["olmoe"]).config)
+    clipped = ModelSpec.of(
+        tiny_model("olmoe", torch.float32, clip_qkv=2.0, **CHANGES["olmoe"]).config
+    )
     assert missing_feature(clipped) == "projections clipped at 2"
 
 
 def test_a_pass_of_more_tokens_reads_more_experts():
-    """Of 8 experts a token chooses 3; n tokens miss an expert with probability (5/8)^n. An expert has 3 * 48 * 32 weights."""
+    """Of 8 experts a token chooses 3; n tokens miss an expert with probability (5/8)^n. An expert
+    has 3 * 48 * 32 weights.
+    """
     spec = ModelSpec.of(tiny_model("olmoe", torch.float32, **CHANGES["olmoe"]).config)
     experts = 6 * 8 * 3 * 48 * 32
     rest = spec.parameters - 67 * 32 - experts
@@ -81,26 +93,47 @@ def test_a_pass_of_more_tokens_reads_more_experts():
         assert spec.weights_read(rows) == pytest.approx(rest + experts * (1 - (5 / 8) ** rows))
     dense = ModelSpec.of(tiny_model("llama", torch.float32).config)
     assert dense.weights_read(1) == dense.weights_read(9) == dense.parameters - 67 * 32
-    ours, theirs = PassTimes.usual(0.1, spec), PassTimes.usual(0.1, dense)
+    ours = PassTimes.usual(0.1, spec)
+    theirs = PassTimes.usual(0.1, dense)
     assert ours.of(1) == theirs.of(1) == 1 and ours.of(2) > 1.3 > theirs.of(2)
     assert all(ours.of(n) > theirs.of(n) for n in range(2, 41))
 
 
-@pytest.mark.parametrize(("model_type", "needed"), [("olmoe", "without experts"), ("gpt2", "that stores weights by outputs")])
+@pytest.mark.parametrize(
+    ("model_type", "needed"),
+    [("olmoe", "without experts"), ("gpt2", "that stores weights by outputs")],
+)
 def test_calibration_refuses_experts_and_transposed_weights(tmp_path, model_type, needed):
     loaded = tiny_loaded(torch.float32)
     sizes = {"vocab_size": len(loaded.tokenizer), "eos_token_id": loaded.tokenizer.eos_token_id}
     model = tiny_model(model_type, torch.float32, **{**WIDE, **CHANGES[model_type], **sizes})
     save_checkpoint(model, loaded.tokenizer, loaded.info, str(tmp_path / "model"), torch.float32)
-    fails(f"calibration needs a --model {needed}, got {model_type}", "calibrate", "--model", str(tmp_path / "model"))
+    fails(
+        f"calibration needs a --model {needed}, got {model_type}",
+        "calibrate",
+        "--model",
+        str(tmp_path / "model"),
+    )
 
 
 @pytest.mark.parametrize("model_type", ["granitemoehybrid", "qwen3_5_moe_text", "qwen3_next"])
 @pytest.mark.parametrize("changes", [{}, {"position_embedding_type": "rope"}])
 def test_experts_beside_what_all_tokens_share(model_type, changes):
-    """As the model has them, in any division of the text into calls; or, where these are no whole experts, nowhere."""
-    shared = "shared_intermediate_size" if model_type == "granitemoehybrid" else "shared_expert_intermediate_size"
-    sizes = {**WIDE, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32, **changes}
+    """As the model has them, in any division of the text into calls; or, where these are no whole
+    experts, nowhere.
+    """
+    shared = (
+        "shared_intermediate_size"
+        if model_type == "granitemoehybrid"
+        else "shared_expert_intermediate_size"
+    )
+    sizes = {
+        **WIDE,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 32,
+        **changes,
+    }
     for width in (32, 96):
         model = tiny_model(model_type, torch.float32, **sizes, **{shared: width})
         with torch.no_grad():
@@ -110,4 +143,6 @@ def test_experts_beside_what_all_tokens_share(model_type, changes):
         torch.testing.assert_close(whole, expected, atol=1e-3 * float(expected.std()), rtol=0)
         assert torch.equal(logits_of(backend, ids_of(2, 12), range(1, 12)), whole)
     spec = ModelSpec.of(tiny_model(model_type, torch.float32, **sizes, **{shared: 40}).config)
-    assert missing_feature(spec) and not suits_kernels(spec, torch.float32, torch.device("cpu"), None)
+    assert missing_feature(spec) and not suits_kernels(
+        spec, torch.float32, torch.device("cpu"), None
+    )

@@ -1,4 +1,6 @@
-"""The kernels are optional: which are built and chosen, and what is told of those that are missing. Here none may be."""
+"""The kernels are optional: which are built and chosen, and what is told of those that are missing.
+Here none may be.
+"""
 
 import ctypes
 import os
@@ -24,12 +26,16 @@ BUILD = runpy.run_path(str(Path(__file__).parents[2] / "setup.py"))
 _COMPILER = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc").split()[0]
 
 
-@pytest.mark.skipif(not compiled.VARIANTS, reason="there are no kernels for this processor and system")
+@pytest.mark.skipif(
+    not compiled.VARIANTS, reason="there are no kernels for this processor and system"
+)
 @pytest.mark.skipif(shutil.which(_COMPILER) is None, reason="there is no C compiler")
 def test_the_kernels_were_built_where_there_is_a_compiler():
     folder = Path(compiled.__file__).parent
     absent = [name for name in compiled.VARIANTS if not (folder / f"_{name}.so").is_file()]
-    assert not absent, f"{_COMPILER} did not build {', '.join(absent)}: `pip install -v -e .` shows why"
+    assert not absent, (
+        f"{_COMPILER} did not build {', '.join(absent)}: `pip install -v -e .` shows why"
+    )
     assert compiled.kernel_note() is None
 
 
@@ -54,9 +60,12 @@ def test_the_variants_of_each_processor_are_those_of_the_build():
 )
 def test_what_is_built_depends_on_the_target(monkeypatch, target, processor):
     monkeypatch.setenv("_PYTHON_HOST_PLATFORM", target)
-    built, variants = BUILD["extensions"](), BUILD["VARIANTS"].get(processor, {})
+    built = BUILD["extensions"]()
+    variants = BUILD["VARIANTS"].get(processor, {})
     assert BUILD["target"]() == processor
-    assert [extension.name for extension in built] == [f"layerskip_core.model.native._{name}" for name in variants]
+    assert [extension.name for extension in built] == [
+        f"layerskip_core.model.native._{name}" for name in variants
+    ]
     assert all(extension.optional for extension in built)
 
 
@@ -71,7 +80,8 @@ def test_kernels_of_another_version_are_refused(monkeypatch):
         compiled._load.__wrapped__(BUILT[0])
 
 
-CPUINFO = Path(__file__).with_name("cpuinfo")  # the lines of /proc/cpuinfo that matter, by kind of machine
+# The lines of /proc/cpuinfo that matter, by kind of machine
+CPUINFO = Path(__file__).with_name("cpuinfo")
 
 
 @pytest.mark.parametrize(
@@ -99,7 +109,9 @@ def test_the_flags_of_a_machine_name_its_best_variant(machine, processor, best):
 @needs_kernels
 @pytest.mark.skipif(not Path("/proc/cpuinfo").is_file(), reason="this system has no /proc/cpuinfo")
 def test_the_variants_that_run_are_those_that_the_flags_of_this_machine_name(monkeypatch):
-    """C asks the processor itself, Python reads /proc/cpuinfo: the spelling of a flag must not make a difference."""
+    """C asks the processor itself, Python reads /proc/cpuinfo: the spelling of a flag must not make
+    a difference.
+    """
     monkeypatch.delenv(compiled.SWITCH, raising=False)
     flags = compiled._cpu_flags()
     named = [name for name in compiled.VARIANTS if compiled._NEEDS[name] <= flags]
@@ -132,7 +144,12 @@ def test_a_note_says_that_kernels_are_missing_if_the_machine_could_run_them(abse
     for processor, flags, requested, note in (
         ("x86_64", {*compiled._AVX2, "sse2"}, "", MISSING),
         ("x86_64", {*compiled._AVX2, "sse2"}, "torch", None),
-        ("x86_64", {*compiled._AVX2, "sse2"}, "avx512", "this CPU lacks instructions of the avx512 kernels"),
+        (
+            "x86_64",
+            {*compiled._AVX2, "sse2"},
+            "avx512",
+            "this CPU lacks instructions of the avx512 kernels",
+        ),
         ("x86_64", {"sse2"}, "", None),
         ("aarch64", {"asimddp", "bf16"}, "", MISSING),
         ("riscv64", set(), "", None),
@@ -158,13 +175,17 @@ def test_a_note_says_that_this_system_does_not_let_better_kernels_run(absent, tm
         return library
 
     absent.setattr(compiled.ctypes, "CDLL", refusing)
-    assert "the compiled amx kernels cannot be loaded (this system does not let them run)" in (note := compiled.kernel_note())
+    assert "the compiled amx kernels cannot be loaded (this system does not let them run)" in (
+        note := compiled.kernel_note()
+    )
     assert "decoding uses the avx2 kernels, which are slower" in note
 
 
 @pytest.mark.skipif("avx2" not in BUILT, reason="needs the avx2 kernels")
 def test_a_note_says_that_a_better_library_cannot_be_loaded(absent, tmp_path):
-    """Here a file that is no library; the next variant runs. Where the CPU could not run it anyway there is nothing to say."""
+    """Here a file that is no library; the next variant runs. Where the CPU could not run it anyway
+    there is nothing to say.
+    """
     shutil.copy(BUILT_FOLDER / "_avx2.so", tmp_path)
     (tmp_path / "_avx512.so").write_text("damaged")
     assert compiled.kernel_note() is None
@@ -173,13 +194,23 @@ def test_a_note_says_that_a_better_library_cannot_be_loaded(absent, tmp_path):
     assert "decoding uses the avx2 kernels, which are slower" in note
 
 
-def test_without_an_openmp_runtime_the_kernels_run_on_one_thread(variant, monkeypatch, tmp_path, threads):  # noqa: F811
+def test_without_an_openmp_runtime_the_kernels_run_on_one_thread(
+    variant,  # noqa: F811
+    monkeypatch,
+    tmp_path,
+    threads,  # noqa: F811
+):
     """From a copy of the library, which has variables of its own."""
     threads(2)
     monkeypatch.delenv(compiled.SWITCH, raising=False)
-    ids, threaded = ids_of(1, 12), model_of("fp32")
-    monkeypatch.setattr(compiled, "_OPENMP", ("no_such_function", "omp_get_thread_num", "omp_get_num_threads"))
-    single = compiled.Kernels(variant, ctypes.CDLL(shutil.copy(BUILT_FOLDER / f"_{variant}.so", tmp_path)))
+    ids = ids_of(1, 12)
+    threaded = model_of("fp32")
+    monkeypatch.setattr(
+        compiled, "_OPENMP", ("no_such_function", "omp_get_thread_num", "omp_get_num_threads")
+    )
+    single = compiled.Kernels(
+        variant, ctypes.CDLL(shutil.copy(BUILT_FOLDER / f"_{variant}.so", tmp_path))
+    )
     assert not single.has_threads and compiled.kernels(variant).has_threads
     monkeypatch.setattr(native, "kernels", lambda: single)
     monkeypatch.setattr(compiled, "_load", lambda requested: (single, {}))
@@ -190,7 +221,9 @@ def test_without_an_openmp_runtime_the_kernels_run_on_one_thread(variant, monkey
 
 
 @pytest.mark.parametrize(
-    "command", [("generate", "go"), ("bench", "--samples", "1", "--repeats", "1")], ids=lambda command: command[0]
+    "command",
+    [("generate", "go"), ("bench", "--samples", "1", "--repeats", "1")],
+    ids=lambda command: command[0],
 )
 def test_commands_say_once_that_kernels_are_missing(absent, checkpoint, command):
     command = (*command, "--max-new-tokens", "2", "--exit", "2", "--model", checkpoint)
@@ -202,12 +235,15 @@ def test_commands_say_once_that_kernels_are_missing(absent, checkpoint, command)
 
 def test_no_note_for_a_model_that_the_kernels_do_not_know(absent, checkpoint):
     assert for_decoding(checkpoint, "cpu", "fp32").notes[0].startswith(MISSING)
-    assert for_decoding(checkpoint, "cpu", "fp32", PackingConfig(quantize="int8")).notes == ()  # 48 is no 32s
+    # 48 is no 32s
+    assert for_decoding(checkpoint, "cpu", "fp32", PackingConfig(quantize="int8")).notes == ()
 
 
 def test_an_unknown_variant_is_an_error_for_every_model(monkeypatch, checkpoint, tmp_path):
     monkeypatch.setenv(compiled.SWITCH, "avx1024")
     tiny_model("gemma2", torch.float64).save_pretrained(tmp_path)
     for folder, load in product((checkpoint, tmp_path), (for_decoding, for_training)):
-        with pytest.raises(ConfigError, match=r"LAYERSKIP_KERNELS must be one of .*, torch, got avx1024"):
+        with pytest.raises(
+            ConfigError, match=r"LAYERSKIP_KERNELS must be one of .*, torch, got avx1024"
+        ):
             load(str(folder), "cpu")

@@ -1,4 +1,6 @@
-"""The C kernels: equal to the generic layers, batch-invariant, and replaced by torch's where they cannot run."""
+"""The C kernels: equal to the generic layers, batch-invariant, and replaced by torch's where they
+cannot run.
+"""
 
 from dataclasses import replace
 from itertools import product
@@ -30,7 +32,8 @@ from layerskip_core.model.vocabulary import most_probable
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "num_attention_heads": 4}
 BUILT = [name for name in compiled.VARIANTS if compiled.kernels(name) is not None]
-LIKE_AVX2 = [name for name in BUILT if name in ("avx512_vnni", "avx_vnni")]  # but for one instruction
+# But for one instruction
+LIKE_AVX2 = [name for name in BUILT if name in ("avx512_vnni", "avx_vnni")]
 PRECISIONS = {
     "fp32": (torch.float32, {}),
     "bf16": (torch.bfloat16, {}),
@@ -38,12 +41,17 @@ PRECISIONS = {
     "int4": (torch.float32, {"quantize": "int4"}),
 }
 
-PARTIAL_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}}
+PARTIAL_ROPE = {
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}
+}
 KINDS = {  # of layers, between them with every part that the kernels have
     "llama": {},
     "mistral": {"sliding_window": 7},
     "gemma2": CHANGES["gemma2"],
-    "gemma3_text": {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"] * 3},
+    "gemma3_text": {
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+    },
     "granite": CHANGES["granite"],
     "granitemoe": CHANGES["granitemoe"],
     "olmo2": {},
@@ -65,7 +73,9 @@ CELLS = [  # of each kind a wide and a low-bit precision, of three kinds all
     for kind, precision in product(KINDS, PRECISIONS)
     if precision in ("bf16", "int4") or kind in ("llama", "qwen3_moe", "qwen3_5_text")
 ]
-needs_kernels = pytest.mark.skipif(not BUILT, reason="no kernels were built here, or the CPU lacks what they need")
+needs_kernels = pytest.mark.skipif(
+    not BUILT, reason="no kernels were built here, or the CPU lacks what they need"
+)
 
 
 @pytest.fixture(params=[name for name in BUILT if name not in LIKE_AVX2])
@@ -83,7 +93,9 @@ def threads():
 
 def model_of(precision, model_type="llama", **changes):
     dtype, packing = PRECISIONS[precision]
-    return NativeBackend.of(tiny_model(model_type, dtype, **{**WIDE, **changes}), PackingConfig(**packing))
+    return NativeBackend.of(
+        tiny_model(model_type, dtype, **{**WIDE, **changes}), PackingConfig(**packing)
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -95,23 +107,36 @@ def test_fp32_spans_equal_the_generic_ones(variant, pair, case):  # noqa: F811
 
 @pytest.mark.parametrize("case", [*EACH_PART, *DENSE_MIXERS, "gemma4_text"])
 def test_bf16_spans_are_nearer_to_fp32_ones_than_those_of_transformers(variant, pair, case):  # noqa: F811
-    """Over the same bf16 weights: the kernels keep hidden states and sums in fp32, and round less."""
+    """Over the same bf16 weights: the kernels keep hidden states and sums in fp32, and round
+    less.
+    """
     generic, fast = pair(case, torch.bfloat16, NativeBackend)
-    ids, edges = ids_of(2, 17), [0, 9, 10, 17]
-    ours, transformers = spans(fast, ids, edges), spans(generic, ids, edges)
+    ids = ids_of(2, 17)
+    edges = [0, 9, 10, 17]
+    ours = spans(fast, ids, edges)
+    transformers = spans(generic, ids, edges)
     generic.model.float()
     expected = spans(generic, ids, edges)
-    bound = 5 if case == "qwen3_5_text" else 1  # of transformers, which rounds between all parts of a recurrence
-    assert rms(errors(ours, expected)) < 0.8 * rms(errors(transformers, expected)) < bound * BF16_ERROR
+    # Of transformers, which rounds between all parts of a recurrence
+    bound = 5 if case == "qwen3_5_text" else 1
+    assert (
+        rms(errors(ours, expected)) < 0.8 * rms(errors(transformers, expected)) < bound * BF16_ERROR
+    )
 
 
 @pytest.mark.parametrize(("model_type", "precision"), CELLS)
 def test_the_kernels_are_batch_invariant(variant, model_type, precision, threads):
     """Rows of a call, rows of a batch, a span in pieces, and any number of threads."""
-    model, ids, results = model_of(precision, model_type, **KINDS[model_type]), ids_of(3, 20), []
+    model = model_of(precision, model_type, **KINDS[model_type])
+    ids = ids_of(3, 20)
+    results = []
     for count, rows, number in ((1, 1, 1), (4, 3, 2), (7, 1, 3), (20, 3, 1)):
         threads(number)
-        results.append(torch.cat([logits_of(model, part, range(count, 20, count)) for part in torch.split(ids, rows)]))
+        results.append(
+            torch.cat(
+                [logits_of(model, part, range(count, 20, count)) for part in torch.split(ids, rows)]
+            )
+        )
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
@@ -119,8 +144,11 @@ def test_the_kernels_are_batch_invariant(variant, model_type, precision, threads
 @pytest.mark.parametrize("name", LIKE_AVX2)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_vnni_changes_no_bit(monkeypatch, precision, name):
-    """Sums of levels are exact, so the instruction gives those of AVX2; of one row, of several and of whole tiles."""
-    ids, results = ids_of(1, 60), []
+    """Sums of levels are exact, so the instruction gives those of AVX2; of one row, of several and
+    of whole tiles.
+    """
+    ids = ids_of(1, 60)
+    results = []
     for chosen in ("avx2", name):
         monkeypatch.setattr(native, "kernels", lambda chosen=chosen: compiled.kernels(chosen))
         model = model_of(precision)
@@ -131,14 +159,20 @@ def test_vnni_changes_no_bit(monkeypatch, precision, name):
 
 @pytest.mark.parametrize(("precision", "width"), [("fp32", 32), ("bf16", 40), ("fp32", 96)])
 def test_rows_have_the_same_bits_in_any_number(variant, precision, width, threads):
-    """Around the sizes of blocks, of widths that are multiples of 32 or not, through layers with biases and the head."""
+    """Around the sizes of blocks, of widths that are multiples of 32 or not, through layers with
+    biases and the head.
+    """
     threads(2)
-    model = model_of(precision, "starcoder2", num_hidden_layers=2, hidden_size=width, intermediate_size=width + 2)
+    model = model_of(
+        precision, "starcoder2", num_hidden_layers=2, hidden_size=width, intermediate_size=width + 2
+    )
     ids = ids_of(100, 1)
     positions = torch.zeros(100, 1, dtype=torch.long)
 
     def run(part):
-        hidden = model.run_layers(model.embed(ids[part]), 0, 2, at(positions[part], model.new_cache(len(ids[part]), 1)))
+        hidden = model.run_layers(
+            model.embed(ids[part]), 0, 2, at(positions[part], model.new_cache(len(ids[part]), 1))
+        )
         return model.unembed(hidden)
 
     with torch.inference_mode():
@@ -149,13 +183,18 @@ def test_rows_have_the_same_bits_in_any_number(variant, precision, width, thread
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_threads_that_take_each_others_panels_change_no_bit(variant, precision, threads):
-    """Of products that are long enough, whose panels are no multiple of what is taken at once; on more threads than cores."""
+    """Of products that are long enough, whose panels are no multiple of what is taken at once; on
+    more threads than cores.
+    """
     wide = {"hidden_size": 512, "intermediate_size": 1120, "num_hidden_layers": 2}
-    model, ids = model_of(precision, **wide), ids_of(1, 20)
+    model = model_of(precision, **wide)
+    ids = ids_of(1, 20)
 
     def run(number, rows):
         threads(number)
-        hidden = model.run_layers(model.embed(ids[:, :rows]), 0, 2, at(torch.arange(rows)[None], model.new_cache()))
+        hidden = model.run_layers(
+            model.embed(ids[:, :rows]), 0, 2, at(torch.arange(rows)[None], model.new_cache())
+        )
         return model.unembed(hidden)
 
     with torch.inference_mode():
@@ -171,17 +210,23 @@ LONG = {  # of heads: sizes, many that share a key, and what bounds scores or th
     "256": ("gemma", {"head_dim": 256}),
     "256 and 512": ("gemma4_text", {"head_dim": 256, "sliding_window": 140}),
     "20 of one key": ("gemma", {"num_attention_heads": 20, "num_key_value_heads": 1}),
-    "window and cap": ("gemma2", {"sliding_window": 140, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0}),
+    "window and cap": (
+        "gemma2",
+        {"sliding_window": 140, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0},
+    ),
 }
 
 
 @pytest.mark.parametrize("case", LONG)
 def test_attention_over_long_texts(variant, case, threads):
-    """In bf16, over several spans of places: near fp32, and the same bits in pieces, which end on the edges of spans or not."""
+    """In bf16, over several spans of places: near fp32, and the same bits in pieces, which end on
+    the edges of spans or not.
+    """
     model_type, changes = LONG[case]
     changes = {**WIDE, "num_hidden_layers": 2, "max_position_embeddings": 300, **changes}
     tiny, same = (tiny_model(model_type, torch.bfloat16, **changes) for _ in range(2))
-    model, ids = NativeBackend.of(tiny), ids_of(2, 300)
+    model = NativeBackend.of(tiny)
+    ids = ids_of(2, 300)
 
     threads(1)
     whole = logits_of(model, ids)
@@ -195,26 +240,49 @@ def test_attention_over_long_texts(variant, case, threads):
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 @pytest.mark.parametrize("model_type", [kind for kind in KINDS if kind not in OWN_LAYERS])
 def test_low_bit_layers_are_near_torchs_over_the_same_levels(variant, precision, model_type):
-    """Against the packed model on torch's kernels over the same levels: what differs is the rounding of activations."""
+    """Against the packed model on torch's kernels over the same levels: what differs is the
+    rounding of activations.
+    """
     dtype, packing = PRECISIONS[precision]
     tiny = tiny_model(model_type, dtype, **{**WIDE, **KINDS[model_type]})
     reference = TorchBackend.of(tiny, PackingConfig(**packing))
-    model, ids = model_of(precision, model_type, **KINDS[model_type]), ids_of(1, 12)
-    expected, actual = logits_of(reference, ids).float(), logits_of(model, ids)
+    model = model_of(precision, model_type, **KINDS[model_type])
+    ids = ids_of(1, 12)
+    expected = logits_of(reference, ids).float()
+    actual = logits_of(model, ids)
     assert (actual - expected).std() < 0.1 * expected.std()
 
 
 @pytest.mark.parametrize(
     ("model_type", "packing"),
     [
-        *(("llama", packing) for packing in ({}, {"draft_vocab": 40}, {"draft_weights": ("int8",)}, {"quantize": "int4"})),
-        *(("gemma3_text", {}), ("olmo2", {"draft_weights": ("int8",)}), ("granite", {}), ("starcoder2", {})),
-        *(("granitemoe", {}), ("qwen3_moe", {"draft_weights": ("int8",)}), ("gemma4_text", {"draft_weights": ("int8",)})),
+        *(
+            ("llama", packing)
+            for packing in (
+                {},
+                {"draft_vocab": 40},
+                {"draft_weights": ("int8",)},
+                {"quantize": "int4"},
+            )
+        ),
+        *(
+            ("gemma3_text", {}),
+            ("olmo2", {"draft_weights": ("int8",)}),
+            ("granite", {}),
+            ("starcoder2", {}),
+        ),
+        *(
+            ("granitemoe", {}),
+            ("qwen3_moe", {"draft_weights": ("int8",)}),
+            ("gemma4_text", {"draft_weights": ("int8",)}),
+        ),
     ],
     ids=str,
 )
 def test_a_draft_in_one_call_equals_a_draft_in_steps(variant, model_type, packing, threads):
-    """Tokens, states and the cache, bit for bit; and the same after an EOS, which ends the draft."""
+    """Tokens, states and the cache, bit for bit; and the same after an EOS, which ends the
+    draft.
+    """
     threads(1 + (model_type == "llama"))
     order = torch.randperm(67, generator=torch.Generator().manual_seed(3)).tolist()
     tiny = tiny_model(model_type, torch.bfloat16, **{**WIDE, **KINDS[model_type]})
@@ -229,7 +297,11 @@ def test_a_draft_in_one_call_equals_a_draft_in_steps(variant, model_type, packin
         drafter = drafter_for(DrafterSetup(model, config, frozenset(ends)))
         context = context_after(model, prompt)
         with torch.inference_mode():
-            draft = drafter.draft(context, [6]) if one_call else drafter._step_by_step(context, [6], DraftEnds(frozenset(ends)))
+            draft = (
+                drafter.draft(context, [6])
+                if one_call
+                else drafter._step_by_step(context, [6], DraftEnds(frozenset(ends)))
+            )
             return draft, target.verify(draft, context.places([len(draft.tokens)], [0])).logits
 
     chosen = drafted((), False)[0].tokens.tolist()
@@ -242,11 +314,16 @@ def test_a_draft_in_one_call_equals_a_draft_in_steps(variant, model_type, packin
         assert torch.equal(ours, logits)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma4_text", "qwen3_moe", "qwen3_5_text"])
+@pytest.mark.parametrize(
+    "model_type", ["llama", "gpt2", "gemma4_text", "qwen3_moe", "qwen3_5_text"]
+)
 def test_guesses_save_passes_of_a_copy_and_change_no_draft(variant, model_type, monkeypatch):
-    tiny, passes = tiny_model(model_type, torch.bfloat16, **{**WIDE, **KINDS[model_type]}), []
-    model, prompt = NativeBackend.of(tiny, PackingConfig(draft_weights=("int8",))), ids_of(1, 30)[0].tolist()
-    side, kernels = model.draft_sides["int8"], compiled.kernels(variant)
+    tiny = tiny_model(model_type, torch.bfloat16, **{**WIDE, **KINDS[model_type]})
+    passes = []
+    model = NativeBackend.of(tiny, PackingConfig(draft_weights=("int8",)))
+    prompt = ids_of(1, 30)[0].tolist()
+    side = model.draft_sides["int8"]
+    kernels = compiled.kernels(variant)
 
     def draft(*arguments, kernel=kernels.draft):
         kernel(*arguments)
@@ -255,21 +332,36 @@ def test_guesses_save_passes_of_a_copy_and_change_no_draft(variant, model_type, 
     def drafted(text, most=9):
         context = context_after(model, prompt)
         context.cache.steps_back = most
-        places, submodel, ends = context.places([most + 1], [0]), Submodel(side.num_layers), DraftEnds(survival=1e-30)
+        places = context.places([most + 1], [0])
+        submodel = Submodel(side.num_layers)
+        ends = DraftEnds(survival=1e-30)
         with torch.inference_mode():
-            tokens, _, probs = side.kernel(side.whole, torch.tensor(text), submodel, places, ends, None, None, False)
+            tokens, _, probs = side.kernel(
+                side.whole, torch.tensor(text), submodel, places, ends, None, None, False
+            )
         return tokens.tolist(), probs
 
     monkeypatch.setattr(kernels, "draft", draft)
     expected = tokens, _ = drafted(prompt[-1:])
-    texts = [*tokens, tokens[0]], [*tokens[:4], 0, *tokens[4:6], 0, tokens[0]], [tokens[0], *range(9), tokens[0]], prompt
+    texts = (
+        [*tokens, tokens[0]],
+        [*tokens[:4], 0, *tokens[4:6], 0, tokens[0]],
+        [tokens[0], *range(9), tokens[0]],
+        prompt,
+    )
     assert [drafted(text) for text in texts] == [expected] * len(texts)
-    assert passes[0] == 9 and passes[1] < 6, "where tokens differ 3: a match of 1, then of 3, then of 7 tokens"
+    assert passes[0] == 9 and passes[1] < 6, (
+        "where tokens differ 3: a match of 1, then of 3, then of 7 tokens"
+    )
 
 
 @pytest.mark.parametrize(
     ("model_type", "precision"),
-    [(kind, precision) for kind, precision in CELLS if kind == "llama" or (kind in MIXERS and precision == "bf16")]
+    [
+        (kind, precision)
+        for kind, precision in CELLS
+        if kind == "llama" or (kind in MIXERS and precision == "bf16")
+    ]
     + [
         ("gemma3_text", "int4"),
         ("gemma4_text", "bf16"),
@@ -280,28 +372,47 @@ def test_guesses_save_passes_of_a_copy_and_change_no_draft(variant, model_type, 
     ],
 )
 def test_a_choice_in_one_call_is_that_of_the_logits(variant, model_type, precision, threads):
-    """Of rows at different positions, some of whose neighbours have left the cache, from their tokens and from an exit on."""
+    """Of rows at different positions, some of whose neighbours have left the cache, from their
+    tokens and from an exit on.
+    """
     threads(1 + (model_type == "llama"))
-    changes = {**KINDS[model_type], **({"final_logit_softcapping": None} if model_type == "gemma4_text" else {})}
+    changes = {
+        **KINDS[model_type],
+        **({"final_logit_softcapping": None} if model_type == "gemma4_text" else {}),
+    }
     model = model_of(precision, model_type, **changes)
-    tokens, positions = ids_of(3, 4), torch.tensor([[9], [12], [5]]) + torch.arange(4)
+    tokens = ids_of(3, 4)
+    positions = torch.tensor([[9], [12], [5]]) + torch.arange(4)
     with torch.inference_mode():
-        found, caches = [], []
+        found = []
+        caches = []
         for exit_layer in (None, 0, 3):
             cache = model.new_cache(4)
-            model.run_layers(model.embed(ids_of(4, 12)), 0, 6, at(torch.arange(12).expand(4, -1), cache))
+            model.run_layers(
+                model.embed(ids_of(4, 12)), 0, 6, at(torch.arange(12).expand(4, -1), cache)
+            )
             cache.keep_rows([0, 2, 3])
             states = model.run_layers(model.embed(tokens), 0, exit_layer or 0, at(positions, cache))
             if exit_layer is None:
                 reached = states_at(model, states, (4, 5, 6), at(positions, cache))
                 found.append(most_probable(model.unembed(reached[6])))
             else:
-                start, given = states.clone(), states.flatten(0, 1) if exit_layer else None
-                chosen, kept = model.choose(tokens.flatten(), given, exit_layer, 6, (4, 6), at(positions, cache))
+                start = states.clone()
+                given = states.flatten(0, 1) if exit_layer else None
+                chosen, kept = model.choose(
+                    tokens.flatten(), given, exit_layer, 6, (4, 6), at(positions, cache)
+                )
                 assert torch.equal(start, states) and list(kept) == [4, 6]
-                assert torch.equal(kept[4], reached[4].flatten(0, 1)) and torch.equal(kept[6], reached[6].flatten(0, 1))
+                assert torch.equal(kept[4], reached[4].flatten(0, 1)) and torch.equal(
+                    kept[6], reached[6].flatten(0, 1)
+                )
                 found.append(chosen.view(tokens.shape))
-            caches.append(torch.cat([entries(cache, row)[..., :stop, :] for row, stop in enumerate((13, 16, 12))], dim=3))
+            caches.append(
+                torch.cat(
+                    [entries(cache, row)[..., :stop, :] for row, stop in enumerate((13, 16, 12))],
+                    dim=3,
+                )
+            )
     for chosen, cache in zip(found, caches, strict=True):
         assert torch.equal(chosen, found[0]) and torch.equal(cache, caches[0])
     assert len(found[0].unique()) > 3
@@ -309,25 +420,31 @@ def test_a_choice_in_one_call_is_that_of_the_logits(variant, model_type, precisi
 
 @pytest.mark.parametrize("best", [0, 255, 256, 599])
 def test_of_equal_logits_the_first_is_drafted(variant, best):
-    """In a vocabulary of 600: the kernel searches blocks of 256, and 599 is after the last whole vector of sixteen."""
+    """In a vocabulary of 600: the kernel searches blocks of 256, and 599 is after the last whole
+    vector of sixteen.
+    """
 
     def drafted(change):
         tiny = tiny_model("llama", torch.float32, vocab_size=600, **WIDE)
         change(tiny.lm_head.weight.data)
         model = NativeBackend.of(tiny)
-        return draft_of(model, None, Submodel(3), torch.tensor([[5]]), torch.arange(2)[None], model.new_cache()).tokens.tolist()
+        return draft_of(
+            model, None, Submodel(3), torch.tensor([[5]]), torch.arange(2)[None], model.new_cache()
+        ).tokens.tolist()
 
     _, likely = drafted(lambda weight: None)
 
     def equal_from_best_on(weight):
         row = weight[likely].clone()
-        weight[:best], weight[best:] = -row, row
+        weight[:best] = -row
+        weight[best:] = row
 
     assert drafted(equal_from_best_on) == [5, best]
 
 
 def test_which_precisions_devices_and_widths_the_kernels_support(variant):
-    spec, cpu = ModelSpec.of(tiny_model("llama", torch.float32, **WIDE).config), torch.device("cpu")
+    spec = ModelSpec.of(tiny_model("llama", torch.float32, **WIDE).config)
+    cpu = torch.device("cpu")
     assert can_run_native(spec, torch.float32, cpu, None)
     assert can_run_native(spec, torch.bfloat16, cpu, PackingConfig(quantize="int4"))
     assert not can_run_native(spec, torch.float64, cpu, None)
@@ -338,26 +455,49 @@ def test_which_precisions_devices_and_widths_the_kernels_support(variant):
     assert not can_run_native(narrow, torch.float32, cpu, PackingConfig(draft_weights=("int8",)))
 
 
-SMALLEST = {"hidden_size": 2, "intermediate_size": 2, "head_dim": 2, "num_attention_heads": 1, "num_key_value_heads": 1}
+SMALLEST = {
+    "hidden_size": 2,
+    "intermediate_size": 2,
+    "head_dim": 2,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+}
 
 
 @needs_kernels
 @pytest.mark.parametrize("kind", ["fp32", "int8"])
 def test_row_counts_whose_products_exceed_32_bits(kind, threads, monkeypatch):
-    """A call's rows times its tiles, which are of up to 12 rows, or of 8 by AVX-512 in int8, exceed 2**31."""
+    """A call's rows times its tiles, which are of up to 12 rows, or of 8 by AVX-512 in int8, exceed
+    2**31.
+    """
     threads(2)
     monkeypatch.setattr(repacked, "MOST_BYTES", 1 << 50)
     wide = kind == "int8"  # whole groups of 32
-    shape = {**SMALLEST, **({"hidden_size": 32, "intermediate_size": 32, "head_dim": 32} if wide else {})}
+    shape = {
+        **SMALLEST,
+        **({"hidden_size": 32, "intermediate_size": 32, "head_dim": 32} if wide else {}),
+    }
     rows = 132_000 if wide and compiled.kernels().variant in ("amx", "avx512") else 161_000
-    tiny = tiny_model("llama", torch.float32, vocab_size=3, num_hidden_layers=1, pad_token_id=0, eos_token_id=2, **shape)
+    tiny = tiny_model(
+        "llama",
+        torch.float32,
+        vocab_size=3,
+        num_hidden_layers=1,
+        pad_token_id=0,
+        eos_token_id=2,
+        **shape,
+    )
     model = NativeBackend.of(tiny, PackingConfig("int8" if wide else None))
-    hidden = torch.randn(rows, 1, tiny.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    hidden = torch.randn(
+        rows, 1, tiny.config.hidden_size, generator=torch.Generator().manual_seed(0)
+    )
     with torch.inference_mode():
 
         def run(part):
             cache = model.new_cache(len(part), 1)
-            return model.unembed(model.run_layers(part, 0, 1, at(torch.zeros(len(part), 1, dtype=torch.long), cache)))
+            return model.unembed(
+                model.run_layers(part, 0, 1, at(torch.zeros(len(part), 1, dtype=torch.long), cache))
+            )
 
         together = run(hidden)
         for part in (slice(0, 40), slice(rows // 2, rows // 2 + 40), slice(rows - 40, rows)):
@@ -365,11 +505,21 @@ def test_row_counts_whose_products_exceed_32_bits(kind, threads, monkeypatch):
 
 
 def test_large_batches_run_in_parts_of_bounded_memory(variant, monkeypatch):
-    """40 prompts of 50 tokens: 2,000 rows, of which no call has more than fit into the bytes allowed, or 16."""
+    """40 prompts of 50 tokens: 2,000 rows, of which no call has more than fit into the bytes
+    allowed, or 16.
+    """
     monkeypatch.setattr(repacked, "CHUNK", 16)
-    model, ids, results, calls = model_of("fp32"), ids_of(40, 50), [], []
-    layers, call_at = model._layers, model._layers.call_at
-    monkeypatch.setattr(layers, "call_at", lambda places, *given: calls.append(sum(places.counts)) or call_at(places, *given))
+    model = model_of("fp32")
+    ids = ids_of(40, 50)
+    results = []
+    calls = []
+    layers = model._layers
+    call_at = model._layers.call_at
+    monkeypatch.setattr(
+        layers,
+        "call_at",
+        lambda places, *given: calls.append(sum(places.counts)) or call_at(places, *given),
+    )
     for most in (2000, 130, 16):
         monkeypatch.setattr(repacked, "MOST_BYTES", most * layers.row_bytes())
         calls.clear()

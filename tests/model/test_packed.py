@@ -14,7 +14,14 @@ from layerskip_core.model.architectures import SUPPORTED
 
 BIASES = {"attention_bias": True, "mlp_bias": True}
 WINDOW = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 3}
-YARN = {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}}
+YARN = {
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 1e4,
+        "factor": 2.0,
+        "original_max_position_embeddings": 64,
+    }
+}
 CASES = {
     "llama": ("llama", {}),
     "llama, biases, tied": ("llama", {**BIASES, "tie_word_embeddings": True}),
@@ -26,13 +33,26 @@ CASES = {
     "qwen2, some windows": ("qwen2", WINDOW),
     "qwen3": ("qwen3", {}),
     "smollm3": ("smollm3", {}),
-    "gemma3_text": ("gemma3_text", {**CHANGES["gemma3_text"], "layer_types": ["sliding_attention", "full_attention"] * 3}),
+    "gemma3_text": (
+        "gemma3_text",
+        {**CHANGES["gemma3_text"], "layer_types": ["sliding_attention", "full_attention"] * 3},
+    ),
     "starcoder2, no biases": ("starcoder2", {"use_bias": False}),
-    "gpt_neox, no parallel": ("gpt_neox", {"use_parallel_residual": False, "attention_bias": False}),
+    "gpt_neox, no parallel": (
+        "gpt_neox",
+        {"use_parallel_residual": False, "attention_bias": False},
+    ),
     "stablelm, parallel": ("stablelm", {"use_parallel_residual": True, "use_qkv_bias": True}),
-    "falcon, some key heads": ("falcon", {"new_decoder_architecture": True, "num_ln_in_parallel_attn": 2, "num_kv_heads": 2}),
+    "falcon, some key heads": (
+        "falcon",
+        {"new_decoder_architecture": True, "num_ln_in_parallel_attn": 2, "num_kv_heads": 2},
+    ),
 }
-CASES |= {model_type: (model_type, CHANGES.get(model_type, {})) for model_type in SUPPORTED if model_type not in CASES}
+CASES |= {
+    model_type: (model_type, CHANGES.get(model_type, {}))
+    for model_type in SUPPORTED
+    if model_type not in CASES
+}
 EACH_PART = [
     "llama, biases, tied",
     "qwen3",
@@ -49,7 +69,8 @@ EACH_PART = [
     "gpt_neox",
     "gpt2",
 ]
-LARGEST_ERROR = {torch.float64: 1e-11, torch.float32: 1e-4}  # in standard deviations of what is expected
+# In standard deviations of what is expected
+LARGEST_ERROR = {torch.float64: 1e-11, torch.float32: 1e-4}
 BF16_ERROR = 0.03  # root mean square: 8 bits, rounded in six layers
 
 
@@ -72,20 +93,32 @@ def pair(monkeypatch):
 
 
 def spans(model, ids, edges):
-    """Hidden states after layers 2 and 6 and logits of every piece ids[start:stop], through one cache."""
-    cache, results = model.new_cache(len(ids)), []
+    """Hidden states after layers 2 and 6 and logits of every piece ids[start:stop], through one
+    cache.
+    """
+    cache = model.new_cache(len(ids))
+    results = []
     with torch.inference_mode():
         for start, stop in pairwise(edges):
             positions = torch.arange(start, stop).expand(len(ids), -1)
             early = model.run_layers(model.embed(ids[:, start:stop]), 0, 2, at(positions, cache))
             late = model.run_layers(early, 2, 6, at(positions, cache))
-            results += [early[..., : model.spec.hidden], late[..., : model.spec.hidden], model.unembed(late)]
+            results += [
+                early[..., : model.spec.hidden],
+                late[..., : model.spec.hidden],
+                model.unembed(late),
+            ]
     return results
 
 
 def errors(actual, expected):
     """Differences in standard deviations of what is expected, of all results in one row."""
-    return torch.cat([((a.double() - e) / e.double().std()).flatten() for a, e in zip(actual, expected, strict=True)])
+    return torch.cat(
+        [
+            ((a.double() - e) / e.double().std()).flatten()
+            for a, e in zip(actual, expected, strict=True)
+        ]
+    )
 
 
 def rms(values):
@@ -117,9 +150,13 @@ def test_prepacked_spans_equal_the_generic_ones(pair, case, dtype, monkeypatch):
 
 
 def test_a_long_prompt_in_chunks_and_a_growing_cache(pair):
-    """300 tokens are more than one chunk, 390 more than three blocks of the cache and than the first rope table."""
+    """300 tokens are more than one chunk, 390 more than three blocks of the cache and than the
+    first rope table.
+    """
     generic, fast = pair(max_position_embeddings=400)
-    assert_equal_spans(generic, fast, ids_of(1, 390), [0, 300, 301, 383, 384, 385, 390], torch.float64)
+    assert_equal_spans(
+        generic, fast, ids_of(1, 390), [0, 300, 301, 383, 384, 385, 390], torch.float64
+    )
 
 
 def test_without_onednn_plain_layers_run(pair, monkeypatch):
@@ -134,7 +171,9 @@ def test_the_original_weights_are_released_and_rotary_frequencies_stay_in_fp32(s
     TorchBackend.of(model)
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     loaded = for_training(saved(), "cpu", "bf16")
-    torch.testing.assert_close(loaded.model.model.rotary_emb.inv_freq, 1 / 10000 ** (torch.arange(0, 8, 2) / 8))
+    torch.testing.assert_close(
+        loaded.model.model.rotary_emb.inv_freq, 1 / 10000 ** (torch.arange(0, 8, 2) / 8)
+    )
     assert loaded.backend.dtype == torch.bfloat16
 
 
@@ -143,9 +182,18 @@ def test_the_original_weights_are_released_and_rotary_frequencies_stay_in_fp32(s
     [
         ({}, None),
         ({"hidden_act": "tanh"}, "the activation tanh"),
-        ({"rope_parameters": {"rope_type": "axial", "rope_theta": 1e4}}, "rotary positions of type axial"),
         (
-            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            {"rope_parameters": {"rope_type": "axial", "rope_theta": 1e4}},
+            "rotary positions of type axial",
+        ),
+        (
+            {
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 1e4,
+                    "partial_rotary_factor": 0.5,
+                }
+            },
             "a partial_rotary_factor of 0.5",
         ),
     ],
@@ -164,13 +212,17 @@ def saved(tmp_path, monkeypatch):
 
     def save(**changes):
         tiny_model("llama", torch.float32, vocab_size=300, **changes).save_pretrained(tmp_path)
-        monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: tiny_loaded().tokenizer)
+        monkeypatch.setattr(
+            "transformers.AutoTokenizer.from_pretrained", lambda *_, **__: tiny_loaded().tokenizer
+        )
         return str(tmp_path)
 
     return save
 
 
-@pytest.mark.parametrize(("activation", "implementation"), [("silu", "packed"), ("tanh", "generic")])
+@pytest.mark.parametrize(
+    ("activation", "implementation"), [("silu", "packed"), ("tanh", "generic")]
+)
 def test_a_checkpoint_is_loaded_for_decoding(saved, monkeypatch, activation, implementation):
     folder = saved(hidden_act=activation)
     monkeypatch.setenv("LAYERSKIP_KERNELS", "torch")

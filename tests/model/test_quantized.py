@@ -30,7 +30,8 @@ def packed(dtype=torch.float32, model_type="llama", **packing):
     return TorchBackend.of(tiny_model(model_type, dtype, **WIDE), PackingConfig(**packing))
 
 
-KINDS = ("gemma3_text", "olmo2", "starcoder2")  # with norms after blocks, over projections, and with LayerNorm
+# With norms after blocks, over projections, and with LayerNorm
+KINDS = ("gemma3_text", "olmo2", "starcoder2")
 
 
 def output(model, prompt, max_new_tokens=24, **config):
@@ -45,20 +46,32 @@ def plain(model, prompt, **config):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("kind", "levels"), [("int8", 255), ("int4", 16)])
 def test_a_weight_becomes_the_nearest_level(kind, levels, bias):
-    """Unit vectors read the weights back. Rounding moves a weight by half a level at most, and bf16 by 2^-8."""
+    """Unit vectors read the weights back. Rounding moves a weight by half a level at most, and bf16
+    by 2^-8.
+    """
     weight = torch.randn(70, 64, generator=torch.Generator().manual_seed(0))
     offset = torch.linspace(-1, 1, 70) if bias else None
-    stored = quantized(weight, offset, kind)(torch.eye(64)).float().t() - (0 if offset is None else offset[:, None])
+    stored = quantized(weight, offset, kind)(torch.eye(64)).float().t() - (
+        0 if offset is None else offset[:, None]
+    )
     groups = weight.view(70, -1, 64 if kind == "int8" else 32)
     largest = groups.abs().amax(2, keepdim=True)
-    spread = 2 * largest if kind == "int8" else groups.amax(2, keepdim=True) - groups.amin(2, keepdim=True)
-    allowed = (spread / (levels - 1) / 2 + 3 * largest * 2**-8 + (0 if offset is None else 2**-8)).expand_as(groups)
+    spread = (
+        2 * largest
+        if kind == "int8"
+        else groups.amax(2, keepdim=True) - groups.amin(2, keepdim=True)
+    )
+    allowed = (
+        spread / (levels - 1) / 2 + 3 * largest * 2**-8 + (0 if offset is None else 2**-8)
+    ).expand_as(groups)
     assert ((stored - weight).view_as(groups).abs() <= allowed).all()
     assert (stored - weight).abs().max() > allowed.min() / 8  # so it is not the weight itself
 
 
 def test_unsupported_widths_devices_and_drafts_are_errors():
-    with pytest.raises(ConfigError, match="int4 weights need layer widths that the group size 32 divides, got 48"):
+    with pytest.raises(
+        ConfigError, match="int4 weights need layer widths that the group size 32 divides, got 48"
+    ):
         quantized(torch.zeros(32, 48), None, "int4")
     with pytest.raises(ConfigError, match="int8 weights need layer widths that 16 divides, got 40"):
         quantized(torch.zeros(32, 40), None, "int8")
@@ -66,16 +79,21 @@ def test_unsupported_widths_devices_and_drafts_are_errors():
         quantized(torch.zeros(32, 48, device="meta"), None, "int8")
     model = packed(draft_weights=("int8",), draft_layers=2)
     assert model.draft_sides["int8"].num_layers == 2
-    with pytest.raises(ConfigError, match="`exit_layer` must be at most the 2 layers kept for drafting, got 3"):
+    with pytest.raises(
+        ConfigError, match="`exit_layer` must be at most the 2 layers kept for drafting, got 3"
+    ):
         output(model, prompt_of(3), exit_layer=3, draft_weights="int8")
-    with pytest.raises(ConfigError, match="`num_draft_tokens` must be below 64 with `exact`, got 64"):
+    with pytest.raises(
+        ConfigError, match="`num_draft_tokens` must be below 64 with `exact`, got 64"
+    ):
         output(packed(exact=True), prompt_of(3), exit_layer=3, num_draft_tokens=64)
 
 
 @pytest.mark.parametrize(("quantize", "tolerance"), [("int8", 0.1), ("int4", 0.7)])
 @pytest.mark.parametrize("model_type", ["llama", *KINDS])
 def test_quantized_logits_are_near_the_original_ones(model_type, quantize, tolerance):
-    ids, model = torch.tensor([prompt_of(12)]), packed(model_type=model_type, quantize=quantize)
+    ids = torch.tensor([prompt_of(12)])
+    model = packed(model_type=model_type, quantize=quantize)
     assert model.implementation == f"packed ({quantize})"
     expected = logits_of(TransformersBackend(tiny_model(model_type, torch.float32, **WIDE)), ids)
     actual = logits_of(model, ids)
@@ -85,20 +103,35 @@ def test_quantized_logits_are_near_the_original_ones(model_type, quantize, toler
 
 
 def test_a_draft_vocabulary_has_the_most_frequent_tokens():
-    """The order lists ids 50, 3 and 40; 0 and 1 follow, as all do without an order. Sampling works with such drafts too."""
+    """The order lists ids 50, 3 and 40; 0 and 1 follow, as all do without an order. Sampling works
+    with such drafts too.
+    """
     for order, first in ((None, [0, 1, 2, 3, 4]), ([50, 3, 40], [50, 3, 40, 0, 1])):
-        model = TorchBackend.of(tiny_model(dtype=torch.float64, **WIDE), PackingConfig(draft_vocab=5), order)
+        model = TorchBackend.of(
+            tiny_model(dtype=torch.float64, **WIDE), PackingConfig(draft_vocab=5), order
+        )
         side = model.draft_sides[None]
         with torch.inference_mode():
             hidden = model.embed(torch.tensor([prompt_of(9)]))
-            torch.testing.assert_close(side.whole.unembed(hidden), model.unembed(hidden)[..., first])
-        assert side.shares_states and side.at_exits.vocabulary.tokens(torch.arange(5)).tolist() == first
+            torch.testing.assert_close(
+                side.whole.unembed(hidden), model.unembed(hidden)[..., first]
+            )
+        assert (
+            side.shares_states
+            and side.at_exits.vocabulary.tokens(torch.arange(5)).tolist() == first
+        )
     settings = {"exit_layer": 5, "num_draft_tokens": 3, "max_new_tokens": 40}
-    assert output(model, prompt_of(9), **settings)[0] == plain(model, prompt_of(9), max_new_tokens=40)
+    assert output(model, prompt_of(9), **settings)[0] == plain(
+        model, prompt_of(9), max_new_tokens=40
+    )
     often = sorted(set(plain(model, prompt_of(9), max_new_tokens=40)))
     known, unknown = (
         output(
-            TorchBackend.of(tiny_model(dtype=torch.float64, **WIDE), PackingConfig(draft_vocab=len(often)), first),
+            TorchBackend.of(
+                tiny_model(dtype=torch.float64, **WIDE),
+                PackingConfig(draft_vocab=len(often)),
+                first,
+            ),
             prompt_of(9),
             **settings,
         )
@@ -111,7 +144,9 @@ def test_a_draft_vocabulary_has_the_most_frequent_tokens():
 
 @pytest.mark.parametrize("kind", [TorchBackend.of, native_or_skip])
 def test_exits_draft_among_the_most_frequent_tokens_of_a_large_vocabulary(kind, monkeypatch):
-    """With and without a block, by own layers and by a copy. Drafts after all layers have all tokens."""
+    """With and without a block, by own layers and by a copy. Drafts after all layers have all
+    tokens.
+    """
     monkeypatch.setattr(repacked, "EXIT_VOCABULARY", 16)  # a quarter of 67 is more
     order = list(range(40, 60))
 
@@ -129,7 +164,9 @@ def test_exits_draft_among_the_most_frequent_tokens_of_a_large_vocabulary(kind, 
     block = trimmed.draft_sides[None].exit_blocks[2]
     hidden = trimmed.embed(torch.tensor([prompt_of(9)]))
     with torch.inference_mode():
-        torch.testing.assert_close(block.head(hidden), trimmed.exit_blocks[2].head(hidden)[..., order[:16]])
+        torch.testing.assert_close(
+            block.head(hidden), trimmed.exit_blocks[2].head(hidden)[..., order[:16]]
+        )
     settings = {"num_draft_tokens": 3, "max_new_tokens": 40}
     for exit_layer in (2, 3):
         drafted = output(trimmed, prompt_of(9), exit_layer=exit_layer, **settings)[0]
@@ -147,20 +184,32 @@ def test_exits_draft_among_the_most_frequent_tokens_of_a_large_vocabulary(kind, 
     num_draft_tokens=st.sampled_from([1, 3, 6, 12]),
     length=st.sampled_from([1, 5, 70]),
 )
-def test_exact_logits_do_not_depend_on_the_strategy(quantize, draft_vocab, dtype, exit_layer, num_draft_tokens, length):
-    """Each row of the target's logits has the bits that it has alone, however many rows a pass verifies."""
-    model, prompt = packed(dtype, quantize=quantize, draft_vocab=draft_vocab, exact=True), prompt_of(length)
+def test_exact_logits_do_not_depend_on_the_strategy(
+    quantize, draft_vocab, dtype, exit_layer, num_draft_tokens, length
+):
+    """Each row of the target's logits has the bits that it has alone, however many rows a pass
+    verifies.
+    """
+    model = packed(dtype, quantize=quantize, draft_vocab=draft_vocab, exact=True)
+    prompt = prompt_of(length)
     expected = plain(model, prompt, max_new_tokens=14)
-    drafted, _ = output(model, prompt, max_new_tokens=14, exit_layer=exit_layer, num_draft_tokens=num_draft_tokens)
+    drafted, _ = output(
+        model, prompt, max_new_tokens=14, exit_layer=exit_layer, num_draft_tokens=num_draft_tokens
+    )
     assert drafted == expected
     ids = torch.tensor([prompt + expected])
-    one_by_one, rounds = (logits_of(model, ids, range(length, ids.shape[1], step)) for step in (1, num_draft_tokens + 1))
+    one_by_one, rounds = (
+        logits_of(model, ids, range(length, ids.shape[1], step))
+        for step in (1, num_draft_tokens + 1)
+    )
     assert torch.equal(one_by_one, rounds)
 
 
 def test_exact_attention_respects_windows():
     models = [
-        TorchBackend.of(tiny_model("mistral", torch.float64, sliding_window=5), PackingConfig(exact=exact))
+        TorchBackend.of(
+            tiny_model("mistral", torch.float64, sliding_window=5), PackingConfig(exact=exact)
+        )
         for exact in (True, False)
     ]
     exact, masked = (plain(model, prompt_of(9)) for model in models)
@@ -191,13 +240,26 @@ def test_draft_vocab_follows_the_token_order_of_the_checkpoint(checkpoint, tmp_p
             torch.testing.assert_close(found, backend.unembed(hidden)[..., [299, 7]])
     (folder / "token_order.json").write_text("[300]")
     refused = run("generate", "x", "--model", str(folder))
-    assert refused.code == 1 and "token_order.json must be a list of distinct token ids below 300" in refused.err
+    assert (
+        refused.code == 1
+        and "token_order.json must be a list of distinct token ids below 300" in refused.err
+    )
 
 
 def test_weight_flags_on_the_command_line(tmp_path, checkpoint):
     fixed = ("--model", checkpoint, "--max-new-tokens", "12", "--dtype", "fp32", "--exit", "4")
     expected = run("generate", "wake me up", *fixed)
-    drafted = run("generate", "wake me up", *fixed, "--draft-weights", "int8", "--draft-vocab", "200", "--exact", "--stats")
+    drafted = run(
+        "generate",
+        "wake me up",
+        *fixed,
+        "--draft-weights",
+        "int8",
+        "--draft-vocab",
+        "200",
+        "--exact",
+        "--stats",
+    )
     assert (drafted.code, drafted.out) == (0, expected.out)
     eight = run("generate", "wake me up", *fixed, "--quantize", "int8", "--stats")
     assert eight.code == 0 and "layers: packed (int8), float32 on cpu" in eight.err
@@ -205,4 +267,11 @@ def test_weight_flags_on_the_command_line(tmp_path, checkpoint):
         "int4 weights need layer widths that the group size 32 divides, got 48",
         "generate", "x", *fixed, "--quantize", "int4",
     )  # fmt: skip
-    fails("--draft-weights must be a list, each one of int8, int4, got fp8", "generate", "x", *fixed, "--draft-weights", "fp8")
+    fails(
+        "--draft-weights must be a list, each one of int8, int4, got fp8",
+        "generate",
+        "x",
+        *fixed,
+        "--draft-weights",
+        "fp8",
+    )

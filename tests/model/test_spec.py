@@ -27,7 +27,8 @@ LLAMA = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
     "tie_word_embeddings": False,
 }
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL = "full_attention"
+SLIDING = "sliding_attention"
 
 
 def spec_of(**changes):
@@ -47,23 +48,39 @@ def test_the_weights_are_those_that_transformers_makes(model_type, changes):
 
 @pytest.mark.parametrize("model_type", SUPPORTED)
 def test_a_complete_configuration_gives_the_same_spec_without_transformers(model_type):
-    """It is incomplete if a value that the architecture reads is missing, because transformers may have another default."""
+    """It is incomplete if a value that the architecture reads is missing, because transformers may
+    have another default.
+    """
     config = tiny_model(model_type, torch.float32, **CHANGES.get(model_type, {})).config
     document = config.to_dict()
     assert is_complete(document)
     assert ModelSpec.of(SimpleNamespace(**document)) == ModelSpec.of(config)
     architecture = known_architecture(config)
-    assert {architecture.activation or "vocab_size", architecture.norm_eps, "vocab_size"} < architecture.reads
+    assert {
+        architecture.activation or "vocab_size",
+        architecture.norm_eps,
+        "vocab_size",
+    } < architecture.reads
     for name in architecture.reads:
         assert not is_complete({key: value for key, value in document.items() if key != name})
     assert not is_complete({**document, "model_type": "mamba"})
 
 
 DELTA = {
-    **{"model_type": "qwen3_5_text", "layer_types": ["linear_attention", FULL] * 3, "linear_conv_kernel_dim": 4},
-    **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
+    **{
+        "model_type": "qwen3_5_text",
+        "layer_types": ["linear_attention", FULL] * 3,
+        "linear_conv_kernel_dim": 4,
+    },
+    **{
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
 }
-LINEAR, LONG = {"rope_type": "linear", "rope_theta": 1e4}, {"rope_theta": 1e4, "partial_rotary_factor": 0.4}
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4}
+LONG = {"rope_theta": 1e4, "partial_rotary_factor": 0.4}
 BAD = [
     ({"model_type": "mamba"}, "model_type must be one of llama, .*, starcoder2, .*, got 'mamba'"),
     *(({"num_hidden_layers": value}, r"num_hidden_layers must be a whole number in 1\.\.1024") for value in (0, 10**7, True)),
@@ -113,11 +130,22 @@ def test_missing_and_misshapen_weights_are_refused_and_a_longrope_ends_early():
     spec.check_weights({**spec.shapes, "another": (3,)})
     with pytest.raises(CheckpointError, match=r"2 weights are missing, lm_head\.weight the first"):
         spec.check_weights(
-            {name: shape for name, shape in spec.shapes.items() if name != "model.norm.weight" and "head" not in name}
+            {
+                name: shape
+                for name, shape in spec.shapes.items()
+                if name != "model.norm.weight" and "head" not in name
+            }
         )
-    with pytest.raises(CheckpointError, match=r"size mismatch of model\.norm\.weight: needed \[32\], found \[31\]"):
+    with pytest.raises(
+        CheckpointError, match=r"size mismatch of model\.norm\.weight: needed \[32\], found \[31\]"
+    ):
         spec.check_weights({**spec.shapes, "model.norm.weight": (31,)})
-    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0] * 4,
+    }
     assert spec_of(rope_parameters={**rope, "original_max_position_embeddings": 50}).context == 50
     assert spec_of(rope_parameters={**rope, "original_max_position_embeddings": 500}).context == 128
     assert spec_of().context == 128
@@ -128,7 +156,9 @@ IMPLEMENTATIONS = [TorchBackend, NativeBackend]
 
 def pack(implementation, change, model_type="llama", dtype=torch.float32, packing=None, **shape):
     model = tiny_model(model_type, dtype, **shape)
-    if implementation is NativeBackend and not can_run_native(ModelSpec.of(model.config), dtype, torch.device("cpu"), packing):
+    if implementation is NativeBackend and not can_run_native(
+        ModelSpec.of(model.config), dtype, torch.device("cpu"), packing
+    ):
         pytest.skip("no kernels were built here")
     weights = {name: weight.detach() for name, weight in model.named_parameters()}
     change(weights)
@@ -136,8 +166,16 @@ def pack(implementation, change, model_type="llama", dtype=torch.float32, packin
 
 
 WEIGHTS = [
-    *("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight", "model.layers.3.input_layernorm.weight"),
-    *(f"model.layers.3.{name}.weight" for name in ("self_attn.k_norm", "self_attn.o_proj", "mlp.down_proj")),
+    *(
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+        "model.layers.3.input_layernorm.weight",
+    ),
+    *(
+        f"model.layers.3.{name}.weight"
+        for name in ("self_attn.k_norm", "self_attn.o_proj", "mlp.down_proj")
+    ),
     "model.layers.3.self_attn.q_proj.bias",
 ]
 
@@ -154,7 +192,9 @@ def test_every_weight_is_checked_when_it_is_packed(implementation, name):
         weights[name] = weights[name].clone()
         weights[name].view(-1)[-1] = nan
 
-    with pytest.raises(CheckpointError, match=rf"size mismatch of {name}: needed \[\d+(, \d+)?\], found \["):
+    with pytest.raises(
+        CheckpointError, match=rf"size mismatch of {name}: needed \[\d+(, \d+)?\], found \["
+    ):
         pack(implementation, cut, "qwen3", **BIASES)
     with pytest.raises(CheckpointError, match=f"the weight {name} is missing"):
         pack(implementation, lambda weights: weights.pop(name), "qwen3", **BIASES)
@@ -165,5 +205,8 @@ def test_every_weight_is_checked_when_it_is_packed(implementation, name):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_weights_that_an_architecture_lacks_are_ignored(implementation):
     """As transformers does. The kernels once read a bias of the head, whatever its length."""
-    extra = {"lm_head.bias": torch.zeros(1), "model.layers.0.self_attn.q_proj.bias": torch.full((1,), nan)}
+    extra = {
+        "lm_head.bias": torch.zeros(1),
+        "model.layers.0.self_attn.q_proj.bias": torch.full((1,), nan),
+    }
     pack(implementation, lambda weights: weights.update(extra))

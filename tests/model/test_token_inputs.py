@@ -1,4 +1,6 @@
-"""Layers that share keys and read tokens (Gemma 4): what is kept of a token, what is read, and which layers run."""
+"""Layers that share keys and read tokens (Gemma 4): what is kept of a token, what is read, and
+which layers run.
+"""
 
 import sys
 from pathlib import Path
@@ -21,9 +23,13 @@ from layerskip_core.model.pages import PAGE
 
 
 def test_pages_hold_the_layers_that_have_keys():
-    """Three of six: two with heads of 16 numbers, one of 8; for 2 heads, keys and values, in fp32."""
+    """Three of six: two with heads of 16 numbers, one of 8; for 2 heads, keys and values, in
+    fp32.
+    """
     backend = native_or_skip(tiny_model("gemma4_text", torch.float32))
-    assert backend.spec.attending == (0, 1, 2) and [size.source for size in backend.spec.sizes[3:]] == [1, 2, 2]
+    assert backend.spec.attending == (0, 1, 2) and [
+        size.source for size in backend.spec.sizes[3:]
+    ] == [1, 2, 2]
     assert backend._pool.page_bytes == PAGE * 2 * 2 * (16 + 8 + 16) * 4
 
 
@@ -36,9 +42,16 @@ def test_the_table_stays_in_its_file(tmp_path, dtype):
     native_or_skip(model)
     backend = for_decoding(str(tmp_path), "cpu", dtype).backend
     table, _ = backend._inputs._tensors
-    assert table.dtype == torch.bfloat16 and backend.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    assert (
+        table.dtype == torch.bfloat16
+        and backend.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    )
     if sys.platform == "linux":
-        maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith("model.safetensors")]
+        maps = [
+            line.split()
+            for line in Path("/proc/self/maps").read_text().splitlines()
+            if line.endswith("model.safetensors")
+        ]
         ranges = [[int(end, 16) for end in line[0].split("-")] for line in maps]
         assert any(start <= table.data_ptr() < stop for start, stop in ranges)
     assert backend.spec.parameters - backend.spec.weights_read(1) == table.numel()
@@ -46,13 +59,18 @@ def test_the_table_stays_in_its_file(tmp_path, dtype):
 
 def test_tokens_that_are_not_scored_run_the_layers_that_keep_something(monkeypatch):
     """The first three of six, in pieces of prompts; and all layers where all states are wanted."""
-    backend, prompt = native_or_skip(tiny_model("gemma4_text", torch.float32, max_position_embeddings=512)), prompt_of(300)
+    backend = native_or_skip(tiny_model("gemma4_text", torch.float32, max_position_embeddings=512))
+    prompt = prompt_of(300)
     expected = logits_of(backend, torch.tensor([prompt]))[0, -1]
-    seen, run_layers = [], backend.run_layers
+    seen = []
+    run_layers = backend.run_layers
     monkeypatch.setattr(
-        backend, "run_layers", lambda hidden, *at: seen.append((len(hidden), *at[:2])) or run_layers(hidden, *at)
+        backend,
+        "run_layers",
+        lambda hidden, *at: seen.append((len(hidden), *at[:2])) or run_layers(hidden, *at),
     )
-    target, cache = FixedTarget(backend, DecodingConfig("autoregressive")), backend.new_cache(2)
+    target = FixedTarget(backend, DecodingConfig("autoregressive"))
+    cache = backend.new_cache(2)
     with torch.inference_mode():
         assert target.fill(torch.tensor(prompt[:150] * 2), cache.span(0, 150), []).logits is None
         output = target.fill(torch.tensor(prompt[150:] * 2), cache.span(150, 300), [149, 299])

@@ -1,4 +1,6 @@
-"""The kernels of every processor against plain C, by check_kernels.c: on this machine, and in an emulator for others."""
+"""The kernels of every processor against plain C, by check_kernels.c: on this machine, and in an
+emulator for others.
+"""
 
 import platform
 import runpy
@@ -23,12 +25,16 @@ CASES = [  # processor, variant, and a CPU of the emulator that has just its ins
 def built(processor, variant, folder):
     """The program, and what runs it if that is not this machine itself."""
     is_own = processor == platform.machine()
-    compiler, emulator = ("cc", None) if is_own else (f"{processor}-linux-gnu-gcc", f"qemu-{processor}")
+    compiler, emulator = (
+        ("cc", None) if is_own else (f"{processor}-linux-gnu-gcc", f"qemu-{processor}")
+    )
     for tool in (compiler, emulator):
         if tool is not None and shutil.which(tool) is None:
             pytest.skip(f"{tool} is not installed")
     program = folder / variant
-    flags = [flag for flag in BUILD["FLAGS"] if not flag.startswith("-O")] + BUILD["VARIANTS"][processor][variant]
+    flags = [flag for flag in BUILD["FLAGS"] if not flag.startswith("-O")] + BUILD["VARIANTS"][
+        processor
+    ][variant]
     options = ["-O2", *flags, *([] if is_own else ["-static"]), "-I", str(ROOT / BUILD["FOLDER"])]
     source = str(ROOT / "tests/native/check_kernels.c")
     subprocess.run([compiler, *options, source, "-o", str(program), "-lm", "-lpthread"], check=True)

@@ -1,4 +1,6 @@
-"""Which template is used, and how it is rendered; special tokens in a user's text stay text, so a prompt opens no turn."""
+"""Which template is used, and how it is rendered; special tokens in a user's text stay text, so a
+prompt opens no turn.
+"""
 
 import itertools
 import json
@@ -58,10 +60,15 @@ def test_the_text_equals_that_of_transformers(folder, own, template, prompt):
     assert lean.special_tokens_map == own.special_tokens_map
     own.chat_template = lean.chat_template = template
     expected = own.apply_chat_template(TURNS, tokenize=False, add_generation_prompt=prompt)
-    assert expected and render_chat(own, TURNS, prompt) == render_chat(lean, TURNS, prompt) == expected
-    lean.chat_template = [{"name": name, "template": text} for name, text in SEVERAL.items()]  # as in tokenizer_config.json
+    assert (
+        expected and render_chat(own, TURNS, prompt) == render_chat(lean, TURNS, prompt) == expected
+    )
+    # As in tokenizer_config.json
+    lean.chat_template = [{"name": name, "template": text} for name, text in SEVERAL.items()]
     own.chat_template = SEVERAL
-    assert render_chat(lean, TURNS, prompt) == own.apply_chat_template(TURNS, tokenize=False, add_generation_prompt=prompt)
+    assert render_chat(lean, TURNS, prompt) == own.apply_chat_template(
+        TURNS, tokenize=False, add_generation_prompt=prompt
+    )
 
 
 @pytest.mark.parametrize(
@@ -84,12 +91,16 @@ def test_the_text_equals_that_of_transformers(folder, own, template, prompt):
 )
 def test_a_template_that_fails_is_one_error(own, template, reason):
     own.chat_template = template
-    with pytest.raises(CheckpointError, match=f"the model's chat template cannot be used: {reason}"):
+    with pytest.raises(
+        CheckpointError, match=f"the model's chat template cannot be used: {reason}"
+    ):
         render_chat(own, TURNS, True)
 
 
-WITH_CHAT, WITHOUT = SimpleNamespace(chat_template="{{ messages }}"), SimpleNamespace(chat_template=None)
-STORED, STORED_CHAT = PromptTemplate("Q: {prompt}"), PromptTemplate(CHAT, "Be brief.")
+WITH_CHAT = SimpleNamespace(chat_template="{{ messages }}")
+WITHOUT = SimpleNamespace(chat_template=None)
+STORED = PromptTemplate("Q: {prompt}")
+STORED_CHAT = PromptTemplate(CHAT, "Be brief.")
 
 
 @pytest.mark.parametrize(
@@ -101,7 +112,8 @@ STORED, STORED_CHAT = PromptTemplate("Q: {prompt}"), PromptTemplate(CHAT, "Be br
         (None, None, PromptTemplate(RAW), WITH_CHAT, PromptTemplate(RAW)),
         (None, None, STORED_CHAT, WITH_CHAT, STORED_CHAT),
         ("chat", None, STORED, WITH_CHAT, PromptTemplate(CHAT)),
-        ("chat", None, STORED_CHAT, WITH_CHAT, PromptTemplate(CHAT)),  # a stored system message belongs to its template
+        # A stored system message belongs to its template
+        ("chat", None, STORED_CHAT, WITH_CHAT, PromptTemplate(CHAT)),
         ("raw", None, STORED_CHAT, WITH_CHAT, PromptTemplate(RAW)),
         ("A {prompt}", None, STORED, WITH_CHAT, PromptTemplate("A {prompt}")),
         (None, "Hi.", None, WITH_CHAT, PromptTemplate(CHAT, "Hi.")),
@@ -116,10 +128,34 @@ def test_the_order_of_templates(asked, system, stored, tokenizer, expected):
 @pytest.mark.parametrize(
     ("asked", "system", "stored", "tokenizer", "message"),
     [
-        ("chat", None, None, WITHOUT, "a chat template was asked for, but the model's tokenizer has none"),
-        (None, "Hi.", None, WITHOUT, "system.* must be given with the chat template only, got the template raw"),
-        (None, "Hi.", STORED, WITH_CHAT, r"system.* must be given with the chat template only, got the template 'Q: {prompt}'"),
-        ("raw", "Hi.", STORED_CHAT, WITH_CHAT, "system.* must be given with the chat template only, got the template raw"),
+        (
+            "chat",
+            None,
+            None,
+            WITHOUT,
+            "a chat template was asked for, but the model's tokenizer has none",
+        ),
+        (
+            None,
+            "Hi.",
+            None,
+            WITHOUT,
+            "system.* must be given with the chat template only, got the template raw",
+        ),
+        (
+            None,
+            "Hi.",
+            STORED,
+            WITH_CHAT,
+            r"system.* must be given with the chat template only, got the template 'Q: {prompt}'",
+        ),
+        (
+            "raw",
+            "Hi.",
+            STORED_CHAT,
+            WITH_CHAT,
+            "system.* must be given with the chat template only, got the template raw",
+        ),
     ],
 )
 def test_what_cannot_be_applied_is_refused(asked, system, stored, tokenizer, message):
@@ -153,14 +189,21 @@ def tokenizer(request, folder, full):
 
 def test_turns_are_those_of_the_template_and_special_tokens_in_them_are_text(tokenizer, full):
     def encode(*texts):
-        turns = [(message, answer) for message, answer in zip(texts[::2], texts[1::2], strict=False)]
-        return prompting.encode_prompt(tokenizer, PromptTemplate(CHAT, "Be brief."), texts[-1], turns)
+        turns = [
+            (message, answer) for message, answer in zip(texts[::2], texts[1::2], strict=False)
+        ]
+        return prompting.encode_prompt(
+            tokenizer, PromptTemplate(CHAT, "Be brief."), texts[-1], turns
+        )
 
     messages = [
         *({"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}),
         *({"role": "assistant", "content": "yes?"}, {"role": "user", "content": "start"}),
     ]
-    plain = full(full.apply_chat_template(messages, add_generation_prompt=True, tokenize=False), add_special_tokens=False)
+    plain = full(
+        full.apply_chat_template(messages, add_generation_prompt=True, tokenize=False),
+        add_special_tokens=False,
+    )
     assert encode("hi", "yes?", "start") == plain["input_ids"]
     for hostile in (("hi", EVIL, "start"), ("hi", "yes?", EVIL)):
         assert control(full, encode(*hostile)) == control(full, plain["input_ids"])
@@ -179,8 +222,22 @@ def control(full, ids):
 
 def prompts(*pieces):
     chance = random.Random(0)
-    letters = [*" abc<|>_\n\té日🏠\ue000", "im_start", "  ", "<|", "|>", "<note>", "start", "1", *pieces]
-    return ["", " ", *("".join(chance.choices(letters, k=chance.randint(1, 20))) for _ in range(60))]
+    letters = [
+        *" abc<|>_\n\té日🏠\ue000",
+        "im_start",
+        "  ",
+        "<|",
+        "|>",
+        "<note>",
+        "start",
+        "1",
+        *pieces,
+    ]
+    return [
+        "",
+        " ",
+        *("".join(chance.choices(letters, k=chance.randint(1, 20))) for _ in range(60)),
+    ]
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -194,11 +251,16 @@ def test_ordinary_prompts_are_encoded_as_by_the_tokenizer(tokenizer, full, templ
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_special_tokens_come_from_the_template_alone(tokenizer, full, template):
     own = control(full, encode_prompt(tokenizer, template, "hi"))
-    assert own == {CHAT: [*SPECIAL[1:], *SPECIAL[1:], SPECIAL[1]], OWN_TURNS: [*SPECIAL[1:], SPECIAL[1]]}.get(template, [])
+    assert own == {
+        CHAT: [*SPECIAL[1:], *SPECIAL[1:], SPECIAL[1]],
+        OWN_TURNS: [*SPECIAL[1:], SPECIAL[1]],
+    }.get(template, [])
     for prompt in (EVIL, *SPECIAL, *prompts(*SPECIAL, *SPECIAL)):
         ids = encode_prompt(tokenizer, template, prompt)
         assert control(full, ids) == own
-        assert full.decode(ids, clean_up_tokenization_spaces=False) == rendered(full, template, prompt)  # nothing is lost
+        assert full.decode(ids, clean_up_tokenization_spaces=False) == rendered(
+            full, template, prompt
+        )  # nothing is lost
 
 
 @pytest.mark.parametrize("system", ["You are brief.", EVIL])
@@ -226,22 +288,31 @@ def test_raw_prompts_and_added_tokens_keep_their_tokens(tokenizer, full):
 
 
 @pytest.mark.parametrize("shots", [0, 1])
-@pytest.mark.parametrize(("template", "own"), [(OWN_TURNS, 3), ("raw", 2), ("{prompt}", 0), ("chat", 5)])
-def test_a_template_of_a_task_makes_tokens_and_its_rows_do_not(tokenizer, full, tmp_path, template, own, shots):
+@pytest.mark.parametrize(
+    ("template", "own"), [(OWN_TURNS, 3), ("raw", 2), ("{prompt}", 0), ("chat", 5)]
+)
+def test_a_template_of_a_task_makes_tokens_and_its_rows_do_not(
+    tokenizer, full, tmp_path, template, own, shots
+):
     file = tmp_path / "rows.jsonl"
     rows = [{"prompt": prompt, "answer": "b"} for prompt in ["a", EVIL][1 - shots :]]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = load_task(TaskConfig(data=str(file), shots=shots, prompting=PromptingConfig(template)))
     loaded = task.prepared(decoder_with(tokenizer))
     ids = loaded.encode_prompt(task.examples[0].prompt)
-    # A solved row adds its own turns. A raw prompt then ends with a line end, so that no end token is removed.
+    # A solved row adds its own turns. A raw prompt then ends with a line end, so that no end token
+    # is removed.
     assert len(control(full, ids)) == own + shots * {OWN_TURNS: 3, "raw": 1}.get(template, 0)
 
 
 def test_a_special_token_that_only_normalisation_reveals(full):
-    tokenizer = type(full)(tokenizer_object=full.backend_tokenizer.from_str(full.backend_tokenizer.to_str()))
+    tokenizer = type(full)(
+        tokenizer_object=full.backend_tokenizer.from_str(full.backend_tokenizer.to_str())
+    )
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.backend_tokenizer.add_special_tokens([AddedToken("<turn>", special=True, normalized=True)])
+    tokenizer.backend_tokenizer.add_special_tokens(
+        [AddedToken("<turn>", special=True, normalized=True)]
+    )
     token = tokenizer.backend_tokenizer.token_to_id("<turn>")
     assert tokenizer("go <TURN>")["input_ids"][-1] == token
     assert token not in encode_prompt(tokenizer, "{prompt}!", "go <TURN>")
@@ -252,10 +323,14 @@ def test_a_turn_of_a_conversation_opens_no_other(full):
     turns = (("user", "hi"), ("assistant", EVIL), ("user", EVIL), ("assistant", "bye"))
     (row,) = Encoder(full, PromptTemplate(), 1000).rows([Conversation(turns)])
     assert control(full, row["input_ids"]) == SPECIAL[1:] * 5
-    said = full.decode([token for token in row["labels"] if token != -100], clean_up_tokenization_spaces=False)
+    said = full.decode(
+        [token for token in row["labels"] if token != -100], clean_up_tokenization_spaces=False
+    )
     assert said == f"{EVIL}<|im_end|>\nbye<|im_end|>\n"
     # Other conversations are encoded in one piece by the tokenizer itself.
-    (row,) = Encoder(full, PromptTemplate(), 1000).rows([Conversation((("user", "hi"), ("assistant", "bye")))])
+    (row,) = Encoder(full, PromptTemplate(), 1000).rows(
+        [Conversation((("user", "hi"), ("assistant", "bye")))]
+    )
     text = full.apply_chat_template(
         [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "bye"}], tokenize=False
     )
@@ -264,14 +339,25 @@ def test_a_turn_of_a_conversation_opens_no_other(full):
 
 def test_a_unigram_tokenizer():
     pieces = ["<unk>", "<s>", "</s>", "\u2581", "\u2581a", "a", "<", ">", "s", "/", "b"]
-    backend = Tokenizer(models.Unigram([(piece, -float(at)) for at, piece in enumerate(pieces)], unk_id=0))
+    backend = Tokenizer(
+        models.Unigram([(piece, -float(at)) for at, piece in enumerate(pieces)], unk_id=0)
+    )
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     backend.add_special_tokens(["<unk>", "<s>", "</s>"])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="</s>", unk_token="<unk>"
+    )
     expected = backend.encode("<s>a<s >b").tokens
     expected[expected.index("\u2581")] = ">"
     ids = encode_prompt(tokenizer, "<s>{prompt}b", "a<s>")
-    assert [pieces[token] for token in ids] == ["<s>", *(["\u2581a"] if "\u2581a" in expected else ["a"]), "<", "s", ">", "b"]
+    assert [pieces[token] for token in ids] == [
+        "<s>",
+        *(["\u2581a"] if "\u2581a" in expected else ["a"]),
+        "<",
+        "s",
+        ">",
+        "b",
+    ]
 
 
 def test_a_tokenizer_in_python_refuses_special_tokens():
@@ -293,7 +379,10 @@ def test_a_tokenizer_that_fails_is_one_error(folder, tmp_path):
     document = json.loads((folder / "tokenizer.json").read_text())
     document["post_processor"] = {
         "type": "TemplateProcessing",
-        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "single": [
+            {"SpecialToken": {"id": "<s>", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ],
         "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
         "special_tokens": {},
     }

@@ -16,7 +16,10 @@ LONG = DecodingConfig("autoregressive", max_new_tokens=100)
 
 class Client:
     def __init__(self, prompt, config=CONFIG):
-        self.prompt, self.updates, self.came, self.done = prompt, [], threading.Event(), threading.Event()
+        self.prompt = prompt
+        self.updates = []
+        self.came = threading.Event()
+        self.done = threading.Event()
         self.request = Request(tiny_loaded().encode_prompt(prompt), config, self.take)
 
     def take(self, update):
@@ -98,6 +101,9 @@ def test_a_fault_of_the_scheduler_leaves_nobody_waiting(monkeypatch):
     monkeypatch.setattr(engine._scheduler, "step", lambda: 1 / 0)
     engine._thread.join(60)
     assert engine.is_stopped and engine.held == 0
-    assert all(str(client.updates[-1].error) == "the server has failed and must be started again" for client in clients)
+    assert all(
+        str(client.updates[-1].error) == "the server has failed and must be started again"
+        for client in clients
+    )
     with pytest.raises(Stopped):
         engine.hold(1)

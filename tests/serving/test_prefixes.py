@@ -1,4 +1,6 @@
-"""Prompts with a common beginning: it is read once, and every request gets the answer that it gets alone."""
+"""Prompts with a common beginning: it is read once, and every request gets the answer that it gets
+alone.
+"""
 
 from dataclasses import replace
 
@@ -17,10 +19,16 @@ from layerskip_core.serving import Scheduler
 
 @pytest.mark.parametrize("kind", ["native", "packed", "generic"])
 def test_requests_with_a_common_beginning_get_their_own_answers(kind):
-    """In company and where one is cancelled; the beginning is computed for the first of them only."""
-    decoder, system = decoder_of(kind), prompt_of(70)
+    """In company and where one is cancelled; the beginning is computed for the first of them
+    only.
+    """
+    decoder = decoder_of(kind)
+    system = prompt_of(70)
     for config in (ADAPTIVE, replace(SPECULATIVE, temperature=HOT if kind == "native" else 0.0)):
-        clients = [Client([*system, place, 3], replace(config, max_new_tokens=9 + place, seed=place)) for place in range(6)]
+        clients = [
+            Client([*system, place, 3], replace(config, max_new_tokens=9 + place, seed=place))
+            for place in range(6)
+        ]
         gone = Client([*system, 50], replace(config, max_new_tokens=40))
         scheduler = Scheduler(decoder, 4, prefixes=Prefixes(1 << 30))
         for client in (clients[0], gone):
@@ -35,13 +43,13 @@ def test_requests_with_a_common_beginning_get_their_own_answers(kind):
 
 def test_recurrent_rows_that_go_on_from_a_kept_text_join_others():
     """Some wait for their first pass while others run theirs."""
-    backend, config = (
-        TransformersBackend(decoder_types.tiny.__wrapped__("lfm2")),
-        DecodingConfig("lookup", 0, 3, 6, ignore_eos=True),
-    )
-    decoder, text = replace(tiny_loaded(), backend=backend), decodings.prompt_of(20)
+    backend = TransformersBackend(decoder_types.tiny.__wrapped__("lfm2"))
+    config = DecodingConfig("lookup", 0, 3, 6, ignore_eos=True)
+    decoder = replace(tiny_loaded(), backend=backend)
+    text = decodings.prompt_of(20)
     scheduler = Scheduler(decoder, 4, prefixes=Prefixes(1 << 30, least=4))
-    first, running = Client(text, replace(config, max_new_tokens=1)), Client([5, 6, 7], replace(config, max_new_tokens=20))
+    first = Client(text, replace(config, max_new_tokens=1))
+    running = Client([5, 6, 7], replace(config, max_new_tokens=20))
     following = [Client([*text, *decodings.prompt_of(length)], config) for length in (4, 6, 5)]
     run(scheduler, [[first]])
     run(scheduler, [[running], [], following])
@@ -57,8 +65,12 @@ def test_recurrent_rows_that_go_on_from_a_kept_text_join_others():
 def test_answers_to_one_prompt_read_it_once():
     """Those that come together wait until it is read; a prompt with another beginning does not."""
     decoder = decoder_of("native")
-    clients = [Client(prompt_of(100), replace(SPECULATIVE, temperature=HOT, seed=seed)) for seed in range(3)]
-    scheduler, other = Scheduler(decoder, 8, prefixes=Prefixes(1 << 30)), Client(prompt_of(90, 3), SPECULATIVE)
+    clients = [
+        Client(prompt_of(100), replace(SPECULATIVE, temperature=HOT, seed=seed))
+        for seed in range(3)
+    ]
+    scheduler = Scheduler(decoder, 8, prefixes=Prefixes(1 << 30))
+    other = Client(prompt_of(90, 3), SPECULATIVE)
     for client in (other, *clients):
         scheduler.add(client.request)
     scheduler.step()

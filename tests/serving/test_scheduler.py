@@ -1,4 +1,6 @@
-"""Continuous batching: whoever joins and leaves, every request gets the answer that it gets alone."""
+"""Continuous batching: whoever joins and leaves, every request gets the answer that it gets
+alone.
+"""
 
 from contextlib import contextmanager
 from dataclasses import replace
@@ -37,7 +39,9 @@ def decoder_of(kind, **changes):
     """The tiny model with blocks at its exits 2 and 4."""
     blocks = (ExitBlock(2), ExitBlock(4))
     packing = PackingConfig(draft_weights=("int8",))
-    backend = decodings.backend_on(kind, packing, blocks_of=lambda model: random_blocks(model, *blocks), **SHAPE, **changes)
+    backend = decodings.backend_on(
+        kind, packing, blocks_of=lambda model: random_blocks(model, *blocks), **SHAPE, **changes
+    )
     return replace(tiny_loaded(), backend=backend)
 
 
@@ -84,7 +88,8 @@ def run(scheduler, arrivals):
 )
 def test_requests_that_come_at_any_time_get_their_own_answers(kind, config):
     """With their own lengths, stop strings and seeds; more of them than are decoded at once."""
-    decoder, random = decoder_of(kind), Random(3)
+    decoder = decoder_of(kind)
+    random = Random(3)
     clients = []
     for length in (3, 12, 1, 7, 30, 5, 9):
         limit = random.choice([1, 4, 11, 25])
@@ -100,7 +105,11 @@ def test_requests_that_come_at_any_time_get_their_own_answers(kind, config):
         expected, stats = alone(decoder, client.request.ids, client.request.config)
         assert client.answer == expected
         own = client.request.stats
-        assert (own.prompt_tokens, own.new_tokens, own.sequences) == (stats.prompt_tokens, stats.new_tokens, 1)
+        assert (own.prompt_tokens, own.new_tokens, own.sequences) == (
+            stats.prompt_tokens,
+            stats.new_tokens,
+            1,
+        )
         if config.strategy == "self-speculative":
             assert (own.drafted, own.accepted) == (stats.drafted, stats.accepted)
     assert {client.answer[1] for client in clients} == {"length", "stop"}
@@ -109,7 +118,9 @@ def test_requests_that_come_at_any_time_get_their_own_answers(kind, config):
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_prompts_with_equal_settings_are_prefilled_together(monkeypatch, temperature):
     """But for what a step has no room for; one that does not fit is refused."""
-    decoder, passes, honest = decoder_of("generic"), [], FixedTarget.fill
+    decoder = decoder_of("generic")
+    passes = []
+    honest = FixedTarget.fill
 
     def recorded(target, tokens, places, scored, whole):
         passes.append(list(places.counts))
@@ -119,11 +130,14 @@ def test_prompts_with_equal_settings_are_prefilled_together(monkeypatch, tempera
     clients = []
     for length in (3, 9, 999, 5, 4, 100, 90, 2, 50, 8):
         limit = 12 if length == 2 else 6
-        config = DecodingConfig("autoregressive", max_new_tokens=limit, temperature=temperature, seed=length)
+        config = DecodingConfig(
+            "autoregressive", max_new_tokens=limit, temperature=temperature, seed=length
+        )
         clients.append(Client(prompt_of(length), config, streams=length != 9))
     scheduler = Scheduler(decoder, batch_size=9)
     assert len(run(scheduler, [clients])) == len(clients) and scheduler.held == 0
-    assert passes == [[3, 9, 5, 4, 100, 90, 2, 43], [1, 1, 1, 1, 1, 1, 1, 7, 8]]  # of the others their newest tokens, too
+    # Of the others their newest tokens, too
+    assert passes == [[3, 9, 5, 4, 100, 90, 2, 43], [1, 1, 1, 1, 1, 1, 1, 7, 8]]
     assert isinstance(clients[2].updates[-1].error, ContextError)
     assert len([update for update in clients[1].updates if update.text]) == 1
     for client in [*clients[:2], *clients[3:]]:
@@ -133,16 +147,24 @@ def test_prompts_with_equal_settings_are_prefilled_together(monkeypatch, tempera
 @pytest.mark.parametrize("kind", ["generic", "native"])
 def test_an_embedding_has_one_short_pass_between_two_steps_of_answers(kind, monkeypatch):
     monkeypatch.setattr(serving, "_PREFILLED", 32)
-    backend, ids, heard = decoder_of(kind).backend, prompt_of(100), []
-    hidden = backend.run_layers(backend.embed(torch.tensor([ids])), 0, 3, at(torch.arange(100)[None], backend.new_cache()))
-    mean = backend.normed(hidden)[0].float().mean(0)
-    scheduler, running = (
-        Scheduler(decoder_of(kind), batch_size=1),
-        Client(prompt_of(3), replace(SPECULATIVE, max_new_tokens=60)),
+    backend = decoder_of(kind).backend
+    ids = prompt_of(100)
+    heard = []
+    hidden = backend.run_layers(
+        backend.embed(torch.tensor([ids])), 0, 3, at(torch.arange(100)[None], backend.new_cache())
     )
-    embeddings = [Embedding(text, 3, heard.append) for text in (ids, ids[:40], ids[:999], prompt_of(999), ids[:5])]
-    run_layers, passes = backend.run_layers, []
-    monkeypatch.setattr(backend, "run_layers", lambda *given: passes.append(len(given[0])) or run_layers(*given))
+    mean = backend.normed(hidden)[0].float().mean(0)
+    scheduler = Scheduler(decoder_of(kind), batch_size=1)
+    running = Client(prompt_of(3), replace(SPECULATIVE, max_new_tokens=60))
+    embeddings = [
+        Embedding(text, 3, heard.append)
+        for text in (ids, ids[:40], ids[:999], prompt_of(999), ids[:5])
+    ]
+    run_layers = backend.run_layers
+    passes = []
+    monkeypatch.setattr(
+        backend, "run_layers", lambda *given: passes.append(len(given[0])) or run_layers(*given)
+    )
     scheduler.add(running.request)
     for embedding in embeddings:
         scheduler.add(embedding)
@@ -150,19 +172,32 @@ def test_an_embedding_has_one_short_pass_between_two_steps_of_answers(kind, monk
         passes.clear()
         scheduler.step()
         assert passes[0] == (32, 32, 32, 4, 32)[step - 1]  # alone, and then a step of the answer
-        assert len(running.updates) == step and [len(update.vector) for update in heard] == [len(mean)] * (step >= 4)
+        assert len(running.updates) == step and [len(update.vector) for update in heard] == [
+            len(mean)
+        ] * (step >= 4)
     assert heard[0].vector == pytest.approx((mean / mean.norm()).tolist(), abs=1e-6)
-    assert scheduler.cancel(embeddings[1]) and scheduler.cancel(embeddings[2]) and not scheduler.cancel(embeddings[0])
+    assert (
+        scheduler.cancel(embeddings[1])
+        and scheduler.cancel(embeddings[2])
+        and not scheduler.cancel(embeddings[0])
+    )
     done = run(scheduler, [])
-    assert [update.is_last for update in heard] == [True] * 3 and isinstance(heard[1].error, ContextError)
-    assert {*map(id, done)} == {*map(id, (running.request, *embeddings[3:]))} and scheduler.held == 0
+    assert [update.is_last for update in heard] == [True] * 3 and isinstance(
+        heard[1].error, ContextError
+    )
+    assert {*map(id, done)} == {
+        *map(id, (running.request, *embeddings[3:]))
+    } and scheduler.held == 0
     assert [embedding._cache for embedding in embeddings[::4]] == [None, None]
 
 
 def test_those_that_leave_do_not_disturb_the_others_and_hear_no_more():
     decoder = decoder_of("packed")
     config = replace(ADAPTIVE, max_new_tokens=30)
-    staying, leaving = ([Client(prompt_of(length), config) for length in lengths] for lengths in ((3, 9, 6), (4, 11, 8)))
+    staying, leaving = (
+        [Client(prompt_of(length), config) for length in lengths]
+        for lengths in ((3, 9, 6), (4, 11, 8))
+    )
     scheduler = Scheduler(decoder, batch_size=4)
     for client in [leaving[0], staying[0], leaving[1], staying[1], leaving[2], staying[2]]:
         scheduler.add(client.request)
@@ -179,11 +214,15 @@ def test_those_that_leave_do_not_disturb_the_others_and_hear_no_more():
 
 def test_settings_that_differ_take_turns():
     """None waits for the end of another's answer."""
-    decoder, long = decoder_of("packed"), 40
+    decoder = decoder_of("packed")
+    long = 40
     slow = Client(prompt_of(4), replace(SPECULATIVE, max_new_tokens=long))
     others = [
         Client(prompt_of(4), DecodingConfig("autoregressive", max_new_tokens=3)),
-        Client(prompt_of(4), DecodingConfig("early-exit", exit_confidence=0.5, exits=(4,), max_new_tokens=3)),
+        Client(
+            prompt_of(4),
+            DecodingConfig("early-exit", exit_confidence=0.5, exits=(4,), max_new_tokens=3),
+        ),
         Client(prompt_of(4), replace(SPECULATIVE, max_new_tokens=3, temperature=HOT)),
     ]
     scheduler = Scheduler(decoder, batch_size=8)
@@ -196,15 +235,33 @@ def test_settings_that_differ_take_turns():
 def test_rows_whose_logits_are_changed_share_a_loop_and_keep_their_own_changes():
     """Those that need no logits have another loop."""
     decoder = decoder_of("native")
-    options = [{"frequency_penalty": 1.5}, {"logit_bias": ((5, 9.0),)}, {"repetition_penalty": 1.5, "logprobs": 2}, {}, {}]
-    options.append({"ignore_eos": True, "stop_token_ids": (alone(decoder, prompt_of(5), SPECULATIVE)[1].new_tokens % 3,)})
-    configs = [replace(SPECULATIVE, max_new_tokens=12 + place, **each) for place, each in enumerate(options)]
-    clients = [Client(prompt_of(3 + place), config, streams=place % 2) for place, config in enumerate(configs)]
+    options = [
+        {"frequency_penalty": 1.5},
+        {"logit_bias": ((5, 9.0),)},
+        {"repetition_penalty": 1.5, "logprobs": 2},
+        {},
+        {},
+    ]
+    options.append(
+        {
+            "ignore_eos": True,
+            "stop_token_ids": (alone(decoder, prompt_of(5), SPECULATIVE)[1].new_tokens % 3,),
+        }
+    )
+    configs = [
+        replace(SPECULATIVE, max_new_tokens=12 + place, **each)
+        for place, each in enumerate(options)
+    ]
+    clients = [
+        Client(prompt_of(3 + place), config, streams=place % 2)
+        for place, config in enumerate(configs)
+    ]
     scheduler = Scheduler(decoder, batch_size=8)
     for client in clients:
         scheduler.add(client.request)
     scheduler.step()
-    assert sorted(len(loop.active) for loop in scheduler._loops.values()) == [1, 2, 3]  # with log probabilities, changed, plain
+    # With log probabilities, changed, plain
+    assert sorted(len(loop.active) for loop in scheduler._loops.values()) == [1, 2, 3]
     run(scheduler, [])
     for client in clients:
         expected, stats = alone(decoder, client.request.ids, client.request.config)
@@ -216,7 +273,9 @@ def test_rows_whose_logits_are_changed_share_a_loop_and_keep_their_own_changes()
 def test_a_pass_that_fails_ends_its_own_requests_only(monkeypatch):
     decoder = decoder_of("packed")
     scheduler = Scheduler(decoder, batch_size=4)
-    doomed = [Client(prompt_of(length), replace(SPECULATIVE, max_new_tokens=30)) for length in (4, 6)]
+    doomed = [
+        Client(prompt_of(length), replace(SPECULATIVE, max_new_tokens=30)) for length in (4, 6)
+    ]
     spared = Client(prompt_of(5), DecodingConfig("autoregressive", max_new_tokens=10))
     too_long = Client([5] * 200, spared.request.config)
     for client in [*doomed, spared, too_long]:
@@ -235,8 +294,12 @@ def test_a_pass_that_fails_ends_its_own_requests_only(monkeypatch):
 @pytest.mark.parametrize("kind", ["native", "packed", "generic"])
 def test_longer_and_longer_prompts_beside_a_long_answer_take_bounded_memory(kind):
     decoder = decoder_of(kind, max_position_embeddings=640)
-    scheduler, held = Scheduler(decoder, batch_size=3), []
-    clients = [Client(prompt_of(length), replace(ADAPTIVE, max_new_tokens=3)) for length in range(70, 600, 64)]
+    scheduler = Scheduler(decoder, batch_size=3)
+    held = []
+    clients = [
+        Client(prompt_of(length), replace(ADAPTIVE, max_new_tokens=3))
+        for length in range(70, 600, 64)
+    ]
     clients.append(Client(prompt_of(4), replace(ADAPTIVE, max_new_tokens=200, ignore_eos=True)))
     scheduler.add(clients[-1].request)
     for client in clients[:-1]:
@@ -257,14 +320,21 @@ def test_longer_and_longer_prompts_beside_a_long_answer_take_bounded_memory(kind
 @pytest.mark.parametrize("kind", ["native", "packed", "generic"])
 @pytest.mark.parametrize(
     "config",
-    [ADAPTIVE, replace(SPECULATIVE, lookup=2), DecodingConfig("early-exit", exits=(4,), exit_confidence=0.1)],
+    [
+        ADAPTIVE,
+        replace(SPECULATIVE, lookup=2),
+        DecodingConfig("early-exit", exits=(4,), exit_confidence=0.1),
+    ],
     ids=["adaptive", "exit", "depth per token"],
 )
 def test_a_long_prompt_runs_in_pieces_between_the_steps_of_others(kind, config):
-    """The other gets a step for each piece, and both the answers that they get alone. A prompt that is given up leaves."""
+    """The other gets a step for each piece, and both the answers that they get alone. A prompt that
+    is given up leaves.
+    """
     decoder = decoder_of(kind, max_position_embeddings=1200)
     other, long, gone = (
-        Client(prompt_of(length), replace(config, max_new_tokens=40, ignore_eos=True)) for length in (5, 900, 1000)
+        Client(prompt_of(length), replace(config, max_new_tokens=40, ignore_eos=True))
+        for length in (5, 900, 1000)
     )
     scheduler = Scheduler(decoder, batch_size=4)
     for client in (other, long, gone):
@@ -273,7 +343,8 @@ def test_a_long_prompt_runs_in_pieces_between_the_steps_of_others(kind, config):
     while not long.updates:
         assert scheduler.running == 2 and scheduler.held == 3
         scheduler.step()
-    assert len(other.updates) >= 5 and not gone.updates  # one for its own prompt, and for each of four pieces
+    # One for its own prompt, and for each of four pieces
+    assert len(other.updates) >= 5 and not gone.updates
     scheduler.step()
     assert scheduler.running == 3 and scheduler.cancel(gone.request) and scheduler.running == 2
     run(scheduler, [])
@@ -284,19 +355,31 @@ def test_a_long_prompt_runs_in_pieces_between_the_steps_of_others(kind, config):
 
 @pytest.mark.parametrize("config", [ADAPTIVE, SPECULATIVE, replace(SPECULATIVE, temperature=HOT)])
 def test_a_pool_of_a_tenth_of_what_is_asked_for_loses_nothing(config):
-    """Requests wait, or run again after they were set aside; a quarter of the clients leaves. Kept texts go first."""
-    decoder, random = decoder_of("native", max_position_embeddings=701), Random(5)
+    """Requests wait, or run again after they were set aside; a quarter of the clients leaves. Kept
+    texts go first.
+    """
+    decoder = decoder_of("native", max_position_embeddings=701)
+    random = Random(5)
     config = replace(config, ignore_eos=True)
-    lengths = [random.randint(2, 60) if number % 4 else random.randint(200, 400) for number in range(24)]
+    lengths = [
+        random.randint(2, 60) if number % 4 else random.randint(200, 400) for number in range(24)
+    ]
     limits = [random.randint(60, 200) for _ in lengths]
-    prompts = [[*prompt_of(70), *prompt_of(length, length)] if length % 3 else prompt_of(length) for length in lengths]
+    prompts = [
+        [*prompt_of(70), *prompt_of(length, length)] if length % 3 else prompt_of(length)
+        for length in lengths
+    ]
     asked = list(zip(prompts, limits, strict=True))
     clients = [
-        Client(prompt, replace(config, max_new_tokens=limit, seed=number)) for number, (prompt, limit) in enumerate(asked)
+        Client(prompt, replace(config, max_new_tokens=limit, seed=number))
+        for number, (prompt, limit) in enumerate(asked)
     ]
     expected = [alone(decoder, client.request.ids, client.request.config)[0] for client in clients]
     pages = sum(-(-(len(prompt) + limit) // PAGE) for prompt, limit in asked)
-    pool, prefixes, waited, used = decoder.backend._pool, Prefixes(1 << 30), 0, 0
+    pool = decoder.backend._pool
+    prefixes = Prefixes(1 << 30)
+    waited = 0
+    used = 0
     scheduler = Scheduler(decoder, batch_size=24, prefixes=prefixes)
     decoder.backend.limit_memory(max(pages // 10, 12) * pool.page_bytes)
     try:
@@ -311,13 +394,17 @@ def test_a_pool_of_a_tenth_of_what_is_asked_for_loses_nothing(config):
             if step < len(gone):
                 scheduler.cancel(clients[gone[step]].request)
             scheduler.step()
-            waited, used = max(waited, sum(request._row is not None for request in scheduler._waiting)), max(used, pool.used)
+            waited = max(waited, sum(request._row is not None for request in scheduler._waiting))
+            used = max(used, pool.used)
         assert not scheduler.held and waited and used <= pool.most and embedding[0].vector
         for number, client in enumerate(clients):
             if number not in gone:
                 assert client.answer == expected[number]
         decoder.backend.limit_memory(5 * pool.page_bytes)
-        with pytest.raises(ContextError, match=r"319 tokens, got 400 \(the memory for keys and values has room for 320 tokens"):
+        with pytest.raises(
+            ContextError,
+            match=r"319 tokens, got 400 \(the memory for keys and values has room for 320 tokens",
+        ):
             DecodingLoop(decoder.backend, [prompt_of(400)], config)
     finally:
         pool.most = inf
@@ -327,11 +414,17 @@ def test_a_pool_of_a_tenth_of_what_is_asked_for_loses_nothing(config):
 
 
 def test_a_full_pool_keeps_no_text_and_an_embedding_gives_back_what_it_has():
-    """The prompt and its answer fill both pages; then a row grows beside an embedding that has been read in part."""
+    """The prompt and its answer fill both pages; then a row grows beside an embedding that has been
+    read in part.
+    """
     decoder = decoder_of("native", max_position_embeddings=702)
-    backend, config = decoder.backend, DecodingConfig("autoregressive", max_new_tokens=20, ignore_eos=True)
-    full, grown = Client(prompt_of(100), config), Client(prompt_of(60), replace(config, max_new_tokens=200))
-    expected = [alone(decoder, client.request.ids, client.request.config)[0] for client in (full, grown)]
+    backend = decoder.backend
+    config = DecodingConfig("autoregressive", max_new_tokens=20, ignore_eos=True)
+    full = Client(prompt_of(100), config)
+    grown = Client(prompt_of(60), replace(config, max_new_tokens=200))
+    expected = [
+        alone(decoder, client.request.ids, client.request.config)[0] for client in (full, grown)
+    ]
     told = {"alone": [], "beside": []}
     whole, part = (Embedding(prompt_of(600), 6, told[name].append) for name in told)
     run(Scheduler(decoder, 1), [[SimpleNamespace(request=whole)]])
@@ -374,19 +467,25 @@ def memory_of(decoder, pages):
 
 @pytest.mark.parametrize("seed", range(12))
 def test_whoever_leaves_a_full_pool_nothing_live_fails(seed):
-    """Greedy and sampled requests have loops of their own, those that exit by confidence one each; an embedding comes between.
+    """Greedy and sampled requests have loops of their own, those that exit by confidence one each;
+    an embedding comes between.
 
     The pool has room for the longest text and little more.
     """
-    decoder, random = decoder_of("native", max_position_embeddings=703), Random(seed)
-    configs, clients, heard = [SPECULATIVE, replace(SPECULATIVE, temperature=HOT), CALM], [], []
+    decoder = decoder_of("native", max_position_embeddings=703)
+    random = Random(seed)
+    configs = [SPECULATIVE, replace(SPECULATIVE, temperature=HOT), CALM]
+    clients = []
+    heard = []
     for number in range(14):
         limit = random.choice([1, 3, 30, 90, 200])
         config = replace(random.choice(configs), max_new_tokens=limit, ignore_eos=True, seed=number)
         prompt = prompt_of(random.choice([2, 60, 64, 130, 250]), random.randrange(3))
         clients.append(Client(prompt, config, streams=random.random() < 0.7))
     expected = [alone(decoder, client.request.ids, client.request.config)[0] for client in clients]
-    embedding, gone, late = Embedding(prompt_of(400), 6, heard.append), set(), list(clients)
+    embedding = Embedding(prompt_of(400), 6, heard.append)
+    gone = set()
+    late = list(clients)
     prefixes = Prefixes(1 << 30) if seed % 2 else NO_PREFIXES
     with memory_of(decoder, 8) as pool:
         scheduler = Scheduler(decoder, 6, prefixes=prefixes)
@@ -413,9 +512,14 @@ def test_a_cancelled_row_and_a_finished_loop_give_back_their_pages_at_once():
     """Also in the middle of a step, while other loops have not taken theirs."""
     decoder = decoder_of("native", max_position_embeddings=704)
     plain = DecodingConfig("autoregressive", max_new_tokens=40, ignore_eos=True)
-    long, short = Client(prompt_of(140), plain), Client(prompt_of(190), replace(plain, max_new_tokens=3))
-    beside, hot = Client(prompt_of(60), plain), Client(prompt_of(63), replace(plain, temperature=HOT))
-    expected = [alone(decoder, client.request.ids, client.request.config)[0] for client in (beside, short, hot)]
+    long = Client(prompt_of(140), plain)
+    short = Client(prompt_of(190), replace(plain, max_new_tokens=3))
+    beside = Client(prompt_of(60), plain)
+    hot = Client(prompt_of(63), replace(plain, temperature=HOT))
+    expected = [
+        alone(decoder, client.request.ids, client.request.config)[0]
+        for client in (beside, short, hot)
+    ]
     with memory_of(decoder, 4) as pool:
         scheduler = Scheduler(decoder, 4)
         for client in (long, beside):
@@ -424,13 +528,15 @@ def test_a_cancelled_row_and_a_finished_loop_give_back_their_pages_at_once():
         assert pool.used == 3 + 1
         assert scheduler.cancel(long.request) and pool.used == 1
         run(scheduler, [])
-        run(scheduler, [[short, hot]])  # in the third step one ends, with three pages, and the other needs its second
+        # In the third step one ends, with three pages, and the other needs its second
+        run(scheduler, [[short, hot]])
         assert [beside.answer, short.answer, hot.answer] == expected and pool.used == 0
 
 
 def test_a_pass_that_fails_gives_back_its_memory_though_its_clients_keep_the_error(monkeypatch):
     decoder = decoder_of("native", max_position_embeddings=705)
-    client, heard = Client(prompt_of(100), replace(SPECULATIVE, max_new_tokens=50)), []
+    client = Client(prompt_of(100), replace(SPECULATIVE, max_new_tokens=50))
+    heard = []
     embedding = Embedding(prompt_of(400), 6, heard.append)
     with memory_of(decoder, 20) as pool:
         scheduler = Scheduler(decoder, 4)
@@ -446,4 +552,6 @@ def test_a_pass_that_fails_gives_back_its_memory_though_its_clients_keep_the_err
         while scheduler.held:
             scheduler.step()
         assert pool.used == 0
-        assert [str(told[-1].error) for told in (heard, client.updates)] == ["no memory on this machine"] * 2
+        assert [str(told[-1].error) for told in (heard, client.updates)] == [
+            "no memory on this machine"
+        ] * 2

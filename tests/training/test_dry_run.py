@@ -22,5 +22,6 @@ def test_a_dry_run_reads_no_weights_and_tells_the_same_plan(settings, monkeypatc
         monkeypatch.setattr(runs, loader, lambda *_: pytest.fail("loaded"))
     dry = prepare(config, dry=True)
     assert plan_text(dry) == plan_text(plan)
-    assert dry.sealed == plan.sealed  # also the fingerprint of the weights, by which replayed texts are found again
+    # Also the fingerprint of the weights, by which replayed texts are found again
+    assert dry.sealed == plan.sealed
     assert {weight.device.type for weight in dry.trainable.model.parameters()} == {"meta"}

@@ -48,35 +48,66 @@ def test_a_run_lowers_the_divergence_and_leaves_the_model_as_it_is(frozen, check
     assert described["eagle3"]["agreement"] > 10 / 64
     after = hashes(config.output)
     assert {name for name, digest in before.items() if after[name] != digest} == {"layerskip.json"}
-    assert after.keys() == before.keys() and set(hashes(Path(config.output, "eagle3"))) == {"config.json", "model.safetensors"}
+    assert after.keys() == before.keys() and set(hashes(Path(config.output, "eagle3"))) == {
+        "config.json",
+        "model.safetensors",
+    }
     assert tuple(described["eagle3"]["layers"]) == (2, 3)
-    assert read_info(config.output).draft_profile(6).acceptance == {"eagle3": described["eagle3"]["agreement"]}
+    assert read_info(config.output).draft_profile(6).acceptance == {
+        "eagle3": described["eagle3"]["agreement"]
+    }
 
 
 def test_it_drafts_as_often_right_as_the_training_said(frozen, checkpoint):
-    """Acceptance of first drafts while decoding the texts of the training, against the agreement on them."""
-    config = frozen(model=checkpoint, steps=60, lr=0.02, eval_steps=60, validation="train", validation_samples=40)
+    """Acceptance of first drafts while decoding the texts of the training, against the agreement on
+    them.
+    """
+    config = frozen(
+        model=checkpoint,
+        steps=60,
+        lr=0.02,
+        eval_steps=60,
+        validation="train",
+        validation_samples=40,
+    )
     described, _, _ = train(config)
     decoder = for_decoding(config.output, "cpu")
     plan = prepare(replace(config, output=config.output + "-again"))
     tested = accepted = 0
     for prompt in plan.answers.prompts[-40:]:
-        loop = decode(decoder.backend, prompt, DecodingConfig("eagle3", num_draft_tokens=1, max_new_tokens=8), decoder.eos_ids)
-        plain = decode(decoder.backend, prompt, DecodingConfig("autoregressive", max_new_tokens=8), decoder.eos_ids)
-        assert [token for [step] in loop for token in step.ids] == [token for [step] in plain for token in step.ids]
-        tested, accepted = tested + loop.stats.drafted, accepted + loop.stats.accepted
-    assert abs(accepted / tested - described["eagle3"]["agreement"]) < 0.1 and accepted / tested > 0.2
+        loop = decode(
+            decoder.backend,
+            prompt,
+            DecodingConfig("eagle3", num_draft_tokens=1, max_new_tokens=8),
+            decoder.eos_ids,
+        )
+        plain = decode(
+            decoder.backend,
+            prompt,
+            DecodingConfig("autoregressive", max_new_tokens=8),
+            decoder.eos_ids,
+        )
+        assert [token for [step] in loop for token in step.ids] == [
+            token for [step] in plain for token in step.ids
+        ]
+        tested = tested + loop.stats.drafted
+        accepted = accepted + loop.stats.accepted
+    assert (
+        abs(accepted / tested - described["eagle3"]["agreement"]) < 0.1 and accepted / tested > 0.2
+    )
 
 
 def test_resuming_gives_the_same_drafter_bit_by_bit(frozen, tmp_path):
-    whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
+    whole = str(tmp_path / "whole")
+    cut = str(tmp_path / "cut")
     _, expected, _ = train(frozen(output=whole, save_steps=2))
     with pytest.raises(Interrupted):
         prepare(frozen(output=cut, save_steps=2)).run(stop_at(3))
     _, reports, stages = train(frozen(output=cut, save_steps=2, resume=True))
     assert [report.loss for report in reports] == [report.loss for report in expected[2:]]
     assert stages == [("answers", 48, 48)]
-    one, other = stored(whole), stored(cut)
+    one = stored(whole)
+    other = stored(cut)
     assert torch.equal(one.tokens, other.tokens)
     assert all(torch.equal(weight, other.weights[name]) for name, weight in one.weights.items())
 
@@ -85,8 +116,12 @@ def test_resuming_gives_the_same_drafter_bit_by_bit(frozen, tmp_path):
 def test_what_is_predicted_has_two_tokens_before_it(frozen, tmp_path, answers):
     lines = tmp_path / "lines.txt"
     lines.write_text("a\nb\nplay some jazz\n" * 8)
-    asked = {"answers": answers, "answer_tokens": 1 if answers == "model" else DrafterConfig.answer_tokens}
-    data, raw = DataConfig(name=str(lines)), PromptingConfig(raw=True)
+    asked = {
+        "answers": answers,
+        "answer_tokens": 1 if answers == "model" else DrafterConfig.answer_tokens,
+    }
+    data = DataConfig(name=str(lines))
+    raw = PromptingConfig(raw=True)
     plan = prepare(frozen(data=data, prompting=raw, batch_size=2, steps=2, **asked))
     assert plan.rows + plan.held_out == 8 and plan.left_out == 16
     plan.run(lambda report: None)
@@ -99,9 +134,15 @@ def test_a_drafter_is_trained_further(frozen, tmp_path):
     start = f"{first.output}/eagle3"
     again = frozen(output=str(tmp_path / "again"), start_from=start, draft_vocab=50, lr=1e-4)
     _, further, _ = train(again)
-    assert further[0].exit_losses[0] < 1.3 * reports[-1].exit_losses[0] < reports[0].exit_losses[0] / 1.5
+    assert (
+        further[0].exit_losses[0]
+        < 1.3 * reports[-1].exit_losses[0]
+        < reports[0].exit_losses[0] / 1.5
+    )
     assert torch.equal(stored(again.output).tokens, stored(first.output).tokens)
-    [note] = prepare(FinetuneConfig(model=first.output, output=str(tmp_path / "tuned"), data=first.data, steps=2)).notes
+    [note] = prepare(
+        FinetuneConfig(model=first.output, output=str(tmp_path / "tuned"), data=first.data, steps=2)
+    ).notes
     assert f"--start-from {start}" in note
     with pytest.raises(CheckpointError, match="cannot load model no/where"):
         prepare(frozen(output=str(tmp_path / "other"), start_from="no/where"))
@@ -111,13 +152,17 @@ def test_tokens_are_chosen_anew_unless_the_head_is_the_drafters_own():
     backend = TransformersBackend(tiny_model(dtype=torch.float32))
     first = FrozenEagle3(backend, SMALL)
     first.begin([{"labels": [IGNORED, 50, 51, 52]}])
-    known, rows = first.stored(torch.float32), [{"labels": [IGNORED, 30, 30, 31]}]
+    known = first.stored(torch.float32)
+    rows = [{"labels": [IGNORED, 30, 30, 31]}]
     assert known.tokens.tolist() == [0, 1, 2, 3, 4, 50, 51, 52]
     again = FrozenEagle3(backend, SMALL, known)
     again.begin(rows)
     assert again.drafter.tokens.tolist() == [0, 1, 2, 3, 4, 30, 31, 50]
     head = "lm_head.weight"
-    assert torch.equal(again.stored(torch.float32).weights[head], backend.model.lm_head.weight[again.drafter.tokens])
+    assert torch.equal(
+        again.stored(torch.float32).weights[head],
+        backend.model.lm_head.weight[again.drafter.tokens],
+    )
     weights = {**known.weights, head: torch.randn_like(known.weights[head])}
     other = FrozenEagle3(backend, SMALL, replace(known, weights=weights))
     other.begin(rows)
@@ -130,18 +175,29 @@ def test_the_folder_names_the_target(frozen):
     train(config)
     document = json.loads(Path(config.output, "eagle3", "config.json").read_text())
     assert document["speculators_config"]["verifier"]["name_or_path"] == config.output
-    assert document["draft_vocab_size"] == 64 and document["eagle_aux_hidden_state_layer_ids"] == [1, 2]
+    assert document["draft_vocab_size"] == 64 and document["eagle_aux_hidden_state_layer_ids"] == [
+        1,
+        2,
+    ]
     with pytest.raises(ConfigError, match="already holds a model"):
         prepare(config)
     with pytest.raises(ConfigError, match="already has a drafter; give `overwrite` to replace it"):
         prepare(replace(config, model=config.output))
-    config = frozen(model="embedded-base", steps=1, batch_size=1, data=DataConfig(limit=2), output=config.output + "-copy")
+    config = frozen(
+        model="embedded-base",
+        steps=1,
+        batch_size=1,
+        data=DataConfig(limit=2),
+        output=config.output + "-copy",
+    )
     train(config)
     document = json.loads(Path(config.output, "eagle3", "config.json").read_text())
     assert document["speculators_config"]["verifier"]["name_or_path"] == config.output
 
 
-@pytest.mark.parametrize(("kind", "suits"), [("gpt_neox", True), ("zamba2", False), ("mamba", False), ("gemma2", False)])
+@pytest.mark.parametrize(
+    ("kind", "suits"), [("gpt_neox", True), ("zamba2", False), ("mamba", False), ("gemma2", False)]
+)
 def test_the_default_layout_is_one_that_engines_can_run(kind, suits):
     """Not of models without attention, or with an embedding of another kind, scales or caps."""
     model = tiny(kind)
@@ -151,7 +207,12 @@ def test_the_default_layout_is_one_that_engines_can_run(kind, suits):
 
 
 def test_a_drafter_of_a_model_with_another_rope_has_the_plain_one():
-    rope = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32, "rope_theta": 5000.0}
+    rope = {
+        "rope_type": "yarn",
+        "factor": 2.0,
+        "original_max_position_embeddings": 32,
+        "rope_theta": 5000.0,
+    }
     backend = TransformersBackend(tiny_model(rope_parameters=rope))
     assert FrozenEagle3(backend, SMALL).drafter.form.rope == {"rope_theta": 5000.0}
 

@@ -1,4 +1,6 @@
-"""Rows of a run: their templates, encoding and batches; streams, validation, and tokenizers made of them."""
+"""Rows of a run: their templates, encoding and batches; streams, validation, and tokenizers made of
+them.
+"""
 
 import itertools
 from dataclasses import replace
@@ -18,7 +20,14 @@ from layerskip_core.losses import IGNORED
 from layerskip_core.prompting import CHAT, RAW, PromptTemplate
 from layerskip_core.splits import HeldOut
 from layerskip_core.training import data as training_data
-from layerskip_core.training.data import StreamedRows, collate, encode_rows, encode_stream, make_encoder, token_order
+from layerskip_core.training.data import (
+    StreamedRows,
+    collate,
+    encode_rows,
+    encode_stream,
+    make_encoder,
+    token_order,
+)
 from layerskip_core.training.encoding import Encoder, packed, train_tokenizer
 from layerskip_core.training.run import prepare
 from layerskip_core.training.trainer import RunTrainer
@@ -52,8 +61,11 @@ def encoded_rows(rows, tokenizer, template, max_length):
 
 
 def test_prompts_are_masked_and_rows_end(tokenizer):
-    encoded = encoded_rows([Example("hi", "[IN:A ]"), Example("", "go")], tokenizer, PARSING_TEMPLATE, 64)
-    prompt, completion = tokenizer("hi\n")["input_ids"], tokenizer("[IN:A ]")["input_ids"]
+    encoded = encoded_rows(
+        [Example("hi", "[IN:A ]"), Example("", "go")], tokenizer, PARSING_TEMPLATE, 64
+    )
+    prompt = tokenizer("hi\n")["input_ids"]
+    completion = tokenizer("[IN:A ]")["input_ids"]
     plain = tokenizer("go")["input_ids"]  # no prompt, no template
     first, second = encoded.rows
     assert first["input_ids"].tolist() == [*prompt, *completion, 2]
@@ -65,7 +77,9 @@ def test_prompts_are_masked_and_rows_end(tokenizer):
 
 def test_truncation_is_counted_and_rows_without_room_are_left_out(tokenizer):
     long = Example("hi", "go " * 50)
-    encoded = encoded_rows([long, Example("hi " * 50, "go"), Example("hi", "go")], tokenizer, PARSING_TEMPLATE, 20)
+    encoded = encoded_rows(
+        [long, Example("hi " * 50, "go"), Example("hi", "go")], tokenizer, PARSING_TEMPLATE, 20
+    )
     assert ([row["truncated"] for row in encoded.rows], encoded.left_out) == ([True, False], 1)
     whole = tokenizer("hi\n")["input_ids"] + tokenizer(long.completion)["input_ids"]
     assert encoded.rows[0]["input_ids"].tolist() == whole[:20]
@@ -74,10 +88,15 @@ def test_truncation_is_counted_and_rows_without_room_are_left_out(tokenizer):
 
 
 def test_batches_are_padded_at_the_right_and_their_first_label_does_not_count():
-    rows = [{"input_ids": [5, 6, 7], "labels": [IGNORED, 6, 7]}, {"input_ids": [8, 9], "labels": [8, 9]}]
+    rows = [
+        {"input_ids": [5, 6, 7], "labels": [IGNORED, 6, 7]},
+        {"input_ids": [8, 9], "labels": [8, 9]},
+    ]
     batch = collate(rows)
     torch.testing.assert_close(batch["input_ids"], torch.tensor([[5, 6, 7], [8, 9, 0]]))
-    torch.testing.assert_close(batch["labels"], torch.tensor([[IGNORED, 6, 7], [IGNORED, 9, IGNORED]]))
+    torch.testing.assert_close(
+        batch["labels"], torch.tensor([[IGNORED, 6, 7], [IGNORED, 9, IGNORED]])
+    )
 
 
 def test_of_a_conversation_only_what_the_assistant_says_is_a_target(chat_tokenizer):
@@ -92,7 +111,8 @@ def test_of_a_conversation_only_what_the_assistant_says_is_a_target(chat_tokeniz
 
 
 def test_conversations_that_cannot_be_encoded(tokenizer, chat_tokenizer):
-    chat_tokenizer.chat_template = "{{ messages | length }}" + TURNS_TEMPLATE  # a turn depends on what follows
+    # A turn depends on what follows
+    chat_tokenizer.chat_template = "{{ messages | length }}" + TURNS_TEMPLATE
     with pytest.raises(DataError, match="rewrites earlier turns"):
         list(Encoder(chat_tokenizer, PromptTemplate(), 128).rows([Conversation(TURNS)]))
     tokenizer.chat_template = None
@@ -104,7 +124,9 @@ def test_conversations_that_cannot_be_encoded(tokenizer, chat_tokenizer):
 def test_a_template_that_fails_is_an_error_of_the_row(chat_tokenizer, template):
     chat_tokenizer.chat_template = template
     with pytest.raises(DataError, match=r"^a\.jsonl:7.*") as error:
-        list(Encoder(chat_tokenizer, PromptTemplate(), 128).rows([Conversation(TURNS, "a.jsonl:7")]))
+        list(
+            Encoder(chat_tokenizer, PromptTemplate(), 128).rows([Conversation(TURNS, "a.jsonl:7")])
+        )
     assert "\n" not in str(error.value)
 
 
@@ -112,7 +134,11 @@ def test_documents_fill_rows_and_lose_nothing():
     rows = list(packed([[1, 2, 3], [4, 5], [6, 7, 8, 9, 10, 11, 12], [13]], 5))
     assert [row["input_ids"] for row in rows] == [[1, 2, 3, 4, 5], [6, 7, 8, 9, 10], [11, 12, 13]]
     assert [row["documents"] for row in rows] == [[0, 0, 0, 1, 1], [0] * 5, [0, 0, 1]]
-    assert [row["labels"] for row in rows] == [[IGNORED, 2, 3, IGNORED, 5], [IGNORED, 7, 8, 9, 10], [IGNORED, 12, IGNORED]]
+    assert [row["labels"] for row in rows] == [
+        [IGNORED, 2, 3, IGNORED, 5],
+        [IGNORED, 7, 8, 9, 10],
+        [IGNORED, 12, IGNORED],
+    ]
 
 
 def written(tmp_path, count=50):
@@ -124,18 +150,40 @@ def written(tmp_path, count=50):
 def test_language_model_data_is_packed_but_for_task_finetuning(settings, tmp_path):
     data = DataConfig(name=written(tmp_path))
     plan = prepare(settings(data=data, recipe=replace(RECIPE, preset="continual"), max_length=32))
-    assert {len(row["labels"]) for row in plan.data.rows[:-1]} == {32} and "packed into whole rows" in plan.notes[0]
+    assert {len(row["labels"]) for row in plan.data.rows[:-1]} == {
+        32
+    } and "packed into whole rows" in plan.notes[0]
     assert plan.truncated == 0 and plan.tokens == prepare(settings(data=data)).tokens
     plan = prepare(settings(data=data))
     assert plan.rows == 42 and plan.held_out == 8 and not plan.notes
     with pytest.raises(DataError, match="packed rows are of plain text"):
-        list(Encoder(plan.trainable.tokenizer, PromptTemplate(), 32, pack=True).rows([Example("a", "b")]))
-    assert len(train(settings(data=data, recipe=replace(RECIPE, preset="scratch"), max_length=32, steps=2))) == 2
+        list(
+            Encoder(plan.trainable.tokenizer, PromptTemplate(), 32, pack=True).rows(
+                [Example("a", "b")]
+            )
+        )
+    assert (
+        len(
+            train(
+                settings(
+                    data=data, recipe=replace(RECIPE, preset="scratch"), max_length=32, steps=2
+                )
+            )
+        )
+        == 2
+    )
 
 
-def test_a_stream_is_shuffled_the_same_way_each_time_and_has_no_end(tokenizer, tmp_path, monkeypatch):
+def test_a_stream_is_shuffled_the_same_way_each_time_and_has_no_end(
+    tokenizer, tmp_path, monkeypatch
+):
     monkeypatch.setattr(training_data, "_SHUFFLED", 8)
-    stream = StreamedRows(DataConfig(name=written(tmp_path, 20)), Encoder(tokenizer, PromptTemplate(), 64), 1, HeldOut())
+    stream = StreamedRows(
+        DataConfig(name=written(tmp_path, 20)),
+        Encoder(tokenizer, PromptTemplate(), 64),
+        1,
+        HeldOut(),
+    )
     first = [tuple(row["input_ids"]) for row in itertools.islice(stream, 60)]
     assert first == [tuple(row["input_ids"]) for row in itertools.islice(stream, 60)]
     passes = [first[at : at + 20] for at in (0, 20, 40)]
@@ -144,42 +192,70 @@ def test_a_stream_is_shuffled_the_same_way_each_time_and_has_no_end(tokenizer, t
 
 
 def test_a_streamed_run_and_its_resumption(settings, tmp_path):
-    """Not promised, but so it is while the file stays as it was: the rows already seen are read past."""
+    """Not promised, but so it is while the file stays as it was: the rows already seen are read
+    past.
+    """
     changes = {"data": DataConfig(name=written(tmp_path)), "streaming": True}
     plan = prepare(settings(**changes))
     assert plan.rows is None and "streaming: `resume` reads past" in plan.notes[0]
     require_exact_resumption(settings, tmp_path, **changes)
 
 
-def test_a_stream_that_has_lost_its_rows_ends_and_a_tokenizer_that_fails_is_an_error_of_the_row(tokenizer, tmp_path):
+def test_a_stream_that_has_lost_its_rows_ends_and_a_tokenizer_that_fails_is_an_error_of_the_row(
+    tokenizer, tmp_path
+):
     """As every pass without a row is followed by another."""
     file = tmp_path / "rows.jsonl"
     file.write_text('{"prompt": "a", "completion": "b"}\n')
-    stream = iter(StreamedRows(DataConfig(name=str(file)), Encoder(tokenizer, PromptTemplate("{prompt}"), 8), 1, HeldOut()))
+    stream = iter(
+        StreamedRows(
+            DataConfig(name=str(file)),
+            Encoder(tokenizer, PromptTemplate("{prompt}"), 8),
+            1,
+            HeldOut(),
+        )
+    )
     next(stream)
     file.write_text('{"prompt": "a prompt longer than the row", "completion": "b"}\n')
     with pytest.raises(DataError, match="no row has room for a completion within `max_length` 8"):
         next(stream)
     encoder = Encoder(lambda *_, **__: 1 / 0, PromptTemplate("{prompt}"), 128)
-    with pytest.raises(DataError, match=r"^a\.csv:3: the model's tokenizer cannot encode the prompt: division by zero"):
+    with pytest.raises(
+        DataError,
+        match=r"^a\.csv:3: the model's tokenizer cannot encode the prompt: division by zero",
+    ):
         list(encoder.rows([Example("", "b", "a.csv:3")]))
 
 
 @pytest.mark.parametrize("validation", ["validation", "commands"])
 def test_every_exit_is_measured_on_held_out_rows(settings, validation):
-    """Every two steps and at the end; after no training at all that is the loss of the base model's own exits."""
+    """Every two steps and at the end; after no training at all that is the loss of the base model's
+    own exits.
+    """
     changes = {"validation": validation, "validation_samples": 6, "eval_steps": 2, "steps": 5}
     plan = prepare(settings(**changes))
     assert plan.held_out_data.digest == prepare(settings(**changes)).held_out_data.digest
-    held_out, own = ({tuple(row["input_ids"]) for row in each.rows} for each in (plan.held_out_data, plan.data))
+    held_out, own = (
+        {tuple(row["input_ids"]) for row in each.rows} for each in (plan.held_out_data, plan.data)
+    )
     assert not held_out & own
     reports = []
     info = plan.run(reports.append)
-    assert [sorted(report.validation_losses) for report in reports] == [[], [], [1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]]
-    assert reports[2].validation_losses == reports[3].validation_losses != reports[4].validation_losses
+    assert [sorted(report.validation_losses) for report in reports] == [
+        [],
+        [],
+        [1, 2, 3, 4],
+        [1, 2, 3, 4],
+        [1, 2, 3, 4],
+    ]
+    assert (
+        reports[2].validation_losses == reports[3].validation_losses != reports[4].validation_losses
+    )
     batch = collate([plan.held_out_data.rows[at] for at in range(6)])
     logits = plan.trainable.model.eval()(batch["input_ids"]).logits
-    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+    loss = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
+    )
     assert info.details["validation_losses"]["4"] == pytest.approx(loss.item(), rel=1e-5)
     assert info.details["validation_rows"] == plan.held_out_data.digest != plan.data.digest
 
@@ -192,7 +268,9 @@ def test_a_split_is_none_of_the_files_that_have_its_name(settings, tmp_path, mon
 
 def test_every_validation_happens_once_and_changes_nothing(settings, tmp_path, monkeypatch):
     """At the end too, where Trainer asks again when the epoch is over."""
-    plain, done, evaluate = train(settings(steps=5, output=str(tmp_path / "plain"))), [], RunTrainer.evaluate
+    plain = train(settings(steps=5, output=str(tmp_path / "plain")))
+    done = []
+    evaluate = RunTrainer.evaluate
 
     def noting(trainer, *arguments, **keywords):
         done.append(trainer.state.global_step)
@@ -205,7 +283,8 @@ def test_every_validation_happens_once_and_changes_nothing(settings, tmp_path, m
 
 
 def test_the_text_of_a_special_token_in_a_completion_stays_text(tokenizer):
-    row, end = Example("hi", "yo <|eos|> z"), tokenizer.eos_token_id
+    row = Example("hi", "yo <|eos|> z")
+    end = tokenizer.eos_token_id
     (kept,) = Encoder(tokenizer, PromptTemplate("{prompt}\n"), 64).rows([row])
     assert [token for token in kept["labels"] if token == end] == [end]  # at the end alone
     targets = [label for label in kept["labels"] if label != IGNORED]
@@ -232,10 +311,13 @@ def test_any_text(text):
 
 
 def test_tokens_in_the_order_of_their_frequency(tokenizer, tmp_path, monkeypatch):
-    """Of targets alone: the q's of the prompt do not count. `ab` may be one token, so letters stand apart."""
+    """Of targets alone: the q's of the prompt do not count. `ab` may be one token, so letters stand
+    apart.
+    """
     encoder = Encoder(tokenizer, PromptTemplate("{prompt}"), 64)
     z, y, end = (tokenizer.convert_tokens_to_ids(name) for name in ("z", "y", "<|eos|>"))
-    rows = [Example("qqqqqqqq", "zzz"), Example("qqqqqqqq", "zy")]  # z four times, the end twice, y once
+    # Z four times, the end twice, y once
+    rows = [Example("qqqqqqqq", "zzz"), Example("qqqqqqqq", "zy")]
     order = token_order(encode_rows(rows, encoder), 300)
     assert order[:3] == [z, end, y]
     assert order[3:] == [token for token in range(300) if token not in (z, end, y)]
@@ -243,17 +325,21 @@ def test_tokens_in_the_order_of_their_frequency(tokenizer, tmp_path, monkeypatch
     file.write_text('{"prompt": "q", "completion": "zzz"}\n{"prompt": "q", "completion": "zy"}\n')
     assert token_order(encode_stream(DataConfig(str(file)), encoder, 0, HeldOut()), 300) == order
     monkeypatch.setattr(training_data, "_COUNTED", 1)
-    assert token_order(encode_stream(DataConfig(str(file)), encoder, 0, HeldOut()), 300)[0] == z  # of one row alone
+    # Of one row alone
+    assert token_order(encode_stream(DataConfig(str(file)), encoder, 0, HeldOut()), 300)[0] == z
 
 
-EXAMPLE, CONVERSATION = Example("hi", "ho"), Conversation((("user", "hi"), ("assistant", "ho")))
+EXAMPLE = Example("hi", "ho")
+CONVERSATION = Conversation((("user", "hi"), ("assistant", "ho")))
 FILE = DataConfig(name="rows.jsonl")
 
 
 def template_of(prompting=None, data=FILE, rows=(EXAMPLE,), stored=None, chat=None):
     decoder = tiny_loaded()
     tokenizer = type("WithChat", (), {"chat_template": chat})()
-    trainable = Trainable("tiny", decoder.backend.model, decoder.backend, tokenizer, stored or CheckpointInfo())
+    trainable = Trainable(
+        "tiny", decoder.backend.model, decoder.backend, tokenizer, stored or CheckpointInfo()
+    )
     config = replace(FinetuneConfig(data=data), prompting=prompting or PromptingConfig())
     return make_encoder(config, trainable, list(rows)).template
 
@@ -261,23 +347,46 @@ def template_of(prompting=None, data=FILE, rows=(EXAMPLE,), stored=None, chat=No
 def test_templates():
     assert template_of() == PromptTemplate(PARSING_TEMPLATE)  # a prompt and a line end
     assert template_of(chat="x") == PromptTemplate(CHAT)
-    assert template_of(stored=CheckpointInfo("Q: {prompt}"), chat="x") == PromptTemplate("Q: {prompt}")
+    assert template_of(stored=CheckpointInfo("Q: {prompt}"), chat="x") == PromptTemplate(
+        "Q: {prompt}"
+    )
     assert template_of(stored=CheckpointInfo(RAW)) == PromptTemplate(RAW)
-    assert template_of(rows=[Example("", "plain text")]) == PromptTemplate(RAW)  # else it could not continue a line
-    assert template_of(data=DataConfig(), stored=CheckpointInfo("Q: {prompt}"), chat="x") == PromptTemplate(PARSING_TEMPLATE)
-    assert template_of(PromptingConfig("A {prompt}"), data=DataConfig()) == PromptTemplate("A {prompt}")
+    # Else it could not continue a line
+    assert template_of(rows=[Example("", "plain text")]) == PromptTemplate(RAW)
+    assert template_of(
+        data=DataConfig(), stored=CheckpointInfo("Q: {prompt}"), chat="x"
+    ) == PromptTemplate(PARSING_TEMPLATE)
+    assert template_of(PromptingConfig("A {prompt}"), data=DataConfig()) == PromptTemplate(
+        "A {prompt}"
+    )
     assert template_of(PromptingConfig(raw=True), chat="x") == PromptTemplate(RAW)
-    assert template_of(PromptingConfig(system="Be brief."), chat="x") == PromptTemplate(CHAT, "Be brief.")
-    assert template_of(rows=[CONVERSATION], stored=CheckpointInfo("Q: {prompt}"), chat="x") == PromptTemplate(CHAT)
+    assert template_of(PromptingConfig(system="Be brief."), chat="x") == PromptTemplate(
+        CHAT, "Be brief."
+    )
+    assert template_of(
+        rows=[CONVERSATION], stored=CheckpointInfo("Q: {prompt}"), chat="x"
+    ) == PromptTemplate(CHAT)
 
 
 @pytest.mark.parametrize(
     ("prompting", "row", "message"),
     [
         (PromptingConfig("Q: {prompt}"), CONVERSATION, "`template` must be chat for conversations"),
-        (PromptingConfig(system="Hi."), CONVERSATION, "`system` must be left out for conversations"),
-        (PromptingConfig("chat"), EXAMPLE, "a chat template was asked for, but the model's tokenizer has none"),
-        (PromptingConfig(system="Hi."), EXAMPLE, "`system` must be given with the chat template only"),
+        (
+            PromptingConfig(system="Hi."),
+            CONVERSATION,
+            "`system` must be left out for conversations",
+        ),
+        (
+            PromptingConfig("chat"),
+            EXAMPLE,
+            "a chat template was asked for, but the model's tokenizer has none",
+        ),
+        (
+            PromptingConfig(system="Hi."),
+            EXAMPLE,
+            "`system` must be given with the chat template only",
+        ),
     ],
 )
 def test_templates_that_cannot_be_used(prompting, row, message):

@@ -1,4 +1,6 @@
-"""Exit blocks in training compute what plain models do that have the block as their last layer, and what decoding does."""
+"""Exit blocks in training compute what plain models do that have the block as their last layer, and
+what decoding does.
+"""
 
 from copy import deepcopy
 
@@ -12,7 +14,9 @@ from layerskip_core.model.exit_blocks import ExitBlock, ExitBlocks
 from layerskip_core.training.exit_blocks import FrozenExits
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11], [12, 13, 14, 15, 16, 16, 16]])
-LABELS = torch.tensor([[IGNORED, IGNORED, IGNORED, 8, 9, 10, 11], [IGNORED, IGNORED, 14, 15, 16, IGNORED, IGNORED]])
+LABELS = torch.tensor(
+    [[IGNORED, IGNORED, IGNORED, 8, 9, 10, 11], [IGNORED, IGNORED, 14, 15, 16, IGNORED, IGNORED]]
+)
 EXIT = 2
 
 
@@ -31,7 +35,8 @@ def module_of(model, *blocks, noise=0.05):
 
 def plain_model(model, module, exit_layer):
     """The first layers, the block's layer and norm, and the head, as one model of transformers."""
-    block, plain = module.exits[str(exit_layer)], deepcopy(model)
+    block = module.exits[str(exit_layer)]
+    plain = deepcopy(model)
     plain.model.layers = plain.model.layers[:exit_layer].append(deepcopy(block.layer))
     plain.model.layers[-1].self_attn.layer_idx = exit_layer
     plain.model.norm = deepcopy(block.norm)
@@ -52,8 +57,11 @@ def test_a_block_computes_what_the_plain_model_with_it_computes(model_type):
     with torch.no_grad():
         exit_logits = targets_of(plain_model(model, module, EXIT)(IDS, use_cache=False).logits)
         full = targets_of(model(IDS, use_cache=False).logits)
-    aim, found = full.log_softmax(-1), exit_logits.log_softmax(-1)
-    assert float(output["loss"].detach()) == pytest.approx(float((aim.exp() * (aim - found)).sum()), rel=1e-4)
+    aim = full.log_softmax(-1)
+    found = exit_logits.log_softmax(-1)
+    assert float(output["loss"].detach()) == pytest.approx(
+        float((aim.exp() * (aim - found)).sum()), rel=1e-4
+    )
     assert torch.equal(output["per_exit"], output["loss"][None].detach())
     with torch.no_grad():
         output = module(**BATCH)
@@ -65,7 +73,10 @@ def test_a_block_starts_as_the_last_layer():
     model = tiny_model(dtype=torch.float32)
     alone = FrozenExits(TransformersBackend(model), [ExitBlock(EXIT)])
     last = model.model.layers[-1].state_dict()
-    assert all(torch.equal(weight, last[name]) for name, weight in alone.exits["2"].layer.state_dict().items())
+    assert all(
+        torch.equal(weight, last[name])
+        for name, weight in alone.exits["2"].layer.state_dict().items()
+    )
 
 
 def test_both_exits_are_trained_as_alone_and_nothing_of_the_model():
@@ -88,12 +99,17 @@ def test_both_exits_are_trained_as_alone_and_nothing_of_the_model():
 @pytest.mark.parametrize("model_type", ["llama", "gemma2"])
 def test_states_are_those_of_each_text_alone(model_type):
     """Gemma's final norm is another one."""
-    module = FrozenExits(TransformersBackend(tiny_model(model_type, dtype=torch.float32)), [ExitBlock(2), ExitBlock(4)])
+    module = FrozenExits(
+        TransformersBackend(tiny_model(model_type, dtype=torch.float32)),
+        [ExitBlock(2), ExitBlock(4)],
+    )
     backend, (states, finals) = module.backend, module.states(IDS)
     for row, ids in enumerate(IDS):
         hidden = backend.embed(ids[None])
         expected = [run_texts(backend, hidden, 0, stop)[0] for stop in (2, 4, backend.num_layers)]
-        for found, wanted in zip((*states, finals), (*expected[:2], backend.normed(expected[2])), strict=True):
+        for found, wanted in zip(
+            (*states, finals), (*expected[:2], backend.normed(expected[2])), strict=True
+        ):
             torch.testing.assert_close(found[row], wanted)
     module.decoder = None  # padded further, known texts need no pass
     again, _ = module.states(torch.nn.functional.pad(IDS.flip(0), (0, 3)))
@@ -114,12 +130,21 @@ def test_muon_trains_the_matrices_alone(model_type):
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "qwen3"])
 @torch.no_grad()
 def test_a_block_gives_the_same_in_training_and_in_decoding(model_type):
-    model, block = tiny_model(model_type, dtype=torch.float32), ExitBlock(EXIT)
+    model = tiny_model(model_type, dtype=torch.float32)
+    block = ExitBlock(EXIT)
     module = module_of(model, block)
     decoding = TransformersBackend(model, ExitBlocks((block,), module.weights().get))
     (states,), _ = module.states(IDS)
-    placed, cache = decoding.exit_blocks[EXIT], decoding.new_cache(2)
+    placed = decoding.exit_blocks[EXIT]
+    cache = decoding.new_cache(2)
     expected = module.backend.head(module.exits[str(EXIT)](states, IDS))
     for place in range(7):  # token by token, as drafts are made
-        hidden = decoding.run_layers(states[:, place : place + 1], placed.layer, placed.layer + 1, cache.span(place, place + 1))
-        torch.testing.assert_close(placed.head(hidden), expected[:, place : place + 1], rtol=1e-4, atol=1e-3)
+        hidden = decoding.run_layers(
+            states[:, place : place + 1],
+            placed.layer,
+            placed.layer + 1,
+            cache.span(place, place + 1),
+        )
+        torch.testing.assert_close(
+            placed.head(hidden), expected[:, place : place + 1], rtol=1e-4, atol=1e-3
+        )

@@ -1,4 +1,6 @@
-"""Runs that train exit blocks: the model stays byte for byte, a run goes on bit by bit, and wrong use is one error."""
+"""Runs that train exit blocks: the model stays byte for byte, a run goes on bit by bit, and wrong
+use is one error.
+"""
 
 import hashlib
 import json
@@ -30,12 +32,22 @@ DATA = {"answers": "data", "answer_tokens": DrafterConfig.answer_tokens}
 
 @pytest.fixture
 def frozen(settings):
-    usual = {"data": DataConfig(limit=40, seed=1), "exits": (2,), "answer_tokens": 8, "lr": None, "max_length": 96}
+    usual = {
+        "data": DataConfig(limit=40, seed=1),
+        "exits": (2,),
+        "answer_tokens": 8,
+        "lr": None,
+        "max_length": 96,
+    }
     return lambda **changes: settings(DrafterConfig, **{**usual, **changes})
 
 
 def hashes(folder):
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in Path(folder).iterdir() if file.is_file()}
+    return {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in Path(folder).iterdir()
+        if file.is_file()
+    }
 
 
 def blocks(folder):
@@ -47,20 +59,27 @@ def left_by_a_run(folder):
 
 
 def train(config):
-    reports, stages = [], []
+    reports = []
+    stages = []
     info = prepare(config).run(reports.append, lambda *stage: stages.append(stage))
     return info.details["exit_blocks"], reports, stages
 
 
 def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(weight, other[name]) for name, weight in one.items())
+    return one.keys() == other.keys() and all(
+        torch.equal(weight, other[name]) for name, weight in one.items()
+    )
 
 
 def test_a_run_lowers_the_divergence_and_raises_the_agreement(frozen, checkpoint):
     rows = {"validation": "train", "validation_samples": 40}
-    trained, reports, stages = train(frozen(model=checkpoint, steps=80, lr=0.02, eval_steps=20, **rows))
+    trained, reports, stages = train(
+        frozen(model=checkpoint, steps=80, lr=0.02, eval_steps=20, **rows)
+    )
     assert trained["2"]["divergence"] < reports[0].exit_losses[2] / 2
-    assert trained["2"]["agreement"] > next(report.agreement[2] for report in reports if report.agreement)
+    assert trained["2"]["agreement"] > next(
+        report.agreement[2] for report in reports if report.agreement
+    )
     assert stages[-1] == ("answers", 80, 80)
 
 
@@ -82,8 +101,11 @@ def test_blocks_are_added_to_the_models_own_folder_and_exits_one_by_one(frozen, 
     model = str(shutil.copytree(base, tmp_path / "model"))
     before = hashes(model)
     train(frozen(model=model, output=model))
-    first, answers = blocks(model), hashes(Path(model) / "checkpoints")
-    with pytest.raises(ConfigError, match="already has a block at exit 2; give `overwrite` to replace it"):
+    first = blocks(model)
+    answers = hashes(Path(model) / "checkpoints")
+    with pytest.raises(
+        ConfigError, match="already has a block at exit 2; give `overwrite` to replace it"
+    ):
         prepare(frozen(model=model, output=model, exits=(2, 3)))
 
     config = frozen(model=model, output=model, exits=(3,))
@@ -103,9 +125,18 @@ def test_blocks_are_added_to_the_models_own_folder_and_exits_one_by_one(frozen, 
 def test_what_a_sweep_saved_before_does_not_hide_new_blocks(frozen, base, tmp_path, in_place):
     """Plain decoding was the best, and exit 2 hardly ever right, before it had a block."""
     model = str(shutil.copytree(base, tmp_path / "model"))
-    policies = {"exact": {"strategy": "autoregressive"}, "fast": {"strategy": "early-exit", "exit_layer": 3}}
+    policies = {
+        "exact": {"strategy": "autoregressive"},
+        "fast": {"strategy": "early-exit", "exit_layer": 3},
+    }
     profile = DraftProfile({"exit 2": 0.01}, (2.0, 2.1), {"exit 2": 9.0})
-    saved = replace(read_info(model), exit_layer=3, strategy="autoregressive", policies=policies, profile=profile)
+    saved = replace(
+        read_info(model),
+        exit_layer=3,
+        strategy="autoregressive",
+        policies=policies,
+        profile=profile,
+    )
     write_info(model, saved)
     asked = PackingConfig(adaptive=True)
     before = for_decoding(model, "cpu", packing=asked, policies=None)
@@ -114,7 +145,9 @@ def test_what_a_sweep_saved_before_does_not_hide_new_blocks(frozen, base, tmp_pa
     config = frozen(model=model, **({"output": model} if in_place else {}))
     plan = prepare(config)
     assert len(plan.notes) == 1
-    assert plan.notes[0].startswith("saved settings that will be left out: policy exact, policy fast; they were chosen")
+    assert plan.notes[0].startswith(
+        "saved settings that will be left out: policy exact, policy fast; they were chosen"
+    )
     trained = plan.run(lambda report: None).details["exit_blocks"]
     decoder = for_decoding(config.output, "cpu", packing=asked, policies=None)
     decoding = decoder.resolve({}, asked)
@@ -128,7 +161,8 @@ def test_what_a_sweep_saved_before_does_not_hide_new_blocks(frozen, base, tmp_pa
 
 def test_resuming_gives_the_same_blocks_bit_by_bit(frozen, tmp_path):
     changes = {"exits": (1, 3), "save_steps": 2}
-    whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
+    whole = str(tmp_path / "whole")
+    cut = str(tmp_path / "cut")
     _, expected, _ = train(frozen(**changes, output=whole))
     assert [set(report.exit_losses) for report in expected] == [{1, 3}] * 4
 
@@ -137,7 +171,9 @@ def test_resuming_gives_the_same_blocks_bit_by_bit(frozen, tmp_path):
     assert not (Path(cut) / "config.json").exists()
     with pytest.raises(ConfigError, match="holds an unfinished run; give `resume` to go on"):
         prepare(frozen(**changes, output=cut))
-    with pytest.raises(ConfigError, match=r"`resume`: lr was 0\.02 in the run to go on with, and is 0\.1 now"):
+    with pytest.raises(
+        ConfigError, match=r"`resume`: lr was 0\.02 in the run to go on with, and is 0\.1 now"
+    ):
         prepare(frozen(**changes, output=cut, resume=True, lr=0.1))
     _, reports, stages = train(frozen(**changes, output=cut, resume=True))
     assert [report.step for report in reports] == [3, 4]
@@ -146,7 +182,9 @@ def test_resuming_gives_the_same_blocks_bit_by_bit(frozen, tmp_path):
     assert same(blocks(cut), blocks(whole))
 
 
-def test_a_run_that_was_killed_after_its_file_was_written_ends_by_resuming(frozen, base, tmp_path, monkeypatch):
+def test_a_run_that_was_killed_after_its_file_was_written_ends_by_resuming(
+    frozen, base, tmp_path, monkeypatch
+):
     model = str(shutil.copytree(base, tmp_path / "model"))
     config = frozen(model=model, output=model, save_steps=2)
 
@@ -172,7 +210,9 @@ def test_a_signal_before_the_training_keeps_what_is_done(frozen):
         if done >= 32:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(TrainingInterrupted, match=r"interrupted after 32 of 48 answers, which are kept"):
+    with pytest.raises(
+        TrainingInterrupted, match=r"interrupted after 32 of 48 answers, which are kept"
+    ):
         plan.run(lambda report: None, interrupt)
     assert len(prepare(frozen(resume=True)).answers.known) == 32
 
@@ -183,7 +223,9 @@ def test_answers_of_the_data_need_no_decoding(frozen, base):
     tokenizer = for_training(base).tokenizer
     text = plan.texts[0]
     answer = [label for label in text["labels"] if label >= 0]
-    assert text["input_ids"][-len(answer) :] == answer and tokenizer.decode(answer).startswith("[IN:")
+    assert text["input_ids"][-len(answer) :] == answer and tokenizer.decode(answer).startswith(
+        "[IN:"
+    )
     assert (plan.rows, plan.held_out) == (40, 7)
     _, _, stages = train(config)
     assert not stages
@@ -192,7 +234,8 @@ def test_answers_of_the_data_need_no_decoding(frozen, base):
 def test_rows_need_prompts_only(frozen, tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text(
-        "".join(json.dumps({"prompt": f"row {row}"}) + "\n" for row in range(30)) + '{"prompt": "%s"}\n' % ("x " * 99)
+        "".join(json.dumps({"prompt": f"row {row}"}) + "\n" for row in range(30))
+        + '{"prompt": "%s"}\n' % ("x " * 99)
     )
     plan = prepare(frozen(data=DataConfig(str(file)), steps=None))
     assert (plan.rows, plan.held_out, plan.left_out) == (30, 0, 1)  # too few to hold some out
@@ -206,7 +249,9 @@ def test_rows_need_prompts_only(frozen, tmp_path):
     assert prepare(frozen(data=DataConfig(str(tmp_path / "rows.txt")))).rows == 2
 
 
-def test_models_that_cannot_be_copied_or_drafted_for_and_several_processes_are_refused(frozen, base, tmp_path, monkeypatch):
+def test_models_that_cannot_be_copied_or_drafted_for_and_several_processes_are_refused(
+    frozen, base, tmp_path, monkeypatch
+):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"is an adapter; .* `layerskip import`"):
@@ -214,7 +259,10 @@ def test_models_that_cannot_be_copied_or_drafted_for_and_several_processes_are_r
     (tmp_path / "older").mkdir()
     shutil.copy(Path(base) / "config.json", tmp_path / "older")
     (tmp_path / "older" / "int4.safetensors").touch()  # is not the model's weights
-    with pytest.raises(CheckpointError, match="has no safetensors, which are copied as they are: `layerskip import`"):
+    with pytest.raises(
+        CheckpointError,
+        match="has no safetensors, which are copied as they are: `layerskip import`",
+    ):
         prepare(frozen(model=str(tmp_path / "older")))
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(CheckpointError, match=r"is a GGUF file; .* `layerskip import`"):
@@ -222,17 +270,26 @@ def test_models_that_cannot_be_copied_or_drafted_for_and_several_processes_are_r
     with pytest.raises(ConfigError, match="`model` must be a model of at least 2 layers, got 1"):
         prepare(frozen(model=saved_base(tmp_path / "shallow", num_hidden_layers=1)))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="a drafter is trained in one process, not in 2 by torchrun"):
+    with pytest.raises(
+        ConfigError, match="a drafter is trained in one process, not in 2 by torchrun"
+    ):
         prepare(frozen())
 
 
-def test_rows_with_an_empty_prompt_are_left_out_and_without_prompts_are_their_own_answers(frozen, tmp_path):
+def test_rows_with_an_empty_prompt_are_left_out_and_without_prompts_are_their_own_answers(
+    frozen, tmp_path
+):
     rows = tmp_path / "rows.jsonl"
     prompts = ["a b", "", None, " ", "c d"]
-    rows.write_text("".join(json.dumps({"prompt": prompt, "completion": "c"}) + "\n" for prompt in prompts))
+    rows.write_text(
+        "".join(json.dumps({"prompt": prompt, "completion": "c"}) + "\n" for prompt in prompts)
+    )
     data = DataConfig(name=str(rows))
     assert [row.prompt for row in load_prompts(data)] == ["a b", "c d"]
     assert prepare(frozen(data=data)).rows == 2
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(f'{{"completion": "wake me up at {row}"}}\n' for row in range(8)))
-    assert prepare(frozen(data=DataConfig(str(rows)), **{**DATA, "answers": None})).config.answers == "data"
+    assert (
+        prepare(frozen(data=DataConfig(str(rows)), **{**DATA, "answers": None})).config.answers
+        == "data"
+    )

@@ -1,4 +1,6 @@
-"""The texts that a model writes: answers, the same after an interruption, and prompts of its own."""
+"""The texts that a model writes: answers, the same after an interruption, and prompts of its
+own.
+"""
 
 import json
 from dataclasses import replace
@@ -42,9 +44,13 @@ def loaded(monkeypatch):
     return tiny_loaded(torch.float32)
 
 
-def test_an_answer_is_what_decoding_gives_each_prompt_alone_within_the_maximum_length(loaded, tmp_path):
+def test_an_answer_is_what_decoding_gives_each_prompt_alone_within_the_maximum_length(
+    loaded, tmp_path
+):
     reports = []
-    found = Answers(loaded, PROMPTS, GREEDY, tmp_path / "journal").write(lambda *counts: reports.append(counts))
+    found = Answers(loaded, PROMPTS, GREEDY, tmp_path / "journal").write(
+        lambda *counts: reports.append(counts)
+    )
     alone = DecodingConfig("autoregressive", max_new_tokens=6)
     for prompt, answer in zip(PROMPTS, found, strict=True):
         steps = decode(loaded.backend, prompt, alone, loaded.eos_ids)
@@ -68,10 +74,14 @@ def test_an_interrupted_run_goes_on_from_its_journal(loaded, tmp_path, temperatu
     with journal.open("a") as file:
         file.write('{"row": 4, "ids": [1')  # a process that was killed in the middle of a line
     reports = []
-    assert Answers(loaded, PROMPTS, how, journal).write(lambda done, _: reports.append(done)) == whole
+    assert (
+        Answers(loaded, PROMPTS, how, journal).write(lambda done, _: reports.append(done)) == whole
+    )
     assert reports[0] == 4  # two batches were there
     again = []
-    assert Answers(loaded, PROMPTS, how, journal).write(lambda *counts: again.append(counts)) == whole
+    assert (
+        Answers(loaded, PROMPTS, how, journal).write(lambda *counts: again.append(counts)) == whole
+    )
     assert again == [(5, 0)]
 
 
@@ -81,14 +91,20 @@ def test_equal_prompts_have_different_sampled_answers(loaded, tmp_path):
     found = Answers(loaded, [[5, 6]] * 4, how, tmp_path / "journal").write(ignored)
     assert len(set(map(tuple, found))) == 4
     alone = DecodingConfig("autoregressive", max_new_tokens=6, temperature=1.0, seed=5)
-    assert found[2] == [token for [step] in decode(loaded.backend, [5, 6], alone, loaded.eos_ids) for token in step.ids]
+    assert found[2] == [
+        token
+        for [step] in decode(loaded.backend, [5, 6], alone, loaded.eos_ids)
+        for token in step.ids
+    ]
 
 
 def test_a_chat_model_writes_different_prompts_half_with_an_opening(tmp_path):
     loaded = for_decoding(talking_model(tmp_path, 256), "cpu", "fp32").with_template("chat", None)
     ending = replace(loaded, eos_ids=frozenset(range(0, loaded.backend.spec.vocab, 8)))
     prompts = list(own_prompts(ending, 12, 0))
-    assert len({*prompts}) == 12 and prompts == list(own_prompts(ending, 12, 0)) != list(own_prompts(ending, 12, 1))
+    assert len({*prompts}) == 12 and prompts == list(own_prompts(ending, 12, 0)) != list(
+        own_prompts(ending, 12, 1)
+    )
     assert len({prompt.startswith(answering._OPENINGS) for prompt in prompts}) == 2
     with pytest.raises(ConfigError, match="must write prompts that end, got 0 in 64 tries"):
         next(own_prompts(replace(loaded, eos_ids=frozenset()), 1, 0))
@@ -98,5 +114,17 @@ def test_prompts_of_a_chat_model_as_json_lines(tmp_path):
     model = talking_model(tmp_path, 256)
     [line] = run("data", "--model", model, "--samples", "1").out.splitlines()
     assert json.loads(line).keys() == {"prompt"}
-    fails("--model must be given without flags of a data set, got both", "data", "--model", model, "--split", "train")
-    fails("a chat template was asked for, but the model's tokenizer has none", "data", "--model", "embedded")
+    fails(
+        "--model must be given without flags of a data set, got both",
+        "data",
+        "--model",
+        model,
+        "--split",
+        "train",
+    )
+    fails(
+        "a chat template was asked for, but the model's tokenizer has none",
+        "data",
+        "--model",
+        "embedded",
+    )

@@ -1,4 +1,6 @@
-"""`auto` computes in bf16 where a product is clearly faster in it, says so, and a resumed run computes as before."""
+"""`auto` computes in bf16 where a product is clearly faster in it, says so, and a resumed run
+computes as before.
+"""
 
 import json
 from pathlib import Path
@@ -22,18 +24,28 @@ def timed(monkeypatch, fp32, bf16):
 @pytest.mark.parametrize(
     ("bf16", "name", "attention", "said"),
     [
-        (0.25, "bf16 autocast", "sdpa_fp32", "bf16 autocast on cpu (a product is 4.0 times as fast as in fp32)"),
+        (
+            0.25,
+            "bf16 autocast",
+            "sdpa_fp32",
+            "bf16 autocast on cpu (a product is 4.0 times as fast as in fp32)",
+        ),
         (0.80, "fp32", "sdpa", "fp32 on cpu (a product in bf16 is only 1.2 times as fast)"),
         (2.00, "fp32", "sdpa", "fp32 on cpu (a product in bf16 is only 0.5 times as fast)"),
     ],
 )
-def test_auto_is_bf16_where_a_product_is_clearly_faster_in_it(settings, monkeypatch, bf16, name, attention, said):
+def test_auto_is_bf16_where_a_product_is_clearly_faster_in_it(
+    settings, monkeypatch, bf16, name, attention, said
+):
     timed(monkeypatch, 1.0, bf16)
     config = settings(dtype="auto", steps=1)
     plan = prepare(config)
     assert said in plan_text(plan)
     plan.run(lambda report: None)
-    assert (plan.precision.name, plan.trainable.model.config._attn_implementation) == (name, attention)
+    assert (plan.precision.name, plan.trainable.model.config._attn_implementation) == (
+        name,
+        attention,
+    )
     assert "sdpa" not in Path(config.output, "config.json").read_text()
     assert json.loads(Path(config.output, "layerskip.json").read_text())["precision"] == name
 
@@ -72,6 +84,11 @@ def test_processes_do_not_choose_differently(settings, monkeypatch):
 
 
 def test_the_timed_product_is_the_widest_of_the_layers():
-    """Not the embedding, which is larger; all models have times, also such without a matrix of two dimensions."""
-    assert precision.widest_projection(TransformersBackend(tiny_model(vocab_size=500)).layers) == (48, 32)
+    """Not the embedding, which is larger; all models have times, also such without a matrix of two
+    dimensions.
+    """
+    assert precision.widest_projection(TransformersBackend(tiny_model(vocab_size=500)).layers) == (
+        48,
+        32,
+    )
     assert min(precision.product_seconds(48, 32)) > 0

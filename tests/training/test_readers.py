@@ -10,7 +10,14 @@ import torch.nn.functional as F
 from command_line import fails
 from conftest import tiny_model
 from safetensors.torch import load_file
-from training_runs import batch, recipe_module, require_exact_resumption, same_weights, train, weights
+from training_runs import (
+    batch,
+    recipe_module,
+    require_exact_resumption,
+    same_weights,
+    train,
+    weights,
+)
 
 from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.open import for_decoding
@@ -39,26 +46,44 @@ def test_a_reader_stands_between_its_exit_and_the_shared_head():
     model, (ids, labels) = tiny_model(dtype=torch.float32), batch()
     module = recipe_module(model, READ).train()
     output = module(ids, labels, MIDDLE)
-    states, is_target = module.texts.states(ids, (2, 6)), labels[:, 1:] != -100
+    states = module.texts.states(ids, (2, 6))
+    is_target = labels[:, 1:] != -100
     targets = labels[:, 1:][is_target]
     read = module.readers["2"](states[2], ids)
-    for found, hidden in zip(output["per_exit"], (read, module.backend.normed(states[6])), strict=True):
-        expected = F.cross_entropy(module.backend.head(hidden[:, :-1][is_target]), targets, reduction="sum")
+    for found, hidden in zip(
+        output["per_exit"], (read, module.backend.normed(states[6])), strict=True
+    ):
+        expected = F.cross_entropy(
+            module.backend.head(hidden[:, :-1][is_target]), targets, reduction="sum"
+        )
         assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
     output["loss"].backward()
-    trained = {name for name, weight in module.named_parameters() if weight.grad is not None and weight.grad.any()}
-    assert {"readers.2.layer.mlp.up_proj.weight", "model.model.layers.0.mlp.up_proj.weight"} <= trained
+    trained = {
+        name
+        for name, weight in module.named_parameters()
+        if weight.grad is not None and weight.grad.any()
+    }
+    assert {
+        "readers.2.layer.mlp.up_proj.weight",
+        "model.model.layers.0.mlp.up_proj.weight",
+    } <= trained
     assert not any(name.startswith("readers") and "norm" in name for name in trained)
 
 
 def test_the_readers_weight_in_the_loss_is_what_the_layers_below_feel_of_it():
-    """e_scale 0.2 gives an exit a sixth of the loss (0.2 / 1.2), and 0.02 a fiftieth: gradients in proportion."""
+    """e_scale 0.2 gives an exit a sixth of the loss (0.2 / 1.2), and 0.02 a fiftieth: gradients in
+    proportion.
+    """
     gradients = []
     for scale in (0.2, 0.02):
-        module = recipe_module(tiny_model(dtype=torch.float32), replace(READ, e_scale=scale)).train()
+        module = recipe_module(
+            tiny_model(dtype=torch.float32), replace(READ, e_scale=scale)
+        ).train()
         module(*batch(), MIDDLE)["loss"].backward()
         gradients.append(module.readers["2"].layer.mlp.up_proj.weight.grad)
-    torch.testing.assert_close(gradients[0] * (0.02 / 1.02) / (0.2 / 1.2), gradients[1], rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(
+        gradients[0] * (0.02 / 1.02) / (0.2 / 1.2), gradients[1], rtol=1e-3, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("kind", ["llama", "bloom"])
@@ -72,13 +97,19 @@ def test_a_reader_sees_the_documents_of_a_row_apart(kind):
     rows = DocumentRows(documents)
     apart = rows.apart(ids)
     targets = torch.full_like(apart, -100)
-    targets[0, :4], targets[1, :5], targets[2] = labels[0, :4], labels[0, 4:], labels[1]
+    targets[0, :4] = labels[0, :4]
+    targets[1, :5] = labels[0, 4:]
+    targets[2] = labels[1]
     for name in ("per_exit", "agreeing"):
-        torch.testing.assert_close(together[name], module(apart, targets, MIDDLE)[name], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            together[name], module(apart, targets, MIDDLE)[name], rtol=1e-4, atol=1e-4
+        )
 
 
 def test_readers_learn_by_muon_and_the_model_by_adamw(settings, tmp_path):
-    """Each optimizer moves its own weights; without a learning rate for AdamW's the model stays as it is."""
+    """Each optimizer moves its own weights; without a learning rate for AdamW's the model stays as
+    it is.
+    """
     plan = prepare(settings(recipe=READ, lr=1e-30, steps=3))
     start = {name: weight.clone() for name, weight in plan.module.readers.named_parameters()}
     plan.run(lambda report: None)
@@ -90,11 +121,16 @@ def test_readers_learn_by_muon_and_the_model_by_adamw(settings, tmp_path):
     assert cost["agreement"] == 1 and cost["before"] == pytest.approx(cost["after"])
 
 
-@pytest.mark.parametrize("changes", [{}, {"lora_rank": 2}, {"optimizer": "muon", "accumulation": 2}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"lora_rank": 2}, {"optimizer": "muon", "accumulation": 2}], ids=str
+)
 def test_a_run_with_readers_is_resumed_bit_by_bit(settings, tmp_path, changes):
     require_exact_resumption(settings, tmp_path, recipe=replace(READ, p_max=0.3), **changes)
-    whole, cut = blocks(tmp_path / "whole"), blocks(tmp_path / "cut")
-    assert whole.keys() == cut.keys() and all(torch.equal(weight, cut[name]) for name, weight in whole.items())
+    whole = blocks(tmp_path / "whole")
+    cut = blocks(tmp_path / "cut")
+    assert whole.keys() == cut.keys() and all(
+        torch.equal(weight, cut[name]) for name, weight in whole.items()
+    )
 
 
 def test_muon_trains_the_layers_matrices_alone(settings):
@@ -103,7 +139,9 @@ def test_muon_trains_the_layers_matrices_alone(settings):
     module.by_muon = True
     [(trained, lr, adjustment)] = module.muon(0.5)
     names = {id(weight): name for name, weight in module.named_parameters()}
-    assert {names[id(weight)].split(".")[2] for weight in trained} == {"layers"} and len(trained) == 6 * 7
+    assert {names[id(weight)].split(".")[2] for weight in trained} == {"layers"} and len(
+        trained
+    ) == 6 * 7
     assert (lr, adjustment) == (0.5, "match_rms_adamw")
     reports = train(settings(recipe=RecipeSettings("none"), optimizer="muon", steps=8, lr=1e-2))
     assert reports[-1].loss < reports[0].loss - 0.5
@@ -122,40 +160,64 @@ def learnt(checkpoint, tmp_path_factory):
 
 
 def test_the_reader_drafts_as_often_right_as_the_training_said(learnt):
-    """First drafts while decoding the prompts that it learnt from, against the agreement on their rows."""
+    """First drafts while decoding the prompts that it learnt from, against the agreement on their
+    rows.
+    """
     plan, info, folder = learnt
-    decoder, tested, accepted = for_decoding(str(folder), "cpu"), 0, 0
+    decoder = for_decoding(str(folder), "cpu")
+    tested = 0
+    accepted = 0
     assert list(decoder.backend.exit_blocks) == [2] and decoder.recommended().exits == (2,)
     for row in plan.data.rows[:20]:
         ids = row["input_ids"].tolist()
         prompt = ids[: next(at for at, label in enumerate(row["labels"]) if label >= 0)]
-        config = DecodingConfig("self-speculative", exit_layer=2, num_draft_tokens=1, max_new_tokens=16)
+        config = DecodingConfig(
+            "self-speculative", exit_layer=2, num_draft_tokens=1, max_new_tokens=16
+        )
         loop = decode(decoder.backend, prompt, config, decoder.eos_ids)
         for _ in loop:
             pass
-        tested, accepted = tested + loop.stats.drafted, accepted + loop.stats.accepted
-    assert abs(accepted / tested - info.agreement["2"]) < 0.25  # of decoded answers, and of the rows' own
-    assert info.trained_exits == (2,) and info.draft_profile(6).acceptance == {"exit 2": info.agreement["2"]}
+        tested = tested + loop.stats.drafted
+        accepted = accepted + loop.stats.accepted
+    # Of decoded answers, and of the rows' own
+    assert abs(accepted / tested - info.agreement["2"]) < 0.25
+    assert info.trained_exits == (2,) and info.draft_profile(6).acceptance == {
+        "exit 2": info.agreement["2"]
+    }
 
 
 def test_a_verdict_is_what_rounds_on_this_machine_make_of_the_agreement(learnt, monkeypatch):
     """A plain step takes 8 seconds, a round 5 for each draft and 10."""
-    times = {"autoregressive": lambda config: 8.0, "self-speculative": lambda config: 5.0 * config.num_draft_tokens + 10}
-    monkeypatch.setattr(verdict._Rounds, "seconds", lambda rounds: times[rounds._config.strategy](rounds._config))
+    times = {
+        "autoregressive": lambda config: 8.0,
+        "self-speculative": lambda config: 5.0 * config.num_draft_tokens + 10,
+    }
+    monkeypatch.setattr(
+        verdict._Rounds, "seconds", lambda rounds: times[rounds._config.strategy](rounds._config)
+    )
     plan, info, _ = learnt
     [gain] = plan.verdicts(info)
     share = info.agreement["2"]
-    speeds = {d: 8 * sum(share**drafts for drafts in range(d + 1)) / (5 * d + 10) for d in (1, 2, 4, 8)}
+    speeds = {
+        d: 8 * sum(share**drafts for drafts in range(d + 1)) / (5 * d + 10) for d in (1, 2, 4, 8)
+    }
     assert (gain.name, gain.accepted) == ("exit 2", share)
-    assert gain.speedup.value == pytest.approx(speeds[gain.speedup.drafts]) == pytest.approx(max(speeds.values()))
+    assert (
+        gain.speedup.value
+        == pytest.approx(speeds[gain.speedup.drafts])
+        == pytest.approx(max(speeds.values()))
+    )
 
 
 def test_a_second_training_goes_on_with_the_readers(learnt, settings, tmp_path):
     """Others, and those of another exit, begin as copies of the last layer."""
     _, _, folder = learnt
     plan = prepare(settings(model=str(folder), recipe=replace(READ, exits=(2, 3))))
-    known, readers = blocks(folder), dict(plan.module.readers.named_parameters())
-    assert all(torch.equal(readers[name.removeprefix("exits.")], weight) for name, weight in known.items())
+    known = blocks(folder)
+    readers = dict(plan.module.readers.named_parameters())
+    assert all(
+        torch.equal(readers[name.removeprefix("exits.")], weight) for name, weight in known.items()
+    )
     last = dict(TransformersBackend(plan.trainable.model).layers[-1].named_parameters())
     assert all(torch.equal(readers[f"3.layer.{name}"], weight) for name, weight in last.items())
 
@@ -166,58 +228,101 @@ def test_without_a_recipe_only_the_task_is_learnt_and_its_loss_told(settings, tm
     info = read_info(tmp_path / "out")
     assert info.trained_exits == () and not (tmp_path / "out" / "exit_blocks.safetensors").exists()
     assert info.cost.tokens == 4 * 4 and info.held_out == ()
-    train(settings(data=replace(settings().data, limit=340), recipe=RecipeSettings("none"), steps=8, overwrite=True))
+    train(
+        settings(
+            data=replace(settings().data, limit=340),
+            recipe=RecipeSettings("none"),
+            steps=8,
+            overwrite=True,
+        )
+    )
     info = read_info(tmp_path / "out")
     before, after = info.cost.task
-    assert after < before and after == pytest.approx(info.details["validation_losses"]["4"], rel=1e-3)
+    assert after < before and after == pytest.approx(
+        info.details["validation_losses"]["4"], rel=1e-3
+    )
 
 
 def test_the_cost_has_how_many_held_out_rows_are_answered_right(settings, tmp_path):
-    """As the saved model answers them, one by one: 8 rows that were memorised, 8 others, and 2 that do not count."""
+    """As the saved model answers them, one by one: 8 rows that were memorised, 8 others, and 2 that
+    do not count.
+    """
     rows = [{"prompt": f"say {letter}", "completion": f"{letter} is said"} for letter in "abcdefgh"]
     others = [{"prompt": f"tell {letter}", "completion": "nothing"} for letter in "ijklmnop"]
-    unasked = [{"prompt": "a long one", "completion": "word " * 65}, {"prompt": "", "completion": "plain text"}]
+    unasked = [
+        {"prompt": "a long one", "completion": "word " * 65},
+        {"prompt": "", "completion": "plain text"},
+    ]
     for name, written in (("rows", rows), ("held", unasked + rows + others)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in written))
-    data, held_out = DataConfig(str(tmp_path / "rows.jsonl")), str(tmp_path / "held.jsonl")
-    run = {"data": data, "validation": held_out, "recipe": RecipeSettings("none"), "batch_size": 8, "lr": 1e-2}
-    plan = prepare(settings(**run, steps=80))  # 640 rows: up to an eighth as many are read and answered
+    data = DataConfig(str(tmp_path / "rows.jsonl"))
+    held_out = str(tmp_path / "held.jsonl")
+    run = {
+        "data": data,
+        "validation": held_out,
+        "recipe": RecipeSettings("none"),
+        "batch_size": 8,
+        "lr": 1e-2,
+    }
+    # 640 rows: up to an eighth as many are read and answered
+    plan = prepare(settings(**run, steps=80))
     plan.run(lambda report: None)
-    decoder, right = for_decoding(str(tmp_path / "out"), "cpu", "fp32"), 0
+    decoder = for_decoding(str(tmp_path / "out"), "cpu", "fp32")
+    right = 0
     for row in rows + others:
         config = DecodingConfig("autoregressive", max_new_tokens=64)
-        [answer] = decode_batch(decoder.backend, [decoder.encode_prompt(row["prompt"])], config, decoder.eos_ids)
+        [answer] = decode_batch(
+            decoder.backend, [decoder.encode_prompt(row["prompt"])], config, decoder.eos_ids
+        )
         right += decoder.detokenize(answer.ids) == row["completion"]
         if row == rows[0]:
             assert plan.example == ("say a\n", "a is said", decoder.detokenize(answer.ids))
     cost = read_info(tmp_path / "out").cost
     assert (cost.answered, cost.exact_match) == (16, (0.0, right / 16)) and 4 <= right < 16
-    train(settings(**run, steps=8, output=str(tmp_path / "shorter")))  # 64 rows: 8 are read, 6 of them answered
+    # 64 rows: 8 are read, 6 of them answered
+    train(settings(**run, steps=8, output=str(tmp_path / "shorter")))
     assert read_info(tmp_path / "shorter").cost.answered == 6
 
 
 def test_data_with_a_split_to_validate_on_trains_on_all_rows(settings):
-    plans = [prepare(settings(data=replace(settings().data, limit=limit), overwrite=True)) for limit in (32, 340, 0)]
+    plans = [
+        prepare(settings(data=replace(settings().data, limit=limit), overwrite=True))
+        for limit in (32, 340, 0)
+    ]
     found = [(plan.rows, plan.held_out, plan.eval_steps, plan.division) for plan in plans]
     assert found == [(32, 8, 4, None), (340, 42, 4, None), (16, 8, 4, None)]
     data = DataConfig("commands", "validation", limit=8, seed=plans[0].config.data.seed)
-    held = [plans[0].trainable.tokenizer.decode(row["input_ids"]) for row in plans[0].held_out_data.rows]
+    held = [
+        plans[0].trainable.tokenizer.decode(row["input_ids"]) for row in plans[0].held_out_data.rows
+    ]
     assert [text.split("\n")[0] for text in held] == [row.prompt for row in load_examples(data)]
 
 
 def test_merged_adapters_have_readers_and_an_adapter_alone_has_none(settings, base, tmp_path):
     train(settings(recipe=READ, lora_rank=2, lr=1e-2))
-    assert not same_weights(tmp_path / "out", base) and weights(tmp_path / "out").keys() == weights(base).keys()
+    assert (
+        not same_weights(tmp_path / "out", base)
+        and weights(tmp_path / "out").keys() == weights(base).keys()
+    )
     assert list(for_decoding(str(tmp_path / "out"), "cpu").backend.exit_blocks) == [2]
-    train(settings(recipe=RecipeSettings(), lora_rank=2, lora_keep=True, output=str(tmp_path / "kept")))
+    train(
+        settings(
+            recipe=RecipeSettings(), lora_rank=2, lora_keep=True, output=str(tmp_path / "kept")
+        )
+    )
     assert not (tmp_path / "kept" / "exit_blocks.safetensors").exists()
     assert read_info(tmp_path / "kept").details["config"]["recipe"]["exit_reader"] == "none"
 
 
 @pytest.mark.parametrize("scheduler", ["linear", "constant"])
 def test_schedules_of_the_learning_rate(settings, scheduler):
-    rates = [report.learning_rate for report in train(settings(scheduler=scheduler, warmup=0.25, lr=1e-3))]
-    assert rates == pytest.approx([0, 1e-3, 2e-3 / 3, 1e-3 / 3] if scheduler == "linear" else [0, 1e-3, 1e-3, 1e-3])
+    rates = [
+        report.learning_rate
+        for report in train(settings(scheduler=scheduler, warmup=0.25, lr=1e-3))
+    ]
+    assert rates == pytest.approx(
+        [0, 1e-3, 2e-3 / 3, 1e-3 / 3] if scheduler == "linear" else [0, 1e-3, 1e-3, 1e-3]
+    )
 
 
 def test_further_arguments_of_transformers(settings):
@@ -232,8 +337,16 @@ def test_further_arguments_of_transformers(settings):
     [
         ("max_steps", 2, "max_steps is set by `steps`"),
         ("output_dir", "elsewhere", "output_dir is set by `output`"),
-        ("average_tokens_across_devices", False, "average_tokens_across_devices is decided by the run"),
-        ("gradient_checkpointing", True, "gradient_checkpointing is set by `gradient_checkpointing`"),
+        (
+            "average_tokens_across_devices",
+            False,
+            "average_tokens_across_devices is decided by the run",
+        ),
+        (
+            "gradient_checkpointing",
+            True,
+            "gradient_checkpointing is set by `gradient_checkpointing`",
+        ),
     ],
 )
 def test_arguments_that_the_run_decides_are_refused(settings, name, value, reason):
@@ -243,17 +356,32 @@ def test_arguments_that_the_run_decides_are_refused(settings, name, value, reaso
 
 def test_a_setting_that_only_finetune_has_is_not_named_by_train_drafter(settings):
     with pytest.raises(
-        ConfigError, match=r"^`training_arguments`: gradient_checkpointing is decided by the run, seed is set by"
+        ConfigError,
+        match=r"^`training_arguments`: gradient_checkpointing is decided by the run, seed is set by",
     ):
         settings(DrafterConfig, training_arguments={"gradient_checkpointing": True, "seed": 3})
 
 
-def test_every_argument_that_a_run_gives_to_transformers_is_refused_or_named_here(settings, monkeypatch):
-    """An argument that is added to a run is owned, unless it is one of these, which a user may change."""
+def test_every_argument_that_a_run_gives_to_transformers_is_refused_or_named_here(
+    settings, monkeypatch
+):
+    """An argument that is added to a run is owned, unless it is one of these, which a user may
+    change.
+    """
     given = {}
-    monkeypatch.setattr(trainer, "TrainingArguments", lambda **arguments: given.update(arguments) or SimpleNamespace(n_gpu=1))
+    monkeypatch.setattr(
+        trainer,
+        "TrainingArguments",
+        lambda **arguments: given.update(arguments) or SimpleNamespace(n_gpu=1),
+    )
     trainer.training_arguments(prepare(settings()))
-    free = {"lr_scheduler_type", "adam_beta1", "adam_beta2", "save_total_limit", "ddp_find_unused_parameters"}
+    free = {
+        "lr_scheduler_type",
+        "adam_beta1",
+        "adam_beta2",
+        "save_total_limit",
+        "ddp_find_unused_parameters",
+    }
     for name in given.keys() - free - {"dataloader_pin_memory"}:
         with pytest.raises(ConfigError, match=f"`training_arguments`: {name} is "):
             settings(training_arguments={name: given[name]})

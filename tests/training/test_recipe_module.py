@@ -27,7 +27,8 @@ def layer_rows(model):
         return lambda _, args: rows.__setitem__(at, rows[at] + args[0].shape[0])
 
     for at, layer in enumerate(model.model.layers):
-        layer.mlp.register_forward_pre_hook(count(at))  # inside the layer, so that a recomputation counts too
+        # Inside the layer, so that a recomputation counts too
+        layer.mlp.register_forward_pre_hook(count(at))
     return rows
 
 
@@ -42,7 +43,9 @@ def layer_rows(model):
 def test_the_curriculum_decides_which_exits_have_a_loss(llama, curriculum, step, exits):
     ids, labels = batch(4)
     rotation = 3 if curriculum == "rotational" else None
-    recipe = RecipeSettings("finetune", p_max=0, e_scale=0.2, curriculum=curriculum, rotation=rotation)
+    recipe = RecipeSettings(
+        "finetune", p_max=0, e_scale=0.2, curriculum=curriculum, rotation=rotation
+    )
     output = run(llama, recipe, RunStep(step, 12), ids, labels)
     assert output["exit_layers"] == exits
     weights = torch.tensor(exit_weights(exits, 6, 0.2))
@@ -53,13 +56,18 @@ def test_padding_at_the_right_changes_nothing(llama):
     ids, labels = batch(4)
     recipe = RecipeSettings("finetune", p_max=0, curriculum="all")
     plain = run(llama, recipe, RunStep(0, 1), ids, labels)["per_exit"]
-    filler, ignored = torch.zeros(4, 2, dtype=torch.long), torch.full((4, 2), IGNORED)
-    padded = run(llama, recipe, RunStep(0, 1), torch.cat([ids, filler], 1), torch.cat([labels, ignored], 1))
+    filler = torch.zeros(4, 2, dtype=torch.long)
+    ignored = torch.full((4, 2), IGNORED)
+    padded = run(
+        llama, recipe, RunStep(0, 1), torch.cat([ids, filler], 1), torch.cat([labels, ignored], 1)
+    )
     torch.testing.assert_close(padded["per_exit"], plain)
 
 
 def test_dropout_over_the_run():
-    """From scratch S(t) is 0 at the first step and 1 at the last, where p is 0.9 at the last layer; falling, it ends at 0."""
+    """From scratch S(t) is 0 at the first step and 1 at the last, where p is 0.9 at the last layer;
+    falling, it ends at 0.
+    """
     ids, labels = batch(40)
     for step, schedule, expected in (
         (0, "rising", 40),
@@ -76,9 +84,15 @@ def test_dropout_over_the_run():
         assert rows[5] == pytest.approx(expected, abs=6)  # 3 standard deviations of 40 draws at 0.9
 
 
-@pytest.mark.parametrize(("bf16", "lora"), [(False, True), (True, False)], ids=["fp64, LoRA", "bf16 autocast, all weights"])
+@pytest.mark.parametrize(
+    ("bf16", "lora"),
+    [(False, True), (True, False)],
+    ids=["fp64, LoRA", "bf16 autocast, all weights"],
+)
 def test_recomputing_layers_gives_the_same_gradients_bit_by_bit(monkeypatch, bf16, lora):
-    """The backward pass runs layers again: dropping the same rows, with taps, in the same precision."""
+    """The backward pass runs layers again: dropping the same rows, with taps, in the same
+    precision.
+    """
     monkeypatch.setattr(losses, "CHUNK_LOGITS", 5 * 67)
     ids, labels = batch(4)
     recipe = RecipeSettings("finetune", p_max=0.8, curriculum="all", distill=0.5)
@@ -87,14 +101,22 @@ def test_recomputing_layers_gives_the_same_gradients_bit_by_bit(monkeypatch, bf1
         model = tiny_model(dtype=torch.float32 if bf16 else torch.float64, tie_word_embeddings=True)
         if lora:
             torch.manual_seed(1)
-            model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+            model = get_peft_model(
+                model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+            )
         module = recipe_module(model, recipe, recompute=recompute).train()
         rows = layer_rows(module.backend.model)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss = module(ids, labels, RunStep(2, 10))["loss"]
         assert loss.dtype == torch.float32
         loss.backward()
-        gradients.append({name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad})
+        gradients.append(
+            {
+                name: parameter.grad
+                for name, parameter in model.named_parameters()
+                if parameter.requires_grad
+            }
+        )
         assert rows[0] == (8 if recompute else 4) and rows[5] < rows[0]
     assert gradients[0].keys() == gradients[1].keys()
     assert any(gradient.abs().sum() > 0 for gradient in gradients[0].values())
@@ -122,7 +144,9 @@ def manual_cross_entropy(model, ids, labels):
 def test_the_literal_scales():
     """RECIPE: L = 5, e_scale = 0.2: e = 0, 0.2, 0.6, 1.2, 5.2, sum 7.2."""
     assert exit_scales(5, 0.2) == pytest.approx([0, 0.2, 0.6, 1.2, 5.2])
-    assert exit_weights([1, 2, 3, 4, 5], 5, 0.2) == pytest.approx([e / 7.2 for e in (0, 0.2, 0.6, 1.2, 5.2)])
+    assert exit_weights([1, 2, 3, 4, 5], 5, 0.2) == pytest.approx(
+        [e / 7.2 for e in (0, 0.2, 0.6, 1.2, 5.2)]
+    )
     assert exit_weights([5], 5, 0.2) == [1.0]
     assert exit_weights([3, 5], 5, 0.0) == [0.0, 1.0]
     assert exit_scales(4, 0.5, "linear") == [0.5, 1.0, 1.5, 4.0]
@@ -141,14 +165,17 @@ def test_dropout_is_off_in_evaluation_and_all_exits_are_on(llama):
 
 
 def manual_mixed_loss(model, ids, labels, exit_layer, share):
-    """Cross-entropy and KL(last || exit) token by token in fp64, from the truncated model and the whole one."""
+    """Cross-entropy and KL(last || exit) token by token in fp64, from the truncated model and the
+    whole one.
+    """
     student = truncated(model, exit_layer)(ids).logits.log_softmax(-1)
     teacher = model(ids).logits.log_softmax(-1).detach()
     total = 0.0
     for row in range(ids.shape[0]):
         for column in range(1, ids.shape[1]):
             if labels[row, column] != IGNORED:
-                said, aim = student[row, column - 1], teacher[row, column - 1]
+                said = student[row, column - 1]
+                aim = teacher[row, column - 1]
                 divergence = (aim.exp() * (aim - said)).sum()
                 total += (1 - share) * -said[labels[row, column]] + share * divergence
     return total
@@ -163,24 +190,39 @@ def test_the_loss_equals_a_manual_loop(llama, monkeypatch, share):
     ids, labels = batch()
     recipe = RecipeSettings("finetune", p_max=0, e_scale=0.5, curriculum="all", distill=share)
     weights = exit_weights(range(1, 7), 6, 0.5)
-    expected = [manual_mixed_loss(llama, ids, labels, exit_layer, share) for exit_layer in range(1, 6)]
+    expected = [
+        manual_mixed_loss(llama, ids, labels, exit_layer, share) for exit_layer in range(1, 6)
+    ]
     expected.append(manual_cross_entropy(llama, ids, labels))
     for logits in (losses.CHUNK_LOGITS, 5 * 67):
         monkeypatch.setattr(losses, "CHUNK_LOGITS", logits)
         output = recipe_module(llama, recipe).train()(ids, labels, RunStep(0, 10))
         total = sum(weight * loss for weight, loss in zip(weights, expected, strict=True))
         torch.testing.assert_close(output["loss"].double(), total, rtol=1e-5, atol=1e-4)
-        plain = [manual_cross_entropy(truncated(llama, exit_layer), ids, labels) for exit_layer in range(1, 7)]
-        torch.testing.assert_close(output["per_exit"].double(), torch.stack(plain).detach(), rtol=1e-5, atol=1e-4)
+        plain = [
+            manual_cross_entropy(truncated(llama, exit_layer), ids, labels)
+            for exit_layer in range(1, 7)
+        ]
+        torch.testing.assert_close(
+            output["per_exit"].double(), torch.stack(plain).detach(), rtol=1e-5, atol=1e-4
+        )
 
 
 def test_the_teacher_is_a_constant(llama, monkeypatch):
-    """With all of the loss on exit 3 and nothing but distillation, layers 4 to 6 get no gradient; in chunks too."""
+    """With all of the loss on exit 3 and nothing but distillation, layers 4 to 6 get no gradient;
+    in chunks too.
+    """
     ids, labels = batch()
     for logits in (losses.CHUNK_LOGITS, 5 * 67):
         monkeypatch.setattr(losses, "CHUNK_LOGITS", logits)
-        module = recipe_module(llama, RecipeSettings("finetune", p_max=0, curriculum="all", distill=1.0)).train()
-        monkeypatch.setattr(recipe_modules, "exit_weights", lambda exits, *_: [float(exit_layer == 3) for exit_layer in exits])
+        module = recipe_module(
+            llama, RecipeSettings("finetune", p_max=0, curriculum="all", distill=1.0)
+        ).train()
+        monkeypatch.setattr(
+            recipe_modules,
+            "exit_weights",
+            lambda exits, *_: [float(exit_layer == 3) for exit_layer in exits],
+        )
         llama.zero_grad()
         module(ids, labels, RunStep(0, 10))["loss"].backward()
         seen = [layer.mlp.up_proj.weight.grad is not None for layer in llama.model.layers]
@@ -189,7 +231,8 @@ def test_the_teacher_is_a_constant(llama, monkeypatch):
 
 
 def test_a_share_of_the_exits_gradient_trains_the_layers_below():
-    """The gradient of the whole loss is that of the last layer's, and this share of what exit 3's adds.
+    """The gradient of the whole loss is that of the last layer's, and this share of what exit 3's
+    adds.
 
     The block that reads exit 3, and the losses, are the same bit by bit at every share.
     """
@@ -202,8 +245,14 @@ def test_a_share_of_the_exits_gradient_trains_the_layers_below():
         output = module(ids, labels, RunStep(0, 10))
         output["loss"].backward()
         trunk = [weight.grad.clone() for weight in model.model.layers[:3].parameters()]
-        reader = [weight.grad.clone() for weight in module.readers.parameters() if weight.requires_grad]
-        return torch.cat([each.flatten() for each in trunk]), torch.cat([each.flatten() for each in reader]), output
+        reader = [
+            weight.grad.clone() for weight in module.readers.parameters() if weight.requires_grad
+        ]
+        return (
+            torch.cat([each.flatten() for each in trunk]),
+            torch.cat([each.flatten() for each in reader]),
+            output,
+        )
 
     fixed, half, whole = (found(share) for share in (0.0, 0.5, 1.0))
     for other in (half, whole):
@@ -229,7 +278,9 @@ def gradients(model, *, autocast, **inputs):
 def inputs(kind):
     ids, labels = batch(4)
     if kind == "packed":
-        collated = collate(list(packed([ids[0].tolist(), ids[1, :4].tolist(), ids[2].tolist()], 18)))
+        collated = collate(
+            list(packed([ids[0].tolist(), ids[1, :4].tolist(), ids[2].tolist()], 18))
+        )
         return {name: collated[name] for name in ("input_ids", "labels", "documents")}
     return {"input_ids": ids, "labels": labels}
 
@@ -237,7 +288,9 @@ def inputs(kind):
 @pytest.mark.parametrize("kind", ["causal", "packed"])
 @pytest.mark.parametrize("model_type", ["llama", "mistral"])
 def test_attention_in_fp32_changes_nothing_but_rounding(kind, model_type):
-    """In fp32 the same bits, whichever mask; under autocast no further from them than bf16 attention is."""
+    """In fp32 the same bits, whichever mask; under autocast no further from them than bf16
+    attention is.
+    """
     changes = {"sliding_window": 4} if model_type == "mistral" else {}
 
     def found(in_fp32, autocast):
@@ -249,5 +302,7 @@ def test_attention_in_fp32_changes_nothing_but_rounding(kind, model_type):
 
     exact = found(False, False)
     assert torch.equal(found(True, False), exact)
-    ours, torchs = ((found(in_fp32, True) - exact).norm() / exact.norm() for in_fp32 in (True, False))
+    ours, torchs = (
+        (found(in_fp32, True) - exact).norm() / exact.norm() for in_fp32 in (True, False)
+    )
     assert 0 < ours < 1.1 * torchs < 0.2

@@ -13,7 +13,16 @@ import pytest
 import torch
 from command_line import run
 from safetensors.torch import load_file, save_file
-from training_runs import RECIPE, Interrupted, require_exact_resumption, same_weights, saved_base, stop_at, train, weights
+from training_runs import (
+    RECIPE,
+    Interrupted,
+    require_exact_resumption,
+    same_weights,
+    saved_base,
+    stop_at,
+    train,
+    weights,
+)
 
 from layerskip_core import files
 from layerskip_core.config.model import DataConfig
@@ -29,7 +38,9 @@ def checkpoint(folder, step):
 
 
 def steps_saved(folder):
-    return sorted(int(path.name.split("-")[1]) for path in Path(folder, "checkpoints").glob("checkpoint-*"))
+    return sorted(
+        int(path.name.split("-")[1]) for path in Path(folder, "checkpoints").glob("checkpoint-*")
+    )
 
 
 RESUMED = {
@@ -65,12 +76,18 @@ def test_ctrl_c_saves_and_ends_with_130(base, tmp_path, monkeypatch):
     result = run("finetune", "--model", base, "--samples", "16", "--steps", "6", "--batch-size", "4", "--max-length", "64",
                  "--output", output)  # fmt: skip
     assert (result.code, result.out) == (130, "")
-    assert "interrupted after step 3 of 6" in result.err and result.err.endswith(f"--output {output} --resume\n")
-    assert steps_saved(output) == [3] and sorted(os.listdir(f"{output}/checkpoints")) == ["checkpoint-3"]
+    assert "interrupted after step 3 of 6" in result.err and result.err.endswith(
+        f"--output {output} --resume\n"
+    )
+    assert steps_saved(output) == [3] and sorted(os.listdir(f"{output}/checkpoints")) == [
+        "checkpoint-3"
+    ]
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_run_that_replaces_a_model_is_resumed_by_the_command_it_prints(base, tmp_path, monkeypatch):
+def test_a_run_that_replaces_a_model_is_resumed_by_the_command_it_prints(
+    base, tmp_path, monkeypatch
+):
     output = tmp_path / "out"
     output.mkdir()
     (output / "config.json").write_text('{"model_type": "llama"}')
@@ -88,15 +105,21 @@ def test_a_run_whose_model_could_not_be_written_ends_from_its_last_checkpoint(se
     whole = str(tmp_path / "whole")
     train(settings(save_steps=2, output=whole))
     plan = prepare(settings(save_steps=2))
-    with pytest.raises(CheckpointError, match=r"cannot write the model to .*: in the way is losses.jsonl"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot write the model to .*: in the way is losses.jsonl"
+    ):
         plan.run(lambda report: (tmp_path / "out" / "losses.jsonl").mkdir(exist_ok=True))
     (tmp_path / "out" / "losses.jsonl").rmdir()
-    assert steps_saved(tmp_path / "out") == [2, 4] and not (tmp_path / "out" / "config.json").exists()
+    assert (
+        steps_saved(tmp_path / "out") == [2, 4] and not (tmp_path / "out" / "config.json").exists()
+    )
     assert train(settings(save_steps=2, resume=True)) == []
     assert same_weights(tmp_path / "out", whole)
 
 
-def test_a_signal_in_the_last_step_changes_nothing_and_a_second_ctrl_c_stops_at_once(settings, tmp_path, interruptible):
+def test_a_signal_in_the_last_step_changes_nothing_and_a_second_ctrl_c_stops_at_once(
+    settings, tmp_path, interruptible
+):
     def terminate(report):
         if report.step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -122,7 +145,9 @@ def interruptible():
 
 
 def test_a_full_disk_leaves_the_older_checkpoint(settings):
-    """No file may grow beyond 0.1 MB, as by a quota, from the end of step 2 on; the optimizer's has 0.3 MB."""
+    """No file may grow beyond 0.1 MB, as by a quota, from the end of step 2 on; the optimizer's has
+    0.3 MB.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill(report):
@@ -130,7 +155,10 @@ def test_a_full_disk_leaves_the_older_checkpoint(settings):
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
 
     try:
-        with pytest.raises(CheckpointError, match=r"cannot write the checkpoint of step 2 .*; those before it are whole"):
+        with pytest.raises(
+            CheckpointError,
+            match=r"cannot write the checkpoint of step 2 .*; those before it are whole",
+        ):
             prepare(settings(save_steps=1)).run(fill)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -159,7 +187,9 @@ def test_a_run_is_resumed_with_the_same_settings_or_not_at_all(settings, two_che
     prepare(settings(save_steps=3, resume=True))
 
 
-def test_another_model_of_the_same_shape_is_not_resumed_with(settings, two_checkpoints, base, tmp_path):
+def test_another_model_of_the_same_shape_is_not_resumed_with(
+    settings, two_checkpoints, base, tmp_path
+):
     other = shutil.copytree(base, tmp_path / "other")
     scaled = {name: 1.5 * weight for name, weight in weights(base).items()}
     save_file(scaled, other / "model.safetensors", {"format": "pt"})
@@ -187,12 +217,18 @@ def without_a_weight(folder):
 
 
 def with_a_further_weight(folder):
-    save_file(weights(folder) | {"more": torch.ones(2)}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        weights(folder) | {"more": torch.ones(2)}, folder / "model.safetensors", {"format": "pt"}
+    )
     return "1 weight in it unknown to this run, more the first"
 
 
 def with_another_shape(folder):
-    save_file(weights(folder) | {"model.norm.weight": torch.ones(1)}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        weights(folder) | {"model.norm.weight": torch.ones(1)},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
     return r"model.norm.weight must have the shape \[32\], found \[1\]"
 
 
@@ -204,7 +240,13 @@ def without_a_reader_s_weight(folder):
     return "1 weight missing in it, exits.2.norm.weight the first"
 
 
-DAMAGED = (without_a_shard, without_a_weight, with_a_further_weight, with_another_shape, without_a_reader_s_weight)
+DAMAGED = (
+    without_a_shard,
+    without_a_weight,
+    with_a_further_weight,
+    with_another_shape,
+    without_a_reader_s_weight,
+)
 
 
 @pytest.mark.parametrize("damage", DAMAGED)
@@ -232,14 +274,18 @@ def test_an_adapter_is_resumed_whole(settings, tmp_path):
 
 
 def test_a_drafter_is_resumed_whole(settings, tmp_path):
-    blocks = settings(DrafterConfig, save_steps=1, exits=(1, 2), answers="data", output=str(tmp_path / "out"))
+    blocks = settings(
+        DrafterConfig, save_steps=1, exits=(1, 2), answers="data", output=str(tmp_path / "out")
+    )
     with pytest.raises(Interrupted):
         prepare(blocks).run(stop_at(2))
     path = checkpoint(tmp_path / "out", 1) / "drafter.safetensors"
     held = load_file(path)
     del held["exits.2.norm.weight"]
     save_file(held, path)
-    with pytest.raises(CheckpointError, match=r"1 weight missing in it, exits\.2\.norm\.weight the first"):
+    with pytest.raises(
+        CheckpointError, match=r"1 weight missing in it, exits\.2\.norm\.weight the first"
+    ):
         prepare(replace(blocks, resume=True)).run(lambda report: None)
 
 
@@ -259,14 +305,18 @@ def test_no_pickle_is_run(settings, two_checkpoints, tmp_path):
     assert not (folder / "training_args.bin").exists()
     for name in ("training_args.bin", "optimizer.pt"):
         (folder / name).write_bytes(pickle.dumps(Payload(tmp_path / f"ran {name}"), protocol=2))
-    with pytest.raises(CheckpointError, match=r"cannot resume from .*checkpoint-2: Weights only load failed"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot resume from .*checkpoint-2: Weights only load failed"
+    ):
         prepare(settings(save_steps=1, resume=True)).run(lambda report: None)
     assert not list(tmp_path.glob("ran *"))
 
 
 @pytest.mark.parametrize("left", ["all but the state", "an empty state", "an empty folder"])
 def test_a_half_written_checkpoint_is_ignored(settings, two_checkpoints, monkeypatch, left):
-    """kill -9 leaves it without Trainer's state, which is written last; a resumed run removes it."""
+    """kill -9 leaves it without Trainer's state, which is written last; a resumed run removes
+    it.
+    """
     half = checkpoint(two_checkpoints, 7)
     if left == "an empty folder":
         half.mkdir()
@@ -283,8 +333,11 @@ def test_a_half_written_checkpoint_is_ignored(settings, two_checkpoints, monkeyp
     assert steps_saved(two_checkpoints) == [2, 3]
 
 
-def test_a_checkpoint_that_was_removed_in_part_blocks_nothing(settings, two_checkpoints, monkeypatch):
-    """By a run at its third checkpoint, which keeps two, in the middle of the removal; the next run removes the rest.
+def test_a_checkpoint_that_was_removed_in_part_blocks_nothing(
+    settings, two_checkpoints, monkeypatch
+):
+    """By a run at its third checkpoint, which keeps two, in the middle of the removal; the next run
+    removes the rest.
 
     A folder of the user's beside the checkpoints stays, whatever its name.
     """
@@ -308,19 +361,29 @@ def test_a_checkpoint_that_was_removed_in_part_blocks_nothing(settings, two_chec
 
 def test_what_a_folder_holds_decides_what_the_same_command_says(settings, tmp_path):
     """A model; a model and a run that would replace it; each with what leads on."""
-    config, folder = settings(save_steps=1), tmp_path / "out" / "checkpoints"
+    config = settings(save_steps=1)
+    folder = tmp_path / "out" / "checkpoints"
     train(config)
     assert not folder.exists()
-    with pytest.raises(ConfigError, match=r"`output` .*out already holds a model; give `overwrite` to replace it"):
+    with pytest.raises(
+        ConfigError, match=r"`output` .*out already holds a model; give `overwrite` to replace it"
+    ):
         prepare(config)
-    with pytest.raises(CheckpointError, match=r"no checkpoint in .*; a run with `save_steps` N has them until it ends"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"no checkpoint in .*; a run with `save_steps` N has them until it ends",
+    ):
         prepare(replace(config, resume=True))
     with pytest.raises(Interrupted):
         prepare(replace(config, overwrite=True, seed=1)).run(stop_at(2))
-    with pytest.raises(ConfigError, match=r"holds an unfinished run; give `resume` to go on \(and `overwrite` if it replaces"):
+    with pytest.raises(
+        ConfigError,
+        match=r"holds an unfinished run; give `resume` to go on \(and `overwrite` if it replaces",
+    ):
         prepare(replace(config, seed=1))
     with pytest.raises(Interrupted):
-        prepare(replace(config, overwrite=True, save_steps=2)).run(stop_at(1))  # removes the older run's checkpoint
+        # Removes the older run's checkpoint
+        prepare(replace(config, overwrite=True, save_steps=2)).run(stop_at(1))
     with pytest.raises(CheckpointError, match=r"`resume`: there is no .*`save_steps` N"):
         prepare(replace(config, overwrite=True, resume=True, save_steps=2))
     with pytest.raises(Interrupted):

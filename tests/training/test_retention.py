@@ -26,7 +26,9 @@ def test_a_run_is_not_resumed_beside_another_original(settings, tmp_path):
     other = saved_base(tmp_path / "other", initializer_range=0.05)
     with pytest.raises(Interrupted):
         prepare(settings(**QUARTER, save_steps=2, model=other)).run(stop_at(3))
-    with pytest.raises(ConfigError, match=r"`resume`: model_digest was .* in the run to go on with"):
+    with pytest.raises(
+        ConfigError, match=r"`resume`: model_digest was .* in the run to go on with"
+    ):
         prepare(settings(**QUARTER, resume=True))
 
 
@@ -48,16 +50,21 @@ def rows_of(plan):
     ],
 )
 def test_the_places_of_the_texts_are_a_function_of_the_position(replayed, per_step, places):
-    own, texts = list(range(3 * (per_step - replayed))), [100, 101, 102, 103]
+    own = list(range(3 * (per_step - replayed)))
+    texts = [100, 101, 102, 103]
     found = list(with_replay(own, texts, replayed, per_step))
     assert len(found) == 3 * per_step
     assert [place for place, row in enumerate(found) if row in texts] == places
     assert [row for row in found if row not in texts] == own
-    assert [row for row in found if row in texts] == [texts[number % 4] for number in range(len(places))]
+    assert [row for row in found if row in texts] == [
+        texts[number % 4] for number in range(len(places))
+    ]
 
 
 def test_a_quarter_of_the_rows_is_text_of_the_original(settings, base):
-    """Steps of 4 rows: 3 of the data, each once an epoch, and a text with a label on every token."""
+    """Steps of 4 rows: 3 of the data, each once an epoch, and a text with a label on every
+    token.
+    """
     config = settings(**QUARTER, steps=None, data=DataConfig(limit=30, seed=1))
     plan = prepare(config)
     assert (plan.steps, len(plan.answers.prompts)) == (10, 10)
@@ -67,10 +74,14 @@ def test_a_quarter_of_the_rows_is_text_of_the_original(settings, base):
     assert own == Counter(tuple(row["input_ids"]) for row in plan.data.rows)
     assert all(row["labels"] == row["input_ids"] for row in texts)
     assert len({tuple(row["input_ids"]) for row in texts}) == 10
-    lengths = {len(row["input_ids"]) - len(start) for row, start in zip(texts, plan.answers.prompts, strict=True)}
+    lengths = {
+        len(row["input_ids"]) - len(start)
+        for row, start in zip(texts, plan.answers.prompts, strict=True)
+    }
     assert lengths == {round(plan.data.tokens / 30)}
     batch = collate(rows[:4])
-    assert (batch["labels"][3] != IGNORED).sum() == len(texts[0]["input_ids"]) - 1  # nothing predicts the first
+    # Nothing predicts the first
+    assert (batch["labels"][3] != IGNORED).sum() == len(texts[0]["input_ids"]) - 1
 
 
 def test_texts_are_sampled_by_the_seed(settings, tmp_path):
@@ -90,14 +101,24 @@ def test_what_a_template_puts_before_a_prompt_begins_every_second_text(settings,
     train(settings(output=base, steps=1, prompting=PromptingConfig("Question: {prompt}")))
     starts = prepare(settings(model=base, **QUARTER)).answers.prompts
     templated = for_decoding(base).prompt_start()
-    assert len(templated) > 1 and starts[1::2] == [templated] * 2 and [len(start) for start in starts[0::2]] == [1, 1]
+    assert (
+        len(templated) > 1
+        and starts[1::2] == [templated] * 2
+        and [len(start) for start in starts[0::2]] == [1, 1]
+    )
 
 
 def test_packed_rows_have_packed_texts(settings, tmp_path):
     file = tmp_path / "plain.txt"
     file.write_text("some words in a row\n\n" * 40)
     plan = prepare(
-        settings(data=DataConfig(str(file)), recipe=replace(RECIPE, preset="continual"), **QUARTER, max_length=32, steps=1)
+        settings(
+            data=DataConfig(str(file)),
+            recipe=replace(RECIPE, preset="continual"),
+            **QUARTER,
+            max_length=32,
+            steps=1,
+        )
     )
     rows = rows_of(plan)
     assert rows[3]["documents"] == [0] * len(rows[3]["input_ids"])
@@ -126,7 +147,9 @@ def test_an_interrupted_run_goes_on_from_its_texts(settings, monkeypatch):
         if done >= 4:
             os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(TrainingInterrupted, match="interrupted after 4 of 8 replay texts, which are kept"):
+    with pytest.raises(
+        TrainingInterrupted, match="interrupted after 4 of 8 replay texts, which are kept"
+    ):
         prepare(config).run(ignored, interrupting)
     assert stages[0] == 0 and stages[-1] == 4 and stages == sorted(stages)
     seen = len(stages)
@@ -147,7 +170,11 @@ def test_an_interrupted_run_goes_on_from_its_texts(settings, monkeypatch):
         ({"batch_size": 2}, 0.0),  # no row of two
     ],
 )
-def test_a_model_that_may_know_more_than_its_task_replays_by_default(settings, monkeypatch, changes, share):
-    assert prepare(settings(**{"recipe": RecipeSettings(), **changes})).config.replay == changes.get("replay", 0.0)
+def test_a_model_that_may_know_more_than_its_task_replays_by_default(
+    settings, monkeypatch, changes, share
+):
+    assert prepare(
+        settings(**{"recipe": RecipeSettings(), **changes})
+    ).config.replay == changes.get("replay", 0.0)
     monkeypatch.setattr(running, "SMALL_MODEL", 1000)
     assert prepare(settings(**{"recipe": RecipeSettings(), **changes})).config.replay == share

@@ -26,23 +26,34 @@ PLAIN = RecipeSettings("finetune", p_max=0, curriculum="none")
 
 def rows_file(tmp_path, *completions):
     file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps({"prompt": "p", "completion": text}) + "\n" for text in completions))
+    file.write_text(
+        "".join(json.dumps({"prompt": "p", "completion": text}) + "\n" for text in completions)
+    )
     return DataConfig(name=str(file))
 
 
 def test_rows_of_different_lengths_weigh_by_their_tokens(settings, tmp_path):
-    """One step over rows of few and of many target tokens: micro-batches of one give the mean over all of them.
+    """One step over rows of few and of many target tokens: micro-batches of one give the mean over
+    all of them.
 
     Compared in the gradient that the optimizer gets, for Adam's steps do not show its scale.
     """
     data = rows_file(tmp_path, "a", "abcdefghijk")
-    losses, gradients = [], []
+    losses = []
+    gradients = []
     for batch_size, accumulation in ((2, 1), (1, 2)):
-        sizes = {"batch_size": batch_size, "accumulation": accumulation, "steps": 1, "overwrite": True}
+        sizes = {
+            "batch_size": batch_size,
+            "accumulation": accumulation,
+            "steps": 1,
+            "overwrite": True,
+        }
         plan = prepare(settings(data=data, recipe=PLAIN, **sizes))
         accumulated = []
         head = plan.trainable.model.lm_head.weight
-        head.register_post_accumulate_grad_hook(lambda weight, seen=accumulated: seen.append(weight.grad.clone()))
+        head.register_post_accumulate_grad_hook(
+            lambda weight, seen=accumulated: seen.append(weight.grad.clone())
+        )
         plan.run(lambda report: losses.append(report.loss))
         assert len(accumulated) == accumulation
         gradients.append(accumulated[-1])
@@ -51,7 +62,9 @@ def test_rows_of_different_lengths_weigh_by_their_tokens(settings, tmp_path):
 
 
 def test_the_speed_counts_no_padding(settings, tmp_path, monkeypatch):
-    """A step of rows with 4 and 40 words, one second long: their tokens, not those of two rows of the longer one."""
+    """A step of rows with 4 and 40 words, one second long: their tokens, not those of two rows of
+    the longer one.
+    """
     plan = prepare(settings(data=rows_file(tmp_path, "a " * 4, "a " * 40), batch_size=2, steps=1))
     seconds = itertools.count()
     monkeypatch.setattr(trainer.time, "perf_counter", lambda: float(next(seconds)))
@@ -62,7 +75,9 @@ def test_the_speed_counts_no_padding(settings, tmp_path, monkeypatch):
 
 
 def test_one_process_takes_one_gpu(settings, monkeypatch):
-    """Where Trainer finds two it would split the batch of each between them, and double its rows."""
+    """Where Trainer finds two it would split the batch of each between them, and double its
+    rows.
+    """
     make = trainer.TrainingArguments
 
     def finding_two(**keywords):
@@ -82,14 +97,18 @@ def test_one_process_takes_one_gpu(settings, monkeypatch):
     plan.run(lambda report: None)
     assert batches == [4]
     monkeypatch.setattr(running, "pick_device", lambda name: torch.device(name))
-    with pytest.raises(ConfigError, match=r"`device` must be cuda, of the GPUs that CUDA_VISIBLE_DEVICES=1 leaves, got cuda:1"):
+    with pytest.raises(
+        ConfigError,
+        match=r"`device` must be cuda, of the GPUs that CUDA_VISIBLE_DEVICES=1 leaves, got cuda:1",
+    ):
         prepare(settings(device="cuda:1", overwrite=True))
 
 
 @pytest.fixture(scope="module")
 def trained(base, tmp_path_factory):
     """A run of four steps: the plan, its reports, the info that it returned and its folder."""
-    folder, reports = tmp_path_factory.mktemp("trained"), []
+    folder = tmp_path_factory.mktemp("trained")
+    reports = []
     plan = prepare(settings_on(base, folder)(lr=2e-3, warmup=0.5))
     return plan, reports, plan.run(reports.append), folder / "out"
 
@@ -98,10 +117,16 @@ def test_every_report_is_complete(trained):
     _, reports, _, _ = trained
     assert [report.step for report in reports] == [1, 2, 3, 4]
     assert {report.total_steps for report in reports} == {4}
-    # Two steps of warm-up from 0, then half a cosine over the other two: what each step was taken with.
+    # Two steps of warm-up from 0, then half a cosine over the other two: what each step was taken
+    # with.
     assert [report.learning_rate for report in reports] == pytest.approx([0, 1e-3, 2e-3, 1e-3])
     # R = 2: layer indices 0 and 2, then 1 and 3; each report keeps the latest of every exit seen.
-    assert [sorted(report.exit_losses) for report in reports] == [[1, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]]
+    assert [sorted(report.exit_losses) for report in reports] == [
+        [1, 3, 4],
+        [1, 2, 3, 4],
+        [1, 2, 3, 4],
+        [1, 2, 3, 4],
+    ]
     for report in reports:
         assert 4 < report.exit_losses[4] < 7 and 4 < report.loss < 7  # about ln 300 = 5.7 at first
         assert report.tokens_per_second > 0
@@ -135,15 +160,28 @@ def test_the_result_is_a_plain_checkpoint_with_its_details(trained, base):
         "e_scale": 1.0,
         "exit_weights": "paper",
     }
-    recipe |= {"curriculum": "rotational", "rotation": 2, "exits": [], "exit_reader": "none", "distill": 0.0}
+    recipe |= {
+        "curriculum": "rotational",
+        "rotation": 2,
+        "exits": [],
+        "exit_reader": "none",
+        "distill": 0.0,
+    }
     recipe["exit_gradient"] = 1.0
     assert details["config"]["recipe"] == recipe
     assert sorted(details["final_losses"]) == ["1", "2", "3", "4"]
     assert set(details["versions"]) == {"layerskip", "torch", "transformers"}
     model = AutoModelForCausalLM.from_pretrained(output)
-    assert all(torch.equal(weight, loaded.model.state_dict()[name]) for name, weight in model.state_dict().items())
-    assert any(not torch.equal(weight, weights(base)[name]) for name, weight in weights(output).items())
-    assert [(row["step"], row["loss"]) for row in loss_rows(output)] == [(report.step, report.loss) for report in reports]
+    assert all(
+        torch.equal(weight, loaded.model.state_dict()[name])
+        for name, weight in model.state_dict().items()
+    )
+    assert any(
+        not torch.equal(weight, weights(base)[name]) for name, weight in weights(output).items()
+    )
+    assert [(row["step"], row["loss"]) for row in loss_rows(output)] == [
+        (report.step, report.loss) for report in reports
+    ]
     assert [sorted(row["exits"]) for row in loss_rows(output)] == [["1", "3", "4"], ["2", "4"]] * 2
     assert not (output / "checkpoints").exists()  # a run without --save-steps
 
@@ -152,7 +190,8 @@ def test_adapters_are_merged_or_kept_alone(settings, base, tmp_path):
     """Kept, the adapter has no other weights, and loads as a model."""
     changes = {"lora_rank": 2, "lr": 1e-2, "steps": 2}
     train(settings(**changes))
-    before, after = weights(base), weights(tmp_path / "out")
+    before = weights(base)
+    after = weights(tmp_path / "out")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if name.endswith("_proj.weight")}
     assert len(changed) == 4 * 7  # every linear layer but the head
@@ -169,7 +208,10 @@ def test_from_scratch_with_a_new_tokenizer(settings, base, tmp_path):
     assert reports[0].loss == pytest.approx(5.63, abs=0.3)  # fresh weights: about ln 280
     loaded = for_training(str(tmp_path / "out"))
     assert len(loaded.tokenizer) == loaded.backend.spec.vocab == 280
-    with pytest.raises(ConfigError, match="`steps` must be at least 2 to train from scratch with layer dropout, got 1"):
+    with pytest.raises(
+        ConfigError,
+        match="`steps` must be at least 2 to train from scratch with layer dropout, got 1",
+    ):
         prepare(settings(recipe=scratch, steps=1, overwrite=True))
     prepare(settings(steps=1, overwrite=True, recipe=replace(PLAIN, preset="scratch")))
 
@@ -177,7 +219,11 @@ def test_from_scratch_with_a_new_tokenizer(settings, base, tmp_path):
 def test_the_plan(settings, base):
     plan = prepare(settings(steps=None, epochs=2.0, batch_size=3, accumulation=2, max_length=100))
     assert plan.rows == 32 and plan.tokens == sum(len(row["input_ids"]) for row in plan.data.rows)
-    assert plan.truncated == sum(len(row["input_ids"]) == 100 and row["input_ids"][-1] != 2 for row in plan.data.rows) > 0
+    assert (
+        plan.truncated
+        == sum(len(row["input_ids"]) == 100 and row["input_ids"][-1] != 2 for row in plan.data.rows)
+        > 0
+    )
     assert plan.steps == 11  # 2 x 32 rows in steps of 6, rounded up
     assert plan.parameters == sum(weight.numel() for weight in weights(base).values())
     assert plan.num_layers == 4 and plan.recipe.rotation == 2
@@ -204,7 +250,11 @@ def spoiling(plan, step, factor):
 )
 def test_a_nan_or_exploding_loss_stops_the_run(settings, tmp_path, factor, message, save_steps):
     last = tmp_path / "out" / "checkpoints" / "checkpoint-2"
-    where = r"no checkpoint was written" if not save_steps else f"the last good checkpoint is {last}: start from it"
+    where = (
+        r"no checkpoint was written"
+        if not save_steps
+        else f"the last good checkpoint is {last}: start from it"
+    )
     plan = prepare(settings(save_steps=save_steps, recipe=RECIPE))
     with pytest.raises(TrainingError, match=f"{message}; {where}.* a lower `lr`"):
         plan.run(spoiling(plan, 2, factor))
@@ -227,7 +277,8 @@ def test_training_writes_nothing_to_the_terminal(settings, capfd, recwarn):
 
 
 def test_losses_go_where_they_are_reported_to(settings, tmp_path, monkeypatch):
-    logged, folders = [], []
+    logged = []
+    folders = []
 
     class Recorder(TrainerCallback):
         def on_train_begin(self, args, state, control, **_):
@@ -244,7 +295,10 @@ def test_losses_go_where_they_are_reported_to(settings, tmp_path, monkeypatch):
     for (_, logs), report in zip(steps, reports, strict=True):
         assert logs["loss"] == report.loss and logs["exit_4_loss"] == report.exit_losses[4]
         assert logs["learning_rate"] == report.learning_rate and logs["grad_norm"] > 0
-    assert [("exit_1_loss" in logs, "exit_2_loss" in logs) for _, logs in steps] == [(True, False), (False, True)] * 2
+    assert [("exit_1_loss" in logs, "exit_2_loss" in logs) for _, logs in steps] == [
+        (True, False),
+        (False, True),
+    ] * 2
     with pytest.raises(ConfigError, match="`report_to` nowhere: nowhere is not supported, only "):
         prepare(settings(report_to="nowhere", overwrite=True))
 
@@ -254,23 +308,38 @@ def test_the_order_of_its_tokens_stands_beside_the_model(trained):
     order = token_order(output, 300)  # as `--draft-vocab` reads it
     assert order is not None and sorted(order) == list(range(300))
     targets = [token for row in plan.data.rows for token in row["labels"].tolist()]
-    assert [targets.count(token) for token in order] == sorted(map(targets.count, range(300)), reverse=True)
+    assert [targets.count(token) for token in order] == sorted(
+        map(targets.count, range(300)), reverse=True
+    )
 
 
 def test_the_order_is_a_function_of_the_seed_and_sees_every_row_once_a_pass():
     lengths = [row % 7 for row in range(30)]
     order = list(run_order(lengths, 4, 20, seed=3))  # 80 of 2 2/3 passes
-    assert order == list(run_order(lengths, 4, 20, seed=3)) != list(run_order(lengths, 4, 20, seed=4))
-    assert order[:40] == list(run_order(lengths, 4, 10, seed=3))  # what a longer run does does not change its beginning
-    assert sorted(order[:60]) == sorted([*range(30), *range(30)])  # 7 steps, the 2 rows left and 2 of the next, 7 steps
-    spans = [max(step) - min(step) for step in ([lengths[row] for row in order[at : at + 4]] for at in range(0, 80, 4))]
+    assert (
+        order == list(run_order(lengths, 4, 20, seed=3)) != list(run_order(lengths, 4, 20, seed=4))
+    )
+    # What a longer run does does not change its beginning
+    assert order[:40] == list(run_order(lengths, 4, 10, seed=3))
+    # 7 steps, the 2 rows left and 2 of the next, 7 steps
+    assert sorted(order[:60]) == sorted([*range(30), *range(30)])
+    spans = [
+        max(step) - min(step)
+        for step in ([lengths[row] for row in order[at : at + 4]] for at in range(0, 80, 4))
+    ]
     assert sum(spans) / len(spans) < 2  # of 0..6: without sorting about 4.5
     assert len(list(run_order([1, 1], 8, 3, seed=0))) == 24  # fewer rows than a step takes
 
 
 def test_an_adapter_that_is_kept_trains_on(settings, tmp_path):
     kept = str(tmp_path / "kept")
-    changes = {"lora_rank": 2, "lora_targets": "q_proj, down_proj", "steps": 1, "output": kept, "lora_keep": True}
+    changes = {
+        "lora_rank": 2,
+        "lora_targets": "q_proj, down_proj",
+        "steps": 1,
+        "output": kept,
+        "lora_keep": True,
+    }
     train(settings(**changes))
     assert not (Path(kept) / "model.safetensors").exists()
     names = load_file(Path(kept) / "adapter_model.safetensors")
@@ -278,8 +347,15 @@ def test_an_adapter_that_is_kept_trains_on(settings, tmp_path):
     with pytest.raises(ConfigError, match="already holds a model; give `overwrite`"):
         prepare(settings(output=kept))
     assert train(settings(model=kept, output=str(tmp_path / "on"), steps=1))[0].step == 1
-    with pytest.raises(ConfigError, match=r"`lora_targets` nothing: Target modules .*nothing.* not found"):
-        prepare(settings(**{**changes, "lora_targets": "nothing", "output": str(tmp_path / "on")}, overwrite=True))
+    with pytest.raises(
+        ConfigError, match=r"`lora_targets` nothing: Target modules .*nothing.* not found"
+    ):
+        prepare(
+            settings(
+                **{**changes, "lora_targets": "nothing", "output": str(tmp_path / "on")},
+                overwrite=True,
+            )
+        )
 
 
 REFUSED = {

@@ -1,6 +1,7 @@
 """The protocol of drafters, and the drafter of each strategy.
 
-A drafter is one module here, with a function `drafter(setup)`, and one line in `DRAFTERS` of config/decoding.py.
+A drafter is one module here, with a function `drafter(setup)`, and one line in `DRAFTERS` of
+config/decoding.py.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 class Context:
     """The B rows of a batch that may get drafts, before a round.
 
-    The newest token of each has no KV entries yet: the target's pass that verifies the drafts writes them.
+    The newest token of each has no KV entries yet: the target's pass that verifies the drafts
+    writes them.
     """
 
     rows: Sequence[Row]  # read-only
@@ -41,7 +43,8 @@ class Context:
     piece: float = inf  # most prefill tokens in a step
     recorder: Recorder | None = None  # of this decoding's passes, if they are recorded
     blocks: "ExitBlockCache | None" = None  # writes the KV entries of blocks that draft
-    recorded: Tensor | None = None  # while a draft is recorded: the positions (B, d+1) of its tokens, on the device
+    # While a draft is recorded: the positions (B, d+1) of its tokens, on the device
+    recorded: Tensor | None = None
 
     @property
     def ids(self) -> list[list[int]]:
@@ -54,15 +57,26 @@ class Context:
             self.blocks.write(self.cache, self.filled)
 
     def feature(self, block: int | str) -> Tensor | None:
-        """(B, D): the features of the previous tokens that an exit's block, or a drafter, reads; None if it reads none."""
-        found = [feature for index in self.indices if (feature := self.cache.features[index].get(block)) is not None]
+        """(B, D): the features of the previous tokens that an exit's block, or a drafter, reads;
+        None if it reads none.
+        """
+        found = [
+            feature
+            for index in self.indices
+            if (feature := self.cache.features[index].get(block)) is not None
+        ]
         return torch.stack(found) if found else None
 
     def places(self, counts: Sequence[int], after: Sequence[int]) -> Places:
-        """The places of `counts` tokens per row, the first of them `after` tokens past the row's newest (0: the newest)."""
+        """The places of `counts` tokens per row, the first of them `after` tokens past the row's
+        newest (0: the newest).
+        """
         if self.recorded is not None:
-            return Places(self.cache, (), (), recorded=self.recorded[:, after[0] : after[0] + counts[0]])
-        starts, of_cache = list(self.filled), [0] * len(self.filled)
+            return Places(
+                self.cache, (), (), recorded=self.recorded[:, after[0] : after[0] + counts[0]]
+            )
+        starts = list(self.filled)
+        of_cache = [0] * len(self.filled)
         for index, count, ahead in zip(self.indices, counts, after, strict=True):
             of_cache[index] = count
             starts[index] += ahead
@@ -78,19 +92,23 @@ class Context:
 
 @dataclass(frozen=True)
 class Draft:
-    """Drafts for the target to verify in one pass, each row's after its newest token: N tokens, N - B drafts.
+    """Drafts for the target to verify in one pass, each row's after its newest token: N tokens, N -
+    B drafts.
 
-    `exit_states` are the target's own hidden states of all tokens, pre-norm, by the number of layers run. The target continues
-    from the highest; lower ones are for the blocks of other exits. Without such states (looked-up or low-bit drafts) it starts
-    at layer 0. `source` names the drafter in reports.
+    `exit_states` are the target's own hidden states of all tokens, pre-norm, by the number of
+    layers run. The target continues from the highest; lower ones are for the blocks of other exits.
+    Without such states (looked-up or low-bit drafts) it starts at layer 0. `source` names the
+    drafter in reports.
     """
 
     tokens: Tensor  # (N,), each row's newest token first
     counts: tuple[int, ...]  # by row: how many drafts
     exit_states: Mapping[int, Tensor] = field(default_factory=dict)  # (N, D)
     source: str = "drafts"
-    confidence: Sequence[float] = ()  # the probabilities of a draft of one row, see DraftEnds, if they were needed
-    ran: Sequence[int] = ()  # by row, how many of its tokens the drafter's layers ran (have KV entries)
+    # The probabilities of a draft of one row, see DraftEnds, if they were needed
+    confidence: Sequence[float] = ()
+    # By row, how many of its tokens the drafter's layers ran (have KV entries)
+    ran: Sequence[int] = ()
 
     def by_row(self) -> tuple[Tensor, ...]:
         """Each row's tokens, (1 + K,)."""
@@ -104,7 +122,8 @@ class DrafterSetup:
     model: Backend
     config: DecodingConfig
     eos_ids: frozenset[int] = frozenset()
-    reuse_exit_states: bool = True  # whether the target may continue from the drafter's hidden states
+    # Whether the target may continue from the drafter's hidden states
+    reuse_exit_states: bool = True
     earlier: "EarlierAnswers | None" = None  # that lookups search too
     prefixes: "Prefixes | None" = None  # from which prompts may start
 
@@ -116,7 +135,8 @@ class Drafter(Protocol):
         """Up to `limits[row]` drafts for each row; at least one of the limits is positive."""
 
     def observe(self, row: Row, drafted: int, verified: Sequence[int]) -> None:
-        """Learns which drafts of a row were accepted; called for every row after each `draft`, and not otherwise.
+        """Learns which drafts of a row were accepted; called for every row after each `draft`, and
+        not otherwise.
 
         `verified`: the accepted drafts, then one token of the target's own.
         """
@@ -125,9 +145,9 @@ class Drafter(Protocol):
 def drafter_for(setup: DrafterSetup) -> Drafter:
     """The drafter of the config's strategy.
 
-    With a `lookup` in the config it drafts only if the lookup finds nothing, with a grammar only if this forces nothing; the
-    strategies `lookup` and `adaptive` include both.
-    Raises ConfigError if it needs weights that were not loaded, and for drafts too long to be verified exactly.
+    With a `lookup` in the config it drafts only if the lookup finds nothing, with a grammar only if
+    this forces nothing; the strategies `lookup` and `adaptive` include both. Raises ConfigError if
+    it needs weights that were not loaded, and for drafts too long to be verified exactly.
     """
     config = setup.config
     fits = not setup.model.exact or config.num_draft_tokens < EXACT_TOKENS
@@ -136,5 +156,7 @@ def drafter_for(setup: DrafterSetup) -> Drafter:
     if config.strategy in ("lookup", "adaptive") or not (config.lookup or config.guided):
         return drafter
     lookup = import_module(DRAFTERS["lookup"]).LookupDrafter
-    found: Drafter = lookup(config.lookup, setup.eos_ids, drafter, setup.earlier if config.lookup else None)
+    found: Drafter = lookup(
+        config.lookup, setup.eos_ids, drafter, setup.earlier if config.lookup else None
+    )
     return found

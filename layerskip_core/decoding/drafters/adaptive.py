@@ -1,8 +1,9 @@
-"""Before every round, chooses the drafter and the draft length with the most expected tokens per second, or plain decoding.
+"""Before every round, chooses the drafter and the draft length with the most expected tokens per
+second, or plain decoding.
 
-DEL (Zarch et al., COLM 2025) chooses exit and length by measured acceptance; SpecDec++ (Huang et al., 2024) ends a draft that
-will probably be rejected. We compare measured step times instead of layers. Acceptance rates come from verified drafts: nothing
-is computed for the choice alone.
+DEL (Zarch et al., COLM 2025) chooses exit and length by measured acceptance; SpecDec++ (Huang et
+al., 2024) ends a draft that will probably be rejected. We compare measured step times instead of
+layers. Acceptance rates come from verified drafts: nothing is computed for the choice alone.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,32 +27,43 @@ _STORED = 8.0  # drafts that a stored acceptance rate, measured on other texts, 
 _EXIT_ACCEPTANCE = 0.85  # prior of a trained exit without a stored rate
 _COPY_ACCEPTANCE = {"int8": 0.95, "int4": 0.92, DRAFT_MODEL: 0.75}  # priors; int4 is calibrated
 _COPY_COST = {"int8": 0.5, "int4": 0.33}  # time of a step over that with bf16 weights
-# Priors of doubt and power, see DraftEnds: trained exits are calibrated, whole copies are underconfident.
+# Priors of doubt and power, see DraftEnds: trained exits are calibrated, whole copies are
+# underconfident.
 _CALIBRATIONS = {"": (1.0, 1), "int8": (0.15, 3), "int4": (0.8, 3), DRAFT_MODEL: (1.0, 1)}
 
 
 class AdaptiveDrafter:
-    """Drafts by lookups, exits, low-bit copies, a draft model or not at all, by the most expected tokens per second.
+    """Drafts by lookups, exits, low-bit copies, a draft model or not at all, by the most expected
+    tokens per second.
 
-    Step times are measured while decoding if the choice cannot change the output; otherwise they are the profile's.
+    Step times are measured while decoding if the choice cannot change the output; otherwise they
+    are the profile's.
     """
 
     def __init__(self, setup: DrafterSetup, drafters: dict[str, Drafting]) -> None:
         """`drafters`: by name in reports."""
         # Other devices run drafts asynchronously: reading their probabilities would wait.
-        self._drafters, self._reads_probs = drafters, setup.model.device.type == "cpu"
+        self._drafters = drafters
+        self._reads_probs = setup.model.device.type == "cpu"
         self._by_clock = self._reads_probs and setup.model.batch_invariant
         self.bandit = bandit_of(setup, drafters, remembered=self._by_clock)
-        self._lookup = LookupDrafter(setup.config.lookup or SHORTEST, setup.eos_ids, earlier=setup.earlier)
-        # By row, the lookups of this round, each with the acceptance rate of lookups with as much evidence.
+        self._lookup = LookupDrafter(
+            setup.config.lookup or SHORTEST, setup.eos_ids, earlier=setup.earlier
+        )
+        # By row, the lookups of this round, each with the acceptance rate of lookups with as much
+        # evidence.
         self._found: dict[Row, list[tuple[list[int], Acceptance]]] = {}
         self._source = "lookup"  # or grammar
-        self._step, self._rows = Step(0), list[Row]()  # of the last round
+        # Of the last round
+        self._step = Step(0)
+        self._rows = list[Row]()
         self._confidence: Sequence[float] = ()  # probabilities of its drafts
-        self._begun = -inf  # its start in the loop's seconds, without the caller's time; -inf: not timed
+        # Its start in the loop's seconds, without the caller's time; -inf: not timed
+        self._begun = -inf
 
     def draft(self, context: Context, limits: Sequence[int]) -> Draft:
-        rows, last = len(limits), context.seconds - self._begun
+        rows = len(limits)
+        last = context.seconds - self._begun
         if last < inf and context.rows[0] in self._rows:  # else other steps ran in between
             self.bandit.observe(self._step, last)
         newly_committed = self._step.verified  # at most
@@ -65,8 +77,10 @@ class AdaptiveDrafter:
             waited = sum(context.cache.waiting)
             draft = self._best_draft(context, limits, step)
             if waited - sum(context.cache.waiting) > newly_committed:
-                self._begun = -inf  # a block that was off wrote KV entries of earlier steps: later drafts will not
-        step.verified, self._confidence = len(draft.tokens), draft.confidence
+                # A block that was off wrote KV entries of earlier steps: later drafts will not
+                self._begun = -inf
+        step.verified = len(draft.tokens)
+        self._confidence = draft.confidence
         return draft
 
     def observe(self, row: Row, drafted: int, verified: Sequence[int]) -> None:
@@ -77,7 +91,10 @@ class AdaptiveDrafter:
         step.tokens += len(verified)
         for tokens, acceptance in self._found.pop(row, ()):  # judged even if not drafted
             pairs = list(zip(tokens, verified, strict=False))
-            right = next((place for place, (token, chosen) in enumerate(pairs) if token != chosen), len(pairs))
+            right = next(
+                (place for place, (token, chosen) in enumerate(pairs) if token != chosen),
+                len(pairs),
+            )
             acceptance.observe(min(right + 1, len(pairs)), right)
         if step.arm is not None:
             step.arm.acceptance.observe(drafted, len(verified) - 1)
@@ -86,17 +103,27 @@ class AdaptiveDrafter:
                 step.arm.calibration.observe(len(verified) - 1, self._confidence)
 
     def _find(self, context: Context, limits: Sequence[int]) -> None:
-        """Collects the tokens that a grammar forces, else lookups in the row's own text and in earlier answers."""
+        """Collects the tokens that a grammar forces, else lookups in the row's own text and in
+        earlier answers.
+        """
         # For a single row the drafter adds forced tokens itself, and drafts on after them.
         alone = len(limits) == 1 and self._reads_probs and bool(self._drafters)
-        forced = [[] if alone else context.forced(index, limit) for index, limit in enumerate(limits)]
+        forced = [
+            [] if alone else context.forced(index, limit) for index, limit in enumerate(limits)
+        ]
         self._source = "grammar" if any(forced) else "lookup"
-        lookups = zip(self._lookup.find(context, limits), self._lookup.recall(context, limits), strict=True)
+        lookups = zip(
+            self._lookup.find(context, limits), self._lookup.recall(context, limits), strict=True
+        )
         for row, must, found in zip(context.rows, forced, lookups, strict=True):
             if must:
                 found = ([], 0), (must, _FORCED)  # in the place of earlier answers
             acceptance = self.bandit.lookup_acceptance
-            self._found[row] = [(ids, acceptance(kind > 0, evidence)) for kind, (ids, evidence) in enumerate(found) if ids]
+            self._found[row] = [
+                (ids, acceptance(kind > 0, evidence))
+                for kind, (ids, evidence) in enumerate(found)
+                if ids
+            ]
 
     def _best_draft(self, context: Context, limits: Sequence[int], step: Step) -> Draft:
         step.found = len(limits) == 1 and self._reads_probs and any(map(any, self._found.values()))
@@ -104,25 +131,37 @@ class AdaptiveDrafter:
         looked_up, rate = self._looked_up(context.rows, plan.rate)
         if plan.arm is None or rate > plan.rate:
             return copied(context, looked_up, self._source)
-        step.arm, by_ends = plan.arm, self._reads_probs and len(limits) == 1
+        step.arm = plan.arm
+        by_ends = self._reads_probs and len(limits) == 1
         limits = limits if by_ends else [min(plan.length, limit) for limit in limits]
-        draft = self._drafters[plan.arm.name].draft(context, limits, plan.ends if by_ends else DraftEnds())
+        draft = self._drafters[plan.arm.name].draft(
+            context, limits, plan.ends if by_ends else DraftEnds()
+        )
         step.drafts = max(draft.counts)
         return draft
 
     def _looked_up(self, rows: Sequence[Row], rate: float) -> tuple[list[list[int]], float]:
-        """By row, the part of the best lookup that pays if other drafts give `rate` tokens per second; and the rate with it."""
-        passes, expected, drafts = self.bandit.passes, float(len(rows)), list[list[int]]()
+        """By row, the part of the best lookup that pays if other drafts give `rate` tokens per
+        second; and the rate with it.
+        """
+        passes = self.bandit.passes
+        expected = float(len(rows))
+        drafts = list[list[int]]()
         least = rate * passes.slope(len(rows))  # least probability of a draft that pays
         for row in rows:
-            draft, most = list[int](), 0.0
+            draft = list[int]()
+            most = 0.0
             for tokens, acceptance in self._found.get(row, ()):
                 probability, later = acceptance.means()
-                count, accepted = 0, 0.0
+                count = 0
+                accepted = 0.0
                 while count < len(tokens) and probability > least:
-                    count, accepted, probability = count + 1, accepted + probability, probability * later
+                    count = count + 1
+                    accepted = accepted + probability
+                    probability = probability * later
                 if accepted > most:
-                    draft, most = tokens[:count], accepted
+                    draft = tokens[:count]
+                    most = accepted
             drafts.append(draft)
             expected += most
         return drafts, expected / passes.of(len(rows) + sum(map(len, drafts)))
@@ -134,62 +173,91 @@ _REMEMBERED: WeakKeyDictionary[Backend, dict[str, Bandit]] = WeakKeyDictionary()
 def bandit_of(setup: DrafterSetup, drafters: Mapping[str, Drafting], remembered: bool) -> Bandit:
     """The bandit over these drafters, by name.
 
-    `remembered`: shared with earlier outputs of the model in this process. Otherwise every output starts from the profile, or
-    from usual values where that has none.
+    `remembered`: shared with earlier outputs of the model in this process. Otherwise every output
+    starts from the profile, or from usual values where that has none.
     """
-    model, config = setup.model, setup.config
+    model = setup.model
+    config = setup.config
     by_drafters = _REMEMBERED.setdefault(model, {}) if remembered else {}
-    # With changed logits, or some left out, a draft is no single call of a kernel, and has other times; hot samples are
-    # harder to draft. Few temperatures, because clients may send any.
+    # With changed logits, or some left out, a draft is no single call of a kernel, and has other
+    # times; hot samples are harder to draft. Few temperatures, because clients may send any.
     is_call = not (config.changes_logits or (config.temperature and truncates(config)))
     key = f"{is_call} {min(round(config.temperature, 1), 2.0)} {config.num_draft_tokens} {', '.join(drafters)}"
     if key not in by_drafters:
         known = config.profile.passes
         passes = PassTimes.measured(known) if known else PassTimes.usual(model.row_cost, model.spec)
-        arms = {name: _arm(name, each, model, config.profile, passes) for name, each in drafters.items()}
+        arms = {
+            name: _arm(name, each, model, config.profile, passes) for name, each in drafters.items()
+        }
         by_drafters[key] = Bandit(passes, arms, config.num_draft_tokens)
     return by_drafters[key]
 
 
-def _arm(name: str, drafter: Drafting, model: Backend, profile: DraftProfile, passes: PassTimes) -> Arm:
+def _arm(
+    name: str, drafter: Drafting, model: Backend, profile: DraftProfile, passes: PassTimes
+) -> Arm:
     """Priors are from the profile, else from the weights that a step reads."""
     spec = model.spec
-    head = spec.vocab * spec.hidden / spec.weights_read(1)  # its share of the weights that a pass reads
+    # Its share of the weights that a pass reads
+    head = spec.vocab * spec.hidden / spec.weights_read(1)
     layer = (1 - head) / spec.layers
     if isinstance(drafter, ModelDrafter):
-        kind, exit_layer, reach = DRAFT_MODEL, spec.layers, float(drafter.model.room)
+        kind = DRAFT_MODEL
+        exit_layer = spec.layers
+        reach = float(drafter.model.room)
         part = drafter.model.spec.weights_read(1) / spec.weights_read(1)
     else:
-        kind, exit_layer, reach = drafter.weights or "", drafter.submodel.exit_layer, inf
+        kind = drafter.weights or ""
+        exit_layer = drafter.submodel.exit_layer
+        reach = inf
         scored = 1.0 if drafter.vocabulary is None else drafter.vocabulary.count / spec.vocab
         part = (exit_layer + (drafter.submodel.block is not None)) * layer + head * scored
     is_exit = exit_layer < spec.layers
     known = profile.drafts if profile.passes else {}  # times of drafts and passes need one unit
     step = known.get(name, part * passes.of(1) * _COPY_COST.get(kind, 1.0))
-    prior, strength = profile.acceptance.get(name), _STORED
+    prior = profile.acceptance.get(name)
+    strength = _STORED
     if prior is None:
         of_exit = profile.acceptance.get(f"exit {exit_layer}", _EXIT_ACCEPTANCE) if is_exit else 1.0
-        prior, strength = of_exit * _COPY_ACCEPTANCE.get(kind, 1.0), GUESS
+        prior = of_exit * _COPY_ACCEPTANCE.get(kind, 1.0)
+        strength = GUESS
     share = 1.0 if kind else 1 - exit_layer * layer  # the target continues from the exit
     calibration = Calibration(*_CALIBRATIONS["" if is_exit else kind])
-    return Arm(name, Acceptance(prior, prior, strength), step, part, share, calibration, reach, not is_exit)
+    return Arm(
+        name, Acceptance(prior, prior, strength), step, part, share, calibration, reach, not is_exit
+    )
 
 
 def drafter(setup: DrafterSetup) -> AdaptiveDrafter:
-    """Over the trained exits, low-bit copies of them and of all layers, drafters beside the model, and a draft model."""
-    model, config = setup.model, setup.config
-    drafters: dict[str, Drafting] = {} if model.draft_model is None else {DRAFT_MODEL: ModelDrafter(setup)}
-    blocks: list[DraftBlock] = [block for exit_layer, block in model.exit_blocks.items() if exit_layer in config.exits]
+    """Over the trained exits, low-bit copies of them and of all layers, drafters beside the model,
+    and a draft model.
+    """
+    model = setup.model
+    config = setup.config
+    drafters: dict[str, Drafting] = (
+        {} if model.draft_model is None else {DRAFT_MODEL: ModelDrafter(setup)}
+    )
+    blocks: list[DraftBlock] = [
+        block for exit_layer, block in model.exit_blocks.items() if exit_layer in config.exits
+    ]
     for name, block in model.drafters.items():
         blocks.append(block)
         drafters[name] = ExitDrafter(setup, None, Submodel(0, block=block), name)
     tapped = sorted({tap for block in blocks for tap in block.taps})
     for weights, side in model.draft_sides.items():
-        exits = [exit_layer for exit_layer in config.exits if exit_layer < model.num_layers and exit_layer <= side.num_layers]
+        exits = [
+            exit_layer
+            for exit_layer in config.exits
+            if exit_layer < model.num_layers and exit_layer <= side.num_layers
+        ]
         if weights is not None and (side.num_layers == model.num_layers or not exits):
             exits.append(side.num_layers)
         for exit_layer in exits:
-            taps = tuple(lower for lower in tapped if 0 < lower < exit_layer) if side.shares_states else ()
+            taps = (
+                tuple(lower for lower in tapped if 0 < lower < exit_layer)
+                if side.shares_states
+                else ()
+            )
             name = drafter_name(weights, exit_layer, model.num_layers)
             drafters[name] = ExitDrafter(setup, weights, Submodel(exit_layer, taps=taps), name)
     return AdaptiveDrafter(setup, drafters)

@@ -1,7 +1,8 @@
-"""The choice of adaptive drafting: measured step times, average acceptance rates, and the expected tokens per second by both.
+"""The choice of adaptive drafting: measured step times, average acceptance rates, and the expected
+tokens per second by both.
 
-Drafters are the arms of a bandit. They are compared at the upper ends of the intervals of their acceptance rates (UCB: Auer et
-al., 2002), so that uncertain ones are tried.
+Drafters are the arms of a bandit. They are compared at the upper ends of the intervals of their
+acceptance rates (UCB: Auer et al., 2002), so that uncertain ones are tried.
 """
 
 from collections import defaultdict
@@ -16,45 +17,62 @@ from ...model.spec import AnySpec
 
 GUESS = 4.0  # drafts that a guessed acceptance rate counts as
 _MEMORY = 0.995  # decay of acceptance counts per new draft
-_UNUSED, _FORGOTTEN = 0.999, 0.5  # decay of an arm per choice without it; tries below which its times are dropped
+# Decay of an arm per choice without it; tries below which its times are dropped
+_UNUSED = 0.999
+_FORGOTTEN = 0.5
 _RECENT = 0.97  # decay of earlier steps per new one
 _NEW = 0.1  # weight of a new time in a table of times
-_OUTLIER_FACTOR = 2.0  # times over this multiple of the expected one were disturbed, and count as that
+# Times over this multiple of the expected one were disturbed, and count as that
+_OUTLIER_FACTOR = 2.0
 _GUESSED = 0.7  # prior time of a copy's draft over one without lookups to verify
-_EXPLORED = 0.005  # share of time for trying the slower of plain steps and those that look for drafts
+# Share of time for trying the slower of plain steps and those that look for drafts
+_EXPLORED = 0.005
 _FEW = 8  # first steps or tries, which do not count
 _COMPARED = 8  # choices between comparisons of all arms; fewer at first
 _LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # draft lengths that are compared
 _POWERS = 11  # of 2 in a table of times
-# Acceptance rates of lookups by the bit length of their evidence, in the row's own text and in earlier answers: priors.
+# Acceptance rates of lookups by the bit length of their evidence, in the row's own text and in
+# earlier answers: priors.
 _LOOKUPS = (0.3, 0.3, 0.4, 0.55, 0.75, 0.9), (0.15, 0.4, 0.7, 0.7, 0.85, 0.95, 0.95, 0.97)
 _LOOKUP_STRENGTH = 2.0  # of these priors: low, because texts differ
 _AHEAD = 8  # tokens over which the slope is averaged
 
 
 class Acceptance:
-    """Acceptance rates of the first draft of a round, and of later ones whose predecessors were accepted.
+    """Acceptance rates of the first draft of a round, and of later ones whose predecessors were
+    accepted.
 
     Exponentially weighted, with a prior that counts as `strength` drafts.
     """
 
     def __init__(self, first: float, later: float, strength: float = GUESS) -> None:
-        self._priors, self._strength = (first, later), strength
-        self._tested, self._accepted = [0.0, 0.0], [0.0, 0.0]
+        self._priors = (first, later)
+        self._strength = strength
+        self._tested = [0.0, 0.0]
+        self._accepted = [0.0, 0.0]
 
     def means(self, at_best: bool = False) -> tuple[float, float]:
-        """The rates of first and later drafts; `at_best`: upper ends of intervals of a standard deviation (Wilson, 1927)."""
+        """The rates of first and later drafts; `at_best`: upper ends of intervals of a standard
+        deviation (Wilson, 1927).
+        """
         found = []
         for tested, accepted, prior in zip(self._tested, self._accepted, self._priors, strict=True):
-            count, right = tested + self._strength, accepted + self._strength * prior
+            count = tested + self._strength
+            right = accepted + self._strength * prior
             mean = right / count
-            found.append((right + 0.5 + sqrt(right * (1 - mean) + 0.25)) / (count + 1) if at_best else mean)
+            found.append(
+                (right + 0.5 + sqrt(right * (1 - mean) + 0.25)) / (count + 1) if at_best else mean
+            )
         return found[0], found[1]
 
     def observe(self, drafted: int, accepted: int) -> None:
-        """Counts a draft of `drafted` tokens: the first `accepted` were right, the next, if any, was wrong."""
+        """Counts a draft of `drafted` tokens: the first `accepted` were right, the next, if any,
+        was wrong.
+        """
         tested = min(accepted + 1, drafted)
-        for place, (new, right) in enumerate(((min(tested, 1), min(accepted, 1)), (tested - 1, accepted - 1))):
+        for place, (new, right) in enumerate(
+            ((min(tested, 1), min(accepted, 1)), (tested - 1, accepted - 1))
+        ):
             if new > 0:
                 kept = _MEMORY**new
                 self._tested[place] = kept * self._tested[place] + new
@@ -67,7 +85,9 @@ class Acceptance:
 
 
 def expected_accepted(means: tuple[float, float], drafts: float) -> float:
-    """a + a a' + ..., for the rates a of the first draft and a' of later ones (Leviathan et al., 2023, section 3.1)."""
+    """a + a a' + ..., for the rates a of the first draft and a' of later ones (Leviathan et al.,
+    2023, section 3.1).
+    """
     first, later = means
     return first * (1 - later**drafts) / (1 - later) if later < 1 else first * drafts
 
@@ -75,17 +95,21 @@ def expected_accepted(means: tuple[float, float], drafts: float) -> float:
 class PassTimes:
     """Step times by number of tokens: a monotone table at powers of 2, interpolated linearly.
 
-    A pass of few tokens waits for memory and one of many for arithmetic, so no single line fits. The first measurement sets the
-    unit. Each moves all entries by its relative error, distant ones less: unmeasured entries keep the prior's shape.
+    A pass of few tokens waits for memory and one of many for arithmetic, so no single line fits.
+    The first measurement sets the unit. Each moves all entries by its relative error, distant ones
+    less: unmeasured entries keep the prior's shape.
     """
 
     def __init__(self, prior: Callable[[int], float]) -> None:
         self._prior = list(accumulate((prior(1 << power) for power in range(_POWERS)), max))
-        self._times, self.is_measured = list(self._prior), False
+        self._times = list(self._prior)
+        self.is_measured = False
 
     @classmethod
     def measured(cls, times: Sequence[float]) -> "PassTimes":
-        """From the times of passes of 1, 2, ... tokens, extrapolated by a line. On a GPU the last may be below the first."""
+        """From the times of passes of 1, 2, ... tokens, extrapolated by a line. On a GPU the last
+        may be below the first.
+        """
         each = max(times[-1] - times[0], 0.0) / max(len(times) - 1, 1)
         return cls(lambda n: times[n - 1] if n <= len(times) else times[0] + each * (n - 1))
 
@@ -97,7 +121,8 @@ class PassTimes:
 
     def of(self, n: int) -> float:
         below = min((n - 1).bit_length() - 1 if n > 1 else 0, _POWERS - 2)
-        low, start = self._times[below], 1 << below
+        low = self._times[below]
+        start = 1 << below
         return low + (self._times[below + 1] - low) * (n - start) / start
 
     def slope(self, n: int) -> float:
@@ -113,10 +138,14 @@ class PassTimes:
         """`usual`: the expected unit, if known."""
         if not self.is_measured:
             unit = min(seconds / self.of(n), _OUTLIER_FACTOR * usual)
-            self._times, self.is_measured = [unit * time for time in self._prior], True
-        error, longest = min(seconds / self.of(n), _OUTLIER_FACTOR) - 1, 0.0
+            self._times = [unit * time for time in self._prior]
+            self.is_measured = True
+        error = min(seconds / self.of(n), _OUTLIER_FACTOR) - 1
+        longest = 0.0
         for place, near in enumerate(_nearness(n)):
-            self._times[place] = longest = max(longest, self._times[place] * (1 + error * _NEW * near))
+            self._times[place] = longest = max(
+                longest, self._times[place] * (1 + error * _NEW * near)
+            )
 
 
 @lru_cache(256)
@@ -126,14 +155,22 @@ def _nearness(n: int) -> list[float]:
 
 
 class Calibration:
-    """Maps a drafter's probability p of its draft to the probability of rejection, doubt * (1 - p)^power."""
+    """Maps a drafter's probability p of its draft to the probability of rejection, doubt * (1 -
+    p)^power.
+    """
 
     def __init__(self, doubt: float, power: int) -> None:
-        self.doubt, self.power, self._rejected, self._doubted = doubt, power, GUESS * doubt, GUESS
+        self.doubt = doubt
+        self.power = power
+        self._rejected = GUESS * doubt
+        self._doubted = GUESS
 
     def observe(self, accepted: int, probs: Sequence[float]) -> None:
-        """Counts drafts with these probabilities: the first `accepted` were right, the next, if any, was wrong."""
-        tested, power = probs[: accepted + 1], self.power
+        """Counts drafts with these probabilities: the first `accepted` were right, the next, if
+        any, was wrong.
+        """
+        tested = probs[: accepted + 1]
+        power = self.power
         kept = _MEMORY ** len(tested)
         self._rejected = kept * self._rejected + (len(tested) > accepted)
         self._doubted = kept * self._doubted + sum([(1 - prob) ** power for prob in tested])
@@ -158,7 +195,9 @@ class Arm:
 
 @dataclass(frozen=True)
 class Plan:
-    """The drafter of the next steps of so many rows: `length` drafts each, or for one row as many as `ends` permits."""
+    """The drafter of the next steps of so many rows: `length` drafts each, or for one row as many
+    as `ends` permits.
+    """
 
     arm: Arm | None
     length: int
@@ -177,7 +216,8 @@ class Speed:
     since: int = 0  # steps of the faster kind since this one was tried
 
     def add(self, tokens: int, seconds: float) -> None:
-        self.steps, self.tokens = _RECENT * self.steps + 1, _RECENT * self.tokens + tokens
+        self.steps = _RECENT * self.steps + 1
+        self.tokens = _RECENT * self.tokens + tokens
         self.seconds = _RECENT * self.seconds + seconds
 
 
@@ -199,40 +239,58 @@ class Bandit:
 
     def __init__(self, passes: PassTimes, arms: Mapping[str, Arm], most: int) -> None:
         """`passes`: times of steps without an arm. `most`: drafts of a row."""
-        self.passes, self.arms = passes, arms
-        self._lookups = [[Acceptance(prior, prior, _LOOKUP_STRENGTH) for prior in priors] for priors in _LOOKUPS]
+        self.passes = passes
+        self.arms = arms
+        self._lookups = [
+            [Acceptance(prior, prior, _LOOKUP_STRENGTH) for prior in priors] for priors in _LOOKUPS
+        ]
         self._lengths = (*(length for length in _LENGTHS if length < most), most)
         # By bit length of the number of rows, and whether steps look for drafts.
         self._speeds = defaultdict[tuple[int, bool], Speed](Speed)
         self._times: dict[tuple[Arm, int], PassTimes] = {}  # see `times`
-        self._plans: dict[tuple[int, bool], Plan] = {}  # by rows, and whether a single row has lookups
-        self._choices = self._compared = 0  # of steps, plain ones included, and at the last comparison
+        # By rows, and whether a single row has lookups
+        self._plans: dict[tuple[int, bool], Plan] = {}
+        # Of steps, plain ones included, and at the last comparison
+        self._choices = self._compared = 0
 
     def lookup_acceptance(self, recalled: bool, evidence: int) -> Acceptance:
-        """Of lookups with about so much evidence, see `History.continuation`, in the row's text or in earlier answers."""
+        """Of lookups with about so much evidence, see `History.continuation`, in the row's text or
+        in earlier answers.
+        """
         by_evidence = self._lookups[recalled]
         return by_evidence[min(evidence.bit_length(), len(by_evidence) - 1)]
 
     def times(self, arm: Arm, rows: int, found: bool) -> PassTimes:
-        """Its step times by drafts per row plus one; in units of the target's prior until measured."""
+        """Its step times by drafts per row plus one; in units of the target's prior until
+        measured.
+        """
         guesses = found and arm.guesses
         key = arm, 0 if guesses else rows.bit_length()
         if (known := self._times.get(key)) is None:
-            passes, pace, ahead = self.passes, self.passes.pace, int(arm.share < 1)
-            step = (arm.step + arm.part * (passes.of(rows) - passes.of(1)) / pace) * (_GUESSED if guesses else 1.0)
-            known = self._times[key] = PassTimes(lambda n: (n - 1 + ahead) * step + arm.share * passes.of(rows * n) / pace)
+            passes = self.passes
+            pace = self.passes.pace
+            ahead = int(arm.share < 1)
+            step = (arm.step + arm.part * (passes.of(rows) - passes.of(1)) / pace) * (
+                _GUESSED if guesses else 1.0
+            )
+            known = self._times[key] = PassTimes(
+                lambda n: (n - 1 + ahead) * step + arm.share * passes.of(rows * n) / pace
+            )
         return known
 
     def unit(self, arm: Arm, times: PassTimes) -> float:
         return 1.0 if times.is_measured else arm.pace * self.passes.pace
 
     def next_step(self, rows: int) -> Step:
-        """A plain step or one that looks for drafts: the faster kind, and now and then the other to compare."""
+        """A plain step or one that looks for drafts: the faster kind, and now and then the other to
+        compare.
+        """
         looking, plain = (self._speeds[rows.bit_length(), looks] for looks in (True, False))
         looks = plain.steps > 0  # the first step is plain: it sets the unit of times
         if looks and looking.steps >= _FEW:
             gain = looking.tokens * plain.seconds / (looking.seconds * plain.tokens)
-            slower, every = looking if gain < 1 else plain, (max(gain, 1 / gain) - 1) / _EXPLORED
+            slower = looking if gain < 1 else plain
+            every = (max(gain, 1 / gain) - 1) / _EXPLORED
             slower.since = (slower.since + 1) % ceil(min(max(every, 16), 256))  # texts change
             looks = (gain < 1) == (slower.since == 0)
         self._choices += not looks
@@ -240,12 +298,16 @@ class Bandit:
 
     def observe(self, step: Step, seconds: float) -> None:
         """Records the time of a step."""
-        arm, looking, plain = step.arm, *(self._speeds[step.rows.bit_length(), looks] for looks in (True, False))
+        arm, looking, plain = (
+            step.arm,
+            *(self._speeds[step.rows.bit_length(), looks] for looks in (True, False)),
+        )
         if arm is None:
             self.passes.observe(step.verified, seconds)
         else:
             if arm.tries:  # the first draft may be slow
-                times, pace = self.times(arm, step.rows, step.found), self.passes.pace
+                times = self.times(arm, step.rows, step.found)
+                pace = self.passes.pace
                 times.observe(step.drafts + 1, seconds, arm.pace * pace)
                 arm.pace = times.pace / pace
             arm.tries = min(arm.tries + 1, _FEW)
@@ -257,7 +319,9 @@ class Bandit:
                 looking.since = -1  # it gained: try it again
 
     def plan(self, rows: int, shortest: int, found: bool) -> Plan:
-        """For so many rows, the shortest of `shortest` tokens. `found`: lookups in the text of a single row."""
+        """For so many rows, the shortest of `shortest` tokens. `found`: lookups in the text of a
+        single row.
+        """
         self._choices += 1
         plan = self._plans.get((rows, found))
         due = plan is None or self._choices - plan.made >= min(_COMPARED, plan.made // _COMPARED)
@@ -266,39 +330,63 @@ class Bandit:
         return plan
 
     def _best_plan(self, rows: int, shortest: int, found: bool) -> Plan:
-        best, rate = None, rows / self.passes.of(rows)
+        best = None
+        rate = rows / self.passes.of(rows)
         for arm in self.arms.values():
-            if shortest < arm.reach and (bound := self.best_length(arm, rows, found, at_best=True)[0]) > rate:
-                best, rate = arm, bound
-        kept, self._compared = _UNUSED ** (self._choices - self._compared), self._choices
+            if (
+                shortest < arm.reach
+                and (bound := self.best_length(arm, rows, found, at_best=True)[0]) > rate
+            ):
+                best = arm
+                rate = bound
+        kept = _UNUSED ** (self._choices - self._compared)
+        self._compared = self._choices
         for arm in self.arms.values():  # older statistics are of other text, or disturbed times
             if arm is not best:
                 arm.acceptance.fade(kept)
                 arm.tries *= kept
                 if 0 < arm.tries < _FORGOTTEN:
-                    arm.tries, arm.pace = 0.0, 1.0
-                    self._times = {key: times for key, times in self._times.items() if key[0] is not arm}
+                    arm.tries = 0.0
+                    arm.pace = 1.0
+                    self._times = {
+                        key: times for key, times in self._times.items() if key[0] is not arm
+                    }
         if best is None:
             return Plan(None, 0, DraftEnds(), rate, self._choices)
         expected, length = self.best_length(best, rows, found)
         return Plan(best, length, self._ends(best, found, expected, length), rate, self._choices)
 
-    def best_length(self, arm: Arm, rows: int, found: bool = False, at_best: bool = False) -> tuple[float, int]:
-        """The most expected tokens per second by draft length, `at_best` at the upper acceptance rates; and the length."""
-        means, times, best, length = arm.acceptance.means(at_best), self.times(arm, rows, found), 0.0, 0
+    def best_length(
+        self, arm: Arm, rows: int, found: bool = False, at_best: bool = False
+    ) -> tuple[float, int]:
+        """The most expected tokens per second by draft length, `at_best` at the upper acceptance
+        rates; and the length.
+        """
+        means = arm.acceptance.means(at_best)
+        times = self.times(arm, rows, found)
+        best = 0.0
+        length = 0
         for drafts in self._lengths:
             rate = rows * (1 + expected_accepted(means, drafts)) / times.of(drafts + 1)
             if rate <= best:
                 break
-            best, length = rate, drafts
+            best = rate
+            length = drafts
         return best / self.unit(arm, times), length
 
     def _ends(self, arm: Arm, found: bool, rate: float, length: int) -> DraftEnds:
-        """Ends a draft of one row where the probability that it is accepted whole is too low for one more to pay at `rate`.
+        """Ends a draft of one row where the probability that it is accepted whole is too low for
+        one more to pay at `rate`.
 
-        One more takes the mean time of the last drafts up to `length`: times of longer ones are never measured.
+        One more takes the mean time of the last drafts up to `length`: times of longer ones are
+        never measured.
         """
-        times, shorter = self.times(arm, 1, found), max((other for other in self._lengths if other < length), default=0)
+        times = self.times(arm, 1, found)
+        shorter = max((other for other in self._lengths if other < length), default=0)
         seconds = (times.of(length + 1) - times.of(shorter + 1)) / (length - shorter)
-        survival = min(rate * self.unit(arm, times) * seconds / max(arm.acceptance.means()[1], 1e-9), 1.0)
-        return DraftEnds(survival=survival, doubt=arm.calibration.doubt, power=arm.calibration.power)
+        survival = min(
+            rate * self.unit(arm, times) * seconds / max(arm.acceptance.means()[1], 1e-9), 1.0
+        )
+        return DraftEnds(
+            survival=survival, doubt=arm.calibration.doubt, power=arm.calibration.power
+        )

@@ -1,6 +1,8 @@
-"""Drafts copied from the text so far: prompt lookup decoding (Saxena, 2023), over the prompt, the output and earlier answers.
+"""Drafts copied from the text so far: prompt lookup decoding (Saxena, 2023), over the prompt, the
+output and earlier answers.
 
-Suffix decoding (Oliaro et al., 2024, arXiv 2411.04975) searches earlier answers too, in a suffix tree.
+Suffix decoding (Oliaro et al., 2024, arXiv 2411.04975) searches earlier answers too, in a suffix
+tree.
 """
 
 from array import array
@@ -16,7 +18,9 @@ SHORTEST = 2  # tokens that must match, by default
 _LONGEST = 16  # most tokens of a match that are compared
 _CANDIDATES = 8  # earlier occurrences that are compared, the latest first
 # The same for earlier answers, where matches of repeated answers are longer.
-_OF_ANSWERS, _LONGEST_OF_ANSWERS, _CANDIDATES_OF_ANSWERS = 3, 64, 4
+_OF_ANSWERS = 3
+_LONGEST_OF_ANSWERS = 64
+_CANDIDATES_OF_ANSWERS = 4
 _END = -1  # before each answer
 
 Found = list[tuple[list[int], int]]
@@ -27,33 +31,44 @@ class History:
     """One row's tokens, indexed by their n-grams of `shortest` tokens."""
 
     def __init__(self, shortest: int) -> None:
-        self._shortest, self._index = shortest, _NgramIndex(shortest)
+        self._shortest = shortest
+        self._index = _NgramIndex(shortest)
 
-    def continuation(self, ids: Sequence[int], most: int, drafts: Sequence[int] = ()) -> tuple[list[int], int]:
-        """At most `most` tokens that followed the longest earlier match of the text's end, and their evidence; [], 0 if none.
+    def continuation(
+        self, ids: Sequence[int], most: int, drafts: Sequence[int] = ()
+    ) -> tuple[list[int], int]:
+        """At most `most` tokens that followed the longest earlier match of the text's end, and
+        their evidence; [], 0 if none.
 
-        The evidence: by how many tokens this match is longer than any match with another next token (few-shot examples that
-        begin alike give long matches that say little). A continuation that reaches the end of the text starts over, which
-        continues a repetition. `ids` only grow from call to call; `drafts` follow them.
+        The evidence: by how many tokens this match is longer than any match with another next token
+        (few-shot examples that begin alike give long matches that say little). A continuation that
+        reaches the end of the text starts over, which continues a repetition. `ids` only grow from
+        call to call; `drafts` follow them.
         """
-        size, known = self._shortest, len(self._index.ids)
+        size = self._shortest
+        known = len(self._index.ids)
         self._index.extend(ids[known:], known)
         ids = [*ids, *drafts] if drafts else ids
-        _, start, longest, evidence = _longest_match(ids, self._index.after(ids, _CANDIDATES), size, max(size, _LONGEST))
+        _, start, longest, evidence = _longest_match(
+            ids, self._index.after(ids, _CANDIDATES), size, max(size, _LONGEST)
+        )
         period = len(ids) - start
         return [ids[start + index % period] for index in range(most if longest else 0)], evidence
 
 
 class EarlierAnswers:
-    """Answers of this process that lookups search besides a row's own text: at most `most` tokens, the oldest dropped first.
+    """Answers of this process that lookups search besides a row's own text: at most `most` tokens,
+    the oldest dropped first.
 
-    Each answer follows the last tokens of its prompt, so that its beginning can match. The index has n-grams of `_OF_ANSWERS`
-    tokens. A token takes at most about 110 bytes, less where answers repeat each other.
+    Each answer follows the last tokens of its prompt, so that its beginning can match. The index
+    has n-grams of `_OF_ANSWERS` tokens. A token takes at most about 110 bytes, less where answers
+    repeat each other.
     """
 
     def __init__(self, most: int = REMEMBERED) -> None:
         self._most = most // 2  # most tokens of each of two generations
-        self._newer, self._older = _NgramIndex(_OF_ANSWERS), _NgramIndex(_OF_ANSWERS)
+        self._newer = _NgramIndex(_OF_ANSWERS)
+        self._older = _NgramIndex(_OF_ANSWERS)
 
     def __len__(self) -> int:
         """Tokens that are kept."""
@@ -71,11 +86,14 @@ class EarlierAnswers:
     def continuation(self, ids: Sequence[int], most: int) -> tuple[list[int], int]:
         """As `History.continuation`, up to the end of an answer.
 
-        At most twice as many tokens as match, because after short matches texts soon differ; as in suffix decoding.
+        At most twice as many tokens as match, because after short matches texts soon differ; as in
+        suffix decoding.
         """
         places = self._newer.after(ids, _CANDIDATES_OF_ANSWERS)
         places += self._older.after(ids, _CANDIDATES_OF_ANSWERS - len(places))
-        text, start, longest, evidence = _longest_match(ids, places, _OF_ANSWERS, _LONGEST_OF_ANSWERS)
+        text, start, longest, evidence = _longest_match(
+            ids, places, _OF_ANSWERS, _LONGEST_OF_ANSWERS
+        )
         tokens = list(text[start : start + min(2 * longest, most)])
         return tokens[: tokens.index(_END)] if _END in tokens else tokens, evidence
 
@@ -84,22 +102,31 @@ class _NgramIndex:
     """Tokens, and for each n-gram of `size` tokens the positions after it, the latest first."""
 
     def __init__(self, size: int) -> None:
-        self.ids, self._size = array("i"), size
+        self.ids = array("i")
+        self._size = size
         self._before = array("i")  # by position: the previous one after the same n-gram, or -1
-        self._latest: dict[int, int] = {}  # by the n-gram's hash; comparing the tokens rules out collisions
+        # By the n-gram's hash; comparing the tokens rules out collisions
+        self._latest: dict[int, int] = {}
 
     def extend(self, tokens: Sequence[int], first: int) -> None:
         """Adds tokens; positions from `first` on are indexed."""
-        ids, size, first = self.ids, self._size, max(first, self._size)
+        ids = self.ids
+        size = self._size
+        first = max(first, self._size)
         ids.extend(tokens)
         self._before.extend((-1,) * len(tokens))
-        ngrams = zip(*(ids[first - size + index : len(ids) - size + index] for index in range(size)), strict=False)
+        ngrams = zip(
+            *(ids[first - size + index : len(ids) - size + index] for index in range(size)),
+            strict=False,
+        )
         for place, ngram in enumerate(map(hash, ngrams), first):
             self._before[place] = self._latest.get(ngram, -1)
             self._latest[ngram] = place
 
     def after(self, ids: Sequence[int], count: int) -> list[tuple[Sequence[int], int]]:
-        """The latest `count` positions after the last n-gram of a text, each with the tokens that it indexes."""
+        """The latest `count` positions after the last n-gram of a text, each with the tokens that
+        it indexes.
+        """
         found: list[tuple[Sequence[int], int]] = []
         place = self._latest.get(hash(tuple(ids[-self._size :])), -1)
         while place >= 0 and len(found) < count:
@@ -111,7 +138,8 @@ class _NgramIndex:
 def _longest_match(
     ids: Sequence[int], candidates: Sequence[tuple[Sequence[int], int]], least: int, most: int
 ) -> tuple[Sequence[int], int, int, int]:
-    """Of candidates (text, position), the longest match of the end of `ids`: text, position after it, length, evidence.
+    """Of candidates (text, position), the longest match of the end of `ids`: text, position after
+    it, length, evidence.
 
     `least`: how many tokens must match. `most`: how many are compared.
     """
@@ -150,7 +178,10 @@ class LookupDrafter:
 
         `earlier`: answers that are searched too; the better match drafts.
         """
-        self._shortest, self._eos_ids, self._otherwise, self._earlier = shortest, eos_ids, otherwise, earlier
+        self._shortest = shortest
+        self._eos_ids = eos_ids
+        self._otherwise = otherwise
+        self._earlier = earlier
         self._histories: dict[Row, History] = {}
         self._drafted_last: Drafter | None = None  # `otherwise`, if it drafted last
 
@@ -169,11 +200,15 @@ class LookupDrafter:
     def find(self, context: Context, limits: Sequence[int]) -> Found:
         """Looks up each row's own text."""
         if len(self._histories) > len(context.rows):  # rows come and go
-            self._histories = {row: self._histories[row] for row in context.rows if row in self._histories}
+            self._histories = {
+                row: self._histories[row] for row in context.rows if row in self._histories
+            }
         if not self._shortest:
             return [([], 0)] * len(limits)
         found = Found()
-        for index, (row, ids, limit) in enumerate(zip(context.rows, context.ids, limits, strict=True)):
+        for index, (row, ids, limit) in enumerate(
+            zip(context.rows, context.ids, limits, strict=True)
+        ):
             history = self._histories.setdefault(row, History(self._shortest))
             found.append(self._ended(history.continuation(ids, limit), context, index))
         return found
@@ -183,13 +218,22 @@ class LookupDrafter:
         if not (earlier := self._earlier):
             return [([], 0)] * len(limits)
         rows = enumerate(zip(context.ids, limits, strict=True))
-        return [self._ended(earlier.continuation(ids, limit), context, index) for index, (ids, limit) in rows]
+        return [
+            self._ended(earlier.continuation(ids, limit), context, index)
+            for index, (ids, limit) in rows
+        ]
 
-    def _ended(self, found: tuple[list[int], int], context: Context, index: int) -> tuple[list[int], int]:
+    def _ended(
+        self, found: tuple[list[int], int], context: Context, index: int
+    ) -> tuple[list[int], int]:
         """Cuts a draft after an EOS, or before a token that the row's grammar forbids."""
         tokens, evidence = found
         if not self._eos_ids.isdisjoint(tokens):
-            tokens = tokens[: next(count for count, token in enumerate(tokens, start=1) if token in self._eos_ids)]
+            tokens = tokens[
+                : next(
+                    count for count, token in enumerate(tokens, start=1) if token in self._eos_ids
+                )
+            ]
         processor = context.rows[index].processor
         return tokens if processor is None or not tokens else processor.permitted(tokens), evidence
 
@@ -203,7 +247,9 @@ def copied(context: Context, drafts: Sequence[list[int]], source: str = "lookup"
     counts = tuple(map(len, drafts))
     if not any(counts):
         return Draft(context.newest, counts, source=source)
-    tokens = [token for ids, own in zip(context.ids, drafts, strict=True) for token in (ids[-1], *own)]
+    tokens = [
+        token for ids, own in zip(context.ids, drafts, strict=True) for token in (ids[-1], *own)
+    ]
     return Draft(tensor(tokens).to(context.newest.device, non_blocking=True), counts, source=source)
 
 

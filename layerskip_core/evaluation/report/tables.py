@@ -34,7 +34,8 @@ _FEW_ROWS = "?"  # in place of an interval wider than its value
 _HALF_NOTE = "±: half-width of the 95% interval over prompts{}."
 _SHORT_NAMES = {"exact_match": "EM", "rouge1": "R1", "rouge2": "R2", "rougeL": "RL"}
 
-NAMES = ("setting", "exit", "front")  # in tables: a setting, its exit or mean layers, and a mark on the frontier
+# In tables: a setting, its exit or mean layers, and a mark on the frontier
+NAMES = ("setting", "exit", "front")
 _SPARE = ("MB", "first", "mean", "ppl", "pred")  # columns that a narrow terminal leaves out first
 
 Column = tuple[str, str, str]
@@ -59,8 +60,11 @@ class TextTable:
         return "\n".join(filter(None, (self.note, *self.findings)))
 
     def column_blocks(self, width: int) -> list[list[int]]:
-        """Splits the columns into tables of at most `width` characters. Every block repeats the label columns."""
-        sizes = [max(map(len, cells)) + 1 for cells in zip(self.headers, *self.rows, strict=True)]  # with a space
+        """Splits the columns into tables of at most `width` characters. Every block repeats the
+        label columns.
+        """
+        # With a space
+        sizes = [max(map(len, cells)) + 1 for cells in zip(self.headers, *self.rows, strict=True)]
         columns = list(range(len(sizes)))
         for header in self.spare:
             if header in self.headers and sum(sizes[column] for column in columns) - 1 > width:
@@ -68,53 +72,86 @@ class TextTable:
         labels = columns[: self.labels]
         blocks = [labels]
         for column in columns[self.labels :]:
-            if len(blocks[-1]) > self.labels and sum(sizes[index] for index in [*blocks[-1], column]) - 1 > width:
+            if (
+                len(blocks[-1]) > self.labels
+                and sum(sizes[index] for index in [*blocks[-1], column]) - 1 > width
+            ):
                 blocks.append(labels)
             blocks[-1] = [*blocks[-1], column]
         return blocks
 
     def markdown(self) -> str:
         lines = [self.headers, tuple("---" for _ in self.headers), *self.rows]
-        escaped = ([cell.replace("|", "\\|").replace("\n", " ") for cell in cells] for cells in lines)
-        return "\n".join("| " + " | ".join(cells) + " |" for cells in escaped) + f"\n\n{self.text}\n"
+        escaped = (
+            [cell.replace("|", "\\|").replace("\n", " ") for cell in cells] for cells in lines
+        )
+        return (
+            "\n".join("| " + " | ".join(cells) + " |" for cells in escaped) + f"\n\n{self.text}\n"
+        )
 
 
 def strategy_name(result: Result) -> str:
     """The name of a strategy in tables and figures: `int8 drafts` for drafts by a low-bit copy."""
-    return f"{result.draft_weights} drafts" if result.draft_weights and not result.skip else result.strategy
+    return (
+        f"{result.draft_weights} drafts"
+        if result.draft_weights and not result.skip
+        else result.strategy
+    )
 
 
 def results_table(record: RunRecord) -> TextTable:
-    """A row per setting, and below it one per category; fits 80 characters with one metric, without `spare` columns."""
+    """A row per setting, and below it one per category; fits 80 characters with one metric, without
+    `spare` columns.
+    """
     if has_scores(record):
         return score_table(record)
     rows = flat_rows(record)
-    columns, note, results = columns_of(record, rows), [], record.results
+    columns = columns_of(record, rows)
+    note = []
+    results = record.results
     cells = tuple(tuple(cell(row, name, form) for _, name, form in columns) for row in rows)
     if any(result.pareto for result in results):
         note.append(PARETO_NOTE)
     if any(result.exit_confidence is not None for result in results):
-        note.append("exits at P: each token leaves at the first exit with a probability above P; exit: its layers, on average.")
+        note.append(
+            "exits at P: each token leaves at the first exit with a probability above P; exit: its layers, on average."
+        )
     if any(result.intervals for result in results):
-        note.append(_HALF_NOTE.format(" and repeats" if record.config.get("repeats", 1) > 1 else ""))
+        note.append(
+            _HALF_NOTE.format(" and repeats" if record.config.get("repeats", 1) > 1 else "")
+        )
     if any(of_row.endswith(f"±{_FEW_ROWS}") for of_rows in cells for of_row in of_rows):
         note.append(f"±{_FEW_ROWS}: too few rows for an interval.")
     if any(name.endswith("_change") for _, name, _ in columns):
-        note.append(f"change: of {_short(str(record.config['quality_metric']))} from full depth, on the same prompts.")
+        note.append(
+            f"change: of {_short(str(record.config['quality_metric']))} from full depth, on the same prompts."
+        )
     if legend := [_LEGEND[header] for header, _, _ in columns if header in _LEGEND]:
         note.append(f"{'; '.join(legend)}.")
     note += _settings_notes(record)
-    return TextTable(tuple(header for header, _, _ in columns), cells, "\n".join(note), 3, _SPARE, tuple(findings(record)))
+    return TextTable(
+        tuple(header for header, _, _ in columns),
+        cells,
+        "\n".join(note),
+        3,
+        _SPARE,
+        tuple(findings(record)),
+    )
 
 
 def columns_of(record: RunRecord, rows: Sequence[Row]) -> list[Column]:
     """The columns that name a row, and those with a figure in any row."""
-    results, ranked = record.results, str(record.config.get("quality_metric"))
+    results = record.results
+    ranked = str(record.config.get("quality_metric"))
     metrics = [name for name in results[0].metrics if name != "perplexity"]  # it has its own column
-    # Without references answers are compared with those at full depth. `same` says it of strategies with its outputs.
-    if record.config.get("has_references") is False and not any(each.strategy == "early-exit" for each in results):
+    # Without references answers are compared with those at full depth. `same` says it of strategies
+    # with its outputs.
+    if record.config.get("has_references") is False and not any(
+        each.strategy == "early-exit" for each in results
+    ):
         metrics = []
-    percent = f"±.{1 if len(metrics) == 1 else 0}%"  # with two metrics there is no room for decimals
+    # With two metrics there is no room for decimals
+    percent = f"±.{1 if len(metrics) == 1 else 0}%"
     changed = is_share(ranked) and any(ranked in result.changes for result in results)
     setting = [("strategy", "setting", ""), ("exit", "exit", ""), ("spec", "num_draft_tokens", "")]
     figures = [
@@ -132,7 +169,9 @@ def columns_of(record: RunRecord, rows: Sequence[Row]) -> list[Column]:
         ("MB", "peak_memory_mb", ".0f"),
         ("", "front", "*"),
     ]
-    return setting + [column for column in figures if any(row.get(column[1]) not in (None, "") for row in rows)]
+    return setting + [
+        column for column in figures if any(row.get(column[1]) not in (None, "") for row in rows)
+    ]
 
 
 def findings(record: RunRecord) -> Iterator[str]:
@@ -144,7 +183,9 @@ def findings(record: RunRecord) -> Iterator[str]:
             steps = result.steps_by_drafter
             if result.strategy == "adaptive" and len(steps) > 1:
                 ordered = sorted(steps, key=lambda name: (name == "plain", -steps[name]))
-                shares = ", ".join(f"{name} {steps[name] / sum(steps.values()):.0%}" for name in ordered)
+                shares = ", ".join(
+                    f"{name} {steps[name] / sum(steps.values()):.0%}" for name in ordered
+                )
                 yield f"Steps of adaptive decoding: {shares}."
         yield from _verdict(record)
     if advice := record.recommendation:
@@ -154,22 +195,33 @@ def findings(record: RunRecord) -> Iterator[str]:
 
 
 def _verdict(record: RunRecord) -> Iterator[str]:
-    """The fastest strategy of a benchmark with the outputs of autoregressive decoding, up to near-ties."""
+    """The fastest strategy of a benchmark with the outputs of autoregressive decoding, up to
+    near-ties.
+    """
     plain, *others = record.results
     sampled = record.config.get("generation", {}).get("temperature")
     tie = math.inf if sampled else NEAR_TIE[getattr(torch, record.environment["dtype"])]
-    same = [result for result in others if result.strategy != "early-exit" and result.keeps_outputs(plain, tie)]
+    same = [
+        result
+        for result in others
+        if result.strategy != "early-exit" and result.keeps_outputs(plain, tie)
+    ]
     timed = [result for result in same if result.speedup is not None]
     what = "outputs of the same distribution" if sampled else "the same outputs"
     if others and not same:
         yield f"No other strategy had {what} as autoregressive decoding."
     elif timed:
         best = max(timed, key=lambda result: result.speedup or 0.0)
-        speedup, ends = best.speedup or 0.0, best.intervals.get("speedup")
+        speedup = best.speedup or 0.0
+        ends = best.intervals.get("speedup")
         summary = f"{result_name(best)}, {speedup:.2f}x autoregressive"
         rows = best.rows_to_halve
         halved = (
-            "" if rows is None else f"; about {plural(rows, 'row')} would halve it" if rows else "; more repeats would halve it"
+            ""
+            if rows is None
+            else f"; about {plural(rows, 'row')} would halve it"
+            if rows
+            else "; more repeats would halve it"
         )
         if ends is not None and ends.high - ends.low >= 2 * speedup:
             summary += " (too few rows for an interval)"
@@ -187,13 +239,29 @@ def has_scores(record: RunRecord) -> bool:
 
 
 def score_table(record: RunRecord) -> TextTable:
-    """A row per task and metric, a column per setting; below them the figures of generated answers."""
-    results, config, machine = record.results, record.config, record.environment
-    counts = {task: rows for result in results if isinstance(result.samples, dict) for task, rows in result.samples.items()}
+    """A row per task and metric, a column per setting; below them the figures of generated
+    answers.
+    """
+    results = record.results
+    config = record.config
+    machine = record.environment
+    counts = {
+        task: rows
+        for result in results
+        if isinstance(result.samples, dict)
+        for task, rows in result.samples.items()
+    }
     rows: list[tuple[str, ...]] = []
     for name in dict.fromkeys(name for result in results for name in result.metrics):
         task, _, metric = name.partition(" ")
-        rows.append((task, metric, str(counts.get(task, "-")), *(_score(result, name) for result in results)))
+        rows.append(
+            (
+                task,
+                metric,
+                str(counts.get(task, "-")),
+                *(_score(result, name) for result in results),
+            )
+        )
     for name, label, form in (
         ("identical_outputs", "identical outputs", ".1%"),
         ("acceptance_rate", "acceptance rate", ".1%"),
@@ -208,7 +276,9 @@ def score_table(record: RunRecord) -> TextTable:
     note = f"Scores of lm-eval {machine.get('versions', {}).get('lm_eval', '')}, ± its standard error; {shown}."
     note += f"\nPrompt template: {config.get('prompt_template')}; {machine['dtype']} on {machine['device_name']}."
     names = [
-        {"autoregressive": "full depth", "early-exit": f"exit {result.exit_layer}"}.get(result.strategy, strategy_name(result))
+        {"autoregressive": "full depth", "early-exit": f"exit {result.exit_layer}"}.get(
+            result.strategy, strategy_name(result)
+        )
         for result in results
     ]
     found = tuple(_verdict(record)) if "repeats" in config else ()
@@ -217,18 +287,26 @@ def score_table(record: RunRecord) -> TextTable:
 
 def _score(result: Result, name: str) -> str:
     """`.612±.034`, or a perplexity with three digits."""
-    value, error = result.metrics.get(name), result.stderr.get(name)
+    value = result.metrics.get(name)
+    error = result.stderr.get(name)
     if lower_is_better(name):
         return number(value, ".3g") + ("" if error is None else f"±{error:.2g}")
     return number(value, ".3f") + ("" if error is None else f"±{error:.3f}".replace("±0.", "±."))
 
 
 def flat_rows(record: RunRecord) -> list[dict[str, Any]]:
-    """A row per result and per category, with a plain value for each figure and interval end, and NAMES."""
-    rows, full = [], record.results[0].metrics if record.results else {}
+    """A row per result and per category, with a plain value for each figure and interval end, and
+    NAMES.
+    """
+    rows = []
+    full = record.results[0].metrics if record.results else {}
     for result, figures in zip(record.results, record.document()["results"], strict=True):
-        categories, depth = figures.pop("categories"), result.mean_layers
-        own = {name: figures[name] for name in ("strategy", "exit_layer", "num_draft_tokens", "draft_weights")}
+        categories = figures.pop("categories")
+        depth = result.mean_layers
+        own = {
+            name: figures[name]
+            for name in ("strategy", "exit_layer", "num_draft_tokens", "draft_weights")
+        }
         changes = {f"{name}_change": result.metrics[name] - full[name] for name in result.changes}
         name = strategy_name(result) if result.exit_confidence is None else result_name(result)
         exit_layer = result.exit_layer if depth is None else f"{depth:.1f}"
@@ -247,7 +325,11 @@ def _flat(result: dict[str, Any]) -> dict[str, Any]:
             flat |= value
         elif key in ("intervals", "changes"):
             part = "_change" if key == "changes" else ""
-            flat |= {f"{name}{part}_{end}": ends[end == "high"] for name, ends in value.items() for end in ("low", "high")}
+            flat |= {
+                f"{name}{part}_{end}": ends[end == "high"]
+                for name, ends in value.items()
+                for end in ("low", "high")
+            }
         elif isinstance(value, dict):
             flat |= {f"{key}_{name}": part for name, part in value.items()}
         elif key == "skip":
@@ -256,19 +338,29 @@ def _flat(result: dict[str, Any]) -> dict[str, Any]:
             flat[key] = " ".join(map(str, value or ()))
         elif isinstance(value, list | tuple):
             flat[key] = len(value)
-        elif value is not None or key not in flat:  # an unmeasured figure must not hide a metric of its name: perplexity
+        # An unmeasured figure must not hide a metric of its name: perplexity
+        elif value is not None or key not in flat:
             flat[key] = value
     return flat
 
 
 def cell(row: Row, name: str, form: str) -> str:
-    """A figure in this format: `2.31±.12`, `81±2%` after `±`, `-` if not measured, 1.2e4 for `ppl`, a mark for `*`."""
-    spread, form = form.startswith("±"), form.removeprefix("±")
-    value, low, high = row.get(name), row.get(f"{name}_low"), row.get(f"{name}_high")
+    """A figure in this format: `2.31±.12`, `81±2%` after `±`, `-` if not measured, 1.2e4 for `ppl`,
+    a mark for `*`.
+    """
+    spread = form.startswith("±")
+    form = form.removeprefix("±")
+    value = row.get(name)
+    low = row.get(f"{name}_low")
+    high = row.get(f"{name}_high")
     if value in (None, "") or form == "*":
         return str(value or "") if form == "*" else "-"
     if form == "ppl":
-        return f"{value:.3g}" if value < 999.5 else f"{value:.1e}".replace("e+0", "e").replace("e+", "e")
+        return (
+            f"{value:.3g}"
+            if value < 999.5
+            else f"{value:.1e}".replace("e+0", "e").replace("e+", "e")
+        )
     if not spread or low is None or high is None:
         return format(value, form)
     if form.endswith("%"):
@@ -279,14 +371,21 @@ def cell(row: Row, name: str, form: str) -> str:
 
 
 def _settings_notes(record: RunRecord) -> Iterator[str]:
-    """Notes on measurement, prompts and decoding that differ from the defaults, and on exits with a block."""
-    config, machine = record.config, record.environment
+    """Notes on measurement, prompts and decoding that differ from the defaults, and on exits with a
+    block.
+    """
+    config = record.config
+    machine = record.environment
     generation = config.get("generation", {})
     if "repeats" in config:
         medians = f"medians of {plural(config['repeats'], 'repeat')}"
         method = medians.capitalize()
         if config.get("batch_size", 1) > 1:
-            speed = f"{plural(config['timed'], 'prompt')} at batch size 1, {medians}" if config.get("timed") else "not measured"
+            speed = (
+                f"{plural(config['timed'], 'prompt')} at batch size 1, {medians}"
+                if config.get("timed")
+                else "not measured"
+            )
             method = f"Quality: answers in batches of {config['batch_size']}; speed: {speed}"
         yield f"{method}; {machine['dtype']} on {machine['device_name']}, {plural(machine['threads'], 'thread')}."
     if (busy := machine.get("busy_cores", 0.0)) >= _DISTURBING:
@@ -307,7 +406,11 @@ def _settings_notes(record: RunRecord) -> Iterator[str]:
     if "llama_cpp" in machine:
         yield f"llama.cpp: {machine['llama_cpp']}, on {config.get('gguf')}."
     with_transformers = any(name in TRANSFORMERS_BASELINES for name in config.get("baselines", ()))
-    if with_transformers and config.get("timed") != 0 and not str(machine.get("device")).startswith("cuda"):
+    if (
+        with_transformers
+        and config.get("timed") != 0
+        and not str(machine.get("device")).startswith("cuda")
+    ):
         yield "MB: of the whole process, which also holds transformers' copy of the model."
     if blocks := machine.get("exit_blocks", {}):
         yield f"Exits with a block: {', '.join(map(str, blocks))}."
@@ -333,17 +436,26 @@ class Points:
 def points_of(record: RunRecord) -> Points | None:
     """None without quality or speed."""
     metric = str(record.config.get("quality_metric"))
-    shown = [result for result in record.results if metric in result.metrics and result.tokens_per_second is not None]
+    shown = [
+        result
+        for result in record.results
+        if metric in result.metrics and result.tokens_per_second is not None
+    ]
     if not shown:
         return None
-    lower, share = lower_is_better(metric), is_share(metric)
+    lower = lower_is_better(metric)
+    share = is_share(metric)
     speeds = [result.tokens_per_second or 0.0 for result in shown]
     values = [result.metrics[metric] * (100 if share else 1) for result in shown]
-    label = f"Quality: {metric.replace('_', ' ')}" + (", lower is better" if lower else " (%)" if share else "")
+    label = f"Quality: {metric.replace('_', ' ')}" + (
+        ", lower is better" if lower else " (%)" if share else ""
+    )
     strategies = list(dict.fromkeys(map(strategy_name, shown)))
     return Points(shown, speeds, values, frontier(shown, metric), strategies, lower, label)
 
 
 def is_wide(values: list[float]) -> bool:
-    """Whether an axis should be logarithmic: one very fast exit would squeeze all other points together."""
+    """Whether an axis should be logarithmic: one very fast exit would squeeze all other points
+    together.
+    """
     return max(values) > _WIDE * min(values) > 0

@@ -1,4 +1,6 @@
-"""A seccomp filter that allows a list of system calls and refuses all others; README.md gives the reasons."""
+"""A seccomp filter that allows a list of system calls and refuses all others; README.md gives the
+reasons.
+"""
 
 import ctypes
 import platform
@@ -44,21 +46,32 @@ _ALLOWED = (
     "getrusage 98 165, getrlimit 97 163, setrlimit 160 164, uname 63 160, sysinfo 99 179, getcpu 309 168",
     "sched_getaffinity 204 123, sched_get_priority_max 146 125, sched_get_priority_min 147 126",
 )
-# Calls that fail with ENOSYS, as on an older kernel: the C library then falls back to an allowed one.
+# Calls that fail with ENOSYS, as on an older kernel: the C library then falls back to an allowed
+# one.
 _MISSING = "clone3 435 435, openat2 437 437"
 
 _ALL = 0xFFFFFFFF
-_PATH_ONLY, _TRUNCATE, _ACCESS_MODE = 0o10000000, 0o1000, 0o3  # open(2)
+# Open(2)
+_PATH_ONLY = 0o10000000
+_TRUNCATE = 0o1000
+_ACCESS_MODE = 0o3
 _OPENING = _PATH_ONLY | _TRUNCATE | _ACCESS_MODE
-# Landlock does not check O_PATH, nor, before version 3, O_TRUNC with O_RDONLY: both are refused here.
+# Landlock does not check O_PATH, nor, before version 3, O_TRUNC with O_RDONLY: both are refused
+# here.
 _OPENINGS = (0, 1, 2, _TRUNCATE | 1, _TRUNCATE | 2)
-# Duplicating descriptors, their flags, a pipe's size; not F_SETOWN, which directs signals, nor leases or notifications.
+# Duplicating descriptors, their flags, a pipe's size; not F_SETOWN, which directs signals, nor
+# leases or notifications.
 _DESCRIPTOR_COMMANDS = (0, 1, 2, 3, 4, 1030, 1032)
 # Reading a terminal's settings and size; blocking mode, close-on-exec, bytes available.
 _REQUESTS = (0x5401, 0x5413, 0x802C542A, 0x5421, 0x5450, 0x5451, 0x541B)
 _THREAD_NAMES = (15, 16, 0x53564D41)  # prctl(2); the last one names memory areas
-_NEW_NAMESPACES, _SIBLING = 0x7E020080, 0x8000  # CLONE_NEW*; CLONE_PARENT, whose child belongs to the caller's parent
-_LOCAL, _STREAM, _SOCKET_FLAGS = 1, 1, 0o2004000  # datagram pairs could send to any address
+# CLONE_NEW*; CLONE_PARENT, whose child belongs to the caller's parent
+_NEW_NAMESPACES = 0x7E020080
+_SIBLING = 0x8000
+# Datagram pairs could send to any address
+_LOCAL = 1
+_STREAM = 1
+_SOCKET_FLAGS = 0o2004000
 
 # (index, mask, values) of arguments: the call is allowed if each, masked, is one of its values.
 Checks = tuple[tuple[int, int, tuple[int, ...]], ...]
@@ -75,47 +88,83 @@ _CHECKED: dict[str, Checks] = {
 _KILLS = "kill 62 129, tgkill 234 131"
 _GROUPS = "setsid 112 157, setpgid 109 154"
 
-_SECCOMP, _FILTER = 22, 2  # prctl(2)
-_KILL, _REFUSE, _NOT_THERE, _ALLOW = 0x80000000, 0x00050001, 0x00050026, 0x7FFF0000  # the process; EPERM; ENOSYS
-_NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16  # offsets in seccomp_data, which describes a call
-_LOAD, _AND, _EQUAL, _AT_LEAST, _MORE_THAN, _GIVE = 0x20, 0x54, 0x15, 0x35, 0x25, 0x06  # instructions of classic BPF
+# Prctl(2)
+_SECCOMP = 22
+_FILTER = 2
+# The process; EPERM; ENOSYS
+_KILL = 0x80000000
+_REFUSE = 0x00050001
+_NOT_THERE = 0x00050026
+_ALLOW = 0x7FFF0000
+# Offsets in seccomp_data, which describes a call
+_NUMBER = 0
+_ARCHITECTURE = 4
+_ARGUMENTS = 16
+# Instructions of classic BPF
+_LOAD = 0x20
+_AND = 0x54
+_EQUAL = 0x15
+_AT_LEAST = 0x35
+_MORE_THAN = 0x25
+_GIVE = 0x06
 _X32_NUMBERS = 0x40000000  # calls of the x32 ABI are numbered from here
 
 
 def filter_calls(separate: bool, only_signalled: int | None) -> bool:
-    """Filters the calls of this process and its descendants, permanently. False if kernel or CPU do not support it.
+    """Filters the calls of this process and its descendants, permanently. False if kernel or CPU do
+    not support it.
 
-    `only_signalled` is the only process that can be signalled; None if other layers restrict signals. `separate`: the program
-    has a process namespace; without one it must stay in its process group, so that the group can be killed at once.
+    `only_signalled` is the only process that can be signalled; None if other layers restrict
+    signals. `separate`: the program has a process namespace; without one it must stay in its
+    process group, so that the group can be killed at once.
     """
     machine = platform.machine()
     if machine not in _ARCHITECTURES or sys.maxsize < 2**32:
         return False
-    checked = {**_CHECKED, _KILLS: () if only_signalled is None else ((0, _ALL, (only_signalled,)),)}
+    checked = {
+        **_CHECKED,
+        _KILLS: () if only_signalled is None else ((0, _ALL, (only_signalled,)),),
+    }
     code = b"".join(_program(machine, checked | ({_GROUPS: ()} if separate else {})))
     buffer = ctypes.create_string_buffer(code, len(code))
-    head = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(code) // 8, ctypes.addressof(buffer)))
+    head = ctypes.create_string_buffer(
+        struct.pack("HxxxxxxP", len(code) // 8, ctypes.addressof(buffer))
+    )
     settings = (ctypes.c_ulong(value) for value in (_FILTER, ctypes.addressof(head), 0, 0))
     return bool(ctypes.CDLL(None).prctl(_SECCOMP, *settings) == 0)
 
 
 def _program(machine: str, checked: dict[str, Checks]) -> list[bytes]:
-    """BPF instructions. Calls of another architecture or the x32 ABI kill the process: their numbers mean other calls."""
-    steps = [_step(_LOAD, _ARCHITECTURE), _step(_EQUAL, _ARCHITECTURES[machine], true=1), _step(_GIVE, _KILL)]
+    """BPF instructions. Calls of another architecture or the x32 ABI kill the process: their
+    numbers mean other calls.
+    """
+    steps = [
+        _step(_LOAD, _ARCHITECTURE),
+        _step(_EQUAL, _ARCHITECTURES[machine], true=1),
+        _step(_GIVE, _KILL),
+    ]
     steps += [_step(_LOAD, _NUMBER), _step(_AT_LEAST, _X32_NUMBERS, false=1), _step(_GIVE, _KILL)]
     for calls, verdict in (*((calls, _ALLOW) for calls in _ALLOWED), (_MISSING, _NOT_THERE)):
         for number in _numbers(calls, machine):
             steps += [_step(_EQUAL, number, false=1), _step(_GIVE, verdict)]
     for calls, checks in checked.items():
         block = []
-        for argument, mask, values in checks:  # the kernel reads only the lower half of these arguments
+        # The kernel reads only the lower half of these arguments
+        for argument, mask, values in checks:
             block += [_step(_LOAD, _ARGUMENTS + 8 * argument), _step(_AND, mask)]
-            block += [_step(_EQUAL, value, true=len(values) - index) for index, value in enumerate(values)]
+            block += [
+                _step(_EQUAL, value, true=len(values) - index) for index, value in enumerate(values)
+            ]
             block.append(_step(_GIVE, _REFUSE))
         block.append(_step(_GIVE, _ALLOW))
         for number in _numbers(calls, machine):
             steps += [_step(_EQUAL, number, false=len(block)), *block]
-    return [*steps, _step(_MORE_THAN, _NEWEST, false=1), _step(_GIVE, _NOT_THERE), _step(_GIVE, _REFUSE)]
+    return [
+        *steps,
+        _step(_MORE_THAN, _NEWEST, false=1),
+        _step(_GIVE, _NOT_THERE),
+        _step(_GIVE, _REFUSE),
+    ]
 
 
 def _step(code: int, value: int, true: int = 0, false: int = 0) -> bytes:

@@ -1,7 +1,8 @@
-"""The process that isolates one program by every layer that the kernel offers, starts, watches and ends it.
+"""The process that isolates one program by every layer that the kernel offers, starts, watches and
+ends it.
 
-The program writes two lines to stdout: the names of its layers as JSON, and `passed` or the reason of a failure. Standard
-library only.
+The program writes two lines to stdout: the names of its layers as JSON, and `passed` or the reason
+of a failure. Standard library only.
 """
 
 import ctypes
@@ -19,34 +20,65 @@ from typing import Any, NoReturn
 
 from . import seccomp
 
-with suppress(ImportError):  # Windows lacks it; code tasks are scored there without running programs
+# Windows lacks it; code tasks are scored there without running programs
+with suppress(ImportError):
     import resource
 
 LAYERS = ("files", "file names", "network", "processes", "system calls", "privileges")
-FOLDER_MB, FOLDER_FILES = 16, 1000
+FOLDER_MB = 16
+FOLDER_FILES = 1000
 
 _LINUX = sys.platform == "linux"
-_SYSTEM_FILES = ("/etc/ld.so.cache", "/etc/localtime", "/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
-_SYSTEM_FOLDERS = ("/usr", "/lib", "/lib64", "/etc/alternatives")  # the last one has links to numeric libraries on Debian
-_FIRST_IDENTITY, _NOBODY = 1_879_048_192, 65534
-_DEATH_SIGNAL, _KEEP_CAPABILITIES, _NO_NEW_PRIVILEGES = 1, 8, 38  # prctl(2)
+_SYSTEM_FILES = (
+    "/etc/ld.so.cache",
+    "/etc/localtime",
+    "/dev/null",
+    "/dev/zero",
+    "/dev/random",
+    "/dev/urandom",
+)
+# The last one has links to numeric libraries on Debian
+_SYSTEM_FOLDERS = ("/usr", "/lib", "/lib64", "/etc/alternatives")
+_FIRST_IDENTITY = 1_879_048_192
+_NOBODY = 65534
+# Prctl(2)
+_DEATH_SIGNAL = 1
+_KEEP_CAPABILITIES = 8
+_NO_NEW_PRIVILEGES = 38
 _READ_ANY_FILE = 1 << 2  # CAP_DAC_READ_SEARCH, capabilities(7)
 
-_MOUNTS, _USERS, _NETWORK_PROCESSES_IPC_NAME = 0x20000, 0x10000000, 0x6C000000  # unshare(2)
-_READ_ONLY, _NO_SETUID, _NO_DEVICES = 1, 2, 4  # mount(2) and, with the same values, mount_setattr(2)
-_BIND, _RECURSIVE, _PRIVATE = 0x1000, 0x4000, 0x40000
+# Unshare(2)
+_MOUNTS = 0x20000
+_USERS = 0x10000000
+_NETWORK_PROCESSES_IPC_NAME = 0x6C000000
+# Mount(2) and, with the same values, mount_setattr(2)
+_READ_ONLY = 1
+_NO_SETUID = 2
+_NO_DEVICES = 4
+_BIND = 0x1000
+_RECURSIVE = 0x4000
+_PRIVATE = 0x40000
 _DETACH = 2  # umount2(2)
-_MOUNT_SETATTR, _WHOLE_TREE = 442, 0x8000  # AT_RECURSIVE
+# AT_RECURSIVE
+_MOUNT_SETATTR = 442
+_WHOLE_TREE = 0x8000
 
 # landlock(7). Access bits: 0 executes, 1 writes and 2 reads a file, 3 lists a folder.
-_CREATE_RULES, _ADD_RULE, _RESTRICT = 444, 445, 446
-_FILE_BITS_BY_VERSION = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}  # number of access bits in each version; later versions add none
-_WRITE, _READ, _READ_AND_LIST = 1 << 1, 1 << 2, 1 << 2 | 1 << 3
+_CREATE_RULES = 444
+_ADD_RULE = 445
+_RESTRICT = 446
+# Number of access bits in each version; later versions add none
+_FILE_BITS_BY_VERSION = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}
+_WRITE = 1 << 1
+_READ = 1 << 2
+_READ_AND_LIST = 1 << 2 | 1 << 3
 _SIGNALS_SINCE = 6  # the version that restricts signals
 
 
 def main() -> None:
-    """Runs the request on stdin, then kills its whole process group. A traceback on stderr: the sandbox cannot be set up."""
+    """Runs the request on stdin, then kills its whole process group. A traceback on stderr: the
+    sandbox cannot be set up.
+    """
     signal.signal(signal.SIGTERM, _end_all)
     end_with_parent(signal.SIGTERM)
     os.set_blocking(1, False)
@@ -80,7 +112,9 @@ def _watched(program: int, folder: str, seconds: float) -> str:
 
 
 def _too_large(folder: str) -> bool:
-    """True if the folder exceeds its size or number of files. With namespaces its tmpfs enforces both."""
+    """True if the folder exceeds its size or number of files. With namespaces its tmpfs enforces
+    both.
+    """
     files = size = 0
     with suppress(OSError, RecursionError):  # too deep
         for path, folders, names in os.walk(folder):
@@ -97,17 +131,23 @@ def _too_large(folder: str) -> bool:
 def _end_all(*_: object) -> None:
     """Kills this process and its group at once, so that none can fork meanwhile.
 
-    A process namespace's first process dies with its parent, this one, and takes the others with it. Without a namespace the
-    seccomp filter keeps all processes in the group.
+    A process namespace's first process dies with its parent, this one, and takes the others with
+    it. Without a namespace the seccomp filter keeps all processes in the group.
     """
     os.killpg(0, signal.SIGKILL)
 
 
 def _run_program(request: dict[str, Any], start: int, identity: int | None) -> NoReturn:
-    """In the forked process: isolates it, runs the program and its tests, and writes the verdict."""
-    write, leave, own_id = os.write, os._exit, os.getpid()  # before the program can replace them
+    """In the forked process: isolates it, runs the program and its tests, and writes the
+    verdict.
+    """
+    # Before the program can replace them
+    write = os.write
+    leave = os._exit
+    own_id = os.getpid()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    verdict, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    verdict = os.dup(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
     standing = isolate(request["folder"], request["limits"], identity, request["namespaces"])
     write(verdict, json.dumps(standing).encode() + b"\n")
     for output in (1, 2):
@@ -129,12 +169,16 @@ def _run_program(request: dict[str, Any], start: int, identity: int | None) -> N
 
 
 def isolate(folder: str, limits: dict[str, Any], identity: int | None, separate: bool) -> list[str]:
-    """Restricts this process to its `folder`, permanently, as user `identity`; returns the names of the layers that are up."""
+    """Restricts this process to its `folder`, permanently, as user `identity`; returns the names of
+    the layers that are up.
+    """
     if separate:
         _enter_small_tree(folder)
     os.chdir(folder)
     counted_alone = separate if identity is None else identity != _NOBODY
-    _set_limits(limits, 0 if counted_alone else _tasks_of(os.getuid() if identity is None else identity))
+    _set_limits(
+        limits, 0 if counted_alone else _tasks_of(os.getuid() if identity is None else identity)
+    )
     if not _LINUX:
         return []
     _prctl(_NO_NEW_PRIVILEGES, 1)
@@ -154,9 +198,11 @@ def end_with_parent(number: int) -> None:
 
 
 def own_identity(folder: str) -> int | None:
-    """Under root: gives `folder` to an unused user id, whose process limit counts the program alone, and returns the id.
+    """Under root: gives `folder` to an unused user id, whose process limit counts the program
+    alone, and returns the id.
 
-    `nobody` if that id is not mapped in this user namespace. None for other users, or if `nobody` is not mapped either.
+    `nobody` if that id is not mapped in this user namespace. None for other users, or if `nobody`
+    is not mapped either.
     """
     if _LINUX and os.getuid() == 0:
         for identity in (_FIRST_IDENTITY + os.getpid() % 65536, _NOBODY):
@@ -169,7 +215,8 @@ def own_identity(folder: str) -> int | None:
 def _drop_privileges(folder: str, identity: int | None, may_read: bool) -> None:
     """Becomes an unprivileged user, who gets `folder`, and drops the capabilities.
 
-    `may_read` keeps CAP_DAC_READ_SEARCH, so that an interpreter under /root can load its library; Landlock must restrict it.
+    `may_read` keeps CAP_DAC_READ_SEARCH, so that an interpreter under /root can load its library;
+    Landlock must restrict it.
     """
     kept = [0]
     if identity is not None:
@@ -181,12 +228,18 @@ def _drop_privileges(folder: str, identity: int | None, may_read: bool) -> None:
         kept = [_READ_ANY_FILE, 0] if may_read else kept
     for bits in kept:
         with suppress(OSError) if bits else nullcontext():  # in a container without this capability
-            _call("capset", struct.pack("Ii", 0x20080522, 0), struct.pack("6I", bits, bits, 0, 0, 0, 0))  # none inheritable
+            _call(
+                "capset",
+                struct.pack("Ii", 0x20080522, 0),
+                struct.pack("6I", bits, bits, 0, 0, 0, 0),
+            )  # none inheritable
             return
 
 
 def _set_limits(limits: dict[str, Any], others: int) -> None:
-    """Sets resource limits, all there is outside Linux. `others`: other programs' tasks, which the process limit counts too."""
+    """Sets resource limits, all there is outside Linux. `others`: other programs' tasks, which the
+    process limit counts too.
+    """
     for kind, value in (
         (resource.RLIMIT_CPU, limits["cpu_seconds"]),
         (resource.RLIMIT_AS, limits["memory_mb"] << 20),
@@ -195,7 +248,8 @@ def _set_limits(limits: dict[str, Any], others: int) -> None:
         (resource.RLIMIT_NOFILE, 64),
         (resource.RLIMIT_CORE, 0),
     ):
-        with suppress(ValueError, OSError):  # a lower limit is set already; macOS does not limit the address space
+        # A lower limit is set already; macOS does not limit the address space
+        with suppress(ValueError, OSError):
             resource.setrlimit(kind, (value, value))
 
 
@@ -210,11 +264,14 @@ def _tasks_of(uid: int) -> int:
 
 
 def enter_namespaces(identity: int | None) -> None:
-    """Gives this process its own network, host name and IPC, and its children their own process ids.
+    """Gives this process its own network, host name and IPC, and its children their own process
+    ids.
 
-    Without an `identity` to switch to, in a user namespace that maps only this user. Raises OSError if the kernel forbids it.
+    Without an `identity` to switch to, in a user namespace that maps only this user. Raises OSError
+    if the kernel forbids it.
     """
-    uid, gid = os.getuid(), os.getgid()
+    uid = os.getuid()
+    gid = os.getgid()
     _call("unshare", _NETWORK_PROCESSES_IPC_NAME | (_USERS if identity is None else 0))
     if identity is None:
         Path("/proc/self/setgroups").write_text("deny")
@@ -223,7 +280,9 @@ def enter_namespaces(identity: int | None) -> None:
 
 
 def _enter_small_tree(folder: str) -> None:
-    """Replaces the root by a tmpfs with read-only bind mounts of all readable paths, and an empty `folder` of limited size."""
+    """Replaces the root by a tmpfs with read-only bind mounts of all readable paths, and an empty
+    `folder` of limited size.
+    """
     _call("unshare", _MOUNTS)
     _mount(None, "/", None, _RECURSIVE | _PRIVATE)
     _mount("tmpfs", folder, "tmpfs", _NO_SETUID | _NO_DEVICES, "size=1m,nr_inodes=1000,mode=755")
@@ -236,7 +295,13 @@ def _enter_small_tree(folder: str) -> None:
         _bind(path, folder + path, _NO_SETUID)
     own = folder + folder
     os.makedirs(own)
-    _mount("tmpfs", own, "tmpfs", _NO_SETUID | _NO_DEVICES, f"size={FOLDER_MB}m,nr_inodes={FOLDER_FILES},mode=700")
+    _mount(
+        "tmpfs",
+        own,
+        "tmpfs",
+        _NO_SETUID | _NO_DEVICES,
+        f"size={FOLDER_MB}m,nr_inodes={FOLDER_FILES},mode=700",
+    )
     os.chdir(folder)
     _call("pivot_root", b".", b".")  # mounts the old root on top of the new one
     _call("umount2", b".", _DETACH)
@@ -249,25 +314,40 @@ def _bind(source: str, target: str, flags: int) -> None:
     _system_call(_MOUNT_SETATTR, -100, target.encode(), _WHOLE_TREE, attributes, len(attributes))
 
 
-def _mount(source: str | None, target: str, kind: str | None, flags: int, options: str | None = None) -> None:
+def _mount(
+    source: str | None, target: str, kind: str | None, flags: int, options: str | None = None
+) -> None:
     source_, kind_, options_ = (text.encode() if text else None for text in (source, kind, options))
     _call("mount", source_, target.encode(), kind_, flags, options_)
 
 
 def _readable_folders() -> list[str]:
-    """The folders of the system, of the standard library and of installed packages, the outer ones first."""
+    """The folders of the system, of the standard library and of installed packages, the outer ones
+    first.
+    """
     packages = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
-    return sorted(filter(os.path.isdir, {*_SYSTEM_FOLDERS, *packages, sys.prefix, sys.base_prefix, sys.exec_prefix}))
+    return sorted(
+        filter(
+            os.path.isdir,
+            {*_SYSTEM_FOLDERS, *packages, sys.prefix, sys.base_prefix, sys.exec_prefix},
+        )
+    )
 
 
 def _allow_files_only(folder: str) -> int:
-    """Allows reading libraries, and in `folder` all but execution; no signals. Returns Landlock's version, 0 without it."""
+    """Allows reading libraries, and in `folder` all but execution; no signals. Returns Landlock's
+    version, 0 without it.
+    """
     try:
         version = _system_call(_CREATE_RULES, None, 0, 1)
     except OSError:
         return 0
     every_file_bit = (1 << _FILE_BITS_BY_VERSION[min(version, 5)]) - 1
-    handled = [every_file_bit, *([3] if version >= 4 else []), *([3] if version >= _SIGNALS_SINCE else [])]
+    handled = [
+        every_file_bit,
+        *([3] if version >= 4 else []),
+        *([3] if version >= _SIGNALS_SINCE else []),
+    ]
     attributes = struct.pack(f"{len(handled)}Q", *handled)
     rules = _system_call(_CREATE_RULES, attributes, len(attributes), 0)
     allowed = [(path, _READ_AND_LIST) for path in _readable_folders()]
@@ -292,7 +372,9 @@ def _call(name: str, *arguments: Any) -> int:
 
 
 def _system_call(number: int, *arguments: Any) -> int:
-    """A system call by its number. Integers are passed as longs, so that their upper halves are defined."""
+    """A system call by its number. Integers are passed as longs, so that their upper halves are
+    defined.
+    """
     longs = (ctypes.c_long(value) if type(value) is int else value for value in arguments)
     return _call("syscall", ctypes.c_long(number), *longs)
 

@@ -1,7 +1,8 @@
-"""Python programs scored by their tests: HumanEval (Chen et al., 2021) and MBPP (Austin et al., 2021), by pass@k.
+"""Python programs scored by their tests: HumanEval (Chen et al., 2021) and MBPP (Austin et al.,
+2021), by pass@k.
 
-HumanEval's prompts are cut before the final newline, which tokenizers merge with the indentation after it. MBPP's prompts
-have three shots, their solutions between [BEGIN] and [DONE].
+HumanEval's prompts are cut before the final newline, which tokenizers merge with the indentation
+after it. MBPP's prompts have three shots, their solutions between [BEGIN] and [DONE].
 """
 
 from collections.abc import Iterable, Sequence
@@ -42,7 +43,9 @@ def humaneval(config: TaskConfig) -> Task:
     rows, notes = rows_for(every, [row.key for row in every], config, str(config.data))
     problems = []
     for row in rows:
-        head, solution, test, name = (_code(row, column) for column in ("prompt", "canonical_solution", "test", "entry_point"))
+        head, solution, test, name = (
+            _code(row, column) for column in ("prompt", "canonical_solution", "test", "entry_point")
+        )
         prompt = head.rstrip()
         example = Example(prompt, head[len(prompt) :] + solution)
         problems.append(_Problem(example, head, f"{test}\ncheck({name.strip()})\n"))
@@ -50,30 +53,55 @@ def humaneval(config: TaskConfig) -> Task:
 
 
 def mbpp(config: TaskConfig) -> Task:
-    """Problems in the full or sanitized form. Shots are problems 2, 3, 4, ...; a file without these uses its first rows."""
-    require(config.split in _MBPP_SPLITS, "split", f"one of {', '.join(_MBPP_SPLITS)} for `task` mbpp", config.split)
-    count, data = _MBPP_SHOTS if config.shots is None else config.shots, str(config.data)
+    """Problems in the full or sanitized form. Shots are problems 2, 3, 4, ...; a file without these
+    uses its first rows.
+    """
+    require(
+        config.split in _MBPP_SPLITS,
+        "split",
+        f"one of {', '.join(_MBPP_SPLITS)} for `task` mbpp",
+        config.split,
+    )
+    count = _MBPP_SHOTS if config.shots is None else config.shots
+    data = str(config.data)
     rows = rows_of(data, _MBPP, config.split, name="full")
     solutions = rows_of(data, _MBPP, "prompt", name="full") if data == _MBPP else rows
-    known = {number: row for row in solutions if isinstance(number := row.fields.get("task_id"), int)}
+    known = {
+        number: row for row in solutions if isinstance(number := row.fields.get("task_id"), int)
+    }
     shots = [known[number] for number in _MBPP_SHOT_IDS if number in known][:count]
     has_splits = data == _MBPP
     if data == _MBPP:
         require(len(shots) == count, "shots", f"at most {len(shots)} for `task` mbpp", count)
     else:
-        by_split = {split: [row for number, row in known.items() if number in own] for split, own in _MBPP_SPLITS.items()}
+        by_split = {
+            split: [row for number, row in known.items() if number in own]
+            for split, own in _MBPP_SPLITS.items()
+        }
         has_splits = bool(by_split[VALIDATION] and by_split[TEST])
         asked = by_split[config.split] or by_split[VALIDATION] or by_split[TEST]
-        shots, rows = (shots, asked) if len(shots) == count and asked else shots_and_rest(rows, count, data)
+        shots, rows = (
+            (shots, asked) if len(shots) == count and asked else shots_and_rest(rows, count, data)
+        )
     solved = [_mbpp_problem(row).example for row in shots]
     solved = [Example(example.prompt, example.completion + "\n[DONE]") for example in solved]
     rows, notes = rows_for(rows, [row.key for row in rows], config, data, has_splits)
-    return _task(replace(config, shots=count), map(_mbpp_problem, rows), _MBPP_FORM, _MBPP_STOP, solved, notes)
+    return _task(
+        replace(config, shots=count),
+        map(_mbpp_problem, rows),
+        _MBPP_FORM,
+        _MBPP_STOP,
+        solved,
+        notes,
+    )
 
 
 def _mbpp_problem(row: Record) -> _Problem:
-    """Reads a row of the full or the sanitized form. The setup runs after the answer: in row 367 it uses the answer's class."""
-    text, tests = _code(row, row.first_column(("text", "prompt"))), _code(row, "test_list", list)
+    """Reads a row of the full or the sanitized form. The setup runs after the answer: in row 367 it
+    uses the answer's class.
+    """
+    text = _code(row, row.first_column(("text", "prompt")))
+    tests = _code(row, "test_list", list)
     example = Example(f"{text} Your code should pass these tests:\n\n{tests}", _code(row, "code"))
     setup = _code(row, "test_setup_code") if row.fields.get("test_setup_code") else ""
     setup = setup or (_code(row, "test_imports", list) if row.fields.get("test_imports") else "")
@@ -96,8 +124,11 @@ def _task(
     notes: tuple[str, ...] = (),
 ) -> Task:
     """A task with `problem_samples` answers per problem."""
-    problems, count = list(rows), config.problem_samples
-    prompts, template = framed(config.prompting.asked, form, BARE, (problem.example for problem in problems), solved)
+    problems = list(rows)
+    count = config.problem_samples
+    prompts, template = framed(
+        config.prompting.asked, form, BARE, (problem.example for problem in problems), solved
+    )
     examples = tuple(example for example in prompts for _ in range(count))
     references = [[example.completion] for example in examples]
 
@@ -115,7 +146,16 @@ def _task(
         return scores | {"rouge2": [fmean(by_answer[start : start + count]) for start in starts]}
 
     metric = f"pass@{config.pass_k[0]}" if config.allow_code_execution else "rouge2"
-    return Task(examples, config, metric, score, stop, template, notes=(*notes, *_notes(config)), answers_per_prompt=count)
+    return Task(
+        examples,
+        config,
+        metric,
+        score,
+        stop,
+        template,
+        notes=(*notes, *_notes(config)),
+        answers_per_prompt=count,
+    )
 
 
 def _notes(config: TaskConfig) -> tuple[str, ...]:
@@ -129,7 +169,9 @@ def _notes(config: TaskConfig) -> tuple[str, ...]:
             f"`allow_code_execution` {UNSANDBOXED} runs them all the same"
         )
     missing = [layer for layer in LAYERS if layer not in standing]
-    return (f"on this machine the sandbox does not restrict: {', '.join(missing)}",) if missing else ()
+    return (
+        (f"on this machine the sandbox does not restrict: {', '.join(missing)}",) if missing else ()
+    )
 
 
 HUMANEVAL = TaskLoader(humaneval, ("template",), _HUMANEVAL, max_new_tokens=512)

@@ -1,6 +1,8 @@
-"""Parsing (`commands`, `topv2`), scored by exact match; summaries; any data with prompts and references (`jsonl`); plain text.
+"""Parsing (`commands`, `topv2`), scored by exact match; summaries; any data with prompts and
+references (`jsonl`); plain text.
 
-Summaries: of news, with the prompts of LayerSkip's evaluation (CNN/DM, 1-shot; XSUM, 0-shot), and of papers in one sentence.
+Summaries: of news, with the prompts of LayerSkip's evaluation (CNN/DM, 1-shot; XSUM, 0-shot), and
+of papers in one sentence.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +33,19 @@ from ...files import text_lines
 from ...prompting import CHAT, RAW
 from ...splits import TEST, VALIDATION, key_of
 from ..metrics import ROUGES, exact_match, rouge
-from . import BARE, SHOT_END, Scorer, Task, TaskLoader, framed, load_task, part_for, rows_for, rows_of, shots_and_rest
+from . import (
+    BARE,
+    SHOT_END,
+    Scorer,
+    Task,
+    TaskLoader,
+    framed,
+    load_task,
+    part_for,
+    rows_for,
+    rows_of,
+    shots_and_rest,
+)
 
 _TURNS = "turns"  # of a user, without the answers between them: only the first is a prompt
 _CATEGORY = "category"
@@ -40,8 +54,10 @@ _STOP = ("\nArticle:",)  # a base model continues with another article
 _ARTICLES = ("article", "document", "source")
 _SUMMARIES = ("highlights", "summary", "summary_gt", "target")
 _READY_STOP = ("###",)  # for complete prompts in HELM's form, with their own shots
-_AS_PARQUET = "refs/convert/parquet"  # the hub's Parquet branch: `datasets` no longer runs loading scripts
-_HUB, _HUB_NAME = "Salesforce/wikitext", "wikitext-2-raw-v1"
+# The hub's Parquet branch: `datasets` no longer runs loading scripts
+_AS_PARQUET = "refs/convert/parquet"
+_HUB = "Salesforce/wikitext"
+_HUB_NAME = "wikitext-2-raw-v1"
 _WIKITEXT = f"{_HUB}/{_HUB_NAME}"
 _TEXT_COLUMNS = ("text", "completion", "content")
 _PLAIN = ".txt"  # read as one text, like any file that does not hold rows
@@ -56,7 +72,9 @@ _UNANSWERED = (
 
 
 def load_trained(asked: TaskConfig, model: str) -> Task:
-    """Like `load_task`; without `task` and `data` on the training data in layerskip.json, on unseen rows if possible."""
+    """Like `load_task`; without `task` and `data` on the training data in layerskip.json, on unseen
+    rows if possible.
+    """
     info = info_of(model)
     asked = replace(asked, held_out=info.held_out or None)
     data, validation = (None, None) if asked.task or asked.data else info.trained_on
@@ -71,21 +89,35 @@ def load_trained(asked: TaskConfig, model: str) -> Task:
             continue
         if not any(note.startswith(_ROWS) for note in task.notes):
             seen = (choice.data, choice.split) == (data.name, data.split)
-            how = "which the model was trained on; `data` gives others" if seen else "which the model was not trained on"
-            task = replace(task, notes=(f"{_ROWS}{choice.data}, split {choice.split}, {how}", *task.notes))
+            how = (
+                "which the model was trained on; `data` gives others"
+                if seen
+                else "which the model was not trained on"
+            )
+            task = replace(
+                task, notes=(f"{_ROWS}{choice.data}, split {choice.split}, {how}", *task.notes)
+            )
         return task
     raise DataError(f"the rows that {model} was trained for: {fault}; give `data` or `task`")
 
 
-def _unseen(asked: TaskConfig, data: DataConfig, validation: str | None, divided: bool) -> Iterator[TaskConfig]:
-    """Where rows that a model was not trained on can be, the best first; at last its training data. See splits.py.
+def _unseen(
+    asked: TaskConfig, data: DataConfig, validation: str | None, divided: bool
+) -> Iterator[TaskConfig]:
+    """Where rows that a model was not trained on can be, the best first; at last its training data.
+    See splits.py.
 
     `divided`: layerskip.json says which rows of the data were held out.
     """
     side = VALIDATION if asked.split == VALIDATION else TEST
     if validation and is_data(validation):
         own = own_splits(DataConfig(validation))
-        yield replace(asked, data=validation, split=asked.split if own else VALIDATION, side=None if own else side)
+        yield replace(
+            asked,
+            data=validation,
+            split=asked.split if own else VALIDATION,
+            side=None if own else side,
+        )
     named = DataConfig(data.name)
     own = own_splits(named)
     if own:
@@ -103,7 +135,9 @@ def _unseen(asked: TaskConfig, data: DataConfig, validation: str | None, divided
 
 def _like_training(config: TaskConfig, trained: DataConfig) -> TaskConfig:
     """Takes the training's columns if the data has them; task `lm` for text without prompts."""
-    data, prompt, completion = DataConfig(str(config.data), config.split), trained.prompt_column, trained.completion_column
+    data = DataConfig(str(config.data), config.split)
+    prompt = trained.prompt_column
+    completion = trained.completion_column
     if is_parsing(data):
         return config
     if file_ending(Path(data.name)) == _PLAIN:
@@ -114,14 +148,19 @@ def _like_training(config: TaskConfig, trained: DataConfig) -> TaskConfig:
         config,
         task="lm" if plain else None,
         prompt_column=config.prompt_column or (prompt if prompt in fields else None),
-        completion_column=config.completion_column or (completion if completion in fields else None),
+        completion_column=config.completion_column
+        or (completion if completion in fields else None),
     )
 
 
 def parsing(config: TaskConfig) -> Task:
-    """Sentences and their parses, compared with folded whitespace, in which tokenizers differ. Shots are training rows."""
+    """Sentences and their parses, compared with folded whitespace, in which tokenizers differ.
+    Shots are training rows.
+    """
     columns = config.prompt_column or "prompt", config.completion_column or "completion"
-    data = DataConfig(str(config.data), config.split, *columns, limit=config.samples, seed=config.seed)
+    data = DataConfig(
+        str(config.data), config.split, *columns, limit=config.samples, seed=config.seed
+    )
     notes: tuple[str, ...] = ()
     if config.side is None:
         examples = load_examples(data)
@@ -139,8 +178,9 @@ def parsing(config: TaskConfig) -> Task:
 def prompts(config: TaskConfig) -> Task:
     """Prompts with one or more references each. The first `shots` rows come before every prompt.
 
-    Data without references is scored against the model's own answers, by ROUGE-L. A column `category` groups the rows. With
-    references the default metric is ROUGE-2, or exact match if all are single words.
+    Data without references is scored against the model's own answers, by ROUGE-L. A column
+    `category` groups the rows. With references the default metric is ROUGE-2, or exact match if all
+    are single words.
     """
     source = str(config.data)
     every, config = _pairs(source, config)
@@ -148,35 +188,68 @@ def prompts(config: TaskConfig) -> Task:
     has_splits = is_parsing(DataConfig(source)) or not Path(source).exists()
     rows, notes = rows_for(rest, [row.key for row in rest], config, source, has_splits)
     unanswered = not rows[0].references
-    require(not (shots and unanswered), "shots", f"0 for {source}, which has no references", len(shots))
+    require(
+        not (shots and unanswered), "shots", f"0 for {source}, which has no references", len(shots)
+    )
     longest = max((len(text.split()) for row in rows for text in row.references), default=0)
     if config.metric is not None:
-        metrics = tuple(dict.fromkeys((config.metric, *(ROUGES if config.metric in ROUGES else ()))))
+        metrics = tuple(
+            dict.fromkeys((config.metric, *(ROUGES if config.metric in ROUGES else ())))
+        )
     elif unanswered:
         metrics = "rougeL", "exact_match"
     else:
         metrics = ("rouge2", "exact_match") if longest > 1 else ("exact_match",)
     scorer = partial(text_scores, metrics, [row.references for row in rows])
-    task = _few_shot(config, metrics[0], scorer, [row.example for row in rows], [row.example for row in shots])
+    task = _few_shot(
+        config, metrics[0], scorer, [row.example for row in rows], [row.example for row in shots]
+    )
     numbers = range(len(rows))
     names = dict.fromkeys(row.category for row in rows if row.category)
-    categories = {name: tuple(number for number in numbers if rows[number].category == name) for name in names}
+    categories = {
+        name: tuple(number for number in numbers if rows[number].category == name) for name in names
+    }
     task = replace(task, categories=categories, notes=notes)
-    return replace(task, notes=(*notes, _UNANSWERED), against=partial(partial, text_scores, metrics)) if unanswered else task
+    return (
+        replace(task, notes=(*notes, _UNANSWERED), against=partial(partial, text_scores, metrics))
+        if unanswered
+        else task
+    )
 
 
-def _few_shot(config: TaskConfig, metric: str, scorer: Scorer, examples: Sequence[Example], shots: Sequence[Example]) -> Task:
-    """A task with solved rows before each prompt. After a user's template a completion begins with a space."""
+def _few_shot(
+    config: TaskConfig,
+    metric: str,
+    scorer: Scorer,
+    examples: Sequence[Example],
+    shots: Sequence[Example],
+) -> Task:
+    """A task with solved rows before each prompt. After a user's template a completion begins with
+    a space.
+    """
     asked = config.prompting.asked
     form = "{prompt}\n" if shots and asked == RAW else BARE
     gap = "" if asked in (None, CHAT, RAW, BARE) or asked[-1].isspace() else " "
-    rows, solved = ([replace(example, completion=gap + example.completion) for example in some] for some in (examples, shots))
+    rows, solved = (
+        [replace(example, completion=gap + example.completion) for example in some]
+        for some in (examples, shots)
+    )
     shaped, template = framed(asked, form, None, rows, solved, "{prompt}\n")
-    return Task(shaped, replace(config, shots=len(shots)), metric, scorer, (SHOT_END,) if shots else (), template)
+    return Task(
+        shaped,
+        replace(config, shots=len(shots)),
+        metric,
+        scorer,
+        (SHOT_END,) if shots else (),
+        template,
+    )
 
 
 def text_scores(
-    metrics: Sequence[str], references: Sequence[Sequence[str]], predictions: Sequence[str], fold_whitespace: bool = False
+    metrics: Sequence[str],
+    references: Sequence[Sequence[str]],
+    predictions: Sequence[str],
+    fold_whitespace: bool = False,
 ) -> dict[str, list[float]]:
     """Exact match and ROUGE, if among the `metrics`. The best of several references counts."""
     kinds = [kind for kind in ROUGES if kind in metrics]
@@ -194,18 +267,25 @@ class _Pair(NamedTuple):
 
 
 def _pairs(source: str, config: TaskConfig) -> tuple[list[_Pair], TaskConfig]:
-    """All rows, and the config with the column names. Without a reference column only conversations have references."""
+    """All rows, and the config with the column names. Without a reference column only conversations
+    have references.
+    """
     data = DataConfig(source, config.split, seed=config.seed)
     if is_parsing(data):
-        pairs = [_Pair(example, [example.completion], example.key) for example in load_examples(data)]
+        pairs = [
+            _Pair(example, [example.completion], example.key) for example in load_examples(data)
+        ]
         return pairs, replace(config, prompt_column="prompt", completion_column="completion")
     rows = list(load_records(data))
-    first, answer = rows[0], config.completion_column
+    first = rows[0]
+    answer = config.completion_column
     if answer is None and any(name in row.fields for row in rows for name in REFERENCE_NAMES):
         answer = first.first_column(REFERENCE_NAMES)
         if answer not in first.fields:
             columns = ", ".join(REFERENCE_NAMES)
-            raise DataError(f"{first.where}: needed a reference (one of the columns {columns}), which other rows have")
+            raise DataError(
+                f"{first.where}: needed a reference (one of the columns {columns}), which other rows have"
+            )
     asked = config.prompt_column or first.first_column(PROMPT_NAMES)
     pairs = []
     for row in rows:
@@ -214,10 +294,16 @@ def _pairs(source: str, config: TaskConfig) -> tuple[list[_Pair], TaskConfig]:
             prompt, reply = first_turn(row)
             references = references or [reply]
         else:
-            prompt = row.texts(asked, "prompt_column")[0] if asked == _TURNS else row.text(asked, "prompt_column")
+            prompt = (
+                row.texts(asked, "prompt_column")[0]
+                if asked == _TURNS
+                else row.text(asked, "prompt_column")
+            )
         category = row.text(_CATEGORY) if row.fields.get(_CATEGORY) is not None else None
         pairs.append(_Pair(Example(prompt, "".join(references[:1])), references, row.key, category))
-    return pairs, replace(config, prompt_column=asked, completion_column=answer or REFERENCE_NAMES[0])
+    return pairs, replace(
+        config, prompt_column=asked, completion_column=answer or REFERENCE_NAMES[0]
+    )
 
 
 def summaries(
@@ -229,11 +315,16 @@ def summaries(
     stop: tuple[str, ...] = _STOP,
     alternatives: bool = False,
 ) -> Task:
-    """Articles and summaries; `alternatives`: a row's summaries are several references, not the sentences of one."""
+    """Articles and summaries; `alternatives`: a row's summaries are several references, not the
+    sentences of one.
+    """
 
     def references(row: Record) -> list[str]:
         column = row.first_column(_SUMMARIES)
-        return [" ".join(text.split()) for text in (row.texts(column) if alternatives else [row.text(column)])]
+        return [
+            " ".join(text.split())
+            for text in (row.texts(column) if alternatives else [row.text(column)])
+        ]
 
     def example(row: Record) -> Example:
         return Example(row.text(row.first_column(_ARTICLES)), " " + references(row)[0])
@@ -241,27 +332,45 @@ def summaries(
     data = str(config.data)
     rows = rows_of(data, hub_id, config.split, **hub)
     if "summary_gt" in rows[0].fields:
-        shots, form, stop = 0, BARE, _READY_STOP
+        shots = 0
+        form = BARE
+        stop = _READY_STOP
     count = shots if config.shots is None else config.shots
     if data == hub_id:
         first = rows_of(data, hub_id, "train", count, **hub) if count else []
     else:
         first, rows = shots_and_rest(rows, count, data)
     rows, notes = rows_for(rows, [row.key for row in rows], config, data, has_splits=data == hub_id)
-    examples, template = framed(config.prompting.asked, form, BARE, map(example, rows), list(map(example, first)))
+    examples, template = framed(
+        config.prompting.asked, form, BARE, map(example, rows), list(map(example, first))
+    )
     scorer = partial(text_scores, ROUGES, list(map(references, rows)))
-    return Task(examples, replace(config, shots=count), "rouge2", scorer, stop, template, notes=notes)
+    return Task(
+        examples, replace(config, shots=count), "rouge2", scorer, stop, template, notes=notes
+    )
 
 
-def _of_summaries(hub_id: str, max_new_tokens: int, hub: Mapping[str, Any], **form: Any) -> TaskLoader:
-    return TaskLoader(partial(summaries, hub_id=hub_id, hub=hub, **form), ("shots", "template"), hub_id, max_new_tokens)
+def _of_summaries(
+    hub_id: str, max_new_tokens: int, hub: Mapping[str, Any], **form: Any
+) -> TaskLoader:
+    return TaskLoader(
+        partial(summaries, hub_id=hub_id, hub=hub, **form),
+        ("shots", "template"),
+        hub_id,
+        max_new_tokens,
+    )
 
 
 def language_modelling(config: TaskConfig) -> Task:
-    """A plain text, or the joined texts of rows, for perplexity; for speed, continuations of evenly spaced passages."""
-    path, notes = Path(str(config.data)), tuple[str, ...]()
+    """A plain text, or the joined texts of rows, for perplexity; for speed, continuations of evenly
+    spaced passages.
+    """
+    path = Path(str(config.data))
+    notes = tuple[str, ...]()
     if config.data == _WIKITEXT:
-        text = "".join(str(row.value("text")) for row in hub_records(_HUB, config.split, name=_HUB_NAME))
+        text = "".join(
+            str(row.value("text")) for row in hub_records(_HUB, config.split, name=_HUB_NAME)
+        )
     elif file_ending(path) != _PLAIN and (file_ending(path) in FILE_ENDINGS or not path.exists()):
         text, notes = _text_of_rows(config, "\n\n", has_splits=not path.exists())
     else:
@@ -273,39 +382,60 @@ def language_modelling(config: TaskConfig) -> Task:
         else:
             text, notes = _text_of_pieces(config, text)
     most = max(len(text) // _PASSAGE, 1)
-    count, examples = min(config.samples or most, most), []
+    count = min(config.samples or most, most)
+    examples = []
     for start in (number * len(text) // count for number in range(count)):
         words = text[start : start + 20 * _PROMPT_WORDS].split()
         words = words[1:] if start and len(words) > 1 else words
         if words:  # a passage can be all whitespace
             reference = " ".join(words[_PROMPT_WORDS : 2 * _PROMPT_WORDS])
             examples.append(Example(" ".join(words[:_PROMPT_WORDS]), f" {reference}"))
-    return Task(tuple(examples), config, "perplexity", lambda predictions: {}, template=BARE, text=text, notes=notes)
+    return Task(
+        tuple(examples),
+        config,
+        "perplexity",
+        lambda predictions: {},
+        template=BARE,
+        text=text,
+        notes=notes,
+    )
 
 
-def _text_of_rows(config: TaskConfig, between: str, has_splits: bool = False) -> tuple[str, tuple[str, ...]]:
-    """The joined texts of the rows that the task asks for, and a note for the user. All of them: `samples` counts windows."""
+def _text_of_rows(
+    config: TaskConfig, between: str, has_splits: bool = False
+) -> tuple[str, tuple[str, ...]]:
+    """The joined texts of the rows that the task asks for, and a note for the user. All of them:
+    `samples` counts windows.
+    """
     rows = list(load_records(DataConfig(str(config.data), config.split)))
     column = config.completion_column or rows[0].first_column(_TEXT_COLUMNS)
     part = part_for([row.key for row in rows], config, str(config.data), has_splits)
-    return between.join(rows[place].text(column, "completion_column") for place in part.places), part.notes
+    return between.join(
+        rows[place].text(column, "completion_column") for place in part.places
+    ), part.notes
 
 
 def _was_trained_on(config: TaskConfig) -> bool:
     """Whether the lines of the text are rows that the model was trained on."""
-    keys = [row.key for row in load_records(DataConfig(str(config.data)))] if config.held_out else []
+    keys = (
+        [row.key for row in load_records(DataConfig(str(config.data)))] if config.held_out else []
+    )
     return any(training.recognises(keys) for training in config.held_out or ())
 
 
 def _text_of_pieces(config: TaskConfig, text: str) -> tuple[str, tuple[str, ...]]:
-    """The pieces of a running text that the task asks for: whole lines, of a passage's length or a 128th of the text."""
+    """The pieces of a running text that the task asks for: whole lines, of a passage's length or a
+    128th of the text.
+    """
     size = max(_PASSAGE, len(text) // _PIECES)
     pieces = [""]
     for line in text.splitlines(keepends=True):
         if len(pieces[-1]) >= size:
             pieces.append("")
         pieces[-1] += line
-    part = part_for([key_of({"text": piece}, ()) for piece in pieces], config, f"pieces of {config.data}", False)
+    part = part_for(
+        [key_of({"text": piece}, ()) for piece in pieces], config, f"pieces of {config.data}", False
+    )
     return "".join(pieces[place] for place in part.places), part.notes
 
 
@@ -316,5 +446,12 @@ CNN_DM = _of_summaries("abisee/cnn_dailymail", 128, {"name": "3.0.0"}, shots=1)
 XSUM = _of_summaries("EdinburghNLP/xsum", 64, {"revision": _AS_PARQUET})
 # Abstracts of papers (Cachola et al., 2020). A row can have several summaries; the best counts.
 _ABSTRACTS = {"data_dir": "Abstract", "revision": _AS_PARQUET}
-SCITLDR = _of_summaries("allenai/scitldr", 64, _ABSTRACTS, form="{prompt}\nTL;DR:", stop=("\nTL;DR:",), alternatives=True)
+SCITLDR = _of_summaries(
+    "allenai/scitldr",
+    64,
+    _ABSTRACTS,
+    form="{prompt}\nTL;DR:",
+    stop=("\nTL;DR:",),
+    alternatives=True,
+)
 LANGUAGE_MODELLING = TaskLoader(language_modelling, (), _WIKITEXT, max_new_tokens=64)

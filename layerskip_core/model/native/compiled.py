@@ -1,4 +1,6 @@
-"""The compiled kernels and their C structures. The package's installation builds them if there is a C compiler."""
+"""The compiled kernels and their C structures. The package's installation builds them if there is a
+C compiler.
+"""
 
 import ctypes
 import os
@@ -13,14 +15,33 @@ from typing import Any
 
 from ...errors import LayerSkipError, require_choice
 
-KINDS = ("fp32", "bf16", "int8", "int4", "widened", "stored")  # of weights, in the numbering of the C code
+# Of weights, in the numbering of the C code
+KINDS = ("fp32", "bf16", "int8", "int4", "widened", "stored")
 ACTIVATIONS = {  # in the numbering of the C code
-    **{"silu": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "gelu": 2, "relu": 3, "relu2": 4, "xielu": 5, "swiglu_clamped": 6},
+    **{
+        "silu": 0,
+        "gelu_pytorch_tanh": 1,
+        "gelu_new": 1,
+        "gelu": 2,
+        "relu": 3,
+        "relu2": 4,
+        "xielu": 5,
+        "swiglu_clamped": 6,
+    },
 }
 MOST_ROPES = 2  # rotary tables: one for each kind of layer
 _AVX2 = {"avx2", "fma", "f16c"}
-_AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16", "avx512vbmi"}
-# The flags (and vendor) of /proc/cpuinfo that each variant needs, as Linux spells them; by processor, the best variant first.
+_AVX512 = {
+    "avx512f",
+    "avx512bw",
+    "avx512vl",
+    "avx512dq",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx512vbmi",
+}
+# The flags (and vendor) of /proc/cpuinfo that each variant needs, as Linux spells them; by
+# processor, the best variant first.
 _CPU_FLAGS = {
     "x86_64": {
         "amx": _AVX512 | {"amx_tile", "amx_bf16"},
@@ -30,11 +51,19 @@ _CPU_FLAGS = {
         "avx_vnni": _AVX2 | {"avx_vnni"},
         "avx2": _AVX2,
     },
-    "aarch64": {"neon_bf16": {"asimddp", "bf16", "i8mm"}, "neon_dot": {"asimddp"}, "neon": set[str]()},
+    "aarch64": {
+        "neon_bf16": {"asimddp", "bf16", "i8mm"},
+        "neon_dot": {"asimddp"},
+        "neon": set[str](),
+    },
 }
 _OWN_BF16 = {"avx512", "amx", "neon_bf16"}  # variants that multiply bf16 without widening it
 _CHEAP_ROWS = {"avx512_fma", *_OWN_BF16}  # variants that stay memory-bound at ten rows on two cores
-_PROCESSORS = {("linux", "x86_64"): "x86_64", ("linux", "aarch64"): "aarch64", ("darwin", "arm64"): "aarch64"}
+_PROCESSORS = {
+    ("linux", "x86_64"): "x86_64",
+    ("linux", "aarch64"): "aarch64",
+    ("darwin", "arm64"): "aarch64",
+}
 _NEEDS = _CPU_FLAGS.get(_PROCESSORS.get((sys.platform, platform.machine()), ""), {})
 VARIANTS = tuple(_NEEDS)  # for this machine's processor
 INTERFACE = 30  # version of the functions and structures in kernels.c
@@ -51,7 +80,10 @@ def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
 
 
 class CMatrix(Structure):
-    _fields_ = [*_fields(c_int32, "kind inputs outputs panels"), *_fields(c_void_p, "weight scale bias")]
+    _fields_ = [
+        *_fields(c_int32, "kind inputs outputs panels"),
+        *_fields(c_void_p, "weight scale bias"),
+    ]
 
 
 class CStoredPanel(Structure):
@@ -66,7 +98,9 @@ class CLayer(Structure):
     _fields_ = [
         *_fields(CMatrix, "qkv output up down"),
         *_fields(c_void_p, "router"),
-        *_fields(CNorm, "before_attention after_attention before_mlp after_mlp embedding query key"),
+        *_fields(
+            CNorm, "before_attention after_attention before_mlp after_mlp embedding query key"
+        ),
         *_fields(c_int32, "rope window"),
         *_fields(c_float * 2, "bends"),
         *_fields(CNorm, "value"),
@@ -81,7 +115,10 @@ class CLayer(Structure):
 
 class CShape(Structure):
     _fields_ = [
-        *_fields(c_int32, "hidden heads kv_heads head_dim rotary inner bf16_cache activation gated norms_projections"),
+        *_fields(
+            c_int32,
+            "hidden heads kv_heads head_dim rotary inner bf16_cache activation gated norms_projections",
+        ),
         *_fields(c_int32, "experts chosen normalised shared gates_shared"),
         *_fields(c_int32, "norms_rotated parallel norms_residual gates_attention"),
         *_fields(c_float, "eps attention_scale score_cap embedding_scale residual_scale"),
@@ -161,7 +198,18 @@ class CPerturbation(Structure):
 
 
 # in the numbering of layerskip_size_of in kernels.c
-STRUCTURES = (CMatrix, CLayer, CShape, CCall, CDraft, CChoice, CRecurrence, CStoredPanel, CTokenInputs, CPerturbation)
+STRUCTURES = (
+    CMatrix,
+    CLayer,
+    CShape,
+    CCall,
+    CDraft,
+    CChoice,
+    CRecurrence,
+    CStoredPanel,
+    CTokenInputs,
+    CPerturbation,
+)
 
 
 class Kernels:
@@ -170,7 +218,9 @@ class Kernels:
     def __init__(self, variant: str, library: ctypes.CDLL) -> None:
         def function(name: str, *parameters: Any) -> Callable[..., None]:
             found = library[f"layerskip_{name}"]
-            found.argtypes = [POINTER(kind) if issubclass(kind, Structure) else kind for kind in parameters]
+            found.argtypes = [
+                POINTER(kind) if issubclass(kind, Structure) else kind for kind in parameters
+            ]
             found.restype = None
             return found
 
@@ -181,7 +231,9 @@ class Kernels:
         self.write = function("write", CShape, c_void_p, c_int, CCall, c_int)
         self.score = function("score", CShape, CNorm, CMatrix, CCall, c_void_p, c_int)
         self.draft = function("draft", CShape, c_void_p, CNorm, CMatrix, CCall, CDraft, c_int)
-        self.choose = function("choose", CShape, c_void_p, c_int, CNorm, CMatrix, CCall, CChoice, c_int)
+        self.choose = function(
+            "choose", CShape, c_void_p, c_int, CNorm, CMatrix, CCall, CChoice, c_int
+        )
         self.perturb = function("perturb", CPerturbation, c_int)
         self.pack = function("pack", CMatrix, c_void_p, *[c_int] * 5)
         openmp = _openmp()
@@ -191,7 +243,9 @@ class Kernels:
 
 
 def requested_variant() -> str | None:
-    """The value of SWITCH: a variant, `torch`, or None if unset. Raises ConfigError for other values."""
+    """The value of SWITCH: a variant, `torch`, or None if unset. Raises ConfigError for other
+    values.
+    """
     requested = os.environ.get(SWITCH) or None
     if requested is not None:
         require_choice(requested, SWITCH, (*VARIANTS, "torch"))
@@ -204,13 +258,19 @@ def kernel_note() -> str | None:
     if requested == "torch" or not _NEEDS:
         return None
     compiled, unloadable = _load(requested)
-    slower = _FALLBACK if compiled is None else f"decoding uses the {compiled.variant} kernels, which are slower"
+    slower = (
+        _FALLBACK
+        if compiled is None
+        else f"decoding uses the {compiled.variant} kernels, which are slower"
+    )
     runnable = [name for name in VARIANTS if _NEEDS[name] <= _cpu_flags()]
     for name in runnable:
         if name in unloadable:
             return f"the compiled {name} kernels cannot be loaded ({unloadable[name]}): {slower}"
     if compiled is not None:
-        no_runtime = "this build of torch has no OpenMP runtime: the compiled kernels run on one thread"
+        no_runtime = (
+            "this build of torch has no OpenMP runtime: the compiled kernels run on one thread"
+        )
         return None if compiled.has_threads else no_runtime
     if requested is None:
         return f"the compiled kernels are missing: {_FALLBACK}" if runnable else None
@@ -220,7 +280,11 @@ def kernel_note() -> str | None:
 
 def why_no_kernels() -> str:
     """Why `kernels` returns None here, as part of a sentence."""
-    return f"{SWITCH} is torch" if requested_variant() == "torch" else "none is built here that this CPU can run"
+    return (
+        f"{SWITCH} is torch"
+        if requested_variant() == "torch"
+        else "none is built here that this CPU can run"
+    )
 
 
 def _cpu_flags() -> set[str]:
@@ -241,7 +305,8 @@ def flags_in(cpuinfo: str) -> set[str]:
 
 
 def kernels(variant: str | None = None) -> Kernels | None:
-    """The given variant, else the requested, else the best one; None if it was not built or this CPU cannot run it.
+    """The given variant, else the requested, else the best one; None if it was not built or this
+    CPU cannot run it.
 
     Raises LayerSkipError if the built kernels are of another version, as after `git pull`.
     """
@@ -250,7 +315,9 @@ def kernels(variant: str | None = None) -> Kernels | None:
 
 @contextmanager
 def requesting(variant: str) -> Iterator[None]:
-    """Models loaded in this context run on this variant (or `torch`), as if the environment requested it."""
+    """Models loaded in this context run on this variant (or `torch`), as if the environment
+    requested it.
+    """
     before = os.environ.get(SWITCH, "")  # empty means unset
     os.environ[SWITCH] = variant
     try:
@@ -278,19 +345,24 @@ def _load(requested: str | None) -> tuple[Kernels | None, dict[str, str]]:
                 )
             if library.layerskip_supported():
                 return Kernels(name, library), unloadable
-            # Only a surprise if the CPU has their flags, see `kernel_note`: AMX needs the kernel's permission.
+            # Only a surprise if the CPU has their flags, see `kernel_note`: AMX needs the kernel's
+            # permission.
             unloadable[name] = "this system does not let them run"
     return None, unloadable
 
 
 def _openmp() -> list[c_void_p]:
-    """Functions of torch's OpenMP runtime: GNU's or, on a Mac, LLVM's, which has GNU's functions too. Empty if absent.
+    """Functions of torch's OpenMP runtime: GNU's or, on a Mac, LLVM's, which has GNU's functions
+    too. Empty if absent.
 
     Looked up as torch's own calls are: in the whole process, then in torch's library.
     """
     import torch
 
-    own = Path(torch.__file__).with_name("lib") / f"libtorch_cpu.{'dylib' if sys.platform == 'darwin' else 'so'}"
+    own = (
+        Path(torch.__file__).with_name("lib")
+        / f"libtorch_cpu.{'dylib' if sys.platform == 'darwin' else 'so'}"
+    )
     for path in (None, str(own)):
         try:
             runtime = ctypes.CDLL(path)
@@ -304,6 +376,8 @@ def _matches(library: ctypes.CDLL) -> bool:
     """Whether the library has the functions and structures of this file."""
     try:
         sizes = [library.layerskip_size_of(index) for index in range(len(STRUCTURES))]
-        return bool(library.layerskip_interface() == INTERFACE) and sizes == list(map(ctypes.sizeof, STRUCTURES))
+        return bool(library.layerskip_interface() == INTERFACE) and sizes == list(
+            map(ctypes.sizeof, STRUCTURES)
+        )
     except AttributeError:  # an old version lacks these functions
         return False

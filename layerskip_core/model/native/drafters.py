@@ -1,13 +1,16 @@
-"""Drafters with layers of their own on the C kernels: the EAGLE-3 layout, and the assistant of a Gemma 4 model.
+"""Drafters with layers of their own on the C kernels: the EAGLE-3 layout, and the assistant of a
+Gemma 4 model.
 
-An assistant is a small decoder trained to draft for its model (google/gemma-4-E2B-it-assistant). Its layers have queries only:
-each reads the keys and values of the model's last attending layer of its kind. Let e be the model's embedding of a token, and s
-the model's hidden state of the previous token after the final norm:
+An assistant is a small decoder trained to draft for its model (google/gemma-4-E2B-it-assistant).
+Its layers have queries only: each reads the keys and values of the model's last attending layer of
+its kind. Let e be the model's embedding of a token, and s the model's hidden state of the previous
+token after the final norm:
 
     x = W_in [e; s], h = norm(layers(x)), logits = head(h); for the next draft s = W_out h
 
-All drafts of a round have the position of the model's last KV entry, as in vLLM and mlx-vlm; transformers rotates queries for
-the position after it. A head with clusters scores only the tokens of the `chosen` clusters with the best centroids.
+All drafts of a round have the position of the model's last KV entry, as in vLLM and mlx-vlm;
+transformers rotates queries for the position after it. A head with clusters scores only the tokens
+of the `chosen` clusters with the best centroids.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +37,9 @@ from .heads import NativeLinear, draft
 from .layers import Engine, EntryLayers, NativeLayer, NativeLayers, keys_at
 from .matrix import MatrixForm, PackMatrix
 
-INPUT, OUTPUT, CENTROIDS = "pre_projection.weight", "post_projection.weight", "masked_embedding.centroids.weight"
+INPUT = "pre_projection.weight"
+OUTPUT = "post_projection.weight"
+CENTROIDS = "masked_embedding.centroids.weight"
 ORDER = "masked_embedding.token_ordering"  # token ids, cluster by cluster
 
 
@@ -46,22 +51,33 @@ class Target(NamedTuple):
     spec: ModelSpec
     embedding: Tensor
     pool: PagePool
-    low_bits: tuple[Quantization | None, Quantization | None]  # of a drafter's layers and head, if its widths allow
+    # Of a drafter's layers and head, if its widths allow
+    low_bits: tuple[Quantization | None, Quantization | None]
 
 
 class _Matrices:
-    """Makes a drafter's matrices: in low bits if `widths` allow it, else in the embedding's precision or fp32."""
+    """Makes a drafter's matrices: in low bits if `widths` allow it, else in the embedding's
+    precision or fp32.
+    """
 
     def __init__(self, target: Target, widths: Sequence[int]) -> None:
-        is_bf16 = target.embedding.dtype == torch.bfloat16 and not any(width % 2 for width in widths)
+        is_bf16 = target.embedding.dtype == torch.bfloat16 and not any(
+            width % 2 for width in widths
+        )
         self.dtype, unrounded = (torch.bfloat16, "bf16") if is_bf16 else (torch.float32, "fp32")
         fits = not any(width % GROUP_SIZE for width in widths)
-        self.layers, self.head = (kind if fits and kind is not None else unrounded for kind in target.low_bits)
+        self.layers, self.head = (
+            kind if fits and kind is not None else unrounded for kind in target.low_bits
+        )
         self._pack = target.pack
 
-    def linear(self, engine: Engine, weights: Weights, name: str, kind: str, norm: Affine | None = None) -> NativeLinear:
+    def linear(
+        self, engine: Engine, weights: Weights, name: str, kind: str, norm: Affine | None = None
+    ) -> NativeLinear:
         outputs, inputs = weights.shapes[name]
-        matrix = self._pack(name, MatrixForm(kind, inputs, outputs), lambda: [Affine(weights.of(name), None)])
+        matrix = self._pack(
+            name, MatrixForm(kind, inputs, outputs), lambda: [Affine(weights.of(name), None)]
+        )
         return NativeLinear(engine, matrix, norm)
 
 
@@ -71,10 +87,15 @@ class NativeEagle3:
     needs_feature = True
 
     def __init__(self, target: Target, stored: Eagle3Weights, place: int) -> None:
-        form, pack, embedding = stored.form, target.pack, target.embedding
+        form = stored.form
+        pack = target.pack
+        embedding = target.embedding
         made = _Matrices(target, (form.hidden, form.inner, form.heads * form.head_dim))
         rounded = {name: weight.to(made.dtype) for name, weight in stored.weights.items()}
-        self._form, self._norms = form, {name: weight.float() for name, weight in rounded.items() if weight.dim() == 1}
+        self._form = form
+        self._norms = {
+            name: weight.float() for name, weight in rounded.items() if weight.dim() == 1
+        }
         weights = Weights(rounded.get, form.shapes)
         self._spec = spec = _layer_spec(form, target.spec)
 
@@ -85,20 +106,38 @@ class NativeEagle3:
         engine = Engine(target.kernels, spec, embedding.dtype, ropes)
         engine.make_room(len(form.layers) * form.hidden)
         engine.shape.norms_residual = form.norm_before_residual
-        layer = NativeLayer(pack, weights.below(LAYER), spec, place, made.layers, Affine(weights.of(HIDDEN_NORM), None))
-        self._layers = EntryLayers(engine, spec, embedding, None, [None] * place + [layer], target.pool)
+        layer = NativeLayer(
+            pack,
+            weights.below(LAYER),
+            spec,
+            place,
+            made.layers,
+            Affine(weights.of(HIDDEN_NORM), None),
+        )
+        self._layers = EntryLayers(
+            engine, spec, embedding, None, [None] * place + [layer], target.pool
+        )
         self._fc = made.linear(engine, weights, FC, made.layers)
         self.head = made.linear(engine, weights, HEAD, made.head, Affine(weights.of(NORM), None))
-        self._place, self.taps = place, (0, *form.layers)
+        self._place = place
+        self.taps = (0, *form.layers)
         self.vocabulary = DraftVocabulary(spec.vocab, form.vocab, stored.tokens.tolist())
 
     def run(self, layers: Layers, states: Tensor, before: Tensor | None, places: Places) -> Tensor:
-        return self._layers.run_layers(_entries(states, before), self._place, self._place + 1, places.moved(-1))
+        return self._layers.run_layers(
+            _entries(states, before), self._place, self._place + 1, places.moved(-1)
+        )
 
-    def write(self, model: Backend, states: Mapping[int, Tensor], before: Tensor | None, places: Places) -> None:
-        self._layers.write_kv(_entries(states[0], before), self._place, self._place + 1, places.moved(-1))
+    def write(
+        self, model: Backend, states: Mapping[int, Tensor], before: Tensor | None, places: Places
+    ) -> None:
+        self._layers.write_kv(
+            _entries(states[0], before), self._place, self._place + 1, places.moved(-1)
+        )
 
-    def features(self, model: Backend, states: Mapping[int, Tensor], finals: Tensor) -> Tensor | None:
+    def features(
+        self, model: Backend, states: Mapping[int, Tensor], finals: Tensor
+    ) -> Tensor | None:
         return self._fc(self._form.fc_input([states[tap] for tap in self.taps[1:]], self._normed))
 
     def own_feature(self, hidden: Tensor) -> Tensor | None:
@@ -107,12 +146,27 @@ class NativeEagle3:
     def _normed(self, name: str, hidden: Tensor) -> Tensor:
         return F.rms_norm(hidden.float(), hidden.shape[-1:], self._norms[name], self._form.eps)
 
-    def kernel(self, head: DraftHead, text: Tensor, submodel: Submodel, places: Places, *others: Any) -> Drafted:
+    def kernel(
+        self, head: DraftHead, text: Tensor, submodel: Submodel, places: Places, *others: Any
+    ) -> Drafted:
         """A `DraftKernel`."""
-        layer, norms = replace(submodel, block=None, beyond=((self._place, self._place + 1),)), self._form.norm_output
+        layer = replace(submodel, block=None, beyond=((self._place, self._place + 1),))
+        norms = self._form.norm_output
         ends, noise, feature, runs_last = others
         moved = places.moved(-1)
-        return draft(self._layers, self._spec, head, text, layer, moved, ends, noise, feature, runs_last, norms)
+        return draft(
+            self._layers,
+            self._spec,
+            head,
+            text,
+            layer,
+            moved,
+            ends,
+            noise,
+            feature,
+            runs_last,
+            norms,
+        )
 
 
 def _entries(states: Tensor, before: Tensor | None) -> Tensor:
@@ -158,27 +212,49 @@ class Assistant:
     chosen: int  # clusters that are scored
     settings: Mapping[str, Any]  # config.json
     take: Callable[[str], Tensor]  # weights by the names of `shapes`, and the ids of ORDER
-    model_fingerprint: str | None = None  # of the model that it was trained for, if the file has one
+    # Of the model that it was trained for, if the file has one
+    model_fingerprint: str | None = None
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        spec, width = self.spec, self.spec.hidden
-        own = {name: shape for name, shape in spec.shapes.items() if spec.tied or name != spec.embedding_name}
+        spec = self.spec
+        width = self.spec.hidden
+        own = {
+            name: shape
+            for name, shape in spec.shapes.items()
+            if spec.tied or name != spec.embedding_name
+        }
         own |= {INPUT: (width, 2 * self.hidden), OUTPUT: (self.hidden, width)}
         return own | ({CENTROIDS: (self.clusters, width)} if self.clusters else {})
 
 
 class NativeAssistant:
-    """An assistant on the C kernels, as a PlacedBlock. It writes no KV entries; `run` returns the last layer's output."""
+    """An assistant on the C kernels, as a PlacedBlock. It writes no KV entries; `run` returns the
+    last layer's output.
+    """
 
-    needs_feature, kernel, vocabulary = True, None, None
+    needs_feature = True
+    kernel = None
+    vocabulary = None
     taps: tuple[int, ...] = ()
 
     def __init__(self, target: Target, stored: Assistant) -> None:
-        spec, self._hidden, embedding = stored.spec, target.spec.hidden, target.embedding
+        spec = stored.spec
+        self._hidden = target.spec.hidden
+        embedding = target.embedding
         of_layers = [spec.of_layer(layer) for layer in range(spec.layers)]
-        made = _Matrices(target, (2 * self._hidden, spec.hidden, spec.inner, *(of_layer.queries for of_layer in of_layers)))
-        weights = Weights(checked(lambda name: stored.take(name).to(made.dtype), stored.shapes), stored.shapes)
+        made = _Matrices(
+            target,
+            (
+                2 * self._hidden,
+                spec.hidden,
+                spec.inner,
+                *(of_layer.queries for of_layer in of_layers),
+            ),
+        )
+        weights = Weights(
+            checked(lambda name: stored.take(name).to(made.dtype), stored.shapes), stored.shapes
+        )
         engine = Engine(target.kernels, spec, embedding.dtype)
         engine.make_room(2 * self._hidden)
         layers = list[NativeLayer | None]()
@@ -205,10 +281,14 @@ class NativeAssistant:
         last = Places(places.cache, [max(0, start - 1) for start in places.origins], places.counts)
         return self._layers.run_layers(entered, 0, self._layers.num_layers, last)
 
-    def write(self, model: Backend, states: Mapping[int, Tensor], before: Tensor | None, places: Places) -> None:
+    def write(
+        self, model: Backend, states: Mapping[int, Tensor], before: Tensor | None, places: Places
+    ) -> None:
         pass
 
-    def features(self, model: Backend, states: Mapping[int, Tensor], finals: Tensor) -> Tensor | None:
+    def features(
+        self, model: Backend, states: Mapping[int, Tensor], finals: Tensor
+    ) -> Tensor | None:
         return model.normed(finals)
 
     def own_feature(self, hidden: Tensor) -> Tensor | None:
@@ -218,16 +298,23 @@ class NativeAssistant:
 class ClusteredHead:
     """Logits (N, V) of states (N, D), -inf outside the chosen clusters."""
 
-    def __init__(self, norm: Norm, centroids: Tensor, table: Tensor, order: Tensor, chosen: int) -> None:
-        """`centroids` (C, D); `table` (V, D) by token; `order` (V,): token ids, cluster by cluster."""
-        self._norm, self._centroids, self._chosen = norm, centroids.float(), chosen
+    def __init__(
+        self, norm: Norm, centroids: Tensor, table: Tensor, order: Tensor, chosen: int
+    ) -> None:
+        """`centroids` (C, D); `table` (V, D) by token; `order` (V,): token ids, cluster by
+        cluster.
+        """
+        self._norm = norm
+        self._centroids = centroids.float()
+        self._chosen = chosen
         self._ids = order.view(len(centroids), -1)
         self._rows = table[self._ids].flatten(1)  # (C, V/C * D)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         normed = self._norm(hidden)
         best = (normed @ self._centroids.T).topk(self._chosen).indices
-        rows = torch.embedding(self._rows, best).view(len(normed), -1, normed.shape[1])  # indexing takes five times as long
+        # Indexing takes five times as long
+        rows = torch.embedding(self._rows, best).view(len(normed), -1, normed.shape[1])
         scores = rows.float() @ normed[..., None]
         logits = normed.new_full((len(normed), self._ids.numel()), -torch.inf)
         return logits.scatter_(1, self._ids[best].flatten(1), scores[..., 0])

@@ -45,27 +45,40 @@ Ropes = Callable[[int], list[tuple[Tensor, Tensor]]]
 class Engine:
     """The kernels with a model's sizes and the buffers of its calls."""
 
-    def __init__(self, kernels: Kernels, spec: ModelSpec, dtype: torch.dtype, ropes: Ropes | None = None) -> None:
+    def __init__(
+        self, kernels: Kernels, spec: ModelSpec, dtype: torch.dtype, ropes: Ropes | None = None
+    ) -> None:
         """`dtype`: of the embedding and the cache. `ropes`: None for those of `spec`."""
-        self.kernels, self.shape = kernels, _shape_of(spec, dtype)
+        self.kernels = kernels
+        self.shape = _shape_of(spec, dtype)
         sizes = {size.head_dim: spec.of_layer(layer) for layer, size in enumerate(spec.sizes)}
-        self.layer_shapes = {head_dim: _shape_of(of_layer, dtype) for head_dim, of_layer in sizes.items()}
-        block_output = spec.hidden if any(spec.architecture.norms[1::2]) else 0  # where norms follow blocks
+        self.layer_shapes = {
+            head_dim: _shape_of(of_layer, dtype) for head_dim, of_layer in sizes.items()
+        }
+        # Where norms follow blocks
+        block_output = spec.hidden if any(spec.architecture.norms[1::2]) else 0
         chosen, expert = (spec.experts.choices, spec.experts.inner) if spec.experts else (0, 0)
-        inner, steps = max([spec.inner, *(size.inner for size in spec.sizes)]), 0
-        inside, mixed = max(inner, chosen * expert), max([spec.queries, *(of_layer.queries for of_layer in sizes.values())])
+        inner = max([spec.inner, *(size.inner for size in spec.sizes)])
+        steps = 0
+        inside = max(inner, chosen * expert)
+        mixed = max([spec.queries, *(of_layer.queries for of_layer in sizes.values())])
         read = max(
-            sum(of_layer.projections("attention").widths) for of_layer in (spec, *map(spec.of_layer, range(spec.layers)))
+            sum(of_layer.projections("attention").widths)
+            for of_layer in (spec, *map(spec.of_layer, range(spec.layers)))
         )
         if (recurrence := spec.recurrence) is not None:
-            read, mixed = max(read, sum(recurrence.widths)), max(mixed, recurrence.outputs)
+            read = max(read, sum(recurrence.widths))
+            mixed = max(mixed, recurrence.outputs)
             steps = 2 * recurrence.heads if recurrence.key_heads else 0  # steps and decays
         slices = spec.layers * spec.token_width if spec.token_inputs else 0
-        self.widths = (read, mixed, inside, block_output, steps, slices)  # of rows in shared buffers
+        # Of rows in shared buffers
+        self.widths = (read, mixed, inside, block_output, steps, slices)
         self.formed_bytes = 0  # of the largest row in the layout that kernels read
-        self.make_room(max(2 * spec.hidden, mixed, inner, expert))  # MTP and EAGLE-3 read two states
+        # MTP and EAGLE-3 read two states
+        self.make_room(max(2 * spec.hidden, mixed, inner, expert))
         self._kept = lru_cache(_KEPT)(Buffers)
-        self._experts, self._rope_length = spec.experts, 0
+        self._experts = spec.experts
+        self._rope_length = 0
         self._ropes: Ropes = ropes or (lambda count: cosines_and_sines(spec, count, torch.empty(0)))
         self._rope: list[tuple[Tensor, Tensor]] = []
 
@@ -81,14 +94,26 @@ class Engine:
         return self._rope
 
     def buffers(self, rows: int) -> "Buffers":
-        """Buffers for this many rows and the current threads; the next call of that size may reuse them."""
+        """Buffers for this many rows and the current threads; the next call of that size may reuse
+        them.
+        """
         make = self._kept if rows <= KEPT_ROWS else Buffers
-        return make(rows, torch.get_num_threads(), self.widths, self.shape.hidden, self.formed_bytes, self._experts)
+        return make(
+            rows,
+            torch.get_num_threads(),
+            self.widths,
+            self.shape.hidden,
+            self.formed_bytes,
+            self._experts,
+        )
 
     def row_bytes(self) -> int:
         """Approximate bytes of a row's activations."""
         states = 2 + int(self.shape.chosen)  # its own, and the outputs of experts
-        return 4 * (sum(self.widths) + states * int(self.shape.hidden)) + torch.get_num_threads() * self.formed_bytes
+        return (
+            4 * (sum(self.widths) + states * int(self.shape.hidden))
+            + torch.get_num_threads() * self.formed_bytes
+        )
 
 
 def _shape_of(spec: ModelSpec, dtype: torch.dtype) -> CShape:
@@ -115,7 +140,8 @@ def _shape_of(spec: ModelSpec, dtype: torch.dtype) -> CShape:
         eps=spec.eps,
         attention_scale=spec.attention_scale,
         score_cap=spec.score_cap or 0.0,
-        embedding_scale=float(torch.tensor(spec.embedding_scale).to(dtype)),  # as transformers rounds it
+        # As transformers rounds it
+        embedding_scale=float(torch.tensor(spec.embedding_scale).to(dtype)),
         residual_scale=spec.residual_scale,
     )
 
@@ -124,24 +150,45 @@ class Buffers:
     """The buffers of a call over `rows` rows, and its structure with all constant fields."""
 
     def __init__(
-        self, rows: int, threads: int, widths: tuple[int, ...], hidden: int, formed_bytes: int, experts: ExpertsSpec | None
+        self,
+        rows: int,
+        threads: int,
+        widths: tuple[int, ...],
+        hidden: int,
+        formed_bytes: int,
+        experts: ExpertsSpec | None,
     ) -> None:
         self._shared = [torch.empty(rows, width) for width in widths]
-        own = -(-(4 * (hidden + 16) + rows * formed_bytes) // 64) * 64  # a hidden state, and all rows as kernels read them
+        # A hidden state, and all rows as kernels read them
+        own = -(-(4 * (hidden + 16) + rows * formed_bytes) // 64) * 64
         self._scratch = torch.empty(threads * own, dtype=torch.uint8)
         self.threads = threads
         self.call = CCall(rows=rows)
-        for name, part in zip(("qkv", "mixed", "inside", "block", "steps", "slices"), self._shared, strict=True):
+        for name, part in zip(
+            ("qkv", "mixed", "inside", "block", "steps", "slices"), self._shared, strict=True
+        ):
             setattr(self.call, name, part.data_ptr())
         if experts is not None:
-            choices, most = rows * experts.choices, experts.count + experts.shared + 1
-            sizes = dict.fromkeys(("choice_slots", "chosen", "slot_rows"), choices) | {"experts": most, "first_slots": most}
-            self._routing = {name: torch.empty(size, dtype=torch.int32) for name, size in (sizes | {"used": 1}).items()}
-            sizes = {"logits": rows * (experts.count + experts.gates_shared), "weights": choices, "products": choices * hidden}
+            choices = rows * experts.choices
+            most = experts.count + experts.shared + 1
+            sizes = dict.fromkeys(("choice_slots", "chosen", "slot_rows"), choices) | {
+                "experts": most,
+                "first_slots": most,
+            }
+            self._routing = {
+                name: torch.empty(size, dtype=torch.int32)
+                for name, size in (sizes | {"used": 1}).items()
+            }
+            sizes = {
+                "logits": rows * (experts.count + experts.gates_shared),
+                "weights": choices,
+                "products": choices * hidden,
+            }
             self._routing |= {name: torch.empty(size) for name, size in sizes.items()}
             for name, part in self._routing.items():
                 setattr(self.call, name, part.data_ptr())
-        self.call.scratch, self.call.scratch_bytes = self._scratch.data_ptr(), own
+        self.call.scratch = self._scratch.data_ptr()
+        self.call.scratch_bytes = own
         self._logits = torch.empty(0)
         self.read: tuple[Any, ...] = ()  # keeps arrays alive that the next call reads
 
@@ -161,7 +208,9 @@ class NativeNorm:
     """A norm's weights in fp32, or none, and the C structure with their addresses."""
 
     def __init__(self, norm: Affine | None) -> None:
-        self._parts = [None if part is None else part.float().contiguous() for part in norm or (None, None)]
+        self._parts = [
+            None if part is None else part.float().contiguous() for part in norm or (None, None)
+        ]
         self.structure = CNorm(*(None if part is None else part.data_ptr() for part in self._parts))
 
 
@@ -169,14 +218,22 @@ class NativeLayer:
     """A layer's weights and the C structure with their addresses."""
 
     def __init__(
-        self, pack: PackMatrix, weights: Weights, spec: ModelSpec, index: int, kind: str, feature_norm: Affine | None = None
+        self,
+        pack: PackMatrix,
+        weights: Weights,
+        spec: ModelSpec,
+        index: int,
+        kind: str,
+        feature_norm: Affine | None = None,
     ) -> None:
         """`weights`: of this layer; `pack` decides which matrices are read.
 
-        `feature_norm`: for EntryLayers: this norm is of features, the layer's first norm of embeddings.
+        `feature_norm`: for EntryLayers: this norm is of features, the layer's first norm of
+        embeddings.
         """
         spec, inputs = spec.of_layer(index), spec.token_inputs
-        source, rope = index if spec.source is None else spec.source, spec.rope_of[index]
+        source = index if spec.source is None else spec.source
+        rope = spec.rope_of[index]
         matrices = _layer_matrices(pack, weights, spec, index, kind, feature_norm is not None)
         norms = dict(zip(_NORMS, layer_norms(weights, spec, index), strict=True))
         if feature_norm is not None:
@@ -193,8 +250,11 @@ class NativeLayer:
             self._recurrence = NativeRecurrence(weights, spec, index)
         elif first == "attention":
             others["sinks"] = sinks(weights, spec)
-        self.matrices, self._norms = list(matrices.values()), {name: NativeNorm(norm) for name, norm in norms.items()}
-        self._others = {name: part.float().contiguous() for name, part in others.items() if part is not None}
+        self.matrices = list(matrices.values())
+        self._norms = {name: NativeNorm(norm) for name, norm in norms.items()}
+        self._others = {
+            name: part.float().contiguous() for name, part in others.items() if part is not None
+        }
         recurrence, steps = (None, None) if self._recurrence is None else self._recurrence.addresses
         self.structure = CLayer(
             **{name: matrix.structure for name, matrix in matrices.items()},
@@ -212,14 +272,17 @@ class NativeLayer:
         )  # NativeLayers sets the shape
 
 
-_NORMS = "before_attention", "after_attention", "before_mlp", "after_mlp", "query", "key"  # in the order of `layer_norms`
+# In the order of `layer_norms`
+_NORMS = "before_attention", "after_attention", "before_mlp", "after_mlp", "query", "key"
 
 
 def _layer_matrices(
     pack: PackMatrix, weights: Weights, spec: ModelSpec, index: int, kind: str, reads_feature: bool
 ) -> dict[str, NativeMatrix]:
     """A layer's matrices by their names in CLayer. `spec`: that of the layer."""
-    matrices, blocks, biased = dict[str, NativeMatrix](), spec.blocks_of(index), spec.mlp_bias
+    matrices = dict[str, NativeMatrix]()
+    blocks = spec.blocks_of(index)
+    biased = spec.mlp_bias
 
     def add(name: str, form: MatrixForm, read: Callable[[], Iterable[Affine]]) -> None:
         matrices[name] = pack(f"layers.{index}.{name}", form, read)
@@ -232,11 +295,23 @@ def _layer_matrices(
         add("output", output, lambda: [block_output(weights, spec, first)])
     if "mlp" in blocks:
         experts = spec.experts_of(index)
-        inner, count = (experts.inner, experts.count + experts.shared) if experts else (spec.inner, 1)
+        inner, count = (
+            (experts.inner, experts.count + experts.shared) if experts else (spec.inner, 1)
+        )
         up = MatrixForm(kind, spec.hidden, inner, 1 + spec.architecture.gated, biased, count)
         down = MatrixForm(kind, inner, spec.hidden, biased=biased, experts=count)
-        add("up", up, lambda: expert_inputs(weights, spec) if experts else block_inputs(weights, spec, "mlp"))
-        add("down", down, lambda: expert_outputs(weights, spec) if experts else [block_output(weights, spec, "mlp")])
+        add(
+            "up",
+            up,
+            lambda: expert_inputs(weights, spec) if experts else block_inputs(weights, spec, "mlp"),
+        )
+        add(
+            "down",
+            down,
+            lambda: (
+                expert_outputs(weights, spec) if experts else [block_output(weights, spec, "mlp")]
+            ),
+        )
     if (inputs := spec.token_inputs) is not None:
         gate = MatrixForm(kind, spec.hidden, spec.token_width)
         add("token_gate", gate, lambda: [affine(weights, inputs.gate, spec)])
@@ -249,13 +324,23 @@ class NativeTokenInputs:
     """The weights of Gemma 4's token inputs, and the C structure with their addresses."""
 
     def __init__(
-        self, pack: PackMatrix, weights: Weights, spec: ModelSpec, table: Tensor, embedding: Tensor, kind: str
+        self,
+        pack: PackMatrix,
+        weights: Weights,
+        spec: ModelSpec,
+        table: Tensor,
+        embedding: Tensor,
+        kind: str,
     ) -> None:
-        names, width = spec.token_inputs, spec.token_width
+        names = spec.token_inputs
+        width = spec.token_width
         assert names is not None
         form = MatrixForm(kind, spec.hidden, spec.layers * width)
-        self._matrix = pack("token_model", form, lambda: [Affine(weights.of(names.projection), None)])
-        factors, half = norm_weights(weights, names.norm, spec), 0.5**0.5
+        self._matrix = pack(
+            "token_model", form, lambda: [Affine(weights.of(names.projection), None)]
+        )
+        factors = norm_weights(weights, names.norm, spec)
+        half = 0.5**0.5
         self._norm = NativeNorm(Affine(factors.weight.float() * half, None))
         self._tensors = (table, embedding)
         self.structure = CTokenInputs(
@@ -285,9 +370,13 @@ class NativeLayers(RepackedLayers):
     ) -> None:
         """`inputs`: with these, hidden states are (..., D + 1) and carry the token id."""
         super().__init__(spec, embedding, learned, layers, torch.float32)
-        self.engine, self._pool, self.inputs = engine, pool, inputs
+        self.engine = engine
+        self._pool = pool
+        self.inputs = inputs
         self._there = {index for index, layer in enumerate(layers) if layer is not None}
-        self._array = (CLayer * len(layers))(*(CLayer() if layer is None else layer.structure for layer in layers))
+        self._array = (CLayer * len(layers))(
+            *(CLayer() if layer is None else layer.structure for layer in layers)
+        )
         for structure, size in zip(self._array, spec.sizes, strict=False):
             structure.shape = ctypes.addressof(engine.layer_shapes[size.head_dim])
 
@@ -302,18 +391,28 @@ class NativeLayers(RepackedLayers):
 
     def carrying(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """Appends token ids (...) to hidden states (..., D) if layers read them."""
-        return hidden if self.inputs is None else torch.cat((hidden, ids[..., None].to(hidden.dtype)), dim=-1)
+        return (
+            hidden
+            if self.inputs is None
+            else torch.cat((hidden, ids[..., None].to(hidden.dtype)), dim=-1)
+        )
 
-    def run(self, hidden: Tensor, start: int, stop: int, places: Places, only_kv: bool = False) -> Tensor:
+    def run(
+        self, hidden: Tensor, start: int, stop: int, places: Places, only_kv: bool = False
+    ) -> Tensor:
         assert self.has(range(start, stop))
         if self.inputs is None:
             return self.called(self.numbers(hidden), start, stop, places, only_kv)
         tokens = hidden[:, self.spec.hidden :].flatten().long()
-        return self.carrying(self.called(self.numbers(hidden), start, stop, places, only_kv, tokens=tokens), tokens)
+        return self.carrying(
+            self.called(self.numbers(hidden), start, stop, places, only_kv, tokens=tokens), tokens
+        )
 
     def numbers(self, hidden: Tensor) -> Tensor:
         """A copy of hidden states without token ids (N, D), to be changed in place."""
-        return hidden[:, : self.spec.hidden].to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        return hidden[:, : self.spec.hidden].to(
+            torch.float32, copy=True, memory_format=torch.contiguous_format
+        )
 
     def called(
         self,
@@ -325,8 +424,11 @@ class NativeLayers(RepackedLayers):
         entries: Tensor | None = None,
         tokens: Tensor | None = None,
     ) -> Tensor:
-        """Runs layers on the hidden states `rows` (N, D), in place. `entries` (N, 2D): the inputs of EntryLayers."""
-        kernels, most = self.engine.kernels, rows_at_once(len(rows), self.row_bytes)
+        """Runs layers on the hidden states `rows` (N, D), in place. `entries` (N, 2D): the inputs
+        of EntryLayers.
+        """
+        kernels = self.engine.kernels
+        most = rows_at_once(len(rows), self.row_bytes)
         kernel = kernels.write if only_kv else kernels.span
         for first, part in zip(range(0, len(rows), most), places.parts(most), strict=True):
             buffers = self.call_at(part)
@@ -335,7 +437,9 @@ class NativeLayers(RepackedLayers):
                 buffers.call.entries = entries[first:].data_ptr()
             if tokens is not None:
                 buffers.call.tokens = tokens[first:].data_ptr()
-            kernel(self.engine.shape, self.address(start), stop - start, buffers.call, buffers.threads)
+            kernel(
+                self.engine.shape, self.address(start), stop - start, buffers.call, buffers.threads
+            )
         return rows
 
     def has(self, layers: Iterable[int]) -> bool:
@@ -347,29 +451,45 @@ class NativeLayers(RepackedLayers):
         return ctypes.addressof(self._array) + layer * ctypes.sizeof(CLayer)
 
     def call_at(self, places: Places, rows: int | None = None) -> Buffers:
-        """The buffers of a call for the tokens at `places`. `rows`: how many run at once, if not all."""
+        """The buffers of a call for the tokens at `places`. `rows`: how many run at once, if not
+        all.
+        """
         assert isinstance(places.cache, PagedCache)
         pages = places.cache.addresses(places)
         buffers = self.engine.buffers(rows or sum(places.counts))
         call = buffers.call
         for index, (cos, sin) in enumerate(self.engine.rope(pages.shape[1] * PAGE)):
-            call.cos[index], call.sin[index] = cos.data_ptr(), sin.data_ptr()
+            call.cos[index] = cos.data_ptr()
+            call.sin[index] = sin.data_ptr()
         bounds = [0, rows] if rows else sorted({*places.bounds})
         buffers.read = *places.each, array("i", bounds), pages
-        call.positions, call.page_rows, call.starts = (part.buffer_info()[0] for part in buffers.read[:3])
-        call.pages, call.row_pages, call.sequences = pages.data_ptr(), pages.shape[1], len(bounds) - 1
+        call.positions, call.page_rows, call.starts = (
+            part.buffer_info()[0] for part in buffers.read[:3]
+        )
+        call.pages = pages.data_ptr()
+        call.row_pages = pages.shape[1]
+        call.sequences = len(bounds) - 1
         if self.inputs is not None:
             call.inputs = ctypes.addressof(self.inputs.structure)
         if self.spec.recurrence is not None:
             memories = places.cache.memories(places)
-            call.states, call.rings, call.slots, call.settled = (part.data_ptr() for part in memories)
-            call.slot_bytes, buffers.read = self._pool.memory[1], (*buffers.read, memories)
+            call.states, call.rings, call.slots, call.settled = (
+                part.data_ptr() for part in memories
+            )
+            call.slot_bytes = self._pool.memory[1]
+            buffers.read = (*buffers.read, memories)
         return buffers
 
 
 class EntryLayers(NativeLayers):
-    """The layer of a drafter in the EAGLE-3 layout. Its input [embedding; feature] (N, 2D) may be changed in place."""
+    """The layer of a drafter in the EAGLE-3 layout. Its input [embedding; feature] (N, 2D) may be
+    changed in place.
+    """
 
-    def run(self, hidden: Tensor, start: int, stop: int, places: Places, only_kv: bool = False) -> Tensor:
+    def run(
+        self, hidden: Tensor, start: int, stop: int, places: Places, only_kv: bool = False
+    ) -> Tensor:
         entries = hidden.to(torch.float32).contiguous()
-        return self.called(torch.empty(len(hidden), self.spec.hidden), start, stop, places, only_kv, entries)
+        return self.called(
+            torch.empty(len(hidden), self.spec.hidden), start, stop, places, only_kv, entries
+        )

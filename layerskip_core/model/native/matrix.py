@@ -27,7 +27,9 @@ Part = tuple[torch.dtype, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class MatrixForm:
-    """The form of a matrix (outputs, inputs). `inputs` must be a multiple of the group size for low bits, of 2 for bf16."""
+    """The form of a matrix (outputs, inputs). `inputs` must be a multiple of the group size for low
+    bits, of 2 for bf16.
+    """
 
     kind: str  # one of KINDS
     inputs: int
@@ -50,45 +52,67 @@ class MatrixForm:
     def parts(self) -> dict[str, Part]:
         """Types and shapes of its tensors (P: panels):
 
-        fp32: (P, inputs, 32)
-        bf16, and widened (bf16 weights times fp32 rows): (P, inputs / 2, 32, 2)
-        int8: levels plus 128, (P, inputs / 4, 32, 4), and fp32 scales (P, 32)
-        int4: two levels per byte, of inputs i and i + 16 of a group, (P, groups, 4, 32, 4); scale and lowest value in bf16,
+        fp32: (P, inputs, 32) bf16, and widened (bf16 weights times fp32 rows): (P, inputs / 2, 32,
+        2) int8: levels plus 128, (P, inputs / 4, 32, 4), and fp32 scales (P, 32) int4: two levels
+        per byte, of inputs i and i + 16 of a group, (P, groups, 4, 32, 4); scale and lowest value
+        in bf16,
             (P, groups, 2, 32)
-        stored: for the P panels of a type, levels in units of four bytes (P, groups * bits, 32), fp16 scales of blocks and of
+        stored: for the P panels of a type, levels in units of four bytes (P, groups * bits, 32),
+        fp16 scales of blocks and of
             minima (P, blocks * 1 or 2, 32), and steps (P, steps * 1 or 2, 32)
 
         A bias is (P, 32) in fp32.
         """
-        panels, inputs, groups = self.panels, self.inputs, self.inputs // GROUP_SIZE
+        panels = self.panels
+        inputs = self.inputs
+        groups = self.inputs // GROUP_SIZE
         by_kind: dict[str, dict[str, Part]] = {
             "fp32": {"weight": (torch.float32, (panels, inputs, PANEL))},
             "bf16": {"weight": (torch.bfloat16, (panels, inputs // 2, PANEL, 2))},
-            "int8": {"weight": (torch.uint8, (panels, inputs // 4, PANEL, 4)), "scale": (torch.float32, (panels, PANEL))},
+            "int8": {
+                "weight": (torch.uint8, (panels, inputs // 4, PANEL, 4)),
+                "scale": (torch.float32, (panels, PANEL)),
+            },
             "int4": {
                 "weight": (torch.uint8, (panels, groups, 4, PANEL, 4)),
                 "scale": (torch.bfloat16, (panels, groups, 2, PANEL)),
             },
         }
         by_kind["widened"] = by_kind["bf16"]
-        by_kind["stored"] = {part: kind for name in dict.fromkeys(self.types) for part, kind in self._stored_parts(name)}
-        return by_kind[self.kind] | ({"bias": (torch.float32, (panels, PANEL))} if self.biased else {})
+        by_kind["stored"] = {
+            part: kind
+            for name in dict.fromkeys(self.types)
+            for part, kind in self._stored_parts(name)
+        }
+        return by_kind[self.kind] | (
+            {"bias": (torch.float32, (panels, PANEL))} if self.biased else {}
+        )
 
     def _stored_parts(self, name: str) -> Iterator[tuple[str, Part]]:
-        form, panels = FORMS[name], self.types.count(name)
+        form = FORMS[name]
+        panels = self.types.count(name)
         factors = self.inputs // form.inputs * form.factors
-        yield f"{name}.weight", (torch.int32, (panels, self.inputs // GROUP_SIZE * form.bits, PANEL))
+        yield (
+            f"{name}.weight",
+            (torch.int32, (panels, self.inputs // GROUP_SIZE * form.bits, PANEL)),
+        )
         if not form.by_table:
             yield f"{name}.scale", (torch.float16, (panels, factors, PANEL))
         if form.step_inputs:
-            yield f"{name}.steps", (torch.int8, (panels, factors * form.inputs // form.step_inputs, PANEL))
+            yield (
+                f"{name}.steps",
+                (torch.int8, (panels, factors * form.inputs // form.step_inputs, PANEL)),
+            )
 
 
 class HugePages:
-    """Memory for a model's weights in huge pages, if the system has them: a pass reads all weights, so TLB misses count."""
+    """Memory for a model's weights in huge pages, if the system has them: a pass reads all weights,
+    so TLB misses count.
+    """
 
     def __init__(self) -> None:
-        self._chunk, self._used = torch.empty(0, dtype=torch.uint8), 0
+        self._chunk = torch.empty(0, dtype=torch.uint8)
+        self._used = 0
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         size = prod(shape) * dtype.itemsize
@@ -96,7 +120,8 @@ class HugePages:
             memory = mmap.mmap(-1, max(size, _CHUNK), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             with suppress(AttributeError, OSError):  # not on every system
                 memory.madvise(mmap.MADV_HUGEPAGE)
-            self._chunk, self._used = torch.frombuffer(memory, dtype=torch.uint8), 0
+            self._chunk = torch.frombuffer(memory, dtype=torch.uint8)
+            self._used = 0
         part = self._chunk[self._used : self._used + size]
         self._used += -(-size // _CACHE_LINE) * _CACHE_LINE
         return part.view(dtype).view(shape)
@@ -107,13 +132,19 @@ class NativeMatrix:
 
     def __init__(self, form: MatrixForm, parts: Mapping[str, Tensor]) -> None:
         """`parts`: with the types and shapes of `form.parts`."""
-        self.form, self.parts = form, parts
+        self.form = form
+        self.parts = parts
         self.outputs = form.outputs * form.count
-        pointers = [parts[name].data_ptr() if name in parts else None for name in ("weight", "scale", "bias")]
+        pointers = [
+            parts[name].data_ptr() if name in parts else None
+            for name in ("weight", "scale", "bias")
+        ]
         if form.types:
             self._table = _table(form.types, parts)
             pointers[0] = ctypes.addressof(self._table)
-        self.structure = CMatrix(KINDS.index(form.kind), form.inputs, self.outputs, form.panels_of_one, *pointers)
+        self.structure = CMatrix(
+            KINDS.index(form.kind), form.inputs, self.outputs, form.panels_of_one, *pointers
+        )
 
     @classmethod
     def packed(
@@ -127,32 +158,59 @@ class NativeMatrix:
     ) -> "NativeMatrix":
         """A `PackMatrix` once `kernels` is bound.
 
-        `read` gives `count` projections (outputs, inputs) for each expert, or one projection in parts, where all parts but the
-        last fill panels. A low-bit form rounds them; rows of blocks stay unchanged if all weights are rows of blocks. `empty`
-        allocates tensors. `narrows`: stores fp32 weights in bf16 if bf16 holds them exactly, as it does for most published
+        `read` gives `count` projections (outputs, inputs) for each expert, or one projection in
+        parts, where all parts but the last fill panels. A low-bit form rounds them; rows of blocks
+        stay unchanged if all weights are rows of blocks. `empty` allocates tensors. `narrows`:
+        stores fp32 weights in bf16 if bf16 holds them exactly, as it does for most published
         models: passes of few tokens are memory-bound. The products have the same bits.
         """
         projections = list(read())
-        blocks = [projection.weight for projection in projections if isinstance(projection.weight, BlockRows)]
+        blocks = [
+            projection.weight
+            for projection in projections
+            if isinstance(projection.weight, BlockRows)
+        ]
         if len(blocks) == len(projections):
             form = _stored(form, blocks)
         elif blocks:
             dtype = torch.float32 if form.kind == "fp32" else torch.bfloat16
-            projections = [projection._replace(weight=plain(projection.weight).to(dtype)) for projection in projections]
-        if narrows and form.kind == "fp32" and form.inputs % 2 == 0 and all(_fits_bf16(part.weight) for part in projections):
+            projections = [
+                projection._replace(weight=plain(projection.weight).to(dtype))
+                for projection in projections
+            ]
+        if (
+            narrows
+            and form.kind == "fp32"
+            and form.inputs % 2 == 0
+            and all(_fits_bf16(part.weight) for part in projections)
+        ):
             form = replace(form, kind="widened")
-            projections = [projection._replace(weight=projection.weight.bfloat16()) for projection in projections]
+            projections = [
+                projection._replace(weight=projection.weight.bfloat16())
+                for projection in projections
+            ]
         parts = {name: empty(shape, dtype=dtype) for name, (dtype, shape) in form.parts.items()}
-        matrix, threads = cls(form, parts), torch.get_num_threads()
+        matrix = cls(form, parts)
+        threads = torch.get_num_threads()
         first = 0  # panel
         for place, (weight, bias) in enumerate(projections):
             if form.count > 1:  # panels alternate
                 first = place // form.count * form.panels_of_one + place % form.count
             rows = weight.contiguous()
-            kernels.pack(matrix.structure, rows.data_ptr(), _source(rows), len(rows), first, form.count, threads)
+            kernels.pack(
+                matrix.structure,
+                rows.data_ptr(),
+                _source(rows),
+                len(rows),
+                first,
+                form.count,
+                threads,
+            )
             stop = first - (-len(rows) // PANEL) * form.count
             if bias is not None:
-                parts["bias"][first : stop : form.count] = F.pad(bias.float(), (0, -len(rows) % PANEL)).view(-1, PANEL)
+                parts["bias"][first : stop : form.count] = F.pad(
+                    bias.float(), (0, -len(rows) % PANEL)
+                ).view(-1, PANEL)
             first = stop
         return matrix
 
@@ -164,15 +222,24 @@ class NativeMatrix:
         parts = {}
         for name, (dtype, shape) in form.parts.items():
             units = self.parts[name]
-            units = (units if units.shape[-1] == PANEL else units.view(torch.int32)).reshape(len(units), -1, PANEL)
+            units = (units if units.shape[-1] == PANEL else units.view(torch.int32)).reshape(
+                len(units), -1, PANEL
+            )
             rows = F.pad(units[chosen // PANEL, :, chosen % PANEL], (0, 0, 0, -len(chosen) % PANEL))
-            parts[name] = rows.view(-1, PANEL, rows.shape[1]).transpose(1, 2).contiguous().view(dtype).view(shape)
+            parts[name] = (
+                rows.view(-1, PANEL, rows.shape[1])
+                .transpose(1, 2)
+                .contiguous()
+                .view(dtype)
+                .view(shape)
+            )
         return NativeMatrix(form, parts)
 
 
 def _table(types: Sequence[str], parts: Mapping[str, Tensor]) -> ctypes.Array[CStoredPanel]:
     """The C structure of each panel of a matrix in `stored`."""
-    table, places = (CStoredPanel * len(types))(), Counter[str]()
+    table = (CStoredPanel * len(types))()
+    places = Counter[str]()
     for panel, name in enumerate(types):
         tensors = [parts.get(f"{name}.{part}") for part in ("weight", "scale", "steps")]
         pointers = [None if part is None else part[places[name]].data_ptr() for part in tensors]
@@ -185,8 +252,15 @@ def _stored(form: MatrixForm, weights: Sequence[BlockRows]) -> MatrixForm:
     """The form of weights that are rows of blocks."""
     names = [weight.type_name for weight in weights for _ in range(0, len(weight), PANEL)]
     each = form.panels_of_one // form.count
-    places = ((expert, panel, one) for expert in range(form.experts) for panel in range(each) for one in range(form.count))
-    types = tuple(names[(expert * form.count + one) * each + panel] for expert, panel, one in places)
+    places = (
+        (expert, panel, one)
+        for expert in range(form.experts)
+        for panel in range(each)
+        for one in range(form.count)
+    )
+    types = tuple(
+        names[(expert * form.count + one) * each + panel] for expert, panel, one in places
+    )
     return replace(form, kind="stored", types=types)
 
 
@@ -194,12 +268,15 @@ def _source(rows: Tensor) -> int:
     """The kind of weights to pack, in the numbering of the C code."""
     if isinstance(rows, BlockRows):
         return rows.form.code
-    return KINDS.index("int4" if is_stored(rows) else "bf16" if rows.dtype == torch.bfloat16 else "fp32")
+    return KINDS.index(
+        "int4" if is_stored(rows) else "bf16" if rows.dtype == torch.bfloat16 else "fp32"
+    )
 
 
 def _fits_bf16(weight: Tensor) -> bool:
     """Whether bf16 holds fp32 weights (outputs, inputs) exactly."""
-    return all(not (rows.view(torch.int32) << 16).any() for rows in (weight[:1], weight))  # mostly the first row decides
+    # Mostly the first row decides
+    return all(not (rows.view(torch.int32) << 16).any() for rows in (weight[:1], weight))
 
 
 PackMatrix = Callable[[str, MatrixForm, Callable[[], Iterable[Affine]]], NativeMatrix]

@@ -9,11 +9,15 @@ from ..weights import Weights, by_key_head, convolution
 from .compiled import CRecurrence
 
 CONVOLUTION, DECAY, DELTA = range(3)  # kinds in the numbering of the C code
-MOST_TAPS, LARGEST_KEY = 8, 256  # as in recurrence.h
+# As in recurrence.h
+MOST_TAPS = 8
+LARGEST_KEY = 256
 
 
 def memory_of(spec: ModelSpec) -> tuple[int, int, int]:
-    """For all recurrent layers of a model: bytes of a text's state, bytes of a slot of its ring, and the slots needed."""
+    """For all recurrent layers of a model: bytes of a text's state, bytes of a slot of its ring,
+    and the slots needed.
+    """
     if spec.recurrence is None or spec.architecture.mixer is None:
         return 0, 0, 0
     state, entry = _layer_bytes(spec)
@@ -22,31 +26,54 @@ def memory_of(spec: ModelSpec) -> tuple[int, int, int]:
 
 
 class NativeRecurrence:
-    """A recurrent layer's weights between its projections, and the C structure with their addresses."""
+    """A recurrent layer's weights between its projections, and the C structure with their
+    addresses.
+    """
 
     def __init__(self, weights: Weights, spec: ModelSpec, index: int) -> None:
-        sizes, mixer = spec.recurrence, spec.architecture.mixer
+        sizes = spec.recurrence
+        mixer = spec.architecture.mixer
         assert sizes is not None and mixer is not None
         filters, bias = convolution(weights, spec)
-        parts, steps = {"filter": filters.T, "filter_bias": bias}, [weights.of(f"{name}.weight") for name in mixer.steps]
+        parts = {"filter": filters.T, "filter_bias": bias}
+        steps = [weights.of(f"{name}.weight") for name in mixer.steps]
         if mixer.by_head:
             steps = by_key_head(steps[0], spec, *[sizes.heads // sizes.key_heads] * 2)
         if sizes.key_heads:
             log_rate, rate_bias, *skip = (weights.of(name) for name in mixer.rates)
             norm = weights.of(f"{mixer.norm}.weight")
-            parts |= {"rate": -log_rate.float().exp(), "rate_bias": rate_bias, "norm": norm.repeat(sizes.outputs // len(norm))}
+            parts |= {
+                "rate": -log_rate.float().exp(),
+                "rate_bias": rate_bias,
+                "norm": norm.repeat(sizes.outputs // len(norm)),
+            }
             parts |= dict(zip(["skip"], skip, strict=False))
-        self._parts = {name: part.float().contiguous() for name, part in parts.items() if part is not None}
+        self._parts = {
+            name: part.float().contiguous() for name, part in parts.items() if part is not None
+        }
         self._steps = torch.cat(steps).float() if steps else None
         state, entry = (spec.kinds[:index].count(mixer.kind) * size for size in _layer_bytes(spec))
-        keys, outputs, least, most = sizes.keys, sizes.outputs, 0.0, 1.0
+        keys = sizes.keys
+        outputs = sizes.outputs
+        least = 0.0
+        most = 1.0
         if not sizes.key_heads:
-            kind, columns = CONVOLUTION, {"gate": sizes.channels, "convolved": 2 * sizes.channels}
+            kind = CONVOLUTION
+            columns = {"gate": sizes.channels, "convolved": 2 * sizes.channels}
         elif sizes.limits is None:
-            kind, columns = DELTA, {"key": keys, "value": 2 * keys, "gate": sizes.channels, "factor": -1}
+            kind = DELTA
+            columns = {"key": keys, "value": 2 * keys, "gate": sizes.channels, "factor": -1}
         else:
-            kind, columns, (least, most) = DECAY, {"convolved": outputs, "value": outputs, "factor": -1}, sizes.limits
-            columns |= {"key": 2 * outputs, "query": 2 * outputs + keys, "steps": 2 * (outputs + keys)}
+            kind, columns, (least, most) = (
+                DECAY,
+                {"convolved": outputs, "value": outputs, "factor": -1},
+                sizes.limits,
+            )
+            columns |= {
+                "key": 2 * outputs,
+                "query": 2 * outputs + keys,
+                "steps": 2 * (outputs + keys),
+            }
         self._structure = CRecurrence(
             kind=kind,
             taps=sizes.taps,
@@ -70,17 +97,22 @@ class NativeRecurrence:
     @property
     def addresses(self) -> tuple[int, int | None]:
         """The addresses of the structure, and of the projections of its steps, if it has any."""
-        return ctypes.addressof(self._structure), None if self._steps is None else self._steps.data_ptr()
+        return ctypes.addressof(
+            self._structure
+        ), None if self._steps is None else self._steps.data_ptr()
 
 
 def _layer_bytes(spec: ModelSpec) -> tuple[int, int]:
     """Bytes of a layer in a text's state and in a slot of its ring, as in recurrence.h."""
     sizes = spec.recurrence
     assert sizes is not None
-    inputs, values = _in_vectors(sizes.channels), sizes.heads * _in_vectors(sizes.value_dim)
+    inputs = _in_vectors(sizes.channels)
+    values = sizes.heads * _in_vectors(sizes.value_dim)
     if not sizes.key_heads:
         return 0, 4 * inputs
-    return 64 + 4 * values * sizes.key_dim, 4 * (inputs + _in_vectors(sizes.heads) + _in_vectors(sizes.keys) + values)
+    return 64 + 4 * values * sizes.key_dim, 4 * (
+        inputs + _in_vectors(sizes.heads) + _in_vectors(sizes.keys) + values
+    )
 
 
 def _in_vectors(floats: int) -> int:
