@@ -43,32 +43,21 @@ _MEANT = {
     "--revision": "--model ID@REVISION",
     "--num-speculative-tokens": "--spec",
 }
-_FIRST = {  # flags that people use first, in commands with many
-    "finetune": (
-        "model",
-        "name",
-        "output",
-        "preset",
-        "p_max",
-        "exits",
-        "steps",
-        "batch_size",
-        "lr",
-        "lora_rank",
-        "dry_run",
-    ),
-    "train-drafter": (
-        "model",
-        "name",
-        "output",
-        "layout",
-        "exits",
-        "steps",
-        "batch_size",
-        "start_from",
-        "dry_run",
-    ),
+# What --help of a command with many flags shows, in this order; --help-all shows the others too.
+_COMMON = {
+    "finetune": "model name output preset p_max exits steps batch_size lr lora_rank dry_run",
+    "train-drafter": "model name output layout exits steps batch_size start_from dry_run",
+    "sweep-exits": "model task name samples exits specs max_new_tokens keep format output save",
+    "generate": "prompt model exit_layer num_draft_tokens strategy policy max_new_tokens temperature "
+    "system lines jsonl stats",
+    "chat": "model exit_layer num_draft_tokens strategy policy max_new_tokens temperature system "
+    "show_drafts stats",
+    "bench": "model task name samples strategies exit_layer num_draft_tokens max_new_tokens repeats "
+    "baselines format output",
+    "serve": "model host port api_key batch_size queue_size kv_memory policy max_new_tokens "
+    "temperature",
 }
+_HELP_ALL = "--help-all"
 _WIDEST = 40  # characters of the choices next to a flag; longer ones go into its help
 _DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
 
@@ -188,6 +177,7 @@ class Command(TyperCommand):
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.meta[_HELP_ALL] = _HELP_ALL in args  # for format_options, which gets no arguments
         followers = [*args[1:], "-"][: len(args)]
         alone = [
             flag in _ALONE and after.startswith("-")
@@ -204,18 +194,30 @@ class Command(TyperCommand):
                 vars(error)["possibilities"] = [meant]
             raise
 
+    def get_help_option_names(self, ctx: Any) -> list[str]:
+        return [*super().get_help_option_names(ctx), _HELP_ALL]
+
     def format_options(self, ctx: Any, formatter: Any) -> None:
+        shows_all = ctx.meta[_HELP_ALL]
+        common = _COMMON.get(self.name or "", "").split()
         panels: dict[str, list[tuple[str, str]]] = {
-            name: [] for name in ("Arguments", "First", *get_args(Panel), "Other")
+            name: [] for name in ("Arguments", "Common", *get_args(Panel), "Other")
         }
-        first = _FIRST.get(self.name or "", ())
-        for parameter in sorted(
-            self.get_params(ctx), key=lambda each: [*first, each.name].index(each.name)
-        ):
-            if record := parameter.get_help_record(ctx):
-                panel = getattr(parameter, "rich_help_panel", None) or "Other"
-                panel = "Arguments" if parameter.param_type_name == "argument" else panel
-                panels["First" if parameter.name in first else panel].append(record)
+        parameters = self.get_params(ctx)
+        for parameter in sorted(parameters, key=lambda each: [*common, each.name].index(each.name)):
+            record = parameter.get_help_record(ctx)
+            if record is None:
+                continue
+            if parameter.param_type_name == "argument":
+                panels["Arguments"].append(record)
+            elif parameter.name in common:
+                panels["Common"].append(record)
+            elif parameter.name == "help":
+                panels["Other"].append(("-h, --help", "Show this message and exit."))
+                if common:
+                    panels["Other"].append((_HELP_ALL, f"Show all {len(parameters)} options."))
+            elif shows_all or not common:
+                panels[getattr(parameter, "rich_help_panel", None) or "Other"].append(record)
         for panel, records in panels.items():
             if records:
                 with formatter.section(panel):

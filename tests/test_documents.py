@@ -126,7 +126,7 @@ def test_what_scripts_import_is_there(script):
 
 @pytest.mark.parametrize("name", ["README.md", "cli/README.md"])
 def test_flags_in_prose(name):
-    known = {"--help", "--debug", "--version"}.union(*map(flags_of, COMMANDS))
+    known = {"--help", "--help-all", "--debug", "--version"}.union(*map(flags_of, COMMANDS))
     assert set(re.findall(r"`(--[a-z][a-z0-9-]*)", text_of(ROOT / name))) <= known
 
 

@@ -435,8 +435,7 @@ def _readme(
 
 _VLLM = """vllm serve {target} \\
     --speculative-config {speculative}
-# Or without copies of weights and cache, where layerskip is installed beside vLLM (pip install
-# --no-deps):
+# Or without copies of weights and cache, where layerskip is installed beside vLLM (pip install --no-deps):
 vllm serve {target} --load-format layerskip \\
     --speculative-config {speculative}"""
 _LLAMA_CPP = """llama-server -m {target} \\

@@ -45,15 +45,22 @@ def test_flags_that_a_command_does_not_have():
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_lists_every_flag_under_a_heading(name):
-    text = run(name, "--help").out
+    text = run(name, "--help-all").out
     headings = [
         line[:-1] for line in text.splitlines() if line[:1].isalpha() and line.endswith(":")
     ]
     order = [
-        panel for panel in ("Arguments", "First", *get_args(Panel), "Other") if panel in headings
+        panel for panel in ("Arguments", "Common", *get_args(Panel), "Other") if panel in headings
     ]
     assert headings == order
     assert all(flag in text for flag in names_of(name) if flag.startswith("--"))
+
+
+def test_help_of_a_command_with_many_flags_shows_the_common_ones_and_how_to_see_all():
+    text = run("finetune", "--help").out
+    assert "--pmax" in text and "--help-all" in text and "--weight-decay" not in text
+    assert "--weight-decay" in run("finetune", "--help-all").out
+    assert "--help-all" not in run("compare", "--help").out  # which has few
 
 
 @pytest.mark.parametrize("spelling", ["--lr", "--learning-rate", "--learning_rate"])
@@ -82,7 +89,7 @@ def test_flags_of_other_programs_are_answered_with_ours(command, typed, meant):
 
 
 def test_choices_are_in_the_help_and_precisions_have_their_names_of_torch_too(checkpoint):
-    text = " ".join(run("bench", "--help").out.replace("-\n", "-").split()).replace("- ", "-")
+    text = " ".join(run("bench", "--help-all").out.replace("-\n", "-").split()).replace("- ", "-")
     assert "--dtype <auto|fp32|bf16>" in text and "--draft-weights <int8|int4,...>" in text
     assert f"--baselines <str> Also these decoders: {', '.join(BASELINES)}." in text
     flags = ("generate", "hi", "--model", checkpoint, "--max-new-tokens", "2", "--stats", "--dtype")
