@@ -5,7 +5,7 @@ validated settings.
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import is_dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints, is_typeddict
@@ -33,10 +33,10 @@ from layerskip_core.errors import ConfigError, ContextError, did_you_mean, refus
 from layerskip_core.files import parse_json, text_lines
 
 FLAGS: dict[str, str] = {}  # by setting, of all commands, for messages
-_HINTS: dict[tuple[str, str], Any] = {}  # annotations by command and setting
-_ALONE: set[str] = set()  # flags whose value is optional
+_HINTS: dict[str, dict[str, Any]] = {}  # annotations by command and setting, for messages
+_OPTIONAL_VALUE: set[str] = set()  # flags that can stand without a value
 # Flags of transformers and vLLM, and the equivalents here.
-_MEANT = {
+_FLAGS_ELSEWHERE = {
     **dict.fromkeys(("--bf16", "--fp16"), "--dtype bf16"),
     **dict.fromkeys(("--max-tokens", "--max-length"), "--max-new-tokens"),
     "--model-name-or-path": "--model",
@@ -86,44 +86,69 @@ Prompt = Annotated[
 ]
 
 
+@dataclass(frozen=True)
+class _Setting:
+    """A parameter of a command, or a field of a group of settings among its parameters."""
+
+    name: str
+    hint: Any
+    default: Any
+    panel: Panel | None
+
+    @property
+    def flag(self) -> Flag | None:
+        return flag_of(self.hint)
+
+    @property
+    def is_list(self) -> bool:
+        return get_origin(alternatives(self.hint)[-1]) not in (None, Literal, dict)
+
+
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Decorator: parameters with a Flag, and groups of settings, become flags; equal names share
-    one.
+    """Decorator: parameters with a Flag, and the fields of groups of settings, become flags.
+
+    Equal names share one flag.
     """
     hints = get_type_hints(function, include_extras=True)
-    given = inspect.signature(function).parameters
-    defaults = {
-        name: None if each.default is each.empty else each.default for name, each in given.items()
-    }
-    parameters: dict[str, inspect.Parameter] = {}
-    # What a field names (model, data): if that is missing, the error comes before torch is imported
-    read = dict[str, str]()
-    for name in given:
-        for field, hint, default, panel in _flags(name, hints[name], defaults[name]):
-            parameters.setdefault(field, _parameter(field, hint, default, panel))
-            _HINTS[function.__name__.removesuffix("_model").replace("_", "-"), field] = hint
-            read[field] = (
-                "model" if hint == ModelArgument else getattr(flag_of(hint), "reads", None) or ""
-            )
+    defaults = {}
+    settings: dict[str, _Setting] = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        defaults[name] = None if parameter.default is parameter.empty else parameter.default
+        for setting in _settings(name, hints[name], defaults[name]):
+            settings.setdefault(setting.name, setting)
+    _HINTS[_command_name(function)] = {name: setting.hint for name, setting in settings.items()}
 
     @wraps(function)
     def run(**values: Any) -> None:
-        arguments = {name: _made(name, hints[name], defaults[name], values) for name in given}
-        for field, reads in read.items():
-            match reads, values[field]:
-                case "model", str(name):
-                    require_model(name)
-                case "perhaps data", str(name) if name.startswith(HARNESS) or not is_data(name):
-                    pass
-                case "data" | "perhaps data", str(name):
-                    require_data(name, field)
+        arguments = {
+            name: _converted(name, hints[name], default, values)
+            for name, default in defaults.items()
+        }
+        for setting in settings.values():
+            _require_it_exists(setting, values[setting.name])
         function(**arguments)
 
-    run.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
-    run.__annotations__ = {name: parameter.annotation for name, parameter in parameters.items()} | {
-        "return": None
-    }
+    parameters = [_parameter(setting) for setting in settings.values()]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    run.__annotations__["return"] = None
     return run
+
+
+def _command_name(function: Callable[..., None]) -> str:
+    return function.__name__.removesuffix("_model").replace("_", "-")
+
+
+def _require_it_exists(setting: _Setting, value: Any) -> None:
+    """Raises ConfigError for a model or data that are not there, before torch is imported."""
+    if not isinstance(value, str):
+        return
+    reads = None if setting.flag is None else setting.flag.reads
+    if reads == "model" or setting.hint == ModelArgument:
+        require_model(value)
+    perhaps = reads == "perhaps data" and not value.startswith(HARNESS) and is_data(value)
+    if reads == "data" or perhaps:
+        require_data(value, setting.name)
 
 
 def with_flags(message: str) -> str:
@@ -132,36 +157,31 @@ def with_flags(message: str) -> str:
 
 
 def usage_error(error: BaseException, arguments: Sequence[str]) -> ConfigError | None:
-    """The error to show for wrong usage, of a setting or of the arguments; None for an error while
-    running.
-    """
+    """The error to show for wrong usage; None for an error while running."""
     if isinstance(error, ConfigError):
+        # Without a field what is on disk is at fault, with a ContextError the prompt.
         is_setting = error.field is not None and not isinstance(error, ContextError)
-        return error if is_setting else None  # else a prompt is at fault, or what is on disk
-    # As Typer's errors, of classes that it does not export
-    if not hasattr(error, "format_message"):
+        return error if is_setting else None
+    if not hasattr(error, "format_message"):  # Typer does not export the classes of its errors
         return None
     context = getattr(error, "ctx", None)
     parameter = getattr(error, "param", None)
     if context is not None and parameter is not None:
-        hint = _HINTS.get((context.info_name, parameter.name))
-        value = _given(parameter.opts, arguments)
+        hint = _HINTS.get(context.info_name, {}).get(parameter.name)
+        value = _given_value(parameter.opts, arguments)
         if hint is not None and value is not None:
             return refused(parameter.name, needed(hint), shown(value))
-    if possibilities := getattr(error, "possibilities", None):
+    possibilities = getattr(error, "possibilities", None)
+    if possibilities:
         message = f"{error.message}{did_you_mean(possibilities)}"  # type: ignore[attr-defined]
     else:
-        message = (
-            error.format_message()
-            .removeprefix("Invalid value: ")
-            .rstrip(".")
-            .replace(". Did", "; did")
-        )
+        message = error.format_message().removeprefix("Invalid value: ").rstrip(".")
+        message = message.replace(". Did", "; did")
     help_of = "" if context is None else f" (see {context.command_path} --help)"
     return ConfigError(message[:1].lower() + message[1:] + help_of)
 
 
-def _given(flags: Sequence[str], arguments: Sequence[str]) -> str | None:
+def _given_value(flags: Sequence[str], arguments: Sequence[str]) -> str | None:
     """The last value that arguments give to a flag; None if there is none."""
     value = None
     for argument, after in zip(arguments, [*arguments[1:], None], strict=True):
@@ -178,20 +198,17 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ctx.meta[_HELP_ALL] = _HELP_ALL in args  # for format_options, which gets no arguments
-        followers = [*args[1:], "-"][: len(args)]
-        alone = [
-            flag in _ALONE and after.startswith("-")
-            for flag, after in zip(args, followers, strict=True)
-        ]
+        completed = []
+        for arg, after in zip(args, [*args[1:], "-"], strict=False):
+            # Typer needs a value: an empty one says that none was given.
+            stands_alone = arg in _OPTIONAL_VALUE and after.startswith("-")
+            completed.append(f"{arg}=" if stands_alone else arg)
         try:
-            return super().parse_args(
-                ctx,
-                [f"{flag}=" if empty else flag for flag, empty in zip(args, alone, strict=True)],
-            )
+            return super().parse_args(ctx, completed)
         except Exception as error:  # of a class that Typer does not export
-            meant = _MEANT.get(getattr(error, "option_name", ""), "")
-            if any(meant.partition(" ")[0] in parameter.opts for parameter in self.params):
-                vars(error)["possibilities"] = [meant]
+            ours = _FLAGS_ELSEWHERE.get(getattr(error, "option_name", ""), "")
+            if any(ours.partition(" ")[0] in parameter.opts for parameter in self.params):
+                vars(error)["possibilities"] = [ours]
             raise
 
     def get_help_option_names(self, ctx: Any) -> list[str]:
@@ -230,109 +247,121 @@ def _group(hint: Any) -> Any:
     return kind if is_dataclass(kind) or is_typeddict(kind) else None
 
 
-def _value(group: Any, field: str) -> Any:
+def _field_value(group: Any, field: str) -> Any:
     return group.get(field) if isinstance(group, dict) else getattr(group, field)
 
 
-def _flags(field: str, hint: Any, default: Any) -> Iterator[tuple[str, Any, Any, Panel | None]]:
-    """Yields field, annotation, default and panel of a parameter, or of a group's fields, which
-    hide nested ones.
+def _settings(name: str, hint: Any, default: Any) -> Iterator[_Setting]:
+    """The settings of a parameter: itself, or the fields of a group and of the groups in it.
+
+    A group's own fields hide those of equal name in the groups in it.
     """
     kind = _group(hint)
     if kind is None:
-        yield field, hint, default, None if (flag := flag_of(hint)) is None else flag.panel
+        flag = flag_of(hint)
+        yield _Setting(name, hint, default, None if flag is None else flag.panel)
         return
-    inner = hints_of(kind)
-    default = kind() if default is None else default
+    fields = hints_of(kind)
+    group = kind() if default is None else default
     panels: dict[str, Panel | None] = {}
-    for name, each in inner.items():
-        if flag := flag_of(each):
-            panels[name] = flag.panel or (list(panels.values())[-1] if panels else None)
-    hidden = {
-        name
-        for note in getattr(hint, "__metadata__", ())
-        if isinstance(note, Without)
-        for name in note
-    }
-    for name in {**kind.__annotations__, **inner}:  # a subclass's own fields come first
-        if name in panels:
-            if name not in hidden:
-                yield name, inner[name], _value(default, name), panels[name]
-        elif _group(inner[name]):
-            for nested in _flags(name, inner[name], _value(default, name)):
-                if nested[0] not in hidden and nested[0] not in panels:
-                    yield nested
+    panel: Panel | None = None
+    for field, field_hint in fields.items():
+        flag = flag_of(field_hint)
+        if flag is not None:
+            panel = flag.panel or panel  # without one, under the heading of the field before
+            panels[field] = panel
+    left_out = set[str]()
+    for note in getattr(hint, "__metadata__", ()):
+        if isinstance(note, Without):
+            left_out.update(note)
+    for field in {**kind.__annotations__, **fields}:  # a subclass's own fields come first
+        if field in left_out:
+            continue
+        if field in panels:
+            value = _field_value(group, field)
+            yield _Setting(field, fields[field], value, panels[field])
+        elif _group(fields[field]):
+            for setting in _settings(field, fields[field], _field_value(group, field)):
+                if setting.name not in left_out and setting.name not in panels:
+                    yield setting
 
 
-def _made(field: str, hint: Any, default: Any, values: Mapping[str, Any]) -> Any:
-    """The value of a parameter, or the group, from Typer's values."""
+def _converted(name: str, hint: Any, default: Any, values: Mapping[str, Any]) -> Any:
+    """A parameter's value, or a group with its values, from what Typer parsed."""
     kind = _group(hint)
-    if kind is not None:
-        group = kind() if default is None else default
-        inner = hints_of(kind)
-        named = [
-            name
-            for name in inner
-            if _group(inner[name]) or (name in values and flag_of(inner[name]))
-        ]
-        made = {name: _made(name, inner[name], _value(group, name), values) for name in named}
-        if is_typeddict(kind):
-            return {name: value for name, value in made.items() if value is not None}
-        return replace(group, **made)
-    value = values[field]
-    flag = flag_of(hint)
-    if value is None:
-        return default
+    if kind is None:
+        value = values[name]
+        return default if value is None else _parsed(_Setting(name, hint, default, None), value)
+    group = kind() if default is None else default
+    fields = {}
+    for field, field_hint in hints_of(kind).items():
+        if _group(field_hint) or (field in values and flag_of(field_hint)):
+            fields[field] = _converted(field, field_hint, _field_value(group, field), values)
+    if is_typeddict(kind):
+        return {field: value for field, value in fields.items() if value is not None}
+    return replace(group, **fields)
+
+
+def _parsed(setting: _Setting, value: Any) -> Any:
+    """A flag's value as its type has it. Raises ConfigError."""
+    flag = setting.flag
     if flag is not None and flag.reads == "file":
-        value = "".join(text_lines(Path(value), field))
-    if field == "dtype":
+        value = "".join(text_lines(Path(value), setting.name))
+    if setting.name == "dtype":
         value = _DTYPES.get(value, value)
     if flag is not None and flag.optional:
         value = value or True
-    elif isinstance(value, str) and get_origin(alternatives(hint)[0]) is dict:
-        value = parse_json(value, f"`{field}`", ConfigError)
-    elif isinstance(value, str) and _is_list(hint):
-        value = parse_list(value, field, hint)
-    is_declared = any(isinstance(note, Flag | Meta) for note in getattr(hint, "__metadata__", ()))
-    return check(field, hint, value) if is_declared else value
+    elif isinstance(value, str) and get_origin(alternatives(setting.hint)[0]) is dict:
+        value = parse_json(value, f"`{setting.name}`", ConfigError)
+    elif isinstance(value, str) and setting.is_list:
+        value = parse_list(value, setting.name, setting.hint)
+    notes = getattr(setting.hint, "__metadata__", ())
+    is_declared = any(isinstance(note, Flag | Meta) for note in notes)
+    return check(setting.name, setting.hint, value) if is_declared else value
 
 
-def _is_list(hint: Any) -> bool:
-    return get_origin(alternatives(hint)[-1]) not in (None, Literal, dict)
-
-
-def _parameter(field: str, hint: Any, default: Any, panel: Panel | None) -> inspect.Parameter:
-    flag = flag_of(hint)
-    if flag is None:
-        return inspect.Parameter(
-            field, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint
-        )
-    names = (flag.flag or "--" + field.replace("_", "-")).split("/")
-    FLAGS[field] = names[0]
-    kind: Any = alternatives(hint)[0]
-    if flag.repeated:
-        kind = list[str]
-        default = None
-    elif flag.optional or _is_list(hint):
-        kind = str
-        default = ",".join(map(str, default or ())) or None
-    elif get_origin(kind) in (Literal, dict):
-        kind = str
-    if flag.optional:
-        _ALONE.update(names)
-    if kind is bool:
-        names = [f"{names[0]}/--no-{names[0][2:]}"] if default is None else names
-    shown = f" [default: {flag.default}]" if flag.default and default is None else ""
-    choices = needed(hint).partition("one of ")[2]
-    metavar = f"<{choices.replace(', ', '|')}{',...' if _is_list(hint) else ''}>"
-    text = flag.help
-    if flag.optional or flag.repeated or not choices:
-        metavar = f"[{flag.optional}]" if flag.optional else "<str>" if flag.repeated else ""
-    elif len(metavar) > _WIDEST:
-        metavar = ""
-        text = f"{text.removesuffix('.')}: {choices}."
-    option = typer.Option(*names, help=text + shown, rich_help_panel=panel, metavar=metavar or None)
-    annotation: Any = Annotated[kind if default is not None else kind | None, option]
+def _parameter(setting: _Setting) -> inspect.Parameter:
+    """What Typer reads of a setting: the type of its value, its flag and its line of --help."""
+    flag = setting.flag
+    kind: Any = alternatives(setting.hint)[0]
+    default = setting.default
+    annotation = setting.hint
+    if flag is not None:
+        if flag.repeated:
+            kind = list[str]
+            default = None
+        elif flag.optional or setting.is_list:
+            kind = str
+            default = ",".join(map(str, default or ())) or None
+        elif get_origin(kind) in (Literal, dict):
+            kind = str
+        option = _typer_option(setting, flag, kind, default)
+        annotation = Annotated[kind if default is not None else kind | None, option]
     return inspect.Parameter(
-        field, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+        setting.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
     )
+
+
+def _typer_option(setting: _Setting, flag: Flag, kind: Any, default: Any) -> Any:
+    names = (flag.flag or "--" + setting.name.replace("_", "-")).split("/")
+    FLAGS[setting.name] = names[0]
+    if flag.optional:
+        _OPTIONAL_VALUE.update(names)
+    if kind is bool and default is None:
+        names = [f"{names[0]}/--no-{names[0][2:]}"]
+    text = flag.help
+    choices = needed(setting.hint).partition("one of ")[2]
+    metavar = None
+    if flag.optional:
+        metavar = f"[{flag.optional}]"
+    elif flag.repeated:
+        metavar = "<str>"
+    elif choices:
+        more = ",..." if setting.is_list else ""
+        metavar = f"<{choices.replace(', ', '|')}{more}>"
+        if len(metavar) > _WIDEST:
+            metavar = None
+            text = f"{text.removesuffix('.')}: {choices}."
+    if flag.default and default is None:
+        text += f" [default: {flag.default}]"
+    return typer.Option(*names, help=text, rich_help_panel=setting.panel, metavar=metavar)
