@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .checkpoint.folder import INT4_FILE, refuse_packed
 from .checkpoint.info import CheckpointInfo
 from .checkpoint.loaded import Decoder
-from .checkpoint.locate import own_folder, reading
+from .checkpoint.locate import ModelRef, reading
 from .checkpoint.open import for_decoding, for_training
 from .checkpoint.save import refuse_sidecar, save_sidecar
 from .checkpoint.sidecars import (
@@ -54,7 +54,7 @@ def output_folder(config: CalibrationConfig) -> str:
     """The model's folder if it can be written, else that of the cache. Raises CheckpointError for a
     model that is not there.
     """
-    own = own_folder(config.model)
+    own = ModelRef.of(config.model).own_folder
     return own if own is not None and os.access(own, os.W_OK) else str(cache_folder())
 
 
@@ -71,9 +71,10 @@ def calibrate(config: CalibrationConfig, report: Report = lambda *_: None) -> st
         folder has a file of this name that is not the model's, or the model has no int4 kernels.
     """
     folder = output_folder(config)
-    own = own_folder(config.model)
+    own = ModelRef.of(config.model).own_folder
     if own is not None:
-        reading(own, lambda: refuse_packed(own))  # before the slow part
+        with reading(own):
+            refuse_packed(own)  # before the slow part
     if folder == own:
         refuse_sidecar(folder, INT4_FILE)
     texts, others, answers = _texts(config, report)

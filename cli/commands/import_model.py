@@ -38,7 +38,7 @@ def import_model(
 
     Example: layerskip import SmolLM2-135M-Instruct.Q4_1.gguf --output smollm2
     """
-    from layerskip_core.checkpoint.open import import_checkpoint
+    from layerskip_core.checkpoint.convert import import_checkpoint
     from layerskip_core.checkpoint.save import refuse_overwrite
     from layerskip_core.files import hold
 

@@ -103,7 +103,7 @@ def _settings_file(model: str) -> Iterator[Path]:
     for other kinds of models.
     """
     from layerskip_core.checkpoint.info import holds_model
-    from layerskip_core.checkpoint.locate import EMBEDDED, locate
+    from layerskip_core.checkpoint.locate import EMBEDDED, ModelRef
     from layerskip_core.checkpoint.save import settle
     from layerskip_core.checkpoint.settings import info_of, settings_file, write_settings
     from layerskip_core.files import hold, require_writable
@@ -117,11 +117,11 @@ def _settings_file(model: str) -> Iterator[Path]:
         raise ConfigError(
             f"`save` needs a `model` that is {needed}; got {model}: `layerskip import {model}` writes a folder"
         )
-    location = locate(model)
-    settings = settings_file(model, location)
-    is_own = settings.parent == Path(location.path)
+    reference = ModelRef.of(model)
+    settings = settings_file(reference)
+    is_own = settings.parent == Path(reference.path)
     with hold(settings.parent, "layerskip sweep-exits --save") if is_own else nullcontext():
-        info = info_of(model, location)
+        info = info_of(reference)
         if is_own:
             require_writable(settings, ConfigError)
         else:
@@ -133,10 +133,11 @@ def _settings_file(model: str) -> Iterator[Path]:
 def _save(model: str, settings: Path, record: "RunRecord") -> None:
     """Stores profile and recommendation in one write, and reports them."""
     from layerskip_core.checkpoint.info import INFO_FILE
+    from layerskip_core.checkpoint.locate import ModelRef
     from layerskip_core.checkpoint.settings import info_of, write_settings
 
     advice = record.recommendation
-    info = info_of(model)
+    info = info_of(ModelRef.of(model))
     lines = []
     info = replace(info, profile=record.profile or info.profile)
     if advice is not None:

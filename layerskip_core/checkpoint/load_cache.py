@@ -1,4 +1,4 @@
-"""The cache of loads: what a load made of a model's files, kept so that the next one only reads it.
+"""The cache of loads: what a load made of a model's files, so that the next one only reads it.
 
 The first load of a model packs its weights, dequantises those that kernels do not read as stored,
 and asks transformers for the tokenizer and the configuration. These parts are written, unless
@@ -42,6 +42,7 @@ from ..errors import CheckpointError
 from ..model import ModelSpec
 from ..model.native.compiled import kernels
 from ..model.native.matrix import LAYOUT, HugePages, MatrixForm, NativeMatrix, PackMatrix
+from ..model.spec import AnySpec
 from ..model.vocabulary import ORDER_FILE
 from ..model.weights import Affine, Take
 from ..prompting import Tokenizer
@@ -49,7 +50,7 @@ from . import sidecars
 from .folder import INT4_FILE, WeightFile, spec_of_settings
 from .info import INFO_FILE
 from .loaded import end_ids
-from .locate import EMBEDDED, Location
+from .locate import ModelRef
 from .packed_file import ENTRY, NAMES, TensorWriter, unpacked_names
 from .save import model_files
 
@@ -62,31 +63,42 @@ _ABANDONED = 3600  # seconds after which a file that another process was writing
 _TOKENIZER = "tokenizer.json"
 # Methods of transformers' tokenizers
 _ENCODING = ("__call__", "_encode_plus", "decode", "_decode", "convert_ids_to_tokens")
-# A kept tokenizer must encode it alike.
+# A tokenizer must encode it as transformers does, to be cached
 _PROBE = "Hello, world!  It's 10 o'clock,\n\t\u0434\u0430 \u4f60\u597d \U0001f600 <s></s>"
 
 _writing: list[threading.Thread] = []
 
 
-class KeptParts:
-    """The parts of one model: those that the cache has are read, the others made and kept by
-    `save`.
+class LoadCache:
+    """The parts of one model that an earlier load made: those in the cache are read, the others
+    made and collected, and `save` writes all of them.
     """
 
-    def __init__(self, name: Callable[[], Path] | None = None) -> None:
-        """`name`: the path of the cache's file, by the state of the model's files now; None: no
+    def __init__(self, find: Callable[[], Path] | None = None) -> None:
+        """`find`: the path of the cache's file, by the state of the model's files now; None: no
         cache.
         """
-        self._name = name
-        self._path = None if name is None else name()
+        self._find = find
+        self._path = None if find is None else find()
         self._file = None if self._path is None else _opened(self._path)
         self._memory = HugePages()
         self._parts: dict[str, Tensor] = {}  # by their names in the file: what this load uses
         # Of matrices in `stored`: type and number of successive panels
         self._types: dict[str, list[tuple[str, int]]] = {}
         self._texts: dict[str, str] = {}
-        self._without_rows: set[str] = set()  # weights that are not rows of blocks
-        self._lacks_parts = self._file is None
+        self._without_rows = set(json.loads(self._text("without_rows") or "[]"))
+        self._is_incomplete = self._file is None
+
+    @classmethod
+    def of(cls, model: ModelRef, dtype: str, packing: PackingConfig) -> "LoadCache":
+        """The parts of a model that is in files here, for a load in this precision and packing."""
+        is_local = model.gguf is not None or model.own_folder is not None
+        if not is_local or kernels() is None:
+            return NO_CACHE
+        try:
+            return cls(lambda: _path(model, dtype, packing))
+        except (OSError, CheckpointError):
+            return NO_CACHE
 
     @cached_property
     def spec(self) -> ModelSpec | None:
@@ -100,10 +112,12 @@ class KeptParts:
         text = self._text("tokenizer")
         if text is None or self._file is None:
             return None
+        import tokenizers
+
         content = self._file.read(_TOKENIZER)
         self._parts[_TOKENIZER] = content
-        settings = json.loads(text)
-        return _tokenizer(content, settings["special_tokens_map"], settings["chat_template"])
+        backend = tokenizers.Tokenizer.from_buffer(content.numpy().tobytes())
+        return Tokenizer(backend, **json.loads(text))
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -112,103 +126,98 @@ class KeptParts:
 
     def through(self, pack: PackMatrix) -> PackMatrix:
         """A function that reads the matrices that the cache has, and makes the others by `pack`."""
+        if self._path is None:
+            return pack
 
-        def get(name: str, form: MatrixForm, read: Callable[[], Iterable[Affine]]) -> NativeMatrix:
+        def read_or_pack(
+            name: str, form: MatrixForm, read: Callable[[], Iterable[Affine]]
+        ) -> NativeMatrix:
             matrix = self._matrix(name, form)
             if matrix is None:
                 matrix = pack(name, form, read)
-                self._lacks_parts = True
-            if self._path is not None:
-                form = matrix.form
-                self._parts |= {
-                    f"{form.kind}.{name}.{part}": tensor for part, tensor in matrix.parts.items()
-                }
-                if form.types:
-                    self._types[name] = [
-                        (kind, len(list(panels))) for kind, panels in groupby(form.types)
-                    ]
+                self._is_incomplete = True
+            form = matrix.form
+            for part, tensor in matrix.parts.items():
+                self._parts[f"{form.kind}.{name}.{part}"] = tensor
+            if form.types:
+                successive = [(kind, len(list(panels))) for kind, panels in groupby(form.types)]
+                self._types[name] = successive
             return matrix
 
-        return get
+        return read_or_pack
 
     def unpacked(self, take: Take, spec: ModelSpec, dtype: torch.dtype) -> Take:
         """`take`, which reads the weights that stay unpacked from the cache. They stay in its
         file.
         """
-        kept = {*unpacked_names(spec, spec.shapes), spec.embedding_name}
+        if self._path is None:
+            return take
+        unpacked = {*unpacked_names(spec, spec.shapes), spec.embedding_name}
 
-        def get(name: str) -> Tensor | None:
-            if name not in kept or self._path is None:
+        def map_or_take(name: str) -> Tensor | None:
+            if name not in unpacked:
                 return take(name)
             place = f"plain.{name}"
-            if self._file is not None and self._file.entries.get(place) == (
-                NAMES[dtype],
-                spec.shapes[name],
-            ):
+            if self._has(place, dtype, spec.shapes[name]):
+                assert self._file is not None
                 self._parts[place] = self._file.mapped(place)
                 return self._parts[place]
             weight = take(name)
             if weight is not None:
                 self._parts[place] = weight
-                self._lacks_parts = True
+                self._is_incomplete = True
             return weight
 
-        return get
+        return map_or_take
 
-    def stored(self, rows: Take) -> Take:
+    def rows(self, rows: Take) -> Take:
         """`rows`, which gives a weight's rows of blocks; it is not asked again for weights that
         have none.
         """
-        self._without_rows = set(json.loads(self._text("without_rows") or "[]"))
+        if self._path is None:
+            return rows
 
-        def get(name: str) -> Tensor | None:
+        def known_rows(name: str) -> Tensor | None:
             if name in self._without_rows:
                 return None
             found = rows(name)
             if found is None:
                 self._without_rows.add(name)
-                self._lacks_parts = True
+                self._is_incomplete = True
             return found
 
-        return get
+        return known_rows
 
-    def save(
-        self, spec: ModelSpec | None = None, tokenizer: Any = None, notes: Iterable[str] = ()
-    ) -> None:
-        """Writes the parts in a thread, if the cache lacked some.
-
-        `spec` and `tokenizer`: by transformers, if only it can read them.
+    def save(self, spec: AnySpec | None, tokenizer: Any, notes: Iterable[str] = ()) -> None:
+        """Writes the parts in a thread, if the cache lacked some. `spec`: None if the model's files
+        must be opened for it anyway.
         """
         path = self._path
         parts = self._parts
-        types = self._types
-        # Nothing is kept in memory once it is written
+        # Nothing stays in memory for the cache once it is written
         self._path = None
         self._parts = {}
-        if path is None or self._name is None or not self._lacks_parts:
+        if path is None or self._find is None or not self._is_incomplete:
             return
-        if spec is not None and (text := _config_text(spec)) is not None:
-            self._texts["config"] = text
-        if (
-            tokenizer is not None
-            and _TOKENIZER not in parts
-            and (stored := _tokenizer_parts(tokenizer)) is not None
-        ):
-            self._texts["tokenizer"], parts[_TOKENIZER] = stored
-        self._texts |= {"notes": json.dumps(list(notes)), "types": json.dumps(types)}
+        config = None if spec is None else _config_text(spec)
+        if config is not None:
+            self._texts["config"] = config
+        described = _tokenizer_parts(tokenizer)
+        if described is not None:
+            self._texts["tokenizer"], parts[_TOKENIZER] = described
+        self._texts["notes"] = json.dumps(list(notes))
+        self._texts["types"] = json.dumps(self._types)
         self._texts["without_rows"] = json.dumps(sorted(self._without_rows))
         size = sum(part.nbytes for part in parts.values())
         if not _LEAST <= size <= sidecars.CACHED // _SHARE:
             return
         try:
-            is_same = self._name() == path
+            if self._find() != path:  # the model's files have changed since
+                return
         except OSError:
-            is_same = False
-        if not is_same:  # the model's files have changed since
             return
-        thread = threading.Thread(
-            target=_write, args=(path, parts, {**_FORM, **self._texts}), name="layerskip cache"
-        )
+        arguments = (path, parts, {**_FORM, **self._texts})
+        thread = threading.Thread(target=_write, args=arguments, name="layerskip cache")
         _writing.append(thread)
         thread.start()
 
@@ -222,28 +231,25 @@ class KeptParts:
         """A matrix of the cache, in huge pages as a packed one; None if it lacks one of its
         parts.
         """
-        if self._file is None:
-            return None
         forms = [form]
         if form.kind == "fp32":
             forms.append(replace(form, kind="widened"))
         if form.kind in ("fp32", "bf16") and name in self._stored_types:
-            types = (kind for kind, panels in self._stored_types[name] for _ in range(panels))
+            types = list[str]()
+            for kind, panels in self._stored_types[name]:
+                types += [kind] * panels
             forms.append(replace(form, kind="stored", types=tuple(types)))
         for found in forms:
-            needed = {part: (NAMES[dtype], shape) for part, (dtype, shape) in found.parts.items()}
-            if all(
-                self._file.entries.get(f"{found.kind}.{name}.{part}") == entry
-                for part, entry in needed.items()
-            ):
-                return NativeMatrix(
-                    found,
-                    {
-                        part: self._read(f"{found.kind}.{name}.{part}", *found.parts[part])
-                        for part in needed
-                    },
-                )
+            prefix = f"{found.kind}.{name}."
+            if all(self._has(prefix + part, *like) for part, like in found.parts.items()):
+                parts = {
+                    part: self._read(prefix + part, *like) for part, like in found.parts.items()
+                }
+                return NativeMatrix(found, parts)
         return None
+
+    def _has(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+        return self._file is not None and self._file.entries.get(name) == (NAMES[dtype], shape)
 
     def _read(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
         assert self._file is not None
@@ -255,18 +261,7 @@ class KeptParts:
         return types
 
 
-def kept_parts(name: str, location: Location, dtype: str, packing: PackingConfig) -> KeptParts:
-    """The parts of a model that is in files here, for a load in this precision and packing."""
-    if (
-        name in EMBEDDED
-        or kernels() is None
-        or (location.gguf_file is None and location.folder is None)
-    ):
-        return KeptParts()
-    try:
-        return KeptParts(lambda: _path(location, dtype, packing))
-    except (OSError, CheckpointError):
-        return KeptParts()
+NO_CACHE = LoadCache()
 
 
 def finish_writing() -> None:
@@ -275,25 +270,26 @@ def finish_writing() -> None:
         _writing.pop().join()
 
 
-def _path(location: Location, dtype: str, packing: PackingConfig) -> Path:
+def _path(model: ModelRef, dtype: str, packing: PackingConfig) -> Path:
     """The file of the cache for a model in its current state. Raises OSError."""
     compiled = kernels()
-    digest = hashlib.sha256()
     made_for = [
+        _FORM,
+        _version("layerskip"),
+        _version("transformers"),
         dtype,
         packing.quantize,
         packing.draft_weights,
         packing.draft_head,
         compiled is not None and compiled.widens_bf16,
     ]
-    digest.update(
-        json.dumps([_FORM, *map(_version, ("layerskip", "transformers")), *made_for]).encode()
-    )
-    folder = Path(os.path.realpath(location.path))
-    settings = {INFO_FILE, ORDER_FILE}  # which a load reads anyway
-    files = model_files(folder) - settings if location.gguf_file is None else {location.gguf_file}
-    calibrated = sidecars.cache_folder().glob(f"*.{INT4_FILE}")
-    for path in (*(folder / file for file in sorted(files)), *sorted(calibrated)):
+    digest = hashlib.sha256(json.dumps(made_for).encode())
+    folder = Path(os.path.realpath(model.path))
+    files = [model.gguf.name] if model.gguf is not None else sorted(model_files(folder))
+    calibrated = sorted(sidecars.cache_folder().glob(f"*.{INT4_FILE}"))
+    for path in [*(folder / file for file in files), *calibrated]:
+        if path.name in (INFO_FILE, ORDER_FILE):  # every load reads these from the folder
+            continue
         state = path.stat()
         digest.update(f"{path} {state.st_size} {state.st_mtime_ns}\n".encode())
         if path.suffix in (".gguf", ".safetensors"):
@@ -351,70 +347,61 @@ def _write(path: Path, parts: Mapping[str, Tensor], metadata: Mapping[str, str])
             temporary.unlink(missing_ok=True)
 
 
-def _config_text(spec: ModelSpec) -> str | None:
-    """The config.json of a spec that transformers made; None if it gives another spec without
-    transformers.
+def _config_text(spec: AnySpec) -> str | None:
+    """The config.json of a spec that transformers made; None for other specs, and if it gives
+    another spec without transformers.
     """
     config = spec.config
-    settings = config.to_json_string(use_diff=True) if hasattr(config, "to_json_string") else None
-    if settings is None:
+    if not hasattr(config, "to_json_string"):
         return None
-    known = spec_of_settings(json.loads(settings))
-    return (
-        settings
-        if known == spec and known is not None and end_ids(known.config) == end_ids(config)
-        else None
-    )
-
-
-def _tokenizer(
-    content: Tensor, special_tokens_map: Mapping[str, str], chat_template: Any
-) -> Tokenizer:
-    import tokenizers
-
-    backend = tokenizers.Tokenizer.from_buffer(content.numpy().tobytes())
-    return Tokenizer(backend, special_tokens_map, chat_template)
+    text: str = config.to_json_string(use_diff=True)
+    lean = spec_of_settings(json.loads(text))
+    is_same = lean is not None and lean == spec and end_ids(lean.config) == end_ids(config)
+    return text if is_same else None
 
 
 def _tokenizer_parts(tokenizer: Any) -> tuple[str, Tensor] | None:
-    """A tokenizer of transformers as settings and the bytes of tokenizer.json; None if these do not
-    give the same tokenizer.
+    """A tokenizer of transformers as settings and the bytes of tokenizer.json; None for our own,
+    and if these do not give the same tokenizer.
     """
+    if isinstance(tokenizer, Tokenizer):
+        return None
     from transformers import PreTrainedTokenizerFast as Base
 
     if not isinstance(tokenizer, Base) or getattr(tokenizer, "split_special_tokens", False):
         return None
-    if any(
-        getattr(type(tokenizer), name, None) is not getattr(Base, name, None) for name in _ENCODING
-    ):
+    for name in _ENCODING:
+        if getattr(type(tokenizer), name, None) is not getattr(Base, name, None):
+            return None
+    special = {}
+    for name, token in tokenizer.special_tokens_map.items():
+        if not isinstance(token, list):
+            special[name] = str(token)
+    settings = {"special_tokens_map": special, "chat_template": tokenizer.chat_template}
+    # Both use one backend: a second one would take 100 MB and half a second
+    own = Tokenizer(tokenizer.backend_tokenizer, **settings)
+    ids = tokenizer(_PROBE)["input_ids"]
+    is_same = (
+        own(_PROBE)["input_ids"] == ids
+        and _decoded(own, ids) == _decoded(tokenizer, ids)
+        and own.eos_token_id == tokenizer.eos_token_id
+        and own.pad_token_id == tokenizer.pad_token_id
+        and len(own) == len(tokenizer)
+    )
+    if not is_same:
         return None
     try:
         text = tokenizer.backend_tokenizer.to_str()
     except Exception:  # of tokenizers, for parts written in Python
         return None
     content = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-    special = {
-        name: str(token)
-        for name, token in tokenizer.special_tokens_map.items()
-        if not isinstance(token, list)
-    }
-    known = _tokenizer(content, special, tokenizer.chat_template)
-    ids = tokenizer(_PROBE)["input_ids"]
-    same = [
-        (known(_PROBE)["input_ids"], ids),
-        (known.decode(ids), tokenizer.decode(ids, clean_up_tokenization_spaces=False)),
-        (
-            known.decode(ids, True),
-            tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
-        ),
-        (
-            (known.eos_token_id, known.pad_token_id),
-            (tokenizer.eos_token_id, tokenizer.pad_token_id),
-        ),
-        (len(known), len(tokenizer)),
-    ]
-    if any(ours != theirs for ours, theirs in same):
-        return None
-    return json.dumps(
-        {"special_tokens_map": special, "chat_template": tokenizer.chat_template}
-    ), content
+    return json.dumps(settings), content
+
+
+def _decoded(tokenizer: Any, ids: list[int]) -> list[str]:
+    """The text of token ids, with and without special tokens."""
+    texts = []
+    for skip in (False, True):
+        text = tokenizer.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+        texts.append(text)
+    return texts

@@ -1,13 +1,12 @@
 """From a model's name to its files: an embedded model, a folder, a GGUF file or a hub id."""
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import TypeVar
 
 from ..errors import CheckpointError, ConfigError, LockedError, did_you_mean, first_line
 from ..files import is_empty, read_json
@@ -31,21 +30,86 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 _NOT_OURS = ["consolidated*", "original/*", "checkpoint*/*"]
 _RUST_PANIC = "PanicException"  # raised by libraries written in Rust; not a subclass of Exception
 
-Result = TypeVar("Result")
-
 
 @dataclass(frozen=True)
-class Location:
-    """A folder or hub id, or a GGUF file in a folder."""
+class ModelRef:
+    """A model as the user named it, and the files that this means.
 
+    Attributes:
+        name: as typed.
+        path: its folder, or the hub id itself if only transformers can read that.
+        gguf: the file, of a model in a GGUF file.
+    """
+
+    name: str
     path: str
-    gguf_file: str | None = None  # its name in the folder
+    gguf: Path | None = None
+
+    @classmethod
+    def of(cls, name: str) -> "ModelRef":
+        """Finds a model on this machine; a hub id is not looked up. Raises CheckpointError for a
+        name of no model, and for a folder without one.
+        """
+        require_model(name)
+        path = Path(name)
+        if name in EMBEDDED:
+            return cls(name, str(resources.files("layerskip_core.embedded") / EMBEDDED[name]))
+        if path.is_file():
+            return cls(name, str(path.parent), path)
+        if is_folder(name):
+            from .save import settle
+
+            settle(path)
+            if not holds_model(path):
+                raise CheckpointError(f"folder {name} holds no model: needed a config.json in it")
+        return cls(name, name)
+
+    def fetched(self) -> "ModelRef":
+        """The same model with a hub id's files in a folder. Raises CheckpointError.
+
+        A hub id without safetensors stays as it is: transformers may read it.
+        """
+        if is_folder(self.path):
+            return self
+        from .folder import is_packed, weight_files
+
+        folder = fetched_folder(self.name)
+        _, revision = _hub_id(self.name)
+        if revision or weight_files(folder) or is_packed(folder):
+            return replace(self, path=folder)
+        return self
+
+    @property
+    def is_adapter(self) -> bool:
+        return self.gguf is None and is_adapter(self.path)
 
     @property
     def folder(self) -> str | None:
         """The folder of a model with config.json; None for a GGUF file, a hub id and an adapter."""
-        whole = self.gguf_file is None and is_folder(self.path) and not is_adapter(self.path)
-        return self.path if whole else None
+        if self.gguf is not None or self.is_adapter or not is_folder(self.path):
+            return None
+        return self.path
+
+    @property
+    def own_folder(self) -> str | None:
+        """The folder, if files can be added to it: not the one of an embedded model."""
+        return None if self.name in EMBEDDED else self.folder
+
+    def whole_folder(self) -> str:
+        """The folder of a whole model, fetched from the hub if need be. Raises CheckpointError for
+        other kinds.
+        """
+        if self.gguf is not None or self.is_adapter:
+            found = "an adapter" if self.gguf is None else "a GGUF file"
+            raise CheckpointError(
+                f"`model` {self.name} is {found}; needed a folder with all weights: `layerskip import`"
+            )
+        from .folder import refuse_packed
+
+        folder = fetched_folder(self.path)
+        with reading(self.name):
+            refuse_packed(folder)
+        return folder
 
 
 def require_model(name: str) -> None:
@@ -68,71 +132,20 @@ def is_folder(name: str) -> bool:
     return Path(name).is_dir() and not (is_empty(Path(name)) and _may_be_hub_id(name))
 
 
-def locate(name: str) -> Location:
-    """Finds a model. Raises CheckpointError as `require_model`, and for a folder without a
-    model.
-    """
-    require_model(name)
-    if name in EMBEDDED:
-        return Location(str(resources.files("layerskip_core.embedded") / EMBEDDED[name]))
-    path = Path(name)
-    if is_folder(name):
-        from .save import settle
-
-        settle(path)
-        if not holds_model(path):
-            raise CheckpointError(f"folder {name} holds no model: there is no config.json in it")
-    return Location(str(path.parent), path.name) if path.is_file() else Location(name)
-
-
-def present(name: str) -> Location:
-    """As `locate`, with a hub id's files fetched into a folder. Raises CheckpointError.
-
-    A hub id without safetensors is returned as it is: transformers may read it.
-    """
-    location = locate(name)
-    if is_folder(location.path):
-        return location
-    from .folder import is_packed, weight_files
-
-    folder = fetched(name)
-    pinned = _hub_id(name)[1] is not None
-    return Location(folder) if pinned or weight_files(folder) or is_packed(folder) else location
-
-
-def own_folder(name: str) -> str | None:
-    """A model's folder, if files can be added to it; None for embedded models, hub ids, GGUF files
-    and adapters.
-    """
-    return None if name in EMBEDDED else locate(name).folder
-
-
-def downloaded(name: str) -> str:
-    """The folder of a whole model, fetched from the hub if need be. Raises CheckpointError for
-    other kinds.
-    """
-    location = locate(name)
-    if location.gguf_file is not None or is_adapter(location.path):
-        found = "an adapter" if location.gguf_file is None else "a GGUF file"
-        raise CheckpointError(
-            f"`model` {name} is {found}; needed a folder with all weights: `layerskip import`"
-        )
-    from .folder import refuse_packed
-
-    folder = fetched(location.path)
-    reading(name, lambda: refuse_packed(folder))
-    return folder
-
-
-def fetched(name: str) -> str:
+def fetched_folder(name: str) -> str:
     """A folder, or the folder of a hub id's fetched files. Raises CheckpointError."""
     if is_folder(name):
         return name
     from huggingface_hub import snapshot_download
 
     hub_id, revision = _hub_id(name)
-    files = {"allow_patterns": _HUB_FILES, "ignore_patterns": _NOT_OURS}
-    return reading(name, partial(snapshot_download, hub_id, revision=revision, **files))
+    with reading(name):
+        return snapshot_download(
+            hub_id,
+            revision=revision,
+            allow_patterns=_HUB_FILES,
+            ignore_patterns=_NOT_OURS,
+        )
 
 
 def _hub_id(name: str) -> tuple[str, str | None]:
@@ -149,20 +162,21 @@ def _may_be_hub_id(name: str) -> bool:
     )
 
 
-def reading(name: str, read: Callable[[], Result]) -> Result:
-    """Calls `read`; errors other than ConfigError become a CheckpointError of one line that names
-    the model.
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Turns errors other than ConfigError into a CheckpointError of one line that names the
+    model.
     """
     try:
-        return read()
+        yield
     except (ConfigError, LockedError):
         raise
     # Libraries raise OSError, ValueError, RuntimeError, SafetensorError and others
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != _RUST_PANIC:
             raise
-        known = isinstance(error, CheckpointError) or Path(name).exists() or name in EMBEDDED
-        absent = "" if known else "there is no such folder, and as a hub id: "
+        exists = isinstance(error, CheckpointError) or Path(name).exists() or name in EMBEDDED
+        absent = "" if exists else "there is no such folder, and as a hub id: "
         raise CheckpointError(f"cannot load model {name}: {absent}{first_line(error)}") from error
 
 
@@ -172,15 +186,15 @@ def files_digest(name: str) -> str:
     """
     from .save import model_files
 
-    digest, (adapters, base) = hashlib.sha256(), adapters_of(name)
+    digest = hashlib.sha256()
+    adapters, base = adapters_of(name)
     for each in (*adapters, base):
-        location = present(each)
-        folder = Path(fetched(location.path))
-        for file in (
-            sorted(model_files(folder)) if location.gguf_file is None else [location.gguf_file]
-        ):
-            state = (folder / file).stat()
-            digest.update(f"{file} {state.st_size} {state.st_mtime_ns}\n".encode())
+        model = ModelRef.of(each).fetched()
+        folder = Path(fetched_folder(model.path))
+        names = sorted(model_files(folder)) if model.gguf is None else [model.gguf.name]
+        for name in names:
+            state = (folder / name).stat()
+            digest.update(f"{name} {state.st_size} {state.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]
 
 
@@ -204,7 +218,7 @@ def adapters_of(name: str) -> tuple[list[str], str]:
             raise CheckpointError(
                 f"{file}: base_model_name_or_path must be the name of a model, got {base!r}"
             )
-        # Peft would import the module named by megatron_core
+        # peft would import the module named by megatron_core
         if config.get("megatron_config") is not None:
             raise CheckpointError(
                 f"{file}: megatron_config imports modules of the adapter, which is not allowed"

@@ -12,11 +12,11 @@ in the folder NAME-assistant beside NAME.
 
 import json
 import re
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import msgspec
 import torch
@@ -31,7 +31,6 @@ from ..model.exit_blocks import (
     MTP,
     MTP_LAYOUTS,
     NO_BLOCKS,
-    ExitBlock,
     ExitBlocks,
     MtpLayout,
     blocks_named,
@@ -52,7 +51,7 @@ from .folder import (
 )
 from .gguf_read import GgufFile
 from .loaded import Trainable
-from .locate import adapters_of, present
+from .locate import ModelRef, adapters_of
 
 _INPUT = f"{MTP.prefix}input.weight"
 # Copies of the model's embedding and head
@@ -62,6 +61,7 @@ STALE = "its drafter (mtp) was made for other weights; `layerskip train-drafter 
 STALE_ASSISTANT = "its assistant (mtp) was made for other weights: fewer of its drafts may be right"
 ASSISTANT_FILES = f"assistant/{CONFIG_FILE}", "assistant/model.safetensors"
 _Size = Annotated[int, Meta(ge=1, le=1 << 20)]
+_Drafter: TypeAlias = ExitBlocks | Assistant
 
 
 class _Values(msgspec.Struct):
@@ -84,9 +84,7 @@ def read_exit_blocks(
         with sidecars.naming(path):
             file = sidecars.open_formed(path, sidecars.BLOCKS)
             found = blocks_named(file.entries, spec.layers)
-            blocks = ExitBlocks(
-                found, lambda name: file.read(name) if name in file.entries else None
-            )
+            blocks = ExitBlocks(found, file.read)
             sidecars.check_fingerprint(file, spec, weight_of)
             sidecars.check_entries(file.entries, blocks.shapes(spec), FLOATS)
     return with_drafters(blocks, folder, spec, weight_of)
@@ -102,112 +100,134 @@ def with_drafters(
     it is packed.
     """
 
-    def is_other(known: str | None) -> bool:
-        return bool(known) and (
-            known == OTHERS
-            or (weight_of is not None and known != sidecars.fingerprint(spec, weight_of))
-        )
+    def is_other(made_for: str | None) -> bool:
+        if made_for is None or weight_of is None:
+            return False
+        return made_for != sidecars.fingerprint(spec, weight_of)
 
     eagle3 = sidecars.eagle3_sidecar(folder, spec)
-    found = _shipped_beside(folder, spec, is_other)
-    if found is NO_BLOCKS and not eagle3:
+    shipped = _shipped_beside(folder, spec, is_other)
+    if shipped is NO_BLOCKS and eagle3 is None:
         return blocks
     return replace(
-        blocks, eagle3=eagle3, mtp=found.mtp, assistant=found.assistant, notes=found.notes
+        blocks,
+        eagle3=eagle3,
+        mtp=shipped.mtp,
+        assistant=shipped.assistant,
+        notes=shipped.notes,
     )
 
 
 def _shipped_beside(
     folder: str | Path, spec: AnySpec, is_other: Callable[[str | None], bool]
 ) -> ExitBlocks:
-    """The drafters that a folder's model ships. `is_other`: whether a fingerprint is of other
-    weights.
+    """The drafters that a folder's model ships, and notes on those that do not fit. `is_other`:
+    whether a fingerprint (None: the file has none) is of other weights.
     """
-    (mtp, notes), (assistant, why) = mtp_sidecar(folder, spec), assistant_beside(folder, spec)
-    if mtp and is_other(mtp.model_fingerprint):
-        mtp = replace(mtp, model_fingerprint=OTHERS)
-        notes = (STALE,)
-    if assistant and is_other(assistant.model_fingerprint):
-        assistant = replace(assistant, model_fingerprint=OTHERS)
-        why = (STALE_ASSISTANT,)
-    notes = (*notes, *why)
-    return (
-        replace(NO_BLOCKS, mtp=mtp, assistant=assistant, notes=notes)
-        if mtp or assistant or notes
-        else NO_BLOCKS
-    )
+    notes = list[str]()
+
+    def checked(read: Callable[[str | Path, AnySpec], _Drafter | None], stale: str) -> Any:
+        """A drafter; None, with a note, if it cannot be used."""
+        try:
+            drafter = read(folder, spec)
+        except CheckpointError as error:
+            notes.append(str(error))
+            return None
+        if drafter is None:
+            return None
+        made_for = drafter.model_fingerprint
+        if made_for != OTHERS and not is_other(made_for):
+            return drafter
+        notes.append(stale)
+        return replace(drafter, model_fingerprint=OTHERS)
+
+    mtp = checked(read_mtp, STALE)
+    assistant = checked(_assistant_beside, STALE_ASSISTANT)
+    if mtp is None and assistant is None and not notes:
+        return NO_BLOCKS
+    return replace(NO_BLOCKS, mtp=mtp, assistant=assistant, notes=tuple(notes))
 
 
-def mtp_sidecar(folder: str | Path, spec: AnySpec) -> tuple[ExitBlocks | None, tuple[str, ...]]:
-    """The MTP block that a folder's checkpoint ships, read when taken; a note instead if its layout
-    is unknown.
+def read_mtp(folder: str | Path, spec: AnySpec) -> ExitBlocks | None:
+    """The MTP block that a folder's checkpoint ships, read when taken; None if there is none.
+    Raises CheckpointError for an unknown layout.
     """
     files = files_by_name(folder)
     if (own := Path(folder) / MTP_FILE).is_file():
-        files |= dict.fromkeys((file := WeightFile(own)).entries, file)
-    held = {layout: _names(layout, spec.layers, files) for layout in MTP_LAYOUTS}
-    layout = next(
-        (each for each in MTP_LAYOUTS if each.stored(_INPUT, spec.layers) in held[each]),
-        MTP_LAYOUTS[0],
-    )
-    if not (found := held[layout]):
-        return None, ()
-    block = ExitBlock(0, layout.kind)
-    shapes = {layout.stored(name, spec.layers): shape for name, shape in block.shapes(spec).items()}
-    stored = {
-        name: [
-            [found.get(part, part) for part in each] for each in _parts(name, shapes[name], found)
-        ]
-        for name in shapes
-    }
-    weights = JoinedWeights(files, stored, shapes)
-    others = {
+        file = WeightFile(own)
+        files |= dict.fromkeys(file.entries, file)
+    for layout in MTP_LAYOUTS:
+        found = _names(layout, spec.layers, files)
+        if layout.stored(_INPUT, spec.layers) in found:
+            break
+    else:
+        layout = MTP_LAYOUTS[0]
+        found = _names(layout, spec.layers, files)
+    if not found:
+        return None
+
+    def stored(name: str) -> str:
+        return layout.stored(name, spec.layers)
+
+    shapes = {stored(name): shape for name, shape in MTP.shapes(spec).items()}
+    parts_of = {}
+    for name, shape in shapes.items():
+        parts_of[name] = _parts(name, shape, found)
+    weights = JoinedWeights(files, parts_of, shapes)
+    unknown = {
         name: files[full].entries[full]
         for name, full in found.items()
         if full not in weights.joined
     }
     try:
-        sidecars.check_entries(others | weights.entries, shapes, FLOATS)
+        sidecars.check_entries(unknown | weights.entries, shapes, FLOATS)
     except ValueError as error:
-        return None, (f"its drafter (mtp) is not used, because its layout is unknown: {error}",)
+        raise CheckpointError(
+            f"its drafter (mtp) is not used, because its layout is unknown: {error}"
+        ) from None
 
     def take(name: str) -> Tensor:
-        return _turned(name, weights.read(layout.stored(name, spec.layers)), layout)
+        return _turned(name, weights.read(stored(name)), layout)
 
-    model_fingerprint = files[found[layout.stored(_INPUT, spec.layers)]].metadata.get(
-        sidecars.FINGERPRINT
-    )
-    return ExitBlocks((block,), take, layout=layout, model_fingerprint=model_fingerprint), ()
+    made_for = files[found[stored(_INPUT)]].metadata.get(sidecars.FINGERPRINT)
+    return ExitBlocks((MTP,), take, layout=layout, model_fingerprint=made_for)
 
 
 def _names(layout: MtpLayout, layers: int, names: Iterable[str]) -> dict[str, str]:
     """A drafter's names among `names`, by their part from the layout's root on; later names replace
     earlier ones.
     """
-    begins = "|".join(re.escape(part.format(layers)) for part in (layout.root, f"{layout.norm}."))
-    pattern = re.compile(rf"(?:^|\.)((?:{begins}).*)")
-    found = {match[1]: name for name in names if (match := pattern.search(name)) is not None}
-    return {name: full for name, full in found.items() if not re.search(_COPIED, name)}
+    pattern = re.compile(rf"(?:^|\.)({re.escape(layout.root.format(layers))}.*)")
+    found = {}
+    for name in names:
+        match = pattern.search(name)
+        if match is not None and not re.search(_COPIED, match[1]):
+            found[match[1]] = name
+    return found
 
 
-def _parts(name: str, shape: tuple[int, ...], found: Container[str]) -> list[list[str]]:
-    """A weight's tensors in a checkpoint: one, or one or two for each expert."""
+def _parts(name: str, shape: tuple[int, ...], found: Mapping[str, str]) -> list[list[str]]:
+    """The tensors of a weight in a checkpoint, by their full names: one, or one or two for each
+    expert.
+    """
     prefix, experts, kind = name.partition(".experts.")
     if name in found or not experts:
-        return [[name]]
-    parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
-    return [
-        [f"{prefix}.experts.{expert}.{part}.weight" for part in parts] for expert in range(shape[0])
-    ]
+        return [[found.get(name, name)]]
+    projections = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
+    parts = []
+    for expert in range(shape[0]):
+        own = [f"{prefix}.experts.{expert}.{projection}.weight" for projection in projections]
+        parts.append([found.get(part, part) for part in own])
+    return parts
 
 
 def _turned(name: str, weight: Tensor, layout: MtpLayout) -> Tensor:
     """Swaps the two inputs of MTP's input matrix where the layout's order is not ours; returns
     other weights unchanged.
     """
-    return (
-        weight.roll(weight.shape[-1] // 2, -1) if layout.state_first and name == _INPUT else weight
-    )
+    if layout.state_first and name == _INPUT:
+        return weight.roll(weight.shape[-1] // 2, -1)
+    return weight
 
 
 def mtp_content(spec: AnySpec, mtp: ExitBlocks, weight_of: Callable[[str], Tensor]) -> bytes:
@@ -216,35 +236,24 @@ def mtp_content(spec: AnySpec, mtp: ExitBlocks, weight_of: Callable[[str], Tenso
     """
     weights = mtp.weights(spec)
     layout = mtp.layout
-    known = mtp.model_fingerprint or sidecars.fingerprint(spec, weight_of)
-    names = [
-        name
-        for name in weights.shapes
-        if not (layout.shares_norm and name.startswith(f"{MTP.prefix}norm."))
-    ]
-    content = {
-        layout.prefix + layout.stored(name, spec.layers): _turned(name, weights.of(name), layout)
-        for name in names
-    }
-    return sidecars.content_of(content, known, {"format": "pt"})
-
-
-def shipped_files(name: str, loaded: Trainable) -> dict[str, bytes]:
-    """The files of the drafters that a model ships, to be saved with its weights, also after
-    training.
-    """
-    spec = loaded.backend.spec
-    return files_of_shipped(shipped_by(name, spec), spec, loaded.model.get_parameter)
+    content = {}
+    for name in weights.shapes:
+        stored = layout.prefix + layout.stored(name, spec.layers)
+        content[stored] = _turned(name, weights.of(name), layout)
+    made_for = mtp.model_fingerprint or sidecars.fingerprint(spec, weight_of)
+    return sidecars.content_of(content, made_for, {"format": "pt"})
 
 
 def files_of_shipped(
     blocks: ExitBlocks, spec: AnySpec, weight_of: Callable[[str], Tensor]
 ) -> dict[str, bytes]:
-    files = {} if blocks.mtp is None else {MTP_FILE: mtp_content(spec, blocks.mtp, weight_of)}
-    if (assistant := blocks.assistant) is not None:
-        files |= assistant_content(
-            assistant, assistant.model_fingerprint or sidecars.fingerprint(spec, weight_of)
-        )
+    """The files of the drafters that a model ships, to be saved with its weights."""
+    files = {}
+    if blocks.mtp is not None:
+        files[MTP_FILE] = mtp_content(spec, blocks.mtp, weight_of)
+    if blocks.assistant is not None:
+        made_for = blocks.assistant.model_fingerprint or sidecars.fingerprint(spec, weight_of)
+        files |= assistant_content(blocks.assistant, made_for)
     return files
 
 
@@ -253,33 +262,28 @@ def shipped_by(name: str, spec: AnySpec) -> ExitBlocks:
     other weights.
     """
     adapters, base = adapters_of(name)
-    location = present(base)
-    if location.folder is not None:
-        return _shipped_beside(location.folder, spec, lambda known: bool(adapters))
-    mtp = (
-        None
-        if location.gguf_file is None
-        else GgufFile(Path(location.path) / location.gguf_file).drafter
-    )
+    model = ModelRef.of(base).fetched()
+    if model.folder is not None:
+        return _shipped_beside(model.folder, spec, lambda made_for: bool(adapters))
+    mtp = GgufFile(model.gguf).drafter if model.gguf is not None else None
     if mtp is None:
         return NO_BLOCKS
-    changed = replace(mtp, model_fingerprint=OTHERS) if adapters else mtp
-    return replace(NO_BLOCKS, mtp=changed, notes=(STALE,) if adapters else ())
+    if adapters:
+        stale = replace(mtp, model_fingerprint=OTHERS)
+        return replace(NO_BLOCKS, mtp=stale, notes=(STALE,))
+    return replace(NO_BLOCKS, mtp=mtp)
 
 
 def is_assistant(folder: str | Path) -> bool:
     return read_settings(folder, CONFIG_FILE).get("model_type") == "gemma4_assistant"
 
 
-def assistant_beside(folder: str | Path, spec: AnySpec) -> tuple[Assistant | None, tuple[str, ...]]:
-    """The assistant of a model's folder; a note instead if it cannot be used."""
-    try:
-        for path in (Path(folder) / "assistant", Path(f"{Path(folder)}-assistant")):
-            if isinstance(spec, ModelSpec) and is_assistant(path):
-                return read_assistant(path, spec), ()
-    except CheckpointError as error:
-        return None, (str(error),)
-    return None, ()
+def _assistant_beside(folder: str | Path, spec: AnySpec) -> Assistant | None:
+    """The assistant of a model's folder. Raises CheckpointError if it cannot be used."""
+    for path in (Path(folder) / "assistant", Path(f"{Path(folder)}-assistant")):
+        if isinstance(spec, ModelSpec) and is_assistant(path):
+            return read_assistant(path, spec)
+    return None
 
 
 def read_assistant(folder: str | Path, target: ModelSpec) -> Assistant:
@@ -289,7 +293,8 @@ def read_assistant(folder: str | Path, target: ModelSpec) -> Assistant:
     with sidecars.naming(f"the assistant {folder}", "give that of this model"):
         settings = read_json(Path(folder) / CONFIG_FILE, CheckpointError)
         values = msgspec.convert(settings, _Values)
-        if not is_complete(text := values.text_config):
+        text = values.text_config
+        if not is_complete(text):
             from transformers import AutoConfig
 
             with quiet_transformers():
@@ -297,32 +302,21 @@ def read_assistant(folder: str | Path, target: ModelSpec) -> Assistant:
         files = files_by_name(folder)
         spec = replace(_beside(text, target), tied="lm_head.weight" not in files)
         hidden = values.backbone_hidden_size
-        clusters = values.num_centroids * values.use_ordered_embeddings
         require(hidden == target.hidden, "backbone_hidden_size", str(target.hidden), hidden)
+        clusters = values.num_centroids if values.use_ordered_embeddings else 0
         chosen = values.centroid_intermediate_top_k
         settings = settings | {"text_config": text}
         made = Assistant(
             spec, hidden, clusters, chosen, settings, lambda name: files[name].read(name)
         )
-        sidecars.check_entries(
-            {name: files[name].entries[name] for name in made.shapes if name in files},
-            made.shapes,
-            FLOATS,
-        )
+        entries = {name: files[name].entries[name] for name in made.shapes if name in files}
+        sidecars.check_entries(entries, made.shapes, FLOATS)
         if clusters:
-            require(
-                spec.vocab % clusters == 0 and chosen <= clusters,
-                "num_centroids",
-                "a divisor of vocab_size",
-                clusters,
-            )
-            ids = made.take(ORDER).long().sort().values if ORDER in files else None
-            require(
-                ids is not None and torch.equal(ids, torch.arange(spec.vocab)),
-                ORDER,
-                f"ids below {spec.vocab}",
-                "others",
-            )
+            fits = spec.vocab % clusters == 0 and chosen <= clusters
+            require(fits, "num_centroids", "a divisor of vocab_size", clusters)
+            ids = made.take(ORDER).long().sort().values
+            is_order = torch.equal(ids, torch.arange(spec.vocab))
+            require(is_order, ORDER, f"ids below {spec.vocab}", "others")
         return replace(made, model_fingerprint=files[INPUT].metadata.get(sidecars.FINGERPRINT))
 
 
@@ -333,25 +327,18 @@ def _beside(text: dict[str, Any], target: ModelSpec) -> ModelSpec:
     # An assistant's L and 0 would be refused
     unread = {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": None}
     spec = ModelSpec.of(SimpleNamespace(**text | unread))
+    # Each kind of layer reads the KV entries of the target's last layer of that kind
     sources = {target.kinds[layer]: layer for layer in target.attending}
-    require(
-        {*spec.kinds} <= sources.keys(), "layer_types", f"among {', '.join(sources)}", spec.kinds
-    )
-    sizes = [
-        LayerSizes(size.head_dim, spec.inner, sources[kind])
-        for size, kind in zip(spec.sizes, spec.kinds, strict=True)
-    ]
-    needed = [target.of_layer(sources[kind]).head_dim for kind in spec.kinds]
-    require(
-        [size.head_dim for size in sizes] == needed, "head_dim", f"{needed}, as the model's", sizes
-    )
+    known = {*spec.kinds} <= sources.keys()
+    require(known, "layer_types", f"among {', '.join(sources)}", spec.kinds)
+    sizes = []
+    for size, kind in zip(spec.sizes, spec.kinds, strict=True):
+        needed = target.of_layer(sources[kind]).head_dim
+        require(size.head_dim == needed, "head_dim", f"{needed}, as the model's", size.head_dim)
+        sizes.append(LayerSizes(size.head_dim, spec.inner, sources[kind]))
     heads = target.kv_heads
-    require(
-        spec.heads % heads == 0,
-        "num_attention_heads",
-        f"a multiple of the model's key heads, {heads}",
-        spec.heads,
-    )
+    needed_heads = f"a multiple of the model's key heads, {heads}"
+    require(spec.heads % heads == 0, "num_attention_heads", needed_heads, spec.heads)
     require(spec.vocab == target.vocab, "vocab_size", str(target.vocab), spec.vocab)
     return replace(spec, kv_heads=heads, sizes=tuple(sizes))
 
@@ -373,9 +360,12 @@ def assistant_content(assistant: Assistant, model_fingerprint: str) -> dict[str,
     """An assistant's files by their paths in a model's folder. `model_fingerprint`: of the model
     that it was made for.
     """
-    names = (*assistant.shapes, *([ORDER] if assistant.clusters else []))
-    text = json.dumps(assistant.settings, indent=2) + "\n"
-    weights = sidecars.content_of(
-        {name: assistant.take(name) for name in names}, model_fingerprint, {"format": "pt"}
-    )
-    return dict(zip(ASSISTANT_FILES, (text.encode(), weights), strict=True))
+    config, weights = ASSISTANT_FILES
+    names = list(assistant.shapes)
+    if assistant.clusters:
+        names.append(ORDER)
+    tensors = {name: assistant.take(name) for name in names}
+    return {
+        config: (json.dumps(assistant.settings, indent=2) + "\n").encode(),
+        weights: sidecars.content_of(tensors, model_fingerprint, {"format": "pt"}),
+    }

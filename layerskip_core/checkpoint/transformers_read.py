@@ -20,7 +20,6 @@ from .folder import (
     checked_tokenizer,
     generation_config,
     has_low_bits,
-    lean_tokenizer,
     open_weights,
     quiet_transformers,
     read_settings,
@@ -29,7 +28,7 @@ from .folder import (
 from .gguf_read import GgufFile, dense_model
 from .info import read_info
 from .loaded import TORCH_DTYPES, Trainable, pick_dtype
-from .locate import Location, adapters_of, is_adapter, locate, present, reading
+from .locate import ModelRef, adapters_of, reading
 from .settings import info_of
 
 _NO_FOREIGN_CODE = {"trust_remote_code": False}  # the default asks on standard input
@@ -118,13 +117,9 @@ class PretrainedModel:
         return model
 
 
-def open_model(location: Location) -> PretrainedModel | GgufFile:
-    """Opens the model at a location, without its weights. Raises CheckpointError for an unsupported
-    one.
-    """
-    if location.gguf_file is None:
-        return PretrainedModel(location.path)
-    return GgufFile(Path(location.path) / location.gguf_file)
+def open_model(model: ModelRef) -> PretrainedModel | GgufFile:
+    """Opens a model, without its weights. Raises CheckpointError for an unsupported one."""
+    return PretrainedModel(model.path) if model.gguf is None else GgufFile(model.gguf)
 
 
 @quiet_transformers()
@@ -136,13 +131,6 @@ def configured_spec(folder: str) -> ModelSpec | None:
     return PretrainedModel(folder).spec if plain else None
 
 
-def tokenizer_in(folder: str, vocab_size: int) -> Any:
-    """A folder's tokenizer, without transformers if possible. Raises as `checked_tokenizer`
-    does.
-    """
-    return checked_tokenizer(lean_tokenizer(folder) or read_tokenizer(folder), vocab_size)
-
-
 def tokenizer_of(files: PretrainedModel | GgufFile) -> Any:
     """transformers' tokenizer of a model. Raises as `checked_tokenizer` does."""
     return checked_tokenizer(
@@ -151,22 +139,16 @@ def tokenizer_of(files: PretrainedModel | GgufFile) -> Any:
 
 
 @quiet_transformers()
-def read_model(name: str, location: Location, device: torch.device, dtype: str) -> Trainable:
+def read_model(model: ModelRef, device: torch.device, dtype: str) -> Trainable:
     """Reads a model that is no adapter, in evaluation mode."""
-    files = open_model(location)
+    files = open_model(model)
     spec = files.spec
     tokenizer = tokenizer_of(files)
-    model = files.model()
-    check_model(model, spec)
-    precision = pick_dtype(dtype, device, model.num_parameters())
-    cast_weights(model.to(device), precision)
-    return Trainable(
-        name,
-        model.eval(),
-        TransformersBackend(model, spec=spec),
-        tokenizer,
-        info_of(name, location),
-    )
+    read = files.model()
+    check_model(read, spec)
+    cast_weights(read.to(device), pick_dtype(dtype, device, read.num_parameters()))
+    backend = TransformersBackend(read, spec=spec)
+    return Trainable(model.name, read.eval(), backend, tokenizer, info_of(model))
 
 
 @quiet_transformers()
@@ -174,41 +156,35 @@ def blank(name: str, seed: int, tokenizer: Any = None) -> Trainable:
     """A checkpoint's architecture with random weights, in fp32 on the CPU, with the vocabulary of
     `tokenizer`.
     """
-    location = locate(name)
-    from transformers import AutoModelForCausalLM
-
-    def read() -> Trainable:
-        files = open_model(location)
+    model = ModelRef.of(name)
+    with reading(name):
+        files = open_model(model)
         config = files.config
-        words = tokenizer or tokenizer_of(files)
-        if tokenizer:
-            config.vocab_size = len(words)
+        if tokenizer is None:
+            tokenizer = tokenizer_of(files)
+        else:
+            config.vocab_size = len(tokenizer)
             for special in ("pad_token_id", "bos_token_id", "eos_token_id"):
-                setattr(config, special, getattr(words, special))
+                setattr(config, special, getattr(tokenizer, special))
         torch.manual_seed(seed)
-        attention = attention_for(config)
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation=attention
-        )
-        return Trainable(name, model, TransformersBackend(model), words, read_info(location.path))
-
-    return reading(name, read)
+        return _without_weights(model, config, tokenizer)
 
 
 @quiet_transformers()
-def blank_on_meta(name: str, location: Location) -> Trainable:
+def blank_on_meta(model: ModelRef) -> Trainable:
     """A folder's architecture and tokenizer; the parameters have shapes and no values."""
+    files = open_model(model)
+    with torch.device("meta"):
+        return _without_weights(model, files.config, tokenizer_of(files))
+
+
+def _without_weights(model: ModelRef, config: Any, tokenizer: Any) -> Trainable:
     from transformers import AutoModelForCausalLM
 
-    files = open_model(location)
-    with torch.device("meta"):
-        attention = attention_for(files.config)
-        model = AutoModelForCausalLM.from_config(
-            files.config, dtype=torch.float32, attn_implementation=attention
-        )
-    return Trainable(
-        name, model, TransformersBackend(model), tokenizer_of(files), read_info(location.path)
+    made = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation=attention_for(config)
     )
+    return Trainable(model.name, made, TransformersBackend(made), tokenizer, read_info(model.path))
 
 
 @quiet_transformers()
@@ -248,10 +224,11 @@ def read_tokenizer(path: str) -> Any:
 
 def stored_dtype(name: str) -> torch.dtype:
     """The precision of a checkpoint's weights by its config; fp32 by default, and for GGUF."""
-    location = present(adapters_of(name)[1])
-    if location.gguf_file is not None:
+    model = ModelRef.of(adapters_of(name)[1]).fetched()
+    if model.gguf is not None:
         return torch.float32
-    dtype = getattr(reading(name, lambda: open_model(location)).config, "dtype", None)
+    with reading(name):
+        dtype = getattr(open_model(model).config, "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
@@ -259,12 +236,10 @@ def written_dtype(loaded: Trainable, asked: str) -> torch.dtype:
     """The precision to write weights in. `auto`: as stored; for GGUF the narrowest exact one."""
     if asked != "auto":
         return TORCH_DTYPES[asked]
-    if is_adapter(loaded.name) or locate(loaded.name).gguf_file is None:
+    if ModelRef.of(loaded.name).gguf is None:
         return stored_dtype(loaded.name)
     weights = [weight.detach() for weight in loaded.model.parameters()]
-    exact = (
-        dtype
-        for dtype in (torch.bfloat16, torch.float16)
-        if all(weight.equal(weight.to(dtype).float()) for weight in weights)
-    )
-    return next(exact, torch.float32)
+    for dtype in (torch.bfloat16, torch.float16):
+        if all(weight.equal(weight.to(dtype).float()) for weight in weights):
+            return dtype
+    return torch.float32

@@ -8,7 +8,7 @@ from random import Random
 from typing import Any
 
 from ..checkpoint.loaded import Decoder, decoder_of
-from ..checkpoint.locate import present
+from ..checkpoint.locate import ModelRef
 from ..checkpoint.open import for_decoding, for_training
 from ..checkpoint.shipped import read_exit_blocks
 from ..config.evaluation import VerifyConfig
@@ -103,7 +103,7 @@ def opened(config: VerifyConfig, kernels: str, precision: str) -> Decoder:
             raise LayerSkipError("transformers' layers have no low-bit weights")
         trainable = for_training(config.model, device, precision)
         generic = decoder_of(trainable)
-        folder = present(config.model).folder
+        folder = ModelRef.of(config.model).fetched().folder
         if folder is None:
             return generic
         blocks = read_exit_blocks(folder, generic.backend.spec, trainable.model.get_parameter)

@@ -23,9 +23,10 @@ from ..checkpoint.folder import (
 )
 from ..checkpoint.info import CheckpointInfo
 from ..checkpoint.loaded import Trainable, decoder_of
-from ..checkpoint.locate import EMBEDDED, Location, downloaded, is_adapter, present, reading
-from ..checkpoint.open import Source, for_packing, for_training
+from ..checkpoint.locate import EMBEDDED, ModelRef, reading
+from ..checkpoint.open import for_training, plan_packing
 from ..checkpoint.packed_file import Content, PackedWriter, unpacked_names
+from ..checkpoint.plan import LoadPlan
 from ..checkpoint.save import refuse_overwrite, save_checkpoint, save_files
 from ..checkpoint.shipped import files_of_shipped, read_exit_blocks
 from ..checkpoint.sidecars import EAGLE3_FILES, EAGLE3_FOLDER, PROPOSED
@@ -34,7 +35,7 @@ from ..config.model import Engine, ExportConfig, PackingConfig, Quantization
 from ..config.resolution import require_exit_layer
 from ..errors import CheckpointError, ConfigError, first_line, plural, require
 from ..files import new_staging, synchronise
-from ..model import NativeBackend, TransformersBackend, can_run_native
+from ..model import NativeBackend, TransformersBackend
 from ..model.backend import states_at_exits
 from ..model.eagle3 import Eagle3Weights
 from ..model.exit_blocks import NO_BLOCKS, ExitBlocks
@@ -79,10 +80,10 @@ def export(config: ExportConfig) -> Exported:
         refuse_overwrite(config.output, config.overwrite, (README,) if config.engine else ())
     loaded = for_training(config.model, "cpu", "fp32")
     blocks = NO_BLOCKS
-    if (folder := present(loaded.name).folder) is not None:
-        spec = loaded.backend.spec
-        weight_of = loaded.model.get_parameter
-        blocks = reading(loaded.name, lambda: read_exit_blocks(folder, spec, weight_of))
+    folder = ModelRef.of(loaded.name).fetched().folder
+    if folder is not None:
+        with reading(loaded.name):
+            blocks = read_exit_blocks(folder, loaded.backend.spec, loaded.model.get_parameter)
     # The exits of such a model are seldom trained
     if config.engine == "vllm" and blocks.eagle3 is not None:
         way = f"`vllm serve {quote(f'{folder}/{EAGLE3_FOLDER}')}`"
@@ -141,41 +142,36 @@ def export_packed(config: ExportConfig) -> tuple[str, int]:
     words, and the file's bytes.
     """
     _refuse_own_folder(config)
-    source = downloaded(config.model)
+    folder = ModelRef.of(config.model).whole_folder()
     refuse_overwrite(config.output, config.overwrite)
     asked = PackingConfig(quantize=config.quantize, adaptive=True)
     if kernels() is None:
         raise ConfigError(
             f"`format` packed needs the compiled kernels: {why_no_kernels()}", "format"
         )
-    unpacked = for_packing(source, config.dtype, asked)
-    if not can_run_native(unpacked.spec, unpacked.dtype, torch.device("cpu"), unpacked.packing):
+    plan = plan_packing(folder, config.dtype, asked)
+    if plan.backend != "native":
         raise CheckpointError(
             f"{config.model} cannot be packed: the compiled kernels do not run its architecture or its widths"
         )
-    info = unpacked.info
-    info = replace(info, details={**info.details, "packed_from": config.model})
+    info = replace(plan.info, details={**plan.info.details, "packed_from": config.model})
     written: list[str] = []
 
     @quiet_transformers()
     def write(staging: Path) -> None:
-        files = open_model(Location(source))
-        folder = Path(source)
+        files = open_model(ModelRef.of(folder))
         # As transformers writes it, so that loading needs no transformers
         files.config.save_pretrained(staging)
         files.tokenizer().save_pretrained(staging)
         for name in (GENERATION_FILE, ORDER_FILE, *EAGLE3_FILES):
-            if (folder / name).is_file():
+            if Path(folder, name).is_file():
                 (staging / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(folder / name, staging / name)
-        written.append(_write_weights(unpacked, staging / PACKED_FILE))
+                shutil.copyfile(Path(folder, name), staging / name)
+        written.append(_write_weights(plan, staging / PACKED_FILE))
 
-    save_files(
-        write,
-        info,
-        config.output,
-        files_of_shipped(unpacked.exit_blocks, unpacked.spec, unpacked.weight_of),
-    )
+    source = plan.source
+    shipped = files_of_shipped(plan.exit_blocks, source.spec, source.weight_of)
+    save_files(write, info, config.output, shipped)
     return written[0], (Path(config.output) / PACKED_FILE).stat().st_size
 
 
@@ -185,40 +181,40 @@ def _refuse_own_folder(config: ExportConfig) -> None:
     require(not own, "output", "another folder than the model's", config.output)
 
 
-def _write_weights(source: Source, path: Path) -> str:
-    """Packs the weights that `source` decodes with. Heads are packed whole: `draft_vocab` selects
-    rows at load.
+def _write_weights(plan: LoadPlan, path: Path) -> str:
+    """Packs the weights of a plan. Heads are packed whole: `draft_vocab` selects rows at load.
+    Returns the precisions in words.
     """
-    packing = replace(source.packing, draft_vocab=0)
-    spec = source.spec
-    calibrated = source.int4 is not None
-    # Copied as they are
-    blocks = replace(source.exit_blocks, eagle3=None, mtp=None, assistant=None)
+    packing = replace(plan.packing, draft_vocab=0)
+    copies = packing.draft_weights
+    spec = plan.source.own_spec
+    calibrated = plan.int4 is not None
+    # The drafters' files are copied as they are
+    blocks = replace(plan.exit_blocks, eagle3=None, mtp=None, assistant=None)
     block_shapes = blocks.shapes(spec)
-    head: Quantization | None = (packing.draft_head or "int8") if packing.draft_weights else None
-    dtype: Literal["bf16", "fp32"] = "bf16" if source.dtype == torch.bfloat16 else "fp32"
-    content = Content(dtype, packing.quantize, packing.draft_weights, head, calibrated)
+    head: Quantization | None = (packing.draft_head or "int8") if copies else None
+    dtype: Literal["bf16", "fp32"] = "bf16" if plan.source.dtype == torch.bfloat16 else "fp32"
     compiled = kernels()
     assert compiled is not None
-    most = 3 * (1 + len(packing.draft_weights)) * (len(spec.shapes) + len(block_shapes) + 1)
+    most = 3 * (1 + len(copies)) * (len(spec.shapes) + len(block_shapes) + 1)
     with path.open("wb") as file, torch.inference_mode():
         writer = PackedWriter(file, compiled, most)
-        take = source.take()
-        embedding = Weights(take, spec.shapes).of(spec.embedding_name)
+        take = plan.source.take()
+        weights = Weights(take, spec.shapes)
+        embedding = weights.of(spec.embedding_name)
         writer.add(spec.embedding_name, embedding)
-        NativeBackend(spec, take, packing, None, source.int4, blocks, embedding, pack=writer.matrix)
-        of_blocks = blocks.weights(spec, torch.empty(0, dtype=source.dtype))
-        for weights, shapes in (
-            (Weights(take, spec.shapes), spec.shapes),
-            (of_blocks, block_shapes),
-        ):
-            for name in unpacked_names(spec, shapes):
-                writer.add(name, weights.of(name))
-        writer.finish(content)
-    copies = (
-        f" with {' and '.join(packing.draft_weights)} for drafts" if packing.draft_weights else ""
-    )
-    return named_int4(f"{packing.quantize or content.dtype}{copies}", calibrated)
+        # A backend that asks the writer for its matrices writes each of them
+        NativeBackend(spec, take, packing, None, plan.int4, blocks, embedding, pack=writer.matrix)
+        for name in unpacked_names(spec, spec.shapes):
+            writer.add(name, weights.of(name))
+        block_weights = blocks.weights(spec, torch.empty(0, dtype=plan.source.dtype))
+        for name in unpacked_names(spec, block_shapes):
+            writer.add(name, block_weights.of(name))
+        writer.finish(Content(dtype, packing.quantize, copies, head, calibrated))
+    described: str = packing.quantize or dtype
+    if copies:
+        described += f" with {' and '.join(copies)} for drafts"
+    return named_int4(described, calibrated)
 
 
 def _write_pair(
@@ -414,16 +410,11 @@ def _readme(
     is_path = config.model not in EMBEDDED and Path(config.model).exists()
     model = str(Path(config.model).resolve()) if is_path else config.model
     target = f"{output}-target"
-    location = present(config.model)
+    reference = ModelRef.of(config.model).fetched()
     has_sidecars = any(
-        (Path(location.path) / file).exists() for file in (INT4_FILE, EXIT_BLOCKS_FILE)
+        (Path(reference.path) / file).exists() for file in (INT4_FILE, EXIT_BLOCKS_FILE)
     )
-    if (
-        config.model in EMBEDDED
-        or is_adapter(config.model)
-        or location.gguf_file is not None
-        or has_sidecars
-    ):
+    if config.model in EMBEDDED or reference.is_adapter or reference.gguf or has_sidecars:
         parts.append("First the model itself, in a form that the engine loads:")
         parts.append(
             f"```sh\nlayerskip export {quote(model)} --exit {layers} --output {quote(target)}\n```"

@@ -111,13 +111,6 @@ class Form:
         return kind((hidden, *[None] * (length - 1)))
 
 
-class LayerPair(nn.Sequential):
-    """Two layers run as one; the first has keys and values."""
-
-    def forward(self, *args: Any, **keywords: Any) -> Any:
-        return self[1](hidden_of(self[0](*args, **keywords)))
-
-
 class CutModel:
     """A causal language model of transformers whose layers 0..L-1 run in spans.
     `probe.cut_at_layers` makes it.

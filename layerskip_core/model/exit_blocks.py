@@ -13,7 +13,7 @@ different names (MTP_LAYOUTS).
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
@@ -36,14 +36,9 @@ if TYPE_CHECKING:
 class ExitBlock:
     """The block of an exit after `exit_layer` layers, 1..L-1; MTP: 0. Names of its weights begin
     with `prefix`.
-
-    `kind`, on transformers' layers only: `dense`: the layer has an MLP like the model's first,
-    though the last has experts; `pair`: two layers, attention and experts, because a layer of the
-    model has only one of them (Nemotron-H).
     """
 
     exit_layer: int
-    kind: str = field(default="", compare=False)
 
     @property
     def prefix(self) -> str:
@@ -53,20 +48,8 @@ class ExitBlock:
         """Names and shapes of its weights: `exits.E.layer.*` as in a layer, `exits.E.norm.*`, and
         those of MTP's inputs.
         """
-        known = spec.block_shapes
+        names = dict(spec.block_shapes)
         width = spec.hidden
-        kind = f"{self.kind}."
-        names = {
-            name: shape for name, shape in known.items() if name.startswith(("layer.", "norm."))
-        }
-        if of_kind := {
-            name.removeprefix(kind): shape for name, shape in known.items() if name.startswith(kind)
-        }:
-            if self.kind == "pair":
-                names = {re.sub("^layer", "layer.0", name): shape for name, shape in names.items()}
-            names = {
-                name: shape for name, shape in names.items() if not name.startswith("layer.mlp.")
-            } | of_kind
         if self.exit_layer == 0:
             norm = {
                 name.removeprefix("norm"): shape
@@ -87,7 +70,6 @@ class MtpLayout(NamedTuple):
     layers.
 
     `root`: the beginning of all its names. `state_first`: W reads [norm(s); norm(e)].
-    `shares_norm`: `norm` is the model's own.
     """
 
     root: str
@@ -98,8 +80,6 @@ class MtpLayout(NamedTuple):
     feature_norm: str
     prefix: str = "model."
     state_first: bool = False
-    shares_norm: bool = False
-    kind: str = ""  # of ExitBlock
 
     def stored(self, name: str, layers: int) -> str:
         """The checkpoint's name for a weight of MTP, after `prefix`."""
@@ -107,53 +87,34 @@ class MtpLayout(NamedTuple):
         return str(getattr(self, part)).format(layers) + dot + rest
 
 
-MTP_LAYOUTS = (  # as vLLM and SGLang read them, ERNIE 4.5's as FastDeploy does
-    MtpLayout(
-        "mtp.",
-        "mtp.layers.0",
-        "mtp.norm",
-        "mtp.fc",
-        "mtp.pre_fc_norm_embedding",
-        "mtp.pre_fc_norm_hidden",
-        "",
-    ),  # Qwen
+# The layouts whose forward vLLM's classes compute as we do. (Not ERNIE 4.5's: vLLM has no norm
+# before the head. Not Nemotron-H's, whose drafter has a pattern of layers.)
+MTP_LAYOUTS = (
+    MtpLayout(  # Qwen3.5, Qwen3-Next
+        root="mtp.",
+        layer="mtp.layers.0",
+        norm="mtp.norm",
+        input="mtp.fc",
+        embedding_norm="mtp.pre_fc_norm_embedding",
+        feature_norm="mtp.pre_fc_norm_hidden",
+        prefix="",
+    ),
     MtpLayout(  # DeepSeek V3, GLM-4.5
-        *(
-            "layers.{}.",
-            "layers.{}",
-            "layers.{}.shared_head.norm",
-            "layers.{}.eh_proj",
-            "layers.{}.enorm",
-            "layers.{}.hnorm",
-        )
+        root="layers.{}.",
+        layer="layers.{}",
+        norm="layers.{}.shared_head.norm",
+        input="layers.{}.eh_proj",
+        embedding_norm="layers.{}.enorm",
+        feature_norm="layers.{}.hnorm",
     ),
     MtpLayout(  # MiMo
-        *("mtp_layers.", "mtp_layers.0", "mtp_layers.0.final_layernorm", "mtp_layers.0.input_proj"),
-        *("mtp_layers.0.token_layernorm", "mtp_layers.0.hidden_layernorm"),
+        root="mtp_layers.",
+        layer="mtp_layers.0",
+        norm="mtp_layers.0.final_layernorm",
+        input="mtp_layers.0.input_proj",
+        embedding_norm="mtp_layers.0.token_layernorm",
+        feature_norm="mtp_layers.0.hidden_layernorm",
         state_first=True,
-    ),
-    MtpLayout(  # ERNIE 4.5
-        *(
-            "mtp_",
-            "mtp_block.0",
-            "norm",
-            "mtp_linear_proj.0",
-            "mtp_emb_norm.0",
-            "mtp_hidden_norm.0",
-        ),
-        shares_norm=True,
-        kind="dense",
-    ),
-    MtpLayout(  # Nemotron-H
-        *(
-            "mtp.",
-            "mtp.layers",
-            "mtp.layers.1.final_layernorm",
-            "mtp.layers.0.eh_proj",
-            "mtp.layers.0.enorm",
-        ),
-        *("mtp.layers.0.hnorm", ""),
-        kind="pair",
     ),
 )
 

@@ -65,7 +65,7 @@ class TransformersSpec:
     tied: bool  # whether the head is the embedding
     parameters: int
     shapes: Shapes = field(repr=False)  # of all weights, by their names; a tied head has none
-    # Of an exit block's weights, and those of kinds; empty if it can have none
+    # Of an exit block's weights; empty if it can have none
     block_shapes: Shapes = field(repr=False)
     config: Any = field(repr=False, compare=False)  # the configuration itself
 

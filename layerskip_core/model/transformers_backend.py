@@ -18,7 +18,7 @@ from ..errors import CheckpointError
 from .architectures import SUPPORTED, known_architecture
 from .backend import Backend, DraftHead, DraftSide, choose_by_head
 from .cache import Places
-from .cut import CutModel, Form, LayerPair
+from .cut import CutModel, Form
 from .eagle3 import UNSUITED, Eagle3Weights, PlacedEagle3
 from .exit_blocks import (
     INPUT_NORMS,
@@ -81,10 +81,7 @@ class TransformersBackend:
         else:
             self.layers = self._cut.form.layers
             self.num_layers = len(self.layers)
-            parts = self.block_originals()
-            self.spec = TransformersSpec.of(
-                self.model, self.num_layers, parts and parts | self._originals_of_kinds()
-            )
+            self.spec = TransformersSpec.of(self.model, self.num_layers, self.block_originals())
         self._blocks: list[tuple[nn.Module, int]] = []
         self.exit_blocks: dict[int, PlacedBlock] = {}
         for block in exit_blocks.blocks:
@@ -236,10 +233,6 @@ class TransformersBackend:
                 f"exits of model_type {self.spec.model_type} can have no blocks: it has {why}"
             )
         layer, norm = map(deepcopy, parts.values())
-        if block.kind == "dense":
-            layer.mlp = deepcopy(self.layers[0].mlp)
-        if block.kind == "pair":
-            layer = LayerPair(layer, deepcopy(self._originals_of_kinds()["pair.layer.1"]))
         return layer, norm
 
     def run_block(self, layer: nn.Module, hidden: Tensor, ids: Tensor) -> Tensor:
@@ -264,18 +257,6 @@ class TransformersBackend:
         if form.attending is None or form.norm is None or form.width != width:
             return {}
         return {"layer": form.layers[form.attending], "norm": form.norm}
-
-    def _originals_of_kinds(self) -> dict[str, nn.Module]:
-        """Further modules that blocks of a kind copy, by kind and name."""
-        experts = [
-            None,
-            *(layer for layer in self.layers if hasattr(getattr(layer, "mixer", None), "experts")),
-        ]
-        found = {
-            "dense.layer.mlp": getattr(self.layers[0], "mlp", None),
-            "pair.layer.1": experts[-1],
-        }
-        return {name: part for name, part in found.items() if part is not None}
 
     def _placed(self, block: ExitBlock, blocks: ExitBlocks) -> PlacedBlock:
         weights = blocks.weights(self.spec)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checkpoint.locate import fetched
+from ..checkpoint.locate import fetched_folder
 from ..checkpoint.sidecars import default_layers, eagle3_content, read_eagle3
 from ..config.training import DrafterConfig
 from ..errors import require
@@ -88,7 +88,9 @@ class FrozenEagle3(DrafterModule):
         """Raises CheckpointError if the drafter `start_from` cannot be read."""
         start = config.start_from
         return cls(
-            backend, config, None if start is None else read_eagle3(fetched(start), backend.spec)
+            backend,
+            config,
+            None if start is None else read_eagle3(fetched_folder(start), backend.spec),
         )
 
     def weights(self) -> dict[str, Tensor]:

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..checkpoint.folder import EXIT_BLOCKS_FILE, MTP_FILE
-from ..checkpoint.locate import downloaded
-from ..checkpoint.shipped import mtp_content, mtp_sidecar
+from ..checkpoint.locate import ModelRef
+from ..checkpoint.shipped import mtp_content, read_mtp
 from ..checkpoint.sidecars import exit_blocks_content
 from ..config.resolution import require_exit_layer
 from ..config.training import DrafterConfig
@@ -192,11 +192,9 @@ class FrozenExits(DrafterModule):
         from.
         """
         if config.layout == "mtp":
-            known = (
-                mtp_sidecar(downloaded(config.model), backend.spec)[0]
-                if config.start_from
-                else None
-            )
+            known = None
+            if config.start_from:
+                known = read_mtp(ModelRef.of(config.model).whole_folder(), backend.spec)
             needed = "left out: this model ships no drafter that is known here"
             require(
                 known is not None or config.start_from is None,

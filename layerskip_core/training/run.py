@@ -20,7 +20,7 @@ from torch.utils.data import Subset
 from ..checkpoint.folder import EXIT_BLOCKS_FILE, MTP_FILE, weight_files
 from ..checkpoint.info import EXIT_BLOCKS, CheckpointInfo
 from ..checkpoint.loaded import Decoder, Trainable, decoder_of, pick_device
-from ..checkpoint.locate import EMBEDDED, adapters_of, downloaded, locate
+from ..checkpoint.locate import EMBEDDED, ModelRef, adapters_of
 from ..checkpoint.open import for_decoding, for_training, outline
 from ..checkpoint.save import (
     RUN_FILES,
@@ -157,7 +157,7 @@ class WholeModel(Plan):
             + (_SHALLOW,) * (spec.layers == 1)
         )
         self.notes += (_TRAINS if MTP_FILE in self.shipped else _SHIPPED,) * bool(self.shipped)
-        source = None if self.scratch else locate(config.model).folder
+        source = None if self.scratch else ModelRef.of(config.model).folder
         if source is not None and Path(source, EAGLE3_FILES[0]).is_file():
             self.notes += (_LEFT.format(Path(source, EAGLE3_FOLDER)),)
         self.steps = data.run_steps(config, len(seen))
@@ -184,7 +184,7 @@ class WholeModel(Plan):
         readers = None
         backend = self.trainable.backend
         if self.recipe.exit_reader != "none":  # copied from layers before they get adapters
-            source = locate(config.model).folder
+            source = ModelRef.of(config.model).folder
             blocks = NO_BLOCKS
             if source is not None and not self.scratch:
                 blocks = read_exit_blocks(source, backend.spec, model.get_parameter)
@@ -405,7 +405,7 @@ class FrozenModel(Plan):
             trained[self.module.names[layer]]["agreement"] = share
         verifier = (
             config.model
-            if locate(config.model).folder is None
+            if ModelRef.of(config.model).folder is None
             else str(Path(config.output).resolve())
         )
         files = self.module.files(
@@ -433,7 +433,7 @@ class FrozenModel(Plan):
             assistant = replace(self.kept, mtp=None)
             beside = files_of_shipped(assistant, model.backend.spec, model.model.get_parameter)
             copy_checkpoint(
-                downloaded(config.model),
+                ModelRef.of(config.model).whole_folder(),
                 info.with_exit_blocks(trained),
                 config.output,
                 beside | files,
@@ -447,7 +447,7 @@ def plan_drafter(config: DrafterConfig, device: torch.device, resume: Path | Non
     """
     if world_size() > 1:
         raise ConfigError(f"a drafter is trained in one process, not in {world_size()} by torchrun")
-    source = downloaded(config.model)
+    source = ModelRef.of(config.model).whole_folder()
     if not weight_files(source):
         raise CheckpointError(
             f"`model` {config.model} has no safetensors, which are copied as they are: `layerskip import`"

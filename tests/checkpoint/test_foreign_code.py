@@ -131,6 +131,6 @@ def test_a_library_that_reads_standard_input_gets_nothing(monkeypatch):
         answers.append(sys.stdin.read())
         raise ValueError("asked")
 
-    monkeypatch.setattr("layerskip_core.checkpoint.open.lean_spec", ask)
+    monkeypatch.setattr("layerskip_core.checkpoint.source.lean_spec", ask)
     result = run("generate", "--lines", stdin=CONSENT)
     assert (result.code, answers) == (1, [""])

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from layerskip_core.calibration import calibrate
 from layerskip_core.checkpoint.folder import EXIT_BLOCKS_FILE, INT4_FILE
 from layerskip_core.checkpoint.info import read_info
-from layerskip_core.checkpoint.locate import present
+from layerskip_core.checkpoint.locate import ModelRef
 from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.checkpoint.save import save_sidecar
 from layerskip_core.checkpoint.transformers_read import stored_dtype
@@ -293,13 +293,13 @@ def test_a_revision_is_asked_of_the_hub_and_safetensors_are_needed(snapshot, mon
         "snapshot_download",
         lambda *name, **how: asked.append((*name, how["revision"])) or str(snapshot),
     )
-    assert present("team/model@refs/pr/1").folder == str(snapshot)
-    assert present("team/model").folder == str(snapshot)
+    assert ModelRef.of("team/model@refs/pr/1").fetched().folder == str(snapshot)
+    assert ModelRef.of("team/model").fetched().folder == str(snapshot)
     assert asked == [("team/model", "refs/pr/1"), ("team/model", None)]
     wrong = run("generate", "x", "--model", "team/model", "--revision", "v2")
     assert wrong.code == 2 and "--model ID@REVISION" in wrong.err
     (snapshot / "model.safetensors").unlink()
-    assert present("team/model").folder is None
+    assert ModelRef.of("team/model").fetched().folder is None
 
 
 class Hub:

@@ -14,7 +14,6 @@ from conftest import tiny_model
 from evaluating import tiny_loaded
 from safetensors.torch import load_file, save_file
 
-from layerskip_core.checkpoint import open as opening
 from layerskip_core.checkpoint.info import CheckpointInfo, read_info
 from layerskip_core.checkpoint.loaded import Decoder, decoder_of, end_ids, pick_device, pick_dtype
 from layerskip_core.checkpoint.open import for_decoding, for_training
@@ -170,16 +169,13 @@ def test_a_blank_model_has_weights_of_its_seed_and_the_size_of_a_new_tokenizer(
     assert loaded.model.config.pad_token_id == 0
 
 
-@pytest.mark.parametrize("by_transformers", [False, True], ids=["lean", "transformers"])
 @pytest.mark.parametrize(("dtype", "itemsize"), [("fp32", 4), ("bf16", 2)])
 def test_a_copy_for_adaptive_drafting_is_made_where_memory_is_free_for_it(
-    dtype, itemsize, by_transformers, monkeypatch
+    dtype, itemsize, monkeypatch
 ):
     """Beside keys and values (a fifth of the memory by default) the weights have room, and a byte
     for each of the copy.
     """
-    if by_transformers:
-        monkeypatch.setattr(opening, "_lean_source", lambda *_: None)
 
     def sides(available, kv_megabytes=None):
         monkeypatch.setattr(caches, "available_memory", lambda: int(available))

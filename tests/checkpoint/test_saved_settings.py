@@ -8,9 +8,10 @@ from command_line import fails, run
 from test_gguf import written
 
 from layerskip_core.checkpoint import sidecars
+from layerskip_core.checkpoint.convert import import_checkpoint
 from layerskip_core.checkpoint.info import CheckpointInfo, read_info
-from layerskip_core.checkpoint.locate import locate
-from layerskip_core.checkpoint.open import for_decoding, import_checkpoint
+from layerskip_core.checkpoint.locate import ModelRef
+from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.checkpoint.settings import info_of, settings_file, write_settings
 from layerskip_core.config.decoding import DraftProfile
 
@@ -50,7 +51,7 @@ def test_settings_are_saved_beside_a_gguf_file_and_used(model):
     assert policy_of(model)
     assert (
         for_decoding(str(model), "cpu").info.policies.keys()
-        == info_of(str(model)).policies.keys()
+        == info_of(ModelRef.of(str(model))).policies.keys()
         >= {"exact"}
     )
     other = model.with_name("other.gguf")
@@ -97,9 +98,9 @@ def test_import_keeps_acceptance_but_no_times_of_the_low_bit_weights(model, tmp_
         profile=profile,
         details={"note": "kept"},
     )
-    write_settings(settings_file(str(model), locate(str(model))), saved)
+    write_settings(settings_file(ModelRef.of(str(model))), saved)
     import_checkpoint(str(model), str(tmp_path / "plain"), "fp32")
     found = read_info(tmp_path / "plain")
     assert (found.exit_layer, found.num_draft_tokens, found.policies) == (None, None, {})
     assert found.profile == DraftProfile({"exit 2": 0.5}) and found.details["note"] == "kept"
-    assert info_of(str(model)) == replace(saved, files=())
+    assert info_of(ModelRef.of(str(model))) == replace(saved, files=())

@@ -13,9 +13,10 @@ from conftest import logits_of, older, run_texts
 from exit_block_models import add_blocks, add_int4
 from safetensors.torch import load, load_file, save_file
 
+from layerskip_core.checkpoint.convert import import_checkpoint
 from layerskip_core.checkpoint.folder import EXIT_BLOCKS_FILE, INT4_FILE
 from layerskip_core.checkpoint.info import read_info
-from layerskip_core.checkpoint.open import for_decoding, for_training, import_checkpoint
+from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.checkpoint.save import refuse_overwrite, save_sidecar, write_info
 from layerskip_core.checkpoint.shipped import read_exit_blocks
 from layerskip_core.checkpoint.sidecars import (

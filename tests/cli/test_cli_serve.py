@@ -98,7 +98,7 @@ def test_answers_are_not_remembered_unless_asked(extras, monkeypatch, flags, kep
 
 
 def test_a_bound_on_memory_that_nothing_keeps_is_refused(extras, checkpoint, monkeypatch):
-    monkeypatch.setattr("layerskip_core.checkpoint.open.can_run_native", lambda *_: False)
+    monkeypatch.setattr("layerskip_core.checkpoint.plan.can_run_native", lambda *_: False)
     given = ("--model", checkpoint, "--kv-memory", "100")
     refused(
         "--kv-memory must be left out: nothing bounds the KV entries of ",

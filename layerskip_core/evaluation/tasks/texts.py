@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ...checkpoint.locate import ModelRef
 from ...checkpoint.settings import info_of
 from ...config.evaluation import PROMPT_NAMES, REFERENCE_NAMES, TaskConfig
 from ...config.model import DataConfig
@@ -75,7 +76,7 @@ def load_trained(asked: TaskConfig, model: str) -> Task:
     """Like `load_task`; without `task` and `data` on the training data in layerskip.json, on unseen
     rows if possible.
     """
-    info = info_of(model)
+    info = info_of(ModelRef.of(model).fetched())
     asked = replace(asked, held_out=info.held_out or None)
     data, validation = (None, None) if asked.task or asked.data else info.trained_on
     if data is None or data.name == "commands":
