@@ -22,7 +22,7 @@ from layerskip_core.errors import CheckpointError, ConfigError
 from layerskip_core.losses import IGNORED
 from layerskip_core.model import TransformersBackend
 from layerskip_core.training.eagle3 import FrozenEagle3, suits_engines
-from layerskip_core.training.run import prepare
+from layerskip_core.training.run import execute, prepare
 
 SMALL = DrafterConfig(draft_vocab=8)
 EAGLE3 = {"layout": "eagle3", "answer_tokens": 8, "draft_vocab": 64}
@@ -72,9 +72,9 @@ def test_it_drafts_as_often_right_as_the_training_said(frozen, checkpoint):
     )
     described, _, _ = train(config)
     decoder = for_decoding(config.output, "cpu")
-    plan = prepare(replace(config, output=config.output + "-again"))
+    job = prepare(replace(config, output=config.output + "-again"))
     tested = accepted = 0
-    for prompt in plan.answers.prompts[-40:]:
+    for prompt in job.answers.prompts[-40:]:
         loop = decode(
             decoder.backend,
             prompt,
@@ -102,7 +102,7 @@ def test_resuming_gives_the_same_drafter_bit_by_bit(frozen, tmp_path):
     cut = str(tmp_path / "cut")
     _, expected, _ = train(frozen(output=whole, save_steps=2))
     with pytest.raises(Interrupted):
-        prepare(frozen(output=cut, save_steps=2)).run(stop_at(3))
+        execute(prepare(frozen(output=cut, save_steps=2)), stop_at(3))
     _, reports, stages = train(frozen(output=cut, save_steps=2, resume=True))
     assert [report.loss for report in reports] == [report.loss for report in expected[2:]]
     assert stages == [("answers", 48, 48)]
@@ -122,10 +122,10 @@ def test_what_is_predicted_has_two_tokens_before_it(frozen, tmp_path, answers):
     }
     data = DataConfig(name=str(lines))
     raw = PromptingConfig(raw=True)
-    plan = prepare(frozen(data=data, prompting=raw, batch_size=2, steps=2, **asked))
-    assert plan.rows + plan.held_out == 8 and plan.left_out == 16
-    plan.run(lambda report: None)
-    assert all(text["labels"][:2] == [IGNORED] * 2 for text in plan.texts)
+    job = prepare(frozen(data=data, prompting=raw, batch_size=2, steps=2, **asked))
+    assert job.plan.rows + job.plan.held_out == 8 and job.plan.left_out == 16
+    rows, _ = job.data_sets(lambda *_: None)
+    assert all(text["labels"][:2] == [IGNORED] * 2 for text in rows.dataset)
 
 
 def test_a_drafter_is_trained_further(frozen, tmp_path):
@@ -142,7 +142,7 @@ def test_a_drafter_is_trained_further(frozen, tmp_path):
     assert torch.equal(stored(again.output).tokens, stored(first.output).tokens)
     [note] = prepare(
         FinetuneConfig(model=first.output, output=str(tmp_path / "tuned"), data=first.data, steps=2)
-    ).notes
+    ).plan.notes
     assert f"--start-from {start}" in note
     with pytest.raises(CheckpointError, match="cannot load model no/where"):
         prepare(frozen(output=str(tmp_path / "other"), start_from="no/where"))

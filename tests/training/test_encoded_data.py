@@ -29,7 +29,7 @@ from layerskip_core.training.data import (
     token_order,
 )
 from layerskip_core.training.encoding import Encoder, packed, train_tokenizer
-from layerskip_core.training.run import prepare
+from layerskip_core.training.run import execute, prepare
 from layerskip_core.training.trainer import RunTrainer
 
 TURNS = (("user", "hi"), ("assistant", "hello you"), ("user", "bye"), ("assistant", "so long"))
@@ -149,16 +149,16 @@ def written(tmp_path, count=50):
 
 def test_language_model_data_is_packed_but_for_task_finetuning(settings, tmp_path):
     data = DataConfig(name=written(tmp_path))
-    plan = prepare(settings(data=data, recipe=replace(RECIPE, preset="continual"), max_length=32))
-    assert {len(row["labels"]) for row in plan.data.rows[:-1]} == {
+    job = prepare(settings(data=data, recipe=replace(RECIPE, preset="continual"), max_length=32))
+    assert {len(row["labels"]) for row in job.data.training.rows[:-1]} == {
         32
-    } and "packed into whole rows" in plan.notes[0]
-    assert plan.truncated == 0 and plan.tokens == prepare(settings(data=data)).tokens
-    plan = prepare(settings(data=data))
-    assert plan.rows == 42 and plan.held_out == 8 and not plan.notes
+    } and "packed into whole rows" in job.plan.notes[0]
+    assert job.plan.truncated == 0 and job.plan.tokens == prepare(settings(data=data)).plan.tokens
+    job = prepare(settings(data=data))
+    assert job.plan.rows == 42 and job.plan.held_out == 8 and not job.plan.notes
     with pytest.raises(DataError, match="packed rows are of plain text"):
         list(
-            Encoder(plan.trainable.tokenizer, PromptTemplate(), 32, pack=True).rows(
+            Encoder(job.trainable.tokenizer, PromptTemplate(), 32, pack=True).rows(
                 [Example("a", "b")]
             )
         )
@@ -196,8 +196,8 @@ def test_a_streamed_run_and_its_resumption(settings, tmp_path):
     past.
     """
     changes = {"data": DataConfig(name=written(tmp_path)), "streaming": True}
-    plan = prepare(settings(**changes))
-    assert plan.rows is None and "streaming: `resume` reads past" in plan.notes[0]
+    job = prepare(settings(**changes))
+    assert job.plan.rows is None and "streaming: `resume` reads past" in job.plan.notes[0]
     require_exact_resumption(settings, tmp_path, **changes)
 
 
@@ -233,14 +233,15 @@ def test_every_exit_is_measured_on_held_out_rows(settings, validation):
     own exits.
     """
     changes = {"validation": validation, "validation_samples": 6, "eval_steps": 2, "steps": 5}
-    plan = prepare(settings(**changes))
-    assert plan.held_out_data.digest == prepare(settings(**changes)).held_out_data.digest
+    job = prepare(settings(**changes))
+    assert job.data.held_out.digest == prepare(settings(**changes)).data.held_out.digest
     held_out, own = (
-        {tuple(row["input_ids"]) for row in each.rows} for each in (plan.held_out_data, plan.data)
+        {tuple(row["input_ids"]) for row in each.rows}
+        for each in (job.data.held_out, job.data.training)
     )
     assert not held_out & own
     reports = []
-    info = plan.run(reports.append)
+    info = execute(job, reports.append).info
     assert [sorted(report.validation_losses) for report in reports] == [
         [],
         [],
@@ -251,19 +252,19 @@ def test_every_exit_is_measured_on_held_out_rows(settings, validation):
     assert (
         reports[2].validation_losses == reports[3].validation_losses != reports[4].validation_losses
     )
-    batch = collate([plan.held_out_data.rows[at] for at in range(6)])
-    logits = plan.trainable.model.eval()(batch["input_ids"]).logits
+    batch = collate([job.data.held_out.rows[at] for at in range(6)])
+    logits = job.trainable.model.eval()(batch["input_ids"]).logits
     loss = torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
     )
     assert info.details["validation_losses"]["4"] == pytest.approx(loss.item(), rel=1e-5)
-    assert info.details["validation_rows"] == plan.held_out_data.digest != plan.data.digest
+    assert info.details["validation_rows"] == job.data.held_out.digest != job.data.training.digest
 
 
 def test_a_split_is_none_of_the_files_that_have_its_name(settings, tmp_path, monkeypatch):
     (tmp_path / "test").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert prepare(settings(validation="test", validation_samples=2)).held_out == 2
+    assert prepare(settings(validation="test", validation_samples=2)).plan.held_out == 2
 
 
 def test_every_validation_happens_once_and_changes_nothing(settings, tmp_path, monkeypatch):

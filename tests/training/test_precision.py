@@ -13,7 +13,7 @@ from cli.commands.finetune import plan_text
 from layerskip_core.config.training import DrafterConfig
 from layerskip_core.model import TransformersBackend
 from layerskip_core.training import precision
-from layerskip_core.training.run import prepare
+from layerskip_core.training.run import execute, prepare
 
 
 def timed(monkeypatch, fp32, bf16):
@@ -39,10 +39,10 @@ def test_auto_is_bf16_where_a_product_is_clearly_faster_in_it(
 ):
     timed(monkeypatch, 1.0, bf16)
     config = settings(dtype="auto", steps=1)
-    plan = prepare(config)
-    assert said in plan_text(plan)
-    plan.run(lambda report: None)
-    assert (plan.precision.name, plan.trainable.model.config._attn_implementation) == (
+    job = prepare(config)
+    assert said in plan_text(job)
+    execute(job)
+    assert (job.plan.precision.name, job.trainable.model.config._attn_implementation) == (
         name,
         attention,
     )
@@ -55,32 +55,32 @@ def test_auto_is_bf16_where_a_product_is_clearly_faster_in_it(
 def test_a_requested_precision_is_taken_untimed(settings, monkeypatch, dtype, name, kind):
     monkeypatch.setattr(precision, "product_seconds", lambda *_: pytest.fail("timed"))
     config = settings(dtype=dtype) if kind is None else settings(kind, dtype=dtype, exits=(2,))
-    plan = prepare(config)
-    assert plan.precision == precision.Precision(name == "bf16 autocast")
+    job = prepare(config)
+    assert job.plan.precision == precision.Precision(name == "bf16 autocast")
 
 
 def test_a_resumed_run_keeps_its_precision_whatever_is_faster_now(settings, monkeypatch):
     timed(monkeypatch, 1.0, 0.25)
     with pytest.raises(Interrupted):
-        prepare(settings(dtype="auto", save_steps=2)).run(stop_at(3))
+        execute(prepare(settings(dtype="auto", save_steps=2)), stop_at(3))
     timed(monkeypatch, 1.0, 2.0)
-    plan = prepare(settings(dtype="auto", save_steps=2, resume=True))
-    assert plan.resume is not None and plan.precision.autocast
-    plan.run(lambda report: None)
+    job = prepare(settings(dtype="auto", save_steps=2, resume=True))
+    assert job.plan.checkpoint is not None and job.plan.precision.autocast
+    execute(job)
 
 
 def test_a_small_model_trains_in_fp32_untimed(settings, monkeypatch):
     """`embedded-base` has products twice as fast in bf16, and steps that take 1.5 times as long."""
     monkeypatch.setattr(precision, "product_seconds", lambda *_: pytest.fail("timed"))
-    plan = prepare(settings(dtype="auto"))
-    assert not plan.precision.autocast and "below 50M parameters" in plan.precision.reason
+    job = prepare(settings(dtype="auto"))
+    assert not job.plan.precision.autocast and "below 50M parameters" in job.plan.precision.reason
 
 
 def test_processes_do_not_choose_differently(settings, monkeypatch):
     timed(monkeypatch, 1.0, 0.25)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    plan = prepare(settings(dtype="auto"))
-    assert not plan.precision.autocast and "several processes" in plan.precision.reason
+    job = prepare(settings(dtype="auto"))
+    assert not job.plan.precision.autocast and "several processes" in job.plan.precision.reason
 
 
 def test_the_timed_product_is_the_widest_of_the_layers():

@@ -29,8 +29,8 @@ from layerskip_core.config.model import DataConfig
 from layerskip_core.config.training import DrafterConfig, RecipeSettings
 from layerskip_core.errors import CheckpointError, ConfigError, TrainingInterrupted
 from layerskip_core.training import module
-from layerskip_core.training.progress import SEAL
-from layerskip_core.training.run import prepare
+from layerskip_core.training.progress import SETTINGS_FILE
+from layerskip_core.training.run import execute, prepare
 
 
 def checkpoint(folder, step):
@@ -104,11 +104,11 @@ def test_a_run_that_replaces_a_model_is_resumed_by_the_command_it_prints(
 def test_a_run_whose_model_could_not_be_written_ends_from_its_last_checkpoint(settings, tmp_path):
     whole = str(tmp_path / "whole")
     train(settings(save_steps=2, output=whole))
-    plan = prepare(settings(save_steps=2))
+    job = prepare(settings(save_steps=2))
     with pytest.raises(
         CheckpointError, match=r"cannot write the model to .*: in the way is losses.jsonl"
     ):
-        plan.run(lambda report: (tmp_path / "out" / "losses.jsonl").mkdir(exist_ok=True))
+        execute(job, lambda report: (tmp_path / "out" / "losses.jsonl").mkdir(exist_ok=True))
     (tmp_path / "out" / "losses.jsonl").rmdir()
     assert (
         steps_saved(tmp_path / "out") == [2, 4] and not (tmp_path / "out" / "config.json").exists()
@@ -124,7 +124,7 @@ def test_a_signal_in_the_last_step_changes_nothing_and_a_second_ctrl_c_stops_at_
         if report.step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    prepare(settings()).run(terminate)
+    execute(prepare(settings()), terminate)
     assert (tmp_path / "out" / "config.json").exists()
 
     def impatient(report):
@@ -132,7 +132,7 @@ def test_a_signal_in_the_last_step_changes_nothing_and_a_second_ctrl_c_stops_at_
         os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        prepare(settings(output=str(tmp_path / "other"))).run(impatient)
+        execute(prepare(settings(output=str(tmp_path / "other"))), impatient)
     assert steps_saved(tmp_path / "other") == []
 
 
@@ -159,16 +159,16 @@ def test_a_full_disk_leaves_the_older_checkpoint(settings):
             CheckpointError,
             match=r"cannot write the checkpoint of step 2 .*; those before it are whole",
         ):
-            prepare(settings(save_steps=1)).run(fill)
+            execute(prepare(settings(save_steps=1)), fill)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert prepare(settings(save_steps=1, resume=True)).resume.name == "checkpoint-1"
+    assert prepare(settings(save_steps=1, resume=True)).plan.checkpoint.name == "checkpoint-1"
 
 
 @pytest.fixture
 def two_checkpoints(settings, tmp_path):
     with pytest.raises(Interrupted):
-        prepare(settings(save_steps=1)).run(stop_at(3))
+        execute(prepare(settings(save_steps=1)), stop_at(3))
     assert steps_saved(tmp_path / "out") == [1, 2]
     return tmp_path / "out"
 
@@ -253,24 +253,24 @@ DAMAGED = (
 def test_a_checkpoint_has_the_weights_of_the_run_and_no_others(settings, tmp_path, damage):
     read = settings(save_steps=1, recipe=RecipeSettings(p_max=0.0, exits=(2,)))
     with pytest.raises(Interrupted):
-        prepare(read).run(stop_at(2))
+        execute(prepare(read), stop_at(2))
     folder = checkpoint(tmp_path / "out", 1)
     reason = damage(folder)
     with pytest.raises(CheckpointError, match=f"^cannot resume from {folder}: {reason}$"):
-        prepare(replace(read, resume=True)).run(lambda report: None)
+        execute(prepare(replace(read, resume=True)))
 
 
 def test_an_adapter_is_resumed_whole(settings, tmp_path):
     lora = settings(save_steps=1, lora_rank=2)
     with pytest.raises(Interrupted):
-        prepare(lora).run(stop_at(2))
+        execute(prepare(lora), stop_at(2))
     path = checkpoint(tmp_path / "out", 1) / "adapter_model.safetensors"
     held = load_file(path)
     lost = min(held)
     del held[lost]
     save_file(held, path, {"format": "pt"})
     with pytest.raises(CheckpointError, match=f"1 weight missing in it, {lost} the first"):
-        prepare(replace(lora, resume=True)).run(lambda report: None)
+        execute(prepare(replace(lora, resume=True)))
 
 
 def test_a_drafter_is_resumed_whole(settings, tmp_path):
@@ -278,7 +278,7 @@ def test_a_drafter_is_resumed_whole(settings, tmp_path):
         DrafterConfig, save_steps=1, exits=(1, 2), answers="data", output=str(tmp_path / "out")
     )
     with pytest.raises(Interrupted):
-        prepare(blocks).run(stop_at(2))
+        execute(prepare(blocks), stop_at(2))
     path = checkpoint(tmp_path / "out", 1) / "drafter.safetensors"
     held = load_file(path)
     del held["exits.2.norm.weight"]
@@ -286,7 +286,7 @@ def test_a_drafter_is_resumed_whole(settings, tmp_path):
     with pytest.raises(
         CheckpointError, match=r"1 weight missing in it, exits\.2\.norm\.weight the first"
     ):
-        prepare(replace(blocks, resume=True)).run(lambda report: None)
+        execute(prepare(replace(blocks, resume=True)))
 
 
 class Payload:
@@ -308,7 +308,7 @@ def test_no_pickle_is_run(settings, two_checkpoints, tmp_path):
     with pytest.raises(
         CheckpointError, match=r"cannot resume from .*checkpoint-2: Weights only load failed"
     ):
-        prepare(settings(save_steps=1, resume=True)).run(lambda report: None)
+        execute(prepare(settings(save_steps=1, resume=True)))
     assert not list(tmp_path.glob("ran *"))
 
 
@@ -325,11 +325,11 @@ def test_a_half_written_checkpoint_is_ignored(settings, two_checkpoints, monkeyp
         (half / "trainer_state.json").unlink()
     if left == "an empty state":
         (half / "trainer_state.json").touch()
-    plan = prepare(settings(save_steps=1, resume=True))
-    assert plan.resume.name == "checkpoint-2"
+    job = prepare(settings(save_steps=1, resume=True))
+    assert job.plan.checkpoint.name == "checkpoint-2"
     signal_in_step(monkeypatch, 3, signal.SIGTERM)
     with pytest.raises(TrainingInterrupted):
-        plan.run(lambda report: None)
+        execute(job)
     assert steps_saved(two_checkpoints) == [2, 3]
 
 
@@ -347,15 +347,15 @@ def test_a_checkpoint_that_was_removed_in_part_blocks_nothing(
     own.write_text("mine")
 
     def killed(path, ignore_errors=False):
-        (Path(path) / SEAL).unlink()
+        (Path(path) / SETTINGS_FILE).unlink()
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
         patched.setattr(files.shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
-            prepare(settings(save_steps=1, resume=True)).run(lambda report: None)
+            execute(prepare(settings(save_steps=1, resume=True)))
     assert steps_saved(two_checkpoints) == [2, 3] and len(list(folder.iterdir())) == 4
-    prepare(settings(save_steps=1, resume=True)).run(lambda report: None)
+    execute(prepare(settings(save_steps=1, resume=True)))
     assert list(folder.iterdir()) == [own.parent] and own.read_text() == "mine"
 
 
@@ -375,7 +375,7 @@ def test_what_a_folder_holds_decides_what_the_same_command_says(settings, tmp_pa
     ):
         prepare(replace(config, resume=True))
     with pytest.raises(Interrupted):
-        prepare(replace(config, overwrite=True, seed=1)).run(stop_at(2))
+        execute(prepare(replace(config, overwrite=True, seed=1)), stop_at(2))
     with pytest.raises(
         ConfigError,
         match=r"holds an unfinished run; give `resume` to go on \(and `overwrite` if it replaces",
@@ -383,10 +383,10 @@ def test_what_a_folder_holds_decides_what_the_same_command_says(settings, tmp_pa
         prepare(replace(config, seed=1))
     with pytest.raises(Interrupted):
         # Removes the older run's checkpoint
-        prepare(replace(config, overwrite=True, save_steps=2)).run(stop_at(1))
+        execute(prepare(replace(config, overwrite=True, save_steps=2)), stop_at(1))
     with pytest.raises(CheckpointError, match=r"`resume`: there is no .*`save_steps` N"):
         prepare(replace(config, overwrite=True, resume=True, save_steps=2))
     with pytest.raises(Interrupted):
-        prepare(replace(config, overwrite=True, seed=1)).run(stop_at(2))
+        execute(prepare(replace(config, overwrite=True, seed=1)), stop_at(2))
     assert train(replace(config, overwrite=True, resume=True, seed=1))[0].step == 2
     assert not folder.exists()
