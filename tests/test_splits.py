@@ -22,7 +22,6 @@ from layerskip_core.splits import (
     key_of,
     part_of,
     side_of,
-    timely_rows,
 )
 from layerskip_core.training.run import execute, prepare
 
@@ -152,10 +151,6 @@ def test_parts_of_data():
     # A second training held out rows that the first one trained on: those of the newest count.
     assert len(part_of(trained, VALIDATION, [division, whole]).places) == 18
     assert part_of(new, TEST, [division]).is_trained is False
-
-
-def test_short_runs_read_few_rows():
-    assert [timely_rows(trained) for trained in (1, 160, 1024, 100_000)] == [8, 20, 128, 128]
 
 
 def write_rows(file, numbers):
@@ -340,24 +335,11 @@ def test_tasks_with_splits_of_their_own_and_tasks_without(tmp_path):
     assert chosen == {f"eval {row}" for row in range(60)} and reported == {
         f"test {row}" for row in range(60)
     }
-    problem = {
-        "canonical_solution": "    pass\n",
-        "test": "def check(f):\n    pass\n",
-        "entry_point": "f",
-    }
-    problems = [{"prompt": f"def f():\n    # {row}\n", **problem} for row in range(100)]
-    mbpp = [
-        {"task_id": number, "text": f"task {number}", "code": "pass", "test_list": ["assert 1"]}
-        for number in range(11, 111)
-    ]
     articles = [{"article": f"article {row}", "summary": "s"} for row in range(100)]
-    for name, rows in (("humaneval", problems), ("mbpp", mbpp), ("xsum", articles)):
-        file = tmp_path / f"{name}.jsonl"
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        tasks = [
-            load_task(TaskConfig(name, str(file), split=split, samples=99, shots=None))
-            for split in (VALIDATION, TEST)
-        ]
-        chosen, reported = map(of_task, tasks)
-        assert not chosen & reported and len(chosen | reported) >= 96  # three may be shots
-        assert len(load_task(TaskConfig(name, str(file), samples=0)).examples) >= 97
+    file = tmp_path / "xsum.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in articles))
+    chosen, reported = (
+        of_task(load_task(TaskConfig("xsum", str(file), split=split, samples=99)))
+        for split in (VALIDATION, TEST)
+    )
+    assert not chosen & reported and len(chosen | reported) == 100

@@ -11,7 +11,6 @@ from decoder_types import tiny
 from test_frozen_run import hashes, train
 from training_runs import Interrupted, stop_at
 
-from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.checkpoint.sidecars import read_eagle3
 from layerskip_core.config.decoding import DecodingConfig
@@ -38,7 +37,7 @@ def stored(folder):
     return read_eagle3(Path(folder, "eagle3"), for_decoding(folder, "cpu").backend.spec)
 
 
-def test_a_run_lowers_the_divergence_and_leaves_the_model_as_it_is(frozen, checkpoint):
+def test_a_run_leaves_the_model_as_it_is_and_drafts_as_often_right_as_it_said(frozen, checkpoint):
     """On the 320 tokens that it learns, of which chance would choose one in 64 right."""
     before = hashes(checkpoint)
     rows = {"validation": "train", "validation_samples": 40}
@@ -52,25 +51,6 @@ def test_a_run_lowers_the_divergence_and_leaves_the_model_as_it_is(frozen, check
         "config.json",
         "model.safetensors",
     }
-    assert tuple(described["eagle3"]["layers"]) == (2, 3)
-    assert read_info(config.output).draft_profile(6).acceptance == {
-        "eagle3": described["eagle3"]["agreement"]
-    }
-
-
-def test_it_drafts_as_often_right_as_the_training_said(frozen, checkpoint):
-    """Acceptance of first drafts while decoding the texts of the training, against the agreement on
-    them.
-    """
-    config = frozen(
-        model=checkpoint,
-        steps=60,
-        lr=0.02,
-        eval_steps=60,
-        validation="train",
-        validation_samples=40,
-    )
-    described, _, _ = train(config)
     decoder = for_decoding(config.output, "cpu")
     job = prepare(replace(config, output=config.output + "-again"))
     tested = accepted = 0
@@ -183,16 +163,6 @@ def test_the_folder_names_the_target(frozen):
         prepare(config)
     with pytest.raises(ConfigError, match="already has a drafter; give `overwrite` to replace it"):
         prepare(replace(config, model=config.output))
-    config = frozen(
-        model="embedded-base",
-        steps=1,
-        batch_size=1,
-        data=DataConfig(limit=2),
-        output=config.output + "-copy",
-    )
-    train(config)
-    document = json.loads(Path(config.output, "eagle3", "config.json").read_text())
-    assert document["speculators_config"]["verifier"]["name_or_path"] == config.output
 
 
 @pytest.mark.parametrize(
@@ -204,28 +174,3 @@ def test_the_default_layout_is_one_that_engines_can_run(kind, suits):
     model.requires_grad_()  # tests share it
     assert suits_engines(TransformersBackend(model)) == suits
     assert all(weight.requires_grad for weight in model.parameters())  # a question changes nothing
-
-
-def test_a_drafter_of_a_model_with_another_rope_has_the_plain_one():
-    rope = {
-        "rope_type": "yarn",
-        "factor": 2.0,
-        "original_max_position_embeddings": 32,
-        "rope_theta": 5000.0,
-    }
-    backend = TransformersBackend(tiny_model(rope_parameters=rope))
-    assert FrozenEagle3(backend, SMALL).drafter.form.rope == {"rope_theta": 5000.0}
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"layout": "exit"}, "`draft_vocab` must be used with `layout` eagle3"),
-        ({"layout": None, "exits": (2,)}, "`draft_vocab` must be used with `layout` eagle3"),
-        ({"exits": (2,)}, "`exits` must be used with `layout` exit"),
-        ({"answers": "data"}, "`answer_tokens` must be left out with `answers` data"),
-    ],
-)
-def test_settings_that_contradict_each_other(values, message):
-    with pytest.raises(ConfigError, match=message):
-        DrafterConfig(**{**EAGLE3, **values})

@@ -273,17 +273,6 @@ def test_merged_adapters_have_exit_blocks_and_an_adapter_alone_has_none(settings
     assert read_info(tmp_path / "kept").details["config"]["recipe"]["exit_reader"] == "none"
 
 
-@pytest.mark.parametrize("scheduler", ["linear", "constant"])
-def test_schedules_of_the_learning_rate(settings, scheduler):
-    rates = [
-        report.learning_rate
-        for report in train(settings(scheduler=scheduler, warmup=0.25, lr=1e-3))
-    ]
-    assert rates == pytest.approx(
-        [0, 1e-3, 2e-3 / 3, 1e-3 / 3] if scheduler == "linear" else [0, 1e-3, 1e-3, 1e-3]
-    )
-
-
 def test_further_arguments_of_transformers(settings):
     job = prepare(settings(training_arguments={"adam_beta2": 0.5}, steps=1))
     execute(job)

@@ -7,12 +7,12 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
-from training_runs import RECIPE, Interrupted, require_exact_resumption, saved_base, stop_at, train
+from training_runs import RECIPE, require_exact_resumption, train
 
 from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.config.model import DataConfig, PromptingConfig
 from layerskip_core.config.training import RecipeSettings
-from layerskip_core.errors import ConfigError, TrainingInterrupted
+from layerskip_core.errors import TrainingInterrupted
 from layerskip_core.losses import IGNORED
 from layerskip_core.training import answers
 from layerskip_core.training import run as running
@@ -20,16 +20,6 @@ from layerskip_core.training.data import collate, with_replay
 from layerskip_core.training.run import execute, prepare
 
 QUARTER = {"replay": 0.25}
-
-
-def test_a_run_is_not_resumed_beside_another_original(settings, tmp_path):
-    other = saved_base(tmp_path / "other", initializer_range=0.05)
-    with pytest.raises(Interrupted):
-        execute(prepare(settings(**QUARTER, save_steps=2, model=other)), stop_at(3))
-    with pytest.raises(
-        ConfigError, match=r"`resume`: model_digest was .* in the run to go on with"
-    ):
-        prepare(settings(**QUARTER, resume=True))
 
 
 def ignored(done):
