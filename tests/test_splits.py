@@ -22,9 +22,8 @@ from layerskip_core.splits import (
     key_of,
     part_of,
     side_of,
-    timely_rows,
 )
-from layerskip_core.training.run import prepare
+from layerskip_core.training.run import execute, prepare
 
 PROMPTS = ("prompt",)
 SWEEP = SweepConfig().task
@@ -154,10 +153,6 @@ def test_parts_of_data():
     assert part_of(new, TEST, [division]).is_trained is False
 
 
-def test_short_runs_read_few_rows():
-    assert [timely_rows(trained) for trained in (1, 160, 1024, 100_000)] == [8, 20, 128, 128]
-
-
 def write_rows(file, numbers):
     rows = [
         {"id": number, "prompt": f"domain {number // 50} row {number}", "completion": f"{number}"}
@@ -167,10 +162,10 @@ def write_rows(file, numbers):
     return str(file)
 
 
-def trained_rows(plan):
+def trained_rows(job):
     """The texts of the rows that a run trains on."""
-    tokenizer = plan.trainable.tokenizer
-    return {tokenizer.decode(row["input_ids"]) for row in plan.data.rows}
+    tokenizer = job.trainable.tokenizer
+    return {tokenizer.decode(row["input_ids"]) for row in job.data.training.rows}
 
 
 def of_task(task):
@@ -185,12 +180,12 @@ def test_a_model_is_measured_on_rows_of_its_file_that_it_was_not_trained_on(
     config = settings(
         data=DataConfig(str(file)), recipe=RecipeSettings("none"), steps=2, max_length=64
     )
-    plan = prepare(config)
-    texts = "\n".join(trained_rows(plan))
-    plan.run(lambda report: None)
+    job = prepare(config)
+    texts = "\n".join(trained_rows(job))
+    execute(job)
     info = read_info(tmp_path / "out")
     (division,) = info.held_out
-    assert (plan.rows, plan.held_out, division.rows, bool(division.digest)) == (
+    assert (job.plan.rows, job.plan.held_out, division.rows, bool(division.digest)) == (
         400 - 25 - 12,
         25,
         37,
@@ -239,9 +234,9 @@ def test_every_process_and_resumption_holds_out_the_same_rows(settings, tmp_path
     write_rows(file, range(400))
 
     def held_out(**changes):
-        plan = prepare(settings(data=DataConfig(str(file)), overwrite=True, **changes))
-        decode = plan.trainable.tokenizer.decode
-        return {decode(row["input_ids"]) for row in plan.held_out_data.rows}, plan.division
+        job = prepare(settings(data=DataConfig(str(file)), overwrite=True, **changes))
+        decode = job.trainable.tokenizer.decode
+        return {decode(row["input_ids"]) for row in job.data.held_out.rows}, job.plan.division
 
     rows, division = held_out()
     assert len(rows) == 25 and len({row.split()[1] for row in rows}) >= 6  # of eight domains
@@ -256,18 +251,19 @@ def test_every_process_and_resumption_holds_out_the_same_rows(settings, tmp_path
             output=str(tmp_path / "drafter"),
         )
     )
-    assert (drafter.held_out, drafter.division) == (25, division)
+    assert (drafter.plan.held_out, drafter.plan.division) == (25, division)
 
 
 def test_a_stream_leaves_out_what_its_first_rows_decide(settings, tmp_path):
     file = write_rows(tmp_path / "rows.jsonl", range(400))
-    plan = prepare(settings(data=DataConfig(file), streaming=True))
+    job = prepare(settings(data=DataConfig(file), streaming=True))
     assert (
-        plan.division == prepare(settings(data=DataConfig(file))).division and plan.held_out == 25
+        job.plan.division == prepare(settings(data=DataConfig(file))).plan.division
+        and job.plan.held_out == 25
     )
-    decode = plan.trainable.tokenizer.decode
-    held = {decode(row["input_ids"]) for row in plan.held_out_data.rows}
-    one_pass = [decode(row["input_ids"]) for row in plan.data.rows.one_pass(0)]
+    decode = job.trainable.tokenizer.decode
+    held = {decode(row["input_ids"]) for row in job.data.held_out.rows}
+    one_pass = [decode(row["input_ids"]) for row in job.data.training.rows.one_pass(0)]
     assert len(one_pass) == len(set(one_pass)) == 400 - 25 - 12 and not held & set(one_pass)
 
 
@@ -281,13 +277,13 @@ def test_other_data_to_validate_on_is_divided_and_all_rows_train(settings, tmp_p
         steps=1,
         max_length=64,
     )
-    plan = prepare(config)
-    plan.run(lambda report: None)
-    decode = plan.trainable.tokenizer.decode
-    validated = {decode(row["input_ids"]).split("\n")[0] for row in plan.held_out_data.rows}
+    job = prepare(config)
+    execute(job)
+    decode = job.trainable.tokenizer.decode
+    validated = {decode(row["input_ids"]).split("\n")[0] for row in job.data.held_out.rows}
     chosen = load_trained(TaskConfig(split=VALIDATION, samples=99), str(tmp_path / "out"))
     reported = load_trained(TaskConfig(samples=99), str(tmp_path / "out"))
-    assert plan.rows == 100 and of_task(chosen) == validated
+    assert job.plan.rows == 100 and of_task(chosen) == validated
     assert not of_task(reported) & validated and len(of_task(reported) | validated) == 100
     named = load_trained(TaskConfig(data=file, samples=20), str(tmp_path / "out"))
     assert named.notes == (
@@ -301,9 +297,9 @@ def test_lines_of_a_text_are_held_out_too_and_other_texts_are_divided(settings, 
     config = settings(
         data=DataConfig(str(file)), recipe=RecipeSettings("none"), steps=1, max_length=64
     )
-    plan = prepare(config)
-    plan.run(lambda report: None)
-    texts = trained_rows(plan)
+    job = prepare(config)
+    execute(job)
+    texts = trained_rows(job)
     chosen, reported = (
         load_trained(TaskConfig(split=split), str(tmp_path / "out")).text
         for split in (VALIDATION, TEST)
@@ -339,24 +335,11 @@ def test_tasks_with_splits_of_their_own_and_tasks_without(tmp_path):
     assert chosen == {f"eval {row}" for row in range(60)} and reported == {
         f"test {row}" for row in range(60)
     }
-    problem = {
-        "canonical_solution": "    pass\n",
-        "test": "def check(f):\n    pass\n",
-        "entry_point": "f",
-    }
-    problems = [{"prompt": f"def f():\n    # {row}\n", **problem} for row in range(100)]
-    mbpp = [
-        {"task_id": number, "text": f"task {number}", "code": "pass", "test_list": ["assert 1"]}
-        for number in range(11, 111)
-    ]
     articles = [{"article": f"article {row}", "summary": "s"} for row in range(100)]
-    for name, rows in (("humaneval", problems), ("mbpp", mbpp), ("xsum", articles)):
-        file = tmp_path / f"{name}.jsonl"
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        tasks = [
-            load_task(TaskConfig(name, str(file), split=split, samples=99, shots=None))
-            for split in (VALIDATION, TEST)
-        ]
-        chosen, reported = map(of_task, tasks)
-        assert not chosen & reported and len(chosen | reported) >= 96  # three may be shots
-        assert len(load_task(TaskConfig(name, str(file), samples=0)).examples) >= 97
+    file = tmp_path / "xsum.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in articles))
+    chosen, reported = (
+        of_task(load_task(TaskConfig("xsum", str(file), split=split, samples=99)))
+        for split in (VALIDATION, TEST)
+    )
+    assert not chosen & reported and len(chosen | reported) == 100

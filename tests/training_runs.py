@@ -20,10 +20,10 @@ from layerskip_core.model import TransformersBackend
 from layerskip_core.model.exit_blocks import ExitBlock
 from layerskip_core.training import answers
 from layerskip_core.training.encoding import train_tokenizer
-from layerskip_core.training.exit_blocks import new_readers
+from layerskip_core.training.exit_blocks import new_exit_blocks
 from layerskip_core.training.module import RecipeModule
 from layerskip_core.training.recipe import resolve_recipe
-from layerskip_core.training.run import prepare
+from layerskip_core.training.run import execute, prepare
 
 answers.OWN_TEXTS = answers.OWN_TOKENS = 4  # of text on which the cost of a training is measured
 RECIPE = RecipeSettings("finetune", p_max=0.2, e_scale=1.0, curriculum="rotational", rotation=2)
@@ -77,7 +77,7 @@ def _connected(rank, processes, folder, function, arguments):
 
 
 def run_quietly(config):
-    prepare(config).run(lambda report: None)
+    execute(prepare(config))
 
 
 def saved_base(folder, **changes):
@@ -116,18 +116,18 @@ def settings_on(base, tmp_path):
 
 def train(config):
     reports = []
-    prepare(config).run(reports.append)
+    execute(prepare(config), reports.append)
     return reports
 
 
 def recipe_module(model, recipe, *arguments, **keywords):
-    """The training module of a model under RecipeSettings, with its readers."""
+    """The training module of a model under RecipeSettings, with its exit blocks."""
     backend = TransformersBackend(
         model.get_base_model() if hasattr(model, "get_base_model") else model
     )
     resolved = resolve_recipe(recipe, backend.spec, 100)
     if resolved.exit_reader != "none":
-        keywords["readers"] = new_readers(backend, list(map(ExitBlock, resolved.exits)))
+        keywords["exit_blocks"] = new_exit_blocks(backend, list(map(ExitBlock, resolved.exits)))
     return RecipeModule(model, resolved, *arguments, **keywords)
 
 
@@ -165,7 +165,7 @@ def require_exact_resumption(make, folder, between=lambda: None, **changes):
     changes = {**changes, "steps": 4, "save_steps": 2}
     expected = train(make(**changes, output=str(whole)))
     with pytest.raises(Interrupted):
-        prepare(make(**changes, output=str(cut))).run(stop_at(3))
+        execute(prepare(make(**changes, output=str(cut))), stop_at(3))
     assert not (cut / "config.json").exists()
     between()
     reports = train(make(**changes, output=str(cut), resume=True))

@@ -24,12 +24,12 @@ from ..loading import FreeThreads
 from ..options import FLAGS, command
 
 if TYPE_CHECKING:
-    from layerskip_core.checkpoint.info import CheckpointInfo
-    from layerskip_core.training.plan import Plan, Verdict
+    from layerskip_core.checkpoint.info import Cost
+    from layerskip_core.training.drafter_run import DrafterJob
+    from layerskip_core.training.plan import RunPlan
     from layerskip_core.training.progress import StepReport
-    from layerskip_core.training.recipe import Recipe
-    from layerskip_core.training.run import FrozenModel, WholeModel
-    from layerskip_core.training.verdict import Speedup
+    from layerskip_core.training.run import FinetuneJob, RunResult
+    from layerskip_core.training.verdict import AnsweredRow, Speedup, Verdict
 
 _PAYS = 1.05  # least speedup over plain decoding
 _LOST = 0.05  # share of changed next tokens above which advice follows
@@ -48,12 +48,12 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
         )
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"--config {path} is not valid TOML: {first_line(error)}") from None
-    named = {
-        flag.removeprefix("--"): str(each.name)
-        for each in context.command.params
-        for flag in each.opts
-    }
-    known = {flag: name for flag, name in named.items() if flag not in ("config", "help")}
+    known = {}
+    for parameter in context.command.params:
+        for flag in parameter.opts:
+            known[flag.removeprefix("--")] = str(parameter.name)
+    for other in ("config", "help"):
+        known.pop(other, None)
     defaults: dict[str, str] = {}
     for key, value in values.items():
         flag = key.replace("_", "-")
@@ -92,7 +92,7 @@ def finetune(
     """Convert a checkpoint by the LayerSkip recipe: layer dropout, and an early-exit loss through
     the shared head.
 
-    --recipe auto trains a few exits, each with a reader, and reports at the end how fast they draft
+    --recipe auto trains a few exits, each with a block, and reports at the end how fast they draft
     on this machine and how much quality the training cost. The paper's own recipes are finetune,
     continual, scratch and code; --recipe none is ordinary training. To train a drafter and leave
     the model as it is: layerskip train-drafter.
@@ -108,26 +108,25 @@ def run_training(settings: TrainingConfig, dry_run: bool, threads: int) -> None:
     with waiting(reading):
         free_threads = FreeThreads(threads)
         free_threads.start()
-        from layerskip_core.training.plan import run_lock
-        from layerskip_core.training.run import prepare
+        from layerskip_core.training.run import prepare, run_lock
+        from layerskip_core.training.verdict import verdicts
 
     with nullcontext() if dry_run else run_lock(settings.output):
         with waiting(reading):
-            plan = prepare(settings, dry_run)
-        narrate(plan_text(plan))
+            job = prepare(settings, dry_run)
+        narrate(plan_text(job))
         if dry_run:
             return
-        info = _run(plan, free_threads)
+        result = _execute(job, free_threads)
         with waiting("timing passes"):
-            verdicts = plan.verdicts(info)
-    narrate(
-        "\n".join(
-            (result_text(info, plan, verdicts), f"saved {settings.output}; {_next(plan, verdicts)}")
-        )
-    )
+            found = verdicts(job.plan, job.module, result.info)
+    narrate(result_text(job, result, found))
+    narrate(f"saved {settings.output}; {_next_step(job.plan, found)}")
 
 
-def _run(plan: "Plan", free_threads: FreeThreads) -> "CheckpointInfo":
+def _execute(job: "FinetuneJob | DrafterJob", free_threads: FreeThreads) -> "RunResult":
+    from layerskip_core.training.run import execute
+
     with stage_bars() as show:
 
         def on_step(report: "StepReport") -> None:
@@ -139,150 +138,170 @@ def _run(plan: "Plan", free_threads: FreeThreads) -> "CheckpointInfo":
             free_threads.look()
 
         try:
-            return plan.run(on_step, on_progress)
+            return execute(job, on_step, on_progress)
         except TrainingInterrupted as interrupted:
-            again = shlex.join(
-                ["layerskip", *(flag for flag in sys.argv[1:] if flag != "--resume"), "--resume"]
-            )
+            flags = [flag for flag in sys.argv[1:] if flag != "--resume"]
+            again = shlex.join(["layerskip", *flags, "--resume"])
             where = " (under torchrun, as before)" if "WORLD_SIZE" in os.environ else ""
             narrate(f"{interrupted}; continue with: {again}{where}")
             raise typer.Exit(128 + interrupted.signal) from None
 
 
-def _next(plan: "Plan", verdicts: "list[Verdict]") -> str:
+def _next_step(plan: "RunPlan", verdicts: "list[Verdict]") -> str:
     """What to do next, with the whole command."""
     config = plan.config
-    pays = any(_pays(verdict.speedup) is not False for verdict in verdicts)
+    may_pay = any(_pays(verdict.speedup) is not False for verdict in verdicts)
     if plan.num_layers == 1:
         return f"next: {_command('generate', config)}"
     if isinstance(config, DrafterConfig):
-        if verdicts and not pays:
+        if verdicts and not may_pay:
             return "it does not pay: train it on more rows or for more --steps"
         return f"next: {_command('bench', config)}"
-    if pays or (plan.exit_steps.keys() - {plan.num_layers} and not verdicts):
+    has_exits = len(plan.exit_steps) > 1
+    if may_pay or (has_exits and not verdicts):
         return f"next: {_command('sweep-exits', config)} --save"
-    longer = (
-        "no exit pays: train for more --steps, or leave the model as it is now: "
-        if verdicts
-        else "next: "
-    )
     # Drafters need whole weights
-    return longer + _command("generate" if config.lora_keep else "train-drafter", config)
+    other = _command("generate" if config.lora_keep else "train-drafter", config)
+    if verdicts:
+        return f"no exit pays: train for more --steps, or leave the model as it is now: {other}"
+    return f"next: {other}"
 
 
 def _command(name: str, config: TrainingConfig) -> str:
-    after = ["layerskip", name, "--model", config.output]
+    words = ["layerskip", name, "--model", config.output]
     if name == "train-drafter":  # the others find the data in layerskip.json
-        after += ["--output", config.output]
+        words += ["--output", config.output]
         for field in ("name", "split", "prompt_column", "completion_column"):
-            if (value := getattr(config.data, field)) != getattr(DataConfig, field):
-                after += [FLAGS[field], value]
-    return shlex.join(after)
+            value = getattr(config.data, field)
+            if value != getattr(DataConfig, field):
+                words += [FLAGS[field], value]
+    return shlex.join(words)
 
 
-def plan_text(plan: "WholeModel | FrozenModel") -> str:
-    from layerskip_core.training.run import WholeModel
+def plan_text(job: "FinetuneJob | DrafterJob") -> str:
+    from layerskip_core.training.run import FinetuneJob
 
+    plan = job.plan
     config = plan.config
-    is_whole = isinstance(plan, WholeModel)
-    rows = f"a stream, cut at {config.max_length} tokens"
-    if plan.rows is not None:
-        left_out = f", {plan.left_out} left out, prompt too long" if plan.left_out else ""
-        # A part is for `bench`
-        held_out = max(plan.held_out, 0 if plan.division is None else plan.division.rows)
-        rows = f"{plan.rows} rows and {held_out} held out, {plan.tokens} tokens at most{left_out}"
     why = f" ({plan.precision.reason})" if plan.precision.reason else ""
     lines = [
-        f"{config.model} ({plan.parameters / 1e6:.1f}M parameters, {plan.num_layers} layers) on {config.data.name}: {rows}",
+        f"{config.model} ({plan.parameters / 1e6:.1f}M parameters, {plan.num_layers} layers) "
+        f"on {config.data.name}: {_rows_text(plan)}",
         f"{plan.steps} steps of {config.batch_size} x {config.accumulation} rows, lr {config.lr:g}, "
         f"{plan.precision.name} on {plan.device}{why}",
-        *(_recipe_lines(plan) if isinstance(plan, WholeModel) else _drafter_lines(plan)),
     ]
-    if (texts := plan.answers) is not None and texts.prompts:
-        what = "replayed texts" if is_whole else "answers"
+    if isinstance(job, FinetuneJob):
+        lines += _finetune_lines(plan)
+        answers = job.replay
+        what = "replayed texts"
+    else:
+        lines += _drafter_lines(job)
+        answers = job.answers
+        what = "answers"
+    if answers is not None and answers.prompts:
         lines.append(
-            f"{len(texts.prompts)} {what} by the model, at most {texts.how.tokens} tokens; {len(texts.known)} exist already"
+            f"{len(answers.prompts)} {what} by the model, at most {answers.how.tokens} tokens; "
+            f"{len(answers.known)} exist already"
         )
-    return "\n".join((*lines, *plan.notes))
+    lines += plan.notes
+    return "\n".join(lines)
 
 
-def _recipe_lines(plan: "WholeModel") -> list[str]:
+def _rows_text(plan: "RunPlan") -> str:
+    if plan.rows is None:
+        return f"a stream, cut at {plan.config.max_length} tokens"
+    held_out = plan.held_out
+    if plan.division is not None:  # some of its rows are for `bench`
+        held_out = max(held_out, plan.division.rows)
+    text = f"{plan.rows} rows and {held_out} held out, {plan.tokens} tokens at most"
+    if plan.left_out:
+        text += f", {plan.left_out} left out, prompt too long"
+    return text
+
+
+def _finetune_lines(plan: "RunPlan") -> list[str]:
     from layerskip_core.training.data import step_rows
     from layerskip_core.training.recipe import SHORT
     from layerskip_core.training.sharding import world_size
 
-    config, recipe, processes, (own, replayed) = (
-        plan.config,
-        plan.recipe,
-        world_size(),
-        step_rows(plan.config),
-    )
-    lines = (
-        [f"{plan.truncated} rows are truncated at {config.max_length}"] if plan.truncated else []
-    )
-    if processes > 1:
-        lines.append(
-            f"{processes} processes"
-            + (", weights and optimizer sharded (FSDP2)" if config.fsdp else "")
-        )
+    config = plan.config
+    recipe = plan.recipe
+    assert recipe is not None
+    lines = []
+    if plan.truncated:
+        lines.append(f"{plan.truncated} rows are truncated at {config.max_length}")
+    if world_size() > 1:
+        shards = ", weights and optimizer sharded (FSDP2)" if config.fsdp else ""
+        lines.append(f"{world_size()} processes{shards}")
+    lines.append(_recipe_text(plan))
+    if recipe.preset == "auto" and recipe.p_max and plan.steps <= SHORT:
+        lines.append(_NO_GAIN)
+    own, replayed = step_rows(config)
+    if replayed:
+        lines.append(f"replay: {replayed} of the {own + replayed} rows of a step")
+    return lines
+
+
+def _recipe_text(plan: "RunPlan") -> str:
+    recipe = plan.recipe
+    assert recipe is not None
     early = {layer: steps for layer, steps in plan.exit_steps.items() if layer < plan.num_layers}
     if not early and not recipe.p_max:
-        lines.append("trained at full depth only, as in ordinary training")
-    else:
-        rotation = f" R={recipe.rotation}" if recipe.rotation else ""
-        chosen = ", ".join(f"{layer} on {steps}" for layer, steps in _some(early))
-        reader = ", each read by a block" if recipe.exit_reader == "block" else ""
-        exits = f", exits {chosen} of {plan.steps} steps{reader}" if early else ""
-        if early and recipe.exit_gradient == 0:
-            exits += "; their losses train no other layer"
-        elif early and recipe.exit_gradient < 1:
-            exits += f"; {recipe.exit_gradient:.2g} of their gradient trains the layers below"
-        lines.append(
-            f"recipe {recipe.preset}: {_dropout_text(recipe, plan.steps)}, e_scale {recipe.e_scale:g} "
-            f"{recipe.exit_weights}, {recipe.curriculum}{rotation}{exits}"
-        )
-        if recipe.preset == "auto" and recipe.p_max and plan.steps <= SHORT:
-            lines.append(_NO_GAIN)
-    return (
-        [*lines, f"replay: {replayed} of the {own + replayed} rows of a step"]
-        if replayed
-        else lines
+        return "trained at full depth only, as in ordinary training"
+    text = (
+        f"recipe {recipe.preset}: {_dropout_text(plan)}, e_scale {recipe.e_scale:g} "
+        f"{recipe.exit_weights}, {recipe.curriculum}"
     )
+    if recipe.rotation:
+        text += f" R={recipe.rotation}"
+    if not early:
+        return text
+    chosen = ", ".join(f"{layer} on {steps}" for layer, steps in _some(early))
+    text += f", exits {chosen} of {plan.steps} steps"
+    if recipe.exit_reader == "block":
+        text += ", each read by a block"
+    if recipe.exit_gradient == 0:
+        text += "; their losses train no other layer"
+    elif recipe.exit_gradient < 1:
+        text += f"; {recipe.exit_gradient:.2g} of their gradient trains the layers below"
+    return text
 
 
-def _dropout_text(recipe: "Recipe", steps: int) -> str:
+def _dropout_text(plan: "RunPlan") -> str:
     """The layer dropout of a run: the highest rate of the last layer, and when it applies."""
     from layerskip_core.training.recipe import dropout_steps
 
+    recipe = plan.recipe
+    assert recipe is not None
     if not recipe.p_max:
         return "no dropout"
+    ending = plural(dropout_steps(plan.steps), "step")
     when = {
         "constant": f"{recipe.p_max:g} in all steps",
         "rising": f"rising to {recipe.p_max:g}",
-        "falling": f"up to {recipe.p_max:g}, ending after {plural(dropout_steps(steps), 'step')}",
+        "falling": f"up to {recipe.p_max:g}, ending after {ending}",
     }
     profile = ", constant over depth" if recipe.dropout_profile == "constant" else ""
     return f"dropout {when[recipe.dropout_schedule]}{profile}"
 
 
-def _drafter_lines(plan: "FrozenModel") -> list[str]:
-    config = plan.config
-    estimate = plan.estimate
-    speedups = {share: estimate.speed(share) for share in (0.5, 0.6, 0.7, 0.8)}
-    speeds = ", ".join(
-        f"{speedup.value:.2f}x at {share:.0%}" for share, speedup in speedups.items()
-    )
-    if not all(speedup.is_known for speedup in speedups.values()):
-        speeds = "not known, because times differ as on a busy machine"
+def _drafter_lines(job: "DrafterJob") -> list[str]:
+    config = job.config
     kinds = {
-        "exit": f"blocks at exits {','.join(map(str, plan.module.layers))}",
+        "exit": f"blocks at exits {','.join(map(str, job.module.layers))}",
         "eagle3": f"a drafter in the EAGLE-3 layout, at most {config.draft_vocab} tokens",
-        "mtp": "the drafter that the checkpoint ships"
-        if config.start_from
-        else "a drafter as Qwen3.5 ships it",
+        "mtp": "a drafter as Qwen3.5 ships it",
     }
     what = kinds[config.layout or "exit"]
-    trained = sum(each.numel() for each in plan.module.parameters() if each.requires_grad)
+    if config.layout == "mtp" and config.start_from:
+        what = "the drafter that the checkpoint ships"
+    trained = sum(each.numel() for each in job.module.parameters() if each.requires_grad)
+
+    estimate = job.estimate
+    speedups = {share: estimate.speed(share) for share in (0.5, 0.6, 0.7, 0.8)}
+    speeds = "not known, because times differ as on a busy machine"
+    if all(speedup.is_known for speedup in speedups.values()):
+        speeds = ", ".join(f"{each.value:.2f}x at {share:.0%}" for share, each in speedups.items())
     return [
         f"{what}, {trained / 1e6:.1f}M parameters; the model stays as it is; answers of the {config.answers}",
         f"a draft takes about {estimate.draft:.2f} of a step ({estimate.step * 1e3:.3g} ms) on this machine; estimated speedup "
@@ -292,63 +311,52 @@ def _drafter_lines(plan: "FrozenModel") -> list[str]:
 
 
 def report_text(report: "StepReport") -> str:
-    """A step's loss, or a drafter's divergence, as text; a drafter in the EAGLE-3 layout is exit
+    """A step's losses, or a drafter's divergences, as text; a drafter in the EAGLE-3 layout is exit
     0.
     """
-    shown = (
-        ("exits", report.exit_losses, ".3f"),
-        ("held-out", report.validation_losses, ".3f"),
-        ("first drafts agree", report.agreement, ".0%"),
-    )
-    parts = [
-        f"{what} " + " ".join(f"{at}:{value:{form}}" for at, value in _some(each))
-        for what, each, form in shown
-        if each
-    ]
-    speed = f"lr {report.learning_rate:.1e} {report.tokens_per_second:.0f} tokens/s"
-    return " ".join((f"loss {report.loss:.3f}", *parts, speed))
+    parts = [f"loss {report.loss:.3f}"]
+    for what, values in (("exits", report.exit_losses), ("held-out", report.validation_losses)):
+        if values:
+            parts += [what, *(f"{layer}:{loss:.3f}" for layer, loss in _some(values))]
+    if report.agreement:
+        shares = _some(report.agreement)
+        parts += ["first drafts agree", *(f"{layer}:{share:.0%}" for layer, share in shares)]
+    parts.append(f"lr {report.learning_rate:.1e} {report.tokens_per_second:.0f} tokens/s")
+    return " ".join(parts)
 
 
-def result_text(info: "CheckpointInfo", plan: "Plan", verdicts: "list[Verdict]") -> str:
+def result_text(
+    job: "FinetuneJob | DrafterJob", result: "RunResult", verdicts: "list[Verdict]"
+) -> str:
     """The last losses or divergences, the speedup by drafts, and what the training cost in
     quality.
     """
-    details = info.details
-    kinds = {
-        "loss by exit": details.get("final_losses"),
-        "on held-out rows": details.get("validation_losses"),
-    }
+    plan = job.plan
+    details = result.info.details
     if plan.recipe is None:
-        kinds = {
-            "divergence": {
-                name: details["exit_blocks"][name]["divergence"]
-                for name in plan.module.names.values()
-            }
+        blocks = details["exit_blocks"]
+        names = job.module.names.values()
+        losses = {"divergence": {name: blocks[name]["divergence"] for name in names}}
+    else:
+        losses = {
+            "loss by exit": details["final_losses"],
+            "on held-out rows": details["validation_losses"],
         }
-    lines = [
-        f"{what}: " + "  ".join(f"{name}: {loss:.3f}" for name, loss in losses.items())
-        for what, losses in kinds.items()
-        if losses
-    ]
+    lines = []
+    for what, by_exit in losses.items():
+        if by_exit:
+            values = "  ".join(f"{name}: {loss:.3f}" for name, loss in by_exit.items())
+            lines.append(f"{what}: {values}")
     lines += [_verdict_text(verdict) for verdict in verdicts]
     if not plan.held_out and plan.rows is not None:
         lines.append(
             f"held-out rows: not measured: {plan.rows} rows are too few to hold some out; --validation FILE"
         )
-    if (cost := info.cost) is not None:
-        costs = [
-            f"cost: on {cost.tokens} tokens of the model's own text {cost.agreement:.1%} of next tokens as before, "
-            f"perplexity {cost.before:.2f} -> {cost.after:.2f}"
-        ]
-        if cost.task is not None:
-            costs.append("held-out loss {:.3f} -> {:.3f}".format(*cost.task))
-        if cost.exact_match is not None:
-            before, after = cost.exact_match
-            costs.append(
-                f"exact match of {cost.answered} held-out rows {100 * before:.1f} -> {after:.1%}"
-            )
-        lines.append("; ".join(costs))
-        lines += _example_lines(plan)
+    cost = result.info.cost
+    if cost is not None:
+        lines.append(_cost_text(cost))
+        if result.example is not None:
+            lines += _example_lines(result.example)
         if cost.agreement < 1 - _LOST:
             lines.append(
                 "to keep more of the model: --replay 0.5, --lora-rank 16, a lower --lr, or layerskip train-drafter"
@@ -356,38 +364,52 @@ def result_text(info: "CheckpointInfo", plan: "Plan", verdicts: "list[Verdict]")
     return "\n".join(lines)
 
 
+def _cost_text(cost: "Cost") -> str:
+    parts = [
+        f"cost: on {cost.tokens} tokens of the model's own text {cost.agreement:.1%} of next tokens as before, "
+        f"perplexity {cost.before:.2f} -> {cost.after:.2f}"
+    ]
+    if cost.task is not None:
+        before, after = cost.task
+        parts.append(f"held-out loss {before:.3f} -> {after:.3f}")
+    if cost.exact_match is not None:
+        before, after = cost.exact_match
+        parts.append(
+            f"exact match of {cost.answered} held-out rows {100 * before:.1f} -> {after:.1%}"
+        )
+    return "; ".join(parts)
+
+
 def _pays(speedup: "Speedup") -> bool | None:
     """Whether drafts pay; None: the measurement does not tell."""
     if speedup.most < _PAYS:
         return False
-    return speedup.value >= _PAYS if speedup.is_known else None
+    if not speedup.is_known:
+        return None
+    return speedup.value >= _PAYS
 
 
 def _verdict_text(verdict: "Verdict") -> str:
     speedup = verdict.speedup
     bound = f"by arithmetic at most {speedup.most:.2f}x"
+    found = f"the speed here is not known, because times differ as on a busy machine ({bound})"
     if speedup.is_known:
-        interval = f"{speedup.low:.2f} to {speedup.high:.2f}"
         drafts = plural(speedup.drafts, "draft")
         found = (
-            f"with {drafts} about {speedup.value:.2f}x of plain decoding here ({interval}, {bound})"
+            f"with {drafts} about {speedup.value:.2f}x of plain decoding here "
+            f"({speedup.low:.2f} to {speedup.high:.2f}, {bound})"
         )
-    else:
-        found = f"the speed here is not known, because times differ as on a busy machine ({bound})"
-    ends = ": does not pay" if _pays(speedup) is False else ""
-    return f"{verdict.name}: {verdict.accepted:.1%} of first drafts agree on held-out rows; {found}{ends}"
+    if _pays(speedup) is False:
+        found += ": does not pay"
+    return f"{verdict.name}: {verdict.accepted:.1%} of first drafts agree on held-out rows; {found}"
 
 
-def _example_lines(plan: "Plan") -> list[str]:
+def _example_lines(example: "AnsweredRow") -> list[str]:
     """A held-out row, with the reference and the answer of the trained model."""
-    if plan.example is None:
-        return []
-    width = max(map(len, plan.example._fields))
-    named = plan.example._asdict().items()
-    return [
-        "the first held-out row:",
-        *(f"  {name:{width}} {shown(repr(text.strip()))}" for name, text in named),
-    ]
+    lines = ["the first held-out row:"]
+    for name, text in example._asdict().items():
+        lines.append(f"  {name:9} {shown(repr(text.strip()))}")
+    return lines
 
 
 def _some(losses: Mapping[int, float]) -> list[tuple[int, float]]:

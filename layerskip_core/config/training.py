@@ -14,7 +14,7 @@ from .options import BatchSize, Count, CountOrNone, Flag, Fraction, Layer, Ratio
 
 Preset = Literal["auto", "finetune", "continual", "scratch", "code", "none"]
 Curriculum = Literal["rotational", "gradual", "all", "none"]
-ExitWeights = Literal["paper", "linear", "sqrt", "uniform"]
+ExitWeights = Literal["paper", "uniform"]
 ExitReader = Literal["none", "block"]
 DropoutProfile = Literal["exponential", "constant"]
 DropoutSchedule = Literal["constant", "rising", "falling"]
@@ -37,74 +37,22 @@ _LAYOUTS: dict[str, BlockLayout] = {
     "draft_vocab": "eagle3",
     "start_from": "eagle3",
 }
-# Arguments of transformers that a run decides. Others could end it early, hide its checkpoints,
-# change what its losses mean, or would have no effect.
-_SET_BY = {  # the setting to use instead
-    **{
-        "max_steps": "steps",
-        "num_train_epochs": "epochs",
-        "learning_rate": "lr",
-        "warmup_steps": "warmup",
-    },
-    **{"per_device_train_batch_size": "batch_size", "gradient_accumulation_steps": "accumulation"},
-    **{"weight_decay": "weight_decay", "max_grad_norm": "max_grad_norm", "seed": "seed"},
-    **{
-        "output_dir": "output",
-        "save_strategy": "save_steps",
-        "save_steps": "save_steps",
-        "resume_from_checkpoint": "resume",
-    },
-    **{
-        "bf16": "dtype",
-        "fp16": "dtype",
-        "use_cpu": "device",
-        "gradient_checkpointing": "gradient_checkpointing",
-    },
-    **{"fsdp": "fsdp", "fsdp_config": "fsdp", "report_to": "report_to"},
-    **{"push_to_hub": "push_to_hub", "hub_model_id": "push_to_hub"},
-    **{"eval_strategy": "eval_steps", "eval_steps": "eval_steps", "do_eval": "validation"},
-}
-_DECIDED = frozenset(  # no setting changes these
-    (
-        *(
-            "average_tokens_across_devices",
-            "auto_find_batch_size",
-            "train_sampling_strategy",
-            "data_seed",
-            "ignore_data_skip",
-        ),
-        *(
-            "dataloader_drop_last",
-            "remove_unused_columns",
-            "label_smoothing_factor",
-            "activation_checkpointing",
-        ),
-        *(
-            "accelerator_config",
-            "parallelism_config",
-            "deepspeed",
-            "local_rank",
-            "do_train",
-            "do_predict",
-        ),
-        *("save_only_model", "save_on_each_node", "load_best_model_at_end"),
-        *(
-            "logging_strategy",
-            "logging_steps",
-            "logging_first_step",
-            "logging_nan_inf_filter",
-            "disable_tqdm",
-        ),
-        *(
-            "per_device_eval_batch_size",
-            "eval_on_start",
-            "eval_delay",
-            "eval_accumulation_steps",
-            "batch_eval_metrics",
-        ),
-        *("bf16_full_eval", "fp16_full_eval"),
-    )
-)
+# Arguments of transformers that a run decides, most of them by a flag of its own. Others could end
+# it early, hide its checkpoints, change what its losses mean, or would have no effect.
+_DECIDED = """
+    max_steps num_train_epochs learning_rate warmup_steps per_device_train_batch_size
+    gradient_accumulation_steps weight_decay seed data_seed
+    output_dir save_strategy save_steps resume_from_checkpoint save_only_model save_on_each_node
+    load_best_model_at_end push_to_hub hub_model_id report_to
+    bf16 fp16 use_cpu bf16_full_eval fp16_full_eval gradient_checkpointing
+    activation_checkpointing fsdp fsdp_config accelerator_config parallelism_config deepspeed
+    local_rank average_tokens_across_devices auto_find_batch_size
+    train_sampling_strategy ignore_data_skip dataloader_drop_last remove_unused_columns
+    label_smoothing_factor do_train do_predict do_eval
+    logging_strategy logging_steps logging_first_step logging_nan_inf_filter disable_tqdm
+    eval_strategy eval_steps per_device_eval_batch_size eval_on_start eval_delay
+    eval_accumulation_steps batch_eval_metrics
+"""
 
 
 @dataclass(frozen=True)
@@ -116,10 +64,11 @@ class TrainingSettings:
     ] = "embedded-base"
     data: DataConfig = field(default_factory=DataConfig)
     prompting: PromptingConfig = field(default_factory=PromptingConfig)
-    # About three minutes on two cores
     usual_epochs = 1.0
-    commands_steps = 300
-    streaming = fsdp = False  # set by FinetuneConfig
+    commands_steps = 300  # about three minutes on two cores
+    # Only FinetuneConfig has these as settings
+    streaming = False
+    fsdp = False
     steps: Annotated[
         _RunSteps | None,
         Flag("Steps; overrides --epochs.", None, "300 on `commands`", "Optimisation"),
@@ -137,9 +86,6 @@ class TrainingSettings:
     weight_decay: Annotated[float, Meta(ge=0, le=1_000), Flag("The optimizer's weight decay.")] = (
         0.01
     )
-    max_grad_norm: Annotated[
-        float, Meta(gt=0, le=1e9), Flag("Longer gradients are scaled down to this norm.")
-    ] = 1.0
     training_arguments: Annotated[
         dict[str, Any] | None, Flag("More TrainingArguments of transformers, a JSON object.")
     ] = None
@@ -173,33 +119,20 @@ class TrainingSettings:
     ] = None
 
     def __post_init__(self) -> None:
-        asked = self.validation_samples
+        samples = self.validation_samples
+        is_validated = self.validation is not None
         require(
-            self.validation is not None or asked is None,
-            "validation_samples",
-            "used with `validation`",
-            asked,
+            is_validated or samples is None, "validation_samples", "used with `validation`", samples
         )
-        endless = self.data.is_endless and self.steps is None
-        require(
-            not endless or self.epochs is None,
-            "epochs",
-            "used with `limit` for `commands`, which has no end",
-            self.epochs,
-        )
-        self._refuse_owned()
-
-    def _refuse_owned(self) -> None:
-        """Raises ConfigError for `training_arguments` that the run decides."""
-        reasons = []
-        for name in self.training_arguments or {}:
-            setting = _SET_BY.get(name, "")
-            if setting in vars(self):
-                reasons.append(f"{name} is set by `{setting}`")
-            elif setting or name in _DECIDED:  # a setting that the other training has
-                reasons.append(f"{name} is decided by the run")
-        if reasons:
-            raise ConfigError(f"`training_arguments`: {', '.join(reasons)}", "training_arguments")
+        if self.data.is_endless and self.steps is None:
+            needed = "used with `limit` for `commands`, which has no end"
+            require(self.epochs is None, "epochs", needed, self.epochs)
+        decided = [name for name in self.training_arguments or () if name in _DECIDED.split()]
+        if decided:
+            raise ConfigError(
+                f"`training_arguments`: the run decides on {', '.join(decided)}, by a flag of its own or always",
+                "training_arguments",
+            )
 
     def _is_usual(self, name: str) -> bool:
         return bool(getattr(self, name) == getattr(type(self), name))
@@ -215,7 +148,8 @@ class RecipeSettings:
     """
 
     preset: Annotated[
-        Preset, Flag("auto: a few exits, with readers; none: no exits.", "--recipe", panel="Recipe")
+        Preset,
+        Flag("auto: a few exits, each with a block; none: no exits.", "--recipe", panel="Recipe"),
     ] = "auto"
     p_max: Annotated[
         Fraction | None, Flag("Dropout rate of the last layer.", "--pmax/--p-max", _BY_PRESET)
@@ -254,22 +188,15 @@ class RecipeSettings:
     ] = None
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items() if self.preset == "none" else ():
-            without = name == "preset" or value is None
-            require(
-                without,
-                name,
-                "left out with `preset` none, which has no exits and no dropout",
-                value,
-            )
+        if self.preset == "none":
+            needed = "left out with `preset` none, which has no exits and no dropout"
+            for name, value in vars(self).items():
+                require(name == "preset" or value is None, name, needed, value)
         usual = "all" if self.preset == "auto" else "rotational"
-        rotates = (self.curriculum or usual) == "rotational"
-        require(
-            rotates or self.rotation is None,
-            "rotation",
-            "used with `curriculum` rotational",
-            self.curriculum or usual,
-        )
+        curriculum = self.curriculum or usual
+        if curriculum != "rotational":
+            needed = "used with `curriculum` rotational"
+            require(self.rotation is None, "rotation", needed, curriculum)
 
 
 @dataclass(frozen=True)
@@ -314,24 +241,28 @@ class FinetuneConfig(TrainingSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = {**vars(self), "limit": self.data.limit}
-        scratch = self.recipe.preset == "scratch"
-        for is_so, needed, names in (
-            (self.streaming, "left out with `streaming`", ("limit", "vocab_size", "replay")),
-            (not scratch, "used with `preset` scratch", ("vocab_size",)),
-            (scratch, "left out with `preset` scratch, which has no original", ("replay",)),
-        ):
-            for name in names if is_so else ():
-                require(not given[name], name, needed, given[name])
-        counted = not self.streaming or self.steps is not None
-        require(counted, "steps", "given with `streaming`, whose rows cannot be counted", "none")
-        for name in ("lora_alpha", "lora_dropout", "lora_targets", "lora_keep"):
-            require(
-                self.lora_rank > 0 or self._is_usual(name), name, "used with `lora_rank`", "no rank"
-            )
-        reader = self.recipe.exit_reader
-        alone = "none with `lora_keep`: readers stand beside whole weights"
-        require(not self.lora_keep or reader in (None, "none"), "exit_reader", alone, reader)
+        if self.streaming:
+            for name, value in (
+                ("limit", self.data.limit),
+                ("vocab_size", self.vocab_size),
+                ("replay", self.replay),
+            ):
+                require(not value, name, "left out with `streaming`", value)
+            needed = "given with `streaming`, whose rows cannot be counted"
+            require(self.steps is not None, "steps", needed, "none")
+        if self.recipe.preset == "scratch":
+            needed = "left out with `preset` scratch, which has no original"
+            require(not self.replay, "replay", needed, self.replay)
+        else:
+            needed = "used with `preset` scratch"
+            require(self.vocab_size is None, "vocab_size", needed, self.vocab_size)
+        if self.lora_rank == 0:
+            for name in ("lora_alpha", "lora_dropout", "lora_targets", "lora_keep"):
+                require(self._is_usual(name), name, "used with `lora_rank`", "no rank")
+        if self.lora_keep:
+            reader = self.recipe.exit_reader
+            needed = "none with `lora_keep`: exit blocks stand beside whole weights"
+            require(reader in (None, "none"), "exit_reader", needed, reader)
 
 
 @dataclass(frozen=True)
@@ -371,14 +302,11 @@ class DrafterConfig(TrainingSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, layout in self._of_one_layout.items():
-            require(
-                layout == self.implied_layout,
-                name,
-                f"used with `layout` {layout}",
-                getattr(self, name),
-            )
-        given = self.answers != "data" or self._is_usual("answer_tokens")
-        require(given, "answer_tokens", "left out with `answers` data", self.answer_tokens)
+            needed = f"used with `layout` {layout}"
+            require(layout == self.implied_layout, name, needed, getattr(self, name))
+        if self.answers == "data":
+            needed = "left out with `answers` data"
+            require(self._is_usual("answer_tokens"), "answer_tokens", needed, self.answer_tokens)
 
     @property
     def implied_layout(self) -> BlockLayout | None:
@@ -388,15 +316,16 @@ class DrafterConfig(TrainingSettings):
     @property
     def _of_one_layout(self) -> dict[str, BlockLayout]:
         """The given settings that only one layout has, with that layout."""
-        layouts = _LAYOUTS | ({"start_from": "mtp"} if self.start_from == SHIPPED else {})
+        layouts = dict(_LAYOUTS)
+        if self.start_from == SHIPPED:
+            layouts["start_from"] = "mtp"
         return {name: layout for name, layout in layouts.items() if not self._is_usual(name)}
 
     @property
     def in_place(self) -> bool:
         """Whether the drafter is written into the model's own folder."""
-        return os.path.isdir(self.model) and os.path.realpath(self.output) == os.path.realpath(
-            self.model
-        )
+        is_same = os.path.realpath(self.output) == os.path.realpath(self.model)
+        return is_same and os.path.isdir(self.model)
 
 
 TrainingConfig = FinetuneConfig | DrafterConfig

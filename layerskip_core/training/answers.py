@@ -20,8 +20,7 @@ from ..decoding import DecodingLoop, decode_batch
 from ..errors import CheckpointError, ConfigError, require
 from ..files import append_lines, whole_lines, write_file
 from ..losses import IGNORED
-from .data import EncodedData, step_rows
-from .encoding import Encoder
+from .data import RunData, step_rows
 from .progress import checkpoints_folder
 from .sharding import process_index
 
@@ -37,45 +36,10 @@ _PROMPT_TOKENS = 64
 _TRIES = 8
 # First words of prompts, for more kinds of them (examples/LOG.md).
 _OPENINGS = (
-    *(
-        "Write a",
-        "Write a short",
-        "Explain",
-        "What is",
-        "How do I",
-        "How can I",
-        "Translate",
-        "Summarize",
-        "Rewrite",
-        "List",
-    ),
-    *(
-        "Correct the",
-        "Give me",
-        "Why",
-        "Who",
-        "Which",
-        "Calculate",
-        "Solve",
-        "If",
-        "Compare",
-        "Describe",
-        "Create a",
-        "Make a",
-    ),
-    *(
-        "Convert",
-        "Extract",
-        "Classify",
-        "Answer",
-        "Fix the",
-        "Implement",
-        "Write a function",
-        "Continue",
-        "Suggest",
-        "Plan",
-    ),
-    *("Draft an email", "Tell me", "Define", "Find", "Can you", "Write code", "Fill in", "Given"),
+    "Write a,Write a short,Explain,What is,How do I,How can I,Translate,Summarize,Rewrite,List,"
+    "Correct the,Give me,Why,Who,Which,Calculate,Solve,If,Compare,Describe,Create a,Make a,"
+    "Convert,Extract,Classify,Answer,Fix the,Implement,Write a function,Continue,Suggest,Plan,"
+    "Draft an email,Tell me,Define,Find,Can you,Write code,Fill in,Given"
 )
 _WAIT = 1.0  # seconds between two looks into the journal
 
@@ -120,23 +84,19 @@ class Answers:
         if process_index() == 0 and len(known) < len(self.prompts):
             decoder = self._decoder
             assert decoder is not None
-            if self.journal.exists():
-                write_file(
-                    self.journal,
-                    b"".join(whole_lines(self.journal, CheckpointError)),
-                    CheckpointError,
-                )
+            if self.journal.exists():  # a killed process may have left a part of a line
+                lines = b"".join(whole_lines(self.journal, CheckpointError))
+                write_file(self.journal, lines, CheckpointError)
+            # Prompts of similar length together, the longest first
             order = sorted(range(len(self.prompts)), key=lambda row: (-len(self.prompts[row]), row))
-            for batch in (order[at : at + BATCH] for at in range(0, len(order), BATCH)):
+            for at in range(0, len(order), BATCH):
+                batch = order[at : at + BATCH]
                 missing = sum(row not in known for row in batch)
                 if missing == 0:
                     continue
-                written = self._written(decoder, batch, missing, partial(report, len(known)))
-                append_lines(
-                    self.journal,
-                    ({"row": row, "ids": ids} for row, ids in written.items()),
-                    CheckpointError,
-                )
+                written = self._write_batch(decoder, batch, missing, partial(report, len(known)))
+                lines_of = [{"row": row, "ids": ids} for row, ids in written.items()]
+                append_lines(self.journal, lines_of, CheckpointError)
                 known |= written
         self._decoder = None  # frees its weights
         while len(known) < len(self.prompts):
@@ -146,7 +106,7 @@ class Answers:
         report(len(known), 0)
         return [known[row] for row in range(len(self.prompts))]
 
-    def _written(
+    def _write_batch(
         self, decoder: Decoder, batch: Sequence[int], missing: int, report: Callable[[int], None]
     ) -> dict[int, list[int]]:
         """The answers to the prompts of these rows. `report` gets after each step how many of the
@@ -178,21 +138,21 @@ def digest(*values: object) -> str:
 
 def plan_replay(
     config: FinetuneConfig,
-    original: str,
-    data: EncodedData,
-    encoder: Encoder,
+    model_digest: str,
+    data: RunData,
     decoder: Decoder,
     steps: int,
 ) -> Answers:
-    """Plans texts for `decoder` to sample and a run to replay (Sun et al., LAMOL, ICLR 2020).
-    `original`: its fingerprint.
+    """Plans texts for `decoder` to sample and a run to replay (Sun et al., LAMOL, ICLR
+    2020).
     """
     endless = replace(decoder, eos_ids=frozenset())  # texts run past EOS
     count = min(steps * step_rows(config)[1], MOST_REPLAYED)
-    tokens = round(data.tokens / len(data.seen))
-    how = Writing(min(tokens, encoder.max_length - 1), encoder.max_length, 1.0, config.seed)
-    starts = _beginnings(decoder, count, config.seed, encoder.max_length - 1)
-    journal = f"replay-{digest(original, starts, how, config.dtype)}.jsonl"
+    mean_tokens = round(data.training.tokens / len(data.training.seen))
+    max_length = data.encoder.max_length
+    how = Writing(min(mean_tokens, max_length - 1), max_length, 1.0, config.seed)
+    starts = _starts(decoder, count, config.seed, max_length - 1)
+    journal = f"replay-{digest(model_digest, starts, how, config.dtype)}.jsonl"
     return Answers(endless, starts, how, checkpoints_folder(config.output) / journal)
 
 
@@ -200,15 +160,10 @@ def own_texts(decoder: Decoder, seed: int) -> list[dict[str, Any]]:
     """Short texts sampled from a model, as encoded rows. Their seeds are not those of a replay."""
     seed ^= _APART
     tokens = min(OWN_TOKENS, decoder.backend.spec.context - 1)
-    starts = _beginnings(decoder, OWN_TEXTS, seed, decoder.backend.spec.context - tokens)
+    starts = _starts(decoder, OWN_TEXTS, seed, decoder.backend.spec.context - tokens)
     config = DecodingConfig("autoregressive", max_new_tokens=tokens, temperature=1.0)
-    outputs = decode_batch(
-        decoder.backend,
-        starts,
-        config,
-        frozenset(),
-        seeds=[(seed + row) % 2**32 for row in range(OWN_TEXTS)],
-    )
+    seeds = [(seed + row) % 2**32 for row in range(OWN_TEXTS)]
+    outputs = decode_batch(decoder.backend, starts, config, frozenset(), seeds=seeds)
     return [answered(starts[output.row], output.ids) for output in outputs]
 
 
@@ -220,36 +175,31 @@ def own_prompts(decoder: Decoder, count: int, seed: int) -> Iterator[str]:
     rarely ends a prompt.
     """
     start = decoder.prompt_start()
+    kinds = _OPENINGS.split(",")
     known = set[str]()
-    room = min(_PROMPT_TOKENS, decoder.backend.room - len(start) - _PROMPT_TOKENS)
-    require(
-        bool(start) and room > 0,
-        "model",
-        "one whose chat template begins a prompt, and has room for it",
-        decoder.name,
+    most_tokens = min(_PROMPT_TOKENS, decoder.backend.room - len(start) - _PROMPT_TOKENS)
+    needed = "one whose chat template begins a prompt, and has room for it"
+    require(bool(start) and most_tokens > 0, "model", needed, decoder.name)
+    config = DecodingConfig(
+        "autoregressive", max_new_tokens=most_tokens, temperature=1.0, top_p=0.95
     )
-    config = DecodingConfig("autoregressive", max_new_tokens=room, temperature=1.0, top_p=0.95)
     for first in range(0, _TRIES * count + BATCH, BATCH):
         numbers = range(first, first + BATCH)
-        openings = [
-            _OPENINGS[number // 2 % len(_OPENINGS)] if number % 2 else "" for number in numbers
-        ]
-        prompts = [
-            [*start, *decoder.tokenizer(opening, add_special_tokens=False)["input_ids"]]
-            for opening in openings
-        ]
+        openings = []
+        prompts = []
+        for number in numbers:
+            opening = kinds[number // 2 % len(kinds)] if number % 2 else ""
+            ids = decoder.tokenizer(opening, add_special_tokens=False)["input_ids"]
+            openings.append(opening)
+            prompts.append([*start, *ids])
         seeds = [(seed + number) % 2**32 for number in numbers]
         outputs = decode_batch(
             decoder.backend, prompts, config, decoder.eos_ids, decoder.detokenize, seeds
         )
         for answer in sorted(outputs, key=lambda answer: answer.row):
             text = (openings[answer.row] + answer.text).strip()
-            if (
-                answer.finish_reason == "eos"
-                and answer.text.strip()
-                and text not in known
-                and len(known) < count
-            ):
+            is_whole = answer.finish_reason == "eos" and answer.text.strip() != ""
+            if is_whole and text not in known and len(known) < count:
                 known.add(text)
                 yield text
         if len(known) == count:
@@ -264,11 +214,14 @@ def answered(prompt: list[int], answer: list[int]) -> dict[str, Any]:
     return {"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer}
 
 
-def _beginnings(decoder: Decoder, count: int, seed: int, longest: int) -> list[list[int]]:
+def _starts(decoder: Decoder, count: int, seed: int, longest: int) -> list[list[int]]:
     """Prompts for sampled texts: a random token, in every second one the template's text before a
     prompt, if there is any.
     """
     generator = torch.Generator().manual_seed(seed)
     first = torch.randint(decoder.backend.spec.vocab, (count,), generator=generator).tolist()
+    starts = [[token] for token in first]
     templated = decoder.prompt_start()[:longest]
-    return [templated if templated and text % 2 else [token] for text, token in enumerate(first)]
+    if templated:
+        starts[1::2] = [templated] * len(starts[1::2])
+    return starts

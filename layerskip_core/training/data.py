@@ -9,7 +9,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,12 +70,14 @@ def run_steps(config: TrainingConfig, rows: int) -> int:
     """
     if config.steps is None and config.data.is_endless:
         return config.commands_steps
-    return config.steps or max(
-        1, math.ceil(rows / step_rows(config)[0] * (config.epochs or config.usual_epochs))
-    )
+    if config.steps is not None:
+        return config.steps
+    epochs = config.epochs or config.usual_epochs
+    return max(1, math.ceil(rows / step_rows(config)[0] * epochs))
 
 
-class RunRows(NamedTuple):
+@dataclass(frozen=True)
+class RunRows:
     """The rows of a run; of a stream, `training` has the first one only."""
 
     training: list[Row]
@@ -88,35 +90,38 @@ def read_rows(config: TrainingConfig) -> RunRows:
 
     Rows need no completion where the model writes the answers.
     """
-    prompts_only = isinstance(config, DrafterConfig) and config.answers == "model"
-    load: Callable[[DataConfig], list[Row]] = load_prompts if prompts_only else load_rows  # type: ignore[assignment]
+    load: Callable[[DataConfig], list[Any]] = load_rows
+    if isinstance(config, DrafterConfig) and config.answers == "model":
+        load = load_prompts
     data = config.data
-    has_split = data.split == "train" and VALIDATION in own_splits(data)
     if config.streaming:
         rows = list(itertools.islice(stream_rows(data), _DIVIDED))
     elif data.is_endless:
         rows = load(replace(data, limit=_endless_rows(config)))
     else:
         rows = load(data)
+
+    has_split = data.split == "train" and VALIDATION in own_splits(data)
     if has_split and config.validation is None:
-        limit = timely_rows(len(rows))
-        return RunRows(rows, load(replace(data, split=VALIDATION, limit=limit)), None)
+        split = replace(data, split=VALIDATION, limit=timely_rows(len(rows)))
+        return RunRows(rows, load(split), None)
     division = hold_out([row.key for row in rows], nothing=config.validation is not None)
     if config.validation is not None:
         held_out = _named_rows(config, config.validation, load)
     else:
-        held_out = [
-            row for row in rows if division.holds(row.key) and side_of(row.key) == VALIDATION
-        ]
-    rows = rows[:1] if config.streaming else [row for row in rows if not division.holds(row.key)]
-    return RunRows(rows, held_out, None if has_split else division)
+        held = [row for row in rows if division.holds(row.key)]
+        held_out = [row for row in held if side_of(row.key) == VALIDATION]
+    training = [row for row in rows if not division.holds(row.key)]
+    if config.streaming:
+        training = rows[:1]
+    return RunRows(training, held_out, None if has_split else division)
 
 
 def _endless_rows(config: TrainingConfig) -> int:
     """How many rows a run on `commands` sees; a drafter sees each of them several times."""
-    rows = run_steps(config, 0) * step_rows(config)[0]
+    rows = float(run_steps(config, 0) * step_rows(config)[0])
     if isinstance(config, DrafterConfig):
-        rows /= config.epochs or config.usual_epochs  # type: ignore[assignment]
+        rows /= config.epochs or config.usual_epochs
     return max(1, round(rows))
 
 
@@ -149,16 +154,12 @@ def make_encoder(config: TrainingConfig, trainable: Trainable, rows: Sequence[Ro
     plain = all(isinstance(row, Example) and not row.prompt for row in rows)
     for_text = isinstance(config, FinetuneConfig) and config.recipe.preset in TEXT_PRESETS
     context = trainable.backend.spec.context
-    longest = config.max_length or min(_TEXT_LENGTH if for_text else _LENGTH, context)
-    require(
-        longest <= context,
-        "max_length",
-        f"at most the model's context of {context} tokens",
-        longest,
-    )
-    return Encoder(
-        trainable.tokenizer, _template(config, trainable, rows), longest, plain and for_text
-    )
+    usual = _TEXT_LENGTH if for_text else _LENGTH
+    longest = config.max_length or min(usual, context)
+    needed = f"at most the model's context of {context} tokens"
+    require(longest <= context, "max_length", needed, longest)
+    template = _template(config, trainable, rows)
+    return Encoder(trainable.tokenizer, template, longest, pack=plain and for_text)
 
 
 def _template(config: TrainingConfig, trainable: Trainable, rows: Sequence[Row]) -> PromptTemplate:
@@ -173,23 +174,19 @@ def _template(config: TrainingConfig, trainable: Trainable, rows: Sequence[Row])
     stored = trainable.info.template
     if any(isinstance(row, Conversation) for row in rows):
         require(asked in (None, CHAT), "template", "chat for conversations", asked)
-        require(
-            system is None,
-            "system",
-            "left out for conversations, which have system messages of their own",
-            system,
-        )
+        needed = "left out for conversations, which have system messages of their own"
+        require(system is None, "system", needed, system)
         return PromptTemplate(CHAT)
     template = resolve_template(asked, system, stored, trainable.tokenizer)
-    changes = isinstance(config, FinetuneConfig)
-    prompts = any(isinstance(row, Example) and row.prompt for row in rows)
-    parsing = is_parsing(config.data) and (stored is None or changes)
-    lines = stored is None and template.text == RAW and prompts and changes
-    return (
-        PromptTemplate(PARSING_TEMPLATE)
-        if asked is None and system is None and (parsing or lines)
-        else template
-    )
+    if asked is not None or system is not None:
+        return template
+    is_finetune = isinstance(config, FinetuneConfig)
+    if is_parsing(config.data) and (stored is None or is_finetune):
+        return PromptTemplate(PARSING_TEMPLATE)
+    has_prompts = any(isinstance(row, Example) and row.prompt for row in rows)
+    if is_finetune and stored is None and template.text == RAW and has_prompts:
+        return PromptTemplate(PARSING_TEMPLATE)
+    return template
 
 
 @dataclass(frozen=True)
@@ -206,26 +203,51 @@ class EncodedData:
         return sum(len(row["input_ids"]) for row in self.seen)
 
 
+@dataclass(frozen=True)
+class RunData:
+    """The encoded rows of a run."""
+
+    training: EncodedData
+    held_out: EncodedData | None
+    division: HeldOut | None  # what `data` holds out; None if it has a split for that
+    encoder: Encoder
+
+
+def encode(config: FinetuneConfig, trainable: Trainable, rows: RunRows) -> RunData:
+    """Encodes the rows of `finetune`, in memory or as a stream."""
+    encoder = make_encoder(config, trainable, rows.training)
+    if config.streaming:
+        assert rows.division is not None  # data with splits of its own is not streamed
+        training = encode_stream(config.data, encoder, config.seed, rows.division)
+    else:
+        training = encode_rows(rows.training, encoder)
+    held_out = None
+    if rows.held_out:
+        held_out = encode_rows(rows.held_out, encoder, required=config.validation is not None)
+        if not held_out.seen:
+            held_out = None
+    return RunData(training, held_out, rows.division, encoder)
+
+
 def encode_rows(
     rows: Iterable[Row], encoder: Encoder, most: int | None = None, required: bool = True
 ) -> EncodedData:
     """All rows, or the first `most`, in memory as int32. Raises DataError if a target within the
     maximum length is `required` and none has one.
     """
-    encoded = [
-        {
-            name: np.array(value, np.int32) if isinstance(value, list) else value
-            for name, value in row.items()
-        }
-        for row in itertools.islice(encoder.rows(rows), most)
-    ]
-    kept = list(filter(has_target, encoded))
-    if not kept and required:
+    encoded = [_as_arrays(row) for row in itertools.islice(encoder.rows(rows), most)]
+    usable = list(filter(has_target, encoded))
+    if not usable and required:
         raise no_room(encoder)
     digest = hashlib.sha256()
-    for row in kept:
+    for row in usable:
         digest.update(row["input_ids"].tobytes() + row["labels"].tobytes())
-    return EncodedData(kept, kept, len(encoded) - len(kept), digest.hexdigest()[:16])
+    return EncodedData(usable, usable, len(encoded) - len(usable), digest.hexdigest()[:16])
+
+
+def _as_arrays(row: dict[str, Any]) -> dict[str, Any]:
+    lists = {name: value for name, value in row.items() if isinstance(value, list)}
+    return row | {name: np.array(value, np.int32) for name, value in lists.items()}
 
 
 def encode_stream(
@@ -254,21 +276,26 @@ def with_whole_answers(rows: Sequence[Any]) -> list[tuple[dict[str, Any], int]]:
     """The rows that end with one uninterrupted answer, and the index of its first token; no packed
     rows.
     """
-    few = [(row, row["labels"] != IGNORED) for row in rows if "documents" not in row]
-    starts = [(row, targets, int(targets.argmax())) for row, targets in few]
-    # Nothing predicts the very first
-    return [(row, start) for row, targets, start in starts if targets[max(1, start) :].all()]
+    found = []
+    for row in rows:
+        if "documents" in row:
+            continue
+        is_target = row["labels"] != IGNORED
+        start = int(is_target.argmax())
+        if is_target[max(1, start) :].all():  # nothing predicts the very first token
+            found.append((row, start))
+    return found
 
 
 def token_order(data: EncodedData, vocab_size: int) -> list[int]:
     """All token ids 0..V-1, the most frequent targets of the training rows first; unseen ids follow
     in ascending order.
     """
-    every = 1 if isinstance(data.rows, StreamedRows) else -(-len(data.rows) // _COUNTED)
-    rows = data.rows.one_pass(0) if isinstance(data.rows, StreamedRows) else data.rows
-    labels = np.concatenate(
-        [row["labels"] for row in itertools.islice(rows, 0, every * _COUNTED, every)]
-    )
+    if isinstance(data.rows, StreamedRows):
+        counted = list(itertools.islice(data.rows.one_pass(0), _COUNTED))
+    else:
+        counted = data.rows[:: math.ceil(len(data.rows) / _COUNTED)]
+    labels = np.concatenate([row["labels"] for row in counted])
     counts = np.bincount(labels[labels != IGNORED], minlength=vocab_size)
     order: list[int] = np.argsort(-counts, kind="stable").tolist()
     return order
@@ -305,8 +332,9 @@ class StreamedRows(IterableDataset):  # type: ignore[type-arg]
     def _shuffled(self, number: int) -> Iterator[Row]:
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + number)
         rows = self.unshuffled()
-        while some := list(itertools.islice(rows, _SHUFFLED)):
-            yield from (some[at] for at in torch.randperm(len(some), generator=generator).tolist())
+        while chunk := list(itertools.islice(rows, _SHUFFLED)):
+            for at in torch.randperm(len(chunk), generator=generator).tolist():
+                yield chunk[at]
 
 
 def ordered(
@@ -325,14 +353,13 @@ def with_replay(
     order: Sequence[int], texts: Sequence[int], replayed: int, per_step: int
 ) -> Iterator[int]:
     """Inserts `replayed` of the `texts` into each step of `per_step` rows, evenly spaced."""
-    turn = itertools.cycle(texts)
+    next_texts = itertools.cycle(texts)
     own = per_step - replayed
     for start in range(0, len(order), own):
-        rows = iter(order[start : start + own])
+        next_rows = iter(order[start : start + own])
         for index in range(per_step):
-            yield next(
-                turn if (index + 1) * replayed // per_step > index * replayed // per_step else rows
-            )
+            due = (index + 1) * replayed // per_step > index * replayed // per_step
+            yield next(next_texts if due else next_rows)
 
 
 def run_order(lengths: Sequence[int], rows_per_step: int, steps: int, seed: int) -> Iterator[int]:
@@ -343,22 +370,21 @@ def run_order(lengths: Sequence[int], rows_per_step: int, steps: int, seed: int)
     random state.
     """
     waiting: list[int] = []
-    left = steps
+    steps_left = steps
     for number in itertools.count():
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
         waiting += torch.randperm(len(lengths), generator=generator).tolist()
+        # Rows too few for a step wait for the next pass
         whole = len(waiting) // rows_per_step * rows_per_step
         for start in range(0, whole, rows_per_step * _POOL):
-            pool = sorted(
-                waiting[start : min(whole, start + rows_per_step * _POOL)],
-                key=lambda row: -lengths[row],
-            )
+            pool = waiting[start : min(whole, start + rows_per_step * _POOL)]
+            pool.sort(key=lambda row: -lengths[row])
             for at in torch.randperm(len(pool) // rows_per_step, generator=generator).tolist():
-                if not left:
+                if not steps_left:
                     return
                 yield from pool[at * rows_per_step : (at + 1) * rows_per_step]
-                left -= 1
-        waiting = waiting[whole:]  # too few for a step: the next pass takes them
+                steps_left -= 1
+        waiting = waiting[whole:]
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -367,9 +393,8 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     """
 
     def padded(name: str, filler: int) -> Tensor:
-        return pad_sequence(
-            [torch.as_tensor(row[name]) for row in rows], batch_first=True, padding_value=filler
-        ).long()
+        values = [torch.as_tensor(row[name]) for row in rows]
+        return pad_sequence(values, batch_first=True, padding_value=filler).long()
 
     batch = {"input_ids": padded("input_ids", 0), "labels": padded("labels", IGNORED)}
     # Nothing predicts a row's first token; it must not count as a target either

@@ -19,7 +19,7 @@ from ..checkpoint.shipped import mtp_content, read_mtp
 from ..checkpoint.sidecars import exit_blocks_content
 from ..config.resolution import require_exit_layer
 from ..config.training import DrafterConfig
-from ..errors import require
+from ..errors import refused
 from ..losses import IGNORED, summed_losses
 from ..model import Backend, TransformersBackend
 from ..model.backend import states_at
@@ -63,11 +63,9 @@ class Block(nn.Module):
         """
         if self.input is None or finals is None:
             return self._after(states, ids)
-        norms = map(self.get_submodule, INPUT_NORMS)
-        parts = [
-            norm(part) for norm, part in zip(norms, (states[:, 1:], finals[:, :-1]), strict=True)
-        ]
-        return F.pad(self._after(self.input(torch.cat(parts, dim=-1)), ids[:, 1:]), (0, 0, 1, 0))
+        state_norm, final_norm = map(self.get_submodule, INPUT_NORMS)
+        joined = torch.cat((state_norm(states[:, 1:]), final_norm(finals[:, :-1])), dim=-1)
+        return F.pad(self._after(self.input(joined), ids[:, 1:]), (0, 0, 1, 0))
 
     def _after(self, hidden: Tensor, ids: Tensor) -> Tensor:
         normed: Tensor = self.norm(self._run(self.layer, hidden, ids))
@@ -93,8 +91,8 @@ class DrafterModule(nn.Module):
         self.config = model.requires_grad_(False).config
         self.decoder: Backend = backend  # computes the states; a run sets the backend that decodes
         self.details: dict[str, Any] = {}  # added to the record in layerskip.json
-        self._kept: dict[bytes, Tensor] = {}  # states (X + 1, T, D) by the ids of a text
-        self._room = available_memory() / 4  # bytes
+        self._cached: dict[bytes, Tensor] = {}  # states (X + 1, T, D) by the ids of a text
+        self._free_bytes = available_memory() / 4  # of the cache
 
     def states(self, ids: Tensor) -> tuple[list[Tensor], Tensor]:
         """The states (B, T, D) after each of the `layers`, and after the final norm, in fp32, of
@@ -104,17 +102,19 @@ class DrafterModule(nn.Module):
         """
         # Without padding, which no token sees
         texts = [row.numpy().tobytes().rstrip(b"\0") for row in ids.cpu()]
-        fresh = [row for row, text in enumerate(texts) if text not in self._kept]
-        computed = dict(zip(fresh, self._computed(ids[fresh]), strict=True)) if fresh else {}
+        fresh = [row for row, text in enumerate(texts) if text not in self._cached]
+        computed = {}
+        if fresh:
+            computed = dict(zip(fresh, self._computed(ids[fresh]), strict=True))
         for row, states in computed.items():
-            if self._room > states.nbytes:
-                self._kept[texts[row]] = states
-                self._room = self._room - states.nbytes
+            if self._free_bytes > states.nbytes:
+                self._cached[texts[row]] = states
+                self._free_bytes -= states.nbytes
         states = torch.zeros(
             len(self.layers) + 1, *ids.shape, self.backend.spec.hidden, device=ids.device
         )
         for row, text in enumerate(texts):
-            own = computed[row] if row in computed else self._kept[text]
+            own = computed[row] if row in computed else self._cached[text]
             states[:, row, : own.shape[1]] = own[:, : ids.shape[1]]
         *read, final = states
         return read, final
@@ -123,21 +123,18 @@ class DrafterModule(nn.Module):
         """Yields the states (X + 1, T, D) of each text: after the X layers, and after the final
         norm.
         """
-        backend, (rows, tokens) = self.decoder, ids.shape
+        backend = self.decoder
+        rows, tokens = ids.shape
         places = Places(backend.new_cache(rows, tokens), [0] * rows, [tokens] * rows, settled=True)
         last = backend.num_layers
         with torch.inference_mode(), torch.autocast(ids.device.type, enabled=False):
             states = states_at(backend, backend.embed(ids.flatten()), (*self.layers, last), places)
             states[last] = self.backend.normed(states[last].to(self.backend.dtype))
             width = backend.spec.hidden
-            of_all = torch.stack(
-                [
-                    state[:, :width].to("cpu", torch.float32).view(rows, tokens, -1)
-                    for state in states.values()
-                ]
-            )
+            wide = [state[:, :width].to("cpu", torch.float32) for state in states.values()]
+            by_row = torch.stack(wide).view(len(wide), rows, tokens, -1)
         for row in range(rows):
-            yield of_all[:, row].clone()
+            yield by_row[:, row].clone()
 
     def muon(self, lr: float) -> Iterator[tuple[list[nn.Parameter], float, str]]:
         """Yields matrices that Muon trains, their learning rate, and torch's `adjust_lr_fn`."""
@@ -180,7 +177,7 @@ class FrozenExits(DrafterModule):
     ) -> None:
         """Blocks in `known` start from the weights there, others from the model's."""
         super().__init__(backend)
-        self.exits = new_readers(backend, blocks, known)
+        self.exits = new_exit_blocks(backend, blocks, known)
         self.shipped = known
         self.layers = tuple(block.exit_layer for block in blocks)
         self.names = {exit_layer: str(exit_layer or "mtp") for exit_layer in self.layers}
@@ -192,18 +189,14 @@ class FrozenExits(DrafterModule):
         from.
         """
         if config.layout == "mtp":
-            known = None
-            if config.start_from:
-                known = read_mtp(ModelRef.of(config.model).whole_folder(), backend.spec)
-            needed = "left out: this model ships no drafter that is known here"
-            require(
-                known is not None or config.start_from is None,
-                "start_from",
-                needed,
-                config.start_from,
-            )
             backend.require_states()
-            return cls(backend, known.blocks if known else [MTP], known or NO_BLOCKS)
+            if config.start_from is None:
+                return cls(backend, [MTP])
+            shipped = read_mtp(ModelRef.of(config.model).whole_folder(), backend.spec)
+            if shipped is None:
+                needed = "left out: this model ships no drafter that is known here"
+                raise refused("start_from", needed, config.start_from)
+            return cls(backend, shipped.blocks, shipped)
         exits = sorted(config.exits or (max(1, backend.num_layers // 3),))
         for exit_layer in exits:
             require_exit_layer(exit_layer, backend.num_layers, field="exits")
@@ -233,49 +226,55 @@ class FrozenExits(DrafterModule):
         outputs, as for later ones (HASS, Zhang et al., 2025). Its loss is the mean of both runs,
         its `per_exit` the first run's.
         """
-        is_target, (states, finals) = labels[:, 1:] != IGNORED, self.states(input_ids)
+        is_target = labels[:, 1:] != IGNORED
+        states, finals = self.states(input_ids)
         head = self.backend.head
         vocab = self.backend.spec.vocab
         teacher = finals[:, :-1][is_target]
-        results = []
+        losses = []
+        divergences = []
+        agreeing = []
         for block, state in zip(self.exits.values(), states, strict=True):
-            runs = [block(state, input_ids, finals)]
+            outputs = [block(state, input_ids, finals)]
             if block.input is not None:
-                runs.append(block(state, input_ids, runs[0]))
-            hidden = [run[:, :-1][is_target] for run in runs]
-            results.append(
-                summed_losses(
-                    head, hidden, None, vocab, [(0.0, 1 / len(runs))] * len(runs), teacher
-                )
-            )
+                outputs.append(block(state, input_ids, outputs[0]))
+            hidden = [output[:, :-1][is_target] for output in outputs]
+            weights = [(0.0, 1 / len(outputs))] * len(outputs)
+            loss, sums = summed_losses(head, hidden, None, vocab, weights, teacher)
+            losses.append(loss)
+            divergences.append(sums[0, 1])
+            agreeing.append(sums[0, 2])
         return {
-            "loss": torch.stack([loss for loss, _ in results]).sum(),
-            "per_exit": torch.stack([sums[0, 1] for _, sums in results]),
-            "agreeing": torch.stack([sums[0, 2] for _, sums in results]),
+            "loss": torch.stack(losses).sum(),
+            "per_exit": torch.stack(divergences),
+            "agreeing": torch.stack(agreeing),
             "exit_layers": self.layers,
         }
 
 
-def new_readers(
-    backend: TransformersBackend, blocks: Sequence[ExitBlock], kept: ExitBlocks = NO_BLOCKS
+def new_exit_blocks(
+    backend: TransformersBackend, blocks: Sequence[ExitBlock], stored: ExitBlocks = NO_BLOCKS
 ) -> nn.ModuleDict:
-    """Trainable blocks by exit, with the weights of `kept` where it has them. Only matrices are
-    trained, by Muon.
+    """Trainable exit blocks by exit, with the weights of `stored` where it has them. Only matrices
+    are trained, by Muon.
     """
-    readers = nn.ModuleDict({str(block.exit_layer): Block(backend, block) for block in blocks})
-    stored = kept.weights(backend.spec)
-    known = [block for block in kept.blocks if block in blocks]
-    copy_into(
-        named_weights(readers),
-        {name: stored.of(name) for block in known for name in block.shapes(backend.spec)},
-    )
-    for weight in readers.parameters():
+    modules = nn.ModuleDict({str(block.exit_layer): Block(backend, block) for block in blocks})
+    weights = stored.weights(backend.spec)
+    known = {}
+    for block in stored.blocks:
+        if block in blocks:
+            for name in block.shapes(backend.spec):
+                known[name] = weights.of(name)
+    copy_into(named_weights(modules), known)
+    for weight in modules.parameters():
         weight.requires_grad_(weight.dim() == 2)
-    return readers
+    return modules
 
 
 def named_weights(blocks: nn.ModuleDict) -> dict[str, Tensor]:
     """All weights of `blocks` (by exit), under the names of `ExitBlock.shapes`."""
-    known = {name for block in blocks.values() for name in cast(Block, block).names}
+    known = set[str]()
+    for block in blocks.values():
+        known.update(cast(Block, block).names)
     weights = blocks.state_dict(prefix="exits.")  # also weights that are not trained
     return {name: weight for name, weight in weights.items() if name in known}

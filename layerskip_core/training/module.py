@@ -3,7 +3,7 @@
 Layers and loss run inside the module's own `forward`, because DDP and FSDP2 act there.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +40,10 @@ class RecipeModule(nn.Module):
         recipe: Recipe,
         seed: int = 0,
         recompute: bool = False,
-        readers: nn.ModuleDict | None = None,
+        exit_blocks: nn.ModuleDict | None = None,
     ) -> None:
-        """`model`: of transformers or peft. `recompute`: gradient checkpointing. `readers`: see
-        `new_readers`.
+        """`model`: of transformers or peft. `recompute`: gradient checkpointing. `exit_blocks`: see
+        `new_exit_blocks`.
         """
         super().__init__()
         self.model = model
@@ -59,23 +59,25 @@ class RecipeModule(nn.Module):
         # Tried now, before a row is dropped or FSDP shards the model
         self.texts = self.backend.texts
         layers = self.backend.num_layers
-        early = recipe.exits or range(1, layers) if recipe.curriculum != "none" else ()
+        early: Iterable[int] = ()
+        if recipe.curriculum != "none":
+            early = recipe.exits or range(1, layers)
         self.names = {layer: str(layer) for layer in early}
-        self.readers = readers or nn.ModuleDict()
+        self.exit_blocks = exit_blocks or nn.ModuleDict()
 
     def muon(self, lr: float) -> Iterator[tuple[list[nn.Parameter], float, str]]:
-        """As `DrafterModule.muon`: the readers' matrices, whatever their losses weigh, and with
-        `by_muon` the layers'.
+        """As `DrafterModule.muon`: the matrices of exit blocks, whatever their losses weigh, and
+        with `by_muon` those of the layers.
         """
-        if weights := [weight for weight in self.readers.parameters() if weight.requires_grad]:
-            yield weights, MUON_LR, "original"
+        blocks = [weight for weight in self.exit_blocks.parameters() if weight.requires_grad]
+        if blocks:
+            yield blocks, MUON_LR, "original"
         if self.by_muon:
-            own = self.backend.layers.parameters()
-            yield (
-                [weight for weight in own if weight.requires_grad and weight.dim() == 2],
-                lr,
-                "match_rms_adamw",
-            )
+            trained = [
+                weight for weight in self.backend.layers.parameters() if weight.requires_grad
+            ]
+            matrices = [weight for weight in trained if weight.dim() == 2]
+            yield matrices, lr, "match_rms_adamw"
 
     def forward(
         self, input_ids: Tensor, labels: Tensor, step: RunStep, documents: Tensor | None = None
@@ -89,84 +91,98 @@ class RecipeModule(nn.Module):
         """
         layers = self.backend.num_layers
         recipe = self.recipe
-        exits = (
-            exits_on(recipe, step.done, step.total, layers)
-            if self.training
-            else (*self.names, layers)
-        )
+        exits = (*self.names, layers)
+        if self.training:
+            exits = exits_on(recipe, step.done, step.total, layers)
+        states = self._states(input_ids, exits, documents, step)
+
+        inputs = []  # of the head, by exit: the states that predict a target
+        heads: list[Callable[[Tensor], Tensor]] = []
+        for exit_layer in exits:
+            hidden = states[exit_layer]
+            if exit_layer < layers:
+                hidden = with_gradient(hidden, recipe.exit_gradient)
+            if str(exit_layer) in self.exit_blocks:
+                hidden = self._through_block(exit_layer, hidden, input_ids, documents)
+                heads.append(self.backend.head)  # a block has a norm of its own
+            else:
+                heads.append(self.backend.unembed)
+            predicting, targets = target_rows(hidden, labels)
+            inputs.append(predicting)
+
+        # In evaluation any weight makes agreement counted
+        distilled = recipe.distill if self.training else 1.0
+        *early, last = exit_weights(exits, layers, recipe.e_scale, recipe.exit_weights)
+        weights = [((1 - distilled) * weight, distilled * weight) for weight in early]
+        weights.append((last, 0.0))
+        loss, sums = summed_losses(heads, inputs, targets, self.backend.spec.vocab, weights)
+        output: dict[str, Tensor | tuple[int, ...]] = {
+            "loss": loss,
+            "per_exit": sums[:, 0],
+            "exit_layers": exits,
+        }
+        if not self.training:
+            output["agreeing"] = sums[:, 2]
+        return output
+
+    def _states(
+        self,
+        input_ids: Tensor,
+        exits: tuple[int, ...],
+        documents: Tensor | None,
+        step: RunStep,
+    ) -> dict[int, Tensor]:
+        """The states (B, T, D) after each of the exits; in training under layer dropout."""
+        layers = self.backend.num_layers
+        recipe = self.recipe
         rates = [0.0] * layers
         if self.training and recipe.p_max:
             scale = time_scale(step.done, step.total, recipe.dropout_schedule)
             rates = dropout_rates(recipe.p_max, layers, scale, recipe.dropout_profile)
 
         def kept(layer: int) -> list[int]:
-            return kept_rows(
-                rates[layer], len(input_ids), self.seed, step.done, step.first_row, layer
-            )
+            rows = len(input_ids)
+            return kept_rows(rates[layer], rows, self.seed, step.done, step.first_row, layer)
 
-        states = self.texts.states(
-            input_ids, exits, documents, kept, self.recompute and self.training
-        )
-        for exit_layer in exits[:-1]:
-            states[exit_layer] = with_gradient(states[exit_layer], recipe.exit_gradient)
-        rows = [
-            self._read(exit_layer, states[exit_layer], input_ids, labels, documents)
-            for exit_layer in exits
-        ]
-        # In evaluation any weight makes agreement counted
-        share = recipe.distill if self.training else 1.0
-        # 0 for the paper's first exit
-        scales = exit_weights(exits, layers, recipe.e_scale, recipe.exit_weights)
-        weights = [((1 - share) * scale, share * scale) for scale in scales[:-1]]
-        heads = [
-            self.backend.head if str(layer) in self.readers else self.backend.unembed
-            for layer in exits
-        ]
-        read = [hidden for hidden, _ in rows]
-        weights = [*weights, (scales[-1], 0.0)]
-        vocab = self.backend.spec.vocab
-        loss, sums = summed_losses(heads, read, rows[-1][1], vocab, weights)
-        output: dict[str, Tensor | tuple[int, ...]] = {
-            "loss": loss,
-            "per_exit": sums[:, 0],
-            "exit_layers": exits,
-        }
-        return output if self.training else output | {"agreeing": sums[:, 2]}
+        recompute = self.recompute and self.training
+        return self.texts.states(input_ids, exits, documents, kept, recompute)
 
-    def _read(
-        self, exit_layer: int, states: Tensor, ids: Tensor, labels: Tensor, documents: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Runs an exit's reader, if any, on states (B, T, D). Returns (states (N, D) that predict a
-        target, targets (N,)).
-        """
-        if str(exit_layer) not in self.readers:
-            return target_rows(states, labels)
-        reader = self.readers[str(exit_layer)]
+    def _through_block(
+        self, exit_layer: int, states: Tensor, ids: Tensor, documents: Tensor | None
+    ) -> Tensor:
+        """Runs an exit's block on states (B, T, D). Packed documents do not see each other."""
+        block = self.exit_blocks[str(exit_layer)]
+        result: Tensor
         if documents is None:
-            return target_rows(reader(states, ids), labels)
-        rows = DocumentRows(documents)
-        return target_rows(rows.together(reader(rows.apart(states), rows.apart(ids))), labels)
+            result = block(states, ids)
+        else:
+            rows = DocumentRows(documents)
+            result = rows.together(block(rows.apart(states), rows.apart(ids)))
+        return result
 
     def estimated_speedup(self, backend: Backend, exit_layer: int) -> SpeedEstimate:
         """As `DrafterModule.estimated_speedup`."""
-        return exit_speedup(backend, exit_layer, str(exit_layer) in self.readers)
+        return exit_speedup(backend, exit_layer, str(exit_layer) in self.exit_blocks)
 
-    def readers_content(self, model: Any, dtype: torch.dtype) -> bytes:
+    def blocks_content(self, model: Any, dtype: torch.dtype) -> bytes:
         """The content of exit_blocks.safetensors for `model`; without the model's fingerprint for
         an adapter.
         """
-        weights = block_weights(self.backend.model, named_weights(self.readers), dtype)
+        weights = block_weights(self.backend.model, named_weights(self.exit_blocks), dtype)
         spec = self.backend.spec
-        is_whole = not hasattr(model, "get_base_model")
-        return exit_blocks_content(
-            spec, weights, fingerprint(spec, model.get_parameter) if is_whole else ""
-        )
+        made_for = ""
+        if not hasattr(model, "get_base_model"):
+            made_for = fingerprint(spec, model.get_parameter)
+        return exit_blocks_content(spec, weights, made_for)
 
     def save(self, folder: Path) -> None:
-        """Writes an ordinary transformers or peft checkpoint, with the tokenizer and readers."""
+        """Writes an ordinary transformers or peft checkpoint, with the tokenizer and exit
+        blocks.
+        """
         write_model(self.model, folder, as_it_is=True)
-        if self.readers:
-            (folder / EXIT_BLOCKS_FILE).write_bytes(self.readers_content(self.model, torch.float32))
+        if self.exit_blocks:
+            content = self.blocks_content(self.model, torch.float32)
+            (folder / EXIT_BLOCKS_FILE).write_bytes(content)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
 
@@ -178,34 +194,26 @@ class RecipeModule(nn.Module):
         if hasattr(self.model, "get_base_model"):
             from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-            require_same_names(
-                stored, get_peft_model_state_dict(self.model, save_embedding_layers=False)
-            )
+            needed = get_peft_model_state_dict(self.model, save_embedding_layers=False)
+            require_same_names(stored, needed)
             set_peft_model_state_dict(self.model, stored)
         else:
             restore(_written_weights(self.model, stored), stored)
-        if self.readers:
-            restore(named_weights(self.readers), load_file(folder / EXIT_BLOCKS_FILE))
+        if self.exit_blocks:
+            restore(named_weights(self.exit_blocks), load_file(folder / EXIT_BLOCKS_FILE))
 
 
 def _written_weights(model: Any, stored: Collection[str]) -> dict[str, Tensor]:
     """The weights that a checkpoint of a transformers model has: of tied ones those in `stored`."""
-    weights = {
-        name: weight
-        for name, weight in model.state_dict(keep_vars=True).items()
-        if name not in _unwritten(model)
-    }
+    weights = model.state_dict(keep_vars=True)
+    for name in model._keys_to_ignore_on_save or ():  # transformers does not write these
+        weights.pop(name, None)
     found = {id(weights[name]) for name in stored if name in weights}
     return {
         name: weight
         for name, weight in weights.items()
         if name in stored or id(weight) not in found
     }
-
-
-def _unwritten(model: Any) -> Collection[str]:
-    """The names of weights that transformers does not write."""
-    return model._keys_to_ignore_on_save or ()
 
 
 def with_gradient(states: Tensor, share: float) -> Tensor:

@@ -14,7 +14,7 @@ from ..config.training import TrainingConfig
 from ..errors import CheckpointError
 from ..files import read_json
 from ..model import TransformersBackend
-from .progress import SEAL
+from .progress import SETTINGS_FILE
 from .recipe import SMALL_MODEL
 from .sharding import world_size
 
@@ -40,7 +40,10 @@ class Precision:
 
 
 def choose_precision(
-    config: TrainingConfig, device: torch.device, backend: TransformersBackend, resume: Path | None
+    config: TrainingConfig,
+    device: torch.device,
+    backend: TransformersBackend,
+    checkpoint: Path | None,
 ) -> Precision:
     """The requested precision. `auto` is bf16 on CUDA, and on a CPU where a product is clearly
     faster in it.
@@ -48,12 +51,11 @@ def choose_precision(
     PyTorch's releases differ, so the product is timed. A resumed run keeps its precision.
     """
     if config.dtype != "auto" or device.type != "cpu":
-        return Precision(
-            pick_dtype(config.dtype, device, backend.spec.parameters) == torch.bfloat16
-        )
-    if resume is not None:
-        sealed = read_json(resume / SEAL, CheckpointError).get("dtype")
-        return Precision(sealed == Precision(True).name, "as before the interruption")
+        dtype = pick_dtype(config.dtype, device, backend.spec.parameters)
+        return Precision(dtype == torch.bfloat16)
+    if checkpoint is not None:
+        before = read_json(checkpoint / SETTINGS_FILE, CheckpointError).get("dtype")
+        return Precision(before == Precision(True).name, "as before the interruption")
     if world_size() > 1:  # processes could choose differently
         return Precision(
             False, "several processes do not time a product; `dtype` bf16 may be faster"
@@ -84,10 +86,10 @@ def product_seconds(outputs: int, inputs: int) -> tuple[float, float]:
     the difference.
     """
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(_TOKENS, min(inputs, _WIDEST), generator=generator).requires_grad_()
-    weight = torch.randn(
-        min(outputs, _WIDEST), min(inputs, _WIDEST), generator=generator
-    ).requires_grad_()
+    inputs = min(inputs, _WIDEST)
+    outputs = min(outputs, _WIDEST)
+    hidden = torch.randn(_TOKENS, inputs, generator=generator).requires_grad_()
+    weight = torch.randn(outputs, inputs, generator=generator).requires_grad_()
     fp32 = inf
     bf16 = inf
     threads = torch.get_num_threads()

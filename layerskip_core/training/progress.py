@@ -20,10 +20,11 @@ from ..errors import CheckpointError, ConfigError, plural
 from ..files import discard_folder, remove_leftovers
 
 LOSSES = "losses.jsonl"  # the history of a run, in each of its checkpoints
-KEPT = 2
-SEAL = "run.json"  # written first
+KEPT_CHECKPOINTS = 2
+SETTINGS_FILE = "run.json"  # of the run; written first
 _STATE = "trainer_state.json"  # last, by Trainer
 _PREFIX = "checkpoint-"
+_NAME = re.compile(f"{_PREFIX}[0-9]{{1,18}}")
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,8 @@ class LossHistory:
     def read(cls, checkpoint: Path) -> "LossHistory":
         """The history that a checkpoint holds."""
         history = cls()
-        for losses in msgspec.json.Decoder(StepLosses).decode_lines(
-            (checkpoint / LOSSES).read_bytes()
-        ):
+        lines = (checkpoint / LOSSES).read_bytes()
+        for losses in msgspec.json.Decoder(StepLosses).decode_lines(lines):
             history.add(losses)
         return history
 
@@ -89,11 +89,26 @@ class LossHistory:
             self.validated = losses.validation
             self.agreement = losses.agreement
 
-    def report(self, total_steps: int, learning_rate: float, speed: float) -> StepReport:
+    def add_validation(self, losses: dict[int, float], agreement: dict[int, float]) -> None:
+        """Adds what was measured after the latest step."""
+        step = self.steps.pop()
+        self.add(msgspec.structs.replace(step, validation=losses, agreement=agreement))
+
+    def report(
+        self, total_steps: int, learning_rate: float, tokens_per_second: float
+    ) -> StepReport:
         """The report of the latest step."""
         step = self.steps[-1]
-        rest = (learning_rate, speed, self.validated, self.agreement)
-        return StepReport(step.step, total_steps, step.loss, self.latest, *rest)
+        return StepReport(
+            step=step.step,
+            total_steps=total_steps,
+            loss=step.loss,
+            exit_losses=self.latest,
+            learning_rate=learning_rate,
+            tokens_per_second=tokens_per_second,
+            validation_losses=self.validated,
+            agreement=self.agreement,
+        )
 
     def to_jsonl(self) -> bytes:
         """One JSON line per step."""
@@ -109,16 +124,18 @@ def newest_first(folder: Path) -> list[Path]:
     """A run's complete checkpoints, newest first. Trainer's state, written last, must have
     content.
     """
-    states = ((path, path / _STATE) for path in checkpoints(folder))
-    return [path for path, state in states if state.is_file() and state.stat().st_size]
+    complete = []
+    for checkpoint in checkpoints(folder):
+        state = checkpoint / _STATE
+        if state.is_file() and state.stat().st_size:
+            complete.append(checkpoint)
+    return complete
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """All checkpoints by name, newest first; some may be incomplete."""
-    return sorted(
-        (path for path in folder.glob("*") if re.fullmatch(f"{_PREFIX}[0-9]{{1,18}}", path.name)),
-        key=_step,
-    )[::-1]
+    found = [path for path in folder.glob("*") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=_step, reverse=True)
 
 
 def resume_point(config: TrainingConfig) -> Path | None:
@@ -126,19 +143,8 @@ def resume_point(config: TrainingConfig) -> Path | None:
     for what is in the way.
     """
     folder = checkpoints_folder(config.output)
+    _refuse_foreign(folder)
     there = newest_first(folder)
-    for path in (
-        [folder] if os.path.lexists(folder) and not folder.is_dir() else checkpoints(folder)
-    ):
-        # Ours have a seal; a process that was killed before it wrote one leaves an empty folder.
-        if (
-            path.is_symlink()
-            or not path.is_dir()
-            or (any(path.iterdir()) and not (path / SEAL).is_file())
-        ):
-            raise ConfigError(
-                f"`output`: {path} is in the way: not written by layerskip; move it away, or give another folder"
-            )
     if config.resume and there:
         return there[0]
     if config.resume and not any(folder.glob("*.jsonl")):
@@ -150,18 +156,35 @@ def resume_point(config: TrainingConfig) -> Path | None:
     return None
 
 
-def seal(checkpoint: Path, settings: Mapping[str, Any], history: LossHistory) -> None:
+def _refuse_foreign(folder: Path) -> None:
+    """Raises ConfigError for a file, a link or a folder of another program in place of ours."""
+    found = checkpoints(folder)
+    if os.path.lexists(folder) and not folder.is_dir():
+        found = [folder]
+    for path in found:
+        ours = path.is_dir() and not path.is_symlink()
+        # A process that was killed before it wrote the settings leaves an empty folder
+        if ours and any(path.iterdir()):
+            ours = (path / SETTINGS_FILE).is_file()
+        if not ours:
+            raise ConfigError(
+                f"`output`: {path} is in the way: not written by layerskip; move it away, or give another folder"
+            )
+
+
+def begin_checkpoint(checkpoint: Path, settings: Mapping[str, Any], history: LossHistory) -> None:
     """Begins a checkpoint with the files that Trainer does not write."""
     checkpoint.mkdir(parents=True, exist_ok=True)
-    (checkpoint / SEAL).write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    (checkpoint / SETTINGS_FILE).write_text(json.dumps(settings, indent=2), encoding="utf-8")
     (checkpoint / LOSSES).write_bytes(history.to_jsonl())
 
 
 def discard_after(folder: Path, kept: Path | None) -> None:
     """Removes checkpoints later than `kept` (None: all), and the folder if it is then empty."""
-    discard(
-        folder, [each for each in checkpoints(folder) if kept is None or _step(each) > _step(kept)]
-    )
+    later = checkpoints(folder)
+    if kept is not None:
+        later = [checkpoint for checkpoint in later if _step(checkpoint) > _step(kept)]
+    discard(folder, later)
     with suppress(OSError):
         folder.rmdir()
 

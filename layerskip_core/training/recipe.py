@@ -70,31 +70,24 @@ class RunStep:
 
 
 def recipe_preset(
-    preset: Preset, spec: AnySpec, steps: int, can_read: bool = True
+    preset: Preset, spec: AnySpec, steps: int, has_blocks: bool = True
 ) -> dict[str, Any]:
     """The fields of a recipe: the paper's by parameters (LayerSkip tables 1 and 2; R = L-1 is our
-    default), or ours, `auto`.
-
-    Without `can_read` exits have no readers.
+    default), or ours, `auto`. `has_blocks`: whether its exits have exit blocks.
     """
     parameters = spec.parameters
     if preset == "none" or (preset == "auto" and spec.layers == 1):
         return {"p_max": 0.0, "e_scale": 0.0, "curriculum": "none"}
     if preset == "auto":
-        # In shorter runs dropout costs exact match, and exits agree as often without
-        p_max = 0.1 if steps >= LONG else 0.0
-        fields = {
-            "p_max": p_max,
+        return {
+            # In shorter runs dropout costs exact match, and exits agree as often without
+            "p_max": 0.1 if steps >= LONG else 0.0,
             "dropout_schedule": "falling",
             "e_scale": 0.2,
             "exit_weights": "uniform",
             "curriculum": "all",
-        }
-        reader = "block" if spec.block_shapes and can_read else "none"
-        return {
-            **fields,
             "exits": auto_exits(spec.layers, steps),
-            "exit_reader": reader,
+            "exit_reader": "block" if spec.block_shapes and has_blocks else "none",
             "distill": 0.5,
         }
     if preset == "continual":  # Llama2-7B; Llama2-13B; Llama3.2-1B and Llama3-8B
@@ -116,9 +109,10 @@ def auto_exits(num_layers: int, steps: int) -> tuple[int, ...]:
     """The exits of the preset auto: after a third of the layers and, in runs of `TAUGHT` steps, a
     fifth.
     """
-    third = max(1, num_layers // 3)
-    fifth = max(1, num_layers // 5)
-    return tuple(sorted({third, fifth} if steps >= TAUGHT else {third}))
+    exits = {max(1, num_layers // 3)}
+    if steps >= TAUGHT:
+        exits.add(max(1, num_layers // 5))
+    return tuple(sorted(exits))
 
 
 def learning_rate(preset: Preset, parameters: int, is_lora: bool = False) -> float:
@@ -134,77 +128,73 @@ def learning_rate(preset: Preset, parameters: int, is_lora: bool = False) -> flo
     if parameters < SMALL_MODEL:
         return _SMALL_LEARNING_RATES.get(preset, 5e-4)
     if preset in ("auto", "none"):
-        return float(f"{(10 if is_lora else 1) * 5e-5 * (135e6 / parameters) ** (1 / 3):.1e}")
+        base = 5e-4 if is_lora else 5e-5
+        return float(f"{base * (135e6 / parameters) ** (1 / 3):.1e}")
     return _LEARNING_RATES.get(preset, 1e-4)
 
 
 def resolve_recipe(
-    asked: RecipeSettings, spec: AnySpec, steps: int, can_read: bool = True
+    settings: RecipeSettings, spec: AnySpec, steps: int, has_blocks: bool = True
 ) -> Recipe:
     """The requested settings, completed by the preset for this model and number of steps.
 
-    R defaults to n-1 for n exits if the vocabulary is above 8k, where an exit's head is expensive,
-    else to n/3. Raises ConfigError for unused settings, exits without any weight, and dropout in a
-    model of one layer or a run of one step. Without `can_read` the preset gives exits no readers.
+    Raises ConfigError for unused settings, exits without any weight, and dropout in a model of one
+    layer or a run of one step. Without `has_blocks` the preset gives exits no blocks.
     """
-    given = {name: value for name, value in vars(asked).items() if value is not None}
-    preset = recipe_preset(asked.preset, spec, steps, can_read)
-    if asked.curriculum == "none":
+    given = {name: value for name, value in vars(settings).items() if value is not None}
+    preset = recipe_preset(settings.preset, spec, steps, has_blocks)
+    if settings.curriculum == "none":
         preset |= {"exits": (), "exit_reader": "none", "distill": 0.0}
-    recipe = Recipe(**preset | given)
-    if recipe.preset == "auto" and recipe.exit_reader == "block" and asked.exit_gradient is None:
-        recipe = replace(recipe, exit_gradient=exit_gradient(steps))
+    fields = preset | given
+    if settings.preset == "auto" and fields.get("exit_reader") == "block":
+        fields.setdefault("exit_gradient", exit_gradient(steps))
+    recipe = Recipe(**fields)
     for exit_layer in recipe.exits:
         require_exit_layer(exit_layer, spec.layers, field="exits")
     if recipe.curriculum == "none":
-        for name in ("exits", "distill"):
-            require(
-                not getattr(recipe, name),
-                name,
-                "left out with `curriculum` none",
-                getattr(recipe, name),
-            )
-        require(
-            asked.exit_gradient is None,
-            "exit_gradient",
-            "left out with `curriculum` none",
-            asked.exit_gradient,
-        )
-        require(
-            recipe.exit_reader == "none",
-            "exit_reader",
-            "none with `curriculum` none",
-            recipe.exit_reader,
-        )
+        _require_no_exits(recipe, settings)
     else:
-        trains = recipe.exit_gradient > 0 or recipe.exit_reader == "block"
-        needed = "above 0 without `exit_reader` block: an exit has no weights of its own"
-        require(trains, "exit_gradient", needed, recipe.exit_gradient)
-        require(
-            recipe.e_scale > 0, "e_scale", "above 0 unless `curriculum` is none", recipe.e_scale
-        )
-        scales = exit_scales(spec.layers, recipe.e_scale, recipe.exit_weights)
-        weighs = not recipe.exits or any(scales[exit_layer - 1] > 0 for exit_layer in recipe.exits)
-        needed = f"exits that `exit_weights` {recipe.exit_weights} gives a weight above 0"
-        require(weighs, "exits", needed, ",".join(map(str, recipe.exits)))
-        require(
-            recipe.exit_reader == "none" or bool(recipe.exits),
-            "exit_reader",
-            "none without `exits`",
-            recipe.exit_reader,
-        )
-    dropout_rates(
-        recipe.p_max,
-        spec.layers,
-        time_scale(0, steps, recipe.dropout_schedule) if recipe.p_max else 0.0,
-    )
+        _require_trained_exits(recipe, spec.layers)
+    if recipe.p_max:  # raises ConfigError for a layer or a step too few
+        time_scale(0, steps, recipe.dropout_schedule)
+        depth_scale(0, spec.layers)
     rotation = 0
     if recipe.curriculum == "rotational":
-        count = len(recipe.exits) or spec.layers
-        rotation = recipe.rotation or max(
-            1, count - 1 if spec.vocab > _LARGE_VOCABULARY else count // 3
-        )
+        rotation = recipe.rotation or _usual_rotation(len(recipe.exits) or spec.layers, spec.vocab)
     return replace(recipe, rotation=rotation, exits=tuple(sorted(recipe.exits)))
+
+
+def _require_no_exits(recipe: Recipe, settings: RecipeSettings) -> None:
+    needed = "left out with `curriculum` none"
+    require(not recipe.exits, "exits", needed, recipe.exits)
+    require(not recipe.distill, "distill", needed, recipe.distill)
+    require(settings.exit_gradient is None, "exit_gradient", needed, settings.exit_gradient)
+    reader = recipe.exit_reader
+    require(reader == "none", "exit_reader", "none with `curriculum` none", reader)
+
+
+def _require_trained_exits(recipe: Recipe, num_layers: int) -> None:
+    """Raises ConfigError for settings that would train no early exit."""
+    trains = recipe.exit_gradient > 0 or recipe.exit_reader == "block"
+    needed = "above 0 without `exit_reader` block: an exit has no weights of its own"
+    require(trains, "exit_gradient", needed, recipe.exit_gradient)
+    needed = "above 0 unless `curriculum` is none"
+    require(recipe.e_scale > 0, "e_scale", needed, recipe.e_scale)
+    if not recipe.exits:
+        reader = recipe.exit_reader
+        require(reader == "none", "exit_reader", "none without `exits`", reader)
+        return
+    scales = exit_scales(num_layers, recipe.e_scale, recipe.exit_weights)
+    weighs = any(scales[exit_layer - 1] > 0 for exit_layer in recipe.exits)
+    needed = f"exits that `exit_weights` {recipe.exit_weights} gives a weight above 0"
+    require(weighs, "exits", needed, ",".join(map(str, recipe.exits)))
+
+
+def _usual_rotation(exits: int, vocab: int) -> int:
+    """R: n-1 for n exits if the vocabulary is above 8k, where an exit's head is expensive, else
+    n/3.
+    """
+    return max(1, exits - 1 if vocab > _LARGE_VOCABULARY else exits // 3)
 
 
 def depth_scale(layer: int, num_layers: int) -> float:
@@ -216,7 +206,7 @@ def depth_scale(layer: int, num_layers: int) -> float:
 
 def exit_gradient(total_steps: int) -> float:
     """The share of the gradient of the exits' losses that `auto` lets train the layers below exits
-    with readers.
+    with exit blocks.
 
     It rises to 1 at 1,000 steps. In 300 steps of `embedded-base` a share of 0 cost 0.6 points of
     exact match, 0.3 cost 1.3 and 1 cost 3.4; drafts of exit 8 gave 1.45, 1.53 and 1.57 times the
@@ -261,7 +251,9 @@ def dropout_rates(
     if p_max == 0:
         return [0.0] * num_layers
     rates = [scale * depth_scale(layer, num_layers) * p_max for layer in range(num_layers)]
-    return rates if profile == "exponential" else [sum(rates) / num_layers] * num_layers
+    if profile == "constant":
+        return [sum(rates) / num_layers] * num_layers
+    return rates
 
 
 def kept_rows(
@@ -284,15 +276,10 @@ def exit_scales(num_layers: int, e_scale: float, kind: ExitWeights = "paper") ->
     """e(l) for layer index l.
 
     paper: e_scale * (0 + 1 + ... + l), and (L-1) + e_scale * (0 + ... + L-2) for the last layer.
-    Ours: e_scale * w(l + 1), and w(L) for the last layer, with w(n) = n (linear), sqrt(n) or 1
-    (uniform).
+    Ours, uniform: e_scale, and 1 for the last layer.
     """
-    if kind != "paper":
-        power = {"linear": 1.0, "sqrt": 0.5, "uniform": 0.0}[kind]
-        return [
-            *(e_scale * math.pow(layer, power) for layer in range(1, num_layers)),
-            math.pow(num_layers, power),
-        ]
+    if kind == "uniform":
+        return [e_scale] * (num_layers - 1) + [1.0]
     scales = [e_scale * layer * (layer + 1) / 2 for layer in range(num_layers - 1)]
     last = num_layers - 1
     return [*scales, last + e_scale * last * (last - 1) / 2]
@@ -307,7 +294,9 @@ def exit_weights(
     scales = exit_scales(num_layers, e_scale, kind)
     chosen = [scales[exit_layer - 1] for exit_layer in exit_layers]
     total = sum(chosen)
-    return [scale / total for scale in chosen] if total else [1.0 / len(chosen)] * len(chosen)
+    if total == 0:  # a model of one layer, by the paper's formula
+        return [1.0 / len(chosen)] * len(chosen)
+    return [scale / total for scale in chosen]
 
 
 def exits_on(recipe: Recipe, step: int, total_steps: int, num_layers: int) -> tuple[int, ...]:
@@ -320,31 +309,24 @@ def exits_on(recipe: Recipe, step: int, total_steps: int, num_layers: int) -> tu
     """
     exits = recipe.exits or tuple(range(1, num_layers + 1))
     count = len(exits)
-    chosen: Sequence[int] = ()
-    if recipe.curriculum == "rotational":
-        chosen = [
-            exit_layer
-            for i, exit_layer in enumerate(exits)
-            if i % recipe.rotation == step % recipe.rotation
-        ]
-    elif recipe.curriculum == "gradual":
-        chosen = [
-            exit_layer
-            for i, exit_layer in enumerate(exits)
-            if 2 * count * step >= total_steps * (count - i)
-        ]
-    elif recipe.curriculum == "all":
-        chosen = exits
-    return tuple(sorted({*chosen, num_layers}))
+    chosen = {num_layers}
+    for i, exit_layer in enumerate(exits):
+        if recipe.curriculum == "rotational":
+            is_on = i % recipe.rotation == step % recipe.rotation
+        elif recipe.curriculum == "gradual":
+            is_on = 2 * count * step >= total_steps * (count - i)
+        else:
+            is_on = recipe.curriculum == "all"
+        if is_on:
+            chosen.add(exit_layer)
+    return tuple(sorted(chosen))
 
 
 def steps_on(recipe: Recipe, total_steps: int, num_layers: int) -> dict[int, int]:
     """The number of steps on which each exit is on, the last layer included."""
-    counts = Counter(
-        layer
-        for step in range(total_steps)
-        for layer in exits_on(recipe, step, total_steps, num_layers)
-    )
+    counts = Counter[int]()
+    for step in range(total_steps):
+        counts.update(exits_on(recipe, step, total_steps, num_layers))
     return dict(sorted(counts.items()))
 
 

@@ -11,7 +11,6 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import msgspec
 import torch
 from torch import Tensor, nn
 from torch.optim import Muon, Optimizer
@@ -36,15 +35,21 @@ from .recipe import RunStep
 from .sharding import process_index, read_shard, use_fsdp, write_shard
 
 if TYPE_CHECKING:
-    from .plan import Plan
+    from ..checkpoint.loaded import Trainable
+    from .drafter_run import DrafterJob
+    from .plan import RunPlan
+    from .run import FinetuneJob
 
 _BETAS = (0.9, 0.95)
 _EXPLODED = 2.0  # times the greater of ln V (a uniform guess) and the run's first loss
 
 
 class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
-    """Trains a module through a run, as its own callback. Raises TrainingError for a loss that
-    explodes or is not finite.
+    """Trains a module through a run, as its own callback.
+
+    After the optimizer's step Trainer calls, in this order: `on_step_end`, which sums up the step
+    over all processes and decides what follows it; `log`, which checks and reports it; `evaluate`
+    and `save_model`, if they were decided on.
     """
 
     control: Any
@@ -52,33 +57,37 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
 
     def __init__(
         self,
-        plan: "Plan",
+        job: "FinetuneJob | DrafterJob",
         rows: Any,
         held_out: Any,
         on_step: Callable[[progress.StepReport], None],
         interruption: Interruption,
     ) -> None:
         """`rows`: a data set in the order of the run."""
-        self.plan = plan
+        self.plan = job.plan
+        self.module: Any = job.module
+        self.fixed_settings = job.fixed_settings
         self.on_step = on_step
         self.interruption = interruption
         self.history = progress.LossHistory()
-        self.checkpoints = progress.checkpoints_folder(plan.config.output)
+        self.checkpoints = progress.checkpoints_folder(job.plan.config.output)
         self.phase: Literal["loading", "training", "saving"] = "loading"  # to explain errors
         self.sums: Any = None  # a step's tokens and summed exit losses, on the device
         self.micro_batches = 0
         self.exit_layers = tuple[int, ...]()
         self.targets: Tensor | int = 1  # of a step, over all micro-batches and processes
+        self.tokens = 0.0  # of the last step, over all processes
+        self.exit_losses: dict[int, float] = {}  # of the last step, per target
         self.started = 0.0
         super().__init__(
-            plan.module,
-            training_arguments(plan),
+            self.module,
+            training_arguments(job.plan, job.trainable),
             collate,
             train_dataset=rows,
             eval_dataset=held_out,
         )
         # Trainer's own removal leaves a partial checkpoint when it is killed.
-        self.kept = self.args.save_total_limit
+        self.most_checkpoints = self.args.save_total_limit
         self.args.save_total_limit = None
         self.remove_callback(PrinterCallback)  # it writes to stdout
         self.add_callback(self)
@@ -86,53 +95,55 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
     def run(self) -> progress.LossHistory:
         """Trains to the end, or raises the error that stopped it."""
         folder = self.checkpoints
-        resume = self.plan.resume
+        checkpoint = self.plan.checkpoint
         if process_index() == 0:  # a later `resume` must not find checkpoints of an earlier run
-            progress.discard_after(folder, resume)
+            progress.discard_after(folder, checkpoint)
         try:
-            if resume is not None:
-                self.history = progress.LossHistory.read(resume)
-            self.train(resume_from_checkpoint=resume and str(resume))
+            if checkpoint is not None:
+                self.history = progress.LossHistory.read(checkpoint)
+            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         except LayerSkipError:
             raise
         # Safetensors, torch and pickle raise many kinds for a full disk or a bad file
         except Exception as error:
-            if self.phase == "loading" and resume is not None:
-                raise CheckpointError(
-                    f"cannot resume from {resume}: {first_line(error)}"
-                ) from error
+            reason = first_line(error)
+            if self.phase == "loading" and checkpoint is not None:
+                raise CheckpointError(f"cannot resume from {checkpoint}: {reason}") from error
             if self.phase == "saving":
-                what = f"the checkpoint of step {self.state.global_step} to {folder}"
                 raise CheckpointError(
-                    f"cannot write {what}: {first_line(error)}; those before it are whole"
+                    f"cannot write the checkpoint of step {self.state.global_step} to {folder}: "
+                    f"{reason}; those before it are whole"
                 ) from error
             raise
         step = self.state.global_step
-        steps = self.plan.steps
-        if step < steps:
-            saved = f"interrupted after step {step} of {steps}; saved {progress.newest_first(folder)[0]}"
-            raise TrainingInterrupted(saved, self.interruption.signal or 0, step)
+        if step < self.plan.steps:
+            [saved, *_] = progress.newest_first(folder)
+            raise TrainingInterrupted(
+                f"interrupted after step {step} of {self.plan.steps}; saved {saved}",
+                self.interruption.signal or 0,
+                step,
+            )
         return self.history
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         if self.plan.config.fsdp:
-            use_fsdp(self.accelerator, self.plan.module.backend.layers)
+            use_fsdp(self.accelerator, self.module.backend.layers)
             self.is_fsdp_enabled = True
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """Trainer's AdamW, and Muon for the matrices that the module gives it."""
         adamw = super().create_optimizer(model)
         config = self.plan.config
-        groups = list(self.model.muon(config.lr))
-        chosen = {id(weight) for weights, _, _ in groups for weight in weights}
-        for group in adamw.param_groups:
-            group["params"] = [weight for weight in group["params"] if id(weight) not in chosen]
-        others = (
-            Muon(weights, lr, config.weight_decay, adjust_lr_fn=adjustment)
-            for weights, lr, adjustment in groups
-        )
-        self.optimizer = Optimizers(adamw, *others) if groups else adamw
+        muons = list[Optimizer]()
+        by_muon = set[int]()
+        for weights, lr, adjustment in self.model.muon(config.lr):
+            muons.append(Muon(weights, lr, config.weight_decay, adjust_lr_fn=adjustment))
+            by_muon.update(map(id, weights))
+        if muons:
+            for group in adamw.param_groups:
+                group["params"] = [each for each in group["params"] if id(each) not in by_muon]
+            self.optimizer = Optimizers(adamw, *muons)
         return self.optimizer
 
     def compute_loss(
@@ -144,53 +155,124 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
     ) -> Any:
         # Processes take the batches of a step in turns.
         number = self.micro_batches * self.args.world_size + self.args.process_index
-        step = RunStep(
-            self.state.global_step, self.state.max_steps, number * self.args.train_batch_size
-        )
+        first_row = number * self.args.train_batch_size
+        step = RunStep(self.state.global_step, self.state.max_steps, first_row)
         tokens = inputs.pop("lengths").sum()
         output = model(**inputs, step=step)
         values = torch.cat((tokens.to(torch.float32)[None], output["per_exit"]))
         self.sums = values if self.sums is None else self.sums + values
         self.micro_batches = self.micro_batches + 1
         self.exit_layers = output["exit_layers"]
-        self.targets = (
-            (inputs["labels"] != IGNORED).sum()
-            if num_items_in_batch is None
-            else num_items_in_batch
-        )
+        self.targets = num_items_in_batch
+        if num_items_in_batch is None:
+            self.targets = (inputs["labels"] != IGNORED).sum()
         # DDP averages gradients over processes, while `targets` counts the tokens of all of them.
         scaled = output["loss"] / self.targets * self.accelerator.num_processes
         return (scaled, output) if return_outputs else scaled
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # A checkpoint's state has the value of the run that wrote it
+        state.save_steps = args.save_steps
+        self.started = time.perf_counter()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.phase = "training"
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Sums up the step, and decides what follows it. (Trainer's own callback, called before,
+        decides on checkpoints every `save_steps`.)
+        """
+        interrupted = torch.tensor(
+            [float(self.interruption.signal is not None)], device=self.sums.device
+        )
+        # A signal that one process got interrupts all of them.
+        sums = self.accelerator.reduce(torch.cat((interrupted, self.sums)), reduction="sum")
+        signals, self.tokens, *per_exit = sums.tolist()
+        targets = float(self.targets)
+        losses = [loss / targets for loss in per_exit]
+        self.exit_losses = dict(zip(self.exit_layers, losses, strict=True))
+        self.sums = None
+        self.micro_batches = 0
+
+        is_last = state.global_step >= state.max_steps
+        every = self.plan.eval_steps
+        control.should_log = True
+        control.should_evaluate = every > 0 and (is_last or state.global_step % every == 0)
+        if signals and not is_last:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the exits' losses to Trainer's log of a step, and reports the step."""
+        if "grad_norm" in logs:  # else the log of a validation, or of the whole run
+            self._report_step(logs["loss"], logs["grad_norm"], logs["learning_rate"])
+            logs |= {f"exit_{layer}_loss": loss for layer, loss in self.exit_losses.items()}
+        super().log(logs, start_time)
+
+    def _report_step(self, loss: float, gradient_norm: float, learning_rate: float) -> None:
+        losses = progress.StepLosses(self.state.global_step, loss, self.exit_losses)
+        self._refuse_divergence(losses, gradient_norm)
+        self.history.add(losses)
+        now = time.perf_counter()
+        tokens_per_second = self.tokens / (now - self.started)
+        self.started = now
+        self.on_step(self.history.report(self.state.max_steps, learning_rate, tokens_per_second))
+
+    def _refuse_divergence(self, losses: progress.StepLosses, gradient_norm: float) -> None:
+        """Raises TrainingError for values that are not finite, and a loss that explodes."""
+        for what, value in (("loss", losses.loss), ("norm of the gradient", gradient_norm)):
+            if not math.isfinite(value):
+                raise self._failure(f"the {what} of step {losses.step} is {value}")
+        first = self.history.steps[0].final if self.history.steps else losses.final
+        guessing = math.log(self.model.backend.spec.vocab)
+        if losses.final > _EXPLODED * max(guessing, first):
+            raise self._failure(
+                f"the loss exploded at step {losses.step}: {losses.final:.1f} in the last layer, "
+                f"first {first:.1f}"
+            )
+
+    def _failure(self, what: str) -> TrainingError:
+        saved = progress.newest_first(self.checkpoints)
+        if not saved:
+            return TrainingError(
+                f"{what}; no checkpoint was written before it (`save_steps` N). Try a lower `lr`"
+            )
+        told = f"{what}; the last good checkpoint is {saved[0]}"
+        if not self.is_fsdp_enabled:  # shards are no model
+            told += f": start from it with `model` {saved[0]} and a lower `lr`"
+        return TrainingError(told)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Measures loss and agreement of every exit on the held-out rows, for history, log and
         trackers; in each process.
         """
-        inner: Any = self.accelerator.unwrap_model(self.model).eval()
-        sums: Any = 0
+        module: Any = self.accelerator.unwrap_model(self.model).eval()
+        step = RunStep(self.state.global_step, self.state.max_steps)
+        batches = DataLoader(
+            self.eval_dataset, self.args.train_batch_size, collate_fn=self.data_collator
+        )
+        losses: Any = 0
+        agreeing: Any = 0
+        targets: Any = 0
         with torch.no_grad(), self.compute_loss_context_manager():
-            for batch in DataLoader(
-                self.eval_dataset, self.args.train_batch_size, collate_fn=self.data_collator
-            ):
+            for batch in batches:
                 del batch["lengths"]
                 batch = {name: value.to(self.args.device) for name, value in batch.items()}
-                output = inner(**batch, step=RunStep(self.state.global_step, self.state.max_steps))
+                output = module(**batch, step=step)
                 exits = output["exit_layers"]
-                targets = (batch["labels"] != IGNORED).sum()[None]
-                sums = sums + torch.cat((output["per_exit"].float(), output["agreeing"], targets))
-        inner.train()
-        *parts, count = sums.tolist()
-        shares = [part / count for part in parts]
-        losses = dict(zip(exits, shares, strict=False))
-        agreement = dict(zip(exits, shares[len(exits) :], strict=True))
-        self.history.add(
-            msgspec.structs.replace(
-                self.history.steps.pop(), validation=losses, agreement=agreement
-            )
-        )
-        metrics = {f"eval_exit_{layer}_loss": loss for layer, loss in losses.items()}
-        metrics |= {f"eval_exit_{layer}_agreement": share for layer, share in agreement.items()}
-        metrics["eval_loss"] = losses[max(losses)]
+                losses = losses + output["per_exit"].float()
+                agreeing = agreeing + output["agreeing"]
+                targets = targets + (batch["labels"] != IGNORED).sum()
+        module.train()
+        count = float(targets)
+        means = [loss / count for loss in losses.tolist()]
+        agreement = [right / count for right in agreeing.tolist()]
+        loss_by_exit = dict(zip(exits, means, strict=True))
+        shares = dict(zip(exits, agreement, strict=True))
+        self.history.add_validation(loss_by_exit, shares)
+        metrics = {f"eval_exit_{layer}_loss": loss for layer, loss in loss_by_exit.items()}
+        metrics |= {f"eval_exit_{layer}_agreement": share for layer, share in shares.items()}
+        metrics["eval_loss"] = loss_by_exit[max(loss_by_exit)]
         self.log(dict(metrics))  # a copy, because `log` adds keys
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
@@ -199,11 +281,18 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Begins a checkpoint with the module's own files."""
-        self.phase, folder = "saving", Path(output_dir or self.args.output_dir)
+        self.phase = "saving"
+        folder = Path(output_dir or self.args.output_dir)
         if self.args.should_save:
-            progress.seal(folder, self.plan.sealed, self.history)
+            progress.begin_checkpoint(folder, self.fixed_settings, self.history)
             if not self.is_fsdp_enabled:  # shards are written with the optimizer's
                 self.accelerator.unwrap_model(self.model).save(folder)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.phase = "training"
+        if process_index() == 0 and self.most_checkpoints:
+            older = progress.checkpoints(self.checkpoints)[self.most_checkpoints :]
+            progress.discard(self.checkpoints, older)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
@@ -224,77 +313,6 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
             read_shard(self.model, self.optimizer, self.lr_scheduler, Path(checkpoint))
         else:
             super()._load_optimizer_and_scheduler(checkpoint)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        # A checkpoint's state has the value of the run that wrote it
-        state.save_steps = args.save_steps
-        self.started = time.perf_counter()
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.phase = "training"
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        control.should_log = True
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the exits' losses to Trainer's log of a step, reports the step, and decides about
-        saving and evaluating.
-        """
-        if "grad_norm" in logs:
-            self._end_step(logs)
-        super().log(logs, start_time)
-
-    def _end_step(self, logs: dict[str, float]) -> None:
-        history = self.history
-        state = self.state
-        control = self.control
-        signalled = torch.tensor(
-            [float(self.interruption.signal is not None)], device=self.sums.device
-        )
-        # Over all processes: signals to stop, tokens, and losses of exits.
-        sums = self.accelerator.reduce(torch.cat((signalled, self.sums)), reduction="sum").tolist()
-        self.sums, self.micro_batches, targets = None, 0, float(self.targets)
-        stops, tokens, *per_exit = sums
-        exits = {
-            layer: part / targets for layer, part in zip(self.exit_layers, per_exit, strict=True)
-        }
-        losses = progress.StepLosses(state.global_step, logs["loss"], exits)
-        first = (history.steps or [losses])[0].final
-        for what, value in (("loss", losses.loss), ("norm of the gradient", logs["grad_norm"])):
-            if not math.isfinite(value):
-                raise self._failure(f"the {what} of step {losses.step} is {value}")
-        if losses.final > _EXPLODED * max(math.log(self.model.backend.spec.vocab), first):
-            found = f"{losses.final:.1f} in the last layer, first {first:.1f}"
-            raise self._failure(f"the loss exploded at step {losses.step}: {found}")
-        history.add(losses)
-        logs |= {f"exit_{layer}_loss": loss for layer, loss in losses.exits.items()}
-        now = time.perf_counter()
-        elapsed = now - self.started
-        self.started = now
-        self.on_step(history.report(state.max_steps, logs["learning_rate"], tokens / elapsed))
-        last = state.global_step >= state.max_steps
-        every = self.plan.eval_steps
-        if stops and not last:
-            control.should_save = control.should_training_stop = True
-        control.should_evaluate = every > 0 and (last or state.global_step % every == 0)
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.phase = "training"
-        if process_index() == 0 and self.kept:
-            progress.discard(self.checkpoints, progress.checkpoints(self.checkpoints)[self.kept :])
-
-    def _failure(self, what: str) -> TrainingError:
-        saved = progress.newest_first(self.checkpoints)
-        if not saved:
-            return TrainingError(
-                f"{what}; no checkpoint was written before it (`save_steps` N). Try a lower `lr`"
-            )
-        again = (
-            ""
-            if self.is_fsdp_enabled
-            else f": start from it with `model` {saved[0]} and a lower `lr`"
-        )
-        return TrainingError(f"{what}; the last good checkpoint is {saved[0]}{again}")
 
 
 class Optimizers(Optimizer):
@@ -326,56 +344,48 @@ def trackers(report_to: str) -> list[str]:
     installed.
     """
     names = [name.strip() for name in report_to.split(",") if name.strip()]
+    alone = names[0] if names in (["all"], ["none"]) else names
     try:
-        for tracker in get_reporting_integration_callbacks(
-            names[0] if names in (["all"], ["none"]) else names
-        ):
+        for tracker in get_reporting_integration_callbacks(alone):
             tracker()
     except (ImportError, RuntimeError, ValueError) as error:
         raise ConfigError(f"`report_to` {report_to}: {error}") from error
     return names
 
 
-def training_arguments(plan: "Plan") -> TrainingArguments:
+def training_arguments(plan: "RunPlan", trainable: "Trainable") -> TrainingArguments:
     """Trainer's arguments for a run. Raises ConfigError for `training_arguments` that transformers
     refuses.
     """
     config = plan.config
-    recipe = plan.recipe
-    # A backward pass may not reach readers of exits that are off, and experts that no token chose.
-    # (A layer without rows and an exit that is off leave no parameter unused.)
-    rests = recipe is not None and recipe.exit_reader != "none" and recipe.curriculum != "all"
-    unused = rests or not isinstance(plan.trainable.backend.spec, ModelSpec)
+    schedulers = {"constant": "constant_with_warmup"}
     given: dict[str, Any] = dict(
         output_dir=str(progress.checkpoints_folder(config.output)),
         max_steps=plan.steps,
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulation,
         learning_rate=config.lr,
-        lr_scheduler_type="constant_with_warmup"
-        if config.scheduler == "constant"
-        else config.scheduler,
+        lr_scheduler_type=schedulers.get(config.scheduler, config.scheduler),
         warmup_steps=round(config.warmup * plan.steps),
         weight_decay=config.weight_decay,
         adam_beta1=_BETAS[0],
         adam_beta2=_BETAS[1],
-        max_grad_norm=config.max_grad_norm,
         seed=config.seed,
         bf16=plan.precision.autocast,
         use_cpu=plan.device == "cpu",
         num_train_epochs=1,  # the rows contain all epochs
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
-        ddp_find_unused_parameters=unused,
+        ddp_find_unused_parameters=_may_leave_out_weights(plan, trainable),
         dataloader_pin_memory=plan.device.startswith("cuda"),
         save_strategy="steps" if config.save_steps else "no",
         save_steps=config.save_steps or 500,
-        save_total_limit=progress.KEPT,
+        save_total_limit=progress.KEPT_CHECKPOINTS,
         accelerator_config={
             # Each process reads a stream, whose batches have different lengths
             "dispatch_batches": False,
             # Otherwise FSDP would keep whole gradients between the micro-batches of a step.
-            "gradient_accumulation_kwargs": {"sync_each_batch": True} if plan.config.fsdp else None,
+            "gradient_accumulation_kwargs": {"sync_each_batch": True} if config.fsdp else None,
         },
         logging_strategy="no",  # on_step_end logs every step
         logging_nan_inf_filter=False,
@@ -391,3 +401,13 @@ def training_arguments(plan: "Plan") -> TrainingArguments:
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1
     return arguments
+
+
+def _may_leave_out_weights(plan: "RunPlan", trainable: "Trainable") -> bool:
+    """True if a backward pass may not reach all weights: exit blocks of exits that are off, or
+    experts that no token chose. (A layer without rows and an exit that is off leave none out.)
+    """
+    if not isinstance(trainable.backend.spec, ModelSpec):
+        return True
+    recipe = plan.recipe
+    return recipe is not None and recipe.exit_reader != "none" and recipe.curriculum != "all"

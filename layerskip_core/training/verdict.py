@@ -3,38 +3,41 @@ quality.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import exp
 from statistics import fmean, median
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checkpoint.info import Cost
+from ..checkpoint.info import CheckpointInfo, Cost
 from ..checkpoint.loaded import Trainable, decoder_of
+from ..checkpoint.open import for_decoding
 from ..config.decoding import DecodingConfig
 from ..config.model import PackingConfig
 from ..decoding import DecodingLoop, decode, decode_batch
-from ..decoding.drafters.bandit import PassTimes, expected_accepted
+from ..decoding.drafters.bandit import expected_accepted
 from ..losses import target_rows
-from ..model.backend import Backend, DraftEnds, DraftHead, Submodel
-from ..model.cache import Places
+from ..model.backend import Backend
 from ..model.eagle3 import Eagle3Weights
+from ..model.exit_blocks import DraftBlock
 from ..splits import timely_rows
 from .answers import BATCH, own_texts
 from .data import with_whole_answers
+from .plan import RunPlan
 from .recipe import SMALL_MODEL
+from .sharding import process_index
 
-_LONGEST = 4  # tokens of the longest timed pass
+_PROMPT_TOKENS = 4  # of the timed answers
 _TURNS = 9  # in each a plain step and every kind of round is timed once
 _NARROW = 1.2  # greatest ratio of the ends of an interval; a wider one supports no number
 _MOST = 8  # drafts of a round at most
 _LENGTHS = (1, 2, 4, _MOST)  # draft lengths timed through exits
 _ANSWER = 64  # tokens of an answer at most
-_TIMED_TOKENS = 256  # of a timed answer, at most
+_PLAIN = DecodingConfig("autoregressive", max_new_tokens=256, ignore_eos=True)  # timed
 
 
 @dataclass(frozen=True)
@@ -98,18 +101,12 @@ class SpeedEstimate:
     def _speedup(self, accepted: float, drafts: int) -> Speedup:
         tokens = 1 + expected_accepted((accepted, accepted), drafts)
         most = tokens / (1 + drafts * self.depth)
-        value, low, high = self._ratios(accepted, drafts)
-        return Speedup(min(value, most), min(low, most), min(high, most), drafts, most)
-
-    def _ratios(self, accepted: float, drafts: int) -> tuple[float, float, float]:
-        """(median, low end, high end) of the turns' speedups.
-
-        The second and the second last of nine enclose the median with 96% confidence, whatever the
-        distribution.
-        """
-        tokens = 1 + expected_accepted((accepted, accepted), drafts)
         ratios = sorted(tokens * turn.step / turn.rounds[drafts] for turn in self.turns)
-        return median(ratios), ratios[1], ratios[-2]
+        # The second and the second last of nine enclose the median with 96% confidence, whatever
+        # the distribution.
+        low = ratios[1]
+        high = ratios[-2]
+        return Speedup(min(median(ratios), most), min(low, most), min(high, most), drafts, most)
 
 
 def exit_speedup(backend: Backend, exit_layer: int, has_block: bool) -> SpeedEstimate:
@@ -119,9 +116,30 @@ def exit_speedup(backend: Backend, exit_layer: int, has_block: bool) -> SpeedEst
     layers = exit_layer + has_block
     if exit_layer not in backend.exit_blocks:
         exit_layer = min(layers, backend.num_layers - 1)
-    plain = DecodingConfig("autoregressive", max_new_tokens=_TIMED_TOKENS, ignore_eos=True)
-    drafting = replace(plain, strategy="self-speculative", exit_layer=exit_layer)
-    steps = _Rounds(backend, plain)
+    drafting = replace(_PLAIN, strategy="self-speculative", exit_layer=exit_layer)
+    return SpeedEstimate(_timed_turns(backend, drafting), _depth(backend, layers))
+
+
+def eagle3_speedup(backend: Backend, stored: Eagle3Weights) -> SpeedEstimate:
+    """Times rounds of decoding with a drafter in the EAGLE-3 layout, which `backend` need not have.
+
+    Until the model is saved with the drafter, its KV entries have no layer of their own: they take
+    the place of the last layer's, whose values do not matter for a time.
+    """
+    drafters = cast(dict[str, DraftBlock], backend.drafters)
+    own = dict(drafters)
+    if "eagle3" not in own:
+        drafters["eagle3"] = backend.placed_eagle3(stored, backend.num_layers - 1, PackingConfig())
+    try:
+        return SpeedEstimate(_timed_turns(backend, replace(_PLAIN, strategy="eagle3")))
+    finally:
+        drafters.clear()
+        drafters.update(own)
+
+
+def _timed_turns(backend: Backend, drafting: DecodingConfig) -> list[Turn]:
+    """Steps and rounds take turns, so that a busy machine slows both."""
+    steps = _Rounds(backend, _PLAIN)
     rounds = {
         drafts: _Rounds(backend, replace(drafting, num_draft_tokens=drafts)) for drafts in _LENGTHS
     }
@@ -129,7 +147,7 @@ def exit_speedup(backend: Backend, exit_layer: int, has_block: bool) -> SpeedEst
     for _ in range(_TURNS):
         step = steps.seconds()
         turns.append(Turn(step, {drafts: each.seconds() for drafts, each in rounds.items()}))
-    return SpeedEstimate(turns, _depth(backend, layers))
+    return turns
 
 
 def _depth(backend: Backend, layers: int) -> float:
@@ -155,96 +173,30 @@ class _Rounds:
         """Seconds of the next round. A round with a prefill counts only where the context has no
         room for another.
         """
-        if self._loop is not None and (took := _time_of_step(self._loop)) is not None:
-            return took
-        self._loop = decode(self._backend, [0] * _LONGEST, self._config)
-        first = _time_of_step(self._loop)
-        second = _time_of_step(self._loop)
-        if second is None:
+        if self._loop is not None:
+            seconds = _time_of_step(self._loop)
+            if seconds is not None:
+                return seconds
+        self._loop = decode(self._backend, [0] * _PROMPT_TOKENS, self._config)
+        with_prefill = _time_of_step(self._loop)
+        assert with_prefill is not None  # an answer has at least one step
+        seconds = _time_of_step(self._loop)
+        if seconds is None:
             self._loop = None
-        took = first if second is None else second
-        assert took is not None  # an answer has at least one step
-        return took
+            return with_prefill
+        return seconds
 
 
 def _time_of_step(loop: DecodingLoop) -> float | None:
     """Seconds of the loop's next step; None at its end."""
     started = time.perf_counter()
     done = next(loop, None)
-    took = time.perf_counter() - started
-    return None if done is None else took
+    return None if done is None else time.perf_counter() - started
 
 
-@torch.inference_mode()
-def eagle3_speedup(backend: Backend, stored: Eagle3Weights) -> SpeedEstimate:
-    """Times a drafter in the EAGLE-3 layout, by the mean of a few drafts."""
-    run = _Passes(backend)
-    cache = backend.new_cache(1, _LONGEST + 2)
-    drafter = backend.placed_eagle3(stored, backend.num_layers - 1, PackingConfig())
-    newest = torch.zeros(1, dtype=torch.long)
-    submodel = Submodel(0, block=drafter)
-    head = DraftHead(drafter.head)
-
-    def drafts(embedded: Tensor, _: Places) -> Tensor:
-        feature = embedded[:1]
-        if drafter.kernel is not None:
-            return drafter.kernel(
-                head,
-                newest,
-                submodel,
-                cache.span(1, _LONGEST + 2),
-                DraftEnds(),
-                None,
-                feature,
-                False,
-            )[0]
-        outputs = (
-            drafter.run(backend, feature, feature, place)
-            for place in cache.span(1, _LONGEST + 1).parts(1)
-        )
-        return torch.cat([drafter.head(output).argmax(-1) for output in outputs])
-
-    turns = []
-    for turn in range(1 + _TURNS):
-        draft = run.timed(drafts, _LONGEST) / _LONGEST
-        known = [run.seconds(tokens) for tokens in range(1, _LONGEST + 1)]
-        passes = PassTimes.measured(known)
-        rounds = {count: count * draft + passes.of(count + 1) for count in range(1, _MOST + 1)}
-        if turn > 0:  # the first warms up
-            turns.append(Turn(known[0], rounds))
-    return SpeedEstimate(turns)
-
-
-class _Passes:
-    """Timed passes of a backend over a few tokens."""
-
-    def __init__(self, backend: Backend) -> None:
-        ids = torch.zeros(_LONGEST, dtype=torch.long, device=backend.device)
-        self.backend = backend
-        self._cache = backend.new_cache(1, _LONGEST)
-        self.hidden = backend.embed(ids)
-
-    def timed(self, run: Callable[[Tensor, Places], Tensor], tokens: int) -> float:
-        """Seconds of `run` over the embeddings (T, D) of the first `tokens`."""
-        places = self._cache.span(0, tokens)
-        started = time.perf_counter()
-        float(run(self.hidden[:tokens], places).sum())  # synchronises with the device
-        return time.perf_counter() - started
-
-    def seconds(self, tokens: int) -> float:
-        """Seconds of a whole pass, head included."""
-        model = self.backend
-        return self.timed(
-            lambda hidden, places: model.unembed(
-                model.run_layers(hidden, 0, model.num_layers, places)
-            ),
-            tokens,
-        )
-
-
-class Original:
-    """Measures losses on a model's own texts and held-out rows, and exact match: before its
-    training, in fp32, and after.
+class Baseline:
+    """What a model does before its training: losses on its own texts and on held-out rows, and
+    exact match, in fp32. `cost` compares with the trained model.
     """
 
     def __init__(
@@ -255,35 +207,43 @@ class Original:
         self._backend = trainable.backend
         self._decoder = decoder_of(trainable)
         few = with_whole_answers(held_out[: timely_rows(trained_rows)])
-        self._own = own_texts(self._decoder, seed)
+        self._own_texts = own_texts(self._decoder, seed)
         self._held_out = [row for row, _ in few]
-        self._asked = [_question(row, start) for row, start in few if _is_answerable(row, start)]
-        self._before = self._measured()
-        # The first of the answered rows, after the training
+        self._questions = [
+            _Question.of(row, start) for row, start in few if _is_answerable(row, start)
+        ]
+        self._before = self._measure()
+        # The first of the questions, after the training
         self.example: AnsweredRow | None = None
 
     def cost(self) -> Cost:
         self._model.eval()
         before = self._before
-        after = self._measured()
-        losses = (before.loss, after.loss) if self._held_out else None
+        after = self._measure()
         exact_match = None
-        if self._asked:
+        if self._questions:
             exact_match = (fmean(before.right), fmean(after.right))
-            prompt, reference = map(self._decoder.detokenize, self._asked[0])
-            self.example = AnsweredRow(prompt, reference, after.first_answer)
-        same = float((before.best == after.best).float().mean())
-        tokens = len(before.best)
-        asked = len(self._asked)
+            first = self._questions[0]
+            self.example = AnsweredRow(
+                self._decoder.detokenize(first.prompt),
+                self._decoder.detokenize(first.reference),
+                after.first_answer,
+            )
         return Cost(
-            tokens, same, exp(before.own_loss), exp(after.own_loss), losses, exact_match, asked
+            tokens=len(before.best),
+            agreement=float((before.best == after.best).float().mean()),
+            before=exp(before.own_loss),
+            after=exp(after.own_loss),
+            task=(before.loss, after.loss) if self._held_out else None,
+            exact_match=exact_match,
+            answered=len(self._questions),
         )
 
     @torch.no_grad()
-    def _measured(self) -> "_Measured":
-        best, own_loss = self._read(self._own)
+    def _measure(self) -> "_Measured":
+        best, own_loss = self._read(self._own_texts)
         _, loss = self._read(self._held_out)
-        right, first_answer = self._answered()
+        right, first_answer = self._answer()
         return _Measured(best, own_loss, loss, right, first_answer)
 
     def _read(self, rows: Sequence[Mapping[str, Any]]) -> tuple[Tensor, float]:
@@ -292,35 +252,39 @@ class Original:
         best = list[Tensor]()
         loss = 0.0
         for row in rows:
-            ids, labels = (
-                torch.as_tensor(row[name]).to(backend.device).long()[None]
-                for name in ("input_ids", "labels")
-            )
+            ids = torch.as_tensor(row["input_ids"]).to(backend.device).long()[None]
+            labels = torch.as_tensor(row["labels"]).to(backend.device).long()[None]
             states = backend.texts.states(ids, (backend.num_layers,))[backend.num_layers]
             hidden, targets = target_rows(states, labels)
             logits = backend.unembed(hidden).float()
             best.append(logits.argmax(-1).cpu())
             loss += float(F.cross_entropy(logits, targets, reduction="sum"))
-        return torch.cat(best) if best else torch.empty(0), loss / max(1, sum(map(len, best)))
+        if not best:
+            return torch.empty(0), 0.0
+        tokens = torch.cat(best)
+        return tokens, loss / max(1, len(tokens))
 
-    def _answered(self) -> tuple[list[bool], str]:
+    def _answer(self) -> tuple[list[bool], str]:
         """Whether the greedy answer to each question equals its reference, up to outer white space;
         and the first answer.
         """
         decoder = self._decoder
-        texts = [""] * len(self._asked)
-        for at in range(0, len(self._asked), BATCH):
-            prompts, wanted = zip(*self._asked[at : at + BATCH], strict=True)
-            config = DecodingConfig("autoregressive", max_new_tokens=max(map(len, wanted)))
-            for answer in decode_batch(
-                self._backend, prompts, config, decoder.eos_ids, decoder.detokenize
-            ):
+        texts = [""] * len(self._questions)
+        for at in range(0, len(self._questions), BATCH):
+            batch = self._questions[at : at + BATCH]
+            longest = max(len(question.reference) for question in batch)
+            answers = decode_batch(
+                self._backend,
+                [question.prompt for question in batch],
+                DecodingConfig("autoregressive", max_new_tokens=longest),
+                decoder.eos_ids,
+                decoder.detokenize,
+            )
+            for answer in answers:
                 texts[at + answer.row] = answer.text
-        references = [decoder.detokenize(reference) for _, reference in self._asked]
-        right = [
-            text.strip() == reference.strip()
-            for text, reference in zip(texts, references, strict=True)
-        ]
+        right = []
+        for text, question in zip(texts, self._questions, strict=True):
+            right.append(text.strip() == decoder.detokenize(question.reference).strip())
         return right, "".join(texts[:1])
 
 
@@ -345,7 +309,42 @@ def _is_answerable(row: Mapping[str, Any], start: int) -> bool:
     return start > 1 and len(row["input_ids"]) - start <= _ANSWER and not row["truncated"]
 
 
-def _question(row: Mapping[str, Any], start: int) -> tuple[list[int], list[int]]:
-    """(prompt, reference) as token ids."""
-    ids = row["input_ids"].tolist()
-    return ids[:start], ids[start:]
+@dataclass(frozen=True)
+class _Question:
+    """Token ids of a held-out row."""
+
+    prompt: list[int]
+    reference: list[int]
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any], start: int) -> "_Question":
+        """`start`: index of the reference's first token."""
+        ids = row["input_ids"].tolist()
+        return cls(ids[:start], ids[start:])
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The estimated speedup by an exit or a drafter."""
+
+    name: str
+    accepted: float  # share of first drafts accepted on held-out rows
+    speedup: Speedup  # over plain decoding, at the best draft length
+
+
+def verdicts(plan: RunPlan, module: Any, info: CheckpointInfo) -> list[Verdict]:
+    """Verdicts on the exits or the drafter of a run, on this machine. Empty without held-out rows,
+    and in processes but the first.
+    """
+    agreement = info.agreement
+    measured = [layer for layer, name in module.names.items() if name in agreement]
+    if not measured or process_index() > 0:
+        return []
+    backend = for_decoding(plan.config.output, plan.device, plan.config.dtype).backend
+    found = []
+    for exit_layer in measured:
+        accepted = agreement[module.names[exit_layer]]
+        speedup = module.estimated_speedup(backend, exit_layer).speed(accepted)
+        name = f"exit {exit_layer}" if exit_layer else "the drafter"
+        found.append(Verdict(name, accepted, speedup))
+    return found

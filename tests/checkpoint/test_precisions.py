@@ -23,7 +23,7 @@ from layerskip_core.model import TransformersBackend
 from layerskip_core.model.exit_blocks import NO_BLOCKS, ExitBlock, blocks_named
 from layerskip_core.model.weights import cast_weights
 from layerskip_core.training.exit_blocks import FrozenExits
-from layerskip_core.training.run import prepare
+from layerskip_core.training.run import execute, prepare
 
 ROUTED = ["deepseek_v3", "glm4_moe", "ernie4_5_moe", "nemotron_h"]
 _CORRECTION = "e_score_correction_bias"
@@ -103,7 +103,7 @@ def test_a_training_keeps_what_no_step_changes(folder, tmp_path):
         device="cpu",
         dtype="fp32",
     )
-    prepare(settings).run(lambda report: None)
+    execute(prepare(settings))
     before = by_transformers(half, "auto")
     after = by_transformers(output, "auto")
     corrections = [name for name in before if name.endswith(_CORRECTION)]

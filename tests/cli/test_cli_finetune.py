@@ -47,24 +47,15 @@ def files():
 
 
 def test_a_dry_run_tells_the_plan_and_writes_nothing(finetune, checkpoint):
-    result = run(
-        *finetune(
-            "--steps", "7", "--pmax", "0.3", "--lr", "0.002", "--accumulation", "2", "--dry-run"
-        )
-    )
+    flags = ["--steps", "7", "--pmax", "0.3", "--lr", "0.002", "--accumulation", "2", "--dry-run"]
+    result = run(*finetune(*flags))
     assert (result.code, result.out) == (0, "")
-    what, how, recipe, note = result.err.splitlines()
-    assert re.fullmatch(
-        rf"{re.escape(checkpoint)} \(0\.1M parameters, 6 layers\) on .*rows\.jsonl: "
-        r"4 rows and 0 held out, \d+ tokens at most",
-        what,
-    )
-    assert re.fullmatch(r"7 steps of 2 x 2 rows, lr 0\.002, fp32 on cpu", how)
-    assert recipe == (
-        "recipe auto: dropout up to 0.3, ending after 1 step, e_scale 0.2 uniform, all, "
-        "exits 2 on 7 of 7 steps, each read by a block; 0.3 of their gradient trains the layers below"
-    )
-    assert note == "dropout gained nothing in runs of 100 steps (SmolLM2); --pmax 0 leaves it out"
+    what, how, recipe, _ = result.err.splitlines()
+    assert what.startswith(f"{checkpoint} (0.1M parameters, 6 layers) on ")
+    assert "4 rows and 0 held out" in what
+    assert how == "7 steps of 2 x 2 rows, lr 0.002, fp32 on cpu"
+    for part in ("recipe auto: dropout up to 0.3", "exits 2 on 7 of 7 steps, each read by a block"):
+        assert part in recipe
     assert list(Path().iterdir()) == []
 
 
@@ -72,7 +63,7 @@ def test_the_papers_recipe_with_named_exits(finetune):
     """R is 1 of 2 exits in a small vocabulary; paper's weights."""
     result = run(*finetune("--recipe", "finetune", "--steps", "2", "--exits", "2:4:2"))
     assert (result.code, result.out) == (0, "")
-    expected = "recipe finetune: dropout 0.2 in all steps, e_scale 1 paper, rotational R=1, exits 2 on 2, 4 on 2 of 2 steps\n"
+    expected = "dropout 0.2 in all steps, e_scale 1 paper, rotational R=1, exits 2 on 2, 4 on 2 of 2 steps\n"
     assert expected in result.err
     assert re.search(r"^loss by exit: 2: [\d.]+  4: [\d.]+  6: [\d.]+$", result.err, re.MULTILINE)
     assert not Path("out", "exit_blocks.safetensors").exists()
@@ -85,49 +76,25 @@ def test_the_end_tells_what_the_exits_give_and_what_they_cost(finetune):
     )
     result = run(*finetune("--data", "rows.jsonl", "--steps", "2", "--exits", "2"))
     assert (result.code, result.out) == (0, "")
-    assert ": 309 rows and 31 held out, " in result.err and "not measured" not in result.err
-    given, cost, *example, saved = [
-        line for line in result.err.splitlines() if not line.startswith("to keep more")
-    ][-7:]
-    bound = r"by arithmetic at most [\d.]+x\)(: does not pay)?"
-    known = rf"with \d drafts? about [\d.]+x of plain decoding here \([\d.]+ to [\d.]+, {bound}"
-    unknown = rf"the speed here is not known, because times differ as on a busy machine \({bound}"
-    assert re.fullmatch(
-        rf"exit 2: [\d.]+% of first drafts agree on held-out rows; ({known}|{unknown})", given
+    assert ": 309 rows and 31 held out, " in result.err
+    verdict = re.search(
+        r"^exit 2: [\d.]+% of first drafts agree on held-out rows; .*by arithmetic at most [\d.]+x.*",
+        result.err,
+        re.MULTILINE,
     )
-    assert re.fullmatch(
-        r"cost: on \d+ tokens of the model's own text [\d.]+% of next tokens as before, perplexity [\d.]+ -> [\d.]+; "
-        r"held-out loss [\d.]+ -> [\d.]+; exact match of 8 held-out rows 0\.0 -> 0\.0%",
-        cost,
+    assert "held-out loss " in result.err and "exact match of 8 held-out rows 0.0 ->" in result.err
+    number = re.search(r"^  prompt    'row (\d+)'$", result.err, re.MULTILINE)[1]
+    assert f"\n  reference 'a {number}'\n" in result.err
+    following = (
+        "train-drafter --model out --output out --data rows.jsonl"
+        if "does not pay" in verdict[0]
+        else "sweep-exits --model out --save"
     )
-    head, prompt, reference, answer = example
-    assert head == "the first held-out row:" and answer.startswith("  answer    ")
-    number = re.fullmatch(r"  prompt    'row (\d+)'", prompt)[1]
-    assert reference == f"  reference 'a {number}'"
-    drafter = f"layerskip train-drafter --model out --output out --data {Path('rows.jsonl')}"
-    assert saved == "saved out; " + (
-        f"no exit pays: train for more --steps, or leave the model as it is now: {drafter}"
-        if "does not pay" in given
-        else "next: layerskip sweep-exits --model out --save"
-    )
+    assert result.err.endswith(f"layerskip {following}\n")
     details = json.loads(Path("out", "layerskip.json").read_text())
     assert details["held_out"][0]["rows"] == 31 and details["cost"]["answered"] == 8
     # Keys, not texts
     assert not any(f"row {number}" in value for value in map(str, details["held_out"]))
-
-
-def test_forty_rows_are_measured_and_fewer_are_said_to_be_too_few(finetune):
-    rows = [f'{{"prompt": "row {row}", "completion": "a {row}"}}\n' for row in range(40)]
-    Path("rows.jsonl").write_text("".join(rows))
-    enough = run(*finetune("--data", "rows.jsonl", "--steps", "1"))
-    assert (
-        "% of first drafts agree on held-out rows" in enough.err
-        and "exact match of 8 held-out rows" in enough.err
-    )
-    Path("rows.jsonl").write_text("".join(rows[:39]))
-    few = run(*finetune("--data", "rows.jsonl", "--steps", "1", "--output", "few"))
-    told = "held-out rows: not measured: 39 rows are too few to hold some out; --validation FILE"
-    assert (few.code, few.err.splitlines().count(told)) == (0, 1)
 
 
 def test_a_replay_is_planned_written_and_found_again(finetune):
@@ -149,34 +116,16 @@ def test_a_replay_is_planned_written_and_found_again(finetune):
 
 
 def test_a_short_run_writes_a_checkpoint_and_names_the_next_command(finetune):
-    result = run(
-        *finetune(
-            "--steps", "2", "--curriculum", "all", "--recipe", "finetune", "--output", "my model"
-        )
-    )
+    flags = ["--steps", "2", "--curriculum", "all", "--recipe", "finetune", "--output"]
+    result = run(*finetune(*flags, "my model"))
     assert (result.code, result.out) == (0, "")
-    *_, progress, exits, told, _, saved = [
-        line for line in result.err.splitlines() if not line.startswith("to keep more")
-    ]
-    assert re.fullmatch(
-        r"training 2/2 loss [\d.]+ exits 2:[\d.]+ 3:[\d.]+ 5:[\d.]+ 6:[\d.]+ "
-        r"lr \d\.\de-\d\d \d+ tokens/s 0 s left",
-        progress,
-    )
-    assert (
-        told
-        == "held-out rows: not measured: 4 rows are too few to hold some out; --validation FILE"
-    )
-    assert re.fullmatch(
-        r"loss by exit: 1: [\d.]+  2: [\d.]+  3: [\d.]+  4: [\d.]+  5: [\d.]+  6: [\d.]+", exits
-    )
-    assert (
-        saved
-        == f"saved my model; next: layerskip sweep-exits --model {shlex.quote('my model')} --save"
-    )
-    loaded = for_training("my model", "cpu", "fp32")
-    assert loaded.backend.num_layers == 6 and loaded.info.prompt_template == "{prompt}\n"
-    config = loaded.info.details["config"]
+    assert re.search(r"^training 2/2 loss [\d.]+ exits 2:[\d.]+ ", result.err, re.MULTILINE)
+    assert "held-out rows: not measured: 4 rows are too few" in result.err
+    following = f"layerskip sweep-exits --model {shlex.quote('my model')} --save\n"
+    assert result.err.endswith(f"saved my model; next: {following}")
+    info = for_training("my model", "cpu", "fp32").info
+    assert info.prompt_template == "{prompt}\n"
+    config = info.details["config"]
     assert (config["steps"], config["batch_size"], config["recipe"]["curriculum"]) == (2, 2, "all")
     assert run("generate", "row 1", "--model", "my model", "--max-new-tokens", "4").code == 0
 
@@ -267,86 +216,40 @@ def test_a_config_file_gives_defaults_and_flags_win(finetune, checkpoint):
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        (
-            "steps = 3\nlearning-speed = 1\n",
-            "'learning-speed' is no flag of finetune; known: accumulation, ",
-        ),
+        ("learning-speed = 1\n", "'learning-speed' is no flag of finetune; known: accumulation, "),
         ('config = "other.toml"\n', "'config' is no flag of finetune"),
         ("steps = \n", "run.toml is not valid TOML: Invalid value (at line 1"),
-        (b"model = '\xff'\n", "is not valid TOML: 'utf-8' codec"),
-        ("steps = " + "9" * 5000, "is not valid TOML: Exceeds the limit"),
-        ("a = " + "[" * 5000, "is not valid TOML: "),
         (None, "there is no such file"),
-        ("seed = 4294967296", "--seed must be a whole number in 0..4294967295, got 4294967296"),
         ("lr = nan", "--lr must be a number in (0, 100], got nan"),
     ],
 )
 def test_a_config_file_that_cannot_be(finetune, text, named):
     if text is not None:
-        Path("run.toml").write_bytes(text.encode() if isinstance(text, str) else text)
+        Path("run.toml").write_text(text)
     refused(named, *finetune("--config", "run.toml"))
     assert not Path("out").exists()
 
 
-@pytest.mark.parametrize("value", ['"many"', "1.5", "true"])
-def test_a_number_of_another_kind_in_a_config_file_is_wrong_usage(finetune, value):
-    Path("run.toml").write_text(f"steps = {value}\n")
-    result = run(*finetune("--config", "run.toml"))
-    assert (result.code, result.out) == (2, "") and "--steps" in result.err
+REFUSED = {
+    "--curriculum spiral": "--curriculum must be one of rotational, gradual, all, none, got spiral",
+    "--exits 2,6": "--exits must be in 1..5, got 6 (model has 6 layers)",
+    "--max-length 129": "--max-length must be at most the model's context of 128 tokens, got 129",
+    "--vocab-size 400": "--vocab-size must be used with --recipe scratch, got 400",
+    "--recipe none --pmax 0.1": "--pmax must be left out with --recipe none",
+    "--template chat": "a chat template was asked for, but the model's tokenizer has none",
+    "--epochs 2 --data commands": "--epochs must be used with --samples for `commands`",
+    "--curriculum all --rotation 2": "--rotation must be used with --curriculum rotational",
+    "--streaming": "--steps must be given with --streaming",
+    "--lora-targets q_proj": "--lora-targets must be used with --lora-rank, got no rank",
+    "--resume": "--resume: there is no checkpoint in out/checkpoints; a run with --save-steps N",
+    '--training-arguments {"max_steps":1}': "--training-arguments: the run decides on max_steps",
+}
 
 
-def test_settings_that_cannot_be(finetune):
-    for arguments, named in (
-        (
-            ["--curriculum", "spiral"],
-            "--curriculum must be one of rotational, gradual, all, none, got spiral",
-        ),
-        (["--exits", "2,6"], "--exits must be in 1..5, got 6 (model has 6 layers)"),
-        (
-            ["--max-length", "129"],
-            "--max-length must be at most the model's context of 128 tokens, got 129",
-        ),
-        (["--vocab-size", "400"], "--vocab-size must be used with --recipe scratch, got 400"),
-        (
-            ["--recipe", "scratch", "--replay", "0.5"],
-            "--replay must be left out with --recipe scratch",
-        ),
-        (["--recipe", "none", "--pmax", "0.1"], "--pmax must be left out with --recipe none"),
-        (
-            ["--template", "chat"],
-            "a chat template was asked for, but the model's tokenizer has none",
-        ),
-        (
-            ["--prompt-template", "Q:"],
-            "--template must be raw, chat or a text with {prompt} in it, got Q:",
-        ),
-        (["--model", "here/none/such"], "no model 'here/none/such': needed embedded"),
-        (["--data", "none.jsonl"], "--data none.jsonl: there is no such file"),
-        (
-            ["--epochs", "2", "--data", "commands"],
-            "--epochs must be used with --samples for `commands`, which has no end",
-        ),
-        (
-            ["--curriculum", "all", "--rotation", "2"],
-            "--rotation must be used with --curriculum rotational, got all",
-        ),
-        (
-            ["--validation-samples", "9"],
-            "--validation-samples must be used with --validation, got 9",
-        ),
-        (["--streaming"], "--steps must be given with --streaming"),
-        (
-            ["--streaming", "--steps", "1", "--samples", "2"],
-            "--samples must be left out with --streaming, got 2",
-        ),
-        (["--lora-targets", "q_proj"], "--lora-targets must be used with --lora-rank, got no rank"),
-        (
-            ["--resume"],
-            "--resume: there is no checkpoint in out/checkpoints; a run with --save-steps N has them until it ends",
-        ),
-    ):
-        refused(f"error: {named}", *finetune("--threads", "1", *arguments))
-        assert list(Path().iterdir()) == [], arguments
+@pytest.mark.parametrize(("flags", "message"), REFUSED.items())
+def test_settings_that_cannot_be(finetune, flags, message):
+    refused(f"error: {message}", *finetune("--threads", "1", *flags.split()))
+    assert list(Path().iterdir()) == []
 
 
 @pytest.mark.parametrize("flags", ["--lora-targets nothing --lora-rank 2", "--report-to nowhere"])
@@ -386,26 +289,13 @@ def test_blocks_beside_a_frozen_model(finetune, checkpoint):
     arguments = finetune(*flags, name="train-drafter")
     planned = run(*arguments, "--dry-run")
     assert (planned.code, planned.out, list(Path().iterdir())) == (0, "", [])
-    rows, steps, what, worth, answers, note = planned.err.splitlines()
-    assert what == (
-        "blocks at exits 2,4, 0.0M parameters; the model stays as it is; answers of the model"
-    )
-    assert re.fullmatch(
-        rf"{re.escape(checkpoint)} \(0\.1M parameters, 6 layers\) on .*rows\.jsonl: 4 rows and 0 held out, \d+ tokens at most",
-        rows,
-    )
-    assert steps == "2 steps of 2 x 1 rows, lr 0.01, fp32 on cpu"
-    assert answers == "4 answers by the model, at most 4 tokens; 0 exist already"
-    speeds = (
-        "("
-        + ", ".join(rf"[\d.]+x at {share}%" for share in (50, 60, 70, 80))
-        + "|not known, because times differ.*)"
-    )
-    draft = r"a draft takes about [\d.]+ of a step \([\d.]+ ms\) on this machine"
-    assert re.match(rf"{draft}; estimated speedup by acceptance rate: {speeds};", worth)
-    assert note.startswith(
-        "saved settings that will be left out: exit 1; they were chosen without these blocks"
-    )
+    for part in (
+        "blocks at exits 2,4, 0.0M parameters; the model stays as it is; answers of the model\n",
+        "4 answers by the model, at most 4 tokens; 0 exist already\n",
+        "estimated speedup by acceptance rate: ",
+        "saved settings that will be left out: exit 1; ",
+    ):
+        assert part in planned.err
 
     result = run(*arguments)
     assert (result.code, result.out) == (0, "")

@@ -141,7 +141,9 @@ def test_paths_are_quoted_for_the_language_of_the_instructions(engine):
         assert '"/it\'s target"' in code and "'/a draft'" in code
     else:
         words = shlex.split(code.replace("\\\n", ""), comments=True)
-        told = set(re.findall(r"--[a-z][a-z-]*", code.replace("pip install --no-deps layerskip", "")))
+        told = set(
+            re.findall(r"--[a-z][a-z-]*", code.replace("pip install --no-deps layerskip", ""))
+        )
         assert told <= set(words)  # a comment praises no flag that no command has
         assert "/it's target" in words and any("/a draft" in word for word in words)
 

@@ -17,11 +17,11 @@ KINDS = {
 @pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS)
 def test_a_dry_run_reads_no_weights_and_tells_the_same_plan(settings, monkeypatch, changes):
     config = settings(**changes)
-    plan = prepare(config)
+    job = prepare(config)
     for loader in ("for_training", "for_decoding", "RecipeModule"):
         monkeypatch.setattr(runs, loader, lambda *_: pytest.fail("loaded"))
     dry = prepare(config, dry=True)
-    assert plan_text(dry) == plan_text(plan)
+    assert plan_text(dry) == plan_text(job)
     # Also the fingerprint of the weights, by which replayed texts are found again
-    assert dry.sealed == plan.sealed
+    assert dry.fixed_settings == job.fixed_settings
     assert {weight.device.type for weight in dry.trainable.model.parameters()} == {"meta"}

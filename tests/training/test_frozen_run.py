@@ -21,11 +21,10 @@ from layerskip_core.checkpoint.save import write_info
 from layerskip_core.config.decoding import DraftProfile
 from layerskip_core.config.model import DataConfig, PackingConfig
 from layerskip_core.config.training import DrafterConfig
-from layerskip_core.data import load_prompts
 from layerskip_core.decoding.drafters import DrafterSetup, drafter_for
 from layerskip_core.errors import CheckpointError, ConfigError, DataError, TrainingInterrupted
 from layerskip_core.training import run as running
-from layerskip_core.training.run import prepare
+from layerskip_core.training.run import execute, prepare
 
 DATA = {"answers": "data", "answer_tokens": DrafterConfig.answer_tokens}
 
@@ -61,8 +60,8 @@ def left_by_a_run(folder):
 def train(config):
     reports = []
     stages = []
-    info = prepare(config).run(reports.append, lambda *stage: stages.append(stage))
-    return info.details["exit_blocks"], reports, stages
+    result = execute(prepare(config), reports.append, lambda *stage: stages.append(stage))
+    return result.info.details["exit_blocks"], reports, stages
 
 
 def same(one, other):
@@ -143,12 +142,12 @@ def test_what_a_sweep_saved_before_does_not_hide_new_blocks(frozen, base, tmp_pa
     assert before.resolve({}, asked).strategy == "autoregressive"
 
     config = frozen(model=model, **({"output": model} if in_place else {}))
-    plan = prepare(config)
-    assert len(plan.notes) == 1
-    assert plan.notes[0].startswith(
+    job = prepare(config)
+    assert len(job.plan.notes) == 1
+    assert job.plan.notes[0].startswith(
         "saved settings that will be left out: policy exact, policy fast; they were chosen"
     )
-    trained = plan.run(lambda report: None).details["exit_blocks"]
+    trained = execute(job).info.details["exit_blocks"]
     decoder = for_decoding(config.output, "cpu", packing=asked, policies=None)
     decoding = decoder.resolve({}, asked)
     assert (decoding.strategy, decoding.exits) == ("adaptive", (2,))
@@ -156,7 +155,9 @@ def test_what_a_sweep_saved_before_does_not_hide_new_blocks(frozen, base, tmp_pa
     drafter = drafter_for(DrafterSetup(decoder.backend, decoding))
     assert "exit 2" in drafter.bandit.arms
     assert in_place or read_info(model) == saved
-    assert prepare(replace(config, overwrite=True)).notes == (() if in_place else plan.notes)
+    assert prepare(replace(config, overwrite=True)).plan.notes == (
+        () if in_place else job.plan.notes
+    )
 
 
 def test_resuming_gives_the_same_blocks_bit_by_bit(frozen, tmp_path):
@@ -167,7 +168,7 @@ def test_resuming_gives_the_same_blocks_bit_by_bit(frozen, tmp_path):
     assert [set(report.exit_losses) for report in expected] == [{1, 3}] * 4
 
     with pytest.raises(Interrupted):
-        prepare(frozen(**changes, output=cut)).run(stop_at(3))
+        execute(prepare(frozen(**changes, output=cut)), stop_at(3))
     assert not (Path(cut) / "config.json").exists()
     with pytest.raises(ConfigError, match="holds an unfinished run; give `resume` to go on"):
         prepare(frozen(**changes, output=cut))
@@ -188,13 +189,13 @@ def test_a_run_that_was_killed_after_its_file_was_written_ends_by_resuming(
     model = str(shutil.copytree(base, tmp_path / "model"))
     config = frozen(model=model, output=model, save_steps=2)
 
-    def killed(model, *arguments, save=running.FrozenModel.save):
+    def killed(model, *arguments, save=running.DrafterJob.save):
         save(model, *arguments)
         raise Interrupted
 
     with monkeypatch.context() as patched, pytest.raises(Interrupted):
-        patched.setattr(running.FrozenModel, "save", killed)
-        prepare(config).run(lambda report: None)
+        patched.setattr(running.DrafterJob, "save", killed)
+        execute(prepare(config))
     written = hashes(model)
     with pytest.raises(ConfigError, match="holds an unfinished run; give `resume` to go on"):
         prepare(config)
@@ -204,7 +205,7 @@ def test_a_run_that_was_killed_after_its_file_was_written_ends_by_resuming(
 
 
 def test_a_signal_before_the_training_keeps_what_is_done(frozen):
-    plan = prepare(frozen())
+    job = prepare(frozen())
 
     def interrupt(stage, done, total):
         if done >= 32:
@@ -213,20 +214,20 @@ def test_a_signal_before_the_training_keeps_what_is_done(frozen):
     with pytest.raises(
         TrainingInterrupted, match=r"interrupted after 32 of 48 answers, which are kept"
     ):
-        plan.run(lambda report: None, interrupt)
+        execute(job, lambda report: None, interrupt)
     assert len(prepare(frozen(resume=True)).answers.known) == 32
 
 
 def test_answers_of_the_data_need_no_decoding(frozen, base):
     config = frozen(**DATA, validation="validation", validation_samples=7)
-    plan = prepare(config)
+    job = prepare(config)
     tokenizer = for_training(base).tokenizer
-    text = plan.texts[0]
+    text = job.texts.training[0]
     answer = [label for label in text["labels"] if label >= 0]
     assert text["input_ids"][-len(answer) :] == answer and tokenizer.decode(answer).startswith(
         "[IN:"
     )
-    assert (plan.rows, plan.held_out) == (40, 7)
+    assert (job.plan.rows, job.plan.held_out) == (40, 7)
     _, _, stages = train(config)
     assert not stages
 
@@ -237,16 +238,15 @@ def test_rows_need_prompts_only(frozen, tmp_path):
         "".join(json.dumps({"prompt": f"row {row}"}) + "\n" for row in range(30))
         + '{"prompt": "%s"}\n' % ("x " * 99)
     )
-    plan = prepare(frozen(data=DataConfig(str(file)), steps=None))
-    assert (plan.rows, plan.held_out, plan.left_out) == (30, 0, 1)  # too few to hold some out
-    assert plan.steps == 15  # two passes, 4 rows a step
+    job = prepare(frozen(data=DataConfig(str(file)), steps=None))
+    assert (job.plan.rows, job.plan.held_out, job.plan.left_out) == (
+        30,
+        0,
+        1,
+    )  # too few to hold some out
+    assert job.plan.steps == 15  # two passes, 4 rows a step
     with pytest.raises(DataError, match="no column 'completion'"):
         prepare(frozen(data=DataConfig(str(file)), **DATA))
-    file.write_text('{"prompt": "a"}\n{"prompt": "\\ud800"}\n')
-    with pytest.raises(DataError, match=r"rows\.jsonl:2"):
-        prepare(frozen(data=DataConfig(str(file))))
-    (tmp_path / "rows.txt").write_text("one\ntwo\n")
-    assert prepare(frozen(data=DataConfig(str(tmp_path / "rows.txt")))).rows == 2
 
 
 def test_models_that_cannot_be_copied_or_drafted_for_and_several_processes_are_refused(
@@ -264,9 +264,6 @@ def test_models_that_cannot_be_copied_or_drafted_for_and_several_processes_are_r
         match="has no safetensors, which are copied as they are: `layerskip import`",
     ):
         prepare(frozen(model=str(tmp_path / "older")))
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(CheckpointError, match=r"is a GGUF file; .* `layerskip import`"):
-        prepare(frozen(model=str(tmp_path / "model.gguf")))
     with pytest.raises(ConfigError, match="`model` must be a model of at least 2 layers, got 1"):
         prepare(frozen(model=saved_base(tmp_path / "shallow", num_hidden_layers=1)))
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -274,22 +271,3 @@ def test_models_that_cannot_be_copied_or_drafted_for_and_several_processes_are_r
         ConfigError, match="a drafter is trained in one process, not in 2 by torchrun"
     ):
         prepare(frozen())
-
-
-def test_rows_with_an_empty_prompt_are_left_out_and_without_prompts_are_their_own_answers(
-    frozen, tmp_path
-):
-    rows = tmp_path / "rows.jsonl"
-    prompts = ["a b", "", None, " ", "c d"]
-    rows.write_text(
-        "".join(json.dumps({"prompt": prompt, "completion": "c"}) + "\n" for prompt in prompts)
-    )
-    data = DataConfig(name=str(rows))
-    assert [row.prompt for row in load_prompts(data)] == ["a b", "c d"]
-    assert prepare(frozen(data=data)).rows == 2
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(f'{{"completion": "wake me up at {row}"}}\n' for row in range(8)))
-    assert (
-        prepare(frozen(data=DataConfig(str(rows)), **{**DATA, "answers": None})).config.answers
-        == "data"
-    )

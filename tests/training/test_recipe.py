@@ -209,7 +209,7 @@ def test_exits_without_readers_train_the_layers_below_them():
     ]
     named = [replace(asked, exits=(8,)) if asked.exit_reader else asked for asked in papers]
     assert {resolve_recipe(asked, spec_of(24), 300).exit_gradient for asked in named} == {1.0}
-    kept = resolve_recipe(RecipeSettings(), spec_of(24), 300, can_read=False)
+    kept = resolve_recipe(RecipeSettings(), spec_of(24), 300, has_blocks=False)
     assert (kept.exit_reader, kept.exit_gradient) == ("none", 1)
 
 

@@ -7,37 +7,27 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
-from training_runs import RECIPE, Interrupted, require_exact_resumption, saved_base, stop_at, train
+from training_runs import RECIPE, require_exact_resumption, train
 
 from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.config.model import DataConfig, PromptingConfig
 from layerskip_core.config.training import RecipeSettings
-from layerskip_core.errors import ConfigError, TrainingInterrupted
+from layerskip_core.errors import TrainingInterrupted
 from layerskip_core.losses import IGNORED
 from layerskip_core.training import answers
 from layerskip_core.training import run as running
 from layerskip_core.training.data import collate, with_replay
-from layerskip_core.training.run import prepare
+from layerskip_core.training.run import execute, prepare
 
 QUARTER = {"replay": 0.25}
-
-
-def test_a_run_is_not_resumed_beside_another_original(settings, tmp_path):
-    other = saved_base(tmp_path / "other", initializer_range=0.05)
-    with pytest.raises(Interrupted):
-        prepare(settings(**QUARTER, save_steps=2, model=other)).run(stop_at(3))
-    with pytest.raises(
-        ConfigError, match=r"`resume`: model_digest was .* in the run to go on with"
-    ):
-        prepare(settings(**QUARTER, resume=True))
 
 
 def ignored(done):
     pass
 
 
-def rows_of(plan):
-    rows, _ = plan.data_sets(lambda *_: None)
+def rows_of(job):
+    rows, _ = job.data_sets(lambda *_: None)
     return [rows[position] for position in range(len(rows))]
 
 
@@ -66,40 +56,40 @@ def test_a_quarter_of_the_rows_is_text_of_the_original(settings, base):
     token.
     """
     config = settings(**QUARTER, steps=None, data=DataConfig(limit=30, seed=1))
-    plan = prepare(config)
-    assert (plan.steps, len(plan.answers.prompts)) == (10, 10)
-    rows = rows_of(plan)
+    job = prepare(config)
+    assert (job.plan.steps, len(job.replay.prompts)) == (10, 10)
+    rows = rows_of(job)
     texts = rows[3::4]
     own = Counter(tuple(row["input_ids"]) for place, row in enumerate(rows) if place % 4 < 3)
-    assert own == Counter(tuple(row["input_ids"]) for row in plan.data.rows)
+    assert own == Counter(tuple(row["input_ids"]) for row in job.data.training.rows)
     assert all(row["labels"] == row["input_ids"] for row in texts)
     assert len({tuple(row["input_ids"]) for row in texts}) == 10
     lengths = {
         len(row["input_ids"]) - len(start)
-        for row, start in zip(texts, plan.answers.prompts, strict=True)
+        for row, start in zip(texts, job.replay.prompts, strict=True)
     }
-    assert lengths == {round(plan.data.tokens / 30)}
+    assert lengths == {round(job.data.training.tokens / 30)}
     batch = collate(rows[:4])
     # Nothing predicts the first
     assert (batch["labels"][3] != IGNORED).sum() == len(texts[0]["input_ids"]) - 1
 
 
 def test_texts_are_sampled_by_the_seed(settings, tmp_path):
-    plan = prepare(settings(**QUARTER, steps=20))
-    starts = plan.answers.prompts
+    job = prepare(settings(**QUARTER, steps=20))
+    starts = job.replay.prompts
     assert len(set(map(tuple, starts))) > 10 and {len(start) for start in starts} == {1}
     elsewhere = prepare(settings(**QUARTER, steps=20, output=str(tmp_path / "elsewhere")))
-    ids, other = ([list(row["input_ids"]) for row in rows_of(each)] for each in (elsewhere, plan))
+    ids, other = ([list(row["input_ids"]) for row in rows_of(each)] for each in (elsewhere, job))
     assert ids == other
     other = prepare(settings(**QUARTER, steps=20, seed=1))
-    assert other.answers.journal != plan.answers.journal
-    assert other.answers.prompts != starts
+    assert other.replay.journal != job.replay.journal
+    assert other.replay.prompts != starts
 
 
 def test_what_a_template_puts_before_a_prompt_begins_every_second_text(settings, tmp_path):
     base = str(tmp_path / "templated")
     train(settings(output=base, steps=1, prompting=PromptingConfig("Question: {prompt}")))
-    starts = prepare(settings(model=base, **QUARTER)).answers.prompts
+    starts = prepare(settings(model=base, **QUARTER)).replay.prompts
     templated = for_decoding(base).prompt_start()
     assert (
         len(templated) > 1
@@ -111,7 +101,7 @@ def test_what_a_template_puts_before_a_prompt_begins_every_second_text(settings,
 def test_packed_rows_have_packed_texts(settings, tmp_path):
     file = tmp_path / "plain.txt"
     file.write_text("some words in a row\n\n" * 40)
-    plan = prepare(
+    job = prepare(
         settings(
             data=DataConfig(str(file)),
             recipe=replace(RECIPE, preset="continual"),
@@ -120,11 +110,11 @@ def test_packed_rows_have_packed_texts(settings, tmp_path):
             steps=1,
         )
     )
-    rows = rows_of(plan)
+    rows = rows_of(job)
     assert rows[3]["documents"] == [0] * len(rows[3]["input_ids"])
     assert collate(rows[:4])["documents"].shape == (4, 32)
     reports = []
-    plan.run(reports.append)
+    execute(job, reports.append)
     assert len(reports) == 1
 
 
@@ -150,14 +140,16 @@ def test_an_interrupted_run_goes_on_from_its_texts(settings, monkeypatch):
     with pytest.raises(
         TrainingInterrupted, match="interrupted after 4 of 8 replay texts, which are kept"
     ):
-        prepare(config).run(ignored, interrupting)
+        execute(prepare(config), ignored, interrupting)
     assert stages[0] == 0 and stages[-1] == 4 and stages == sorted(stages)
     seen = len(stages)
-    plan = prepare(replace(config, resume=True))
-    assert (len(plan.answers.known), plan.resume) == (4, None)
-    plan.run(ignored, lambda stage, done, total: stage == "replay texts" and stages.append(done))
+    job = prepare(replace(config, resume=True))
+    assert (len(job.replay.known), job.plan.checkpoint) == (4, None)
+    execute(
+        job, ignored, lambda stage, done, total: stage == "replay texts" and stages.append(done)
+    )
     assert stages[seen] == 4 and stages[-1] == 8
-    assert len(prepare(replace(config, overwrite=True)).answers.known) == 8
+    assert len(prepare(replace(config, overwrite=True)).replay.known) == 8
 
 
 @pytest.mark.parametrize(
@@ -175,6 +167,6 @@ def test_a_model_that_may_know_more_than_its_task_replays_by_default(
 ):
     assert prepare(
         settings(**{"recipe": RecipeSettings(), **changes})
-    ).config.replay == changes.get("replay", 0.0)
+    ).plan.config.replay == changes.get("replay", 0.0)
     monkeypatch.setattr(running, "SMALL_MODEL", 1000)
-    assert prepare(settings(**{"recipe": RecipeSettings(), **changes})).config.replay == share
+    assert prepare(settings(**{"recipe": RecipeSettings(), **changes})).plan.config.replay == share

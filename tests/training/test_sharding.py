@@ -27,7 +27,7 @@ from layerskip_core.config.training import RecipeSettings
 from layerskip_core.errors import ConfigError
 from layerskip_core.training import data as running_data
 from layerskip_core.training import trainer
-from layerskip_core.training.run import own_device, prepare
+from layerskip_core.training.run import execute, prepare
 
 WHOLE = {
     "batch_size": 2,
@@ -44,7 +44,7 @@ ADAPTERS = WHOLE | {"lora_rank": 2, "validation": None, "validation_samples": No
                     "recipe": replace(WHOLE["recipe"], exits=(2,), rotation=None), "lr": 1e-2}  # fmt: skip
 
 
-READERS = {
+BLOCKS = {
     "recipe": RecipeSettings(p_max=0.0, exits=(2,)),
     "batch_size": 2,
     "steps": 2,
@@ -58,12 +58,12 @@ def sharded_runs(rank, base, folder):
     run_quietly(settings(**WHOLE, fsdp=True, output=f"{folder}/whole"))
     resumed = {**WHOLE, "fsdp": True, "output": f"{folder}/resumed", "save_steps": 2}
     try:
-        prepare(settings(**resumed)).run(stop_at(3))
+        execute(prepare(settings(**resumed)), stop_at(3))
     except Interrupted:
         torch.distributed.barrier()
     run_quietly(settings(**resumed, resume=True))
     run_quietly(settings(**ADAPTERS, fsdp=True, output=f"{folder}/adapters"))
-    run_quietly(settings(**READERS, fsdp=True, output=f"{folder}/readers"))
+    run_quietly(settings(**BLOCKS, fsdp=True, output=f"{folder}/blocks"))
     running_data._COUNTED = 8  # rows of a stream, for the order of the tokens
     seen = []
     trainer.collate = lambda rows: (
@@ -98,7 +98,7 @@ def test_two_processes_with_shards_equal_one(base, settings, tmp_path):
     """
     rows = [f'{{"prompt": "row {row}", "completion": "{row} is the row"}}\n' for row in range(8)]
     (tmp_path / "rows.jsonl").write_text("".join(rows))
-    for name, asked in (("one", WHOLE), ("one-adapted", ADAPTERS), ("one-read", READERS)):
+    for name, asked in (("one", WHOLE), ("one-adapted", ADAPTERS), ("one-read", BLOCKS)):
         run_quietly(settings(**asked, accumulation=2, output=str(tmp_path / name)))
     in_processes(sharded_runs, 2, tmp_path, base, str(tmp_path))
 
@@ -125,7 +125,7 @@ def test_two_processes_with_shards_equal_one(base, settings, tmp_path):
         assert cost.before != pytest.approx(cost.after, rel=1e-3) and cost.task is None
     assert loss_rows(tmp_path / "whole")[-1]["validation"]
     read, expected = (
-        load_file(tmp_path / name / "exit_blocks.safetensors") for name in ("readers", "one-read")
+        load_file(tmp_path / name / "exit_blocks.safetensors") for name in ("blocks", "one-read")
     )
     # Muon, in bf16, makes directions of hardly any gradient as long as the others
     for name, weight in read.items():
@@ -137,7 +137,7 @@ def test_two_processes_with_shards_equal_one(base, settings, tmp_path):
         )
         assert (weight - expected[name]).norm() <= 0.5 * moved.norm()
     for step, one in zip(
-        loss_rows(tmp_path / "readers"), loss_rows(tmp_path / "one-read"), strict=True
+        loss_rows(tmp_path / "blocks"), loss_rows(tmp_path / "one-read"), strict=True
     ):
         assert step["exits"] == pytest.approx(one["exits"], rel=1e-2)
     assert (tmp_path / "resumed" / "losses.jsonl").read_bytes() == (
@@ -166,24 +166,9 @@ def test_sharding_needs_processes_and_no_config_of_accelerate(settings, monkeypa
 
 def test_sharded_and_whole_checkpoints_are_not_mixed(settings, monkeypatch):
     with pytest.raises(Interrupted):
-        prepare(settings(save_steps=1)).run(stop_at(2))
+        execute(prepare(settings(save_steps=1)), stop_at(2))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(
         ConfigError, match="`resume`: fsdp was False in the run to go on with, and is True now"
     ):
         prepare(settings(save_steps=1, fsdp=True, resume=True))
-
-
-def test_each_process_takes_its_own_gpu(monkeypatch):
-    taken = []
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert own_device(torch.device("cuda:0")) == torch.device("cuda")
-    assert taken == [1]
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(
-        ConfigError,
-        match=r"`device` must be cuda with at least 3 GPUs here, one per process .*, got 2",
-    ):
-        own_device(torch.device("cuda"))

@@ -1,13 +1,11 @@
-"""Readers of exits, trained together with the model, and what a training tells at its end."""
+"""Exit blocks trained together with the model, and what a training tells at its end."""
 
 import json
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from command_line import fails
 from conftest import tiny_model
 from safetensors.torch import load_file
 from training_runs import (
@@ -23,15 +21,14 @@ from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import DataConfig
-from layerskip_core.config.training import DrafterConfig, RecipeSettings
+from layerskip_core.config.training import RecipeSettings
 from layerskip_core.data import load_examples
 from layerskip_core.decoding import decode, decode_batch
 from layerskip_core.errors import ConfigError
 from layerskip_core.model import TransformersBackend
 from layerskip_core.model.transformers_backend import DocumentRows
-from layerskip_core.training import trainer, verdict
 from layerskip_core.training.recipe import RunStep
-from layerskip_core.training.run import prepare
+from layerskip_core.training.run import execute, prepare
 
 READ = RecipeSettings(p_max=0.0, exits=(2,))
 MIDDLE = RunStep(1, 10)
@@ -41,7 +38,7 @@ def blocks(folder):
     return load_file(folder / "exit_blocks.safetensors")
 
 
-def test_a_reader_stands_between_its_exit_and_the_shared_head():
+def test_an_exit_block_stands_between_its_exit_and_the_shared_head():
     """As `FrozenExits` runs it; the last layer is read by the model's own norm."""
     model, (ids, labels) = tiny_model(dtype=torch.float32), batch()
     module = recipe_module(model, READ).train()
@@ -49,7 +46,7 @@ def test_a_reader_stands_between_its_exit_and_the_shared_head():
     states = module.texts.states(ids, (2, 6))
     is_target = labels[:, 1:] != -100
     targets = labels[:, 1:][is_target]
-    read = module.readers["2"](states[2], ids)
+    read = module.exit_blocks["2"](states[2], ids)
     for found, hidden in zip(
         output["per_exit"], (read, module.backend.normed(states[6])), strict=True
     ):
@@ -64,30 +61,14 @@ def test_a_reader_stands_between_its_exit_and_the_shared_head():
         if weight.grad is not None and weight.grad.any()
     }
     assert {
-        "readers.2.layer.mlp.up_proj.weight",
+        "exit_blocks.2.layer.mlp.up_proj.weight",
         "model.model.layers.0.mlp.up_proj.weight",
     } <= trained
-    assert not any(name.startswith("readers") and "norm" in name for name in trained)
-
-
-def test_the_readers_weight_in_the_loss_is_what_the_layers_below_feel_of_it():
-    """e_scale 0.2 gives an exit a sixth of the loss (0.2 / 1.2), and 0.02 a fiftieth: gradients in
-    proportion.
-    """
-    gradients = []
-    for scale in (0.2, 0.02):
-        module = recipe_module(
-            tiny_model(dtype=torch.float32), replace(READ, e_scale=scale)
-        ).train()
-        module(*batch(), MIDDLE)["loss"].backward()
-        gradients.append(module.readers["2"].layer.mlp.up_proj.weight.grad)
-    torch.testing.assert_close(
-        gradients[0] * (0.02 / 1.02) / (0.2 / 1.2), gradients[1], rtol=1e-3, atol=1e-6
-    )
+    assert not any(name.startswith("exit_blocks") and "norm" in name for name in trained)
 
 
 @pytest.mark.parametrize("kind", ["llama", "bloom"])
-def test_a_reader_sees_the_documents_of_a_row_apart(kind):
+def test_an_exit_block_sees_the_documents_of_a_row_apart(kind):
     """Also of a model whose layers cannot keep them apart within a row."""
     model, (ids, labels) = tiny_model(kind, dtype=torch.float32), batch(2)
     module = recipe_module(model, READ).eval()
@@ -106,17 +87,17 @@ def test_a_reader_sees_the_documents_of_a_row_apart(kind):
         )
 
 
-def test_readers_learn_by_muon_and_the_model_by_adamw(settings, tmp_path):
+def test_exit_blocks_learn_by_muon_and_the_model_by_adamw(settings, tmp_path):
     """Each optimizer moves its own weights; without a learning rate for AdamW's the model stays as
     it is.
     """
-    plan = prepare(settings(recipe=READ, lr=1e-30, steps=3))
-    start = {name: weight.clone() for name, weight in plan.module.readers.named_parameters()}
-    plan.run(lambda report: None)
-    after = dict(plan.module.readers.named_parameters())
+    job = prepare(settings(recipe=READ, lr=1e-30, steps=3))
+    start = {name: weight.clone() for name, weight in job.module.exit_blocks.named_parameters()}
+    execute(job)
+    after = dict(job.module.exit_blocks.named_parameters())
     moved = {name for name, weight in start.items() if not torch.equal(weight, after[name])}
     assert moved == {name for name, weight in start.items() if weight.dim() == 2}
-    assert same_weights(tmp_path / "out", plan.config.model)
+    assert same_weights(tmp_path / "out", job.plan.config.model)
     cost = read_info(tmp_path / "out").details["cost"]
     assert cost["agreement"] == 1 and cost["before"] == pytest.approx(cost["after"])
 
@@ -124,7 +105,7 @@ def test_readers_learn_by_muon_and_the_model_by_adamw(settings, tmp_path):
 @pytest.mark.parametrize(
     "changes", [{}, {"lora_rank": 2}, {"optimizer": "muon", "accumulation": 2}], ids=str
 )
-def test_a_run_with_readers_is_resumed_bit_by_bit(settings, tmp_path, changes):
+def test_a_run_with_exit_blocks_is_resumed_bit_by_bit(settings, tmp_path, changes):
     require_exact_resumption(settings, tmp_path, recipe=replace(READ, p_max=0.3), **changes)
     whole = blocks(tmp_path / "whole")
     cut = blocks(tmp_path / "cut")
@@ -149,26 +130,26 @@ def test_muon_trains_the_layers_matrices_alone(settings):
 
 @pytest.fixture(scope="module")
 def learnt(checkpoint, tmp_path_factory):
-    """A run long enough for its reader to be right now and then; plan, info and folder."""
+    """A run long enough for its exit block to be right now and then; job, info and folder."""
     from training_runs import settings_on
 
     folder = tmp_path_factory.mktemp("learnt")
     data = {"validation": "train", "validation_samples": 40}
     make = settings_on(checkpoint, folder)
-    plan = prepare(make(recipe=READ, steps=80, lr=1e-3, eval_steps=80, **data))
-    return plan, plan.run(lambda report: None), folder / "out"
+    job = prepare(make(recipe=READ, steps=80, lr=1e-3, eval_steps=80, **data))
+    return job, execute(job).info, folder / "out"
 
 
-def test_the_reader_drafts_as_often_right_as_the_training_said(learnt):
+def test_the_exit_block_drafts_as_often_right_as_the_training_said(learnt):
     """First drafts while decoding the prompts that it learnt from, against the agreement on their
     rows.
     """
-    plan, info, folder = learnt
+    job, info, folder = learnt
     decoder = for_decoding(str(folder), "cpu")
     tested = 0
     accepted = 0
     assert list(decoder.backend.exit_blocks) == [2] and decoder.recommended().exits == (2,)
-    for row in plan.data.rows[:20]:
+    for row in job.data.training.rows[:20]:
         ids = row["input_ids"].tolist()
         prompt = ids[: next(at for at, label in enumerate(row["labels"]) if label >= 0)]
         config = DecodingConfig(
@@ -186,40 +167,17 @@ def test_the_reader_drafts_as_often_right_as_the_training_said(learnt):
     }
 
 
-def test_a_verdict_is_what_rounds_on_this_machine_make_of_the_agreement(learnt, monkeypatch):
-    """A plain step takes 8 seconds, a round 5 for each draft and 10."""
-    times = {
-        "autoregressive": lambda config: 8.0,
-        "self-speculative": lambda config: 5.0 * config.num_draft_tokens + 10,
-    }
-    monkeypatch.setattr(
-        verdict._Rounds, "seconds", lambda rounds: times[rounds._config.strategy](rounds._config)
-    )
-    plan, info, _ = learnt
-    [gain] = plan.verdicts(info)
-    share = info.agreement["2"]
-    speeds = {
-        d: 8 * sum(share**drafts for drafts in range(d + 1)) / (5 * d + 10) for d in (1, 2, 4, 8)
-    }
-    assert (gain.name, gain.accepted) == ("exit 2", share)
-    assert (
-        gain.speedup.value
-        == pytest.approx(speeds[gain.speedup.drafts])
-        == pytest.approx(max(speeds.values()))
-    )
-
-
-def test_a_second_training_goes_on_with_the_readers(learnt, settings, tmp_path):
+def test_a_second_training_goes_on_with_the_exit_blocks(learnt, settings, tmp_path):
     """Others, and those of another exit, begin as copies of the last layer."""
     _, _, folder = learnt
-    plan = prepare(settings(model=str(folder), recipe=replace(READ, exits=(2, 3))))
+    job = prepare(settings(model=str(folder), recipe=replace(READ, exits=(2, 3))))
     known = blocks(folder)
-    readers = dict(plan.module.readers.named_parameters())
+    trained = dict(job.module.exit_blocks.named_parameters())
     assert all(
-        torch.equal(readers[name.removeprefix("exits.")], weight) for name, weight in known.items()
+        torch.equal(trained[name.removeprefix("exits.")], weight) for name, weight in known.items()
     )
-    last = dict(TransformersBackend(plan.trainable.model).layers[-1].named_parameters())
-    assert all(torch.equal(readers[f"3.layer.{name}"], weight) for name, weight in last.items())
+    last = dict(TransformersBackend(job.trainable.model).layers[-1].named_parameters())
+    assert all(torch.equal(trained[f"3.layer.{name}"], weight) for name, weight in last.items())
 
 
 def test_without_a_recipe_only_the_task_is_learnt_and_its_loss_told(settings, tmp_path):
@@ -265,8 +223,7 @@ def test_the_cost_has_how_many_held_out_rows_are_answered_right(settings, tmp_pa
         "lr": 1e-2,
     }
     # 640 rows: up to an eighth as many are read and answered
-    plan = prepare(settings(**run, steps=80))
-    plan.run(lambda report: None)
+    result = execute(prepare(settings(**run, steps=80)))
     decoder = for_decoding(str(tmp_path / "out"), "cpu", "fp32")
     right = 0
     for row in rows + others:
@@ -276,7 +233,7 @@ def test_the_cost_has_how_many_held_out_rows_are_answered_right(settings, tmp_pa
         )
         right += decoder.detokenize(answer.ids) == row["completion"]
         if row == rows[0]:
-            assert plan.example == ("say a\n", "a is said", decoder.detokenize(answer.ids))
+            assert result.example == ("say a\n", "a is said", decoder.detokenize(answer.ids))
     cost = read_info(tmp_path / "out").cost
     assert (cost.answered, cost.exact_match) == (16, (0.0, right / 16)) and 4 <= right < 16
     # 64 rows: 8 are read, 6 of them answered
@@ -285,20 +242,22 @@ def test_the_cost_has_how_many_held_out_rows_are_answered_right(settings, tmp_pa
 
 
 def test_data_with_a_split_to_validate_on_trains_on_all_rows(settings):
-    plans = [
+    jobs = [
         prepare(settings(data=replace(settings().data, limit=limit), overwrite=True))
         for limit in (32, 340, 0)
     ]
-    found = [(plan.rows, plan.held_out, plan.eval_steps, plan.division) for plan in plans]
+    found = [
+        (job.plan.rows, job.plan.held_out, job.plan.eval_steps, job.plan.division) for job in jobs
+    ]
     assert found == [(32, 8, 4, None), (340, 42, 4, None), (16, 8, 4, None)]
-    data = DataConfig("commands", "validation", limit=8, seed=plans[0].config.data.seed)
+    data = DataConfig("commands", "validation", limit=8, seed=jobs[0].plan.config.data.seed)
     held = [
-        plans[0].trainable.tokenizer.decode(row["input_ids"]) for row in plans[0].held_out_data.rows
+        jobs[0].trainable.tokenizer.decode(row["input_ids"]) for row in jobs[0].data.held_out.rows
     ]
     assert [text.split("\n")[0] for text in held] == [row.prompt for row in load_examples(data)]
 
 
-def test_merged_adapters_have_readers_and_an_adapter_alone_has_none(settings, base, tmp_path):
+def test_merged_adapters_have_exit_blocks_and_an_adapter_alone_has_none(settings, base, tmp_path):
     train(settings(recipe=READ, lora_rank=2, lr=1e-2))
     assert (
         not same_weights(tmp_path / "out", base)
@@ -314,80 +273,10 @@ def test_merged_adapters_have_readers_and_an_adapter_alone_has_none(settings, ba
     assert read_info(tmp_path / "kept").details["config"]["recipe"]["exit_reader"] == "none"
 
 
-@pytest.mark.parametrize("scheduler", ["linear", "constant"])
-def test_schedules_of_the_learning_rate(settings, scheduler):
-    rates = [
-        report.learning_rate
-        for report in train(settings(scheduler=scheduler, warmup=0.25, lr=1e-3))
-    ]
-    assert rates == pytest.approx(
-        [0, 1e-3, 2e-3 / 3, 1e-3 / 3] if scheduler == "linear" else [0, 1e-3, 1e-3, 1e-3]
-    )
-
-
 def test_further_arguments_of_transformers(settings):
-    plan = prepare(settings(training_arguments={"adam_beta2": 0.5}, steps=1))
-    plan.run(lambda report: None)
-    with pytest.raises(Exception, match=r"`training_arguments`: .*no_such_argument"):
+    job = prepare(settings(training_arguments={"adam_beta2": 0.5}, steps=1))
+    execute(job)
+    with pytest.raises(ConfigError, match=r"`training_arguments`: .*no_such_argument"):
         prepare(settings(training_arguments={"no_such_argument": 1}, overwrite=True))
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "reason"),
-    [
-        ("max_steps", 2, "max_steps is set by `steps`"),
-        ("output_dir", "elsewhere", "output_dir is set by `output`"),
-        (
-            "average_tokens_across_devices",
-            False,
-            "average_tokens_across_devices is decided by the run",
-        ),
-        (
-            "gradient_checkpointing",
-            True,
-            "gradient_checkpointing is set by `gradient_checkpointing`",
-        ),
-    ],
-)
-def test_arguments_that_the_run_decides_are_refused(settings, name, value, reason):
-    with pytest.raises(ConfigError, match=f"^`training_arguments`: {reason}$"):
-        settings(training_arguments={"adam_beta2": 0.5, name: value})
-
-
-def test_a_setting_that_only_finetune_has_is_not_named_by_train_drafter(settings):
-    with pytest.raises(
-        ConfigError,
-        match=r"^`training_arguments`: gradient_checkpointing is decided by the run, seed is set by",
-    ):
-        settings(DrafterConfig, training_arguments={"gradient_checkpointing": True, "seed": 3})
-
-
-def test_every_argument_that_a_run_gives_to_transformers_is_refused_or_named_here(
-    settings, monkeypatch
-):
-    """An argument that is added to a run is owned, unless it is one of these, which a user may
-    change.
-    """
-    given = {}
-    monkeypatch.setattr(
-        trainer,
-        "TrainingArguments",
-        lambda **arguments: given.update(arguments) or SimpleNamespace(n_gpu=1),
-    )
-    trainer.training_arguments(prepare(settings()))
-    free = {
-        "lr_scheduler_type",
-        "adam_beta1",
-        "adam_beta2",
-        "save_total_limit",
-        "ddp_find_unused_parameters",
-    }
-    for name in given.keys() - free - {"dataloader_pin_memory"}:
-        with pytest.raises(ConfigError, match=f"`training_arguments`: {name} is "):
-            settings(training_arguments={name: given[name]})
-    settings(training_arguments={name: given[name] for name in free})
-
-
-def test_the_command_names_the_flags(base):
-    given = ("--training-arguments", '{"max_steps": 1}')
-    fails("--training-arguments: max_steps is set by --steps", "finetune", "--model", base, *given)
+    with pytest.raises(ConfigError, match="`training_arguments`: the run decides on max_steps, "):
+        settings(training_arguments={"adam_beta2": 0.5, "max_steps": 2})
