@@ -44,7 +44,7 @@ _LOW_BITS: dict[str, tuple[Any, ...]] = {
     "bits": (4, 8),
     "version": ("gemm",),
 }
-_PIECE = 4 << 20  # bytes that a thread reads at once
+_CHUNK = 4 << 20  # bytes that a thread reads at once
 _TEXT_PART = "language_model."  # in names of a multimodal model's text part
 _TOKENIZER_CLASS = "TokenizersBackend"  # of tokenizers without code of their own
 
@@ -68,18 +68,17 @@ def spec_of_settings(config: dict[str, Any]) -> ModelSpec | None:
     CheckpointError.
     """
     major = str(config.get("transformers_version", "")).split(".")[0]
-    recent = major.isdecimal() and int(major) >= 5
-    special = {"quantization_config", "auto_map"} & config.keys()
+    is_recent = major.isdecimal() and int(major) >= 5
+    is_special = "quantization_config" in config or "auto_map" in config
     if config.get("model_type") in MULTIMODAL and isinstance(config.get("text_config"), dict):
         config = config["text_config"]
-    if not recent or special or not is_complete(config):
+    if not is_recent or is_special or not is_complete(config):
         return None
     spec = ModelSpec.of(SimpleNamespace(**config))
-    simple = all(
-        rope.type in ("default", "proportional") and "rope_theta" in rope.parameters
-        for rope in spec.ropes
-    )
-    return spec if simple and missing_feature(spec, native=True) is None else None
+    for rope in spec.ropes:  # transformers completes the parameters of other types
+        if rope.type not in ("default", "proportional") or "rope_theta" not in rope.parameters:
+            return None
+    return spec if missing_feature(spec, native=True) is None else None
 
 
 def generation_config(folder: str) -> SimpleNamespace:
@@ -106,10 +105,10 @@ class WeightFile:
         self._start = 8 + length
         self.metadata: dict[str, str] = self._header.pop(METADATA, {})
         self._stored = {name.replace(left_out, "", 1): name for name in self._header}
-        entries = {name: self._header[stored] for name, stored in self._stored.items()}
-        self.entries = {
-            name: (str(entry["dtype"]), tuple(entry["shape"])) for name, entry in entries.items()
-        }
+        self.entries: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for name, stored in self._stored.items():
+            entry = self._header[stored]
+            self.entries[name] = str(entry["dtype"]), tuple(entry["shape"])
 
     def mapped(self, name: str) -> Tensor:
         """A weight as a view of the mapped file: only used pages are read."""
@@ -126,17 +125,17 @@ class WeightFile:
         start = self._start + self._header[self._stored[name]]["data_offsets"][0]
         content = tensor.view(-1).view(torch.uint8).numpy().data
 
-        if len(content) <= _PIECE or not hasattr(os, "preadv"):  # not on Windows
+        if len(content) <= _CHUNK or not hasattr(os, "preadv"):  # not on Windows
             self._bytes.seek(start)
             count = self._bytes.readinto(content)
         else:
             file = self._bytes.fileno()
-            pieces = range(0, len(content), _PIECE)
+
+            def read_chunk(at: int) -> int:
+                return os.preadv(file, [content[at : at + _CHUNK]], start + at)
+
             with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-                each = threads.map(
-                    lambda at: os.preadv(file, [content[at : at + _PIECE]], start + at), pieces
-                )
-                count = sum(each)
+                count = sum(threads.map(read_chunk, range(0, len(content), _CHUNK)))
         if count < len(content):
             raise OSError("the file ends too early")
         return tensor
@@ -157,13 +156,15 @@ class JoinedWeights:
         missing.
         """
         self._files = files
-        self._parts = {
-            name: parts for name, parts in parts_of.items() if files.keys() >= {*chain(*parts)}
-        }
-        self.entries = {
-            name: self._entry(parts, len(shapes[name])) for name, parts in self._parts.items()
-        }
-        self.joined = {part for parts in self._parts.values() for part in chain(*parts)}
+        self._parts: dict[str, list[list[str]]] = {}
+        self.entries: dict[str, tuple[str, tuple[int, ...]]] = {}
+        self.joined = set[str]()  # the parts
+        for name, parts in parts_of.items():
+            flat = {*chain(*parts)}
+            if files.keys() >= flat:
+                self._parts[name] = parts
+                self.entries[name] = self._entry(parts, len(shapes[name]))
+                self.joined |= flat
 
     def _entry(self, parts: list[list[str]], dimensions: int) -> tuple[str, tuple[int, ...]]:
         """Type and shape, as if all parts were like the first; `read` raises an error otherwise."""
@@ -191,10 +192,10 @@ class JoinedWeights:
 
 def has_low_bits(quantization: Mapping[str, Any]) -> bool:
     """Whether LowBitWeights reads a folder with this quantization_config."""
-    known = all(
-        quantization[name] in values for name, values in _LOW_BITS.items() if name in quantization
-    )
-    return "quant_method" in quantization and known
+    for name, values in _LOW_BITS.items():
+        if name in quantization and quantization[name] not in values:
+            return False
+    return "quant_method" in quantization
 
 
 class LowBitWeights:
@@ -212,22 +213,19 @@ class LowBitWeights:
         self._method = str(quantization["quant_method"])
         self._least_zero = 0 if quantization.get("checkpoint_format") == "gptq_v2" else 1
         self._dequantised: set[str] = set()
-        there = (
-            name for name in spec.shapes if all(map(self._is_there, chain(*self._parts_of(name))))
-        )
-        spec.check_weights({name: spec.shapes[name] for name in there})
+        there = {}
+        for name, shape in spec.shapes.items():
+            if all(map(self._is_there, chain(*self._parts_of(name)))):
+                there[name] = shape
+        spec.check_weights(there)
 
     @property
     def notes(self) -> tuple[str, ...]:
         """For the user, complete once the weights were taken."""
-        count = len(self._dequantised)
-        return (
-            (
-                f"{count} weights in {self._method} were dequantised: the kernels have no form for them",
-            )
-            if count
-            else ()
-        )
+        if not self._dequantised:
+            return ()
+        weights = f"{len(self._dequantised)} weights in {self._method}"
+        return (f"{weights} were dequantised: the kernels have no form for them",)
 
     def weight(self, name: str) -> Tensor:
         """A weight, dequantised to fp32 if in low bits. Raises CheckpointError for a wrong
@@ -235,7 +233,8 @@ class LowBitWeights:
         """
         weight = self._joined(name, lambda part: plain(self._read(part)))
         assert weight is not None
-        weight = weight.transpose(1, 2) if self._is_turned(name) else weight
+        if self._is_turned(name):
+            weight = weight.transpose(1, 2)
         check_shape(name, self._spec.shapes[name], tuple(weight.shape))
         return weight
 
@@ -243,8 +242,9 @@ class LowBitWeights:
         """A low-bit weight as rows of blocks; None if blocks cannot hold it, or for other weights.
         Raises as `weight` does.
         """
-        # Exit blocks are in another file
-        rows = self._joined(name, self._rows) if name in self._spec.shapes else None
+        if name not in self._spec.shapes:  # of an exit block, which is in another file
+            return None
+        rows = self._joined(name, self._rows)
         if rows is None:
             return None
         *most, inputs = self._spec.shapes[name]
@@ -256,10 +256,14 @@ class LowBitWeights:
 
     def _joined(self, name: str, read: Callable[[str], Tensor | None]) -> Tensor | None:
         """A weight's parts joined; None if one is None, or if they are of different types."""
-        found: list[list[Any]] = [[read(part) for part in parts] for parts in self._parts_of(name)]
-        if len(types := {*map(type, chain(*found))}) > 1 or type(None) in types:
-            return None
-        experts = list(map(torch.cat, found))
+        experts = list[Tensor]()
+        types = set[type]()
+        for parts in self._parts_of(name):
+            found: list[Any] = list(map(read, parts))
+            types |= {*map(type, found)}
+            if len(types) > 1 or type(None) in types:
+                return None
+            experts.append(torch.cat(found))
         return torch.stack(experts) if len(experts) > 1 else experts[0]
 
     def _is_turned(self, name: str) -> bool:
@@ -289,17 +293,23 @@ class LowBitWeights:
 
         def get(end: str, needed: bool = True) -> Any:
             name = module + end
-            if needed and name not in self._files:
+            if name in self._files:
+                return self._files[name].mapped(name)
+            if needed:
                 raise CheckpointError(f"{name} is missing, which {part} in {self._method} needs")
-            return self._files[name].mapped(name) if name in self._files else None
+            return None
 
-        if (blocks := get("_blocks", False)) is not None:
+        blocks = get("_blocks", False)
+        if blocks is not None:
             return mxfp4_rows(blocks, get("_scales"))
-        if (levels := levels_of(get, self._least_zero)) is not None:
+        levels = levels_of(get, self._least_zero)
+        if levels is not None:
             return levels
-        scale = get(".weight_scale", False)
         whole = self._files[part].mapped(part)
-        if (scale := get(".weight_scale_inv", False) if scale is None else scale) is None:
+        scale = get(".weight_scale", False)
+        if scale is None:
+            scale = get(".weight_scale_inv", False)
+        if scale is None:
             return whole
         self._dequantised.add(part)
         return scaled_blocks(whole, scale)
@@ -343,19 +353,23 @@ def open_weights(
         return dict(files_by_name(folder))
     files = files_by_name(folder, _TEXT_PART)
     joined = JoinedWeights(files, spec.stored_parts, spec.shapes)
-    known = {
-        name: file for name, file in files.items() if name not in joined.joined
-    } | dict.fromkeys(joined.entries, joined)
-    entries = {name: known[name].entries[name] for name in spec.shapes if name in known}
-    spec.check_weights(
-        {name: shape for name, (_, shape) in entries.items()} if entries else spec.shapes
-    )
-    for name, (kind, _) in entries.items():
+    readers: dict[str, WeightFile | JoinedWeights] = {}
+    for name, file in files.items():
+        if name not in joined.joined:
+            readers[name] = file
+    readers |= dict.fromkeys(joined.entries, joined)
+    shapes = {}
+    for name in spec.shapes:
+        if name not in readers:
+            continue
+        kind, shapes[name] = readers[name].entries[name]
         if kind not in FLOATS:
             raise CheckpointError(
                 f"the weight {name} must be one of {', '.join(FLOATS)}, found {kind}"
             )
-    return known
+    if shapes:
+        spec.check_weights(shapes)
+    return readers
 
 
 def lean_tokenizer(folder: str) -> Tokenizer | None:
@@ -363,11 +377,10 @@ def lean_tokenizer(folder: str) -> Tokenizer | None:
     transformers.
     """
     settings = read_settings(folder, TOKENIZER_FILE)
-    whole = (
-        settings.get("tokenizer_class") == _TOKENIZER_CLASS
-        and (Path(folder) / "tokenizer.json").is_file()
-    )
-    return Tokenizer.in_folder(folder, settings) if whole else None
+    has_code = settings.get("tokenizer_class") != _TOKENIZER_CLASS
+    if has_code or not (Path(folder) / "tokenizer.json").is_file():
+        return None
+    return Tokenizer.in_folder(folder, settings)
 
 
 def checked_tokenizer(tokenizer: Any, vocab_size: int) -> Any:
@@ -379,13 +392,13 @@ def checked_tokenizer(tokenizer: Any, vocab_size: int) -> Any:
     if len(tokenizer) <= vocab_size:
         return tokenizer
     special = set(special_ids(tokenizer).values())
-    beyond = [
-        (token, word)
-        for word, token in tokenizer.get_vocab().items()
-        if token >= vocab_size and token not in special
-    ]
+    beyond = {}
+    for word, token in tokenizer.get_vocab().items():
+        if token >= vocab_size and token not in special:
+            beyond[token] = word
     if beyond:
-        first, word = min(beyond)
+        first = min(beyond)
+        word = beyond[first]
         sizes = f"the tokenizer has {len(tokenizer)} tokens, the model embeddings of {vocab_size} (vocab_size)"
         raise CheckpointError(f"{sizes}: {word!r} is token {first}")
     return tokenizer

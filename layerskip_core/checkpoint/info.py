@@ -91,16 +91,18 @@ class CheckpointInfo:
         }
         if self.strategy:
             recommended["strategy"] = self.strategy
-        profile = None if self.profile is None else asdict(self.profile)
-        optional = {"profile": profile, "policies": self.policies or None, "system": self.system}
         document: dict[str, Any] = {
             "format": 1,
             "prompt_template": self.prompt_template,
             "recommended": recommended,
         }
-        document |= {
-            key: value for key, value in optional.items() if value is not None
-        } | self.details
+        if self.profile is not None:
+            document["profile"] = asdict(self.profile)
+        if self.policies:
+            document["policies"] = self.policies
+        if self.system is not None:
+            document["system"] = self.system
+        document |= self.details
         if self.files:
             document["files"] = self.files
         return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
@@ -108,11 +110,9 @@ class CheckpointInfo:
     @property
     def template(self) -> PromptTemplate | None:
         """The checkpoint's own template, if it has one."""
-        return (
-            None
-            if self.prompt_template is None
-            else PromptTemplate(self.prompt_template, self.system)
-        )
+        if self.prompt_template is None:
+            return None
+        return PromptTemplate(self.prompt_template, self.system)
 
     @property
     def trained_exits(self) -> tuple[int, ...]:
@@ -124,12 +124,11 @@ class CheckpointInfo:
         """The share of right first drafts on held-out rows of the training, by exit layer or
         `eagle3`.
         """
-        measured = {
-            name: block.agreement
-            for name, block in self._training.exit_blocks.items()
-            if block.agreement is not None
-        }
-        return self._training.agreement | measured
+        measured = dict(self._training.agreement)
+        for name, block in self._training.exit_blocks.items():
+            if block.agreement is not None:
+                measured[name] = block.agreement
+        return measured
 
     @property
     def cost(self) -> Cost | None:
@@ -150,12 +149,9 @@ class CheckpointInfo:
         sets, the newest first.
         """
         training = self._training
-        blocks = [
-            block.held_out
-            for block in reversed(training.exit_blocks.values())
-            if block.held_out is not None
-        ]
-        return tuple(dict.fromkeys((*blocks, *training.held_out)))
+        blocks = reversed(training.exit_blocks.values())
+        rows = [block.held_out for block in blocks if block.held_out is not None]
+        return tuple(dict.fromkeys((*rows, *training.held_out)))
 
     def draft_profile(self, num_layers: int, packing: PackingConfig = PLAIN) -> DraftProfile:
         """A sweep's measurements; those of drafts only for the same draft head and vocabulary.
@@ -163,83 +159,80 @@ class CheckpointInfo:
         Other exits get the agreement of their training, else exp(-gap / 2) for a gap in nats to the
         last layer's loss.
         """
-        known = self.profile
         training = self._training
-        agreement = {
-            f"exit {name}" if name.isdigit() else name: share
-            for name, share in self.agreement.items()
-        }
-        if not agreement and (last := training.final_losses.get(str(num_layers))) is not None:
-            losses = {layer: training.final_losses.get(str(layer)) for layer in self.trained_exits}
-            agreement = {
-                f"exit {layer}": exp(-max(loss - last, 0.0) / 2)
-                for layer, loss in losses.items()
-                if loss is not None
-            }
-        if known is not None and (known.draft_head, known.draft_vocab) == (
-            packing.draft_head,
-            packing.draft_vocab,
-        ):
-            return replace(known, acceptance=agreement | known.acceptance)
-        return DraftProfile(agreement, () if known is None else known.passes)
+        acceptance = {}
+        for name, share in self.agreement.items():
+            acceptance[f"exit {name}" if name.isdigit() else name] = share
+        last = training.final_losses.get(str(num_layers))
+        if not acceptance and last is not None:
+            for layer in self.trained_exits:
+                loss = training.final_losses.get(str(layer))
+                if loss is not None:
+                    acceptance[f"exit {layer}"] = exp(-max(loss - last, 0.0) / 2)
+        measured = self.profile
+        if measured is None:
+            return DraftProfile(acceptance)
+        is_same = measured.draft_head == packing.draft_head
+        if is_same and measured.draft_vocab == packing.draft_vocab:
+            return replace(measured, acceptance=acceptance | measured.acceptance)
+        return DraftProfile(acceptance, measured.passes)
 
     @property
     def advice(self) -> tuple[str, ...]:
         """The names of saved settings: the policies, else the recommended exit or strategy."""
-        recommended = self.strategy if self.exit_layer is None else f"exit {self.exit_layer}"
-        return tuple(f"policy {name}" for name in self.policies) or (
-            (recommended,) if recommended else ()
-        )
+        if self.policies:
+            return tuple(f"policy {name}" for name in self.policies)
+        if self.exit_layer is not None:
+            return (f"exit {self.exit_layer}",)
+        return (self.strategy,) if self.strategy else ()
 
     def with_exit_blocks(self, trained: Mapping[str, Any]) -> "CheckpointInfo":
         """Adds new blocks, by exit. Drops saved settings, and a sweep's measurements of these
         exits.
         """
         names = tuple(f"exit {exit_layer}" for exit_layer in trained)
-        profile = self.profile
 
         def others(measured: Mapping[str, float]) -> dict[str, float]:
             return {name: value for name, value in measured.items() if not name.endswith(names)}
 
+        profile = self.profile
         if profile is not None:
-            profile = replace(
-                profile, acceptance=others(profile.acceptance), drafts=others(profile.drafts)
-            )
-        details = {**self.details, EXIT_BLOCKS: {**self.details.get(EXIT_BLOCKS, {}), **trained}}
-        kept = replace(self, exit_layer=None, num_draft_tokens=None, strategy=None)
-        return replace(kept, policies={}, profile=profile, details=details)
+            acceptance = others(profile.acceptance)
+            profile = replace(profile, acceptance=acceptance, drafts=others(profile.drafts))
+        described = {**self.details.get(EXIT_BLOCKS, {}), **trained}
+        details = {**self.details, EXIT_BLOCKS: described}
+        return replace(self._without_advice(), profile=profile, details=details)
 
     def dequantised(self) -> "CheckpointInfo":
         """What stays true once low-bit weights are dequantised: not the recommendation and the
         times, which are measured.
         """
-        kept = replace(self, exit_layer=None, num_draft_tokens=None, strategy=None, policies={})
-        return (
-            kept
-            if self.profile is None
-            else replace(kept, profile=DraftProfile(self.profile.acceptance))
-        )
+        info = self._without_advice()
+        if info.profile is None:
+            return info
+        return replace(info, profile=DraftProfile(info.profile.acceptance))
+
+    def _without_advice(self) -> "CheckpointInfo":
+        return replace(self, exit_layer=None, num_draft_tokens=None, strategy=None, policies={})
 
     def without_int4(self) -> "CheckpointInfo":
         """Drops a sweep's acceptance rates of int4 weights, which a new calibration replaces."""
         if self.profile is None:
             return self
-        acceptance = {
-            name: share
-            for name, share in self.profile.acceptance.items()
-            if not name.startswith("int4")
-        }
+        acceptance = dict(self.profile.acceptance)
+        for name in self.profile.acceptance:
+            if name.startswith("int4"):
+                del acceptance[name]
         return replace(self, profile=replace(self.profile, acceptance=acceptance))
 
     def with_int4(self, agreement: float) -> "CheckpointInfo":
         """Adds the `agreement` of int4 weights, unless a sweep measured their drafts."""
-        known = self.profile or DraftProfile()
+        profile = self.profile or DraftProfile()
         # Measured with another head or vocabulary
-        if (known.draft_head, known.draft_vocab) != (None, 0):
+        if profile.draft_head is not None or profile.draft_vocab:
             return self
-        return replace(
-            self, profile=replace(known, acceptance={"int4": agreement} | known.acceptance)
-        )
+        acceptance = {"int4": agreement} | profile.acceptance
+        return replace(self, profile=replace(profile, acceptance=acceptance))
 
     @property
     def _training(self) -> _Training:
@@ -264,14 +257,9 @@ def read_info_file(file: Path) -> CheckpointInfo:
         info = msgspec.convert({**values, "details": details}, CheckpointInfo)
         msgspec.convert(details, _Training)
         for name in info.files:
-            inside = PurePosixPath(name)
-            if (
-                not inside.parts
-                or inside.is_absolute()
-                or ".." in inside.parts
-                or "\\" in name
-                or "\0" in name
-            ):
+            path = PurePosixPath(name)
+            leaves = path.is_absolute() or ".." in path.parts
+            if leaves or not path.parts or "\\" in name or "\0" in name:
                 raise ValueError(f"a file's name must stay in its folder, got {name!r}")
         if any("strategy" not in policy for policy in info.policies.values()):
             raise ValueError("a policy has no strategy")

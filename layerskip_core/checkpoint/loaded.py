@@ -4,7 +4,6 @@ trained and saved.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -66,12 +65,10 @@ def pick_dtype(dtype: str, device: torch.device, parameters: int) -> torch.dtype
     require_choice(dtype, "dtype", DTYPES)
     if dtype != "auto":
         return TORCH_DTYPES[dtype]
-    fast = device.type == "cuda" or "AVX512" in torch.backends.cpu.get_cpu_capability()
-    return (
-        torch.bfloat16
-        if fast and (device.type == "cuda" or parameters >= _LARGE_MODEL)
-        else torch.float32
-    )
+    if device.type == "cuda":
+        return torch.bfloat16
+    has_avx512 = "AVX512" in torch.backends.cpu.get_cpu_capability()
+    return torch.bfloat16 if has_avx512 and parameters >= _LARGE_MODEL else torch.float32
 
 
 @dataclass(frozen=True)
@@ -107,11 +104,11 @@ class Decoder:
     def known_ids(self, ids: list[int]) -> list[int]:
         """Returns `ids`. Raises ConfigError for an id without an embedding."""
         last = max(ids, default=0)
-        known = self.backend.spec.vocab
-        if last >= known:
+        vocab = self.backend.spec.vocab
+        if last >= vocab:
             token = self.tokenizer.decode([last])
             raise ConfigError(
-                f"the prompt must have tokens of the model, ids below {known}, got {token!r}, id {last}"
+                f"the prompt must have tokens of the model, ids below {vocab}, got {token!r}, id {last}"
             )
         return ids
 
@@ -119,12 +116,12 @@ class Decoder:
         """The first tokens, which all prompts share."""
         one = self.encode_prompt("a")
         other = self.encode_prompt("1")
-        return [
-            token
-            for token, _ in takewhile(
-                lambda pair: pair[0] == pair[1], zip(one, other, strict=False)
-            )
-        ]
+        shared = []
+        for token, other_token in zip(one, other, strict=False):
+            if token != other_token:
+                break
+            shared.append(token)
+        return shared
 
     def detokenize(self, ids: list[int]) -> str:
         """The text of tokens, without special ones."""
@@ -143,52 +140,61 @@ class Decoder:
 
     def ends_of(self, config: DecodingConfig) -> frozenset[int]:
         """All ids that end an answer: `ends` (without EOS if `ignore_eos`) and `stop_token_ids`."""
-        usual = self.ends(config.stop) - (self.eos_ids if config.ignore_eos else frozenset())
-        return usual | set(config.stop_token_ids)
+        ids = self.ends(config.stop)
+        if config.ignore_eos:
+            ids -= self.eos_ids
+        return ids | set(config.stop_token_ids)
 
     def token_text(self, token: int) -> str:
         """A token's text as it continues a text, special tokens included."""
         before = list(self.tokenizer("a", add_special_tokens=False)["input_ids"])
-        return str(self.tokenizer.decode([*before, token]))[
-            len(str(self.tokenizer.decode(before))) :
-        ]
+        text = str(self.tokenizer.decode([*before, token]))
+        return text[len(str(self.tokenizer.decode(before))) :]
 
     @property
     def own_sampling(self) -> RequestOptions:
         """Sampling by generation_config.json: greedy without `do_sample`. Raises
         CheckpointError.
         """
-        names = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")
         is_sampled = getattr(self.generation, "do_sample", None) is True
-        own = {
-            name: getattr(self.generation, name, None)
-            for name in (names if is_sampled else names[:1])
-        }
+        names = ["repetition_penalty"]
+        if is_sampled:
+            names += ["temperature", "top_k", "top_p", "min_p"]
+        stored = {name: getattr(self.generation, name, None) for name in names}
         try:
-            return cast(
-                RequestOptions,
-                ({"temperature": 1.0} if is_sampled else {}) | checked(RequestOptions, own),
-            )
+            own = checked(RequestOptions, stored)
         except ConfigError as error:
             raise CheckpointError(f"generation_config.json of {self.name}: {error}") from None
+        if is_sampled:
+            own.setdefault("temperature", 1.0)
+        return cast(RequestOptions, own)
 
     def recommended(self, packing: PackingConfig = PLAIN) -> Recommended:
         """Exit and draft length: of layerskip.json, else of an exit block, else PUBLISHED, else a
         quarter of the layers.
         """
-        exit_layer, drafts = PUBLISHED.get(
-            self.name, (max(1, self.backend.num_layers // 4), _USUAL_DRAFTS)
-        )
         info = self.info
+        layers = self.backend.num_layers
+        is_published = self.name in PUBLISHED
+        usual = (max(1, layers // 4), _USUAL_DRAFTS)
+        exit_layer, drafts = PUBLISHED[self.name] if is_published else usual
         blocks = tuple(self.backend.exit_blocks)
         exits = blocks or info.trained_exits
-        if not exits and self.name in PUBLISHED:
+        if not exits and is_published:
             exits = (exit_layer,)
-        strategy = "self-speculative" if info.exit_layer is not None and not exits else None
-        exit_layer = info.exit_layer or (blocks[0] if blocks else exit_layer)
-        drafts = info.num_draft_tokens or drafts
-        profile = info.draft_profile(self.backend.num_layers, packing)
-        return Recommended(exit_layer, drafts, info.strategy or strategy, exits, profile)
+        strategy = info.strategy
+        # A recommended exit that no training of ours made
+        if strategy is None and info.exit_layer is not None and not exits:
+            strategy = "self-speculative"
+        if blocks:
+            exit_layer = blocks[0]
+        return Recommended(
+            info.exit_layer or exit_layer,
+            info.num_draft_tokens or drafts,
+            strategy,
+            exits,
+            info.draft_profile(layers, packing),
+        )
 
     def resolve(self, options: DecodingOptions, packing: PackingConfig = PLAIN) -> DecodingConfig:
         """The requested options, completed by this checkpoint; by default the policy `exact`, if
@@ -199,17 +205,15 @@ class Decoder:
         """
         name = options.get("policy")
         policies = self.info.policies
-        if name is None and EXACT in policies and not choices(options) and not packing.drafts_apart:
-            name = None if self._missing(policies[EXACT]) else EXACT
+        # By default the policy `exact`, if its copies are loaded
+        is_default = EXACT in policies and not choices(options) and not packing.drafts_apart
+        if name is None and is_default and not self._missing(policies[EXACT]):
+            name = EXACT
         if name is not None:
             policy = policy_named(policies, name)
             missing = ",".join(self._missing(policy))
-            require(
-                not missing,
-                "policy",
-                f"given with `draft_weights` {missing}, which it drafts with",
-                name,
-            )
+            needed = f"given with `draft_weights` {missing}, which it drafts with"
+            require(not missing, "policy", needed, name)
             options = policy_options(policy, options)
             packing = policy_packing(policy)
         try:
@@ -221,28 +225,20 @@ class Decoder:
                 f"`policy` {name} does not suit the model: {error}", "policy"
             ) from None
         vocab = self.backend.spec.vocab
-        ids = dict(config.logit_bias)
-        require(
-            max(ids, default=0) < vocab,
-            "logit_bias",
-            f"of tokens of the model, ids below {vocab}",
-            max(ids, default=0),
-        )
+        last = max(dict(config.logit_bias), default=0)
+        needed = f"of tokens of the model, ids below {vocab}"
+        require(last < vocab, "logit_bias", needed, last)
         if config.guided is not None:
             from ..grammar import guide
 
-            config = replace(
-                config, guide=guide(config.guided, self.tokenizer, vocab, self.eos_ids)
-            )
+            grammar = guide(config.guided, self.tokenizer, vocab, self.eos_ids)
+            config = replace(config, guide=grammar)
         return replace(config, policy=name)
 
     def _missing(self, policy: Policy) -> list[Quantization]:
         """The low-bit copies of a policy that are not loaded."""
-        return [
-            weights
-            for weights in policy_packing(policy).draft_weights
-            if weights not in self.backend.draft_sides
-        ]
+        loaded = self.backend.draft_sides
+        return [kind for kind in policy_packing(policy).draft_weights if kind not in loaded]
 
 
 @dataclass(frozen=True)
@@ -291,15 +287,14 @@ def end_ids(*sources: object) -> frozenset[int]:
     """Every `eos_token_id` of generation config, config and tokenizer. Raises CheckpointError for
     one that is no id.
     """
-    stored = [getattr(source, "eos_token_id", None) for source in sources]
-    ids = frozenset(
-        token
-        for ids in stored
-        if ids is not None
-        for token in (ids if isinstance(ids, list) else [ids])
-    )
-    if wrong := [token for token in ids if type(token) is not int]:
-        raise CheckpointError(
-            f"eos_token_id must be a token id, a list of them, or null, got {wrong[0]!r}"
-        )
-    return ids
+    found = set[int]()
+    for source in sources:
+        stored = getattr(source, "eos_token_id", None)
+        ids = stored if isinstance(stored, list) else [stored]
+        for token in ids if stored is not None else ():
+            if type(token) is not int:
+                raise CheckpointError(
+                    f"eos_token_id must be a token id, a list of them, or null, got {token!r}"
+                )
+            found.add(token)
+    return frozenset(found)

@@ -2,11 +2,9 @@
 
 It holds the embedding, norms and routers by their names in a checkpoint, and the parts of each
 matrix (model/native/matrix.py) as `KIND.MATRIX.PART`: `int4.layers.0.qkv.weight`. fp32 weights that
-bf16 holds exactly are `widened`, for kernels that widen bf16. The header has a fingerprint of a few
-bytes of every tensor, to detect incomplete copies.
+bf16 holds exactly are `widened`, for kernels that widen bf16.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -26,7 +24,7 @@ from ..model.spec import ModelSpec, Shapes
 from ..model.weights import Affine
 from .folder import METADATA, PACKED_FILE
 from .loaded import TORCH_DTYPES
-from .sidecars import FINGERPRINT, naming, open_formed
+from .sidecars import naming, open_formed
 
 _FORM = {"format": "layerskip packed 1", "layout": str(LAYOUT)}
 _CONTENT = "content"  # key of the header
@@ -53,39 +51,41 @@ class Content:
         """The requested packing. Raises ConfigError if the file does not hold it."""
         copies = asked.draft_weights
         head = asked.draft_head or "int8"
-        if asked.adaptive and not copies and self.quantize is None and not asked.exact:
+        drafts = copies or self.quantize or asked.exact
+        if asked.adaptive and not drafts and head == self.draft_head:
             usual: Quantization = "int4" if self.calibrated else "int8"
-            copies = (usual,) if usual in self.draft_weights and head == self.draft_head else ()
-        checks: list[tuple[str, str | None, Collection[str | None]]] = [
-            ("dtype", dtype, ("auto", self.dtype)),
-            ("quantize", asked.quantize, (None, self.quantize)),
-            *(("draft_weights", kind, self.draft_weights) for kind in copies),
-            *(("draft_head", head, (self.draft_head,)) for _ in copies[:1]),
-        ]
-        for field, value, packed in checks:
-            there = " or ".join(kind or "left out" for kind in packed) or "left out"
-            require(value in packed, field, f"{there}, as the model was packed", value)
+            if usual in self.draft_weights:
+                copies = (usual,)
+        _require_packed("dtype", dtype, ("auto", self.dtype))
+        _require_packed("quantize", asked.quantize, (None, self.quantize))
+        for kind in copies:
+            _require_packed("draft_weights", kind, self.draft_weights)
+        if copies:
+            _require_packed("draft_head", head, (self.draft_head,))
         return replace(asked, quantize=self.quantize, draft_weights=copies)
+
+
+def _require_packed(field: str, value: str | None, packed: Collection[str | None]) -> None:
+    """Raises ConfigError for a setting that is not among the `packed` ones."""
+    names = [kind or "left out" for kind in packed] or ["left out"]
+    require(value in packed, field, f"{' or '.join(names)}, as the model was packed", value)
 
 
 class PackedFile:
     """The packed file of a folder. Its matrices are views of the memory-mapped file."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Reads header and fingerprint. Raises CheckpointError for a damaged or foreign file."""
+        """Reads the header. Raises CheckpointError for a damaged or foreign file."""
         self._path = Path(folder) / PACKED_FILE
         with naming(self._path, _ADVICE):
             self._file = open_formed(self._path, _FORM)
-            self.content: Content = msgspec.json.decode(
-                self._file.metadata.get(_CONTENT, "null"), type=Content
-            )
-            samples = {name: _sample(self._file.mapped(name)) for name in self._file.entries}
-            if self._file.metadata.get(FINGERPRINT) != _fingerprint(samples):
-                raise ValueError("its content is damaged or missing, as when it was copied in part")
+            content = self._file.metadata.get(_CONTENT, "null")
+            self.content: Content = msgspec.json.decode(content, type=Content)
         self.dtype = TORCH_DTYPES[self.content.dtype]
-        exits = {
-            int(name.split(".")[1]) for name in self._file.entries if name.startswith("exits.")
-        }
+        exits = set()
+        for name in self._file.entries:
+            if name.startswith("exits."):
+                exits.add(int(name.split(".")[1]))
         # Only norms are unpacked
         self.exit_blocks = ExitBlocks(tuple(map(ExitBlock, sorted(exits))), self.unpacked)
 
@@ -106,13 +106,10 @@ class PackedFile:
     ) -> NativeMatrix:
         if form.kind == "fp32" and f"widened.{name}.weight" in self._file.entries:
             form = replace(form, kind="widened")
-        return NativeMatrix(
-            form,
-            {
-                part: self._part(f"{form.kind}.{name}.{part}", *kind)
-                for part, kind in form.parts.items()
-            },
-        )
+        parts = {}
+        for part, like in form.parts.items():
+            parts[part] = self._part(f"{form.kind}.{name}.{part}", *like)
+        return NativeMatrix(form, parts)
 
     def _part(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
         """A view of a tensor. Raises CheckpointError if it is missing, or not of the type and shape
@@ -168,74 +165,49 @@ class PackedWriter(TensorWriter):
         """`file` is open and empty. The header has room for `most` tensors."""
         super().__init__(file, (most + 16) * ENTRY)
         self._kernels = kernels
-        self._samples: dict[str, bytes] = {}
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        self._samples[name] = _sample(tensor)
-        super().add(name, tensor)
 
     def matrix(
         self, name: str, form: MatrixForm, read: Callable[[], Iterable[Affine]]
     ) -> NativeMatrix:
         """Writes a matrix; the returned one has no memory, so the backend cannot run."""
-        kinds = (form.kind, "widened") if form.kind == "fp32" else (form.kind,)
-        if not any(f"{kind}.{name}.weight" in self._entries for kind in kinds):
+        # A head is asked for twice: by the model and by its drafts
+        written = {f"{form.kind}.{name}.weight"}
+        if form.kind == "fp32":
+            written.add(f"widened.{name}.weight")
+        if written.isdisjoint(self._entries):
             matrix = NativeMatrix.packed(
                 self._kernels, name, form, read, narrows=self._kernels.widens_bf16
             )
             for part, tensor in matrix.parts.items():
                 self.add(f"{matrix.form.kind}.{name}.{part}", tensor)
-        empty = {
-            part: torch.empty(shape, dtype=dtype, device="meta")
-            for part, (dtype, shape) in form.parts.items()
-        }
+        empty = {}
+        for part, (dtype, shape) in form.parts.items():
+            empty[part] = torch.empty(shape, dtype=dtype, device="meta")
         return NativeMatrix(form, empty)
 
     def finish(self, content: Content) -> None:
         """Writes the header, which makes the file valid."""
-        self.end(
-            {
-                **_FORM,
-                _CONTENT: json.dumps(asdict(content)),
-                FINGERPRINT: _fingerprint(self._samples),
-            }
-        )
+        self.end({**_FORM, _CONTENT: json.dumps(asdict(content))})
 
 
 def unpacked_names(spec: ModelSpec, shapes: Shapes) -> list[str]:
     """The names of weights stored unpacked: norms, activations, learned positions, convolutions and
     routers.
     """
-    experts = spec.architecture.experts
-    mixer = spec.architecture.mixer
     whole = {f"{spec.names.positions}.weight", *spec.mapped}
+    modules = list[str]()
+    mixer = spec.architecture.mixer
     if mixer is not None:
-        whole |= {
-            name
-            for name in shapes
-            if any(f".{part}." in name for part in (mixer.convolution, *mixer.steps))
-        }
-    parts = (None if experts is None else (experts.router, experts.shared_gate)) or ()
-    routers = tuple(f"{name}.{part}" for name in parts for part in ("weight", "bias"))
-    whole |= {name for name in shapes if name.endswith(routers)}
-    sizes = {
-        name: len(shapes.get(f"{name.rpartition('.')[0]}.weight", shape))
-        for name, shape in shapes.items()
-    }
-    return [name for name, dimensions in sizes.items() if name in whole or dimensions == 1]
-
-
-def _sample(tensor: Tensor) -> bytes:
-    """The first, middle and last bytes."""
-    content = tensor.contiguous().view(-1).view(torch.uint8).numpy()
-    middle = len(content) // 2
-    return b"".join(
-        part.tobytes() for part in (content[:64], content[middle : middle + 64], content[-64:])
-    )
-
-
-def _fingerprint(samples: Mapping[str, bytes]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(samples):
-        digest.update(name.encode() + samples[name])
-    return digest.hexdigest()
+        modules += [mixer.convolution, *mixer.steps]
+    endings = list[str]()
+    experts = spec.architecture.experts
+    for part in (experts.router, experts.shared_gate) if experts is not None else ():
+        endings += [f"{part}.weight", f"{part}.bias"]
+    names = []
+    for name, shape in shapes.items():
+        # A bias is unpacked if its weight is
+        weight = shapes.get(f"{name.rpartition('.')[0]}.weight", shape)
+        is_part = any(f".{module}." in name for module in modules)
+        if len(weight) == 1 or is_part or name in whole or name.endswith(tuple(endings)):
+            names.append(name)
+    return names

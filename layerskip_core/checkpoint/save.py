@@ -30,36 +30,32 @@ READY = ".layerskip-ready"
 # A key that other files of that name lack
 _CONFIG_KEYS = {"config.json": "model_type", ADAPTER_FILE: "peft_type"}
 _WAIT = 60.0  # seconds to wait for another process to finish its renames
-_MODEL = (  # patterns of the files that loaders take for part of a model
-    *(
-        *CONFIG_FILES,
-        "generation_config.json",
-        INFO_FILE,
-        ORDER_FILE,
-        "chat_template.jinja",
-        "chat_template.json",
-    ),
-    *("*.safetensors", "*.safetensors.index.json", "additional_chat_templates/*.jinja"),
-    *(
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "tokenizer.model",
-    ),
-    *(
-        f"{drafter}/{name}"
-        for drafter in ("eagle3", "assistant")
-        for name in ("config.json", "model.safetensors")
-    ),
-    *(
-        "vocab.json",
-        "vocab.txt",
-        "merges.txt",
-        "spiece.model",
-        "sentencepiece.bpe.model",
-        "tekken.json",
-    ),
+# Patterns of the files that loaders take for part of a model
+_MODEL = (
+    *CONFIG_FILES,
+    "generation_config.json",
+    INFO_FILE,
+    ORDER_FILE,
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+    "eagle3/config.json",
+    "eagle3/model.safetensors",
+    "assistant/config.json",
+    "assistant/model.safetensors",
 )
 NO_FILES: Mapping[str, bytes] = MappingProxyType({})
 
@@ -71,10 +67,10 @@ def model_files(folder: Path) -> set[str]:
     CheckpointError.
     """
     names = {INFO_FILE, *read_info(folder).files}
-    if len(names) == 1 and any(
-        key in read_settings(folder, name) for name, key in _CONFIG_KEYS.items()
-    ):
-        names |= _usual(folder)
+    if names == {INFO_FILE}:
+        is_model = any(key in read_settings(folder, name) for name, key in _CONFIG_KEYS.items())
+        if is_model:
+            names |= _usual(folder)
     return {name for name in names if (folder / name).is_file()}
 
 
@@ -158,15 +154,11 @@ def save_files(
             for name, content in files.items():
                 (staging / name).parent.mkdir(exist_ok=True)
                 (staging / name).write_bytes(content)
-            written = sorted(
-                path.relative_to(staging).as_posix()
-                for path in staging.rglob("*")
-                if not path.is_dir()
-            )
+            paths = [path for path in staging.rglob("*") if not path.is_dir()]
+            written = sorted(path.relative_to(staging).as_posix() for path in paths)
             listed = tuple(dict.fromkeys((*written, INFO_FILE)))
-            (staging / INFO_FILE).write_text(
-                replace(info, files=listed).to_json(), encoding="utf-8"
-            )
+            text = replace(info, files=listed).to_json()
+            (staging / INFO_FILE).write_text(text, encoding="utf-8")
             readers = (staging / INFO_FILE).stat().st_mode
             # Safetensors 0.8 makes its file readable by the owner only, whatever the umask
             for name in listed:
@@ -191,15 +183,13 @@ def write_model(model: Any, folder: Path, as_it_is: bool = False) -> None:
     """Writes a transformers model, or a peft model's adapter; `as_it_is`: under its parameters' own
     names.
     """
-    adapter = _is_adapter(model)
-    # For embedding layers "auto" would ask the hub.
-    options = (
-        {"save_embedding_layers": False} if adapter else {"save_original_format": not as_it_is}
-    )
-    model.save_pretrained(folder, **options)
-    if adapter:
-        # Peft's empty model card, which would replace the user's
-        (folder / "README.md").unlink(missing_ok=True)
+    if not _is_adapter(model):
+        model.save_pretrained(folder, save_original_format=not as_it_is)
+        return
+    # With "auto" peft would ask the hub about embedding layers
+    model.save_pretrained(folder, save_embedding_layers=False)
+    # peft's empty model card, which would replace the user's
+    (folder / "README.md").unlink(missing_ok=True)
 
 
 def _is_adapter(model: Any) -> bool:
@@ -326,9 +316,10 @@ def _version(folder: str | Path) -> list[tuple[int, ...]]:
 
 def _usual(folder: Path) -> set[str]:
     """Relative names of the files in a folder that loaders would take for part of a model."""
-    return {
-        path.relative_to(folder).as_posix() for pattern in _MODEL for path in folder.glob(pattern)
-    }
+    names = set()
+    for pattern in _MODEL:
+        names |= {path.relative_to(folder).as_posix() for path in folder.glob(pattern)}
+    return names
 
 
 def _refuse_obstacles(
@@ -337,11 +328,8 @@ def _refuse_obstacles(
     """Raises `error` for files that are not ours and that a new model would overwrite (`written`)
     or load with.
     """
-    obstacles = sorted(
-        name
-        for name in {*written, *_usual(folder)} - model_files(folder)
-        if os.path.lexists(folder / name)
-    )
+    foreign = {*written, *_usual(folder)} - model_files(folder)
+    obstacles = sorted(name for name in foreign if os.path.lexists(folder / name))
     if obstacles:
         more = f" ({len(obstacles) - 1} more)" if len(obstacles) > 1 else ""
         raise error(

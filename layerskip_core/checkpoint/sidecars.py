@@ -24,7 +24,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -68,16 +68,14 @@ def matrix_names(spec: ModelSpec) -> list[str]:
     """The weights that may be low-bit: the projections, in the order of the layers, and the
     head.
     """
-    of_layers = (
-        name
-        for name, shape in spec.shapes.items()
-        if name.startswith(f"{spec.names.layers}.") and len(shape) == 2
-    )
-    others = () if spec.architecture.mixer is None else spec.architecture.mixer.steps
-    return [
-        *(name for name in of_layers if not any(f".{step}." in name for step in others)),
-        spec.head_name,
-    ]
+    mixer = spec.architecture.mixer
+    steps = [f".{step}." for step in mixer.steps] if mixer is not None else []
+    names = []
+    for name, shape in spec.shapes.items():
+        is_step = any(step in name for step in steps)
+        if name.startswith(f"{spec.names.layers}.") and len(shape) == 2 and not is_step:
+            names.append(name)
+    return [*names, spec.head_name]
 
 
 def fingerprint(spec: AnySpec, weight_of: Callable[[str], Tensor]) -> str:
@@ -85,8 +83,11 @@ def fingerprint(spec: AnySpec, weight_of: Callable[[str], Tensor]) -> str:
     does not.
     """
     digest = hashlib.sha256()
-    others = [name for name, shape in spec.shapes.items() if len(shape) > 1]
-    for name in matrix_names(spec) if isinstance(spec, ModelSpec) else others:
+    if isinstance(spec, ModelSpec):
+        names = matrix_names(spec)
+    else:
+        names = [name for name, shape in spec.shapes.items() if len(shape) > 1]
+    for name in names:
         # Experts share one tensor of three dimensions
         weight = weight_of(name).detach().flatten(0, -2)
         rows = weight[[0, len(weight) // 2, -1]].to("cpu", torch.bfloat16).contiguous()
@@ -132,10 +133,10 @@ def drop_unused(new: Path) -> None:
         with suppress(OSError):  # another process may remove it
             state = path.stat()
             used.append((state.st_atime_ns, state.st_size, path))
-    room = CACHED
+    free = CACHED
     for _, size, path in sorted(used, reverse=True):
-        room -= size
-        if room < 0 and path != new:
+        free -= size
+        if free < 0 and path != new:
             with suppress(OSError):
                 path.unlink()
 
@@ -191,16 +192,17 @@ def exit_blocks_content(
     spec: AnySpec,
     weights: Mapping[str, Tensor],
     model_fingerprint: str,
-    kept: ExitBlocks = NO_BLOCKS,
+    present: ExitBlocks = NO_BLOCKS,
 ) -> bytes:
-    """The bytes of exit_blocks.safetensors: `weights` by the names of `ExitBlock.shapes`, and
-    `kept` blocks at other exits.
+    """The bytes of exit_blocks.safetensors: `weights` by the names of `ExitBlock.shapes`, and the
+    `present` blocks at other exits.
     """
     content = dict(weights)
     trained = {block.exit_layer for block in blocks_named(weights, spec.layers)}
-    for block in kept.blocks:
+    present_weights = present.weights(spec)
+    for block in present.blocks:
         if block.exit_layer not in trained:
-            content |= {name: kept.weights(spec).of(name) for name in block.shapes(spec)}
+            content |= {name: present_weights.of(name) for name in block.shapes(spec)}
     return content_of(content, model_fingerprint, BLOCKS)
 
 
@@ -216,7 +218,9 @@ def check_entries(
     for name in sorted({*shapes, *entries}):
         kind, shape = entries.get(name, ("nothing", ()))
         if kind not in kinds or shape != shapes.get(name):
-            needed = f"{' or '.join(kinds)} {list(shapes[name])}" if name in shapes else "left out"
+            needed = "left out"
+            if name in shapes:
+                needed = f"{' or '.join(kinds)} {list(shapes[name])}"
             raise ValueError(f"{name} must be {needed}, found {kind} {list(shape)}")
 
 
@@ -289,11 +293,8 @@ class _Values(msgspec.Struct):
 
 def default_layers(num_layers: int) -> tuple[int, ...]:
     """The layers that engines tap if config.json names none: 2, L/2 and L-3, within 1..L-1."""
-    return tuple(
-        sorted(
-            {min(max(layer, 1), num_layers - 1) for layer in (2, num_layers // 2, num_layers - 3)}
-        )
-    )
+    usual = (2, num_layers // 2, num_layers - 3)
+    return tuple(sorted({min(max(layer, 1), num_layers - 1) for layer in usual}))
 
 
 def eagle3_content(stored: Eagle3Weights, spec: AnySpec, verifier: str) -> dict[str, bytes]:
@@ -302,8 +303,22 @@ def eagle3_content(stored: Eagle3Weights, spec: AnySpec, verifier: str) -> dict[
     """
     from safetensors.torch import save
 
+    document = _eagle3_config(stored, spec, verifier)
+    weights = {}
+    for name, weight in stored.weights.items():
+        weights[name.replace(LAYER, _OF_EAGLE)] = weight.contiguous()
+    if stored.form.vocab < spec.vocab:  # for a whole vocabulary vLLM refuses the tensor
+        weights[TOKENS] = stored.tokens.long() - torch.arange(stored.form.vocab)
+    config, tensors = EAGLE3_FILES
+    return {
+        config: (json.dumps(document, indent=2) + "\n").encode(),
+        tensors: save(weights, {"format": "pt"}),
+    }
+
+
+def _eagle3_config(stored: Eagle3Weights, spec: AnySpec, verifier: str) -> dict[str, Any]:
+    """The values of config.json, at the top and as `speculators` writes them."""
     form = stored.form
-    architectures = ["LlamaForCausalLMEagle3"]
     layer: dict[str, Any] = {
         "model_type": "llama",
         "hidden_size": form.hidden,
@@ -328,20 +343,22 @@ def eagle3_content(stored: Eagle3Weights, spec: AnySpec, verifier: str) -> dict[
         "verifier_accept_k": 1,
         "accept_tolerance": 0.0,
     }
-    document = {
+    # SGLang adds 1 to each number of a list that begins with 1
+    first = 1 if form.layers[0] == 2 else 0
+    sglang_layers = [tapped - first for tapped in form.layers]
+    dtype = next(iter(stored.weights.values())).dtype
+    return {
         **layer,
-        "architectures": architectures,
+        "architectures": ["LlamaForCausalLMEagle3"],
         "draft_vocab_size": form.vocab,
         "norm_before_residual": form.norm_before_residual,
         **{name: getattr(form, name) for name in _NORMS},
         "eagle_aux_hidden_state_layer_ids": list(form.layers),
         "eagle_config": {
-            "eagle_aux_hidden_state_layer_ids": [
-                layer - (form.layers[0] == 2) for layer in form.layers
-            ],
+            "eagle_aux_hidden_state_layer_ids": sglang_layers,
             "use_aux_hidden_state": True,
         },
-        "dtype": str(next(iter(stored.weights.values())).dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
         "speculators_model_type": "eagle3",
         "speculators_config": {
             "algorithm": "eagle3",
@@ -354,14 +371,6 @@ def eagle3_content(stored: Eagle3Weights, spec: AnySpec, verifier: str) -> dict[
         },
         "transformer_layer_config": layer,
     }
-    weights = {
-        name.replace(LAYER, _OF_EAGLE): weight.contiguous()
-        for name, weight in stored.weights.items()
-    }
-    if form.vocab < spec.vocab:  # for a whole vocabulary vLLM refuses the tensor
-        weights[TOKENS] = stored.tokens.long() - torch.arange(form.vocab)
-    text = json.dumps(document, indent=2) + "\n"
-    return dict(zip(EAGLE3_FILES, (text.encode(), save(weights, {"format": "pt"})), strict=True))
 
 
 def eagle3_sidecar(folder: str | Path, spec: AnySpec) -> Eagle3Weights | None:
@@ -378,97 +387,82 @@ def read_eagle3(folder: str | Path, spec: AnySpec) -> Eagle3Weights:
     """
     path = Path(folder)
     with naming(f"the drafter {folder}"):
-        values = msgspec.convert(
-            document := read_json(path / CONFIG_FILE, CheckpointError), _Values
-        )
-        own = values.transformer_layer_config or msgspec.convert(document, _Layer)
+        document = read_json(path / CONFIG_FILE, CheckpointError)
+        values = msgspec.convert(document, _Values)
+        layer = values.transformer_layer_config or msgspec.convert(document, _Layer)
+        form = _form(values, layer, spec)
         file = WeightFile(path / "model.safetensors")
-        form = _form(values, own, spec)
-        names = {
-            name.replace(_OF_EAGLE, LAYER): name for name in file.entries if name not in _UNUSED
-        }
+        stored = {}
+        for name in file.entries:
+            if name not in _UNUSED:
+                stored[name.replace(_OF_EAGLE, LAYER)] = name
         tokens = torch.arange(form.vocab)
-        if names.pop(TOKENS, None):
+        if stored.pop(TOKENS, None):
             check_entries({TOKENS: file.entries[TOKENS]}, {TOKENS: (form.vocab,)}, ("I64", "I32"))
             tokens += file.read(TOKENS).long()
-        check_entries(
-            {name: file.entries[stored] for name, stored in names.items()},
-            form.shapes,
-            ("F32", "BF16", "F16"),
-        )
-        weights = {name: file.read(names[name]) for name in form.shapes}
-        require(
-            bool(((tokens >= 0) & (tokens < spec.vocab)).all()),
-            TOKENS,
-            f"tokens below {spec.vocab}",
-            "others",
-        )
-        require(
-            len(set(tokens.tolist())) == len(tokens),
-            TOKENS,
-            "different tokens",
-            "some of them twice",
-        )
+        entries = {name: file.entries[full] for name, full in stored.items()}
+        check_entries(entries, form.shapes, ("F32", "BF16", "F16"))
+        weights = {name: file.read(stored[name]) for name in form.shapes}
+        are_known = bool(((tokens >= 0) & (tokens < spec.vocab)).all())
+        require(are_known, TOKENS, f"tokens below {spec.vocab}", "others")
+        are_different = len(set(tokens.tolist())) == len(tokens)
+        require(are_different, TOKENS, "different tokens", "some of them twice")
     return Eagle3Weights(form, tokens, weights)
 
 
-def _form(values: _Values, own: _Layer, spec: AnySpec) -> Eagle3Form:
+def _form(values: _Values, layer: _Layer, spec: AnySpec) -> Eagle3Form:
     """The drafter's sizes. Raises ConfigError for an unsupported value."""
-    named = values.eagle_config.eagle_aux_hidden_state_layer_ids if values.eagle_config else []
-    by_index = bool(named) and named[0] == 1
-    layers = (
-        values.eagle_aux_hidden_state_layer_ids
-        or [layer + by_index for layer in named]
-        or default_layers(spec.layers)
-    )
-    require(
-        max(layers) < spec.layers,
-        "eagle_aux_hidden_state_layer_ids",
-        f"layers below {spec.layers}",
-        layers,
-    )
-    require(
-        own.hidden_size == spec.hidden,
-        "hidden_size",
-        f"{spec.hidden}, as the model's",
-        own.hidden_size,
-    )
-    require(
-        values.target_hidden_size in (None, spec.hidden),
-        "target_hidden_size",
-        "hidden_size",
-        values.target_hidden_size,
-    )
-    require(own.num_hidden_layers == 1, "num_hidden_layers", "1", own.num_hidden_layers)
-    require(own.hidden_act == "silu", "hidden_act", "silu", own.hidden_act)
-    heads = own.num_key_value_heads or own.num_attention_heads
-    size = own.head_dim or own.hidden_size // own.num_attention_heads
-    needed = f"a multiple of num_key_value_heads, {heads}"
-    require(
-        own.num_attention_heads % heads == 0, "num_attention_heads", needed, own.num_attention_heads
-    )
+    layers = _tapped_layers(values, spec.layers)
+    heads = layer.num_attention_heads
+    kv_heads = layer.num_key_value_heads or heads
+    head_dim = layer.head_dim or layer.hidden_size // heads
+    theta = {} if layer.rope_theta is None else {"rope_theta": layer.rope_theta}
+    rope = layer.rope_parameters or msgspec.convert(theta | (layer.rope_scaling or {}), _Rope)
+    below = f"layers below {spec.layers}"
+    require(max(layers) < spec.layers, "eagle_aux_hidden_state_layer_ids", below, layers)
+    width = f"{spec.hidden}, as the model's"
+    require(layer.hidden_size == spec.hidden, "hidden_size", width, layer.hidden_size)
+    target = values.target_hidden_size
+    require(target in (None, spec.hidden), "target_hidden_size", "hidden_size", target)
+    require(layer.num_hidden_layers == 1, "num_hidden_layers", "1", layer.num_hidden_layers)
+    require(layer.hidden_act == "silu", "hidden_act", "silu", layer.hidden_act)
+    multiple = f"a multiple of num_key_value_heads, {kv_heads}"
+    require(heads % kv_heads == 0, "num_attention_heads", multiple, heads)
     if isinstance(spec, ModelSpec):  # the cache of our kernels has entries of one shape
         needed = f"{spec.kv_heads} and {spec.head_dim}, as the model's"
-        fits = (heads, size) == (spec.kv_heads, spec.head_dim)
-        require(fits, "num_key_value_heads and head_dim", needed, f"{heads} and {size}")
-    require(not own.attention_bias, "attention_bias", "false", "true")
-    theta = {} if own.rope_theta is None else {"rope_theta": own.rope_theta}
-    rope = own.rope_parameters or msgspec.convert(theta | (own.rope_scaling or {}), _Rope)
+        fits = kv_heads == spec.kv_heads and head_dim == spec.head_dim
+        require(fits, "num_key_value_heads and head_dim", needed, f"{kv_heads} and {head_dim}")
+    require(not layer.attention_bias, "attention_bias", "false", "true")
     require(rope.rope_type in ROPES, "rope_type", " or ".join(ROPES), rope.rope_type)
+    rope_values = {}
+    for name, value in msgspec.structs.asdict(rope).items():
+        if value is not None:
+            rope_values[name] = value
     before = values.norm_before_residual
     # The default of `speculators` is true, that of EAGLE's own checkpoints false
     if before is None:
         before = values.transformer_layer_config is not None
-    sizes = (
-        own.hidden_size,
-        own.num_attention_heads,
-        heads,
-        size,
-        own.intermediate_size,
-        values.draft_vocab_size,
-    )
-    kept = {
-        name: value for name, value in msgspec.structs.asdict(rope).items() if value is not None
-    }
     norms = {name: getattr(values, name) for name in _NORMS}
-    return Eagle3Form(tuple(sorted(layers)), *sizes, own.rms_norm_eps, kept, before, **norms)
+    return Eagle3Form(
+        tuple(sorted(layers)),
+        layer.hidden_size,
+        heads,
+        kv_heads,
+        head_dim,
+        layer.intermediate_size,
+        values.draft_vocab_size,
+        layer.rms_norm_eps,
+        rope_values,
+        before,
+        **norms,
+    )
+
+
+def _tapped_layers(values: _Values, num_layers: int) -> Sequence[int]:
+    """The layers after which the drafter reads states, as counts."""
+    if values.eagle_aux_hidden_state_layer_ids:
+        return values.eagle_aux_hidden_state_layer_ids
+    if values.eagle_config is None or not values.eagle_config.eagle_aux_hidden_state_layer_ids:
+        return default_layers(num_layers)
+    listed = values.eagle_config.eagle_aux_hidden_state_layer_ids
+    return [index + 1 for index in listed] if listed[0] == 1 else listed

@@ -21,7 +21,6 @@ from layerskip_core.checkpoint.shipped import ASSISTANT_FILES, STALE_ASSISTANT
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import decode, decode_batch
-from layerskip_core.decoding.drafters.exit import ExitDrafter
 
 SHAPE = {**WIDE, "max_position_embeddings": 256}
 PROMPT = prompt_of(20)
@@ -165,33 +164,6 @@ def test_logits_of_several_drafts_are_those_of_transformers(pair, length):
             assert float((found - right)[known].norm() / right[known].norm()) < 1e-4
 
 
-def test_drafts_of_every_round_are_those_of_transformers(pair, monkeypatch):
-    """The state is that of the last accepted token, also where several rows draft at their own
-    positions.
-    """
-    folder, target, assistant = pair
-    backend = for_decoding(str(folder), "cpu", "fp32", UnroundedDrafter()).backend
-    rounds = []
-    draft = ExitDrafter.draft
-
-    def recorded(drafter, context, limits, *ends):
-        found = draft(drafter, context, limits, *ends)
-        rounds.extend(
-            (list(ids), own[1:].tolist())
-            for ids, own in zip(context.ids, found.by_row(), strict=True)
-        )
-        return found
-
-    monkeypatch.setattr(ExitDrafter, "draft", recorded)
-    config = DecodingConfig("mtp", num_draft_tokens=2, max_new_tokens=6)
-    assert len([*decode_batch(backend, [prompt_of(9), PROMPT], config)]) == 2
-    assert len(rounds) > 6
-    for text, drafts in rounds:
-        assert drafts == [
-            int(logits.argmax()) for logits in reference(target, assistant, text, len(drafts))
-        ]
-
-
 def test_it_is_found_beside_the_model_and_changes_no_output(pair):
     """Greedily, in low bits, in a batch whose rows draft at different positions, and as an arm of
     adaptive drafting.
@@ -213,22 +185,6 @@ def test_it_is_found_beside_the_model_and_changes_no_output(pair):
     assert [answer.ids for answer in sorted(together, key=lambda answer: answer.row)] == alone
     sampled = decoded(pair[0], temperature=1.0)
     assert len(sampled[0]) == 24 and sampled[1][1] > 0
-
-
-def test_prompts_run_only_the_layers_with_keys_for_tokens_that_are_not_scored(pair, monkeypatch):
-    """Three of six, as without it; and in pieces of a prompt it drafts what it drafts after a whole
-    one.
-    """
-    backend = for_decoding(str(pair[0]), "cpu", "fp32").backend
-    seen = []
-    run_layers = backend.run_layers
-    monkeypatch.setattr(
-        backend,
-        "run_layers",
-        lambda hidden, *at: seen.append((len(hidden), *at[:2])) or run_layers(hidden, *at),
-    )
-    ids_of(decode(backend, PROMPT, DecodingConfig("mtp", num_draft_tokens=3, max_new_tokens=2)))
-    assert seen[:2] == [(20, 0, 3), (1, 3, 6)]
 
 
 def test_what_is_made_of_the_model_keeps_it(folder, tmp_path):
@@ -275,16 +231,6 @@ def test_what_is_made_of_the_model_keeps_it(folder, tmp_path):
     assert decoded(tmp_path / "imported")[2] == (STALE_ASSISTANT,)
     assert not run("import", str(tmp_path / "imported"), "--output", str(tmp_path / "again")).code
     assert decoded(tmp_path / "again")[2] == (STALE_ASSISTANT,)
-
-
-def test_a_finetune_keeps_it_and_says_so(folder, tmp_path):
-    tuned = str(tmp_path / "tuned")
-    rows = ("--data", "commands", "--samples", "8", "--batch-size", "4", "--steps", "1")
-    how = ("--recipe", "none", "--lr", "0.01", "--max-length", "48", "--threads", "1")
-    done = run("finetune", "--model", str(folder), "--output", tuned, *rows, *how)
-    assert not done.code, done.err
-    assert "the drafter of its checkpoint (mtp) is saved as it is\n" in done.err
-    assert decoded(tuned)[2] == (STALE_ASSISTANT,)
 
 
 def test_import_gives_a_model_an_assistant_from_elsewhere(folder, tmp_path):

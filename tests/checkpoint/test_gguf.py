@@ -2,13 +2,12 @@
 
 import json
 import struct
-import sys
 
 import gguf
 import numpy as np
 import pytest
 import torch
-from command_line import fails, run
+from command_line import run
 from conftest import CHANGES, logits_of, random_rows, tiny_model
 from evaluating import tiny_loaded
 from safetensors.torch import load_file, save_file
@@ -309,15 +308,6 @@ def test_a_foreign_or_damaged_file_is_one_error(change, message, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_a_missing_library_is_named(tmp_path, monkeypatch):
-    written(tmp_path / "model.gguf")
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    fails(
-        "a .gguf file needs the library gguf: pip install 'layerskip[gguf]'",
-        *("import", str(tmp_path / "model.gguf"), "--output", str(tmp_path / "imported")),
-    )
-
-
 def assert_same_ropes(config, expected):
     specs = [ModelSpec.of(known) for known in (config, expected)]
     found, known = [[rope_frequencies(spec, rope) for rope in spec.ropes] for spec in specs]
@@ -337,15 +327,6 @@ def test_the_scaled_rope_that_export_writes_is_read_back(rope, tmp_path):
     ids = torch.arange(1, 200)[None]
     # Weights in f16
     torch.testing.assert_close(read(ids).logits, model(ids).logits, rtol=0.02, atol=0.02)
-
-
-def test_only_the_full_attention_of_gemma_3_is_scaled(tmp_path, monkeypatch):
-    monkeypatch.setattr(gguf_file, "_check", lambda spec: None)
-    rope = {"full_attention": LINEAR, "sliding_attention": PLAIN}
-    model = written(tmp_path / "model.gguf", "gemma3_text", rope_parameters=rope)
-    config = GgufFile(tmp_path / "model.gguf").config
-    assert config.rope_parameters == rope
-    assert_same_ropes(config, model.config)
 
 
 def test_yarn_and_old_names_are_read(tmp_path):

@@ -13,7 +13,6 @@ from decodings import UnroundedDrafter, ids_of, rounds_of
 from evaluating import tiny_loaded
 from exit_block_models import random_blocks
 from safetensors.torch import load_file
-from test_gguf import by_transformers, described
 
 from layerskip_core.checkpoint.folder import MTP_FILE
 from layerskip_core.checkpoint.gguf_read import GgufFile
@@ -22,7 +21,6 @@ from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.export.gguf import add_tokenizer
 from layerskip_core.model import ModelSpec, TransformersBackend
-from layerskip_core.model.blocks import plain
 from layerskip_core.model.exit_blocks import MTP, MTP_LAYOUTS, NO_BLOCKS
 from layerskip_core.model.native.compiled import kernels
 from layerskip_core.model.weights import named_weights
@@ -83,7 +81,6 @@ NEXTN = {
 }
 # Which stay in fp32 whatever a file's type
 OTHERS = (".bias", "conv.weight", "conv1d.weight", "inp.weight")
-CONVERTED = ("lfm2", "qwen3_5_text")  # which transformers reads
 
 
 def header(model):
@@ -342,18 +339,6 @@ def test_the_drafter_in_the_layer_after_the_last(tmp_path):
         )
 
 
-@pytest.mark.parametrize("model_type", CONVERTED)
-def test_as_transformers_reads_it(model_type, tmp_path):
-    pytest.importorskip("transformers.integrations.gguf")
-    written(path := tmp_path / "model.gguf", model_type)
-    model, tokenizer = by_transformers(path)
-    read = for_training(str(path), "cpu", "fp32")
-    assert described(read.model.config) == described(model.config)
-    assert type(read.tokenizer) is type(tokenizer)
-    for name, weight in model.named_parameters():
-        assert torch.equal(read.model.get_parameter(name), weight), name
-
-
 @pytest.mark.parametrize(
     ("model_type", "kind", "experts", "changes"),
     [
@@ -398,13 +383,3 @@ def test_blocks_stay_as_they_are(model_type, kind, experts, changes, tmp_path):
     config = DecodingConfig("autoregressive", max_new_tokens=20, ignore_eos=True)
     ids = ids_of(decode(decoder.backend, prompt, config))
     assert ids == ids_of(decode(TransformersBackend(read.model), prompt, config))
-
-
-def test_experts_in_mxfp4_are_the_weights_that_the_library_reads(tmp_path):
-    written(path := tmp_path / "model.gguf", "gpt_oss", experts="MXFP4")
-    file = GgufFile(path)
-    for name in ("gate_up_proj", "down_proj"):
-        rows = file.rows(f"model.layers.0.mlp.experts.{name}")
-        assert torch.equal(
-            plain(rows).transpose(1, 2), file.weight(f"model.layers.0.mlp.experts.{name}")
-        )

@@ -3,7 +3,6 @@
 import os
 import shutil
 
-import gguf
 import pytest
 import torch
 from command_line import run
@@ -13,12 +12,10 @@ from test_gguf import written
 
 from layerskip_core import load
 from layerskip_core.checkpoint import load_cache, sidecars
-from layerskip_core.checkpoint.folder import WeightFile
 from layerskip_core.checkpoint.gguf_read import GgufFile
 from layerskip_core.checkpoint.load_cache import finish_writing
 from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.config.model import PackingConfig
-from layerskip_core.model import native
 from layerskip_core.model.exit_blocks import ExitBlock
 from layerskip_core.model.native.compiled import kernels
 from layerskip_core.model.native.matrix import NativeMatrix
@@ -219,26 +216,6 @@ def test_the_cache_is_bounded_and_drops_what_was_not_used_for_longest(
     assert files(cache) == kept
 
 
-def test_two_loads_at_once_leave_one_whole_file(gguf_model, cache):
-    for _ in range(2):
-        first, second = (
-            for_decoding(str(gguf_model), "cpu", packing=ADAPTIVE, cache=True) for _ in range(2)
-        )
-        assert outputs(first) == outputs(second)
-    finish_writing()
-    assert len(files(cache)) == 1
-    [path] = cache.iterdir()
-    assert WeightFile(path).metadata["format"] == "layerskip cache 1"
-
-
-def test_a_small_model_is_not_kept(wide, cache, monkeypatch):
-    monkeypatch.undo()
-    monkeypatch.setenv(sidecars.CACHE, str(cache))
-    loaded(wide)
-    loaded("embedded")
-    assert files(cache) == []
-
-
 def test_commands_and_python_use_the_cache_unless_told_otherwise(gguf_model, cache):
     ask = ("generate", "wake me up", "--model", str(gguf_model), "--max-new-tokens", "4")
     plain = run(*ask, "--no-cache")
@@ -252,53 +229,3 @@ def test_commands_and_python_use_the_cache_unless_told_otherwise(gguf_model, cac
     finish_writing()
     assert len(files(cache)) == 1 and {*texts} == {plain.out.removesuffix("\n")}
     assert "removed 1 files" in run("calibrate", "--clear").err and files(cache) == []
-
-
-def test_a_vocabulary_is_no_field_for_each_string(gguf_model, monkeypatch):
-    """Of 150,000 tokens and their merges these take seconds."""
-    strings = []
-    read = gguf.GGUFReader._get_str
-    monkeypatch.setattr(
-        gguf.GGUFReader,
-        "_get_str",
-        lambda self, offset: strings.append(offset) or read(self, offset),
-    )
-    expected = gguf.GGUFReader(gguf_model)
-    before = len(strings)
-    strings.clear()
-    file = GgufFile(gguf_model)
-    assert len(strings) <= before - len(expected.fields["tokenizer.ggml.tokens"].data)
-    assert file.tokens == len(expected.fields["tokenizer.ggml.tokens"].data)
-    values = {
-        name: field.contents()
-        for name, field in expected.fields.items()
-        if not name.startswith(("tokenizer.", "GGUF."))
-    }
-    assert {name: file._values[name] for name in values} == values
-    assert file._tensors.keys() == {tensor.name for tensor in expected.tensors}
-
-
-def test_slow_loading_is_told_on_standard_error(monkeypatch, gguf_model, cache):
-    from cli import loading
-
-    load_slowly = native.NativeBackend._prepare
-
-    def slow(self, *arguments):
-        told.wait(60)
-        return load_slowly(self, *arguments)
-
-    from threading import Event
-
-    told = Event()
-    narrate = loading.narrate
-
-    def telling(text):
-        narrate(text)
-        told.set()
-
-    ask = ("generate", "wake me up", "--model", str(gguf_model), "--max-new-tokens", "4")
-    assert "loading" not in run(*ask).err
-    monkeypatch.setattr(loading, "_PATIENCE", 0.01)
-    monkeypatch.setattr(loading, "narrate", telling)
-    monkeypatch.setattr(native.NativeBackend, "_prepare", slow)
-    assert f"loading {gguf_model} ...\n" in run(*ask).err

@@ -12,10 +12,10 @@ import torch
 from command_line import fails
 from conftest import tiny_model
 from evaluating import tiny_loaded
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from layerskip_core.checkpoint.info import CheckpointInfo, read_info
-from layerskip_core.checkpoint.loaded import Decoder, decoder_of, end_ids, pick_device, pick_dtype
+from layerskip_core.checkpoint.loaded import decoder_of, end_ids, pick_device, pick_dtype
 from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.checkpoint.save import (
     READY,
@@ -29,10 +29,9 @@ from layerskip_core.checkpoint.transformers_read import blank
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.config.resolution import Recommended
 from layerskip_core.errors import CheckpointError, ConfigError
-from layerskip_core.model import NativeBackend, TransformersBackend
+from layerskip_core.model import NativeBackend
 from layerskip_core.model import cache as caches
 from layerskip_core.model.cache import memory_budget
-from layerskip_core.prompting import PromptTemplate
 
 INFO = CheckpointInfo("{prompt} ->", 3, 5, {"rows": 7, "note": "naïve"})
 IDS = torch.tensor([[5, 9, 33, 7]])
@@ -113,47 +112,6 @@ def test_eos_ids_come_from_both_configs_and_the_tokenizer(folder):
     loaded.model.generation_config.eos_token_id = loaded.model.config.eos_token_id = None
     assert decoder_of(loaded).eos_ids == {2}
     assert end_ids(None, loaded.model.config) == frozenset()
-
-
-def test_the_template_of_layerskip_json_takes_precedence_over_the_chat_template(folder, tokenizer):
-    chat = "{% for m in messages %}<{{ m.content }}>{% endfor %}{% if add_generation_prompt %}!{% endif %}"
-    (folder / "chat_template.jinja").write_text(chat)
-
-    def ids(prompt, **info):
-        write_info(str(folder), CheckpointInfo(**info))
-        assert read_info(str(folder)) == CheckpointInfo(**info)
-        return decoder_of(for_training(str(folder), "cpu")).encode_prompt(prompt)
-
-    assert ids("go", prompt_template="a {prompt}") == tokenizer("a go")["input_ids"]
-    assert ids("go") == ids("go", prompt_template="chat") == tokenizer("<go>!")["input_ids"]
-    assert (
-        ids("go", prompt_template="chat", system="be brief")
-        == tokenizer("<be brief><go>!")["input_ids"]
-    )
-    assert ids("go", prompt_template="raw") == tokenizer("go")["input_ids"]
-    # No str.format
-    assert ids("{prompt}", prompt_template="{x} {prompt}") == tokenizer("{x} {prompt}")["input_ids"]
-    (folder / "chat_template.jinja").unlink()
-    assert ids("go") == tokenizer("go")["input_ids"]
-
-
-def test_recommendations():
-    backend = TransformersBackend(model_of(num_hidden_layers=8))
-
-    def recommended(name, **info):
-        return Decoder(
-            name, backend, None, CheckpointInfo(**info), frozenset(), PromptTemplate()
-        ).recommended()
-
-    assert recommended("facebook/layerskip-llama2-7B") == Recommended(8, 12, exits=(8,))
-    assert recommended("some/model") == Recommended(2, 6)  # a quarter of 8 layers
-    assert recommended("some/model", exit_layer=5) == Recommended(5, 6, "self-speculative")
-    assert (
-        recommended(
-            "facebook/layerskip-llama2-7B", exit_layer=5, strategy="autoregressive"
-        ).strategy
-        == "autoregressive"
-    )
 
 
 def test_a_blank_model_has_weights_of_its_seed_and_the_size_of_a_new_tokenizer(
@@ -240,18 +198,6 @@ def test_a_full_disk_leaves_the_older_model(folder, tokenizer, monkeypatch):
         save_checkpoint(other, tokenizer, CheckpointInfo(), str(folder), torch.float32)
     assert contents(folder) == before
     assert not [path for path in folder.iterdir() if path.is_dir()]
-
-
-def test_nothing_is_written_to_the_terminal(folder, tokenizer, capfd):
-    weights = load_file(folder / "model.safetensors")
-    save_file(
-        {**weights, "unexpected": torch.zeros(1)},
-        folder / "model.safetensors",
-        metadata={"format": "pt"},
-    )
-    loaded = for_training(str(folder))
-    save_checkpoint(loaded.model, tokenizer, INFO, str(folder), torch.float32)
-    assert capfd.readouterr() == ("", "")
 
 
 OPERATIONS = ("replace", "rename", "unlink", "rmdir", "mkdir")

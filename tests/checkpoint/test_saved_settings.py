@@ -72,14 +72,6 @@ def test_settings_of_what_cannot_be_written_are_in_the_cache(model, wide, tmp_pa
     assert policy_of(folder)
 
 
-def test_a_cache_that_cannot_be_written_either_is_one_error(model, tmp_path, read_only):
-    (tmp_path / "cache").write_text("")
-    done = run("sweep-exits", "--model", str(model), *SWEEP)  # told before the measurement
-    assert (done.code, done.out, done.err.count("\n")) == (1, "", 1) and done.err.startswith(
-        "error: cannot write"
-    )
-
-
 def test_other_kinds_of_models_are_told_what_to_do():
     fails(
         "--save needs a --model that is a folder or a .gguf file, to save settings with it; got embedded: "

@@ -154,13 +154,6 @@ def test_with_any_prefix_and_without_transformers(shipped, tmp_path, prefix):
     assert drafted(folder) == expected
 
 
-def test_without_kernels_it_drafts_too(shipped, monkeypatch):
-    expected = drafted(shipped)
-    monkeypatch.setenv("LAYERSKIP_KERNELS", "torch")
-    assert isinstance(for_decoding(str(shipped), "cpu", "fp32").backend, TransformersBackend)
-    assert drafted(shipped)[0] == expected[0] and drafted(shipped)[1][1] > 0
-
-
 def test_another_layout_is_left_aside_and_told(shipped):
     """A model loads as without it."""
     path = next(
@@ -286,23 +279,3 @@ def test_adapters_draft_with_what_their_base_ships(shipped, tmp_path):
     assert drafted(adapter)[2] == (STALE,) and not (Path(adapter) / MTP_FILE).exists()
     assert not run("import", adapter, "--output", str(tmp_path / "merged")).code
     assert drafted(tmp_path / "merged")[2] == (STALE,)
-
-
-def test_there_is_none_to_start_from(shipped, tmp_path):
-    folder = str(whole(shipped, tmp_path / "whole"))
-    done = run(
-        "train-drafter",
-        "--model",
-        folder,
-        "--output",
-        str(tmp_path / "out"),
-        "--start-from",
-        "shipped",
-        "--steps",
-        "1",
-    )
-    assert (
-        done.code
-        and "--start-from must be left out: this model ships no drafter that is known here"
-        in done.err
-    )

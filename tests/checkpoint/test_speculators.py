@@ -121,17 +121,6 @@ def test_vllm_and_sglang_take_states_after_the_same_layers(folder, layers):
     assert read_eagle3(folder[0], SPEC).form.layers == layers  # as SpecForge writes it
 
 
-def test_a_drafter_of_all_tokens_has_no_list_of_them(folder):
-    form = replace(folder[1].form, vocab=SPEC.vocab)
-    stored = replace(folder[1], form=form, tokens=torch.arange(SPEC.vocab))
-    stored.weights["lm_head.weight"] = torch.zeros(SPEC.vocab, SPEC.hidden)
-    content = eagle3_content(stored, SPEC, "the-target")
-    (folder[0] / "config.json").write_bytes(content["eagle3/config.json"])
-    (folder[0] / "model.safetensors").write_bytes(content["eagle3/model.safetensors"])
-    assert "d2t" not in load_file(folder[0] / "model.safetensors")
-    assert_same(read_eagle3(folder[0], SPEC), stored)
-
-
 def test_a_drafter_of_eagle_3_1_has_the_names_that_vllm_reads(folder):
     norms = {"fc_norm": True, "norm_before_fc": True, "norm_output": True}
     weights = {f"fc_norm.{place}.weight": torch.rand(SPEC.hidden) for place in range(3)}

@@ -11,8 +11,8 @@ from math import nan
 
 import pytest
 import torch
-from command_line import fails, run
-from conftest import OWN_LAYERS, edit_json, logits_of, tiny_model
+from command_line import run
+from conftest import edit_json, logits_of, tiny_model
 from evaluating import tiny_loaded
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
@@ -23,7 +23,6 @@ from layerskip_core.checkpoint.loaded import decoder_of
 from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.checkpoint.save import save_checkpoint
 from layerskip_core.checkpoint.transformers_read import blank as blank_model
-from layerskip_core.config.model import PackingConfig
 from layerskip_core.errors import CheckpointError, ConfigError
 from layerskip_core.model import TransformersBackend
 from layerskip_core.model.architectures import SUPPORTED
@@ -103,14 +102,6 @@ def test_sampling_is_that_of_generation_config(folder, stored, followed):
     edit_json(folder / "generation_config.json", **stored)
     assert for_decoding(str(folder), "cpu").own_sampling == followed
     assert decoder_of(for_training(str(folder), "cpu")).own_sampling == followed
-
-
-def test_a_wrong_value_of_sampling(folder):
-    edit_json(folder / "generation_config.json", do_sample=True, top_p=1.5)
-    message = f"generation_config.json of {folder}: --top-p must be a number in (0, 1], got 1.5"
-    fails(message, "chat", "--model", str(folder))
-    # Which is greedy
-    assert run("generate", "hello", "--model", str(folder), "--max-new-tokens", "4").code == 0
 
 
 def test_sampling_stays_with_a_model(wide, tmp_path):
@@ -275,50 +266,6 @@ def test_logits_and_ids_equal_transformers(saved, model_type):
         expected.info,
         torch.float32,
     )
-
-
-@pytest.mark.parametrize("model_type", OWN_LAYERS)
-def test_without_kernels_layers_of_other_kinds_are_those_of_transformers(
-    saved, model_type, monkeypatch
-):
-    path = str(saved(model_type))
-    ids = torch.arange(3, 20)[None]
-    expected = logits_of(for_decoding(path, "cpu", "fp32").backend, ids)
-    monkeypatch.setenv("LAYERSKIP_KERNELS", "torch")
-    loaded = for_decoding(path, "cpu", "fp32")
-    assert isinstance(loaded.backend, TransformersBackend)
-    torch.testing.assert_close(
-        logits_of(loaded.backend, ids), expected, atol=1e-3 * float(expected.std()), rtol=0
-    )
-    with pytest.raises(
-        ConfigError,
-        match=f"a model that can be repacked, got {model_type} with (recurrent|different sizes|attention sinks)",
-    ):
-        for_decoding(path, "cpu", "fp32", PackingConfig("int8"))
-
-
-def test_the_names_of_a_model_with_images(saved):
-    """As transformers writes the text part of a Qwen3.5 that it has read with images, and as
-    published files have it.
-    """
-    path = saved("qwen3_5_text")
-    before = logits_of(
-        for_decoding(str(path), "cpu", "fp32").backend, ids := torch.arange(3, 20)[None]
-    )
-    weights = load_file(path / "model.safetensors")
-    renamed = {
-        name.replace("model.", "model.language_model.", 1): weight
-        for name, weight in weights.items()
-    }
-    save_file(
-        {**renamed, "model.visual.other": torch.zeros(1)},
-        path / "model.safetensors",
-        {"format": "pt"},
-    )
-    assert lean_spec(str(path)) is not None
-    assert torch.equal(logits_of(for_decoding(str(path), "cpu", "fp32").backend, ids), before)
-    generic = logits_of(for_training(str(path), "cpu", "fp32").backend, ids).detach()
-    torch.testing.assert_close(generic, before, atol=1e-3 * float(before.std()), rtol=0)
 
 
 def test_the_tokenizer_is_the_same(saved):

@@ -2,15 +2,12 @@
 
 import hashlib
 import itertools
-import json
 import random
 import re
 
 import pytest
-from command_line import fails, run
+from command_line import fails
 
-from layerskip_core.config.model import DataConfig
-from layerskip_core.data import load_examples
 from layerskip_core.embedded import commands
 
 
@@ -76,30 +73,6 @@ def train(drawn):
     return list({row.utterance: row for row in drawn}.values())
 
 
-@pytest.fixture(scope="module")
-def listed():
-    """Every word and reference that the grammar writes out."""
-    rules = commands.load_grammar().rules.values()
-    return {
-        piece
-        for rule in rules
-        for alternative in rule.alternatives + rule.sealed
-        for piece in alternative.pieces
-    }
-
-
-def test_rows_are_a_function_of_split_and_seed_and_every_rule_is_there(listed):
-    first = list(commands.rows("train", 50, seed=3))
-    assert first == list(commands.rows("train", 50, seed=3))
-    assert first[:20] == list(commands.rows("train", 20, seed=3))
-    assert not {row.utterance for row in first} & {
-        row.utterance for row in commands.rows("train", 50, seed=4)
-    }
-    assert {
-        piece[1:-1] for piece in listed if piece.startswith("{")
-    } <= commands.load_grammar().rules.keys()
-
-
 DIGESTS = {
     "train": "63f558289bc059b7",
     "validation": "bbcbba6b46ea9f5f",
@@ -117,16 +90,6 @@ def test_the_rows_are_those_that_published_results_used(split):
     assert hashlib.sha256(lines.encode()).hexdigest()[:16] == DIGESTS[split]
 
 
-def test_utterance_is_the_parse_without_brackets_and_brackets_balance(train):
-    for row in train[:3000]:
-        assert row.utterance == " ".join(re.sub(r"\[(IN|SL):[A-Z_]+|\]", " ", row.parse).split())
-        assert re.fullmatch(
-            r"(\[(IN|SL):[A-Z_]+|\]|[^\[\]\sA-Z]+)( (\[(IN|SL):[A-Z_]+|\]|[^\[\]\sA-Z]+))*",
-            row.parse,
-        )
-        assert chains(row)  # and the brackets close
-
-
 def test_values_and_skeletons_of_other_splits_never_occur_in_training(recorded):
     others = {split: Recording(split, 300) for split in commands.SPLITS[1:]}
     for split, other in others.items():
@@ -135,38 +98,6 @@ def test_values_and_skeletons_of_other_splits_never_occur_in_training(recorded):
         assert split == "compositional" or not other.skeletons & recorded.skeletons
     sealed = others.pop("sealed")
     assert not any(other.skeletons & sealed.skeletons for other in others.values())
-
-
-def test_sealed_rows_draw_what_is_sealed_and_other_rows_what_is_not():
-    words = [f"w{number}" for number in range(50)]  # too short to be made up
-    grammar = commands.Grammar(
-        {
-            "d": "== a root\n[IN:X (do|) {b} {c} ]\n== b open\n" + "\n".join(words) + "\n== c\nold",
-            "sealed": "== a\n[IN:X (now|soon) {b} {c} ]\n== b\nnew {d}\n== d\none\ntwo",
-        }
-    )
-    drawn = {
-        split: {grammar.row(split, random.Random(index)).utterance for index in range(50)}
-        for split in ("train", "sealed")
-    }
-    assert drawn["sealed"] == {
-        f"{when} new {number} old" for when in ("now", "soon") for number in ("one", "two")
-    }
-    assert drawn["train"] <= {f"{do}{word} old" for do in ("", "do ") for word in words}
-
-
-def test_made_up_words_are_in_training_rows_alone_and_in_no_phrasing(train, listed, recorded):
-    def made_up(rows):
-        return [
-            row
-            for row in rows
-            if set(row.utterance.split()) - listed and not re.search(r"\d", row.utterance)
-        ]
-
-    assert 0.15 < len(made_up(train[:2000])) / 2000 < 0.5
-    for split in commands.SPLITS[1:]:
-        assert made_up(commands.rows(split, 300)) == []
-    assert {word for skeleton in recorded.skeletons for word in skeleton.split()} <= listed
 
 
 def test_compositional_rows_nest_as_training_never_does(train):
@@ -179,25 +110,6 @@ def test_compositional_rows_nest_as_training_never_does(train):
     assert labels_of(rows) <= labels_of(train)
     for split in ("test", "sealed"):
         assert not any(novelties(row) - trained for row in commands.rows(split, 300))
-
-
-@pytest.mark.parametrize("split", ["test", "compositional", "sealed"])
-def test_rows_of_commands(split):
-    result = run("data", "--samples", "3", "--split", split, "--seed", "4")
-    expected = load_examples(DataConfig("commands", split, limit=3, seed=4))
-    assert (result.code, result.err) == (0, "")
-    rows = [(row["prompt"], row["completion"]) for row in map(json.loads, result.out.splitlines())]
-    assert rows == [(example.prompt, example.completion) for example in expected]
-
-
-def test_ten_test_rows_by_default_and_rows_of_a_file_as_they_are(tmp_path):
-    file = tmp_path / "rows.jsonl"
-    file.write_text('{"prompt": "né\\n", "completion": "日本 \\"🏠\\""}\n', encoding="utf-8")
-    result = run("data", "--data", str(file), encoding="ascii")
-    assert result.out == file.read_text(encoding="utf-8")
-    assert run("data") == run(
-        "data", "--data", "commands", "--split", "test", "--samples", "10", "--seed", "0"
-    )
 
 
 def test_what_cannot_be_read(tmp_path):

@@ -2,16 +2,10 @@
 
 import json
 import os
-import re
-import shlex
 import shutil
 import subprocess
 import sys
-from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import get_args
 
 import pytest
 import torch
@@ -30,9 +24,8 @@ from layerskip_core.checkpoint.loaded import Trainable
 from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.checkpoint.save import save_checkpoint
 from layerskip_core.config.decoding import DecodingConfig
-from layerskip_core.config.model import Engine
 from layerskip_core.decoding import decode
-from layerskip_core.export.run import cut_config, cut_to_exit, instructions
+from layerskip_core.export.run import cut_to_exit
 from layerskip_core.model import TransformersBackend
 from layerskip_core.model.architectures import SUPPORTED
 from layerskip_core.model.exit_blocks import MTP, MTP_LAYOUTS, NO_BLOCKS, ExitBlock
@@ -132,22 +125,6 @@ def test_wrong_input_is_one_error(checkpoint, tmp_path):
     assert (tmp_path / "draft" / "README.md").read_text() == "mine"
 
 
-@pytest.mark.parametrize("engine", get_args(Engine))
-def test_paths_are_quoted_for_the_language_of_the_instructions(engine):
-    text = instructions(engine, "/it's target", "/a draft", 5)
-    language, _, code = text.removeprefix("```").removesuffix("\n```\n").partition("\n")
-    if language == "python":
-        compile(code, engine, "exec")
-        assert '"/it\'s target"' in code and "'/a draft'" in code
-    else:
-        words = shlex.split(code.replace("\\\n", ""), comments=True)
-        told = set(
-            re.findall(r"--[a-z][a-z-]*", code.replace("pip install --no-deps layerskip", ""))
-        )
-        assert told <= set(words)  # a comment praises no flag that no command has
-        assert "/it's target" in words and any("/a draft" in word for word in words)
-
-
 def test_transformers_drafts_with_it_as_told(checkpoint, tmp_path, capsys):
     """The program of the README runs and gives the text of the model alone."""
     done = run(
@@ -212,22 +189,6 @@ def test_the_logits_are_those_of_the_exit_s_block(model_type, tmp_path):
         expected = block.head(run_texts(backend, early, block.layer, block.layer + 1))
         assert (backend.unembed(early) - expected).abs().max() > 0.1
     torch.testing.assert_close(written_logits(cut_to_exit(loaded, 2, blocks), tmp_path), expected)
-
-
-def test_values_by_layer_follow_the_layers_that_are_kept():
-    sliding = "sliding_attention"
-    full = "full_attention"
-    qwen = cut_config(tiny("qwen2", **WINDOWS).model.config, [0, 5])
-    assert (qwen.num_hidden_layers, qwen.layer_types, qwen.max_window_layers) == (
-        2,
-        [full, sliding],
-        1,
-    )
-    listed = {"no_rope_layers": [1, 0, 1, 1, 1, 0]}
-    smollm = cut_config(tiny("smollm3", **listed).model.config, [0, 1, 2, 5])
-    assert (smollm.no_rope_layers, len(smollm.layer_types)) == ([1, 0, 1, 0], 4)
-    gemma = cut_config(tiny("gemma3_text", layer_types=[sliding, full] * 3).model.config, [0, 1, 2])
-    assert gemma.layer_types == [sliding, full, sliding]
 
 
 PROMPTS = ["remind me to call mom at 5", "play some jazz", "set an alarm for 7 am"]
@@ -420,97 +381,6 @@ def test_the_draft_is_part_of_the_target(tmp_path):
         == "load format layerskip needs a draft of this target: hidden_size must be 160, got 99"
     )
     assert nothing.endswith("got /")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed")
-def test_the_script_that_measures_vllm(tmp_path):
-    target, draft, result, prompts = (
-        str(tmp_path / name) for name in ("target", "draft", "result.json", "prompts.jsonl")
-    )
-    for exit_layer, folder in (("24", target), ("4", draft)):
-        assert run("export", "embedded", "--exit", exit_layer, "--output", folder).code == 0
-    Path(prompts).write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
-    script = [sys.executable, str(Path(__file__).parents[2] / "examples" / "vllm_speed.py")]
-    drafting = [
-        "--draft",
-        draft,
-        "--spec",
-        "4",
-        "--load-format",
-        "layerskip",
-        "--max-new-tokens",
-        "8",
-        "--repeats",
-        "1",
-    ]
-    done = subprocess.run(
-        [*script, "offline", target, prompts, result, *drafting],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=ENVIRONMENT,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    shown = subprocess.run(
-        [*script, "table", f"shared={result}"], capture_output=True, text=True, check=True
-    ).stdout
-    assert [line.split(" | ")[1] for line in shown.splitlines()[2:]] == [
-        "1",
-        "4",
-        "16",
-    ] and "3 of 3" in shown
-
-
-class _Stub(ModuleType):
-    """A module of vLLM: any name in it is a class."""
-
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return type(name, (), {})
-
-
-@pytest.fixture
-def plugin(monkeypatch):
-    name = "layerskip_core.export.vllm_plugin"
-    wanted = re.findall(
-        r"^from (vllm\S*) import", Path(find_spec(name).origin).read_text(), re.MULTILINE
-    )
-    for module in ("vllm", *wanted):
-        monkeypatch.setitem(sys.modules, module, _Stub(module))
-    monkeypatch.delitem(sys.modules, name, raising=False)
-    yield import_module(name)
-    sys.modules.pop(name, None)
-
-
-def test_a_draft_may_be_a_hub_id(plugin, monkeypatch, tmp_path):
-    """As the target may: what `layerskip export` wrote, sent to the hub."""
-    sizes = dict.fromkeys(
-        (
-            "hidden_size",
-            "intermediate_size",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "vocab_size",
-        ),
-        8,
-    )
-    target = SimpleNamespace(config=SimpleNamespace(**sizes))
-    (tmp_path / "layerskip.json").write_text('{"exported_exit": 4}')
-
-    def download(repo, name, revision=None):
-        assert (repo, name, revision) == ("me/draft", "layerskip.json", "v1")
-        return str(tmp_path / name)
-
-    monkeypatch.setattr(plugin, "hf_hub_download", download)
-    config = SimpleNamespace(num_hidden_layers=4, **sizes)
-    for model in ("me/draft", str(tmp_path)):
-        assert (
-            plugin.exported_exit(
-                SimpleNamespace(model=model, revision="v1", hf_config=config), target
-            )
-            == 4
-        )
 
 
 def test_a_tied_head_stays_tied(tmp_path):

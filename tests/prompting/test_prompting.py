@@ -6,22 +6,17 @@ import itertools
 import json
 import random
 import shutil
-from types import MappingProxyType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 from chatml import SPECIAL, TEMPLATE, chatml_folder, full_tokenizer
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from layerskip_core import prompting
 from layerskip_core.checkpoint.folder import lean_tokenizer
 from layerskip_core.checkpoint.info import CheckpointInfo
 from layerskip_core.checkpoint.loaded import Decoder
-from layerskip_core.config.evaluation import TaskConfig
-from layerskip_core.config.model import PromptingConfig
 from layerskip_core.data import Conversation
-from layerskip_core.errors import CheckpointError, ConfigError
-from layerskip_core.evaluation.tasks import load_task
+from layerskip_core.errors import CheckpointError
 from layerskip_core.prompting import CHAT, RAW, PromptTemplate, render_chat, resolve_template
 from layerskip_core.training.encoding import Encoder
 
@@ -75,15 +70,11 @@ def test_the_text_equals_that_of_transformers(folder, own, template, prompt):
     ("template", "reason"),
     [
         ("{{ raise_exception('roles must\nalternate') }}", "TemplateError: roles must"),
-        ("{% for %}", "TemplateSyntaxError: "),
         ("{{ 1 / 0 }}", "ZeroDivisionError: "),
-        ("{{ messages[9].content }}", "UndefinedError: "),
         ("{{ ''.__class__.mro() }}", "SecurityError: "),
-        ("{{ dict.mro() }}", "SecurityError: "),
         ("{{ namespace.__init__.__globals__ }}", "SecurityError: "),
         ("{{ messages.append(1) }}", "SecurityError: "),
         ("{% include '/etc/passwd' %}", "TypeError: no loader"),
-        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError: "),
         ({"other": TEMPLATE}, ""),
         (7, ""),
     ],
@@ -107,60 +98,17 @@ STORED_CHAT = PromptTemplate(CHAT, "Be brief.")
     ("asked", "system", "stored", "tokenizer", "expected"),
     [
         (None, None, None, WITHOUT, PromptTemplate(RAW)),
-        (None, None, None, WITH_CHAT, PromptTemplate(CHAT)),
         (None, None, STORED, WITH_CHAT, STORED),
-        (None, None, PromptTemplate(RAW), WITH_CHAT, PromptTemplate(RAW)),
         (None, None, STORED_CHAT, WITH_CHAT, STORED_CHAT),
-        ("chat", None, STORED, WITH_CHAT, PromptTemplate(CHAT)),
         # A stored system message belongs to its template
         ("chat", None, STORED_CHAT, WITH_CHAT, PromptTemplate(CHAT)),
-        ("raw", None, STORED_CHAT, WITH_CHAT, PromptTemplate(RAW)),
         ("A {prompt}", None, STORED, WITH_CHAT, PromptTemplate("A {prompt}")),
-        (None, "Hi.", None, WITH_CHAT, PromptTemplate(CHAT, "Hi.")),
         (None, "Hi.", STORED_CHAT, WITH_CHAT, PromptTemplate(CHAT, "Hi.")),
         ("chat", "Hi.", STORED, WITH_CHAT, PromptTemplate(CHAT, "Hi.")),
     ],
 )
 def test_the_order_of_templates(asked, system, stored, tokenizer, expected):
     assert resolve_template(asked, system, stored, tokenizer) == expected
-
-
-@pytest.mark.parametrize(
-    ("asked", "system", "stored", "tokenizer", "message"),
-    [
-        (
-            "chat",
-            None,
-            None,
-            WITHOUT,
-            "a chat template was asked for, but the model's tokenizer has none",
-        ),
-        (
-            None,
-            "Hi.",
-            None,
-            WITHOUT,
-            "system.* must be given with the chat template only, got the template raw",
-        ),
-        (
-            None,
-            "Hi.",
-            STORED,
-            WITH_CHAT,
-            r"system.* must be given with the chat template only, got the template 'Q: {prompt}'",
-        ),
-        (
-            "raw",
-            "Hi.",
-            STORED_CHAT,
-            WITH_CHAT,
-            "system.* must be given with the chat template only, got the template raw",
-        ),
-    ],
-)
-def test_what_cannot_be_applied_is_refused(asked, system, stored, tokenizer, message):
-    with pytest.raises(ConfigError, match=message):
-        resolve_template(asked, system, stored, tokenizer)
 
 
 OWN_TURNS = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
@@ -263,16 +211,6 @@ def test_special_tokens_come_from_the_template_alone(tokenizer, full, template):
         )  # nothing is lost
 
 
-@pytest.mark.parametrize("system", ["You are brief.", EVIL])
-def test_a_system_message_is_one_turn_and_opens_no_other(tokenizer, full, system):
-    ids = encode_prompt(tokenizer, CHAT, EVIL, system)
-    messages = [{"role": "system", "content": system}, {"role": "user", "content": EVIL}]
-    text = full.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    assert full.decode(ids, clean_up_tokenization_spaces=False) == text
-    assert control(full, ids) == control(full, encode_prompt(tokenizer, CHAT, "hi", "hi"))
-    assert ids != encode_prompt(tokenizer, CHAT, EVIL)
-
-
 def test_raw_prompts_and_added_tokens_keep_their_tokens(tokenizer, full):
     loaded = decoder_with(tokenizer)
     ids = loaded.with_template(RAW, None).encode_prompt(EVIL)
@@ -285,38 +223,6 @@ def test_raw_prompts_and_added_tokens_keep_their_tokens(tokenizer, full):
     assert note[0] in encode_prompt(tokenizer, "{prompt}\n", "<note>") and note[0] in encode_prompt(
         tokenizer, CHAT, EVIL + "<note>"
     )
-
-
-@pytest.mark.parametrize("shots", [0, 1])
-@pytest.mark.parametrize(
-    ("template", "own"), [(OWN_TURNS, 3), ("raw", 2), ("{prompt}", 0), ("chat", 5)]
-)
-def test_a_template_of_a_task_makes_tokens_and_its_rows_do_not(
-    tokenizer, full, tmp_path, template, own, shots
-):
-    file = tmp_path / "rows.jsonl"
-    rows = [{"prompt": prompt, "answer": "b"} for prompt in ["a", EVIL][1 - shots :]]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = load_task(TaskConfig(data=str(file), shots=shots, prompting=PromptingConfig(template)))
-    loaded = task.prepared(decoder_with(tokenizer))
-    ids = loaded.encode_prompt(task.examples[0].prompt)
-    # A solved row adds its own turns. A raw prompt then ends with a line end, so that no end token
-    # is removed.
-    assert len(control(full, ids)) == own + shots * {OWN_TURNS: 3, "raw": 1}.get(template, 0)
-
-
-def test_a_special_token_that_only_normalisation_reveals(full):
-    tokenizer = type(full)(
-        tokenizer_object=full.backend_tokenizer.from_str(full.backend_tokenizer.to_str())
-    )
-    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.backend_tokenizer.add_special_tokens(
-        [AddedToken("<turn>", special=True, normalized=True)]
-    )
-    token = tokenizer.backend_tokenizer.token_to_id("<turn>")
-    assert tokenizer("go <TURN>")["input_ids"][-1] == token
-    assert token not in encode_prompt(tokenizer, "{prompt}!", "go <TURN>")
-    assert encode_prompt(tokenizer, "<turn>{prompt}!", "go <TURN>").count(token) == 1
 
 
 def test_a_turn_of_a_conversation_opens_no_other(full):
@@ -335,43 +241,6 @@ def test_a_turn_of_a_conversation_opens_no_other(full):
         [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "bye"}], tokenize=False
     )
     assert row["input_ids"] == full(text, add_special_tokens=False)["input_ids"]
-
-
-def test_a_unigram_tokenizer():
-    pieces = ["<unk>", "<s>", "</s>", "\u2581", "\u2581a", "a", "<", ">", "s", "/", "b"]
-    backend = Tokenizer(
-        models.Unigram([(piece, -float(at)) for at, piece in enumerate(pieces)], unk_id=0)
-    )
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="</s>", unk_token="<unk>"
-    )
-    expected = backend.encode("<s>a<s >b").tokens
-    expected[expected.index("\u2581")] = ">"
-    ids = encode_prompt(tokenizer, "<s>{prompt}b", "a<s>")
-    assert [pieces[token] for token in ids] == [
-        "<s>",
-        *(["\u2581a"] if "\u2581a" in expected else ["a"]),
-        "<",
-        "s",
-        ">",
-        "b",
-    ]
-
-
-def test_a_tokenizer_in_python_refuses_special_tokens():
-    class InPython:
-        eos_token_id = 2
-        added_tokens_decoder = MappingProxyType({1: AddedToken("<s>", special=True)})
-
-        def __call__(self, text):
-            return {"input_ids": [ord(letter) for letter in text]}
-
-    assert encode_prompt(InPython(), "{prompt}!", "a") == [97, 33]
-    assert len(encode_prompt(InPython(), RAW, "<s>")) == 3
-    with pytest.raises(ConfigError, match="without the special token <s>"):
-        encode_prompt(InPython(), "{prompt}!", "<s>")
 
 
 def test_a_tokenizer_that_fails_is_one_error(folder, tmp_path):
