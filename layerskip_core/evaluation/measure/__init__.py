@@ -312,9 +312,7 @@ def differences(
         position = first_difference(output.ids, expected.ids)
         if position is not None and output.error is None and expected.error is None:
             prefix = loaded.encode_prompt(examples[sample].prompt) + list(expected.ids[:position])
-            # Mps has no fp64
-            scores = logits(loaded.backend, torch.tensor([prefix]), last=1)[0, -1].cpu().double()
-            best, second = scores.topk(2).values.tolist()
+            best, second = last_logits(loaded.backend, prefix).topk(2).values.tolist()
             differing.append(Difference(sample, position, best - second))
     return tuple(differing)
 
@@ -332,20 +330,13 @@ def first_difference(ids: Sequence[int], expected: Sequence[int]) -> int | None:
 
 
 @torch.inference_mode()
-def logits(model: Backend, tokens: Tensor, size: int = 0, last: int = 0) -> Tensor:
-    """The model's logits (B, T, V) for tokens (B, T) in passes of `size` (0: one), at the `last`
-    positions of each (0: all).
-    """
-    pieces = []
-    cache = model.new_cache(*tokens.shape)
-    size = size or tokens.shape[1]
-    for start, part in zip(
-        range(0, tokens.shape[1], size), torch.split(tokens, size, 1), strict=True
-    ):
-        places = cache.span(start, start + part.shape[1])
-        hidden = model.run_layers(model.embed(part.to(model.device)), 0, model.num_layers, places)
-        pieces.append(model.unembed(hidden[:, -last:]))
-    return torch.cat(pieces, 1)
+def last_logits(model: Backend, ids: Sequence[int]) -> Tensor:
+    """The model's logits (V,) after the last of these token ids, on the CPU in fp64."""
+    tokens = torch.tensor([ids], device=model.device)
+    places = model.new_cache(1, len(ids)).span(0, len(ids))
+    hidden = model.run_layers(model.embed(tokens), 0, model.num_layers, places)
+    # The CPU first: mps has no fp64
+    return model.unembed(hidden[:, -1:])[0, -1].cpu().double()
 
 
 def _reset_peak(device: torch.device) -> bool:
