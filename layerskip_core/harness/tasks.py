@@ -302,10 +302,9 @@ def _run(
         result = setting_of(method)
         if measured:
             result = result_of(measured[number], measured[0])
-            for request, output in zip(generated, measured[number].answers, strict=True):
-                responses[request.number] = lm.answer(
-                    output.ids, lm.answering(method, request.args[1]).stop
-                )
+            for request, row in zip(generated, measured[number].answers, strict=True):
+                stop = lm.answering(method, request.args[1]).stop
+                responses[request.number] = lm.answer(row.output.ids, stop)
         scores = tasks.scores(responses)
         logged += [{"result": number, **row} for row in scores.pop("logged")]
         results.append(replace(result, **scores))
