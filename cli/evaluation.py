@@ -1,13 +1,13 @@
 """Shared by the commands that measure: progress on stderr, results on stdout and in files."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 from rich import box
-from rich.table import Table
+from rich.table import Table as Grid
 from rich.text import Text
 
 from layerskip_core.config.options import Flag
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from layerskip_core.checkpoint.loaded import Decoder
     from layerskip_core.config.evaluation import MeasurementConfig
     from layerskip_core.evaluation.measure import Progress
-    from layerskip_core.evaluation.report.tables import TextTable
+    from layerskip_core.evaluation.report.tables import Table
     from layerskip_core.evaluation.results import RunRecord
 
 Found = TypeVar("Found")
@@ -48,9 +48,8 @@ def load(config: "MeasurementConfig", log_samples: bool = False) -> "tuple[Decod
     for note in rows.notes:
         narrate(note)
     # Adaptive drafting, which a sweep always measures, gets the same low-bit copy as in `generate`.
-    packing = replace(
-        config.packing, adaptive="adaptive" in (getattr(config, "strategies", ()) or ("adaptive",))
-    )
+    strategies = getattr(config, "strategies", ()) or ("adaptive",)
+    packing = replace(config.packing, adaptive="adaptive" in strategies)
     loaded = load_model(config.model, config.machine, packing)
     finish_writing()
     if not harness:
@@ -75,21 +74,29 @@ def watch(events: "Iterator[Progress | Found]", free_threads: FreeThreads | None
     return event
 
 
-def deliver_report(
-    record: "RunRecord",
-    form: str,
-    folder: Path | None,
-    saved: str | None,
-    picture: Callable[[int], Text] | None = None,
-) -> None:
+def deliver_report(record: "RunRecord", form: str, folder: Path | None, saved: str | None) -> None:
     """Delivers a record, and counts failed prompts on stderr. `saved`: the file that the record was
     read from, if any.
     """
+    from layerskip_core.evaluation.journal import OUTPUTS
     from layerskip_core.evaluation.report import report_files, to_csv
     from layerskip_core.evaluation.report.tables import results_table
-    from layerskip_core.evaluation.results import OUTPUTS, result_name
 
+    _narrate_failures(record)
     table = results_table(record)
+    files: dict[str, bytes | None] = {}
+    if folder is not None:
+        files |= report_files(record, table)
+        is_same_run = saved is not None and folder.samefile(Path(saved).parent)
+        if not is_same_run:
+            files[OUTPUTS] = None  # an earlier run's
+    deliver(record, table, form, to_csv(record), folder, files)
+
+
+def _narrate_failures(record: "RunRecord") -> None:
+    """Names the first of the prompts that failed, once for settings where the same ones did."""
+    from layerskip_core.evaluation.results import result_name
+
     reported = []
     for result in record.results:
         if result.failures and result.failures not in reported:
@@ -97,72 +104,60 @@ def deliver_report(
             count = plural(len(result.failures), "prompt")
             first = result.failures[0]
             narrate(
-                f"{result_name(result)}: {count} failed, counted as wrong; sample {first.sample}: {first.error}"
+                f"{result_name(result)}: {count} failed, counted as wrong; "
+                f"sample {first.sample}: {first.error}"
             )
-    files = {} if folder is None else report_files(record, table)
-    if folder is not None and not (saved is not None and folder.samefile(Path(saved).parent)):
-        files[OUTPUTS] = None
-    deliver(record, [table], form, to_csv(record), folder, files, picture=picture)
 
 
 def deliver(
     record: Any,
-    tables: "Sequence[TextTable]",
+    table: "Table",
     form: str,
-    rows: str,
+    csv: str,
     folder: Path | None,
     files: Mapping[str, bytes | None],
     name: str | None = None,
-    picture: Callable[[int], Text] | None = None,
 ) -> None:
-    """Writes `files` to the folder (None: removes one) and prints tables, CSV (`rows`) or JSON on
-    stdout.
+    """Writes `files` to the folder (None: removes one), with a `name` also the document, table and
+    CSV; prints the table, CSV or JSON on stdout.
     """
     from layerskip_core.evaluation.report import table_files, to_json
     from layerskip_core.files import write_file
 
-    texts = {
-        "json": to_json(record),
-        "markdown": "\n".join(table.markdown() for table in tables),
-        "csv": rows,
-    }
+    texts = {"json": to_json(record), "markdown": table.markdown(), "csv": csv}
     if folder is not None:
-        files = {**(table_files(name, list(texts.values())) if name else {}), **files}
-        written = {file: content for file, content in files.items() if content is not None}
-        for file, content in written.items():
-            write_file(folder / file, content, LayerSkipError)
-        for file in files.keys() - written.keys():
-            (folder / file).unlink(missing_ok=True)
+        if name is not None:
+            files = {**table_files(name, **texts), **files}
+        written = []
+        for file, content in files.items():
+            if content is None:
+                (folder / file).unlink(missing_ok=True)
+            else:
+                write_file(folder / file, content, LayerSkipError)
+                written.append(file)
         narrate(f"wrote {', '.join(written)} to {folder}")
     if form == "table":
-        for table in tables:
-            _print_table(table, picture)
+        _print_table(table)
     else:
         typer.echo(texts[form], nl=False)
 
 
-def _print_table(table: "TextTable", picture: Callable[[int], Text] | None) -> None:
+def _print_table(table: "Table") -> None:
     """Prints a table as wide as the terminal; further columns follow in another table."""
     console = ResultsConsole()
     blocks = table.column_blocks(console.width)
-    for places in blocks:
-        grid = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
-        for place in places:
-            grid.add_column(
-                Text(table.headers[place]),
-                justify="left" if place == 0 else "right",
-                overflow="fold",
-            )
-        for row in table.rows:
-            grid.add_row(*(Text(row[place]) for place in places))
+    shown: set[int] = set()
+    for columns in blocks:
+        shown.update(columns)
+        grid = Grid(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
+        for column in columns:
+            justify: Literal["left", "right"] = "left" if column == 0 else "right"
+            grid.add_column(Text(table.headers[column]), justify=justify, overflow="fold")
+        for row in table.texts:
+            grid.add_row(*(Text(row[column]) for column in columns))
         console.print(grid)
         console.print()
-    if picture is not None and console.is_terminal:
-        console.print(picture(console.width))
-    if hidden := [
-        name
-        for place, name in enumerate(table.headers)
-        if not any(place in places for places in blocks)
-    ]:
+    hidden = [name for column, name in enumerate(table.headers) if column not in shown]
+    if hidden:
         console.print(f"Not shown, for lack of width: {', '.join(hidden)}.", markup=False)
     console.print(table.text, markup=False)

@@ -24,7 +24,6 @@ _COMMANDS = (
     "generate",
     "chat",
     "bench",
-    "verify",
     "compare",
     "inspect",
     "calibrate",
@@ -50,7 +49,7 @@ _HELP = """Turn a causal language model into a LayerSkip model and decode faster
 
 \b
 convert or attach  finetune trains the model's own exits, train-drafter a drafter beside it
-measure            sweep-exits finds the fastest setting, bench compares strategies, verify checks outputs
+measure            sweep-exits finds the fastest setting, bench compares strategies, compare compares runs
 generate           generate answers prompts, chat holds a conversation
 serve              serve offers an OpenAI-compatible API
 """

@@ -8,7 +8,7 @@ here=$(dirname "$0")
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 python "$here/lm_eval_tasks.py" "$folder/tasks"
-layerskip sweep-exits --model "$model" --tasks facts_choice,facts_answer --include-path "$folder/tasks" --limit "$limit" \
+layerskip sweep-exits --model "$model" --task lm-eval:facts_choice,facts_answer --include-path "$folder/tasks" --limit "$limit" \
     --batch-size 16 --timed 2 --dtype fp32 --output "$folder/curves" --overwrite
 layerskip export "$model" --exit "$exit" --output "$folder/exit" --overwrite
 python "$here/lm_eval_agreement.py" "$folder/tasks" "$limit" "layerskip:$model:fp32" "hf:$model:fp32"

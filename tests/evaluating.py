@@ -14,8 +14,9 @@ from layerskip_core.config.evaluation import TaskConfig
 from layerskip_core.config.model import DataConfig, PackingConfig
 from layerskip_core.data import PARSING_TEMPLATE, Example, load_examples
 from layerskip_core.decoding import DecodeStats
-from layerskip_core.evaluation.measure import measure_prompt
-from layerskip_core.evaluation.metrics import exact_match, metric
+from layerskip_core.evaluation.intervals import metric
+from layerskip_core.evaluation.measure import Measured, Measurement, measure_prompt
+from layerskip_core.evaluation.metrics import exact_match
 from layerskip_core.evaluation.results import Output, Step
 from layerskip_core.evaluation.tasks import Task
 from layerskip_core.model import TorchBackend, TransformersBackend
@@ -114,3 +115,14 @@ def outputs_of(
             Output(tokens, "", tuple(Step(*step) for step in own_steps), own_stats, "length")
         )
     return each
+
+
+def measured_of(
+    setting: DecodingConfig, *repeats: list[Output], answers_per_prompt: int = 1, **more: object
+) -> Measured:
+    """A setting with the given outputs in each repeat."""
+    table = []
+    for repeat, outputs in enumerate(repeats):
+        for sample, output in enumerate(outputs):
+            table.append(Measurement(sample, sample // answers_per_prompt, repeat, output))
+    return Measured(setting, table, **more)

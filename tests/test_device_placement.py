@@ -19,14 +19,13 @@ from training_runs import RECIPE, settings_on, train
 from cli.commands.generate import stats_text
 from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.config.decoding import DecodingConfig
-from layerskip_core.config.evaluation import BenchConfig, VerifyConfig
-from layerskip_core.config.model import MachineConfig, PackingConfig
+from layerskip_core.config.evaluation import BenchConfig
+from layerskip_core.config.model import PackingConfig
 from layerskip_core.config.training import DrafterConfig, RecipeSettings
 from layerskip_core.decoding import DecodingLoop, Prefixes, decode
 from layerskip_core.decoding.dialogue import TextStream
 from layerskip_core.errors import ConfigError
 from layerskip_core.evaluation.measure.bench import bench
-from layerskip_core.evaluation.verification import verify
 from layerskip_core.harness.likelihood import likelihoods
 from layerskip_core.model import ModelSpec, TorchBackend, TransformersBackend
 from layerskip_core.model.exit_blocks import MTP, NO_BLOCKS, ExitBlock
@@ -242,21 +241,6 @@ def test_stats_say_what_ran(on_gpu):
 def test_log_likelihoods(on_gpu):
     found = dict(likelihoods(on_gpu.backend, [([5, 6, 7], [8, 9]), ([4], [5, 6, 7])], [2, 6], 2))
     assert found[0][6].total < 0
-
-
-def test_verification(checkpoint):
-    """Which decodes in every way there is: batches, rows that join, turns of a conversation,
-    samples.
-    """
-    kernels = ("torch",)
-    sizes = {"samples": 2, "max_new_tokens": 3, "draws": 4, "exits": (2,), "specs": (2,)}
-    config = VerifyConfig(
-        checkpoint, precisions=("fp32",), kernels=kernels, machine=MachineConfig("cuda"), **sizes
-    )
-    with simulated_cuda() as gpu:
-        *_, record = verify(config)
-    assert {result.kernels for result in record.results} == {*kernels} and gpu.replays
-    assert all(result.passed for result in record.results)
 
 
 @pytest.fixture

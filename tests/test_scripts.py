@@ -59,14 +59,6 @@ FEWER = {  # by command: flags with these values in place of the script's
     },
     "sweep-exits": {**_MEASURED, "--exits": "1,2"},
     "bench": {**_MEASURED, "--repeats": "1", "--baselines": None},
-    "verify": {
-        "--samples": "2",
-        "--max-new-tokens": "3",
-        "--draws": "0",
-        "--kernels": "torch",
-        "--exits": "2",
-        "--specs": "2",
-    },
     "generate": {"--max-new-tokens": "3"},
     "data": {"--samples": "4"},
 }

@@ -39,10 +39,11 @@ def bench(
         "none",
     )
     require(not (scored and resume), "resume", "left out for tasks of lm-eval", config.task.task)
+    from layerskip_core.evaluation.journal import JOURNAL, OUTPUTS
     from layerskip_core.evaluation.measure.bench import bench as run_bench
     from layerskip_core.evaluation.measure.bench import suiting_strategies
     from layerskip_core.evaluation.report import REPORT, output_folder
-    from layerskip_core.evaluation.results import JOURNAL, OUTPUTS, read_record
+    from layerskip_core.evaluation.results import read_record
 
     with output_folder(output, "layerskip bench", REPORT, overwrite, resume) as folder:
         if saved is not None:

@@ -83,7 +83,7 @@ def compare(
         files = {} if folder is None else plots(comparison, folder)
         evaluation.deliver(
             comparison,
-            [compare_table(comparison)],
+            compare_table(comparison),
             format,
             to_csv(comparison),
             folder,

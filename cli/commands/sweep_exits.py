@@ -1,14 +1,10 @@
 """Measure exits and draft lengths, and recommend a setting."""
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
-
-from rich.text import Text
 
 from layerskip_core.config.evaluation import SweepConfig
 from layerskip_core.config.options import Flag
@@ -21,24 +17,10 @@ from ..loading import FreeThreads
 from ..options import Format, Overwrite, ReportFolder, SavedReport, command
 
 if TYPE_CHECKING:
-    from layerskip_core.evaluation.report.tables import Points
     from layerskip_core.evaluation.results import RunRecord
 
 # Keys of a policy by exit alone
 _BY_EXIT = {"strategy", "exit_layer", "num_draft_tokens", "draft_confidence", "measured"}
-_HEIGHT = 12  # lines of the plot
-_MARKERS = {"autoregressive": "■", "early-exit": "○", "self-speculative": "▲"}
-_COLOURS = (
-    "blue",
-    "yellow",
-    "green",
-    "magenta",
-    "cyan",
-    "red",
-    "bright_blue",
-    "bright_yellow",
-    "bright_green",
-)
 
 
 @command
@@ -64,7 +46,7 @@ def sweep_exits(
     """
     from layerskip_core.evaluation.measure.sweep import sweep
     from layerskip_core.evaluation.report import REPORT, output_folder
-    from layerskip_core.evaluation.report.tables import has_scores, points_of
+    from layerskip_core.evaluation.report.tables import has_scores
     from layerskip_core.evaluation.results import read_record
 
     require(output is not None or not log_samples, "log_samples", "used with `output`", "none")
@@ -91,10 +73,7 @@ def sweep_exits(
                 )
         if settings is not None:  # first: the reader of stdout may go away
             _save(model, settings, record)
-        points = points_of(record)
-        evaluation.deliver_report(
-            record, format, folder, saved, None if points is None else partial(front, points)
-        )
+        evaluation.deliver_report(record, format, folder, saved)
 
 
 @contextmanager
@@ -125,7 +104,7 @@ def _settings_file(model: str) -> Iterator[Path]:
         if is_own:
             require_writable(settings, ConfigError)
         else:
-            # A copy, so that a cache that cannot be written is told before the sweep
+            # Now, so that a cache that cannot be written is told before the sweep
             write_settings(settings, info)
         yield settings
 
@@ -136,88 +115,26 @@ def _save(model: str, settings: Path, record: "RunRecord") -> None:
     from layerskip_core.checkpoint.locate import ModelRef
     from layerskip_core.checkpoint.settings import info_of, write_settings
 
-    advice = record.recommendation
     info = info_of(ModelRef.of(model))
-    lines = []
     info = replace(info, profile=record.profile or info.profile)
-    if advice is not None:
-        exact = advice.policies[EXACT]
-        by_exit = exact["strategy"] == "self-speculative" and exact.keys() <= _BY_EXIT
-        exit_layer, count = (
-            (advice.exit_layer, advice.num_draft_tokens) if by_exit else (None, None)
-        )
-        strategy = "autoregressive" if exit_layer is None else None
+    advice = record.recommendation
+    if advice is None:
+        write_settings(settings, info)
+        return
+    exact = advice.policies[EXACT]
+    # A default exit, for versions without policies, if the policy is one
+    info = replace(info, exit_layer=None, num_draft_tokens=None, strategy="autoregressive")
+    if exact["strategy"] == "self-speculative" and exact.keys() <= _BY_EXIT:
         info = replace(
             info,
-            exit_layer=exit_layer,
-            num_draft_tokens=count,
-            strategy=strategy,
-            policies=advice.policies,
+            exit_layer=advice.exit_layer,
+            num_draft_tokens=advice.num_draft_tokens,
+            strategy=None,
         )
-        found, why = (
-            (policy_text(exact), "") if advice.pays else ("plain decoding", f": {advice.reason}")
-        )
-        where = "" if settings.name == INFO_FILE else f", in {settings}"
-        lines = [
-            f"saved {found} as the default of {model}{where}{why}",
-            f"policy {FAST}: {advice.fast_reason}",
-        ]
-    write_settings(settings, info)
-    for line in lines:
-        narrate(line)
-
-
-def front(points: "Points", width: int) -> Text:
-    """Plots a marker per setting, quality upwards and speed to the right; settings on the frontier
-    are numbered.
-    """
-    from layerskip_core.evaluation.report.tables import is_wide, strategy_name
-    from layerskip_core.evaluation.results import result_name
-
-    high = f"{max(points.values):.4g}"
-    low = f"{min(points.values):.4g}"
-    margin = max(len(high), len(low))
-    across = _places(points.speeds, width - margin - 2, is_wide(points.speeds))
-    up = _places(points.values, _HEIGHT, points.lower_is_better and is_wide(points.values))
-    if not points.lower_is_better:
-        up = [_HEIGHT - 1 - row for row in up]
-    markers = {
-        strategy: (_MARKERS.get(strategy, "◆"), _COLOURS[number % len(_COLOURS)])
-        for number, strategy in enumerate(points.strategies)
-    }
-    places = list(zip(up, across, strict=True))
-    cells = {
-        place: markers[strategy_name(result)]
-        for place, result in zip(places, points.results, strict=True)
-    }
-    # Of several points in one cell, the fastest of the frontier is shown.
-    ranked = sorted(points.optimal, key=lambda index: points.speeds[index])
-    cells |= {places[index]: (str(rank % 10), "bold") for rank, index in enumerate(ranked, start=1)}
-    ends = {0: low, _HEIGHT - 1: high} if points.lower_is_better else {0: high, _HEIGHT - 1: low}
-    text = Text.assemble((f"{points.quality_label}\n", "dim"))
-    for row in range(_HEIGHT):
-        text.append(f"{ends.get(row, ''):>{margin}} │", style="dim")
-        text.append_tokens(cells.get((row, column), (" ", "")) for column in range(max(across) + 1))
-        text.append("\n")
-    slow = f"{min(points.speeds):.0f}"
-    fast = f"{max(points.speeds):.0f} tokens/s"
-    room = width - margin - 2
-    text.append(
-        f"{'':>{margin}} └{'─' * room}\n{'':>{margin}}  {slow}{fast:>{room - len(slow)}}\n",
-        style="dim",
-    )
-    for strategy, (marker, colour) in markers.items():
-        text.append(f"{marker} {strategy}  ", style=colour)
-    for rank, index in enumerate(ranked, start=1):
-        result = points.results[index]
-        speedup = f" {result.speedup:.2f}x" if result.speedup else ""
-        text.append(f"\n{rank} {result_name(result)}:{speedup}, {points.values[index]:.4g}")
-    return text.append("\n")
-
-
-def _places(values: Sequence[float], size: int, logarithmic: bool) -> list[int]:
-    """Scales values to cells 0..size-1."""
-    scaled = [math.log(value) for value in values] if logarithmic else list(values)
-    lowest = min(scaled)
-    extent = max(scaled) - min(scaled)
-    return [round((value - lowest) / extent * (size - 1)) if extent else 0 for value in scaled]
+    write_settings(settings, replace(info, policies=advice.policies))
+    where = "" if settings.name == INFO_FILE else f", in {settings}"
+    if advice.pays:
+        narrate(f"saved {policy_text(exact)} as the default of {model}{where}")
+    else:
+        narrate(f"saved plain decoding as the default of {model}{where}: {advice.reason}")
+    narrate(f"policy {FAST}: {advice.fast_reason}")

@@ -8,7 +8,7 @@ from msgspec import Meta
 from ..errors import require
 from ..splits import VALIDATION, HeldOut
 from .decoding import REMEMBERED, STRATEGIES, DecodingOptions, Remember
-from .model import DraftModel, MachineConfig, PackingConfig, PromptingConfig
+from .model import MachineConfig, PackingConfig, PromptingConfig
 from .options import (
     BatchSize,
     Count,
@@ -68,7 +68,6 @@ REFERENCE_NAMES = (
 )
 UNSANDBOXED = "unsandboxed"
 HARNESS = "lm-eval:"  # prefix of lm-evaluation-harness's tasks
-PRECISIONS = ("fp32", "bf16", "int8", "int4")  # of the weights
 
 _TIMED = 8  # prompts to time, with batches
 _OF_THE_TASK = ("max_new_tokens", "seed")  # options that TaskConfig has
@@ -141,18 +140,11 @@ class TaskConfig:
     include_path: Annotated[
         str | None, Flag(f"Folder with task files of your own, for {HARNESS}.")
     ] = None
-    tasks: Annotated[
-        Text | None, Flag(f"As in lm-eval: the same as --task {HARNESS}TASK,TASK.")
-    ] = None
     prompting: PromptingConfig = field(default_factory=PromptingConfig)
     held_out: tuple[HeldOut, ...] | None = None
     side: str | None = None
 
     def __post_init__(self) -> None:
-        if self.tasks is not None:
-            require(self.task is None, "tasks", "left out with `task`", self.tasks)
-            object.__setattr__(self, "task", HARNESS + self.tasks)
-            object.__setattr__(self, "tasks", None)
         most = max(self.pass_k)
         require(
             self.problem_samples >= most,
@@ -340,49 +332,3 @@ class SweepConfig(MeasurementConfig):
             "left out of a sweep, which takes `exit_confidences`",
             single,
         )
-
-
-@dataclass(frozen=True)
-class VerifyConfig:
-    """A verification. Half of the `samples` prompts come from `data`, the others are random token
-    ids.
-    """
-
-    model: Text = "embedded"
-    data: Annotated[
-        Text, Flag("Real prompts: commands, a file or hub id.", panel="Data", reads="data")
-    ] = "commands"
-    samples: Annotated[
-        int,
-        Meta(ge=2, le=10_000_000),
-        Flag("Number of prompts; half of them are random token ids."),
-    ] = 8
-    max_new_tokens: Annotated[
-        int, Meta(ge=3, le=10_000_000), Flag("Most tokens in an output.", panel="Decoding")
-    ] = 16
-    seed: Annotated[Seed, Flag("Seed of random prompts and of sampling.", panel="Data")] = 0
-    precisions: Annotated[
-        tuple[Annotated[str, one_of(*PRECISIONS)], ...],
-        Flag("Precisions of the weights.", panel="Weights"),
-    ] = PRECISIONS
-    kernels: Annotated[
-        tuple[str, ...],
-        Flag(
-            "Variants (amx, ..., avx2, neon), torch, exact, generic.",
-            None,
-            "all that run here",
-            "Machine",
-        ),
-    ] = ()
-    exits: Annotated[
-        tuple[Layer, ...],
-        Flag("Exits that draft.", None, "the checkpoint's, half and twice it", "Decoding"),
-    ] = ()
-    specs: Annotated[tuple[Drafts, ...], Flag("Draft lengths, in the same form.")] = (1, 4, 7)
-    draft_model: DraftModel = None
-    draws: Annotated[
-        int,
-        Meta(ge=0, le=1_000_000),
-        Flag("Sampled outputs whose distribution is tested; 0: none.", panel="Measurement"),
-    ] = 400
-    machine: Annotated[MachineConfig, Without(("dtype",))] = field(default_factory=MachineConfig)

@@ -14,8 +14,9 @@ from typing import Any
 from ..checkpoint.info import read_info
 from ..errors import LayerSkipError, require
 from ..files import parse_json, read_bytes
-from .metrics import MOST_NATS, bounds_of, is_share, lower_is_better
-from .results import RunRecord, drafts_name, read_record, result_name
+from .intervals import NO_LIMITS, Variance, t_interval
+from .metrics import MOST_NATS, is_share, lower_is_better
+from .results import Result, RunRecord, drafts_name, read_record, result_name
 
 RESULTS = "results.json"
 LOSSES = "losses.jsonl"
@@ -24,6 +25,7 @@ HELD_OUT = "held_out_perplexity"
 OWN_AGREEMENT = "own_text_agreement"
 OWN_PERPLEXITY = "own_text_perplexity"
 ANSWERED = "held_out_exact_match"
+# The order of what is shown after the metrics
 SHOWN = (
     "perplexity",
     "agreement",
@@ -33,14 +35,9 @@ SHOWN = (
     ANSWERED,
     OWN_AGREEMENT,
     OWN_PERPLEXITY,
-)  # last
-_OF_DECODING = (
-    "acceptance_rate",
-    "mean_accepted_tokens",
-    "speedup",
-    "tokens_per_second",
-    "identical_outputs",
 )
+_IF_ASKED = ("mean_accepted_tokens", "tokens_per_second", "identical_outputs")
+_OF_DECODING = ("acceptance_rate", "speedup", *_IF_ASKED)
 _NO_SHARES = (HELD_OUT, OWN_PERPLEXITY, "mean_accepted_tokens", "speedup", "tokens_per_second")
 _MEASURED = {RESULTS: "metrics", LOSSES: "held-out losses"}  # in the files of a run
 _OF_HELD_OUT = (HELD_OUT, ANSWERED)
@@ -75,36 +72,42 @@ def labelled(arguments: Sequence[str]) -> dict[str, list[str]]:
     """
     named: list[tuple[str, str]] = []  # (label or empty, path)
     for argument in arguments:
-        # The name of a file may have commas and equals signs
-        whole = bool(argument) and Path(argument).exists()
-        label, equals, paths = (
-            argument.partition("=") if "=" in argument and not whole else ("", "", argument)
-        )
-        listed = [argument] if whole else paths.split(",")
-        require(
-            all(listed) and bool(label or not equals),
-            "RUNS",
-            "[LABEL=]PATH[,PATH...]",
-            repr(argument),
-        )
-        named += [(label, path) for path in listed]
-    seen = [Path(path).absolute() for _, path in named]
-    for run in seen:
-        require(seen.count(run) == 1, "RUNS", "named once each", f"{run} twice")
-    folders = {
-        path: str(Path(path).parent if Path(path).name in (RESULTS, LOSSES) else Path(path))
-        for _, path in named
-    }
-    stems = {path: _SEED.sub("", folder) or folder for path, folder in folders.items()}
-    unlabelled = dict.fromkeys(stems[path] for label, path in named if not label)
-    names = [Path(stem).absolute().name for stem in unlabelled]
+        if argument and Path(argument).exists():
+            named.append(("", argument))  # its name may have commas and equals signs
+            continue
+        label, equals, paths = argument.partition("=")
+        if not equals:
+            label = ""
+            paths = argument
+        is_right = all(paths.split(",")) and bool(label or not equals)
+        require(is_right, "RUNS", "[LABEL=]PATH[,PATH...]", repr(argument))
+        named += [(label, path) for path in paths.split(",")]
+    seen: set[Path] = set()
+    for _, path in named:
+        run = Path(path).absolute()
+        require(run not in seen, "RUNS", "named once each", f"{run} twice")
+        seen.add(run)
+
+    stems = {path: _stem(path) for _, path in named}
+    short_names = [Path(stem).absolute().name for stem in _unlabelled(named, stems)]
     groups: dict[str, list[str]] = {}
     for label, path in named:
         name = Path(stems[path]).absolute().name
-        groups.setdefault(label or (name if names.count(name) == 1 else stems[path]), []).append(
-            path
-        )
+        if short_names.count(name) > 1:
+            name = stems[path]
+        groups.setdefault(label or name, []).append(path)
     return groups
+
+
+def _stem(path: str) -> str:
+    """The folder of a run without its seed."""
+    place = Path(path)
+    folder = str(place.parent if place.name in (RESULTS, LOSSES) else place)
+    return _SEED.sub("", folder) or folder
+
+
+def _unlabelled(named: Sequence[tuple[str, str]], stems: Mapping[str, str]) -> dict[str, None]:
+    return dict.fromkeys(stems[path] for label, path in named if not label)
 
 
 def read_run(path: str) -> Run:
@@ -112,42 +115,20 @@ def read_run(path: str) -> Run:
     anything else.
     """
     place = Path(path)
-    files = (
-        [place / name for name in (RESULTS, LOSSES) if (place / name).is_file()]
-        if place.is_dir()
-        else [place]
-    )
+    files = [place]
+    if place.is_dir():
+        files = [place / name for name in (RESULTS, LOSSES) if (place / name).is_file()]
     if not files:
         raise LayerSkipError(
-            f"RUNS {path} must be a folder with {RESULTS} (of sweep-exits or bench --output) or {LOSSES}"
+            f"RUNS {path} must be a folder with {RESULTS} (of sweep-exits or bench --output) "
+            f"or {LOSSES}"
         )
-    # Nats per token at the last validation, by exit
     run = Run(path)
-    held_out = dict[str, float]()
     for file in files:
-        if file.suffix != ".jsonl":
+        if file.suffix == ".jsonl":
+            _add_training(run, file)
+        else:
             add_record(run, read_record(str(file), named="RUNS"))
-            continue
-        for number, line in enumerate(
-            read_bytes(file, f"RUNS {file}", LayerSkipError).splitlines(), start=1
-        ):
-            step = parse_json(line, f"RUNS {file}:{number}", LayerSkipError, dict[str, Any])
-            held_out = step.get("validation") or held_out
-        info = read_info(file.parent)
-        if held_out:
-            alone = {
-                Setting(f"exit {layer} alone", int(layer)): math.exp(loss)
-                for layer, loss in held_out.items()
-            }
-            run.figures[HELD_OUT] = alone
-            run.rows[LOSSES] = info.details.get("validation_rows")
-        if (cost := info.cost) is not None:
-            whole = Setting("all layers")
-            run.figures.update(
-                {OWN_AGREEMENT: {whole: cost.agreement}, OWN_PERPLEXITY: {whole: cost.after}}
-            )
-            if cost.exact_match is not None:
-                run.figures[ANSWERED] = {whole: cost.exact_match[1]}
     if not run.figures:
         raise LayerSkipError(
             f"RUNS {path} has no held-out losses: `finetune` measures them with `validation`"
@@ -155,25 +136,57 @@ def read_run(path: str) -> Run:
     return run
 
 
+def _add_training(run: Run, file: Path) -> None:
+    """The figures at the end of a training: held-out losses, and what it cost the model."""
+    held_out = dict[str, float]()  # nats per token at the last validation, by exit
+    lines = read_bytes(file, f"RUNS {file}", LayerSkipError).splitlines()
+    for number, line in enumerate(lines, start=1):
+        step = parse_json(line, f"RUNS {file}:{number}", LayerSkipError, dict[str, Any])
+        held_out = step.get("validation") or held_out
+    info = read_info(file.parent)
+    if held_out:
+        alone = {}
+        for layer, loss in held_out.items():
+            alone[Setting(f"exit {layer} alone", int(layer))] = math.exp(loss)
+        run.figures[HELD_OUT] = alone
+        run.rows[LOSSES] = info.details.get("validation_rows")
+    if info.cost is not None:
+        whole = Setting("all layers")
+        run.figures[OWN_AGREEMENT] = {whole: info.cost.agreement}
+        run.figures[OWN_PERPLEXITY] = {whole: info.cost.after}
+        if info.cost.exact_match is not None:
+            run.figures[ANSWERED] = {whole: info.cost.exact_match[1]}
+
+
 def add_record(run: Run, record: RunRecord) -> Run:
     """The run with a record's figures; skips quality for speculative settings: their output equals
     plain decoding.
     """
-    run.rows[RESULTS] = {
-        name: value for name, value in record.config["task"].items() if value is not None
-    }
+    task = record.config["task"]
+    run.rows[RESULTS] = {name: value for name, value in task.items() if value is not None}
     for result in record.results:
-        drafts = drafts_name(result) if result.strategy == "self-speculative" else ""
-        fixed = (
-            result.strategy in ("early-exit", "self-speculative") and result.exit_confidence is None
-        )
-        setting = Setting(result_name(result), result.exit_layer if fixed else None, drafts)
-        plain = result.acceptance_rate is None
-        names = ("perplexity", "agreement", *_OF_DECODING) if plain else _OF_DECODING
-        measured = {name: value for name in names if (value := getattr(result, name)) is not None}
-        for name, value in {**(result.metrics if plain else {}), **measured}.items():
-            run.figures.setdefault(name, {}).setdefault(setting, value)
+        setting = _setting_of(result)
+        figures: dict[str, float | None] = {}
+        if result.acceptance_rate is None:
+            figures |= result.metrics
+            figures["agreement"] = result.agreement
+            if result.perplexity is not None:  # else it may be a metric
+                figures["perplexity"] = result.perplexity
+        figures |= {name: getattr(result, name) for name in _OF_DECODING}
+        for name, value in figures.items():
+            if value is not None:
+                run.figures.setdefault(name, {}).setdefault(setting, value)
     return run
+
+
+def _setting_of(result: Result) -> Setting:
+    exit_layer = None
+    drafts = ""
+    if result.strategy in ("early-exit", "self-speculative") and result.exit_confidence is None:
+        exit_layer = result.exit_layer
+    if result.strategy == "self-speculative":
+        drafts = drafts_name(result)
+    return Setting(result_name(result), exit_layer, drafts)
 
 
 @dataclass(frozen=True)
@@ -195,19 +208,21 @@ def interval_of(
     """The mean over runs, minus that of `others` (`paired`, else by Welch). `logarithmic`: a
     geometric mean, or a ratio.
     """
-    samples = [
-        [math.log(value) if logarithmic else value for value in sample]
-        for sample in (values, others)
-        if sample
-    ]
+    if logarithmic:
+        values = [math.log(value) for value in values]
+        others = [math.log(value) for value in others]
+    mean = fmean(values) - (fmean(others) if others else 0.0)
+    samples = [sample for sample in (values, others) if sample]
     if paired and others:
-        samples = [[value - other for value, other in zip(*samples, strict=True)]]
-    mean = fmean(samples[0]) - sum(map(fmean, samples[1:]))
-    known = min(map(len, samples)) >= _FEWEST_RUNS
-    parts = [(variance(sample) / len(sample), len(sample) - 1) for sample in samples if known]
-    # A share is in 0..1
-    limits = (-1.0 if others else 0.0, 1.0) if share else (-math.inf, math.inf)
-    ends = bounds_of(mean, parts, limits, logarithmic) or ()
+        samples = [[value - other for value, other in zip(values, others, strict=True)]]
+    variances = []
+    if min(map(len, samples)) >= _FEWEST_RUNS:
+        for sample in samples:
+            variances.append(Variance(variance(sample) / len(sample), len(sample) - 1))
+    limits = NO_LIMITS
+    if share:
+        limits = (-1.0 if others else 0.0, 1.0)
+    ends = t_interval(mean, variances, limits, logarithmic) or ()
     return Interval(math.exp(min(mean, MOST_NATS)) if logarithmic else mean, *ends)
 
 
@@ -248,35 +263,39 @@ def compare(
     """Compares the labels with the first one, paired by run if they have equally many on the same
     rows.
     """
-    differing = list(_differing(groups))
     first = next(iter(groups))
-    notes = tuple(
-        f"The {_MEASURED[file]} of {first} and {label} are of different rows, or of other settings of the task: "
-        "differences are left out."
-        for file, label in differing
-    )
+    differing = list(_differing(groups))
+    notes = []
+    for file, label in differing:
+        notes.append(
+            f"The {_MEASURED[file]} of {first} and {label} are of different rows, or of other "
+            "settings of the task: differences are left out."
+        )
     paired = not notes and len({len(runs) for runs in groups.values()}) == 1
-    known = figures_of(groups)
-    hidden = {"mean_accepted_tokens", "tokens_per_second", "identical_outputs", *SHOWN}
-    usual = [name for name in known if name not in hidden] + [
-        name for name in SHOWN if name in known
-    ]
     lines = list[Line]()
-    for figure in only or usual:
-        file = LOSSES if figure in _OF_HELD_OUT else RESULTS
-        incomparable = {
-            label for of, label in differing if of == file and figure not in _OF_OWN_TEXT
-        }
+    for figure in only or _usual_figures(groups):
+        incomparable = set()
+        if figure not in _OF_OWN_TEXT:  # the text is each model's own
+            file = LOSSES if figure in _OF_HELD_OUT else RESULTS
+            incomparable = {label for own, label in differing if own == file}
         lines += _lines(groups, figure, exits, paired, incomparable)
     paths = {label: tuple(run.path for run in runs) for label, runs in groups.items()}
-    return Comparison(paths, tuple(lines), paired, notes)
+    return Comparison(paths, tuple(lines), paired, tuple(notes))
 
 
 def figures_of(groups: Mapping[str, Sequence[Run]]) -> list[str]:
     """The names of all figures that some run has, in the order of the runs."""
-    return list(
-        dict.fromkeys(name for runs in groups.values() for run in runs for name in run.figures)
-    )
+    names: dict[str, None] = {}
+    for runs in groups.values():
+        for run in runs:
+            names |= dict.fromkeys(run.figures)
+    return list(names)
+
+
+def _usual_figures(groups: Mapping[str, Sequence[Run]]) -> list[str]:
+    known = figures_of(groups)
+    metrics = [name for name in known if name not in (*_IF_ASKED, *SHOWN)]
+    return metrics + [name for name in SHOWN if name in known]
 
 
 def is_logarithmic(figure: str) -> bool:
@@ -301,29 +320,20 @@ def _lines(
     """By draft length, then exit; settings without an exit last. `incomparable`: labels that get no
     difference.
     """
-    settings = dict.fromkeys(
-        setting
-        for runs in groups.values()
-        for run in runs
-        for setting in run.figures.get(figure, {})
-    )
-    for setting in sorted(
-        settings, key=lambda each: (each.exit_layer is None, each.drafts, each.exit_layer or 0)
-    ):
+    first = next(iter(groups))
+    share = is_percentage(figure)
+    for setting in _settings_of(groups, figure):
         if exits and setting.exit_layer not in (None, *exits):
             continue
-        values = {
-            label: [run.figures[figure][setting] for run in runs]
-            for label, runs in groups.items()
-            if all(setting in run.figures.get(figure, {}) for run in runs)
-        }
-        logarithmic = is_logarithmic(figure) and all(min(each) > 0 for each in values.values())
-        first = next(iter(groups))
+        values = {}
+        for label, runs in groups.items():
+            if all(setting in run.figures.get(figure, {}) for run in runs):
+                values[label] = [run.figures[figure][setting] for run in runs]
+        logarithmic = is_logarithmic(figure) and all(min(own) > 0 for own in values.values())
         cells = []
         for label, own in values.items():
-            share = is_percentage(figure)
-            difference = None
             mean = interval_of(own, logarithmic=logarithmic, share=share)
+            difference = None
             if label != first and first in values and label not in incomparable:
                 difference = interval_of(own, values[first], paired, logarithmic, share)
             cells.append(Cell(label, tuple(own), mean, difference))
@@ -331,17 +341,32 @@ def _lines(
             yield Line(figure, setting, tuple(cells))
 
 
+def _settings_of(groups: Mapping[str, Sequence[Run]], figure: str) -> list[Setting]:
+    settings: dict[Setting, None] = {}
+    for runs in groups.values():
+        for run in runs:
+            settings |= dict.fromkeys(run.figures.get(figure, {}))
+
+    def order(setting: Setting) -> tuple[bool, str, int]:
+        return setting.exit_layer is None, setting.drafts, setting.exit_layer or 0
+
+    return sorted(settings, key=order)
+
+
 def _differing(groups: Mapping[str, Sequence[Run]]) -> Iterator[tuple[str, str]]:
     """Labels that were measured on other rows than the first label, each with the file of the
     figures.
     """
     for file in _MEASURED:
-        rows = {
-            label: [json.dumps(run.rows[file], sort_keys=True) for run in runs if file in run.rows]
-            for label, runs in groups.items()
-        }
-        (_, known), *others = rows.items()
-        for label, own in others:
-            same = own == known if len(own) == len(known) else set(own) == set(known)
-            if own and known and not same:
+        rows: dict[str, list[str]] = {}
+        for label, runs in groups.items():
+            own = [run.rows[file] for run in runs if file in run.rows]
+            rows[label] = [json.dumps(each, sort_keys=True) for each in own]
+        (_, expected), *others = rows.items()
+        for label, found in others:
+            # Equally many runs are paired, in their order
+            same = set(found) == set(expected)
+            if len(found) == len(expected):
+                same = found == expected
+            if found and expected and not same:
                 yield file, label

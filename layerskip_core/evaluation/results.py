@@ -1,8 +1,7 @@
-"""Outputs for a prompt, the result of each setting, the record of a run, and the journal to resume
-it from.
+"""Outputs for a prompt, the result of each setting, and the record of a run, as results.json has
+them.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,12 +14,10 @@ from ..config.decoding import DraftProfile
 from ..config.model import Quantization
 from ..config.resolution import EXACT, Policy
 from ..decoding import DecodeStats, StopReason
-from ..errors import LayerSkipError, plural, shown
-from ..files import append_lines, parse_json, read_bytes, whole_lines, write_file
+from ..errors import LayerSkipError, plural
+from ..files import read_bytes
 
 ANSWERS_FILE = "answers.jsonl"
-JOURNAL = "unfinished.jsonl"
-OUTPUTS = "outputs.jsonl"  # the journal's name after a complete measurement
 
 # A top-2 logit gap below this is a near-tie: kernels for one row and for several rows may round to
 # either side of it. In bf16, logits of 16 to 32 are 1/8 apart, so the bound is two steps. In fp32
@@ -50,9 +47,19 @@ class Output:
     peak_memory_mb: float | None = None
     error: str | None = None
 
+    @property
+    def seconds(self) -> float:
+        """With the prefill."""
+        return sum(step.seconds for step in self.steps)
+
+    @property
+    def tokens(self) -> int:
+        """Of the timed steps."""
+        return sum(step.tokens for step in self.steps)
+
 
 class Bounds(NamedTuple):
-    """The ends of a 95% interval over prompts and repeats, see metrics.py."""
+    """The ends of a 95% interval over prompts and repeats, see intervals.py."""
 
     low: float
     high: float
@@ -86,12 +93,17 @@ class Result:
     the first repeat.
     """
 
+    # The setting
     strategy: str = ""
     exit_layer: int | None = None
     num_draft_tokens: int | None = None
-    metrics: dict[str, float] = field(default_factory=dict)  # means over the prompts
-    # Of a sweep: of the references, through the exit; None for strategies that draft
+
+    # Quality: means over the prompts
+    metrics: dict[str, float] = field(default_factory=dict)
+    # In a sweep, that of the references through the exit; None for strategies that draft
     perplexity: float | None = None
+
+    # Drafts and speed
     acceptance_rate: float | None = None  # accepted / drafted
     mean_accepted_tokens: float | None = None  # per round
     tokens_per_second: float | None = None
@@ -102,27 +114,31 @@ class Result:
     # The share of samples with the tokens of autoregressive decoding
     identical_outputs: float | None = None
     speedup_over_transformers: float | None = None  # over transformers' generate
-    # No other result is at least as good by the quality metric and as fast, and better in one of
-    # the two
+    # On the Pareto frontier: no other result is at least as good by the quality metric and as
+    # fast, and better in one of the two
     pareto: bool = False
-    # By the cost model, from `pass_times_ms`, over the plain steps timed with them
+
+    # By the cost model of a sweep: `predicted_speedup` follows from `pass_times_ms`
     predicted_speedup: float | None = None
     pass_times_ms: dict[str, float] = field(default_factory=dict)
     # The share of autoregressive tokens that the exit or low-bit copy predicts too
     agreement: float | None = None
     # Accepted share of compared drafts, by position in the round
     acceptance_by_position: tuple[float, ...] | None = None
-    # Where a strategy that drafts departs from the autoregressive tokens
+
+    # Answers that differ from plain decoding's, or that there are not
     differences: tuple[Difference, ...] = ()
     failures: tuple[Failure, ...] = ()
-    # Of the copy whose first `exit_layer` layers draft; None: the model's own
+
+    # More of the setting. The copy whose first `exit_layer` layers draft; None: the model's own
     draft_weights: Quantization | None = None
     steps_by_drafter: dict[str, int] = field(default_factory=dict)  # `plain`: steps without drafts
-    # Each token leaves at the first of `exits` with this confidence
+    # Each token leaves at the first of `exits` with this confidence, after `mean_layers` on average
     exit_confidence: float | None = None
     exits: tuple[int, ...] = ()
-    mean_layers: float | None = None  # per token
+    mean_layers: float | None = None
     skip: tuple[int, ...] = ()  # the layers that draft-and-verify skips in drafts, by number
+
     # 95% intervals of metrics and of ratios, by name
     intervals: dict[str, Bounds] = field(default_factory=dict)
     # 95% intervals of metrics minus full depth's on the same prompts
@@ -130,7 +146,8 @@ class Result:
     # Rows that would halve the speedup's interval; 0: only more repeats would
     rows_to_halve: int | None = None
     categories: dict[str, "Result"] = field(default_factory=dict)
-    # Of lm-evaluation-harness's metrics, by name
+
+    # Of lm-evaluation-harness: standard errors of its metrics, by name
     stderr: dict[str, float] = field(default_factory=dict)
     # Row count: of a category, or by task of lm-evaluation-harness
     samples: int | dict[str, int] = field(default_factory=dict)
@@ -183,19 +200,21 @@ class RunRecord:
     results: tuple[Result, ...]
     recommendation: Recommendation | None = None  # of a sweep
     profile: DraftProfile | None = None  # of a sweep
-    # Not part of the document:
+    # Files of their own have these, not results.json: the answers, and lm-evaluation-harness's
+    # records of rows, each with the index of its result
     answered: tuple[Answered, ...] = ()
-    # Lm-evaluation-harness's own records of rows, each with the index of its result
     samples: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def is_bench(self) -> bool:
+        """Whether `bench` wrote it, not `sweep-exits`, which measures without repeats."""
+        return "repeats" in self.config
 
     def document(self) -> dict[str, Any]:
         """The record as plain values; every float is finite."""
-        fields = asdict(replace(self, answered=(), samples=()))
-        return {
-            key: value
-            for key, value in fields.items()
-            if key not in ("answered", "samples") and value is not None
-        }
+        document = asdict(replace(self, answered=(), samples=()))
+        del document["answered"], document["samples"]
+        return {key: value for key, value in document.items() if value is not None}
 
 
 def result_name(result: Result) -> str:
@@ -208,28 +227,32 @@ def result_name(result: Result) -> str:
         return f"exits at {result.exit_confidence:.6g}"
     if result.strategy == "early-exit":
         return f"exit {result.exit_layer} alone"
-    parts = [] if result.strategy == "self-speculative" else [result.strategy]
+    parts = []
+    if result.strategy != "self-speculative":
+        parts.append(result.strategy)
     if result.exit_layer is not None:
         parts.append(f"{result.draft_weights or ''} exit {result.exit_layer}".strip())
-    parts += [plural(result.num_draft_tokens, "draft")] if result.num_draft_tokens else []
+    if result.num_draft_tokens:
+        parts.append(plural(result.num_draft_tokens, "draft"))
     return ", ".join(parts)
-
-
-def bandwidth_text(read: Mapping[str, float]) -> str:
-    """The result of `cost_model.bandwidth` in words."""
-    share = read["bytes_per_second"] / read["sum_bytes_per_second"]
-    text = f"plain decoding reads {read['bytes_per_token'] / 1e6:.3g} MB per token at {read['bytes_per_second'] / 1e9:.1f} GB/s"
-    # A sum that is slower, because other processes disturbed it or caches held the weights, is no
-    # yardstick.
-    return (
-        text if share > 1 else f"{text}, {share:.0%} of what a plain sum of as many bytes reaches"
-    )
 
 
 def drafts_name(result: Result) -> str:
     """`6 drafts`, `6 int8 drafts`."""
-    noun = "draft" if result.draft_weights is None else f"{result.draft_weights} draft"
-    return plural(result.num_draft_tokens or 0, noun)
+    return plural(result.num_draft_tokens or 0, f"{result.draft_weights or ''} draft".strip())
+
+
+def bandwidth_text(read: Mapping[str, float]) -> str:
+    """The result of `cost_model.bandwidth` in words."""
+    megabytes = read["bytes_per_token"] / 1e6
+    speed = read["bytes_per_second"]
+    text = f"plain decoding reads {megabytes:.3g} MB per token at {speed / 1e9:.1f} GB/s"
+    share = speed / read["sum_bytes_per_second"]
+    # A sum that is slower, because other processes disturbed it or caches held the weights, is no
+    # yardstick.
+    if share > 1:
+        return text
+    return f"{text}, {share:.0%} of what a plain sum of as many bytes reaches"
 
 
 def read_record(
@@ -238,27 +261,32 @@ def read_record(
     """Reads a results.json; if a `command` must have written it, with its answers. Raises
     LayerSkipError for other files.
     """
-    data = read_bytes(Path(file), f"{named} {file}", LayerSkipError)
-    kind = "a results.json"
-    try:
-        record = msgspec.json.decode(data, type=RunRecord)
-        written = "bench" if "repeats" in record.config else "sweep-exits"
-        if record.results and command in (None, written):
-            sidecar = Path(file).with_name(ANSWERS_FILE)
-            if command is None or not sidecar.exists():
-                return record
-            named = f"beside {named}"
-            file = str(sidecar)
-            kind = "an answers.jsonl"
-            lines = read_bytes(sidecar, f"{named} {file}", LayerSkipError)
-            return replace(
-                record, answered=tuple(msgspec.json.Decoder(Answered).decode_lines(lines))
-            )
-        fault: object = f"its {len(record.results)} results are those of {written}"
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        fault = error
-    what = command or "sweep-exits or bench"
-    raise LayerSkipError(f"{named} {file} must be {kind} that {what} wrote: {fault}")
+
+    def parsed(path: Path, where: str, kind: str, parse: Any) -> Any:
+        data = read_bytes(path, f"{where} {path}", LayerSkipError)
+        try:
+            return parse(data)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise refusal(path, where, kind, error) from None
+
+    def refusal(path: Path, where: str, kind: str, fault: object) -> LayerSkipError:
+        writer = command or "sweep-exits or bench"
+        return LayerSkipError(f"{where} {path} must be {kind} that {writer} wrote: {fault}")
+
+    path = Path(file)
+    record: RunRecord = parsed(
+        path, named, "a results.json", msgspec.json.Decoder(RunRecord).decode
+    )
+    written = "bench" if record.is_bench else "sweep-exits"
+    if not record.results or command not in (None, written):
+        fault = f"its {len(record.results)} results are those of {written}"
+        raise refusal(path, named, "a results.json", fault)
+    answers = path.with_name(ANSWERS_FILE)
+    if command is None or not answers.exists():
+        return record
+    decoder = msgspec.json.Decoder(Answered)
+    rows = parsed(answers, f"beside {named}", "an answers.jsonl", decoder.decode_lines)
+    return replace(record, answered=tuple(rows))
 
 
 def require_outputs(outputs: Sequence[Output]) -> None:
@@ -268,58 +296,3 @@ def require_outputs(outputs: Sequence[Output]) -> None:
         raise LayerSkipError(
             f"none of the {len(errors)} prompts could be answered; the first: {errors[0]}"
         )
-
-
-class _Row(msgspec.Struct):
-    repeat: int
-    sample: int
-    outputs: list[Output]
-
-
-class Journal:
-    """JSON lines: the run's settings, then all settings' outputs by prompt and repeat; `known`:
-    outputs read at the start.
-    """
-
-    def __init__(self, folder: Path, settings: dict[str, Any], resume: bool) -> None:
-        """Raises LayerSkipError if the journal to `resume` belongs to other settings, or cannot be
-        read.
-        """
-        self._path = folder / JOURNAL
-        head = json.dumps(settings, sort_keys=True).encode()
-        lines = whole_lines(self._path, LayerSkipError) if resume else []
-        if lines and lines[0].strip() != head:
-            old, new = (
-                _by_name(parse_json(line, f"`resume`: {self._path}", LayerSkipError))
-                for line in (lines[0], head)
-            )
-            changed = (name for name in (old | new) if old.get(name) != new.get(name))
-            differing = ", ".join(
-                f"{name} {shown(old.get(name))} then, {shown(new.get(name))} now"
-                for name in changed
-            )
-            anew = "give `overwrite` instead to start anew"
-            raise LayerSkipError(
-                f"`resume`: {self._path} belongs to another run ({differing}); {anew}"
-            )
-        rows = (
-            parse_json(line, f"`resume`: {self._path}", LayerSkipError, _Row) for line in lines[1:]
-        )
-        self.known = {(row.repeat, row.sample): row.outputs for row in rows}
-        write_file(self._path, b"".join(lines) or head + b"\n", LayerSkipError)
-
-    def add(self, repeat: int, sample: int, outputs: Sequence[Output]) -> None:
-        line = {
-            "repeat": repeat,
-            "sample": sample,
-            "outputs": [asdict(output) for output in outputs],
-        }
-        append_lines(self._path, [line], LayerSkipError)
-
-
-def _by_name(settings: dict[str, Any]) -> dict[str, Any]:
-    """Flattens nested settings, with names in backquotes."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        flat |= _by_name(value) if isinstance(value, dict) else {f"`{name}`": value}
-    return flat

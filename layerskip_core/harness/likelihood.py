@@ -56,13 +56,10 @@ def likelihoods(
             model, [context for context, _ in batch], continuations, owners, sorted(set(exits))
         )
         for number, place in enumerate(places):
-            yield (
-                place,
-                {
-                    stop: Likelihood(float(each[0][number]), bool(each[1][number]))
-                    for stop, each in scored.items()
-                },
-            )
+            by_exit = {}
+            for exit_layer, (totals, greedy) in scored.items():
+                by_exit[exit_layer] = Likelihood(float(totals[number]), bool(greedy[number]))
+            yield place, by_exit
 
 
 # A context, and the indices of its pairs, longest continuation first

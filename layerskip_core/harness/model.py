@@ -5,6 +5,7 @@ Requests become token ids and settings as in lm-eval's own `hf`, without the che
 template.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -65,34 +66,28 @@ class LayerSkipLM(LM):  # type: ignore[misc]
         if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
             device = "auto"
         packing = PackingConfig(**checked(PackingConfig, {"quantize": quantize}))
-        self.decoder = (
-            for_decoding(pretrained, device, dtype, packing)
-            if isinstance(pretrained, str)
-            else pretrained
-        )
+        if isinstance(pretrained, str):
+            self.decoder = for_decoding(pretrained, device, dtype, packing)
+        else:
+            self.decoder = pretrained
         self.tokenizer = self.decoder.tokenizer
         bos = self.tokenizer.special_tokens_map.get("bos_token")
         self.eot_token_id = self.tokenizer.eos_token_id
         self._bos_token = None if bos is None else str(bos)
         size = str(batch_size).partition(":")[0]
-        require(
-            size == "auto" or (size.isdecimal() and int(size) > 0),
-            "batch_size",
-            "at least 1, or auto",
-            batch_size,
-        )
-        self.batch_size = (
-            min(_AUTO_BATCH, max_batch_size or _AUTO_BATCH) if size == "auto" else int(size)
-        )
+        is_size = size == "auto" or (size.isdecimal() and int(size) > 0)
+        require(is_size, "batch_size", "at least 1, or auto", batch_size)
+        if size == "auto":
+            self.batch_size = min(_AUTO_BATCH, max_batch_size or _AUTO_BATCH)
+        else:
+            self.batch_size = int(size)
         self.max_length = self.decoder.backend.spec.context
         self.max_gen_toks = int(max_gen_toks)
-        strategy = (
-            "self-speculative"
-            if spec is not None
-            else "autoregressive"
-            if exit is None
-            else "early-exit"
-        )
+        strategy = "autoregressive"
+        if spec is not None:
+            strategy = "self-speculative"
+        elif exit is not None:
+            strategy = "early-exit"
         asked = {"strategy": strategy, "exit_layer": exit, "num_draft_tokens": spec}
         self.decoding = self.decoder.resolve(cast(DecodingOptions, asked), packing)
         self.depth = exit if exit is not None and spec is None else self.decoder.backend.num_layers
@@ -149,37 +144,35 @@ class LayerSkipLM(LM):  # type: ignore[misc]
         """Yields (index of a request, by depth (log-probability in nats, is greedy), or for whole
         texts the former alone).
         """
-        parts = [self._pairs(request) for request in requests]
-        asked = [(place, pair) for place, pairs in enumerate(parts) for pair in pairs]
-        responses: list[list[dict[int, Any]]] = [[] for _ in requests]
-        scored = likelihoods(
-            self.decoder.backend, [pair for _, pair in asked], depths, self.batch_size
-        )
+        owners: list[int] = []  # the request of each pair
+        pairs: list[Pair] = []
+        for place, request in enumerate(requests):
+            own = self._pairs(request)
+            pairs += own
+            owners += [place] * len(own)
+        missing = Counter(owners)
+        # Of a whole text, in nats, by depth
+        totals: dict[int, dict[int, float]] = {}
+        scored = likelihoods(self.decoder.backend, pairs, depths, self.batch_size)
         for number, by_depth in scored:
-            place, _ = asked[number]
-            responses[place].append(by_depth)
+            place = owners[number]
             if len(requests[place].args) == 2:
                 yield place, {depth: tuple(by_depth[depth]) for depth in depths}
-            elif len(responses[place]) == len(parts[place]):
-                yield (
-                    place,
-                    {
-                        depth: sum(part[depth].total for part in responses[place])
-                        for depth in depths
-                    },
-                )
+                continue
+            missing[place] -= 1
+            own_totals = totals.setdefault(place, dict.fromkeys(depths, 0.0))
+            for depth in depths:
+                own_totals[depth] += by_depth[depth].total
+            if not missing[place]:  # all windows of the text are scored
+                yield place, own_totals
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[Any]:
         """The responses of `score`, at this model's depth, to requests of one kind."""
         responses: list[Any] = [None] * len(requests)
-        kind = (
-            "loglikelihood"
-            if all(len(request.args) == 2 for request in requests)
-            else "loglikelihood_rolling"
-        )
-        for place, by_depth in tqdm(
-            self.score(requests, [self.depth]), kind, len(requests), disable=disable_tqdm
-        ):
+        are_pairs = all(len(request.args) == 2 for request in requests)
+        kind = "loglikelihood" if are_pairs else "loglikelihood_rolling"
+        scored = self.score(requests, [self.depth])
+        for place, by_depth in tqdm(scored, kind, len(requests), disable=disable_tqdm):
             responses[place] = by_depth[self.depth]
             self.cache_hook.add_partial(kind, requests[place].args, responses[place])
         return responses

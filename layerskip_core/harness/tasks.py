@@ -14,7 +14,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
-from itertools import chain, groupby
+from itertools import groupby
 from operator import add
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from ..config.decoding import DecodingConfig, decoding
 from ..config.evaluation import HARNESS, BenchConfig, SweepConfig, TaskConfig
 from ..config.resolution import require_exit_layer
 from ..data import Example, quiet_datasets
-from ..errors import DataError, LayerSkipError, first_line, refused, require
+from ..errors import ConfigError, DataError, LayerSkipError, first_line, refused, require
 from ..evaluation.measure import Measured, Progress, depth_of, drafts_tokens, measure
 from ..evaluation.measure.bench import strategies_of
 from ..evaluation.measure.figures import environment, result_of, setting_of
@@ -65,19 +65,12 @@ class HarnessTasks:
         self._tasks: dict[str, Any] = loaded["tasks"]
         self.notes: list[str] = []
         for name, task in self._tasks.items():
-            named = f"{HARNESS}{name}"
-            repeats = task.get_config("repeats") or 1
-            safe = "one that runs no code of the model (humaneval and mbpp of layerskip run it in a sandbox)"
-            require(not getattr(task, "UNSAFE_CODE", False), "task", safe, named)
-            require(not getattr(task, "MULTIMODAL", False), "task", "one of text alone", named)
-            once = "one that asks once; `python -m layerskip_core.harness` runs the others"
-            require(repeats == 1, "task", once, f"{named}, which asks {repeats} times")
-            own = task.get_config("num_fewshot")
-            shots = config.shots
-            if own == 0 and shots:
-                self.notes.append(f"{named} is always asked without shots")
-            elif own is None or shots is not None:
-                task.set_config(key="num_fewshot", value=shots or 0)
+            _require_text_task(name, task)
+            own_shots = task.get_config("num_fewshot")
+            if own_shots == 0 and config.shots:
+                self.notes.append(f"{HARNESS}{name} is always asked without shots")
+            elif own_shots is None or config.shots is not None:
+                task.set_config(key="num_fewshot", value=config.shots or 0)
             task.set_fewshot_seed(seed=config.seed or _SEEDS["shots"])
 
     def requests(self, render_chat: Callable[..., str], tokenizer_name: str) -> list[Any]:
@@ -88,9 +81,7 @@ class HarnessTasks:
         numpy.random.seed(_SEEDS["numpy"])
         chat = self._config.prompting.asked == CHAT
         for name, task in self._tasks.items():
-            # A progress bar for each task
-            quiet = redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO())
-            with _blaming(f"the rows of {HARNESS}{name} cannot be asked"), quiet[0], quiet[1]:
+            with _blaming(f"the rows of {HARNESS}{name} cannot be asked"), _quiet():
                 task.build_all_requests(
                     limit=self._config.samples or None,
                     system_instruction=self._config.prompting.system,
@@ -99,11 +90,13 @@ class HarnessTasks:
                     chat_template=render_chat if chat else None,
                     tokenizer_name=tokenizer_name if chat else "",
                 )
-        requests = [instance for task in self._tasks.values() for instance in task.instances]
-        for number, request in enumerate(requests):
-            request.number = number
-            kind = request.request_type
-            require(kind in _KINDS, "task", "made of texts to score or to generate", kind)
+        requests: list[Any] = []
+        for task in self._tasks.values():
+            for request in task.instances:
+                kind = request.request_type
+                require(kind in _KINDS, "task", "made of texts to score or to generate", kind)
+                request.number = len(requests)
+                requests.append(request)
         return requests
 
     def scores(self, responses: Mapping[int, Any]) -> dict[str, Any]:
@@ -123,49 +116,73 @@ class HarnessTasks:
 
             loglikelihood_rolling = generate_until = loglikelihood
 
-        scored: dict[str, Any] = {"metrics": {}, "stderr": {}, "samples": {}, "logged": []}
-        answered = {
-            name: task
-            for name, task in self._tasks.items()
-            if all(each.number in responses for each in task.instances)
-        }
+        answered = {}
+        for name, task in self._tasks.items():
+            if all(request.number in responses for request in task.instances):
+                answered[name] = task
         if not answered:
-            return scored
+            return {"metrics": {}, "stderr": {}, "samples": {}, "logged": []}
         for task in answered.values():
             for request in task.instances:
                 request.resps = []
                 request.filtered_resps = {}
             # Some tasks would draw other requests the second time
             task.build_all_requests = lambda **_: None
+        # Groups have scores of their own, if all of their tasks do
         chosen = self._loaded if len(answered) == len(self._tasks) else {"tasks": answered}
         os.environ.setdefault("DISABLE_MULTIPROC", "1")  # not worth processes for so few samples
-        limit = self._config.samples or None
         named = f"answers to {HARNESS}{','.join(answered)}"
         # It prints that it bootstraps
         with _blaming(f"{named} cannot be scored"), redirect_stdout(sys.stderr):
             results = evaluate(
                 Recorded(),
                 chosen,
-                limit=limit,
+                limit=self._config.samples or None,
                 bootstrap_iters=_RESAMPLES,
                 log_samples=self._log_samples,
             )
-        for task_name, rows in results.get("samples", {}).items():
-            scored["logged"] += [{"task": task_name, **row} for row in rows]
-        for task_name, values in results["results"].items():
-            if "sample_len" in values:
-                scored["samples"][task_name] = int(values["sample_len"])
-            # Such as `acc,none` and `acc_stderr,none`: a metric and a filter
-            for key, value in values.items():
-                metric, comma, chosen_by = key.partition(",")
-                if comma and not isinstance(value, str) and math.isfinite(value):
-                    name = f"{task_name} {metric.removesuffix('_stderr')}" + (
-                        "" if chosen_by == "none" else f" {chosen_by}"
-                    )
-                    scored["stderr" if metric.endswith("_stderr") else "metrics"][name] = float(
-                        value
-                    )
-        return scored
+        return _by_name(results)
+
+
+def _require_text_task(name: str, task: Any) -> None:
+    """Raises ConfigError for a task that cannot run here."""
+    named = f"{HARNESS}{name}"
+    safe = (
+        "one that runs no code of the model (humaneval and mbpp of layerskip run it in a sandbox)"
+    )
+    require(not getattr(task, "UNSAFE_CODE", False), "task", safe, named)
+    require(not getattr(task, "MULTIMODAL", False), "task", "one of text alone", named)
+    repeats = task.get_config("repeats") or 1
+    once = "one that asks once; `python -m layerskip_core.harness` runs the others"
+    require(repeats == 1, "task", once, f"{named}, which asks {repeats} times")
+
+
+def _by_name(results: dict[str, Any]) -> dict[str, Any]:
+    """lm-eval's results as `HarnessTasks.scores` returns them."""
+    scored: dict[str, Any] = {"metrics": {}, "stderr": {}, "samples": {}, "logged": []}
+    for task, rows in results.get("samples", {}).items():
+        scored["logged"] += [{"task": task, **row} for row in rows]
+    for task, values in results["results"].items():
+        if "sample_len" in values:
+            scored["samples"][task] = int(values["sample_len"])
+        # Such as `acc,none` and `acc_stderr,none`: a metric and a filter
+        for key, value in values.items():
+            metric, comma, chosen_by = key.partition(",")
+            if not comma or isinstance(value, str) or not math.isfinite(value):
+                continue
+            kind = "stderr" if metric.endswith("_stderr") else "metrics"
+            name = f"{task} {metric.removesuffix('_stderr')}"
+            if chosen_by != "none":
+                name += f" {chosen_by}"
+            scored[kind][name] = float(value)
+    return scored
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hides the progress bar that lm-eval shows for each task."""
+    with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
+        yield
 
 
 @contextmanager
@@ -187,47 +204,49 @@ def load_tasks(config: TaskConfig, log_samples: bool = False) -> HarnessTasks:
     """
     require_harness()
     for name in _UNUSED:
-        require(
-            getattr(config, name) is None,
-            name,
-            f"left out for `task` {HARNESS}...",
-            getattr(config, name),
-        )
+        require(getattr(config, name) is None, name, _HERE, getattr(config, name))
     template = config.prompting.asked
+    accepted = f"chat or raw for `task` {HARNESS}..."
+    require(template in (None, RAW, CHAT), "template", accepted, template)
     folder = config.include_path
-    require(
-        template in (None, RAW, CHAT), "template", f"chat or raw for `task` {HARNESS}...", template
-    )
-    require(
-        folder is None or Path(folder).is_dir(), "include_path", "a folder with task files", folder
-    )
+    has_folder = folder is None or Path(folder).is_dir()
+    require(has_folder, "include_path", "a folder with task files", folder)
     from lm_eval.tasks import TaskManager
 
     quiet_datasets()
     logging.getLogger("lm_eval").setLevel(logging.CRITICAL)
     names = config.harness_tasks
     local = "without the hub, `include_path` names a folder with task files whose rows are local"
+    loading = f"{HARNESS}{','.join(names)} cannot be loaded ({local})"
     for built_in in (False, True):  # the built-in ones take seconds to list
         with _blaming("task files cannot be read"):
             manager = TaskManager(include_path=folder, include_defaults=built_in)
-        files = {name: [name] for name in names if name.endswith(".yaml") and Path(name).is_file()}
-        matches = {name: files.get(name) or manager.match_tasks([name]) for name in names}
-        if missing := [name for name in names if not matches[name]]:
-            if not built_in:
-                continue
-            near = difflib.get_close_matches(missing[0], manager.all_tasks, 3)
-            what = f"a task of lm-eval ({len(manager.all_tasks)} are known), of `include_path`, or a .yaml file"
-            hint = f"; did you mean {', '.join(near)}?" if near else ""
-            raise refused("task", what, f"{HARNESS}{missing[0]}{hint}")
-        with _blaming(f"{HARNESS}{','.join(names)} cannot be loaded ({local})"):
+        chosen: dict[str, None] = {}
+        missing = []
+        for name in names:
+            is_file = name.endswith(".yaml") and Path(name).is_file()
+            matches = [name] if is_file else manager.match_tasks([name])
+            chosen |= dict.fromkeys(matches)
+            if not matches:
+                missing.append(name)
+        if missing and built_in:
+            raise _unknown_task(missing[0], manager.all_tasks)
+        if missing:
+            continue
+        with _blaming(loading):
             try:
-                return HarnessTasks(
-                    manager.load(list(dict.fromkeys(chain(*matches.values())))), config, log_samples
-                )
+                return HarnessTasks(manager.load(list(chosen)), config, log_samples)
             except KeyError:
                 if built_in:  # else it may be a group of built-in tasks
                     raise
     raise AssertionError
+
+
+def _unknown_task(name: str, known: Sequence[str]) -> ConfigError:
+    what = f"a task of lm-eval ({len(known)} are known), of `include_path`, or a .yaml file"
+    near = difflib.get_close_matches(name, known, 3)
+    hint = f"; did you mean {', '.join(near)}?" if near else ""
+    return refused("task", what, f"{HARNESS}{name}{hint}")
 
 
 def sweep_scores(
@@ -244,9 +263,8 @@ def sweep_scores(
         require_exit_layer(exit_layer, loaded.backend.num_layers, may_be_last=True, field="exits")
     exits = tuple(sorted(set(config.exits or usual_exits(loaded))))
     methods = [decoding("autoregressive", config.generation)]
-    methods += [
-        decoding("early-exit", config.generation, exit_layer=exit_layer) for exit_layer in exits
-    ]
+    for exit_layer in exits:
+        methods.append(decoding("early-exit", config.generation, exit_layer=exit_layer))
     yield from _run(loaded, tasks, methods, replace(config, exits=exits), repeats=1)
 
 
@@ -283,38 +301,46 @@ def _run(
     lm = LayerSkipLM(loaded, batch_size=config.batch_size if config.batch_size > 1 else "auto")
     requests = tasks.requests(lm.apply_chat_template, lm.tokenizer_name)
     generated = [request for request in requests if request.request_type == GENERATION]
+    scored = [request for request in requests if request.request_type != GENERATION]
     if not generated:
         methods = [method for method in methods if not drafts_tokens(method)]
-    scored = [request for request in requests if request.request_type != GENERATION]
-    depths = [depth_of(method, loaded.backend.num_layers) for method in methods]
-    # Responses to `scored`, by request
-    by_depth: dict[int | None, dict[int, Any]] = {depth: {} for depth in depths}
-    likelihoods = lm.score(scored, sorted({depth for depth in depths if depth is not None}))
-    for done, (place, responses) in enumerate(likelihoods, start=1):
-        for layers, response in responses.items():
-            by_depth[layers][scored[place].number] = response
-        yield Progress(done, len(scored), "log-likelihoods")
+    by_depth = yield from _log_likelihoods(lm, scored, methods)
     measured = yield from _generated(lm, generated, methods, config, repeats)
     results = []
-    logged = list[dict[str, Any]]()
-    for number, (method, depth) in enumerate(zip(methods, depths, strict=True)):
-        responses = dict(by_depth[depth])
+    logged: list[dict[str, Any]] = []
+    for number, method in enumerate(methods):
+        responses = dict(by_depth[depth_of(method, loaded.backend.num_layers)])
         result = setting_of(method)
         if measured:
             result = result_of(measured[number], measured[0])
-            for request, output in zip(generated, measured[number].answers, strict=True):
-                responses[request.number] = lm.answer(
-                    output.ids, lm.answering(method, request.args[1]).stop
-                )
+            for request, row in zip(generated, measured[number].answers, strict=True):
+                stop = lm.answering(method, request.args[1]).stop
+                responses[request.number] = lm.answer(row.output.ids, stop)
         scores = tasks.scores(responses)
         logged += [{"result": number, **row} for row in scores.pop("logged")]
         results.append(replace(result, **scores))
     machine = environment(loaded)
     machine["versions"]["lm_eval"] = version("lm_eval")
-    metric = next(iter(results[0].metrics), None)
-    template = config.task.prompting.asked or "raw"
-    named = {"quality_metric": metric, "prompt_template": template}
-    yield RunRecord(asdict(config) | named, machine, tuple(results), samples=tuple(logged))
+    named = asdict(config)
+    named["quality_metric"] = next(iter(results[0].metrics), None)
+    named["prompt_template"] = config.task.prompting.asked or "raw"
+    yield RunRecord(named, machine, tuple(results), samples=tuple(logged))
+
+
+def _log_likelihoods(
+    lm: "LayerSkipLM", requests: list[Any], methods: list[DecodingConfig]
+) -> Generator[Progress, None, dict[int | None, dict[int, Any]]]:
+    """Responses to requests that score texts, by depth and the request's number."""
+    num_layers = lm.decoder.backend.num_layers
+    by_depth: dict[int | None, dict[int, Any]] = {}
+    for method in methods:
+        by_depth[depth_of(method, num_layers)] = {}
+    depths = sorted(depth for depth in by_depth if depth is not None)
+    for done, (place, responses) in enumerate(lm.score(requests, depths), start=1):
+        for depth, response in responses.items():
+            by_depth[depth][requests[place].number] = response
+        yield Progress(done, len(requests), "log-likelihoods")
+    return by_depth
 
 
 def _generated(
@@ -329,22 +355,23 @@ def _generated(
     """
     measured: list[Measured] = []
     limit = config.generation.get("max_new_tokens")
-    for (task, asked), group in groupby(
-        requests, key=lambda request: (request.task_name, request.args[1])
-    ):
+
+    def alike(request: Any) -> tuple[str, Any]:
+        return request.task_name, request.args[1]
+
+    for (task, asked), group in groupby(requests, key=alike):
         settings = [lm.answering(method, asked, limit) for method in methods]
-        given = _Given(
-            **vars(lm.decoder), encode=partial(lm.prompt, max_new_tokens=settings[0].max_new_tokens)
-        )
+        encode = partial(lm.prompt, max_new_tokens=settings[0].max_new_tokens)
+        decoder = _TemplatedDecoder(**vars(lm.decoder), encode=encode)
         examples = tuple(Example(request.args[0], "") for request in group)
         unscored = Task(examples, config.task, "", lambda _: {})
-        more = yield from measure(given, unscored, settings, config, repeats, name=task)
+        more = yield from measure(decoder, unscored, settings, config, repeats, name=task)
         measured = list(map(add, measured, more)) if measured else more
     return measured
 
 
 @dataclass(frozen=True)
-class _Given(Decoder):
+class _TemplatedDecoder(Decoder):
     """A decoder for prompts that lm-eval has already templated."""
 
     encode: Callable[[str], list[int]] = lambda _: []

@@ -133,25 +133,6 @@ def test_bench(checkpoint, draft, tmp_path):
     assert "--draft-model" in run("sweep-exits", "--draft-model", draft).err
 
 
-def test_verify(checkpoint, draft):
-    flags = (
-        "--precisions",
-        "fp32",
-        "--kernels",
-        "torch",
-        "--samples",
-        "2",
-        "--max-new-tokens",
-        "4",
-        "--draws",
-        "0",
-    )
-    result = run("verify", checkpoint, "--draft-model", draft, *flags, "--format", "json")
-    assert result.code == 0 and "draft model" in {
-        one["setting"] for one in json.loads(result.out)["results"]
-    }
-
-
 def test_what_is_wrong_is_one_error(checkpoint, draft, tmp_path):
     common = ("generate", "hi", "--model", checkpoint)
     name = Path(checkpoint)

@@ -135,8 +135,9 @@ def only(monkeypatch, strategy, pays=True):
     def chosen(result):
         return result.strategy == strategy and result.metrics
 
-    monkeypatch.setattr(f"{measure}.figures.DRAFTERS", (strategy,))
-    monkeypatch.setattr(f"{measure}.figures.Contest.lower_end", lambda *_: 2.0 if pays else 0.5)
+    monkeypatch.setattr(f"{measure}.recommendation.DRAFTERS", (strategy,))
+    low = 2.0 if pays else 0.5
+    monkeypatch.setattr(f"{measure}.recommendation.Contest.lower_end", lambda *_: low)
     monkeypatch.setattr(
         f"{measure}.sweep.finalists",
         lambda every, *_: [0, *(n for n, each in enumerate(every) if chosen(each))],
@@ -340,7 +341,6 @@ def test_an_unfinished_benchmark_is_not_lost_without_a_word(tmp_path, model, mon
         str(out),
     )
     with monkeypatch.context() as patch:
-        patch.setattr("layerskip_core.evaluation.measure.figures.result_of", lambda *_: 1 / 0)
         patch.setattr("layerskip_core.evaluation.measure.bench.result_of", lambda *_: 1 / 0)
         assert command_line.run(*arguments).code == 1
     left = (out / "unfinished.jsonl").read_bytes()

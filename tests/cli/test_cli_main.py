@@ -42,7 +42,6 @@ def test_help_loads_no_library_of_models(arguments):
         *(
             ["finetune", "--data", "no.csv"],
             ["bench", "--data", "no.csv"],
-            ["verify", "--data", "no.csv"],
         ),
         *(["finetune", "--validation", "no.csv"], ["bench", "--task", "no.csv"]),
         *(

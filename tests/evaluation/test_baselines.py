@@ -17,13 +17,13 @@ from layerskip_core.config.evaluation import BenchConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.errors import ConfigError, LayerSkipError
 from layerskip_core.evaluation.measure import answer_prompts, measure_prompt, own_output
-from layerskip_core.evaluation.measure.bench import (
-    bench,
+from layerskip_core.evaluation.measure.baselines import (
     llama_cpp,
     load_baselines,
     require_early_exit,
     transformers_generate,
 )
+from layerskip_core.evaluation.measure.bench import bench
 
 PLAIN = DecodingConfig("autoregressive", max_new_tokens=NEW_TOKENS)
 SPECULATIVE = DecodingConfig("self-speculative", 5, 3, NEW_TOKENS)
@@ -208,7 +208,7 @@ def package(monkeypatch):
     info = "CPU : SSE3 = 1 | AVX2 = 1 | AVX512 = 0 | "
     fake = SimpleNamespace(CommonParams=params, Server=Server, get_system_info=lambda: info)
     monkeypatch.setitem(sys.modules, "xllamacpp", fake)
-    monkeypatch.setattr("layerskip_core.evaluation.measure.bench.version", lambda name: "1.2")
+    monkeypatch.setattr("layerskip_core.evaluation.measure.baselines.version", lambda name: "1.2")
     Server.asked.clear()
     return fake
 

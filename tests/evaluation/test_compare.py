@@ -238,7 +238,7 @@ def test_a_figure_that_one_run_of_a_label_lacks_is_left_out(tmp_path):
         a=[sweep(tmp_path / "a", 0.5, 8.0)], b=[trained(tmp_path / "b", {2: 2.0, 4: 1.0})]
     )
     table = compare_table(compare(groups))
-    assert [row[2:] for row in table.rows if row[0] == "held out perplexity"] == [
+    assert [row[2:] for row in table.texts if row[0] == "held out perplexity"] == [
         ("-", "7.39", "-"),
         ("-", "2.72", "-"),
     ]

@@ -3,7 +3,7 @@ skip.
 """
 
 import json
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import pytest
 from evaluating import NEW_TOKENS, own_answers, tiny_loaded
@@ -13,21 +13,18 @@ from layerskip_core.config.evaluation import BenchConfig, SweepConfig, TaskConfi
 from layerskip_core.config.model import DataConfig, PackingConfig
 from layerskip_core.data import load_examples
 from layerskip_core.decoding import DecodeStats, decode
-from layerskip_core.errors import ConfigError
 from layerskip_core.evaluation.measure import cost_model, measure_prompt
-from layerskip_core.evaluation.measure.bench import bench
 from layerskip_core.evaluation.measure.cost_model import (
+    Part,
     PassTimes,
     agreement,
     draft_profile,
     interpolated,
-    prediction_of,
+    predicted_speedup,
     simulate,
     timed_part,
     timed_visits,
 )
-from layerskip_core.evaluation.measure.sweep import sweep
-from layerskip_core.evaluation.report.tables import results_table
 from layerskip_core.evaluation.results import Result
 from layerskip_core.evaluation.tasks import load_task
 
@@ -72,7 +69,7 @@ def test_pass_times_of_the_real_loop():
     part = timed_part(loaded, prompt, [5] * 9)
     setting = DecodingConfig("self-speculative", 2, 4)
     ((_, passes),) = next(timed_visits(loaded, [part], [setting])).items()
-    assert min(passes) > 0
+    assert min(astuple(passes)) > 0
     # Passes of 1 to 17 tokens after the context, as far as there is room
     for context in (40, 10_000):
         passes = draft_profile(loaded, (), PackingConfig(), [5] * context).passes
@@ -86,33 +83,29 @@ def test_pass_times_of_the_real_loop():
 
 @pytest.mark.parametrize(("tokens", "start"), [(1, 0), (32, 0), (33, 0), (34, 1), (100, 34)])
 def test_of_a_long_answer_the_middle_is_timed(tokens, start):
-    ids, limit = timed_part(tiny_loaded(), [1, 2], list(range(10, 10 + tokens)))
-    assert (ids, limit) == ([1, 2, *range(10, 10 + start)], tokens - start + 1)
+    part = timed_part(tiny_loaded(), [1, 2], list(range(10, 10 + tokens)))
+    assert part == Part([1, 2, *range(10, 10 + start)], tokens - start + 1)
 
 
 def test_the_speed_of_known_rounds_and_times_between_those_of_shorter_and_longer_drafts():
     # 3 answers with 30 tokens: 3 prefills of 0.5 s in all and 27 plain steps of 0.1 s, or 6 drafts,
     # 3 rounds, 2 plain steps.
     rounds = DecodeStats(drafted=6, accepted=4, rounds=3, steps_by_drafter={"plain": 2})
-    found = prediction_of(
-        rounds, PassTimes(0.01, 0.19, 0.01, plain=0.1), prefill=0.5, tokens=30, answers=3
-    )
-    assert found.speedup == pytest.approx((0.5 + 2.7) / (0.5 + 0.06 + 0.6 + 0.2))
+    times = PassTimes(0.01, 0.19, 0.01, plain=0.1)
+    found = predicted_speedup(rounds, times, prefill=0.5, tokens=30, answers=3)
+    assert found == pytest.approx((0.5 + 2.7) / (0.5 + 0.06 + 0.6 + 0.2))
     short = PassTimes(0.01, 0.2, 0.0, 0.1, length=2.0)
     long = PassTimes(0.02, 0.4, 0.1, 0.1, length=10.0)
-    assert interpolated(4.0, [long, short]) == pytest.approx((0.0125, 0.25, 0.025, 0.1, 4.0))
-    assert [interpolated(length, [long, short]) for length in (1.0, 2.0, 10.0, 12.0)] == [
-        short,
-        short,
-        long,
-        long,
-    ]
+    between = interpolated(4.0, [long, short])
+    assert astuple(between) == pytest.approx((0.0125, 0.25, 0.025, 0.1, 4.0))
+    found = [interpolated(length, [long, short]) for length in (1.0, 2.0, 10.0, 12.0)]
+    assert found == [short, short, long, long]
     assert interpolated(3.0, [long]) == long
 
 
 def test_the_speedup_of_rounds_over_plain_steps(monkeypatch):
     """6 accepted drafts and a token of each of 2 rounds in 4 s; plain steps take 0.25 s each."""
-    monkeypatch.setattr(cost_model, "_steps", lambda *_: [(0, 0.0, 0.0, 0.25)] * 8)
+    monkeypatch.setattr(cost_model, "plain_step", lambda *_: 0.25)
     rounds = DecodeStats(accepted=6, rounds=2, draft_seconds=1.0, verify_seconds=3.0)
     assert cost_model.speed_of(tiny_loaded(), rounds) == 0.5
 
@@ -187,27 +180,3 @@ def test_a_sweep_chooses_and_checks_on_rows_that_bench_does_not_report(tmp_path)
         f"p{number}" for number in range(30)
     }
     assert len(load_task(TaskConfig(data=str(file), samples=4)).others(99)) == 26
-
-
-def test_given_layers_are_measured_at_every_draft_length():
-    generation = {"skip": [2, 5]}
-    *_, record = sweep(
-        tiny_loaded(),
-        own_answers(1),
-        SweepConfig("tiny", exits=(3,), specs=(2, 4), generation=generation),
-    )
-    rows = [
-        (row.skip, row.num_draft_tokens)
-        for row in record.results
-        if row.strategy == "draft-and-verify"
-    ]
-    assert rows == [((2, 5), 2), ((2, 5), 4)]
-    with pytest.raises(ConfigError, match=r"`skip` must be in 1..6, got 9 \(model has 6 layers\)"):
-        list(sweep(tiny_loaded(), own_answers(1), SweepConfig("tiny", generation={"skip": [9]})))
-    asked = {"strategies": ("autoregressive",), "generation": {"skip": [3]}, "repeats": 1}
-    *_, record = bench(tiny_loaded(), own_answers(1), BenchConfig("tiny", **asked))
-    assert [(result.strategy, result.skip) for result in record.results] == [
-        ("autoregressive", ()),
-        ("draft-and-verify", (3,)),
-    ]
-    assert "Layers that drafts skip: --skip 3." in results_table(record).text

@@ -14,22 +14,23 @@ from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.evaluation import SweepConfig, TaskConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.config.resolution import policy_packing
+from layerskip_core.evaluation.intervals import margin
 from layerskip_core.evaluation.measure import Measured
-from layerskip_core.evaluation.measure.figures import (
+from layerskip_core.evaluation.measure.recommendation import (
     Contest,
     contest,
     finalists,
     margins,
     recommend,
 )
-from layerskip_core.evaluation.metrics import Scores, frontier, margin
+from layerskip_core.evaluation.metrics import Scores, frontier
 from layerskip_core.evaluation.results import Difference, Failure, Result
 
 
 @pytest.fixture(autouse=True)
 def usual_turns(monkeypatch):
     """Not the few of other tests."""
-    monkeypatch.setattr("layerskip_core.evaluation.measure.figures._FEWEST_TURNS", 8)
+    monkeypatch.setattr("layerskip_core.evaluation.measure.recommendation._FEWEST_TURNS", 8)
 
 
 def row(strategy, exit_layer=None, drafts=None, quality=0.9, speedup=1.0, **changes):
@@ -73,7 +74,7 @@ def advise(table, speeds=None, spread=0.01, scores=None, **config):
     """
     speeds = speeds or [result.speedup for result in table]
     sure = [scores or Scores((result.metrics["exact_match"],) * 5000) for result in table]
-    measured = [Measured(DecodingConfig(), (), (), scores={"exact_match": each}) for each in sure]
+    measured = [Measured(DecodingConfig(), (), scores={"exact_match": each}) for each in sure]
     keep = config.get("keep", SweepConfig.keep)
     places = finalists(table, 1e-3, margins(table, measured, "exact_match", keep))
     found = known_contest(places, speeds, spread) if places else None
@@ -210,7 +211,7 @@ def simulated(seed, speed, spread):
             clock=lambda: machine.now,
         )
         _, found = collect(run)
-    measured = [Measured(DecodingConfig(), (), ())] * len(results)
+    measured = [Measured(DecodingConfig(), ())] * len(results)
     return recommend(results, 1e-3, "known", SweepConfig(), measured, found), right, max(speeds)
 
 
@@ -397,26 +398,6 @@ def test_a_dozen_equal_prompts_do_not_show_that_an_exit_keeps_the_quality():
         "none, because 12 prompts cannot show that an early exit keeps 0.98 of exact_match; for exit 4 ("
     )
     assert few.endswith("it would take about 138 (`samples`)")
-
-
-def test_a_perplexity_may_grow_by_the_share():
-    """Texts of 100 tokens and ln 9 = 2.197 nats each: the perplexity may be 9 / 0.9 = 10, ln 10 =
-    2.303 nats.
-    """
-    tokens = (100,) * 50
-    full = [219.7 + (place % 5) for place in range(50)]
-
-    def grown(nats):
-        values = tuple(value + nats + place % 3 for place, value in enumerate(full))
-        return margin(Scores(values, tokens), Scores(tuple(full), tokens), 0.9, "perplexity")
-
-    assert (
-        grown(5.0).low > 0 > grown(9.5).low
-        and grown(9.5).needed > 50
-        and grown(10.0).needed is None
-    )
-    one = margin(Scores((225.0,), (100,)), Scores((219.7,), (100,)), 0.9, "perplexity")
-    assert one.low < 0 < one.mean and one.needed == 2
 
 
 def test_the_settings_of_a_sweep_and_how_drafts_were_stored_belong_to_the_policy():

@@ -8,11 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from cli.commands.sweep_exits import front
 from layerskip_core.config.resolution import policy_text
 from layerskip_core.errors import LayerSkipError
 from layerskip_core.evaluation.report import output_folder, to_csv, to_json
-from layerskip_core.evaluation.report.tables import points_of, results_table
+from layerskip_core.evaluation.report.tables import results_table
 from layerskip_core.evaluation.results import (
     Bounds,
     Difference,
@@ -120,7 +119,7 @@ def test_the_table_of_a_sweep():
         "same",
         "",
     )
-    assert table.rows == (
+    assert tuple(table.texts) == (
         ("autoregressive", "-", "-", "87.5%", "1.25", "-", "-", "100", "1.00", "-", "100%", ""),
         ("early-exit", "12", "-", "50.0%", "1.2e4", "-", "-", "1900", "19.00", "-", "44%", "*"),
         (
@@ -157,9 +156,9 @@ def test_tables_show_how_a_metric_differs_from_full_depth_and_json_never_holds_a
     table = results_table(
         replace(SWEEP, config=config, results=(SWEEP.results[0], replace(SWEEP.results[1], **ends)))
     )
-    assert [row[3:5] for row in table.rows] == [("87.5%", "-"), ("50±25%", "-38±31%")]
+    assert [row[3:5] for row in table.texts] == [("87.5%", "-"), ("50±25%", "-38±31%")]
     # Of two prompts nothing is known
-    assert any(str(each).endswith("±?") for each in table.rows[1])
+    assert any(str(each).endswith("±?") for each in table.texts[1])
     assert "±?: too few rows for an interval." in table.note.splitlines()
     assert "change: of EM from full depth, on the same prompts." in table.note.splitlines()
     with pytest.raises(ValueError, match="JSON"):
@@ -171,7 +170,7 @@ def test_the_table_of_a_benchmark_has_its_categories_and_ends_with_a_verdict():
     assert table.headers == (
         "strategy", "exit", "spec", "R2", "EM", "accept", "mean", "tok/s", "speed", "same", "first", "MB"
     )  # fmt: skip
-    assert table.rows == (
+    assert tuple(table.texts) == (
         ("autoregressive", "-", "-", "40%", "0%", "-", "-", "150", "1.00", "100%", "12.0", "512"),
         (
             "self-speculative",
@@ -322,49 +321,3 @@ def test_the_output_folder_is_checked_before_the_run(tmp_path, monkeypatch):
             output_folder(str(tmp_path / name), "test"),
         ):
             pytest.fail("began")
-
-
-def result(strategy, speed, metrics, exit_layer=None, drafts=None):
-    return Result(
-        strategy,
-        exit_layer,
-        drafts,
-        metrics,
-        tokens_per_second=speed,
-        speedup=speed / 100,
-        identical_outputs=1.0,
-    )
-
-
-def record_of(*results, metric="exact_match"):
-    return RunRecord({"quality_metric": metric}, {}, results)
-
-
-def lines_of(record, width=60):
-    return front(points_of(record), width).plain.splitlines()
-
-
-def place(lines, marker):
-    grid = [line.split("\N{BOX DRAWINGS LIGHT VERTICAL}", 1)[1] for line in lines[1:13]]
-    (found,) = ((row, line.index(marker)) for row, line in enumerate(grid) if marker in line)
-    return found
-
-
-def test_better_is_higher_and_faster_is_further_right():
-    lines = lines_of(
-        record_of(
-            result("autoregressive", 100.0, {"exact_match": 0.9}),
-            result("self-speculative", 200.0, {"exact_match": 0.9}, 4, 6),
-            result("early-exit", 300.0, {"exact_match": 0.5}, 8),
-            result("early-exit", 150.0, {"exact_match": 0.4}, 2),
-        )
-    )
-    assert lines[0] == "Quality: exact match (%)"
-    assert max(map(len, lines)) == 60
-    (plain, left), (first, faster), (second, fastest), (dominated, middle) = (
-        place(lines, marker) for marker in "\N{BLACK SQUARE}12\N{WHITE CIRCLE}"
-    )
-    assert (plain, first, second, dominated) == (0, 0, 9, 11)
-    assert left < middle < faster < fastest
-    assert lines[-2:] == ["1 exit 4, 6 drafts: 2.00x, 90", "2 exit 8 alone: 3.00x, 50"]
-    assert "100" in lines[14] and lines[14].endswith("300 tokens/s")

@@ -116,14 +116,6 @@ def test_where_the_flags_of_lm_eval_belong():
         "--include-path",
         "here",
     )
-    fails(
-        "--tasks must be left out with --task, got piqa",
-        "bench",
-        "--task",
-        "commands",
-        "--tasks",
-        "piqa",
-    )
     fails("--log-samples must be used with --output, got none", "sweep-exits", "--log-samples")
     fails(
         "--task must be lm-eval: with the name of a task, got lm-eval: ,",

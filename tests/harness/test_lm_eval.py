@@ -122,7 +122,7 @@ def test_a_sweep_gives_the_scores_of_all_exits_in_one_run(checkpoint, tasks, tmp
     )
     output = tmp_path / "out"
     done = run(
-        "sweep-exits", *arguments, "--tasks", "choice,shots,answer,text", "--exits", "2,5", "--timed", "2",
+        "sweep-exits", *arguments, "--task", "lm-eval:choice,shots,answer,text", "--exits", "2,5", "--timed", "2",
         "--format", "json", "--output", str(output), "--log-samples",
     )  # fmt: skip
     assert done.code == 0, done.err

@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,9 @@ from ...decoding import check_prompt, decode, decode_batch
 from ...decoding.drafters.lookup import EarlierAnswers
 from ...errors import LayerSkipError
 from ...model.backend import Backend
+from ..journal import Journal
 from ..metrics import Scores
-from ..results import Difference, Journal, Output, Step, require_outputs
+from ..results import Difference, Output, Step, require_outputs
 from ..tasks import Task
 
 Baseline = Callable[[Decoder, list[int], DecodingConfig], Output]
@@ -48,55 +48,87 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Measurement:
+    """One answer of a setting: a row of its table."""
+
+    sample: int  # index of the task's example
+    prompt: int  # several answers to one prompt count as one row of the data
+    repeat: int | None  # None: answered in a batch, so not timed
+    output: Output
+
+
+@dataclass(frozen=True)
 class Measured:
-    """One setting: its answers to all prompts, and in each repeat the outputs of the `timed`
-    prompts.
+    """One setting: its answers as a long table, ordered by repeat, then sample, and what they
+    scored.
     """
 
     setting: DecodingConfig
-    answers: Sequence[Output]
-    repeats: Sequence[Sequence[Output]]
-    differences: tuple[Difference, ...] = ()  # between the answers and the first setting's
-    scores: Mapping[str, Scores] = field(default_factory=dict)  # of the answers
-    timed: Sequence[int] = ()
-    answers_per_prompt: int = 1  # consecutive answers to one prompt
+    table: Sequence[Measurement]
+    scores: Mapping[str, Scores] = field(default_factory=dict)
+    differences: tuple[Difference, ...] = ()  # between its answers and the first setting's
+
+    @property
+    def answers(self) -> list[Measurement]:
+        """One row per sample, for quality: of the batches, else of the first repeat."""
+        batched = [row for row in self.table if row.repeat is None]
+        return batched or [row for row in self.table if row.repeat == 0]
+
+    @property
+    def timed(self) -> list[Measurement]:
+        return [row for row in self.table if row.repeat is not None]
 
     @property
     def texts(self) -> list[str | None]:
         """None for a prompt that failed."""
-        return [None if output.error is not None else output.text for output in self.answers]
+        texts: list[str | None] = []
+        for row in self.answers:
+            texts.append(row.output.text if row.output.error is None else None)
+        return texts
 
     @property
     def times(self) -> Tensor:
         """(2, repeats, prompts): seconds and tokens of generations, the prefill included."""
-        parts = attrgetter("seconds"), attrgetter("tokens")
-        columns = [
-            [[sum(map(part, output.steps)) for output in outputs] for outputs in self.repeats]
-            for part in parts
-        ]
-        times = torch.tensor(columns, dtype=torch.float64)
-        return times.reshape(*times.shape[:2], -1, self.answers_per_prompt).sum(-1)
+        return sums_by_prompt(
+            self.timed, lambda row: row.output.seconds, lambda row: row.output.tokens
+        )
 
     def of(self, samples: Sequence[int]) -> "Measured":
-        """The measurement restricted to these prompts."""
-        places = [place for place, sample in enumerate(self.timed) if sample in samples]
-        repeats = [[outputs[place] for place in places] for outputs in self.repeats if places]
+        """The measurement restricted to these samples."""
+        chosen = set(samples)
+        table = [row for row in self.table if row.sample in chosen]
         scores = {name: each.of(samples) for name, each in self.scores.items()}
-        return Measured(
-            self.setting, [self.answers[sample] for sample in samples], repeats, (), scores
-        )
+        return Measured(self.setting, table, scores)
 
     def __add__(self, other: "Measured") -> "Measured":
-        """The same setting on more prompts."""
+        """The same setting on more samples, none of which has scores or several answers."""
+        first = len(self.answers)
         moved = [
-            replace(each, sample=len(self.answers) + each.sample) for each in other.differences
+            replace(row, sample=first + row.sample, prompt=first + row.prompt)
+            for row in other.table
         ]
-        repeats = [
-            [*mine, *theirs] for mine, theirs in zip(self.repeats, other.repeats, strict=True)
-        ]
-        return Measured(
-            self.setting, [*self.answers, *other.answers], repeats, (*self.differences, *moved)
+        # A row of a batch has no repeat: it stands first, as `measure` orders them
+        table = sorted(
+            [*self.table, *moved], key=lambda row: -1 if row.repeat is None else row.repeat
         )
+        differences = [replace(each, sample=first + each.sample) for each in other.differences]
+        return Measured(self.setting, table, {}, (*self.differences, *differences))
+
+
+def sums_by_prompt(
+    table: Sequence[Measurement], *quantities: Callable[[Measurement], float]
+) -> Tensor:
+    """The sum of each quantity over the answers to a prompt in a repeat: (quantities, repeats,
+    prompts).
+    """
+    sums: dict[tuple[int | None, int], list[float]] = {}
+    for row in table:
+        own = sums.setdefault((row.repeat, row.prompt), [0.0] * len(quantities))
+        for number, quantity in enumerate(quantities):
+            own[number] += quantity(row)
+    repeats = len({repeat for repeat, _ in sums})
+    columns = torch.tensor(list(sums.values()), dtype=torch.float64).T
+    return columns.reshape(len(quantities), repeats, -1)
 
 
 def drafts_tokens(setting: DecodingConfig) -> bool:
@@ -117,7 +149,32 @@ def in_turn(turn: int, count: int) -> list[int]:
     """An order of settings that rotates and reverses from turn to turn, so that none always follows
     the same one.
     """
-    return [(turn - step if turn % 2 else turn + step) % count for step in range(count)]
+    direction = -1 if turn % 2 else 1
+    return [(turn + direction * step) % count for step in range(count)]
+
+
+@dataclass(frozen=True)
+class _Phase:
+    """Answers that are made alike. `cells`: repeat and sample of each, as the journal numbers
+    them.
+    """
+
+    name: str
+    cells: list[tuple[int, int]]
+    batch_size: int
+
+
+def _phases(samples: int, repeats: int, config: BenchConfig | SweepConfig) -> list[_Phase]:
+    """Batches first, if there are any; then repeats, one prompt at a time."""
+    phases = []
+    if config.batch_size > 1:
+        cells = [(_BATCHES, sample) for sample in range(samples)]
+        phases.append(_Phase("answers", cells, config.batch_size))
+    if config.timed != 0:
+        timed = spread(range(samples), config.timed or 0)  # None: all
+        cells = [(repeat, sample) for repeat in range(repeats) for sample in timed]
+        phases.append(_Phase("prompts", cells, 1))
+    return phases
 
 
 def measure(
@@ -141,87 +198,86 @@ def measure(
     `settings`: full depth first. `journal`: outputs of an interrupted run. `perplexity`: by exit,
     of a task on text. Raises LayerSkipError if every prompt failed with the first setting.
     """
-    examples = task.examples
-    batches = config.batch_size > 1
-    every = range(len(examples))
-    timed = () if config.timed == 0 else spread(every, config.timed or 0)  # None: all
-    phases = (
-        [("answers", [(_BATCHES, sample) for sample in every], config.batch_size)]
-        if batches
-        else []
-    )
-    phases += (
-        [("prompts", [(repeat, sample) for repeat in range(repeats) for sample in timed], 1)]
-        if timed
-        else []
-    )
-    # The outputs of all settings by repeat and sample
-    rows = {} if journal is None else dict(journal.known)
+    # The output of every setting, by repeat and sample
+    outputs: dict[tuple[int, int], Sequence[Output]] = {}
+    if journal is not None:
+        outputs.update(journal.known)
     # By setting and repeat
     earlier = defaultdict[tuple[int, int], EarlierAnswers](lambda: EarlierAnswers(config.remember))
-
-    for phase, wanted, size in phases:
-        missing = [each for each in wanted if each not in rows]
-        if size > 1:
-            missing.sort(key=lambda each: len(examples[each[1]].prompt))
-        for setting in settings if size == 1 and missing else ():
-            limit = min(_WARM_UP_TOKENS, setting.max_new_tokens)
-            answer_prompts(
-                loaded, [examples[0].prompt], replace(setting, max_new_tokens=limit), baselines
-            )
-        for start in range(0, len(missing), size):
-            batch = missing[start : start + size]
-            prompts, (repeat, sample) = [examples[each].prompt for _, each in batch], batch[0]
-            outputs: dict[int, list[Output]] = {}
+    phases = _phases(len(task.examples), repeats, config)
+    for phase in phases:
+        missing = [cell for cell in phase.cells if cell not in outputs]
+        if phase.batch_size > 1:
+            # Prompts of alike lengths waste no work on padding
+            missing.sort(key=lambda cell: len(task.examples[cell[1]].prompt))
+        elif missing:
+            _warm_up(loaded, task.examples[0].prompt, settings, baselines)
+        for start in range(0, len(missing), phase.batch_size):
+            batch = missing[start : start + phase.batch_size]
+            prompts = [task.examples[sample].prompt for _, sample in batch]
+            repeat, sample = batch[0]
+            of_settings: list[list[Output]] = [[] for _ in settings]
             for place in in_turn(repeat + sample, len(settings)):
-                # So that sampled answers to one prompt differ
-                seed = (settings[place].seed + sample) % 2**32
-                setting = (
-                    replace(settings[place], seed=seed)
-                    if settings[place].temperature
-                    else settings[place]
-                )
-                outputs[place] = answer_prompts(
+                setting = settings[place]
+                if setting.temperature:
+                    # So that sampled answers to one prompt differ
+                    setting = replace(setting, seed=(setting.seed + sample) % 2**32)
+                of_settings[place] = answer_prompts(
                     loaded, prompts, setting, baselines, earlier[place, repeat]
                 )
-            for each, row in zip(
-                batch,
-                zip(*(outputs[place] for place in range(len(settings))), strict=True),
-                strict=True,
-            ):
-                rows[each] = list(row)
+            for number, cell in enumerate(batch):
+                outputs[cell] = [own[number] for own in of_settings]
                 if journal is not None:
-                    journal.add(*each, row)
-            yield Progress(
-                len(wanted) - len(missing) + start + len(batch),
-                len(wanted),
-                f"{name} {phase}".strip(),
-            )
-        require_outputs([rows[each][0] for each in wanted])
+                    journal.add(*cell, outputs[cell])
+            done = len(phase.cells) - len(missing) + start + len(batch)
+            yield Progress(done, len(phase.cells), f"{name} {phase.name}".strip())
+        require_outputs([outputs[cell][0] for cell in phase.cells])
 
+    tables: list[list[Measurement]] = [[] for _ in settings]
+    for phase in phases:
+        for repeat, sample in phase.cells:
+            prompt = sample // task.answers_per_prompt
+            own_repeat = None if repeat == _BATCHES else repeat
+            for table, output in zip(tables, outputs[repeat, sample], strict=True):
+                table.append(Measurement(sample, prompt, own_repeat, output))
+    return _scored(loaded, task, settings, tables, perplexity or {})
+
+
+def _warm_up(
+    loaded: Decoder,
+    prompt: str,
+    settings: Sequence[DecodingConfig],
+    baselines: Mapping[str, Baseline] | None,
+) -> None:
+    for setting in settings:
+        limit = min(_WARM_UP_TOKENS, setting.max_new_tokens)
+        answer_prompts(loaded, [prompt], replace(setting, max_new_tokens=limit), baselines)
+
+
+def _scored(
+    loaded: Decoder,
+    task: Task,
+    settings: Sequence[DecodingConfig],
+    tables: Sequence[Sequence[Measurement]],
+    perplexity: Mapping[int, Scores],
+) -> list[Measured]:
+    """The settings with their tables, scores and differences from the first one."""
     measured: list[Measured] = []
-    for place, setting in enumerate(settings):
-        answers = [rows[_BATCHES if batches else 0, sample][place] for sample in every]
-        times = [
-            [rows[repeat, sample][place] for sample in timed] for repeat in range(repeats) if timed
-        ]
-        exact = setting.strategy != "early-exit" and not settings[0].temperature
-        differing = (
-            differences(loaded, examples, answers, measured[0].answers)
-            if exact and measured
-            else ()
-        )
-        own = Measured(setting, answers, times, differing, {}, timed, task.answers_per_prompt)
-        task = task.referring_to(own.texts)  # without references: the first setting's answers
+    for setting, table in zip(settings, tables, strict=True):
+        own = Measured(setting, table)
+        # A task without references takes the first setting's answers
+        task = task.referring_to(own.texts)
         depth = depth_of(setting, loaded.backend.num_layers)
-        measured.append(
-            replace(
-                own,
-                scores=task.score(
-                    [text or "" for text in own.texts], (perplexity or {}).get(depth or 0)
-                ),
-            )
-        )
+        texts = [text or "" for text in own.texts]
+        own = replace(own, scores=task.score(texts, perplexity.get(depth or 0)))
+        # An early exit and a sample may differ: it is no fault
+        promises_equal = setting.strategy != "early-exit" and not settings[0].temperature
+        if promises_equal and measured:
+            outputs = [row.output for row in own.answers]
+            expected = [row.output for row in measured[0].answers]
+            found = differences(loaded, task.examples, outputs, expected)
+            own = replace(own, differences=found)
+        measured.append(own)
     return measured
 
 
@@ -236,41 +292,56 @@ def answer_prompts(
     timed step by step.
     """
     model = loaded.backend
-    alone = len(prompts) == 1
-    baseline = (baselines or {}).get(
-        setting.strategy, partial(own_output, earlier=earlier) if alone else None
-    )
-    has_peak = alone and _reset_peak(model.device)
+    is_alone = len(prompts) == 1
+    baseline = (baselines or {}).get(setting.strategy)
+    if baseline is None and is_alone:
+        baseline = partial(own_output, earlier=earlier)
+    has_peak = is_alone and _reset_peak(model.device)
     try:
-        ids = [loaded.encode_prompt(prompt) for prompt in prompts]
-        for prompt_ids in ids:
-            check_prompt(prompt_ids, model)
+        prompt_ids = [loaded.encode_prompt(prompt) for prompt in prompts]
+        for ids in prompt_ids:
+            check_prompt(ids, model)
         if baseline is not None:
-            outputs = [baseline(loaded, prompt_ids, setting) for prompt_ids in ids]
+            outputs = [baseline(loaded, ids, setting) for ids in prompt_ids]
         else:
-            batch = decode_batch(
-                model, ids, setting, loaded.ends(setting.stop), loaded.detokenize, earlier=earlier
-            )
-            answers = sorted(batch, key=lambda answer: answer.row)
-            outputs = [
-                Output(tuple(each.ids), "", (), each.stats, each.finish_reason) for each in answers
-            ]
+            outputs = _batched_outputs(loaded, prompt_ids, setting, earlier)
     except (LayerSkipError, torch.OutOfMemoryError) as error:
-        if alone:  # else each prompt is tried by itself
+        if is_alone:
             return [Output(error=str(error))]
+        # Each by itself: one of the prompts may be at fault, or the size of the batch
         return [answer_prompts(loaded, [prompt], setting, baselines)[0] for prompt in prompts]
     peak = _peak_mb(model.device) if has_peak else None
-    detokenized = []
-    for prompt_ids, output in zip(ids, outputs, strict=True):
-        # Some tokenizers drop the leading space of an answer decoded without its prompt, and so the
-        # indentation of code.
-        whole = loaded.detokenize(
-            prompt_ids + [token for token in output.ids if token not in loaded.eos_ids]
-        )
-        detokenized.append(
-            replace(output, text=whole[len(loaded.detokenize(prompt_ids)) :], peak_memory_mb=peak)
-        )
-    return detokenized
+    answers = []
+    for ids, output in zip(prompt_ids, outputs, strict=True):
+        text = _answer_text(loaded, ids, output.ids)
+        answers.append(replace(output, text=text, peak_memory_mb=peak))
+    return answers
+
+
+def _batched_outputs(
+    loaded: Decoder,
+    prompt_ids: list[list[int]],
+    setting: DecodingConfig,
+    earlier: EarlierAnswers | None,
+) -> list[Output]:
+    ends = loaded.ends(setting.stop)
+    batch = decode_batch(
+        loaded.backend, prompt_ids, setting, ends, loaded.detokenize, earlier=earlier
+    )
+    outputs = []
+    for answer in sorted(batch, key=lambda answer: answer.row):
+        ids = tuple(answer.ids)
+        outputs.append(Output(ids, stats=answer.stats, finish_reason=answer.finish_reason))
+    return outputs
+
+
+def _answer_text(loaded: Decoder, prompt_ids: list[int], ids: Sequence[int]) -> str:
+    """The text of an answer after its prompt: some tokenizers drop the leading space of an answer
+    decoded without its prompt, and so the indentation of code.
+    """
+    shown = [token for token in ids if token not in loaded.eos_ids]
+    whole = loaded.detokenize(prompt_ids + shown)
+    return whole[len(loaded.detokenize(prompt_ids)) :]
 
 
 def measure_prompt(loaded: Decoder, prompt: str, setting: DecodingConfig) -> Output:
@@ -293,9 +364,8 @@ def own_output(
         seconds = time.perf_counter() - started
         steps.append(Step(len(step.ids), seconds))
         started = time.perf_counter()
-    return Output(
-        tuple(decoding.rows[0].output), "", tuple(steps), decoding.stats, decoding.finish_reason
-    )
+    ids = tuple(decoding.rows[0].output)
+    return Output(ids, "", tuple(steps), decoding.stats, decoding.finish_reason)
 
 
 def differences(
@@ -309,43 +379,31 @@ def differences(
     """
     differing = []
     for sample, (output, expected) in enumerate(zip(outputs, baseline, strict=True)):
-        position = first_difference(output.ids, expected.ids)
-        if position is not None and output.error is None and expected.error is None:
-            prefix = loaded.encode_prompt(examples[sample].prompt) + list(expected.ids[:position])
-            # Mps has no fp64
-            scores = logits(loaded.backend, torch.tensor([prefix]), last=1)[0, -1].cpu().double()
-            best, second = scores.topk(2).values.tolist()
-            differing.append(Difference(sample, position, best - second))
+        if output.ids == expected.ids or output.error is not None or expected.error is not None:
+            continue
+        position = _first_difference(output.ids, expected.ids)
+        prefix = loaded.encode_prompt(examples[sample].prompt) + list(expected.ids[:position])
+        best, second = last_logits(loaded.backend, prefix).topk(2).values.tolist()
+        differing.append(Difference(sample, position, best - second))
     return tuple(differing)
 
 
-def first_difference(ids: Sequence[int], expected: Sequence[int]) -> int | None:
-    """The first position where two outputs differ (the length of a prefix); None when they are
-    equal.
-    """
-    if list(ids) == list(expected):
-        return None
-    pairs = enumerate(zip(ids, expected, strict=False))
-    return next(
-        (position for position, (own, other) in pairs if own != other), min(len(ids), len(expected))
-    )
+def _first_difference(ids: Sequence[int], expected: Sequence[int]) -> int:
+    """The first position where two outputs differ, or the length of the shorter one."""
+    for position, (own, other) in enumerate(zip(ids, expected, strict=False)):
+        if own != other:
+            return position
+    return min(len(ids), len(expected))
 
 
 @torch.inference_mode()
-def logits(model: Backend, tokens: Tensor, size: int = 0, last: int = 0) -> Tensor:
-    """The model's logits (B, T, V) for tokens (B, T) in passes of `size` (0: one), at the `last`
-    positions of each (0: all).
-    """
-    pieces = []
-    cache = model.new_cache(*tokens.shape)
-    size = size or tokens.shape[1]
-    for start, part in zip(
-        range(0, tokens.shape[1], size), torch.split(tokens, size, 1), strict=True
-    ):
-        places = cache.span(start, start + part.shape[1])
-        hidden = model.run_layers(model.embed(part.to(model.device)), 0, model.num_layers, places)
-        pieces.append(model.unembed(hidden[:, -last:]))
-    return torch.cat(pieces, 1)
+def last_logits(model: Backend, ids: Sequence[int]) -> Tensor:
+    """The model's logits (V,) after the last of these token ids, on the CPU in fp64."""
+    tokens = torch.tensor([ids], device=model.device)
+    places = model.new_cache(1, len(ids)).span(0, len(ids))
+    hidden = model.run_layers(model.embed(tokens), 0, model.num_layers, places)
+    # The CPU first: mps has no fp64
+    return model.unembed(hidden[:, -1:])[0, -1].cpu().double()
 
 
 def _reset_peak(device: torch.device) -> bool:
@@ -368,9 +426,7 @@ def _peak_mb(device: torch.device) -> float:
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    line = next(
-        line
-        for line in _STATUS.read_text(encoding="utf-8").splitlines()
-        if line.startswith("VmHWM:")
-    )
-    return int(line.split()[1]) / 1024
+    for line in _STATUS.read_text(encoding="utf-8").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1024
+    raise AssertionError("Linux reports a peak wherever it can be reset")

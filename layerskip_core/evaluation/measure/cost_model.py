@@ -5,11 +5,9 @@ along answers.
 import time
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import replace
-from itertools import accumulate, chain, groupby, islice
-from operator import eq, mul
+from dataclasses import dataclass, fields, replace
+from itertools import groupby, islice
 from statistics import fmean, median
-from typing import NamedTuple
 
 import numpy
 import torch
@@ -39,9 +37,9 @@ _FEWEST_ROUNDS = 3
 _DRAFTS = 96
 _FEW_STEPS = 8  # plain steps timed where nothing else was measured
 _STORED = {"int8": 1.0, "int4": 0.625}  # bytes per weight, with scales
-# How many are timed; bytes
-_SUMS = 5
-_MOST_SUMMED = 1 << 30
+# Of the sum that the memory's bandwidth is compared with
+_SUMS = 5  # how many are timed
+_MOST_SUMMED = 1 << 30  # bytes
 _ROWS = 17  # of the longest pass timed for adaptive drafting
 _TIMES = 5  # timed passes per number of rows
 
@@ -56,7 +54,8 @@ def side_of(setting: DecodingConfig) -> Side:
     return setting.draft_weights, setting.exit_layer or 0
 
 
-class PassTimes(NamedTuple):
+@dataclass(frozen=True)
+class PassTimes:
     """Seconds on this machine."""
 
     draft: float  # one draft token: layers 0..E-1 and the head
@@ -67,20 +66,41 @@ class PassTimes(NamedTuple):
     plain: float  # an autoregressive step, timed next to the rounds
     length: float = 0.0  # the mean number of drafts in these rounds
 
+    @property
+    def milliseconds(self) -> dict[str, float]:
+        """For reports, without the length."""
+        names = ("draft", "verify", "other", "plain")
+        return {name: 1000 * getattr(self, name) for name in names}
 
-Part = tuple[list[int], int]
-"""(ids, limit): the context, and how many tokens of the answer are decoded after it to time passes."""
+
+@dataclass(frozen=True)
+class Part:
+    """What passes are timed along: `limit` tokens of an answer after these ids."""
+
+    ids: list[int]
+    limit: int
 
 
 def timed_part(
     loaded: Decoder, prompt_ids: Sequence[int], output_ids: Sequence[int], steps: int = _STEPS
 ) -> Part:
-    """The whole answer, or its middle `steps` tokens, with room for one more token, so that the
-    last can be a draft.
+    """The whole answer, or its middle `steps` tokens. The limit has one more, so that the last can
+    be a draft.
     """
     start = max(0, (len(output_ids) - steps) // 2)
     ids = [*prompt_ids, *output_ids[:start]]
-    return ids, max(1, min(len(output_ids) - start + 1, loaded.backend.spec.context - len(ids)))
+    in_context = loaded.backend.spec.context - len(ids)
+    return Part(ids, max(1, min(len(output_ids) - start + 1, in_context)))
+
+
+@dataclass(frozen=True)
+class _TimedStep:
+    """A step after the prefill: its drafts, and seconds."""
+
+    drafted: int
+    draft: float
+    verify: float
+    total: float
 
 
 def pass_times(
@@ -90,103 +110,123 @@ def pass_times(
     autoregressive step.
     """
     most = max(_FEWEST_ROUNDS, min(_ROUNDS, _DRAFTS // setting.num_draft_tokens))
-    rounds = [step for step in _steps(loaded, part, setting, most) if step[0]]
+    rounds = [step for step in _timed_steps(loaded, part, setting, most) if step.drafted]
     if not rounds:
         return None
-    drafted, draft, verify, total = map(sum, zip(*rounds, strict=True))
-    count = len(rounds)
+    drafted = sum(step.drafted for step in rounds)
     return PassTimes(
-        draft / drafted, verify / count, (total - draft - verify) / count, plain, drafted / count
+        draft=sum(step.draft for step in rounds) / drafted,
+        verify=fmean(step.verify for step in rounds),
+        other=fmean(step.total - step.draft - step.verify for step in rounds),
+        plain=plain,
+        length=drafted / len(rounds),
     )
 
 
-def _steps(
+def _timed_steps(
     loaded: Decoder, part: Part, setting: DecodingConfig, most: int
-) -> list[tuple[int, float, float, float]]:
-    """Per step after the prefill: drafts, and seconds for drafting, verifying and in total."""
-    ids, limit = part
+) -> list[_TimedStep]:
     greedy = replace(
-        setting, max_new_tokens=limit, stop=(), temperature=0.0, draft_confidence=0.0, lookup=0
+        setting, max_new_tokens=part.limit, stop=(), temperature=0.0, draft_confidence=0.0, lookup=0
     )
     # The answer's end is known, so EOS ids are not needed
-    decoding = decode(loaded.backend, ids, greedy)
+    decoding = decode(loaded.backend, part.ids, greedy)
     steps = []
     before = DecodeStats()
     started = time.perf_counter()
     for _ in islice(decoding, 1 + most):
         total = time.perf_counter() - started
         now = decoding.stats
-        draft = now.draft_seconds - before.draft_seconds
-        verify = now.verify_seconds - before.verify_seconds
-        steps.append((now.drafted - before.drafted, draft, verify, total))
+        steps.append(
+            _TimedStep(
+                now.drafted - before.drafted,
+                now.draft_seconds - before.draft_seconds,
+                now.verify_seconds - before.verify_seconds,
+                total,
+            )
+        )
         before = now
         started = time.perf_counter()
-    return steps[1:]
+    return steps[1:]  # without the prefill
 
 
 def plain_step(loaded: Decoder) -> float:
     """Seconds of a plain step: the mean of a few after a short prompt."""
-    part = loaded.encode_prompt("a"), _FEW_STEPS
-    return fmean(
-        total for *_, total in _steps(loaded, part, DecodingConfig("autoregressive"), _FEW_STEPS)
-    )
+    part = Part(loaded.encode_prompt("a"), _FEW_STEPS)
+    steps = _timed_steps(loaded, part, DecodingConfig("autoregressive"), _FEW_STEPS)
+    return fmean(step.total for step in steps)
 
 
 def speed_of(loaded: Decoder, stats: DecodeStats) -> float:
     """Estimated speedup of rounds with drafts over a few timed steps of plain decoding."""
-    return (
-        plain_step(loaded)
-        * (stats.accepted + stats.rounds)
-        / (stats.draft_seconds + stats.verify_seconds)
-    )
+    tokens = stats.accepted + stats.rounds
+    return plain_step(loaded) * tokens / (stats.draft_seconds + stats.verify_seconds)
 
 
 def bandwidth(loaded: Decoder, step: float, positions: float = 0.0) -> dict[str, float]:
     """Bytes that a plain step reads (weights, KV entries of `positions`); bytes per second of it,
     and of a sum over as many.
     """
-    backend = loaded.backend
-    spec = loaded.backend.spec
-    width = float(loaded.backend.dtype.itemsize)
-    kind = backend.implementation.partition(")")[0]
-    stored = next((size for name, size in _STORED.items() if name in kind), width)
-    # Our own kernels count them
-    total = float(getattr(backend, "bytes_read", stored * spec.weights_read(1)))
-    if isinstance(spec, ModelSpec):  # other specs do not know the KV entries of a layer
-        for layer, kind in enumerate(spec.kinds):
-            keys = spec.of_layer(layer).keys if kind in LAYER_KINDS else 0
-            total += 2 * width * keys * min(positions, spec.window_of(kind) or positions)
-    memory = torch.ones(int(min(total, _MOST_SUMMED)) // 4 + 1, device=backend.device)
+    total = _bytes_read(loaded, positions)
+    memory = torch.ones(int(min(total, _MOST_SUMMED)) // 4 + 1, device=loaded.backend.device)
     times = []
     for _ in range(_SUMS):
         started = time.perf_counter()
         memory.sum().item()
         times.append(time.perf_counter() - started)
-    summed = 4 * len(memory) / min(times)
     return {
         "bytes_per_token": total,
         "bytes_per_second": total / step,
-        "sum_bytes_per_second": summed,
+        "sum_bytes_per_second": 4 * len(memory) / min(times),
     }
+
+
+def _bytes_read(loaded: Decoder, positions: float) -> float:
+    backend = loaded.backend
+    spec = backend.spec
+    width = float(backend.dtype.itemsize)
+    stored = width
+    for name, size in _STORED.items():
+        if name in backend.implementation.partition(")")[0]:
+            stored = size
+    # Our own kernels count what they read
+    total = float(getattr(backend, "bytes_read", stored * spec.weights_read(1)))
+    if isinstance(spec, ModelSpec):  # other specs do not know the KV entries of a layer
+        for layer, kind in enumerate(spec.kinds):
+            if kind in LAYER_KINDS:
+                seen = min(positions, spec.window_of(kind) or positions)
+                total += 2 * width * spec.of_layer(layer).keys * seen
+    return total
+
+
+Visit = dict[DecodingConfig, PassTimes]
+"""The pass times of the settings along one answer."""
 
 
 def timed_visits(
     loaded: Decoder, parts: Iterable[Part], settings: Sequence[DecodingConfig]
-) -> Iterator[dict[DecodingConfig, PassTimes]]:
+) -> Iterator[Visit]:
     """Times rounds of each setting along each part that has room for them, and plain steps next to
     each drafter's.
     """
-    for visit, part in enumerate(parts):
-        timed: dict[DecodingConfig, PassTimes] = {}
-        for _, alike in groupby(settings[:: -1 if visit % 2 else 1], key=side_of):
-            # Empty for an answer of one token
-            steps = _steps(loaded, part, DecodingConfig("autoregressive"), _STEPS)
-            for setting in alike if steps else ():
-                if passes := pass_times(loaded, part, setting, fmean(total for *_, total in steps)):
-                    timed[setting] = passes
-        # One for all: its noise must not rank drafters
-        plain = fmean(each.plain for each in timed.values()) if timed else 0.0
-        yield {setting: passes._replace(plain=plain) for setting, passes in timed.items()}
+    for number, part in enumerate(parts):
+        timed: Visit = {}
+        # There and back, so that no drafter is always the first
+        ordered = settings[::-1] if number % 2 else settings
+        for _, of_drafter in groupby(ordered, key=side_of):
+            steps = _timed_steps(loaded, part, DecodingConfig("autoregressive"), _STEPS)
+            if not steps:  # an answer of one token
+                continue
+            plain = fmean(step.total for step in steps)
+            for setting in of_drafter:
+                times = pass_times(loaded, part, setting, plain)
+                if times is not None:
+                    timed[setting] = times
+        if timed:
+            # One plain step for all: its noise must not rank drafters
+            plain = fmean(each.plain for each in timed.values())
+            timed = {setting: replace(times, plain=plain) for setting, times in timed.items()}
+        yield timed
 
 
 def averages(times: Sequence[PassTimes]) -> PassTimes:
@@ -194,20 +234,22 @@ def averages(times: Sequence[PassTimes]) -> PassTimes:
     rounds take much longer.
     """
     left_out = len(times) // 10
-    return PassTimes(
-        *(
-            fmean(sorted(seconds)[left_out : len(times) - left_out])
-            for seconds in zip(*times, strict=True)
-        )
-    )
+    means = {}
+    for field in fields(PassTimes):
+        seconds = sorted(getattr(each, field.name) for each in times)
+        means[field.name] = fmean(seconds[left_out : len(seconds) - left_out])
+    return PassTimes(**means)
 
 
 def interpolated(length: float, known: Iterable[PassTimes]) -> PassTimes:
     """Round times interpolated to a mean draft length."""
-    *columns, lengths = zip(*sorted(known, key=lambda times: times.length), strict=True)
-    return PassTimes(
-        *(float(numpy.interp(length, lengths, column)) for column in (*columns, lengths))
-    )
+    ordered = sorted(known, key=lambda times: times.length)
+    lengths = [times.length for times in ordered]
+    values = {}
+    for field in fields(PassTimes):
+        column = [getattr(times, field.name) for times in ordered]
+        values[field.name] = float(numpy.interp(length, lengths, column))
+    return PassTimes(**values)
 
 
 @torch.inference_mode()
@@ -228,23 +270,23 @@ def agreement(
     tokens = torch.tensor(ids[:-1], device=model.device)
     cache = model.new_cache(1, len(ids))
     exits = sorted(set(exit_layers))
-    blocks = {
-        exit_layer: block
-        for exit_layer, block in drafting.exit_blocks.items()
-        if exit_layer in exits
-    }
+    blocks = {}
+    for exit_layer, block in drafting.exit_blocks.items():
+        if exit_layer in exits:
+            blocks[exit_layer] = block
     if first:
+        # The prompt runs on the model's own weights, as when a copy drafts
         places = cache.span(0, first)
         states = states_at(model, model.embed(tokens[:first]), exits, places)
-        for stop in blocks:
-            model.exit_blocks[stop].write(model, states, None, places)
+        for exit_layer in blocks:
+            model.exit_blocks[exit_layer].write(model, states, None, places)
     choices = dict[int, list[int]]()
     places = cache.span(first, len(tokens))
     states = states_at(drafting.layers, drafting.layers.embed(tokens[first:]), exits, places)
-    for stop, hidden in states.items():
-        submodel = Submodel(stop, block=blocks.get(stop))
+    for exit_layer, hidden in states.items():
+        submodel = Submodel(exit_layer, block=blocks.get(exit_layer))
         logits, _ = beyond_exit(drafting, submodel, hidden, places, None)
-        choices[stop] = drafting.head(submodel).choose(logits).tolist()
+        choices[exit_layer] = drafting.head(submodel).choose(logits).tolist()
     return choices
 
 
@@ -252,20 +294,21 @@ def simulate(
     choices: Sequence[int],
     output: Sequence[int],
     num_draft_tokens: int,
-    room: int,
+    most_tokens: int,
     eos_ids: frozenset[int],
 ) -> DecodeStats:
-    """The rounds of greedy self-speculation that produce `output`, of at most `room` tokens, given
+    """The rounds of greedy self-speculation that produce `output`, limited to `most_tokens`, given
     `agreement`'s choices.
 
     Drafts after a wrong one are unknown; they are assumed to stop where the output ends.
     """
-    # The first token comes from the prefill
-    position = 1
+    position = 1  # the first token comes from the prefill
     plain = 0
-    drafted = accepted = rounds = 0
+    drafted = 0
+    accepted = 0
+    rounds = 0
     while position < len(output):
-        count = min(num_draft_tokens, room - position - 1)
+        count = min(num_draft_tokens, most_tokens - position - 1)
         if output[-1] in eos_ids:
             count = min(count, len(output) - position)
         if count == 0:
@@ -273,46 +316,51 @@ def simulate(
             position += 1
             continue
         right = 0
-        while (
-            right < count
-            and position + right < len(output)
-            and choices[position + right] == output[position + right]
-        ):
+        rest = len(output) - position
+        while right < min(count, rest) and choices[position + right] == output[position + right]:
             right += 1
             if output[position + right - 1] in eos_ids:
-                count = right
-        if (
-            right < count
-            and position + right < len(choices)
-            and choices[position + right] in eos_ids
-        ):
+                count = right  # drafting ends there
+        wrong = position + right
+        if right < count and wrong < len(choices) and choices[wrong] in eos_ids:
             count = right + 1
-        new = min(right + 1, len(output) - position)
-        drafted = drafted + count
-        accepted = accepted + right
-        rounds = rounds + 1
-        position = position + new
+        drafted += count
+        accepted += right
+        rounds += 1
+        position += min(right + 1, rest)
     return DecodeStats(
         drafted=drafted, accepted=accepted, rounds=rounds, steps_by_drafter={"plain": plain}
     )
 
 
-class Prediction(NamedTuple):
-    """The prediction for one setting; `speedup` is over the plain steps timed with it."""
+@dataclass(frozen=True)
+class Predictions:
+    """What was predicted, by setting; `speedups` are over the plain steps timed with them."""
 
-    times: PassTimes
-    speedup: float
+    speedups: dict[DecodingConfig, float]
+    times: dict[DecodingConfig, PassTimes]
+    # The share of plain tokens that each drafter would choose too
+    agreement: dict[Side, float]
+    context: list[int]  # of a typical step
 
 
-def prediction_of(
+def predicted_speedup(
     rounds: DecodeStats, times: PassTimes, prefill: float, tokens: int, answers: int
-) -> Prediction:
+) -> float:
     """prefill + drafts * t_draft(E) + rounds * t_verify(E, d) + plain steps * t_plain, for `tokens`
-    of several answers.
+    of several answers, against plain steps alone.
     """
     seconds = prefill + rounds.drafted * times.draft + rounds.rounds * (times.verify + times.other)
     seconds += rounds.steps_by_drafter.get("plain", 0) * times.plain
-    return Prediction(times, (prefill + (tokens - answers) * times.plain) / seconds)
+    return (prefill + (tokens - answers) * times.plain) / seconds
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """A prompt and its output by plain decoding."""
+
+    prompt_ids: list[int]
+    output: Output
 
 
 def predict(
@@ -320,15 +368,12 @@ def predict(
     examples: Sequence[Example],
     settings: Sequence[DecodingConfig],
     plain: DecodingConfig,
-) -> Generator[
-    Progress, None, tuple[dict[DecodingConfig, Prediction], dict[Side, float], list[int]]
-]:
+) -> Generator[Progress, None, Predictions]:
     """Decodes every prompt once by `plain`, greedily, and times rounds of each setting along a few
     answers. Yields progress.
 
-    Up to three draft lengths per drafter are timed, others interpolated. Returns predictions, the
-    agreement of each drafter, and the context of a typical step. Raises LayerSkipError when no
-    prompt could be answered.
+    Up to three draft lengths per drafter are timed, others interpolated. Raises LayerSkipError when
+    no prompt could be answered.
     """
     total = len(examples) + _MOST
     plain = replace(plain, temperature=0.0)
@@ -336,86 +381,114 @@ def predict(
     rounds = dict.fromkeys(settings, DecodeStats())
     measure_prompt(loaded, examples[0].prompt, plain)  # warm-up
     outputs: list[Output] = []
-    answered: list[tuple[list[int], Output]] = []  # (prompt ids, output)
-    for number, example in enumerate(examples, start=1):
-        outputs.append(output := measure_prompt(loaded, example.prompt, plain))
+    answers: list[_Answer] = []
+    for example in examples:
+        output = measure_prompt(loaded, example.prompt, plain)
+        outputs.append(output)
         if output.error is None:
-            prompt_ids = loaded.encode_prompt(example.prompt)
-            answered.append((prompt_ids, output))
-            choices: dict[Side, list[int]] = {}
-            for weights, sides in groupby(
-                dict.fromkeys(map(side_of, settings)), key=lambda side: side[0]
-            ):
-                by_exit = agreement(
-                    loaded, prompt_ids, output.ids, [exit_layer for _, exit_layer in sides], weights
-                )
-                choices |= {(weights, exit_layer): chosen for exit_layer, chosen in by_exit.items()}
-            agreeing.update(
-                {side: sum(map(eq, chosen, output.ids)) for side, chosen in choices.items()}
-            )
-            room = min(plain.max_new_tokens, loaded.backend.spec.context - len(prompt_ids))
+            answer = _Answer(loaded.encode_prompt(example.prompt), output)
+            answers.append(answer)
+            choices = _choices(loaded, answer, settings)
+            for side, chosen in choices.items():
+                pairs = zip(chosen, output.ids, strict=True)
+                agreeing[side] += sum(own == other for own, other in pairs)
+            context = loaded.backend.spec.context - len(answer.prompt_ids)
+            most = min(plain.max_new_tokens, context)
             for setting in settings:
-                drafted = choices[side_of(setting)]
-                ends = loaded.ends(plain.stop)
                 rounds[setting] += simulate(
-                    drafted, output.ids, setting.num_draft_tokens, room, ends
+                    choices[side_of(setting)],
+                    output.ids,
+                    setting.num_draft_tokens,
+                    most,
+                    loaded.ends(plain.stop),
                 )
-        yield Progress(number, total, "prediction", comparing=True)
+        yield Progress(len(outputs), total, "prediction", comparing=True)
     require_outputs(outputs)
-    # Ordered from the median length of prompt and answer outwards.
-    by_length = enumerate(sorted(answered, key=lambda pair: len(pair[0]) + len(pair[1].ids)))
-    typical = [
-        pair
-        for _, pair in sorted(by_length, key=lambda numbered: abs(numbered[0] - len(answered) // 2))
-    ]
-    visits = list[dict[DecodingConfig, PassTimes]]()
-    alike = [list(group) for _, group in groupby(settings, key=side_of)]
-    to_time = [
-        group[place] for group in alike for place in sorted({0, len(group) // 2, len(group) - 1})
-    ]
+    typical = _typical_first(answers)
+    visits: list[Visit] = []
+    to_time = _lengths_to_time(settings)
     for timed in timed_visits(loaded, _parts(loaded, typical, to_time), to_time):
         visits.append(timed)
         yield Progress(len(examples) + len(visits), total, "prediction", comparing=True)
     if len(visits) < _MOST:
         yield Progress(total, total, "prediction", comparing=True)
-    tokens = sum(len(output.ids) for _, output in answered)
-    prefill = sum(output.steps[0].seconds for _, output in answered)
-    known = dict[Side, list[PassTimes]]()
-    answers = len(answered)
-    for setting in dict.fromkeys(chain.from_iterable(visits)):
-        known.setdefault(side_of(setting), []).append(
-            averages([timed[setting] for timed in visits if setting in timed])
-        )
-    predictions = {
-        setting: prediction_of(
-            stats,
-            interpolated(stats.drafted / max(stats.rounds, 1), known[side]),
-            prefill,
-            tokens,
-            answers,
-        )
-        for setting, stats in rounds.items()
-        if (side := side_of(setting)) in known
-    }
-    prompt_ids, output = typical[0]
-    context = [*prompt_ids, *output.ids[: len(output.ids) // 2]]  # of the answer's middle step
-    return predictions, {side: count / tokens for side, count in agreeing.items()}, context
+
+    tokens = sum(len(answer.output.ids) for answer in answers)
+    prefill = sum(answer.output.steps[0].seconds for answer in answers)
+    known = _times_by_side(visits)
+    speedups = {}
+    times = {}
+    for setting, stats in rounds.items():
+        if side_of(setting) in known:
+            length = stats.drafted / max(stats.rounds, 1)
+            times[setting] = interpolated(length, known[side_of(setting)])
+            speedups[setting] = predicted_speedup(
+                stats, times[setting], prefill, tokens, len(answers)
+            )
+    shares = {side: count / tokens for side, count in agreeing.items()}
+    ids = typical[0].output.ids
+    middle = [*typical[0].prompt_ids, *ids[: len(ids) // 2]]
+    return Predictions(speedups, times, shares, middle)
+
+
+def _choices(
+    loaded: Decoder, answer: _Answer, settings: Sequence[DecodingConfig]
+) -> dict[Side, list[int]]:
+    """The choices of each drafter along an answer: all exits of a copy in one pass."""
+    exits: dict[Quantization | None, list[int]] = {}
+    for weights, exit_layer in dict.fromkeys(map(side_of, settings)):
+        exits.setdefault(weights, []).append(exit_layer)
+    choices: dict[Side, list[int]] = {}
+    for weights, exit_layers in exits.items():
+        by_exit = agreement(loaded, answer.prompt_ids, answer.output.ids, exit_layers, weights)
+        for exit_layer, chosen in by_exit.items():
+            choices[weights, exit_layer] = chosen
+    return choices
+
+
+def _typical_first(answers: Sequence[_Answer]) -> list[_Answer]:
+    """Ordered from the median length of prompt and answer outwards."""
+    ordered = sorted(answers, key=lambda each: len(each.prompt_ids) + len(each.output.ids))
+    middle = len(ordered) // 2
+    outwards = sorted(range(len(ordered)), key=lambda place: abs(place - middle))
+    return [ordered[place] for place in outwards]
+
+
+def _lengths_to_time(settings: Sequence[DecodingConfig]) -> list[DecodingConfig]:
+    """The shortest, middle and longest drafts of each drafter."""
+    chosen = []
+    for _, of_drafter in groupby(settings, key=side_of):
+        group = list(of_drafter)
+        for place in sorted({0, len(group) // 2, len(group) - 1}):
+            chosen.append(group[place])
+    return chosen
+
+
+def _times_by_side(visits: Sequence[Visit]) -> dict[Side, list[PassTimes]]:
+    """For each drafter, the averages of each of its timed settings."""
+    of_settings: dict[DecodingConfig, list[PassTimes]] = {}
+    for visit in visits:
+        for setting, times in visit.items():
+            of_settings.setdefault(setting, []).append(times)
+    by_side: dict[Side, list[PassTimes]] = {}
+    for setting, all_times in of_settings.items():
+        by_side.setdefault(side_of(setting), []).append(averages(all_times))
+    return by_side
 
 
 def _parts(
-    loaded: Decoder,
-    answered: Sequence[tuple[list[int], Output]],
-    settings: Sequence[DecodingConfig],
+    loaded: Decoder, answers: Sequence[_Answer], settings: Sequence[DecodingConfig]
 ) -> Iterator[Part]:
     """The answers in turn, until enough time has passed; long enough for two rounds of the longest
     drafts.
     """
-    steps = max([_STEPS, *(2 * setting.num_draft_tokens for setting in settings)])
+    longest = max((setting.num_draft_tokens for setting in settings), default=0)
     started = time.perf_counter()
     for visit in range(_MOST):
         if visit < _FEWEST or time.perf_counter() - started < _SECONDS:
-            prompt_ids, output = answered[visit % len(answered)]
-            yield timed_part(loaded, prompt_ids, output.ids, steps)
+            answer = answers[visit % len(answers)]
+            steps = max(_STEPS, 2 * longest)
+            yield timed_part(loaded, answer.prompt_ids, answer.output.ids, steps)
 
 
 def draft_profile(
@@ -427,17 +500,27 @@ def draft_profile(
     acceptance: dict[str, float] = {}
     drafts: dict[str, float] = {}
     for result in results:  # of several draft lengths the last one counts, which is the longest
-        if result.strategy == "self-speculative" and result.exit_layer is not None:
-            name = drafter_name(result.draft_weights, result.exit_layer, loaded.backend.num_layers)
-            # Each position weighted by the share of rounds that reach it
-            if by_position := result.acceptance_by_position:
-                *tested, _ = survival = list(accumulate(by_position, mul, initial=1.0))
-                acceptance[name] = sum(survival[1:]) / sum(tested)
-            if result.pass_times_ms:
-                drafts[name] = result.pass_times_ms["draft"]
-    return DraftProfile(
-        acceptance, _times_by_rows(loaded, context), drafts, packing.draft_head, packing.draft_vocab
-    )
+        if result.strategy != "self-speculative" or result.exit_layer is None:
+            continue
+        name = drafter_name(result.draft_weights, result.exit_layer, loaded.backend.num_layers)
+        if result.acceptance_by_position:
+            acceptance[name] = _mean_acceptance(result.acceptance_by_position)
+        if result.pass_times_ms:
+            drafts[name] = result.pass_times_ms["draft"]
+    passes = _times_by_rows(loaded, context)
+    return DraftProfile(acceptance, passes, drafts, packing.draft_head, packing.draft_vocab)
+
+
+def _mean_acceptance(by_position: Sequence[float]) -> float:
+    """Each position weighted by the share of rounds that reach it."""
+    reaching = 1.0
+    tested = 0.0
+    accepted = 0.0
+    for share in by_position:
+        tested += reaching
+        reaching *= share
+        accepted += reaching
+    return accepted / tested
 
 
 @torch.inference_mode()
@@ -455,7 +538,7 @@ def _times_by_rows(loaded: Decoder, context: Sequence[int]) -> tuple[float, ...]
     ids = torch.tensor(before, device=backend.device)
     backend.run_layers(backend.embed(ids), 0, backend.num_layers, cache.span(0, start))
     times: list[list[float]] = [[] for _ in range(_ROWS)]
-    for _ in range(_TIMES + 1):
+    for _ in range(_TIMES + 1):  # the first is a warm-up
         for rows in range(1, _ROWS + 1):
             places = cache.span(start, start + rows)
             started = time.perf_counter()

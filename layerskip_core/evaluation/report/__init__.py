@@ -22,19 +22,10 @@ from ...config.resolution import FAST
 from ...errors import ConfigError, LayerSkipError, plural, require_overwrite, visible
 from ...files import hold, require_writable
 from ..inspection import Inspection
-from ..results import ANSWERS_FILE, JOURNAL, OUTPUTS, Answered, RunRecord, result_name
-from .tables import (
-    NAMES,
-    PARETO_NOTE,
-    Column,
-    Row,
-    TextTable,
-    cell,
-    columns_of,
-    flat_rows,
-    has_scores,
-    score_table,
-)
+from ..journal import JOURNAL, OUTPUTS
+from ..results import ANSWERS_FILE, Answered, RunRecord, result_name
+from .notes import PARETO_NOTE
+from .tables import Table, csv_rows, has_scores, page_tables
 
 ANSWERS_PAGE = "answers.html"
 SAMPLES_FILE = "samples.jsonl"
@@ -58,28 +49,26 @@ def to_json(record: Any) -> str:
     return json.dumps(fields, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def table_files(name: str, texts: Sequence[str] = ("", "", "")) -> dict[str, bytes]:
+def table_files(name: str, json: str = "", markdown: str = "", csv: str = "") -> dict[str, bytes]:
     """NAME.json, NAME.md and NAME.csv."""
     return {
-        f"{name}.{ending}": text.encode()
-        for ending, text in zip(("json", "md", "csv"), texts, strict=True)
+        f"{name}.json": json.encode(),
+        f"{name}.md": markdown.encode(),
+        f"{name}.csv": csv.encode(),
     }
 
 
 def to_csv(record: RunRecord) -> str:
     """A row per result, and below it one per category, with a column for each figure."""
-    return csv_text(
-        [
-            {name: value for name, value in row.items() if name not in NAMES}
-            for row in flat_rows(record)
-        ]
-    )
+    return csv_text(csv_rows(record))
 
 
 def csv_text(rows: Sequence[dict[str, Any]]) -> str:
     """A table with every column that any of the rows has."""
     text = io.StringIO()
-    columns = dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row)
+    columns: dict[str, None] = {}
+    for row in sorted(rows, key=len, reverse=True):  # the fullest row gives the order
+        columns |= dict.fromkeys(row)
     writer = csv.DictWriter(text, list(columns), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
@@ -91,29 +80,34 @@ def to_jsonl(answered: Sequence[Answered]) -> str:
     return "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in answered)
 
 
-def report_files(record: RunRecord, table: TextTable) -> dict[str, bytes | None]:
+def report_files(record: RunRecord, table: Table) -> dict[str, bytes | None]:
     """All report files by name; None for files that only an earlier report had."""
     from .plots import FIGURES, figures, to_png, to_svg  # matplotlib takes a while to import
 
     drawn = figures(record)
+    # A page colours the rows, and says nothing of a policy that there is not
     notes = table.note.replace(
         PARETO_NOTE, "Green rows are on the Pareto frontier of quality and speed."
     ).splitlines()
     found = [line for line in table.findings[::-1] if not line.startswith(f"Policy {FAST}: none")]
     pictures = {str(figure.get_label()): to_svg(figure) for figure in drawn.values()}
-    page = report_page(record, pictures, found, notes)
-    texts = {"report.html": page, "results.json": to_json(record), "results.csv": to_csv(record)}
-    if record.answered:
-        texts |= {ANSWERS_PAGE: answers_page(record), ANSWERS_FILE: to_jsonl(record.answered)}
-    if record.samples:
-        texts[SAMPLES_FILE] = "".join(
-            json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in record.samples
-        )
-    files = {name: text.encode() for name, text in texts.items()} | {
-        f"{name}.png": to_png(figure) for name, figure in drawn.items()
+    texts = {
+        "report.html": report_page(record, pictures, found, notes),
+        "results.json": to_json(record),
+        "results.csv": to_csv(record),
     }
-    earlier = {ANSWERS_PAGE, ANSWERS_FILE, SAMPLES_FILE, *(f"{name}.png" for name in FIGURES)}
-    return files | dict.fromkeys(earlier - files.keys())
+    if record.answered:
+        texts[ANSWERS_PAGE] = answers_page(record)
+        texts[ANSWERS_FILE] = to_jsonl(record.answered)
+    if record.samples:
+        lines = [json.dumps(row, ensure_ascii=False, default=str) for row in record.samples]
+        texts[SAMPLES_FILE] = "".join(f"{line}\n" for line in lines)
+    files: dict[str, bytes | None] = {name: text.encode() for name, text in texts.items()}
+    for name, figure in drawn.items():
+        files[f"{name}.png"] = to_png(figure)
+    for name in (ANSWERS_PAGE, ANSWERS_FILE, SAMPLES_FILE, *(f"{name}.png" for name in FIGURES)):
+        files.setdefault(name, None)
+    return files
 
 
 @contextmanager
@@ -158,40 +152,18 @@ def report_page(
     caption.
     """
     machine = record.environment
-    rows = flat_rows(record)
-    columns = [column for column in columns_of(record, rows) if column[0]]
-    if has_scores(record):
-        scores = score_table(record)
-        lines = [
-            {"cells": [{"text": text, "value": text} for text in line], "pareto": False}
-            for line in scores.rows
-        ]
-        tables = [{"caption": "", "columns": scores.headers, "rows": lines, "links": False}]
-    else:
-        tables = [
-            _table(
-                "", [row for row in rows if "category" not in row], columns, bool(record.answered)
-            )
-        ]
-    if by_category := [row for row in rows if "category" in row]:
-        columns = [("strategy", "strategy", ""), ("category", "category", ""), *columns[3:]]
-        tables.append(_table("By category", by_category, columns))
-    parts = (
-        machine["dtype"],
-        machine["device_name"],
-        machine["implementation"],
-        plural(machine["threads"], "thread"),
-    )
+    threads = plural(machine["threads"], "thread")
+    parts = (machine["dtype"], machine["device_name"], machine["implementation"], threads)
+    settings = {"config": record.config, "environment": machine}
     return _template("report").render(
         title=title(record),
         machine=", ".join(parts),
         findings=findings,
         notes=notes,
-        tables=tables,
+        tables=page_tables(record),
+        links=bool(record.answered) and not has_scores(record),
         figures=[{"caption": caption, "svg": Markup(svg)} for caption, svg in figures.items()],
-        settings=json.dumps(
-            {"config": record.config, "environment": machine}, indent=2, ensure_ascii=False
-        ),
+        settings=json.dumps(settings, indent=2, ensure_ascii=False),
     )
 
 
@@ -202,52 +174,27 @@ def title(record: RunRecord) -> str:
     return f"{Path(record.config['model']).name} on {Path(data or 'a task').name}"
 
 
-def _table(
-    caption: str, rows: Sequence[Row], columns: Sequence[Column], links: bool = False
-) -> dict[str, Any]:
-    """A table for the template. `links`: rows link to their answers."""
-    cells = [
-        [{"text": cell(row, name, form), "value": row.get(name)} for _, name, form in columns]
-        for row in rows
-    ]
-    lines = [{"cells": own, "pareto": row["pareto"]} for own, row in zip(cells, rows, strict=True)]
-    return {
-        "caption": caption,
-        "columns": [header for header, _, _ in columns],
-        "rows": lines,
-        "links": links,
-    }
-
-
 def answers_page(record: RunRecord) -> str:
     """Per prompt, each different answer once, with the results that gave it; the autoregressive one
     first.
     """
     names = [result_name(result) for result in record.results]
-    sections = list[dict[str, Any]]()
+    measured: set[int] = set()
+    sections = []
     for answered in record.answered:
-        numbers: dict[str, list[int]] = {}
+        numbers: dict[str, list[int]] = {}  # of the results, by their answer
         for number, answer in enumerate(answered.answers):
             if answer is not None:
                 numbers.setdefault(answer, []).append(number)
+                measured.add(number)
         first = next(iter(numbers), "")
-        versions = [
-            {
-                "numbers": given,
-                "names": [names[number] for number in given],
-                "parts": _parts(answer, first),
-            }
-            for answer, given in numbers.items()
-        ]
-        sections.append(
-            {"prompt": answered.prompt, "reference": answered.reference, "versions": versions}
-        )
-    measured = {
-        number
-        for section in sections
-        for version in section["versions"]
-        for number in version["numbers"]
-    }
+        versions = []
+        for answer, own in numbers.items():
+            own_names = [names[number] for number in own]
+            parts = _parts(answer, first)
+            versions.append({"numbers": own, "names": own_names, "parts": parts})
+        section: dict[str, Any] = {"prompt": answered.prompt, "reference": answered.reference}
+        sections.append(section | {"versions": versions})
     choices = [(number, names[number]) for number in sorted(measured)[1:]]
     return _template("answers").render(title=title(record), sections=sections, choices=choices)
 
@@ -262,17 +209,17 @@ def _parts(answer: str, first: str) -> list[dict[str, Any]]:
     expected = _PIECE.findall(first)
     # Ignores frequent pieces of long texts, which would take minutes
     matcher = SequenceMatcher(None, expected, pieces)
-    return [
-        {"text": "".join(pieces[start:stop]), "marked": kind != "equal"}
-        for kind, _, _, start, stop in matcher.get_opcodes()
-    ]
+    parts = []
+    for kind, _, _, start, end in matcher.get_opcodes():
+        parts.append({"text": "".join(pieces[start:end]), "marked": kind != "equal"})
+    return parts
 
 
 def inspection_page(inspection: Inspection) -> str:
     """A row per layer, a column per token, green from the layer on where it stays correct; exit
     blocks above their layers.
     """
-    blocks = {layer for trace in inspection.tokens for layer in trace.blocks}
+    blocks = inspection.tokens[0].blocks.keys() if inspection.tokens else ()
     return _template("inspection").render(inspection=inspection, blocks=blocks)
 
 

@@ -1,6 +1,7 @@
 """The figures of a record, their style, and their export as PNG and as SVG for the page."""
 
 import io
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from matplotlib.transforms import Bbox
 
 from ..metrics import lower_is_better
 from ..results import Result, RunRecord, drafts_name, result_name
-from .tables import Points, has_scores, is_wide, points_of, strategy_name
+from .tables import Point, Points, has_scores, is_wide, points_of
 
 # Inches: small, so that the text stays readable when a page or a phone shrinks the figure
 _SIZE = (5.6, 3.8)
@@ -46,8 +47,18 @@ _STYLE = {
 Curves = Mapping[str, Sequence[tuple[Any, Any]]]  # points by the label of their line
 LINE_MARKERS = "osD^vPX*"
 _MARKERS = {"autoregressive": "s", "early-exit": "o", "self-speculative": "^"}
-# Where a label stands from its point: points to the right and up, in order of preference.
-_OFFSETS = ((0, 5), (6, 0), (0, -5), (-6, 0), (5, 4), (5, -4), (-5, -4), (-5, 4))
+# Where a label stands from its point (to the right and up), and how it is aligned, in order of
+# preference
+_SPOTS = (
+    (0, 5, "center", "bottom"),
+    (6, 0, "left", "center"),
+    (0, -5, "center", "top"),
+    (-6, 0, "right", "center"),
+    (5, 4, "left", "bottom"),
+    (5, -4, "left", "top"),
+    (-5, -4, "right", "top"),
+    (-5, 4, "right", "bottom"),
+)
 
 
 @contextmanager
@@ -107,12 +118,13 @@ def draw_line(
     """A line with markers, and with error bars if there are any, in the colour and with the marker
     of its number.
     """
-    (x, y), colour = zip(*points, strict=True), f"C{number}"
-    axes.plot(x, y, marker=LINE_MARKERS[number], markersize=4, color=colour, label=label, **style)
+    x, y = zip(*points, strict=True)
+    colour = f"C{number}"
+    marker = LINE_MARKERS[number]
+    axes.plot(x, y, marker=marker, markersize=4, color=colour, label=label, **style)
     if errors is not None:
-        axes.errorbar(
-            x, y, errors, fmt="none", ecolor=colour, elinewidth=style.get("linewidth"), capsize=2
-        )
+        width = style.get("linewidth")
+        axes.errorbar(x, y, errors, fmt="none", ecolor=colour, elinewidth=width, capsize=2)
 
 
 def best_lines(
@@ -121,15 +133,17 @@ def best_lines(
     """At most `most` lines, first from the Pareto frontier, then the fastest; and a note on the
     choice.
     """
-    ranks = {
-        name: max((each.pareto, each.tokens_per_second or 0.0) for each in results)
-        for name, results in lines.items()
-    }
+    if len(lines) <= most:
+        return dict(lines), ""
+    ranks = {}
+    for name, results in lines.items():
+        ranks[name] = max((each.pareto, each.tokens_per_second or 0.0) for each in results)
     best = sorted(lines, key=ranks.__getitem__, reverse=True)[:most]
-    note = f"\n{len(best)} of {len(lines)}: those on the Pareto frontier of quality and speed, then the fastest"
-    return {name: lines[name] for name in lines if name in best}, note if len(lines) > len(
-        best
-    ) else ""
+    note = (
+        f"\n{most} of {len(lines)}: those on the Pareto frontier of quality and speed, "
+        "then the fastest"
+    )
+    return {name: results for name, results in lines.items() if name in best}, note
 
 
 def to_png(figure: Figure) -> bytes:
@@ -140,31 +154,37 @@ def to_png(figure: Figure) -> bytes:
     return image.getvalue()
 
 
+# Ids that differ from run to run, and that nothing refers to
+_IDS = re.compile(
+    r' id="(?:figure|axes|patch|matplotlib|text|line2d|PathCollection|legend|xtick|ytick)[^"]*"'
+)
+
+
 def to_svg(figure: Figure) -> str:
     """An <svg> element for a page: transparent, as wide as its container, in the page's text
     colour.
     """
+    label = figure.get_label()
     image = io.StringIO()
-    with style(**{"svg.hashsalt": figure.get_label()}):
+    with style(**{"svg.hashsalt": label}):
         figure.savefig(image, format="svg", transparent=True, metadata={"Date": None})
     text = re.sub(r"<metadata>.*?</metadata>", "", image.getvalue(), flags=re.DOTALL)
     attributes, body = text[text.index("<svg") + len("<svg") :].split(">", 1)
-    attributes = re.sub(
-        r' (width|height|xmlns(:xlink)?)="[^"]*"', "", attributes
-    )  # HTML parsers know these namespaces
-    body = re.sub(
-        r' id="(?:figure|axes|patch|matplotlib|text|line2d|PathCollection|legend|xtick|ytick)[^"]*"',
-        "",
-        body,
-    )
-    return f'<svg role="img" aria-label="{figure.get_label()}"{attributes}>{body.replace(_INK, "currentColor")}'
+    # HTML parsers know the namespaces
+    attributes = re.sub(r' (width|height|xmlns(:xlink)?)="[^"]*"', "", attributes)
+    body = _IDS.sub("", body).replace(_INK, "currentColor")
+    return f'<svg role="img" aria-label="{label}"{attributes}>{body}'
 
 
 def figures(record: RunRecord) -> dict[str, Figure]:
     """The figures that the record has data for, by name."""
+    drawn = {}
     with style():
-        drawn = {name: draw(record) for name, draw in FIGURES.items()}
-    return {name: figure for name, figure in drawn.items() if figure is not None}
+        for name, draw in FIGURES.items():
+            figure = draw(record)
+            if figure is not None:
+                drawn[name] = figure
+    return drawn
 
 
 def _curves(
@@ -176,13 +196,15 @@ def _curves(
     if not curves:
         return None
     figure, axes = new_figure(title, xlabel, ylabel)
+    lowest = math.inf
     for number, (label, points) in enumerate(curves.items()):
         draw_line(axes, number, label, points)
+        lowest = min(lowest, *(value for _, value in points))
     for label, points in dashed.items():
         axes.plot(*zip(*points, strict=True), linestyle="--", color=GREY, label=label)
     if shares:
         axes.set_ylim(bottom=max(0, axes.get_ylim()[0]))
-    elif min(value for points in curves.values() for _, value in points) > 0:
+    elif lowest > 0:
         logarithmic(axes)
     axes.xaxis.get_major_locator().set_params(integer=True)
     legend_above(axes)
@@ -193,28 +215,26 @@ def _scores_by_exit(record: RunRecord, title: str, lower: bool) -> Figure | None
     """lm-eval scores: a line per task (its first metric) with standard errors, and a dashed line at
     full depth.
     """
-    exits = [
-        result
-        for result in record.results
-        if result.strategy == "early-exit" and result.exit_layer is not None
-    ]
+    full = record.results[0].metrics
+    exits = []
+    for result in record.results:
+        if result.strategy == "early-exit" and result.exit_layer is not None:
+            exits.append(result)
     names: dict[str, str] = {}  # by task
-    for name in record.results[0].metrics:
+    for name in full:
         if lower_is_better(name) == lower:
             names.setdefault(name.split()[0], name)
     if not has_scores(record) or len(exits) < 2 or not names:
         return None
-    note = f"\nthe first {MOST_LINES} of {len(names)} tasks" if len(names) > MOST_LINES else ""
-    figure, axes = new_figure(
-        title, f"exit layer; dashed: all layers{note}", "lower is better" if lower else "score"
-    )
+    xlabel = "exit layer; dashed: all layers"
+    if len(names) > MOST_LINES:
+        xlabel += f"\nthe first {MOST_LINES} of {len(names)} tasks"
+    figure, axes = new_figure(title, xlabel, "lower is better" if lower else "score")
     for number, name in enumerate(list(names.values())[:MOST_LINES]):
         shown = [result for result in exits if name in result.metrics]
         points = [(result.exit_layer, result.metrics[name]) for result in shown]
         draw_line(axes, number, name, points, [result.stderr.get(name, 0.0) for result in shown])
-        axes.axhline(
-            record.results[0].metrics[name], linestyle="--", linewidth=1, color=f"C{number}"
-        )
+        axes.axhline(full[name], linestyle="--", linewidth=1, color=f"C{number}")
     if lower:
         logarithmic(axes)
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -223,74 +243,70 @@ def _scores_by_exit(record: RunRecord, title: str, lower: bool) -> Figure | None
 
 
 def _acceptance_by_exit(record: RunRecord) -> Figure | None:
+    """A line per number of drafts, and the agreement of exits with all layers."""
     lines: dict[str, list[Result]] = {}
-    agreeing = []
-    for result in sorted(
-        record.results,
-        key=lambda result: (result.draft_weights or "", result.num_draft_tokens or 0),
-    ):
+    agreement = []
+    exits = set()
+
+    def drafts(result: Result) -> tuple[str, int]:
+        return result.draft_weights or "", result.num_draft_tokens or 0
+
+    for result in sorted(record.results, key=drafts):
         if result.strategy == "self-speculative" and result.acceptance_rate is not None:
             lines.setdefault(drafts_name(result), []).append(result)
+            exits.add(result.exit_layer)
         if result.strategy == "early-exit" and result.agreement is not None:
-            agreeing.append((result.exit_layer, 100 * result.agreement))
-    if len({result.exit_layer for results in lines.values() for result in results}) < 2:
+            agreement.append((result.exit_layer, 100 * result.agreement))
+    if len(exits) < 2:
         return None
-    kept, note = best_lines(lines, MOST_LINES - bool(agreeing))
-    curves = {
-        name: [(each.exit_layer, 100 * (each.acceptance_rate or 0.0)) for each in own]
-        for name, own in kept.items()
-    }
-    dashed = {"agreement with all layers": agreeing} if agreeing else {}
-    return _curves(
-        "Accepted drafts by exit",
-        f"exit layer{note}",
-        "accepted drafts (%)",
-        curves,
-        dashed,
-        shares=True,
-    )
+    dashed = {}
+    most = MOST_LINES
+    if agreement:
+        dashed["agreement with all layers"] = agreement
+        most -= 1
+    shown, note = best_lines(lines, most)
+    curves = {}
+    for name, results in shown.items():
+        curves[name] = [(each.exit_layer, 100 * (each.acceptance_rate or 0.0)) for each in results]
+    title = "Accepted drafts by exit"
+    return _curves(title, f"exit layer{note}", "accepted drafts (%)", curves, dashed, shares=True)
 
 
 def _acceptance_by_position(record: RunRecord) -> Figure | None:
+    """A line per drafter, of its longest drafts."""
     drafted = [result for result in record.results if result.acceptance_by_position]
-    drafted.sort(key=lambda result: result.num_draft_tokens or 0)
-    longest = {
-        (result.strategy, result.draft_weights, result.exit_layer): [result] for result in drafted
-    }  # of each drafter
-    kept, note = best_lines(longest)
-    curves = {
-        result_name(result): [
-            (place, 100 * share)
-            for place, share in enumerate(result.acceptance_by_position or (), start=1)
+    longest = {}
+    for result in sorted(drafted, key=lambda result: result.num_draft_tokens or 0):
+        longest[result.strategy, result.draft_weights, result.exit_layer] = [result]
+    shown, note = best_lines(longest)
+    curves = {}
+    for (result,) in shown.values():
+        shares = result.acceptance_by_position or ()
+        curves[result_name(result)] = [
+            (position, 100 * share) for position, share in enumerate(shares, start=1)
         ]
-        for (result,) in kept.values()
-    }
+    title = "Accepted drafts by position in the round"
     xlabel = f"position of the draft in its round{note}"
-    ylabel = "accepted (%), if all before it were"
-    return _curves(
-        "Accepted drafts by position in the round", xlabel, ylabel, curves, {}, shares=True
-    )
+    return _curves(title, xlabel, "accepted (%), if all before it were", curves, {}, shares=True)
 
 
 def _perplexity(record: RunRecord) -> Figure | None:
-    measured = {
-        result.exit_layer: result.perplexity
-        for result in record.results
-        if result.perplexity is not None
-    }
-    full = measured.pop(None, None)
-    line = list(measured.items())
-    curves = {"early exit": line} if line else {}
-    dashed = (
-        {} if full is None else {"all layers": [(line[end][0], full) for end in (0, -1) if line]}
-    )
-    return _curves(
-        "Perplexity of the reference by exit",
-        "exit layer",
-        "perplexity (lower is better)",
-        curves,
-        dashed,
-    )
+    """A line over the exits, and a dashed one at full depth, which has no exit."""
+    line = []
+    full = None
+    for result in record.results:
+        if result.perplexity is not None and result.exit_layer is None:
+            full = result.perplexity
+        elif result.perplexity is not None:
+            line.append((result.exit_layer, result.perplexity))
+    curves = {}
+    dashed = {}
+    if line:
+        curves["early exit"] = line
+    if line and full is not None:
+        dashed["all layers"] = [(line[0][0], full), (line[-1][0], full)]
+    title = "Perplexity of the reference by exit"
+    return _curves(title, "exit layer", "perplexity (lower is better)", curves, dashed)
 
 
 def _pareto(record: RunRecord) -> Figure | None:
@@ -298,27 +314,23 @@ def _pareto(record: RunRecord) -> Figure | None:
     shown = points_of(record)
     if shown is None:
         return None
-    figure, axes = new_figure(
-        "Quality against speed", "Speed (tokens per second)", shown.quality_label
-    )
-    points = list(zip(shown.speeds, shown.values, strict=True))
-    for number, strategy in enumerate(shown.strategies):
-        own = [
-            point
-            for result, point in zip(shown.results, points, strict=True)
-            if strategy_name(result) == strategy
-        ]
+    xlabel = "Speed (tokens per second)"
+    figure, axes = new_figure("Quality against speed", xlabel, shown.quality_label)
+    colours: dict[str, str] = {}  # by strategy
+    for point in shown.points:
+        colours.setdefault(point.strategy, f"C{len(colours)}")
+    for number, (strategy, colour) in enumerate(colours.items()):
+        own = [(each.speed, each.value) for each in shown.points if each.strategy == strategy]
         # Baselines share colours with strategies
         marker = _MARKERS.get(strategy, "D" if number < MOST_LINES else "X")
-        axes.scatter(
-            *zip(*own, strict=True), marker=marker, color=f"C{number}", alpha=0.8, label=strategy
-        )
+        speeds, values = zip(*own, strict=True)
+        axes.scatter(speeds, values, marker=marker, color=colour, alpha=0.8, label=strategy)
+    # Of equal speeds the best comes first
     sign = 1 if shown.lower_is_better else -1
-    line = sorted(
-        (points[index] for index in shown.optimal), key=lambda point: (point[0], sign * point[1])
-    )
+    optimal = [(each.speed, each.value) for each in shown.points if each.is_optimal]
+    optimal.sort(key=lambda point: (point[0], sign * point[1]))
     axes.plot(
-        *zip(*line, strict=True),
+        *zip(*optimal, strict=True),
         color=GREY,
         linewidth=1,
         drawstyle="steps-pre",
@@ -326,58 +338,73 @@ def _pareto(record: RunRecord) -> Figure | None:
         label="Pareto frontier",
     )
     axes.margins(x=0.12, y=0.16)
-    if is_wide(shown.speeds):
+    if is_wide([point.speed for point in shown.points]):
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("")
     if shown.lower_is_better:
-        if is_wide(shown.values):
+        if is_wide([point.value for point in shown.points]):
             logarithmic(axes)
         axes.invert_yaxis()  # better is up for every metric
     legend_above(axes)
-    _label_points(figure, axes, shown)
+    _label_points(figure, axes, shown, colours)
     return figure
 
 
-def _label_points(figure: Figure, axes: Any, shown: Points) -> None:
+def _label_points(figure: Figure, axes: Any, shown: Points, colours: Mapping[str, str]) -> None:
     """Labels the frontier, the exits alone and the fastest setting of each other strategy, where a
-    label has room.
+    label fits.
     """
     figure.draw_without_rendering()  # settles the layout, so that areas in pixels are final
-    places = axes.transData.transform(list(zip(shown.speeds, shown.values, strict=True)))
-    taken = [Bbox([place - 4, place + 4]) for place in places]
-    steps = sorted(map(tuple, places[shown.optimal]))
-    # The frontier: down at `left`, then to the right
-    for (left, top), (right, bottom) in pairwise(steps):
-        taken += [
-            Bbox([(left - 1, bottom), (left + 1, top)]),
-            Bbox([(left, bottom - 1), (right, bottom + 1)]),
-        ]
-    by_speed = sorted(range(len(places)), key=lambda index: shown.speeds[index])
-    fastest = {strategy_name(shown.results[index]): index for index in by_speed}
-    alone = [index for index, result in enumerate(shown.results) if result.strategy == "early-exit"]
-    for index in dict.fromkeys([*shown.optimal, *fastest.values(), *alone]):
-        result = shown.results[index]
-        strategy = strategy_name(shown.results[index])
-        text = result_name(result)
-        if strategy != "autoregressive" and index == fastest[strategy] and result.speedup:
-            text += f": {result.speedup:.2g}x"
-        for x, y in _OFFSETS:
+    positions = [(point.speed, point.value) for point in shown.points]
+    places = axes.transData.transform(positions)
+    taken = _taken_areas(places, [point.is_optimal for point in shown.points])
+    fastest: dict[str, Point] = {}
+    for point in shown.points:
+        if point.strategy not in fastest or point.speed >= fastest[point.strategy].speed:
+            fastest[point.strategy] = point
+    labelled = [point for point in shown.points if point.is_optimal]
+    labelled += sorted(fastest.values(), key=lambda point: point.speed)
+    labelled += [point for point in shown.points if point.strategy == "early-exit"]
+    done: list[Point] = []
+    for point in labelled:
+        if point in done:
+            continue
+        done.append(point)
+        text = result_name(point.result)
+        is_fastest = point is fastest[point.strategy] and point.strategy != "autoregressive"
+        if is_fastest and point.result.speedup:
+            text += f": {point.result.speedup:.2g}x"
+        for x, y, horizontal, vertical in _SPOTS:
             label = axes.annotate(
-                text, (shown.speeds[index], shown.values[index]), textcoords="offset points", xytext=(x, y), fontsize=8,
-                ha="left" if x > 0 else "right" if x else "center", va="bottom" if y > 0 else "top" if y else "center",
-                color=f"C{shown.strategies.index(strategy)}",
-            )  # fmt: skip
+                text,
+                (point.speed, point.value),
+                textcoords="offset points",
+                xytext=(x, y),
+                fontsize=8,
+                ha=horizontal,
+                va=vertical,
+                color=colours[point.strategy],
+            )
             area = label.get_window_extent()
-            if (
-                axes.bbox.x0 <= area.x0
-                and area.x1 <= axes.bbox.x1
-                and not area.count_overlaps(taken)
-            ):
+            is_inside = axes.bbox.x0 <= area.x0 and area.x1 <= axes.bbox.x1
+            if is_inside and not area.count_overlaps(taken):
                 taken.append(area)
                 break
             label.remove()
+
+
+def _taken_areas(places: Any, optimal: Sequence[bool]) -> list[Bbox]:
+    """Areas in pixels where no label may stand: the points, and the frontier's steps, each down at
+    its left, then to the right.
+    """
+    taken = [Bbox([place - 4, place + 4]) for place in places]
+    steps = sorted(map(tuple, places[list(optimal)]))
+    for (left, top), (right, bottom) in pairwise(steps):
+        taken.append(Bbox([(left - 1, bottom), (left + 1, top)]))
+        taken.append(Bbox([(left, bottom - 1), (right, bottom + 1)]))
+    return taken
 
 
 FIGURES: Mapping[str, Callable[[RunRecord], Figure | None]] = {

@@ -1,105 +1,134 @@
-"""Records as text tables, as flat rows of CSV files and pages, and as points of figures."""
+"""One description of the columns of a record, from which its table is drawn in the terminal, in
+markdown and on the page; its rows as flat values, for CSV.
+"""
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
-import torch
-
-from ...config.evaluation import HARNESS, TRANSFORMERS_BASELINES
+from ...config.evaluation import HARNESS
 from ...config.options import counts_text
-from ...config.resolution import EXACT, FAST, policy_text
-from ...errors import number, plural
 from ..metrics import frontier, is_share, lower_is_better
-from ..results import NEAR_TIE, Result, RunRecord, bandwidth_text, result_name
+from ..results import Result, RunRecord, result_name
+from .notes import notes_of, verdict_lines
 
-PARETO_NOTE = "* on the Pareto frontier of quality and speed; pred: predicted speedup."
-_DISTURBING = 0.2  # cores that other processes keep busy during a measurement
+FEW_ROWS = "?"  # in place of an interval wider than its value
 _WIDE = 8  # the largest ratio of highest to lowest value for a linear axis
-_LEGEND = {
-    "EM": "EM: exact match",
-    "R1": "R1: ROUGE-1",
-    "R2": "R2: ROUGE-2",
-    "RL": "RL: ROUGE-L",
-    "ppl": "ppl: perplexity",
-    "accept": "accept: share of drafts accepted",
-    "mean": "mean: accepted drafts per round",
-    "speed": "speed: speedup over plain decoding",
-    "same": "same: share of outputs equal to plain decoding",
-    "first": "first: milliseconds to the first token",
-    "MB": "MB: peak memory",
-}  # of columns
-_FEW_ROWS = "?"  # in place of an interval wider than its value
-_HALF_NOTE = "±: half-width of the 95% interval over prompts{}."
 _SHORT_NAMES = {"exact_match": "EM", "rouge1": "R1", "rouge2": "R2", "rougeL": "RL"}
 
-# In tables: a setting, its exit or mean layers, and a mark on the frontier
-NAMES = ("setting", "exit", "front")
-_SPARE = ("MB", "first", "mean", "ppl", "pred")  # columns that a narrow terminal leaves out first
-
-Column = tuple[str, str, str]
-"""Header, the figure's name in `flat_rows`, and format."""
-Row = Mapping[str, Any]
-"""One of `flat_rows`: a figure by its name, and the ends of its interval as `NAME_low` and `NAME_high`."""
+FlatRow = dict[str, Any]
+"""A figure by its name, and the ends of its interval as `NAME_low` and `NAME_high`."""
 
 
 @dataclass(frozen=True)
-class TextTable:
-    """Cells as text."""
+class Column:
+    """A column of tables. `figure`: its name in a flat row; `form`: see `cell_text`."""
+
+    header: str
+    figure: str
+    form: str = ""
+    legend: str = ""
+    spare_rank: int = 0  # a narrow terminal leaves out column 1 first; 0: shown always
+
+
+# Not part of CSV files: the name of a setting, its exit or mean layers, a mark on the frontier
+_LABELS = ("setting", "exit", "front")
+_SETTING = (
+    Column("strategy", "setting"),
+    Column("exit", "exit"),
+    Column("spec", "num_draft_tokens"),
+)
+_FIGURES = (
+    Column("ppl", "perplexity", "ppl", "perplexity", 4),
+    Column("accept", "acceptance_rate", ".1%", "share of drafts accepted"),
+    Column("mean", "mean_accepted_tokens", ".1f", "accepted drafts per round", 3),
+    Column("tok/s", "tokens_per_second", ".0f"),
+    Column("speed", "speedup", "±.2f", "speedup over plain decoding"),
+    Column("vs hf", "speedup_over_transformers", ".2f"),
+    Column("pred", "predicted_speedup", ".2f", "", 5),
+    Column("same", "identical_outputs", ".0%", "share of outputs equal to plain decoding"),
+    Column("first", "ttft_ms", ".1f", "milliseconds to the first token", 2),
+    Column("MB", "peak_memory_mb", ".0f", "peak memory", 1),
+    Column("", "front", "*"),
+)
+_METRIC_LEGENDS = {
+    "exact_match": "exact match",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+}
+
+
+class Cell(NamedTuple):
+    """A cell as text, and the plain value by which a page sorts it."""
+
+    text: str
+    value: Any = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """What every renderer draws."""
 
     headers: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str
+    rows: tuple[tuple[Cell, ...], ...]
+    note: str = ""
     labels: int = 1  # the number of leading columns that identify a row
     spare: tuple[str, ...] = ()  # headers of columns to drop, in this order, if there is no room
     findings: tuple[str, ...] = ()  # below the note
+    marked: frozenset[int] = frozenset()  # rows on the Pareto frontier
+    caption: str = ""
 
     @property
     def text(self) -> str:
         return "\n".join(filter(None, (self.note, *self.findings)))
 
+    @property
+    def texts(self) -> list[tuple[str, ...]]:
+        """The cells of the rows as text."""
+        return [tuple(cell.text for cell in row) for row in self.rows]
+
     def column_blocks(self, width: int) -> list[list[int]]:
         """Splits the columns into tables of at most `width` characters. Every block repeats the
         label columns.
         """
-        # With a space
-        sizes = [max(map(len, cells)) + 1 for cells in zip(self.headers, *self.rows, strict=True)]
+        sizes = []
+        for cells in zip(self.headers, *self.texts, strict=True):
+            sizes.append(max(map(len, cells)) + 1)  # with a space
+
+        def fits(columns: Sequence[int]) -> bool:
+            return sum(sizes[column] for column in columns) - 1 <= width
+
         columns = list(range(len(sizes)))
         for header in self.spare:
-            if header in self.headers and sum(sizes[column] for column in columns) - 1 > width:
+            if header in self.headers and not fits(columns):
                 columns.remove(self.headers.index(header))
         labels = columns[: self.labels]
         blocks = [labels]
         for column in columns[self.labels :]:
-            if (
-                len(blocks[-1]) > self.labels
-                and sum(sizes[index] for index in [*blocks[-1], column]) - 1 > width
-            ):
+            is_begun = len(blocks[-1]) > self.labels
+            if is_begun and not fits([*blocks[-1], column]):
                 blocks.append(labels)
             blocks[-1] = [*blocks[-1], column]
         return blocks
 
     def markdown(self) -> str:
-        lines = [self.headers, tuple("---" for _ in self.headers), *self.rows]
-        escaped = (
-            [cell.replace("|", "\\|").replace("\n", " ") for cell in cells] for cells in lines
-        )
-        return (
-            "\n".join("| " + " | ".join(cells) + " |" for cells in escaped) + f"\n\n{self.text}\n"
-        )
+        rule = tuple("---" for _ in self.headers)
+        lines = []
+        for cells in (self.headers, rule, *self.texts):
+            escaped = [text.replace("|", "\\|").replace("\n", " ") for text in cells]
+            lines.append(f"| {' | '.join(escaped)} |")
+        return "\n".join(lines) + f"\n\n{self.text}\n"
 
 
 def strategy_name(result: Result) -> str:
     """The name of a strategy in tables and figures: `int8 drafts` for drafts by a low-bit copy."""
-    return (
-        f"{result.draft_weights} drafts"
-        if result.draft_weights and not result.skip
-        else result.strategy
-    )
+    if result.draft_weights and not result.skip:
+        return f"{result.draft_weights} drafts"
+    return result.strategy
 
 
-def results_table(record: RunRecord) -> TextTable:
+def results_table(record: RunRecord) -> Table:
     """A row per setting, and below it one per category; fits 80 characters with one metric, without
     `spare` columns.
     """
@@ -107,130 +136,86 @@ def results_table(record: RunRecord) -> TextTable:
         return score_table(record)
     rows = flat_rows(record)
     columns = columns_of(record, rows)
-    note = []
-    results = record.results
-    cells = tuple(tuple(cell(row, name, form) for _, name, form in columns) for row in rows)
-    if any(result.pareto for result in results):
-        note.append(PARETO_NOTE)
-    if any(result.exit_confidence is not None for result in results):
-        note.append(
-            "exits at P: each token leaves at the first exit with a probability above P; exit: its layers, on average."
-        )
-    if any(result.intervals for result in results):
-        note.append(
-            _HALF_NOTE.format(" and repeats" if record.config.get("repeats", 1) > 1 else "")
-        )
-    if any(of_row.endswith(f"±{_FEW_ROWS}") for of_rows in cells for of_row in of_rows):
-        note.append(f"±{_FEW_ROWS}: too few rows for an interval.")
-    if any(name.endswith("_change") for _, name, _ in columns):
-        note.append(
-            f"change: of {_short(str(record.config['quality_metric']))} from full depth, on the same prompts."
-        )
-    if legend := [_LEGEND[header] for header, _, _ in columns if header in _LEGEND]:
-        note.append(f"{'; '.join(legend)}.")
-    note += _settings_notes(record)
-    return TextTable(
-        tuple(header for header, _, _ in columns),
+    spare = sorted((each for each in columns if each.spare_rank), key=lambda each: each.spare_rank)
+    cells = tuple(_cells(row, columns) for row in rows)
+    has_few_rows = any(each.text.endswith(f"±{FEW_ROWS}") for row in cells for each in row)
+    note, findings = notes_of(record, _legend(columns), has_few_rows, _change_of(record, columns))
+    return Table(
+        tuple(column.header for column in columns),
         cells,
-        "\n".join(note),
-        3,
-        _SPARE,
-        tuple(findings(record)),
+        note,
+        len(_SETTING),
+        tuple(column.header for column in spare),
+        findings,
     )
 
 
-def columns_of(record: RunRecord, rows: Sequence[Row]) -> list[Column]:
+def page_tables(record: RunRecord) -> list[Table]:
+    """The tables of a page, which can be sorted: settings, then categories."""
+    if has_scores(record):
+        return [score_table(record)]
+    rows = flat_rows(record)
+    columns = [column for column in columns_of(record, rows) if column.header]
+    of_settings = [row for row in rows if "category" not in row]
+    of_categories = [row for row in rows if "category" in row]
+    tables = [_page_table(of_settings, columns)]
+    if of_categories:
+        named = [Column("strategy", "strategy"), Column("category", "category")]
+        figures = columns[len(_SETTING) :]
+        tables.append(_page_table(of_categories, [*named, *figures], "By category"))
+    return tables
+
+
+def _page_table(rows: Sequence[FlatRow], columns: Sequence[Column], caption: str = "") -> Table:
+    marked = frozenset(number for number, row in enumerate(rows) if row["pareto"])
+    headers = tuple(column.header for column in columns)
+    cells = tuple(_cells(row, columns) for row in rows)
+    return Table(headers, cells, marked=marked, caption=caption)
+
+
+def columns_of(record: RunRecord, rows: Sequence[FlatRow]) -> list[Column]:
     """The columns that name a row, and those with a figure in any row."""
+    columns = [*_metric_columns(record), *_FIGURES]
+    used = []
+    for column in columns:
+        if any(row.get(column.figure) not in (None, "") for row in rows):
+            used.append(column)
+    return [*_SETTING, *used]
+
+
+def _metric_columns(record: RunRecord) -> list[Column]:
     results = record.results
-    ranked = str(record.config.get("quality_metric"))
-    metrics = [name for name in results[0].metrics if name != "perplexity"]  # it has its own column
     # Without references answers are compared with those at full depth. `same` says it of strategies
     # with its outputs.
-    if record.config.get("has_references") is False and not any(
-        each.strategy == "early-exit" for each in results
-    ):
-        metrics = []
-    # With two metrics there is no room for decimals
-    percent = f"±.{1 if len(metrics) == 1 else 0}%"
-    changed = is_share(ranked) and any(ranked in result.changes for result in results)
-    setting = [("strategy", "setting", ""), ("exit", "exit", ""), ("spec", "num_draft_tokens", "")]
-    figures = [
-        *((_short(name), name, ".4g" if lower_is_better(name) else percent) for name in metrics),
-        *([("change", f"{ranked}_change", "±.0%")] if changed else []),
-        ("ppl", "perplexity", "ppl"),
-        ("accept", "acceptance_rate", ".1%"),
-        ("mean", "mean_accepted_tokens", ".1f"),
-        ("tok/s", "tokens_per_second", ".0f"),
-        ("speed", "speedup", "±.2f"),
-        ("vs hf", "speedup_over_transformers", ".2f"),
-        ("pred", "predicted_speedup", ".2f"),
-        ("same", "identical_outputs", ".0%"),
-        ("first", "ttft_ms", ".1f"),
-        ("MB", "peak_memory_mb", ".0f"),
-        ("", "front", "*"),
-    ]
-    return setting + [
-        column for column in figures if any(row.get(column[1]) not in (None, "") for row in rows)
-    ]
+    has_exits = any(result.strategy == "early-exit" for result in results)
+    if record.config.get("has_references") is False and not has_exits:
+        return []
+    metrics = [name for name in results[0].metrics if name != "perplexity"]  # it has its own column
+    percent = "±.1%" if len(metrics) == 1 else "±.0%"  # two have no room for decimals
+    columns = []
+    for name in metrics:
+        form = ".4g" if lower_is_better(name) else percent
+        columns.append(Column(short_name(name), name, form, _METRIC_LEGENDS.get(name, "")))
+    ranked = str(record.config.get("quality_metric"))
+    if is_share(ranked) and any(ranked in result.changes for result in results):
+        columns.append(Column("change", f"{ranked}_change", "±.0%"))
+    return columns
 
 
-def findings(record: RunRecord) -> Iterator[str]:
-    """The findings, the recommendation or the verdict last."""
-    for skip in dict.fromkeys(counts_text(result.skip) for result in record.results if result.skip):
-        yield f"Layers that drafts skip: --skip {skip}."
-    if "repeats" in record.config:
-        for result in record.results:
-            steps = result.steps_by_drafter
-            if result.strategy == "adaptive" and len(steps) > 1:
-                ordered = sorted(steps, key=lambda name: (name == "plain", -steps[name]))
-                shares = ", ".join(
-                    f"{name} {steps[name] / sum(steps.values()):.0%}" for name in ordered
-                )
-                yield f"Steps of adaptive decoding: {shares}."
-        yield from _verdict(record)
-    if advice := record.recommendation:
-        yield f"Policy {FAST}: {advice.fast_reason}."
-        yield f"Policy {EXACT}: {policy_text(advice.policies[EXACT])}."
-        yield f"{'Recommended' if advice.pays else 'Not recommended'}: {advice.reason}."
+def _legend(columns: Sequence[Column]) -> str:
+    parts = [f"{column.header}: {column.legend}" for column in columns if column.legend]
+    return "; ".join(parts)
 
 
-def _verdict(record: RunRecord) -> Iterator[str]:
-    """The fastest strategy of a benchmark with the outputs of autoregressive decoding, up to
-    near-ties.
-    """
-    plain, *others = record.results
-    sampled = record.config.get("generation", {}).get("temperature")
-    tie = math.inf if sampled else NEAR_TIE[getattr(torch, record.environment["dtype"])]
-    same = [
-        result
-        for result in others
-        if result.strategy != "early-exit" and result.keeps_outputs(plain, tie)
-    ]
-    timed = [result for result in same if result.speedup is not None]
-    what = "outputs of the same distribution" if sampled else "the same outputs"
-    if others and not same:
-        yield f"No other strategy had {what} as autoregressive decoding."
-    elif timed:
-        best = max(timed, key=lambda result: result.speedup or 0.0)
-        speedup = best.speedup or 0.0
-        ends = best.intervals.get("speedup")
-        summary = f"{result_name(best)}, {speedup:.2f}x autoregressive"
-        rows = best.rows_to_halve
-        halved = (
-            ""
-            if rows is None
-            else f"; about {plural(rows, 'row')} would halve it"
-            if rows
-            else "; more repeats would halve it"
-        )
-        if ends is not None and ends.high - ends.low >= 2 * speedup:
-            summary += " (too few rows for an interval)"
-        elif ends is not None:
-            summary += f" (95% interval {ends.low:.2f} to {ends.high:.2f}{halved})"
-        if best.differences and not sampled:
-            summary += f"; {plural(len(best.differences), 'output')} differed at a near-tie"
-        surely = ends is not None and ends.low > 1
-        yield f"{'Fastest' if surely else 'Nothing was certainly faster'} with {what}{':' if surely else '; best:'} {summary}."
+def _change_of(record: RunRecord, columns: Sequence[Column]) -> str:
+    """The metric whose change is shown, if there is one."""
+    if any(column.header == "change" for column in columns):
+        return short_name(str(record.config["quality_metric"]))
+    return ""
+
+
+def short_name(metric: str) -> str:
+    return _SHORT_NAMES.get(metric, metric.replace("pass@", "p@"))
 
 
 def has_scores(record: RunRecord) -> bool:
@@ -238,197 +223,193 @@ def has_scores(record: RunRecord) -> bool:
     return str(record.config["task"].get("task")).startswith(HARNESS)
 
 
-def score_table(record: RunRecord) -> TextTable:
+def score_table(record: RunRecord) -> Table:
     """A row per task and metric, a column per setting; below them the figures of generated
     answers.
     """
     results = record.results
+    counts: dict[str, int] = {}
+    names: dict[str, None] = {}
+    for result in results:
+        if isinstance(result.samples, dict):
+            counts |= result.samples
+        names |= dict.fromkeys(result.metrics)
+    rows: list[tuple[str, ...]] = []
+    for name in names:
+        task, _, metric = name.partition(" ")
+        scores = [_score(result, name) for result in results]
+        rows.append((task, metric, str(counts.get(task, "-")), *scores))
+    flat = flat_rows(record)
+    for column, label in (
+        (Column("", "identical_outputs", ".1%"), "identical outputs"),
+        (Column("", "acceptance_rate", ".1%"), "acceptance rate"),
+        (Column("", "tokens_per_second", ".0f"), "tokens/s"),
+        (Column("", "speedup", ".2f"), "speedup"),
+    ):
+        texts = [cell_text(row, column) for row in flat]
+        if set(texts) != {"-"}:
+            rows.append(("all answers", label, "", *texts))
+    headers = ["task", "metric", "n"]
+    for result in results:
+        usual = strategy_name(result)
+        names_here = {"autoregressive": "full depth", "early-exit": f"exit {result.exit_layer}"}
+        headers.append(names_here.get(result.strategy, usual))
+    findings = tuple(verdict_lines(record)) if record.is_bench else ()
+    cells = tuple(tuple(Cell(text, text) for text in row) for row in rows)
+    return Table(tuple(headers), cells, _score_note(record), 3, findings=findings)
+
+
+def _score_note(record: RunRecord) -> str:
     config = record.config
     machine = record.environment
-    counts = {
-        task: rows
-        for result in results
-        if isinstance(result.samples, dict)
-        for task, rows in result.samples.items()
-    }
-    rows: list[tuple[str, ...]] = []
-    for name in dict.fromkeys(name for result in results for name in result.metrics):
-        task, _, metric = name.partition(" ")
-        rows.append(
-            (
-                task,
-                metric,
-                str(counts.get(task, "-")),
-                *(_score(result, name) for result in results),
-            )
-        )
-    for name, label, form in (
-        ("identical_outputs", "identical outputs", ".1%"),
-        ("acceptance_rate", "acceptance rate", ".1%"),
-        ("tokens_per_second", "tokens/s", ".0f"),
-        ("speedup", "speedup", ".2f"),
-    ):
-        cells = [cell(row, name, form) for row in flat_rows(record)]
-        if set(cells) != {"-"}:
-            rows.append(("all answers", label, "", *cells))
     samples = config["task"].get("samples")
     shown = f"the first {samples} rows of each task" if samples else "all rows of each task"
-    note = f"Scores of lm-eval {machine.get('versions', {}).get('lm_eval', '')}, ± its standard error; {shown}."
-    note += f"\nPrompt template: {config.get('prompt_template')}; {machine['dtype']} on {machine['device_name']}."
-    names = [
-        {"autoregressive": "full depth", "early-exit": f"exit {result.exit_layer}"}.get(
-            result.strategy, strategy_name(result)
-        )
-        for result in results
-    ]
-    found = tuple(_verdict(record)) if "repeats" in config else ()
-    return TextTable(("task", "metric", "n", *names), tuple(rows), note, 3, findings=found)
+    version = machine.get("versions", {}).get("lm_eval", "")
+    where = f"{machine['dtype']} on {machine['device_name']}"
+    return (
+        f"Scores of lm-eval {version}, ± its standard error; {shown}.\n"
+        f"Prompt template: {config.get('prompt_template')}; {where}."
+    )
 
 
 def _score(result: Result, name: str) -> str:
     """`.612±.034`, or a perplexity with three digits."""
     value = result.metrics.get(name)
+    if value is None:
+        return "-"
     error = result.stderr.get(name)
     if lower_is_better(name):
-        return number(value, ".3g") + ("" if error is None else f"±{error:.2g}")
-    return number(value, ".3f") + ("" if error is None else f"±{error:.3f}".replace("±0.", "±."))
+        return f"{value:.3g}" if error is None else f"{value:.3g}±{error:.2g}"
+    return f"{value:.3f}" if error is None else f"{value:.3f}±{_bare(error, '.3f')}"
 
 
-def flat_rows(record: RunRecord) -> list[dict[str, Any]]:
+def flat_rows(record: RunRecord) -> list[FlatRow]:
     """A row per result and per category, with a plain value for each figure and interval end, and
-    NAMES.
+    labels for tables.
     """
     rows = []
     full = record.results[0].metrics if record.results else {}
-    for result, figures in zip(record.results, record.document()["results"], strict=True):
-        categories = figures.pop("categories")
-        depth = result.mean_layers
-        own = {
-            name: figures[name]
-            for name in ("strategy", "exit_layer", "num_draft_tokens", "draft_weights")
-        }
-        changes = {f"{name}_change": result.metrics[name] - full[name] for name in result.changes}
-        name = strategy_name(result) if result.exit_confidence is None else result_name(result)
-        exit_layer = result.exit_layer if depth is None else f"{depth:.1f}"
-        named = {"setting": name, "exit": exit_layer, "front": "*" if result.pareto else ""}
-        rows.append({**_flat(figures), **changes, **named})
-        for category, each in categories.items():
-            named |= {"setting": f"  {category} ({each['samples']})", "front": ""}
-            rows.append({**_flat({**each, **own, "category": category}), **named})
+    for result in record.results:
+        row = _flat(result)
+        for name in result.changes:
+            row[f"{name}_change"] = result.metrics[name] - full[name]
+        row["setting"] = strategy_name(result)
+        row["exit"] = result.exit_layer
+        row["front"] = "*" if result.pareto else ""
+        if result.exit_confidence is not None:
+            row["setting"] = result_name(result)
+        if result.mean_layers is not None:
+            row["exit"] = f"{result.mean_layers:.1f}"
+        rows.append(row)
+        for category, own in result.categories.items():
+            of_setting = ("strategy", "exit_layer", "num_draft_tokens", "draft_weights", "exit")
+            named = {name: row[name] for name in of_setting}
+            setting = f"  {category} ({own.samples})"
+            named |= {"category": category, "setting": setting, "front": ""}
+            rows.append(_flat(own) | named)
     return rows
 
 
-def _flat(result: dict[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in result.items():
-        if key == "metrics":
-            flat |= value
-        elif key in ("intervals", "changes"):
-            part = "_change" if key == "changes" else ""
-            flat |= {
-                f"{name}{part}_{end}": ends[end == "high"]
-                for name, ends in value.items()
-                for end in ("low", "high")
-            }
-        elif isinstance(value, dict):
-            flat |= {f"{key}_{name}": part for name, part in value.items()}
-        elif key == "skip":
-            flat[key] = counts_text(value)
-        elif key == "acceptance_by_position":
-            flat[key] = " ".join(map(str, value or ()))
-        elif isinstance(value, list | tuple):
-            flat[key] = len(value)
-        # An unmeasured figure must not hide a metric of its name: perplexity
-        elif value is not None or key not in flat:
-            flat[key] = value
+def csv_rows(record: RunRecord) -> list[FlatRow]:
+    """The flat rows without the labels of tables."""
+    rows = flat_rows(record)
+    return [{name: row[name] for name in row if name not in _LABELS} for row in rows]
+
+
+def _flat(result: Result) -> FlatRow:
+    flat: FlatRow = {}
+    for name, value in asdict(result).items():
+        match name, value:
+            case "categories", _:
+                pass  # rows of their own
+            case "metrics", _:
+                flat |= value
+            case "intervals", _:
+                flat |= _ends(value)
+            case "changes", _:
+                flat |= _ends(value, "_change")
+            case "skip", _:
+                flat[name] = counts_text(value)
+            case "acceptance_by_position", _:
+                flat[name] = " ".join(map(str, value or ()))
+            case _, dict():
+                flat |= {f"{name}_{key}": part for key, part in value.items()}
+            case _, tuple():
+                flat[name] = len(value)
+            case _, None if name in flat:
+                pass  # an unmeasured figure must not hide a metric of its name: perplexity
+            case _:
+                flat[name] = value
     return flat
 
 
-def cell(row: Row, name: str, form: str) -> str:
-    """A figure in this format: `2.31±.12`, `81±2%` after `±`, `-` if not measured, 1.2e4 for `ppl`,
-    a mark for `*`.
+def _ends(intervals: dict[str, Any], suffix: str = "") -> FlatRow:
+    ends = {}
+    for name, bounds in intervals.items():
+        ends[f"{name}{suffix}_low"] = bounds.low
+        ends[f"{name}{suffix}_high"] = bounds.high
+    return ends
+
+
+def _cells(row: FlatRow, columns: Sequence[Column]) -> tuple[Cell, ...]:
+    return tuple(Cell(cell_text(row, column), row.get(column.figure)) for column in columns)
+
+
+def cell_text(row: FlatRow, column: Column) -> str:
+    """A figure in the column's form: a format; `±` before it adds the interval, `2.31±.12` or
+    `81±2%`; `ppl`: 1.2e4; `*`: a mark. `-` if not measured.
     """
-    spread = form.startswith("±")
-    form = form.removeprefix("±")
-    value = row.get(name)
-    low = row.get(f"{name}_low")
-    high = row.get(f"{name}_high")
-    if value in (None, "") or form == "*":
-        return str(value or "") if form == "*" else "-"
-    if form == "ppl":
-        return (
-            f"{value:.3g}"
-            if value < 999.5
-            else f"{value:.1e}".replace("e+0", "e").replace("e+", "e")
-        )
-    if not spread or low is None or high is None:
+    value = row.get(column.figure)
+    if column.form == "*":
+        return str(value or "")
+    if value in (None, ""):
+        return "-"
+    if column.form == "ppl":
+        return _perplexity_text(value)
+    form = column.form.removeprefix("±")
+    low = row.get(f"{column.figure}_low")
+    high = row.get(f"{column.figure}_high")
+    if form == column.form or low is None or high is None:
         return format(value, form)
-    if form.endswith("%"):
-        return f"{100 * value:.0f}±{50 * (high - low):.0f}%"
     half = (high - low) / 2
-    shown = _FEW_ROWS if half >= value else f"{half:{form}}".removeprefix("0" if half < 1 else "")
-    return f"{value:{form}}±{shown}"
+    if form.endswith("%"):
+        return f"{100 * value:.0f}±{100 * half:.0f}%"
+    return f"{value:{form}}±{FEW_ROWS if half >= value else _bare(half, form)}"
 
 
-def _settings_notes(record: RunRecord) -> Iterator[str]:
-    """Notes on measurement, prompts and decoding that differ from the defaults, and on exits with a
-    block.
+def _perplexity_text(value: float) -> str:
+    if value < 999.5:
+        return f"{value:.3g}"
+    return f"{value:.1e}".replace("e+0", "e").replace("e+", "e")
+
+
+def _bare(half: float, form: str) -> str:
+    """`.12`, without the zero."""
+    text = format(half, form)
+    return text.removeprefix("0") if half < 1 else text
+
+
+@dataclass(frozen=True)
+class Point:
+    """A result by tokens per second and the quality metric, in percent unless a lower value is
+    better.
     """
-    config = record.config
-    machine = record.environment
-    generation = config.get("generation", {})
-    if "repeats" in config:
-        medians = f"medians of {plural(config['repeats'], 'repeat')}"
-        method = medians.capitalize()
-        if config.get("batch_size", 1) > 1:
-            speed = (
-                f"{plural(config['timed'], 'prompt')} at batch size 1, {medians}"
-                if config.get("timed")
-                else "not measured"
-            )
-            method = f"Quality: answers in batches of {config['batch_size']}; speed: {speed}"
-        yield f"{method}; {machine['dtype']} on {machine['device_name']}, {plural(machine['threads'], 'thread')}."
-    if (busy := machine.get("busy_cores", 0.0)) >= _DISTURBING:
-        yield f"Other processes kept {busy:.1f} cores busy: speeds are lower than on a quiet machine, and intervals wider."
-    if read := machine.get("bandwidth"):
-        yield f"P{bandwidth_text(read)[1:]}."
-    if "prompt_template" in config:
-        yield f"Prompt template: {config['prompt_template']}."
-    if temperature := generation.get("temperature"):
-        top = f"top-k {generation.get('top_k', 0)}, top-p {generation.get('top_p', 1):g}"
-        yield f"Sampled at temperature {temperature:g}, {top}."
-    if confidence := generation.get("draft_confidence"):
-        yield f"Drafts stop below a confidence of {confidence:g}."
-    if lookup := generation.get("lookup"):
-        yield f"Matches of {lookup} tokens or more are drafts, before anything else drafts."
-    if "specs" in config and (confidence or lookup or temperature):
-        yield "Predictions are for greedy decoding with whole drafts."
-    if "llama_cpp" in machine:
-        yield f"llama.cpp: {machine['llama_cpp']}, on {config.get('gguf')}."
-    with_transformers = any(name in TRANSFORMERS_BASELINES for name in config.get("baselines", ()))
-    if (
-        with_transformers
-        and config.get("timed") != 0
-        and not str(machine.get("device")).startswith("cuda")
-    ):
-        yield "MB: of the whole process, which also holds transformers' copy of the model."
-    if blocks := machine.get("exit_blocks", {}):
-        yield f"Exits with a block: {', '.join(map(str, blocks))}."
 
+    result: Result
+    speed: float
+    value: float
+    is_optimal: bool  # on the Pareto frontier
 
-def _short(metric: str) -> str:
-    return _SHORT_NAMES.get(metric, metric.replace("pass@", "p@"))
+    @property
+    def strategy(self) -> str:
+        return strategy_name(self.result)
 
 
 @dataclass(frozen=True)
 class Points:
-    """Tokens per second and the quality metric, in percent unless a lower value is better."""
+    """The results of a record that have quality and speed."""
 
-    results: list[Result]
-    speeds: list[float]
-    values: list[float]
-    optimal: list[int]  # indices of the points on the Pareto frontier
-    strategies: list[str]  # their names, in the order of the results
+    points: list[Point]
     lower_is_better: bool
     quality_label: str
 
@@ -436,25 +417,28 @@ class Points:
 def points_of(record: RunRecord) -> Points | None:
     """None without quality or speed."""
     metric = str(record.config.get("quality_metric"))
-    shown = [
-        result
-        for result in record.results
-        if metric in result.metrics and result.tokens_per_second is not None
-    ]
+    shown = []
+    for result in record.results:
+        if metric in result.metrics and result.tokens_per_second is not None:
+            shown.append(result)
     if not shown:
         return None
-    lower = lower_is_better(metric)
-    share = is_share(metric)
-    speeds = [result.tokens_per_second or 0.0 for result in shown]
-    values = [result.metrics[metric] * (100 if share else 1) for result in shown]
-    label = f"Quality: {metric.replace('_', ' ')}" + (
-        ", lower is better" if lower else " (%)" if share else ""
-    )
-    strategies = list(dict.fromkeys(map(strategy_name, shown)))
-    return Points(shown, speeds, values, frontier(shown, metric), strategies, lower, label)
+    label = f"Quality: {metric.replace('_', ' ')}"
+    scale = 1.0
+    if lower_is_better(metric):
+        label += ", lower is better"
+    elif is_share(metric):
+        label += " (%)"
+        scale = 100.0
+    optimal = frontier(shown, metric)
+    points = []
+    for number, result in enumerate(shown):
+        speed = result.tokens_per_second or 0.0
+        points.append(Point(result, speed, scale * result.metrics[metric], number in optimal))
+    return Points(points, lower_is_better(metric), label)
 
 
-def is_wide(values: list[float]) -> bool:
+def is_wide(values: Sequence[float]) -> bool:
     """Whether an axis should be logarithmic: one very fast exit would squeeze all other points
     together.
     """

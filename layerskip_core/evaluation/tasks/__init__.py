@@ -69,21 +69,16 @@ class Task:
         """
         if self.text is not None:
             return {} if perplexity is None else {"perplexity": perplexity}
-        return {
-            name: Scores(tuple(values))
-            for name, values in self.scorer(self._cut(predictions)).items()
-        }
+        values = self.scorer(self._cut(predictions))
+        return {name: Scores(tuple(own)) for name, own in values.items()}
 
     def answered(self, answers: Sequence[Sequence[str | None]]) -> tuple[Answered, ...]:
         """Each prompt with the answer of every result, cut at the stop strings."""
-        return tuple(
-            Answered(
-                example.prompt,
-                example.completion,
-                tuple(text and before_stop(text, self.stop) for text in texts),
-            )
-            for example, *texts in zip(self.examples, *answers, strict=True)
-        )
+        rows = []
+        for example, *texts in zip(self.examples, *answers, strict=True):
+            cut = tuple(text and before_stop(text, self.stop) for text in texts)
+            rows.append(Answered(example.prompt, example.completion, cut))
+        return tuple(rows)
 
     def referring_to(self, answers: Sequence[str | None]) -> "Task":
         """The task with these answers, one per example, as references if it has none. A missing
@@ -91,11 +86,8 @@ class Task:
         """
         if self.against is None:
             return self
-        return replace(
-            self,
-            scorer=self.against([[] if text is None else self._cut([text]) for text in answers]),
-            against=None,
-        )
+        references = [[] if text is None else self._cut([text]) for text in answers]
+        return replace(self, scorer=self.against(references), against=None)
 
     def _cut(self, texts: Sequence[str]) -> list[str]:
         return [before_stop(text, self.stop) for text in texts]
@@ -113,54 +105,32 @@ class Task:
         """Task and settings, both with the stop strings of either; the task's token limit is the
         default.
         """
-        stop = (*self.stop, *(text for text in generation.get("stop", ()) if text not in self.stop))
-        # A task has one
+        stop = tuple(dict.fromkeys((*self.stop, *generation.get("stop", ()))))
+        # `load_task` sets the limit of its config
         limit = generation.get("max_new_tokens") or self.config.max_new_tokens or 0
         return replace(self, stop=stop), {**generation, "stop": stop, "max_new_tokens": limit}
 
     def prepared(self, loaded: Decoder) -> Decoder:
         """The model with this task's template and the requested system message."""
         system = self.config.prompting.system
-        return (
-            loaded
-            if self.template is None and system is None
-            else loaded.with_template(self.template, system)
-        )
+        if self.template is None and system is None:
+            return loaded
+        return loaded.with_template(self.template, system)
 
 
 def load_task(config: TaskConfig) -> Task:
     """Loads a task and its rows; `data` implies a default task. Raises ConfigError for settings it
     does not use, DataError.
     """
-    name = config.task or _task_of(config.data)
-    if name not in TASKS:
-        if "/" not in name and not Path(name).suffix and not Path(name).exists():
-            raise refused(
-                "task",
-                f"one of {', '.join(TASKS)}, {HARNESS}TASK, or data with prompts and references",
-                shown(name),
-            )
-        config = replace(config, data=config.data or name)
-        name = _task_of(name)
+    config, name = _named(config)
     module, _, attribute = TASKS[name].partition(":")
     loader: TaskLoader = vars(import_module(module))[attribute]
-    template = config.prompting.asked
-    for setting, given, needed in (
-        ("metric", config.metric, "left out"), ("shots", config.shots or None, "0"), ("template", template, "left out")
-    ):  # fmt: skip
-        require(
-            given is None or setting in loader.accepts,
-            setting,
-            f"{needed} for `task` {name}",
-            given,
-        )
-    require(
-        config.data is not None or not loader.needs_data, "data", f"given for `task` {name}", "none"
-    )
-    data = config.data or loader.data
-    limit = config.max_new_tokens or loader.max_new_tokens
+    _require_accepted(config, name, loader)
     config = replace(
-        config, task=config.task or config.data or name, data=data, max_new_tokens=limit
+        config,
+        task=config.task or config.data or name,
+        data=config.data or loader.data,
+        max_new_tokens=config.max_new_tokens or loader.max_new_tokens,
     )
     task = loader.load(config)
     if not task.examples:
@@ -168,13 +138,38 @@ def load_task(config: TaskConfig) -> Task:
     for number, example in enumerate(task.examples, start=1):
         if not example.prompt.strip():
             raise DataError(
-                f"`data` {task.config.data}: every row needs a prompt, found none in row {number} of those read"
+                f"`data` {task.config.data}: every row needs a prompt, "
+                f"found none in row {number} of those read"
             )
     # A report names the data, not its division
     described = replace(task.config, held_out=None, side=None)
-    return replace(
-        task, config=described, others=partial(_other_rows, loader, config, task.examples)
-    )
+    others = partial(_other_rows, loader, config, task.examples)
+    return replace(task, config=described, others=others)
+
+
+def _named(config: TaskConfig) -> tuple[TaskConfig, str]:
+    """The config and a name of TASKS; `task` may also name data."""
+    name = config.task or _task_of(config.data)
+    if name in TASKS:
+        return config, name
+    if "/" not in name and not Path(name).suffix and not Path(name).exists():
+        raise refused(
+            "task",
+            f"one of {', '.join(TASKS)}, {HARNESS}TASK, or data with prompts and references",
+            shown(name),
+        )
+    return replace(config, data=config.data or name), _task_of(name)
+
+
+def _require_accepted(config: TaskConfig, name: str, loader: TaskLoader) -> None:
+    """Raises ConfigError for a setting that the task would ignore, and for missing data."""
+    given = {"metric": config.metric, "shots": config.shots, "template": config.prompting.asked}
+    for setting, value in given.items():
+        needed = "0" if setting == "shots" else "left out"
+        is_accepted = not value or setting in loader.accepts
+        require(is_accepted, setting, f"{needed} for `task` {name}", value)
+    has_data = config.data is not None or not loader.needs_data
+    require(has_data, "data", f"given for `task` {name}", "none")
 
 
 def _other_rows(
@@ -184,8 +179,9 @@ def _other_rows(
     prompts = {example.prompt for example in own}
     with suppress(DataError, ConfigError):
         rows = loader.load(replace(config, samples=len(own) + count)).examples
-        if others := list({row.prompt: row for row in rows if row.prompt not in prompts}.values()):
-            return spread(others, count)
+        others = {row.prompt: row for row in rows if row.prompt not in prompts}
+        if others:
+            return spread(list(others.values()), count)
     return spread(own, count)
 
 
@@ -206,7 +202,7 @@ def rows_for(
     return spread([items[place] for place in part.places], config.samples), part.notes
 
 
-class Places(NamedTuple):
+class NotedPart(NamedTuple):
     """Indices of rows, and a note for the user that says which they are, unless they are simply
     all.
     """
@@ -215,25 +211,27 @@ class Places(NamedTuple):
     notes: tuple[str, ...]
 
 
-def part_for(keys: Sequence[str], config: TaskConfig, source: str, has_splits: bool) -> Places:
+def part_for(keys: Sequence[str], config: TaskConfig, source: str, has_splits: bool) -> NotedPart:
     """The rows of the side that the task asks for; `samples` 0 asks for both sides."""
     side = config.side
     if side is None and not has_splits:
         side = VALIDATION if config.split == VALIDATION else TEST
     part = part_of(keys, side if config.samples else None, config.held_out or ())
-    chosen = f"rows: among {len(part.places)} of the {len(keys)} in {source}"
     other = "report (`bench`)" if side == VALIDATION else "choose (`sweep-exits`)"
-    note = ""
+    what = ""
     if part.seen:
-        note = f"{chosen}, which the model was trained on; `data` gives others"
+        what = ", which the model was trained on; `data` gives others"
     elif part.divided:
         held_out = ", held out of the training" if part.is_trained else ""
-        note = f"{chosen}{held_out}; others {other}, `samples` 0 takes both"
+        what = f"{held_out}; others {other}, `samples` 0 takes both"
     elif part.is_trained:
-        note = f"{chosen}, held out of the training; the same rows choose and report"
+        what = ", held out of the training; the same rows choose and report"
     elif side == VALIDATION or (side is not None and len(keys) >= FEWEST):
-        note = f"{chosen}; the same rows choose and report"
-    return Places(part.places, (note,) if note else ())
+        what = "; the same rows choose and report"
+    if not what:
+        return NotedPart(part.places, ())
+    note = f"rows: among {len(part.places)} of the {len(keys)} in {source}{what}"
+    return NotedPart(part.places, (note,))
 
 
 def _task_of(data: str | None) -> str:
@@ -248,18 +246,15 @@ def rows_of(
     """All rows of the file `data`, or of a split of the hub data set if `data` is its id. Raises
     DataError.
     """
-    return list(
-        hub_records(hub_id, split, most=most, **keywords)
-        if data == hub_id
-        else file_records(Path(data))
-    )
+    if data == hub_id:
+        return list(hub_records(hub_id, split, most=most, **keywords))
+    return list(file_records(Path(data)))
 
 
 def shots_and_rest(rows: list[Item], count: int, source: str) -> tuple[list[Item], list[Item]]:
     """The first `count` rows and the others. Raises ConfigError if the shots leave no rows."""
-    require(
-        count < len(rows) or not count, "shots", f"below {len(rows)}, the rows of {source}", count
-    )
+    leaves_rows = count < len(rows) or not count
+    require(leaves_rows, "shots", f"below {len(rows)}, the rows of {source}", count)
     return rows[:count], rows[count:]
 
 
@@ -277,18 +272,20 @@ def framed(
     `asked` replaces `template`. A text with {prompt} also replaces the forms; it stays a template,
     because its special tokens are encoded as tokens, those in rows as text.
     """
-    template = template if asked is None else asked
+    if asked is not None:
+        template = asked
     if asked not in (None, CHAT, RAW):
         form = asked
-    own = template == form != BARE
-    before_form = form if own else shot_form or form
-    before = "".join(
-        before_form.replace(BARE, shot.prompt) + shot.completion + SHOT_END for shot in shots
-    )
-    if own and BARE not in before:  # else a {prompt} inside a shot would be filled in too
+    is_template = template == form != BARE
+    if is_template:
+        shot_form = form
+    before = ""
+    for shot in shots:
+        before += (shot_form or form).replace(BARE, shot.prompt) + shot.completion + SHOT_END
+    if is_template and BARE not in before:  # else a {prompt} inside a shot would be filled in too
         return tuple(examples), before + form
-    whole = tuple(
-        Example(before + form.replace(BARE, example.prompt), example.completion)
-        for example in examples
-    )
-    return whole, BARE if own else template
+    whole = []
+    for example in examples:
+        prompt = before + form.replace(BARE, example.prompt)
+        whole.append(Example(prompt, example.completion))
+    return tuple(whole), BARE if is_template else template

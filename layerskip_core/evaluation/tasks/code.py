@@ -39,16 +39,17 @@ class _Problem(NamedTuple):
 
 
 def humaneval(config: TaskConfig) -> Task:
-    every = rows_of(str(config.data), _HUMANEVAL, "test")
-    rows, notes = rows_for(every, [row.key for row in every], config, str(config.data))
+    source = str(config.data)
+    every = rows_of(source, _HUMANEVAL, "test")
+    rows, notes = rows_for(every, [row.key for row in every], config, source)
     problems = []
     for row in rows:
-        head, solution, test, name = (
-            _code(row, column) for column in ("prompt", "canonical_solution", "test", "entry_point")
-        )
+        head = _code(row, "prompt")
         prompt = head.rstrip()
-        example = Example(prompt, head[len(prompt) :] + solution)
-        problems.append(_Problem(example, head, f"{test}\ncheck({name.strip()})\n"))
+        solution = head[len(prompt) :] + _code(row, "canonical_solution")
+        name = _code(row, "entry_point").strip()
+        tests = f"{_code(row, 'test')}\ncheck({name})\n"
+        problems.append(_Problem(Example(prompt, solution), head, tests))
     return _task(replace(config, shots=0), problems, BARE, _HUMANEVAL_STOP, notes=notes)
 
 
@@ -56,44 +57,40 @@ def mbpp(config: TaskConfig) -> Task:
     """Problems in the full or sanitized form. Shots are problems 2, 3, 4, ...; a file without these
     uses its first rows.
     """
-    require(
-        config.split in _MBPP_SPLITS,
-        "split",
-        f"one of {', '.join(_MBPP_SPLITS)} for `task` mbpp",
-        config.split,
-    )
+    needed = f"one of {', '.join(_MBPP_SPLITS)} for `task` mbpp"
+    require(config.split in _MBPP_SPLITS, "split", needed, config.split)
     count = _MBPP_SHOTS if config.shots is None else config.shots
-    data = str(config.data)
-    rows = rows_of(data, _MBPP, config.split, name="full")
-    solutions = rows_of(data, _MBPP, "prompt", name="full") if data == _MBPP else rows
-    known = {
-        number: row for row in solutions if isinstance(number := row.fields.get("task_id"), int)
-    }
-    shots = [known[number] for number in _MBPP_SHOT_IDS if number in known][:count]
-    has_splits = data == _MBPP
-    if data == _MBPP:
+    source = str(config.data)
+    rows = rows_of(source, _MBPP, config.split, name="full")
+    if source == _MBPP:
+        has_splits = True
+        shots = _shot_rows(rows_of(source, _MBPP, "prompt", name="full"), count)
         require(len(shots) == count, "shots", f"at most {len(shots)} for `task` mbpp", count)
     else:
-        by_split = {
-            split: [row for number, row in known.items() if number in own]
-            for split, own in _MBPP_SPLITS.items()
-        }
+        by_split: dict[str, list[Record]] = {}
+        for split, numbers in _MBPP_SPLITS.items():
+            by_split[split] = [row for row in rows if row.fields.get("task_id") in numbers]
         has_splits = bool(by_split[VALIDATION] and by_split[TEST])
         asked = by_split[config.split] or by_split[VALIDATION] or by_split[TEST]
-        shots, rows = (
-            (shots, asked) if len(shots) == count and asked else shots_and_rest(rows, count, data)
-        )
-    solved = [_mbpp_problem(row).example for row in shots]
-    solved = [Example(example.prompt, example.completion + "\n[DONE]") for example in solved]
-    rows, notes = rows_for(rows, [row.key for row in rows], config, data, has_splits)
-    return _task(
-        replace(config, shots=count),
-        map(_mbpp_problem, rows),
-        _MBPP_FORM,
-        _MBPP_STOP,
-        solved,
-        notes,
-    )
+        shots = _shot_rows(rows, count)
+        if len(shots) == count and asked:
+            rows = asked
+        else:
+            shots, rows = shots_and_rest(rows, count, source)
+    solved = []
+    for row in shots:
+        example = _mbpp_problem(row).example
+        solved.append(Example(example.prompt, f"{example.completion}\n[DONE]"))
+    rows, notes = rows_for(rows, [row.key for row in rows], config, source, has_splits)
+    problems = map(_mbpp_problem, rows)
+    config = replace(config, shots=count)
+    return _task(config, problems, _MBPP_FORM, _MBPP_STOP, solved, notes)
+
+
+def _shot_rows(rows: Sequence[Record], count: int) -> list[Record]:
+    """The first of the problems that the data set sets aside for shots, in their order."""
+    numbered = {row.fields.get("task_id"): row for row in rows}
+    return [numbered[number] for number in _MBPP_SHOT_IDS if number in numbered][:count]
 
 
 def _mbpp_problem(row: Record) -> _Problem:
@@ -103,15 +100,20 @@ def _mbpp_problem(row: Record) -> _Problem:
     text = _code(row, row.first_column(("text", "prompt")))
     tests = _code(row, "test_list", list)
     example = Example(f"{text} Your code should pass these tests:\n\n{tests}", _code(row, "code"))
-    setup = _code(row, "test_setup_code") if row.fields.get("test_setup_code") else ""
-    setup = setup or (_code(row, "test_imports", list) if row.fields.get("test_imports") else "")
+    setup = ""
+    if row.fields.get("test_setup_code"):
+        setup = _code(row, "test_setup_code")
+    elif row.fields.get("test_imports"):
+        setup = _code(row, "test_imports", list)
     return _Problem(example, "", f"{setup}\n{tests}")
 
 
 def _code(row: Record, column: str, kind: type = str) -> str:
     """A text, or a list of texts joined by newlines, not by spaces like prose."""
-    if not isinstance(value := row.value(column), kind):
-        raise row.fault(f"{column} must be a {'text' if kind is str else 'list of texts'}", value)
+    value = row.value(column)
+    if not isinstance(value, kind):
+        needed = "text" if kind is str else "list of texts"
+        raise row.fault(f"{column} must be a {needed}", value)
     return "\n".join(row.texts(column))
 
 
@@ -134,16 +136,19 @@ def _task(
 
     @cache  # strategies often give the same answer
     def passes(number: int, answer: str) -> bool:
-        return not run_tests(problems[number].head + answer, problems[number].tests)
+        problem = problems[number]
+        return not run_tests(problem.head + answer, problem.tests)
 
     def score(predictions: Sequence[str]) -> dict[str, list[float]]:
-        starts = range(0, len(predictions), count)
+        starts = range(0, len(predictions), count)  # of the answers to each problem
         scores = {}
         if config.allow_code_execution:
             passed = [passes(number // count, text) for number, text in enumerate(predictions)]
-            scores = pass_at_k([passed[start : start + count] for start in starts], config.pass_k)
+            verdicts = [passed[start : start + count] for start in starts]
+            scores = pass_at_k(verdicts, config.pass_k)
         by_answer = rouge(predictions, references, ("rouge2",))["rouge2"]
-        return scores | {"rouge2": [fmean(by_answer[start : start + count]) for start in starts]}
+        scores["rouge2"] = [fmean(by_answer[start : start + count]) for start in starts]
+        return scores
 
     metric = f"pass@{config.pass_k[0]}" if config.allow_code_execution else "rouge2"
     return Task(
@@ -162,16 +167,17 @@ def _notes(config: TaskConfig) -> tuple[str, ...]:
     if not config.allow_code_execution:
         return (_NEEDS_FLAG,)
     standing = standing_layers()
-    if not {"files", "file names"} & set(standing) and config.allow_code_execution != UNSANDBOXED:
+    protects_files = bool({"files", "file names"} & set(standing))
+    if not protects_files and config.allow_code_execution != UNSANDBOXED:
         raise ConfigError(
             "`allow_code_execution` needs a sandbox that protects files, and this machine has none (neither Landlock nor "
             "namespaces): the programs that the model writes could read, change and remove your files; "
             f"`allow_code_execution` {UNSANDBOXED} runs them all the same"
         )
     missing = [layer for layer in LAYERS if layer not in standing]
-    return (
-        (f"on this machine the sandbox does not restrict: {', '.join(missing)}",) if missing else ()
-    )
+    if not missing:
+        return ()
+    return (f"on this machine the sandbox does not restrict: {', '.join(missing)}",)
 
 
 HUMANEVAL = TaskLoader(humaneval, ("template",), _HUMANEVAL, max_new_tokens=512)

@@ -78,8 +78,8 @@ def load_trained(asked: TaskConfig, model: str) -> Task:
     """
     info = info_of(ModelRef.of(model).fetched())
     asked = replace(asked, held_out=info.held_out or None)
-    data, validation = (None, None) if asked.task or asked.data else info.trained_on
-    if data is None or data.name == "commands":
+    data, validation = info.trained_on
+    if asked.task or asked.data or data is None or data.name == "commands":
         return load_task(asked)
     fault = None
     for choice in _unseen(asked, data, validation, bool(info.held_out)):
@@ -88,17 +88,13 @@ def load_trained(asked: TaskConfig, model: str) -> Task:
         except DataError as error:
             fault = error
             continue
-        if not any(note.startswith(_ROWS) for note in task.notes):
-            seen = (choice.data, choice.split) == (data.name, data.split)
-            how = (
-                "which the model was trained on; `data` gives others"
-                if seen
-                else "which the model was not trained on"
-            )
-            task = replace(
-                task, notes=(f"{_ROWS}{choice.data}, split {choice.split}, {how}", *task.notes)
-            )
-        return task
+        if any(note.startswith(_ROWS) for note in task.notes):
+            return task
+        how = "which the model was not trained on"
+        if (choice.data, choice.split) == (data.name, data.split):
+            how = "which the model was trained on; `data` gives others"
+        note = f"{_ROWS}{choice.data}, split {choice.split}, {how}"
+        return replace(task, notes=(note, *task.notes))
     raise DataError(f"the rows that {model} was trained for: {fault}; give `data` or `task`")
 
 
@@ -112,55 +108,58 @@ def _unseen(
     """
     side = VALIDATION if asked.split == VALIDATION else TEST
     if validation and is_data(validation):
-        own = own_splits(DataConfig(validation))
-        yield replace(
-            asked,
-            data=validation,
-            split=asked.split if own else VALIDATION,
-            side=None if own else side,
-        )
-    named = DataConfig(data.name)
-    own = own_splits(named)
-    if own:
-        alone = [split for split in (VALIDATION, TEST) if split in own]
-        if asked.split in own and len(alone) > 1:
-            yield replace(asked, data=data.name)
-        elif alone:  # one split chooses and reports
-            yield replace(asked, data=data.name, split=alone[0], side=side)
-    elif file_ending(Path(data.name)) not in FILE_ENDINGS:
-        yield replace(asked, data=data.name)
+        given = replace(asked, data=validation)
+        if own_splits(DataConfig(validation)):
+            yield given
+        else:
+            yield replace(given, split=VALIDATION, side=side)
+    of_data = replace(asked, data=data.name)
+    splits = own_splits(DataConfig(data.name))
+    reporting = [split for split in (VALIDATION, TEST) if split in splits]
+    if asked.split in splits and len(reporting) > 1:
+        yield of_data
+    elif reporting:  # one split chooses and reports
+        yield replace(of_data, split=reporting[0], side=side)
+    elif not splits and file_ending(Path(data.name)) not in FILE_ENDINGS:
+        yield of_data
         if not divided:  # by an older version
-            yield replace(asked, data=data.name, split=VALIDATION)
-    yield replace(asked, data=data.name, split=data.split, side=side)
+            yield replace(of_data, split=VALIDATION)
+    yield replace(of_data, split=data.split, side=side)
 
 
 def _like_training(config: TaskConfig, trained: DataConfig) -> TaskConfig:
     """Takes the training's columns if the data has them; task `lm` for text without prompts."""
     data = DataConfig(str(config.data), config.split)
-    prompt = trained.prompt_column
-    completion = trained.completion_column
     if is_parsing(data):
         return config
     if file_ending(Path(data.name)) == _PLAIN:
         return replace(config, task="lm")
     fields = next(load_records(data, streaming=True)).fields
-    plain = not fields.keys() & {prompt, *PROMPT_NAMES}
-    return replace(
-        config,
-        task="lm" if plain else None,
-        prompt_column=config.prompt_column or (prompt if prompt in fields else None),
-        completion_column=config.completion_column
-        or (completion if completion in fields else None),
-    )
+    if not fields.keys() & {trained.prompt_column, *PROMPT_NAMES}:
+        config = replace(config, task="lm")
+    if config.prompt_column is None and trained.prompt_column in fields:
+        config = replace(config, prompt_column=trained.prompt_column)
+    if config.completion_column is None and trained.completion_column in fields:
+        config = replace(config, completion_column=trained.completion_column)
+    return config
 
 
 def parsing(config: TaskConfig) -> Task:
     """Sentences and their parses, compared with folded whitespace, in which tokenizers differ.
     Shots are training rows.
     """
-    columns = config.prompt_column or "prompt", config.completion_column or "completion"
+    config = replace(
+        config,
+        prompt_column=config.prompt_column or "prompt",
+        completion_column=config.completion_column or "completion",
+    )
     data = DataConfig(
-        str(config.data), config.split, *columns, limit=config.samples, seed=config.seed
+        str(config.data),
+        config.split,
+        str(config.prompt_column),
+        str(config.completion_column),
+        limit=config.samples,
+        seed=config.seed,
     )
     notes: tuple[str, ...] = ()
     if config.side is None:
@@ -168,9 +167,10 @@ def parsing(config: TaskConfig) -> Task:
     else:
         every = load_examples(replace(data, limit=0))
         examples, notes = rows_for(every, [row.key for row in every], config, data.name)
-    # Evenly spaced, to cover all domains.
-    shots = load_examples(replace(data, split="train", limit=config.shots)) if config.shots else []
-    config = replace(config, prompt_column=columns[0], completion_column=columns[1])
+    shots: Sequence[Example] = []
+    if config.shots:
+        # Evenly spaced, to cover all domains.
+        shots = load_examples(replace(data, split="train", limit=config.shots))
     references = [[example.completion] for example in examples]
     scorer = partial(text_scores, ("exact_match",), references, fold_whitespace=True)
     return replace(_few_shot(config, "exact_match", scorer, examples, shots), notes=notes)
@@ -188,34 +188,38 @@ def prompts(config: TaskConfig) -> Task:
     shots, rest = shots_and_rest(every, config.shots or 0, source)
     has_splits = is_parsing(DataConfig(source)) or not Path(source).exists()
     rows, notes = rows_for(rest, [row.key for row in rest], config, source, has_splits)
-    unanswered = not rows[0].references
-    require(
-        not (shots and unanswered), "shots", f"0 for {source}, which has no references", len(shots)
-    )
-    longest = max((len(text.split()) for row in rows for text in row.references), default=0)
-    if config.metric is not None:
-        metrics = tuple(
-            dict.fromkeys((config.metric, *(ROUGES if config.metric in ROUGES else ())))
-        )
-    elif unanswered:
-        metrics = "rougeL", "exact_match"
-    else:
-        metrics = ("rouge2", "exact_match") if longest > 1 else ("exact_match",)
+    has_references = bool(rows[0].references)
+    can_show = has_references or not shots
+    require(can_show, "shots", f"0 for {source}, which has no references", len(shots))
+    metrics = _metrics_of(config, rows)
     scorer = partial(text_scores, metrics, [row.references for row in rows])
     task = _few_shot(
         config, metrics[0], scorer, [row.example for row in rows], [row.example for row in shots]
     )
-    numbers = range(len(rows))
-    names = dict.fromkeys(row.category for row in rows if row.category)
-    categories = {
-        name: tuple(number for number in numbers if rows[number].category == name) for name in names
-    }
+    categories: dict[str, tuple[int, ...]] = {}
+    for number, row in enumerate(rows):
+        if row.category:
+            categories[row.category] = (*categories.get(row.category, ()), number)
     task = replace(task, categories=categories, notes=notes)
-    return (
-        replace(task, notes=(*notes, _UNANSWERED), against=partial(partial, text_scores, metrics))
-        if unanswered
-        else task
+    if has_references:
+        return task
+    return replace(
+        task, notes=(*notes, _UNANSWERED), against=partial(partial, text_scores, metrics)
     )
+
+
+def _metrics_of(config: TaskConfig, rows: Sequence["_Pair"]) -> tuple[str, ...]:
+    """The metrics that suit the references; the first ranks settings."""
+    if config.metric in ROUGES:
+        return tuple(dict.fromkeys((config.metric, *ROUGES)))
+    if config.metric is not None:
+        return (config.metric,)
+    if not rows[0].references:
+        return ("rougeL", "exact_match")
+    for row in rows:
+        if any(len(text.split()) > 1 for text in row.references):
+            return ("rouge2", "exact_match")
+    return ("exact_match",)
 
 
 def _few_shot(
@@ -231,11 +235,11 @@ def _few_shot(
     asked = config.prompting.asked
     form = "{prompt}\n" if shots and asked == RAW else BARE
     gap = "" if asked in (None, CHAT, RAW, BARE) or asked[-1].isspace() else " "
-    rows, solved = (
-        [replace(example, completion=gap + example.completion) for example in some]
-        for some in (examples, shots)
-    )
-    shaped, template = framed(asked, form, None, rows, solved, "{prompt}\n")
+
+    def spaced(some: Sequence[Example]) -> list[Example]:
+        return [replace(example, completion=gap + example.completion) for example in some]
+
+    shaped, template = framed(asked, form, None, spaced(examples), spaced(shots), "{prompt}\n")
     return Task(
         shaped,
         replace(config, shots=len(shots)),
@@ -273,38 +277,46 @@ def _pairs(source: str, config: TaskConfig) -> tuple[list[_Pair], TaskConfig]:
     """
     data = DataConfig(source, config.split, seed=config.seed)
     if is_parsing(data):
-        pairs = [
-            _Pair(example, [example.completion], example.key) for example in load_examples(data)
-        ]
+        pairs = []
+        for example in load_examples(data):
+            pairs.append(_Pair(example, [example.completion], example.key))
         return pairs, replace(config, prompt_column="prompt", completion_column="completion")
     rows = list(load_records(data))
-    first = rows[0]
-    answer = config.completion_column
-    if answer is None and any(name in row.fields for row in rows for name in REFERENCE_NAMES):
-        answer = first.first_column(REFERENCE_NAMES)
-        if answer not in first.fields:
-            columns = ", ".join(REFERENCE_NAMES)
-            raise DataError(
-                f"{first.where}: needed a reference (one of the columns {columns}), which other rows have"
-            )
-    asked = config.prompt_column or first.first_column(PROMPT_NAMES)
+    reference = _reference_column(config, rows)
+    asked = config.prompt_column or rows[0].first_column(PROMPT_NAMES)
     pairs = []
     for row in rows:
-        references = row.texts(answer, "completion_column") if answer is not None else []
+        references = [] if reference is None else row.texts(reference, "completion_column")
         if asked == MESSAGES:
             prompt, reply = first_turn(row)
             references = references or [reply]
+        elif asked == _TURNS:
+            prompt = row.texts(asked, "prompt_column")[0]
         else:
-            prompt = (
-                row.texts(asked, "prompt_column")[0]
-                if asked == _TURNS
-                else row.text(asked, "prompt_column")
-            )
-        category = row.text(_CATEGORY) if row.fields.get(_CATEGORY) is not None else None
-        pairs.append(_Pair(Example(prompt, "".join(references[:1])), references, row.key, category))
-    return pairs, replace(
-        config, prompt_column=asked, completion_column=answer or REFERENCE_NAMES[0]
-    )
+            prompt = row.text(asked, "prompt_column")
+        category = None
+        if row.fields.get(_CATEGORY) is not None:
+            category = row.text(_CATEGORY)
+        example = Example(prompt, "".join(references[:1]))
+        pairs.append(_Pair(example, references, row.key, category))
+    named = reference or REFERENCE_NAMES[0]
+    return pairs, replace(config, prompt_column=asked, completion_column=named)
+
+
+def _reference_column(config: TaskConfig, rows: Sequence[Record]) -> str | None:
+    """None if no row has a reference."""
+    if config.completion_column is not None:
+        return config.completion_column
+    if not any(row.fields.keys() & set(REFERENCE_NAMES) for row in rows):
+        return None
+    column = rows[0].first_column(REFERENCE_NAMES)
+    if column not in rows[0].fields:
+        columns = ", ".join(REFERENCE_NAMES)
+        raise DataError(
+            f"{rows[0].where}: needed a reference (one of the columns {columns}), "
+            "which other rows have"
+        )
+    return column
 
 
 def summaries(
@@ -322,33 +334,32 @@ def summaries(
 
     def references(row: Record) -> list[str]:
         column = row.first_column(_SUMMARIES)
-        return [
-            " ".join(text.split())
-            for text in (row.texts(column) if alternatives else [row.text(column)])
-        ]
+        texts = row.texts(column) if alternatives else [row.text(column)]
+        return [" ".join(text.split()) for text in texts]
 
     def example(row: Record) -> Example:
         return Example(row.text(row.first_column(_ARTICLES)), " " + references(row)[0])
 
-    data = str(config.data)
-    rows = rows_of(data, hub_id, config.split, **hub)
-    if "summary_gt" in rows[0].fields:
+    source = str(config.data)
+    rows = rows_of(source, hub_id, config.split, **hub)
+    if "summary_gt" in rows[0].fields:  # complete prompts in HELM's form
         shots = 0
         form = BARE
         stop = _READY_STOP
     count = shots if config.shots is None else config.shots
-    if data == hub_id:
-        first = rows_of(data, hub_id, "train", count, **hub) if count else []
-    else:
-        first, rows = shots_and_rest(rows, count, data)
-    rows, notes = rows_for(rows, [row.key for row in rows], config, data, has_splits=data == hub_id)
+    solved: list[Record] = []
+    if source != hub_id:
+        solved, rows = shots_and_rest(rows, count, source)
+    elif count:
+        solved = rows_of(source, hub_id, "train", count, **hub)
+    keys = [row.key for row in rows]
+    rows, notes = rows_for(rows, keys, config, source, has_splits=source == hub_id)
     examples, template = framed(
-        config.prompting.asked, form, BARE, map(example, rows), list(map(example, first))
+        config.prompting.asked, form, BARE, map(example, rows), list(map(example, solved))
     )
     scorer = partial(text_scores, ROUGES, list(map(references, rows)))
-    return Task(
-        examples, replace(config, shots=count), "rouge2", scorer, stop, template, notes=notes
-    )
+    config = replace(config, shots=count)
+    return Task(examples, config, "rouge2", scorer, stop, template, notes=notes)
 
 
 def _of_summaries(
@@ -366,28 +377,15 @@ def language_modelling(config: TaskConfig) -> Task:
     """A plain text, or the joined texts of rows, for perplexity; for speed, continuations of evenly
     spaced passages.
     """
-    path = Path(str(config.data))
-    notes = tuple[str, ...]()
-    if config.data == _WIKITEXT:
-        text = "".join(
-            str(row.value("text")) for row in hub_records(_HUB, config.split, name=_HUB_NAME)
-        )
-    elif file_ending(path) != _PLAIN and (file_ending(path) in FILE_ENDINGS or not path.exists()):
-        text, notes = _text_of_rows(config, "\n\n", has_splits=not path.exists())
-    else:
-        text = "".join(text_lines(path, "data"))
-        if not text.strip():
-            raise DataError(f"`data` {path} holds no text")
-        if file_ending(path) == _PLAIN and _was_trained_on(config):
-            text, notes = _text_of_rows(config, "\n")
-        else:
-            text, notes = _text_of_pieces(config, text)
+    text, notes = _text_and_notes(config)
     most = max(len(text) // _PASSAGE, 1)
     count = min(config.samples or most, most)
     examples = []
-    for start in (number * len(text) // count for number in range(count)):
+    for number in range(count):
+        start = number * len(text) // count
         words = text[start : start + 20 * _PROMPT_WORDS].split()
-        words = words[1:] if start and len(words) > 1 else words
+        if start and len(words) > 1:
+            words = words[1:]  # the first may be cut
         if words:  # a passage can be all whitespace
             reference = " ".join(words[_PROMPT_WORDS : 2 * _PROMPT_WORDS])
             examples.append(Example(" ".join(words[:_PROMPT_WORDS]), f" {reference}"))
@@ -402,6 +400,23 @@ def language_modelling(config: TaskConfig) -> Task:
     )
 
 
+def _text_and_notes(config: TaskConfig) -> tuple[str, tuple[str, ...]]:
+    """The text of the side that the task asks for: of rows, else of pieces of a running text."""
+    path = Path(str(config.data))
+    ending = file_ending(path)
+    if config.data == _WIKITEXT:
+        rows = hub_records(_HUB, config.split, name=_HUB_NAME)
+        return "".join(str(row.value("text")) for row in rows), ()
+    if ending != _PLAIN and (ending in FILE_ENDINGS or not path.exists()):
+        return _text_of_rows(config, "\n\n", has_splits=not path.exists())
+    text = "".join(text_lines(path, "data"))
+    if not text.strip():
+        raise DataError(f"`data` {path} holds no text")
+    if ending == _PLAIN and _was_trained_on(config):
+        return _text_of_rows(config, "\n")
+    return _text_of_pieces(config, text)
+
+
 def _text_of_rows(
     config: TaskConfig, between: str, has_splits: bool = False
 ) -> tuple[str, tuple[str, ...]]:
@@ -411,17 +426,16 @@ def _text_of_rows(
     rows = list(load_records(DataConfig(str(config.data), config.split)))
     column = config.completion_column or rows[0].first_column(_TEXT_COLUMNS)
     part = part_for([row.key for row in rows], config, str(config.data), has_splits)
-    return between.join(
-        rows[place].text(column, "completion_column") for place in part.places
-    ), part.notes
+    texts = [rows[place].text(column, "completion_column") for place in part.places]
+    return between.join(texts), part.notes
 
 
 def _was_trained_on(config: TaskConfig) -> bool:
     """Whether the lines of the text are rows that the model was trained on."""
-    keys = (
-        [row.key for row in load_records(DataConfig(str(config.data)))] if config.held_out else []
-    )
-    return any(training.recognises(keys) for training in config.held_out or ())
+    if not config.held_out:
+        return False
+    keys = [row.key for row in load_records(DataConfig(str(config.data)))]
+    return any(training.recognises(keys) for training in config.held_out)
 
 
 def _text_of_pieces(config: TaskConfig, text: str) -> tuple[str, tuple[str, ...]]:
@@ -434,9 +448,8 @@ def _text_of_pieces(config: TaskConfig, text: str) -> tuple[str, tuple[str, ...]
         if len(pieces[-1]) >= size:
             pieces.append("")
         pieces[-1] += line
-    part = part_for(
-        [key_of({"text": piece}, ()) for piece in pieces], config, f"pieces of {config.data}", False
-    )
+    keys = [key_of({"text": piece}, ()) for piece in pieces]
+    part = part_for(keys, config, f"pieces of {config.data}", False)
     return "".join(pieces[place] for place in part.places), part.notes
 
 
