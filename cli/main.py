@@ -13,7 +13,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import typer
 from typer.core import TyperGroup
 
-from .console import give_up, take, tell_error
+from .console import discard_output, open_streams, print_error
 from .options import Command, usage_error
 
 # One module per command, in the order of --help, which shows the module's docstring.
@@ -42,7 +42,7 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
-            give_up()
+            discard_output()
             raise typer.Exit() from None
 
 
@@ -100,7 +100,7 @@ def main() -> None:
     """Runs the command line and exits: 0 done; after an error in one line 2 for wrong usage, else
     1; 130 interrupted.
     """
-    take()
+    open_streams()
     arguments = sys.argv[1:]
     end = arguments.index("--") if "--" in arguments else len(arguments)
     kept = [argument for argument in arguments[:end] if argument != "--debug"]
@@ -111,10 +111,10 @@ def main() -> None:
         status = app(given, prog_name="layerskip", standalone_mode=False) or 0
         sys.stdout.flush()
     except BrokenPipeError:
-        give_up()
+        discard_output()
         status = 0
     except KeyboardInterrupt:
-        give_up()
+        discard_output()
         status = 130
     # Including panics of the tokenizers library, which are not Exceptions
     except BaseException as error:
@@ -124,6 +124,6 @@ def main() -> None:
         else:
             status = 2
             error = wrong_usage
-        tell_error(error, debug)
-        give_up()
+        print_error(error, debug)
+        discard_output()
     sys.exit(status)
