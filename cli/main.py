@@ -103,27 +103,22 @@ def main() -> None:
     open_streams()
     arguments = sys.argv[1:]
     end = arguments.index("--") if "--" in arguments else len(arguments)
-    kept = [argument for argument in arguments[:end] if argument != "--debug"]
-    debug = len(kept) < end or os.environ.get("LAYERSKIP_DEBUG", "0") not in ("", "0")
-    given = kept + arguments[end:]
-    status: int = 0
+    given = [argument for argument in arguments[:end] if argument != "--debug"]
+    debug = len(given) < end or os.environ.get("LAYERSKIP_DEBUG", "0") not in ("", "0")
+    given += arguments[end:]
     try:
         status = app(given, prog_name="layerskip", standalone_mode=False) or 0
         sys.stdout.flush()
     except BrokenPipeError:
-        discard_output()
         status = 0
     except KeyboardInterrupt:
-        discard_output()
         status = 130
     # Including panics of the tokenizers library, which are not Exceptions
     except BaseException as error:
-        wrong_usage = usage_error(error, given)
-        if wrong_usage is None:
-            status = 1
-        else:
-            status = 2
-            error = wrong_usage
-        print_error(error, debug)
-        discard_output()
+        wrong_usage = usage_error(error)
+        status = 1 if wrong_usage is None else 2
+        print_error(wrong_usage or error, debug)
+    else:
+        sys.exit(status)
+    discard_output()  # so that the interpreter's exit does not fail
     sys.exit(status)

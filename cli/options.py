@@ -4,8 +4,8 @@ validated settings.
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import is_dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, is_dataclass, replace
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints, is_typeddict
@@ -33,8 +33,7 @@ from layerskip_core.errors import ConfigError, ContextError, did_you_mean, refus
 from layerskip_core.files import parse_json, text_lines
 
 FLAGS: dict[str, str] = {}  # by setting, of all commands, for messages
-_HINTS: dict[tuple[str, str], Any] = {}  # annotations by command and setting
-_ALONE: set[str] = set()  # flags whose value is optional
+_WITH_OPTIONAL_VALUE: set[str] = set()  # flags
 # Flags of transformers and vLLM, and the equivalents here.
 _MEANT = {
     **dict.fromkeys(("--bf16", "--fp16"), "--dtype bf16"),
@@ -43,34 +42,23 @@ _MEANT = {
     "--revision": "--model ID@REVISION",
     "--num-speculative-tokens": "--spec",
 }
-_FIRST = {  # flags that people use first, in commands with many
-    "finetune": (
-        "model",
-        "name",
-        "output",
-        "preset",
-        "p_max",
-        "exits",
-        "steps",
-        "batch_size",
-        "lr",
-        "lora_rank",
-        "dry_run",
-    ),
-    "train-drafter": (
-        "model",
-        "name",
-        "output",
-        "layout",
-        "exits",
-        "steps",
-        "batch_size",
-        "start_from",
-        "dry_run",
-    ),
+# In commands with many flags, those that people use: --help shows these, --help-all also the rest.
+_FIRST = {
+    "finetune": "model name output preset p_max exits steps batch_size lr lora_rank dry_run",
+    "train-drafter": "model name output layout exits steps batch_size start_from dry_run",
+    "generate": "prompt model exit_layer num_draft_tokens strategy max_new_tokens temperature "
+    "lines jsonl batch_size stats",
+    "chat": "model system exit_layer num_draft_tokens strategy max_new_tokens temperature "
+    "show_drafts stats",
+    "serve": "model host port batch_size queue_size api_key kv_memory exit_layer num_draft_tokens "
+    "strategy",
+    "bench": "model task data samples exit_layer num_draft_tokens strategies baselines repeats "
+    "batch_size output",
+    "sweep-exits": "model task data samples exits specs batch_size output save",
 }
 _WIDEST = 40  # characters of the choices next to a flag; longer ones go into its help
 _DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
+_ALL = "layerskip.all_flags"  # in Typer's context: --help-all was given
 
 Format = Annotated[
     Literal["table", "json", "csv", "markdown"], Flag("Format of standard output.", panel="Output")
@@ -97,43 +85,43 @@ Prompt = Annotated[
 ]
 
 
+@dataclass(frozen=True)
+class _Setting:
+    """A flag or an argument: a parameter of the command's function, or a field of a group."""
+
+    name: str
+    hint: Any
+    default: Any
+    panel: Panel | None
+
+
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """Decorator: parameters with a Flag, and groups of settings, become flags; equal names share
     one.
     """
     hints = get_type_hints(function, include_extras=True)
-    given = inspect.signature(function).parameters
-    defaults = {
-        name: None if each.default is each.empty else each.default for name, each in given.items()
-    }
-    parameters: dict[str, inspect.Parameter] = {}
-    # What a field names (model, data): if that is missing, the error comes before torch is imported
-    read = dict[str, str]()
-    for name in given:
-        for field, hint, default, panel in _flags(name, hints[name], defaults[name]):
-            parameters.setdefault(field, _parameter(field, hint, default, panel))
-            _HINTS[function.__name__.removesuffix("_model").replace("_", "-"), field] = hint
-            read[field] = (
-                "model" if hint == ModelArgument else getattr(flag_of(hint), "reads", None) or ""
-            )
+    defaults = {}
+    settings: dict[str, _Setting] = {}
+    for name, given in inspect.signature(function).parameters.items():
+        defaults[name] = None if given.default is given.empty else given.default
+        for setting in _settings(name, hints[name], defaults[name]):
+            settings.setdefault(setting.name, setting)
 
     @wraps(function)
     def run(**values: Any) -> None:
-        arguments = {name: _made(name, hints[name], defaults[name], values) for name in given}
-        for field, reads in read.items():
-            match reads, values[field]:
-                case "model", str(name):
-                    require_model(name)
-                case "perhaps data", str(name) if name.startswith(HARNESS) or not is_data(name):
-                    pass
-                case "data" | "perhaps data", str(name):
-                    require_data(name, field)
+        arguments = {
+            name: _argument(name, hints[name], defaults[name], values) for name in defaults
+        }
+        # Before torch is imported, which takes seconds
+        for setting in settings.values():
+            _require_present(setting, values[setting.name])
         function(**arguments)
 
-    run.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
-    run.__annotations__ = {name: parameter.annotation for name, parameter in parameters.items()} | {
-        "return": None
-    }
+    parameters = [_parameter(setting) for setting in settings.values()]
+    if function.__name__.replace("_", "-") in _FIRST:
+        parameters.append(_help_all(len(parameters)))
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {each.name: each.annotation for each in parameters} | {"return": None}
     return run
 
 
@@ -142,7 +130,7 @@ def with_flags(message: str) -> str:
     return re.sub(r"`(\w+)`", lambda match: FLAGS.get(match[1], match[0]), message)
 
 
-def usage_error(error: BaseException, arguments: Sequence[str]) -> ConfigError | None:
+def usage_error(error: BaseException) -> ConfigError | None:
     """The error to show for wrong usage, of a setting or of the arguments; None for an error while
     running.
     """
@@ -152,34 +140,17 @@ def usage_error(error: BaseException, arguments: Sequence[str]) -> ConfigError |
     # As Typer's errors, of classes that it does not export
     if not hasattr(error, "format_message"):
         return None
-    context = getattr(error, "ctx", None)
-    parameter = getattr(error, "param", None)
-    if context is not None and parameter is not None:
-        hint = _HINTS.get((context.info_name, parameter.name))
-        value = _given(parameter.opts, arguments)
-        if hint is not None and value is not None:
-            return refused(parameter.name, needed(hint), shown(value))
-    if possibilities := getattr(error, "possibilities", None):
+    possibilities = getattr(error, "possibilities", None)
+    if possibilities:
         message = f"{error.message}{did_you_mean(possibilities)}"  # type: ignore[attr-defined]
     else:
-        message = (
-            error.format_message()
-            .removeprefix("Invalid value: ")
-            .rstrip(".")
-            .replace(". Did", "; did")
-        )
-    help_of = "" if context is None else f" (see {context.command_path} --help)"
-    return ConfigError(message[:1].lower() + message[1:] + help_of)
-
-
-def _given(flags: Sequence[str], arguments: Sequence[str]) -> str | None:
-    """The last value that arguments give to a flag; None if there is none."""
-    value = None
-    for argument, after in zip(arguments, [*arguments[1:], None], strict=True):
-        flag, equals, attached = argument.replace("_", "-").partition("=")
-        if flag in flags:
-            value = attached if equals else after
-    return value
+        message = error.format_message().removeprefix("Invalid value: ").rstrip(".")
+        message = message.replace(". Did", "; did")
+    message = message[:1].lower() + message[1:]
+    context = getattr(error, "ctx", None)
+    if context is not None:
+        message += f" (see {context.command_path} --help)"
+    return ConfigError(message)
 
 
 class Command(TyperCommand):
@@ -188,16 +159,12 @@ class Command(TyperCommand):
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        followers = [*args[1:], "-"][: len(args)]
-        alone = [
-            flag in _ALONE and after.startswith("-")
-            for flag, after in zip(args, followers, strict=True)
-        ]
+        completed = []
+        for flag, after in zip(args, [*args[1:], "-"], strict=False):
+            is_alone = flag in _WITH_OPTIONAL_VALUE and after.startswith("-")
+            completed.append(f"{flag}=" if is_alone else flag)
         try:
-            return super().parse_args(
-                ctx,
-                [f"{flag}=" if empty else flag for flag, empty in zip(args, alone, strict=True)],
-            )
+            return super().parse_args(ctx, completed)
         except Exception as error:  # of a class that Typer does not export
             meant = _MEANT.get(getattr(error, "option_name", ""), "")
             if any(meant.partition(" ")[0] in parameter.opts for parameter in self.params):
@@ -205,21 +172,56 @@ class Command(TyperCommand):
             raise
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
+        first = _FIRST.get(self.name or "", "").split()
+        has_all = not first or ctx.meta.get(_ALL, False)
         panels: dict[str, list[tuple[str, str]]] = {
             name: [] for name in ("Arguments", "First", *get_args(Panel), "Other")
         }
-        first = _FIRST.get(self.name or "", ())
-        for parameter in sorted(
-            self.get_params(ctx), key=lambda each: [*first, each.name].index(each.name)
-        ):
-            if record := parameter.get_help_record(ctx):
-                panel = getattr(parameter, "rich_help_panel", None) or "Other"
-                panel = "Arguments" if parameter.param_type_name == "argument" else panel
-                panels["First" if parameter.name in first else panel].append(record)
+        by_order = {name: place for place, name in enumerate(first)}
+        parameters = self.get_params(ctx)
+        for parameter in sorted(parameters, key=lambda each: by_order.get(each.name, len(first))):
+            panel = getattr(parameter, "rich_help_panel", None) or "Other"
+            if parameter.param_type_name == "argument":
+                panel = "Arguments"
+            elif parameter.name in by_order:
+                panel = "First"
+            record = parameter.get_help_record(ctx)
+            if record and (has_all or panel in ("Arguments", "First", "Other")):
+                panels[panel].append(record)
         for panel, records in panels.items():
             if records:
                 with formatter.section(panel):
                     formatter.write_dl(records)
+
+
+def _help_all(count: int) -> inspect.Parameter:
+    """The flag --help-all, of a command with so many flags."""
+
+    def show(context: typer.Context, is_given: bool) -> None:
+        if is_given:
+            context.meta[_ALL] = True
+            typer.echo(context.get_help())
+            raise typer.Exit()
+
+    option = typer.Option(
+        "--help-all", is_eager=True, callback=show, help=f"Show all {count} flags and exit."
+    )
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter("help_all", keyword, default=False, annotation=Annotated[bool, option])
+
+
+def _require_present(setting: _Setting, value: Any) -> None:
+    """Raises an error if a model or data that the value names is missing."""
+    if not isinstance(value, str):
+        return
+    flag = flag_of(setting.hint)
+    reads = None if flag is None else flag.reads
+    if setting.hint == ModelArgument or reads == "model":
+        require_model(value)
+        return
+    may_be_data = reads == "perhaps data" and is_data(value) and not value.startswith(HARNESS)
+    if reads == "data" or may_be_data:
+        require_data(value, setting.name)
 
 
 def _group(hint: Any) -> Any:
@@ -228,109 +230,138 @@ def _group(hint: Any) -> Any:
     return kind if is_dataclass(kind) or is_typeddict(kind) else None
 
 
-def _value(group: Any, field: str) -> Any:
-    return group.get(field) if isinstance(group, dict) else getattr(group, field)
+def _field_of(group: Any, name: str) -> Any:
+    return group.get(name) if isinstance(group, dict) else getattr(group, name)
 
 
-def _flags(field: str, hint: Any, default: Any) -> Iterator[tuple[str, Any, Any, Panel | None]]:
-    """Yields field, annotation, default and panel of a parameter, or of a group's fields, which
-    hide nested ones.
-    """
+def _settings(name: str, hint: Any, default: Any) -> Iterator[_Setting]:
+    """A parameter, or the fields of a group and of groups in it, which they hide."""
     kind = _group(hint)
     if kind is None:
-        yield field, hint, default, None if (flag := flag_of(hint)) is None else flag.panel
+        flag = flag_of(hint)
+        yield _Setting(name, hint, default, None if flag is None else flag.panel)
         return
+    group = kind() if default is None else default
     inner = hints_of(kind)
-    default = kind() if default is None else default
     panels: dict[str, Panel | None] = {}
-    for name, each in inner.items():
-        if flag := flag_of(each):
-            panels[name] = flag.panel or (list(panels.values())[-1] if panels else None)
-    hidden = {
-        name
-        for note in getattr(hint, "__metadata__", ())
-        if isinstance(note, Without)
-        for name in note
-    }
-    for name in {**kind.__annotations__, **inner}:  # a subclass's own fields come first
-        if name in panels:
-            if name not in hidden:
-                yield name, inner[name], _value(default, name), panels[name]
-        elif _group(inner[name]):
-            for nested in _flags(name, inner[name], _value(default, name)):
-                if nested[0] not in hidden and nested[0] not in panels:
+    panel: Panel | None = None
+    for field, each in inner.items():
+        flag = flag_of(each)
+        if flag is not None:
+            panel = flag.panel or panel  # without one, that of the field before
+            panels[field] = panel
+    without: set[str] = set()
+    for note in getattr(hint, "__metadata__", ()):
+        if isinstance(note, Without):
+            without.update(note)
+    for field in {**kind.__annotations__, **inner}:  # a subclass's own fields come first
+        if field in panels:
+            if field not in without:
+                yield _Setting(field, inner[field], _field_of(group, field), panels[field])
+        elif _group(inner[field]):
+            for nested in _settings(field, inner[field], _field_of(group, field)):
+                if nested.name not in without and nested.name not in panels:
                     yield nested
 
 
-def _made(field: str, hint: Any, default: Any, values: Mapping[str, Any]) -> Any:
-    """The value of a parameter, or the group, from Typer's values."""
+def _argument(name: str, hint: Any, default: Any, values: Mapping[str, Any]) -> Any:
+    """The value of the function's parameter, perhaps a group, from Typer's values."""
     kind = _group(hint)
-    if kind is not None:
-        group = kind() if default is None else default
-        inner = hints_of(kind)
-        named = [
-            name
-            for name in inner
-            if _group(inner[name]) or (name in values and flag_of(inner[name]))
-        ]
-        made = {name: _made(name, inner[name], _value(group, name), values) for name in named}
-        if is_typeddict(kind):
-            return {name: value for name, value in made.items() if value is not None}
-        return replace(group, **made)
-    value = values[field]
+    if kind is None:
+        return default if values[name] is None else _value(name, hint, values[name])
+    group = kind() if default is None else default
+    fields = {}
+    for field, inner in hints_of(kind).items():
+        if _group(inner) or (field in values and flag_of(inner)):
+            fields[field] = _argument(field, inner, _field_of(group, field), values)
+    if is_typeddict(kind):
+        return {field: value for field, value in fields.items() if value is not None}
+    return replace(group, **fields)
+
+
+def _value(name: str, hint: Any, value: Any) -> Any:
+    """A flag's value, converted from Typer's. Raises ConfigError and DataError."""
     flag = flag_of(hint)
-    if value is None:
-        return default
-    if flag is not None and flag.reads == "file":
-        value = "".join(text_lines(Path(value), field))
-    if field == "dtype":
+    if flag is None:
+        is_declared = any(isinstance(note, Meta) for note in getattr(hint, "__metadata__", ()))
+        return check(name, hint, value) if is_declared else value
+    if flag.reads == "file":
+        value = "".join(text_lines(Path(value), name))
+    if name == "dtype":
         value = _DTYPES.get(value, value)
-    if flag is not None and flag.optional:
+    if flag.optional:
         value = value or True
-    elif isinstance(value, str) and get_origin(alternatives(hint)[0]) is dict:
-        value = parse_json(value, f"`{field}`", ConfigError)
-    elif isinstance(value, str) and _is_list(hint):
-        value = parse_list(value, field, hint)
-    is_declared = any(isinstance(note, Flag | Meta) for note in getattr(hint, "__metadata__", ()))
-    return check(field, hint, value) if is_declared else value
+    elif isinstance(value, str):
+        value = _parsed(name, hint, value)
+    return check(name, hint, value)
+
+
+def _parsed(name: str, hint: Any, text: str) -> Any:
+    """A flag's text as JSON, list or number, as its type says."""
+    kind = alternatives(hint)[0]
+    if get_origin(kind) is dict:
+        return parse_json(text, f"`{name}`", ConfigError)
+    if _is_list(hint):
+        return parse_list(text, name, hint)
+    if kind not in (int, float):
+        return text
+    try:
+        return kind(text)
+    except ValueError:
+        raise refused(name, needed(hint), shown(text)) from None
 
 
 def _is_list(hint: Any) -> bool:
     return get_origin(alternatives(hint)[-1]) not in (None, Literal, dict)
 
 
-def _parameter(field: str, hint: Any, default: Any, panel: Panel | None) -> inspect.Parameter:
+def _parameter(setting: _Setting) -> inspect.Parameter:
+    """A setting's parameter for Typer: a text, but for switches and flags that can be repeated."""
+    name = setting.name
+    hint = setting.hint
+    default = setting.default
+    keyword = inspect.Parameter.KEYWORD_ONLY
     flag = flag_of(hint)
     if flag is None:
-        return inspect.Parameter(
-            field, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint
-        )
-    names = (flag.flag or "--" + field.replace("_", "-")).split("/")
-    FLAGS[field] = names[0]
-    kind: Any = alternatives(hint)[0]
-    if flag.repeated:
-        kind = list[str]
-        default = None
-    elif flag.optional or _is_list(hint):
-        kind = str
-        default = ",".join(map(str, default or ())) or None
-    elif get_origin(kind) in (Literal, dict):
-        kind = str
-    if flag.optional:
-        _ALONE.update(names)
-    if kind is bool:
-        names = [f"{names[0]}/--no-{names[0][2:]}"] if default is None else names
-    shown = f" [default: {flag.default}]" if flag.default and default is None else ""
-    choices = needed(hint).partition("one of ")[2]
-    metavar = f"<{choices.replace(', ', '|')}{',...' if _is_list(hint) else ''}>"
+        return inspect.Parameter(name, keyword, default=default, annotation=hint)
+    spellings = (flag.flag or "--" + name.replace("_", "-")).split("/")
+    FLAGS[name] = spellings[0]
     text = flag.help
-    if flag.optional or flag.repeated or not choices:
-        metavar = f"[{flag.optional}]" if flag.optional else "<str>" if flag.repeated else ""
-    elif len(metavar) > _WIDEST:
-        metavar = ""
-        text = f"{text.removesuffix('.')}: {choices}."
-    option = typer.Option(*names, help=text + shown, rich_help_panel=panel, metavar=metavar or None)
+    kind: Any = str
+    metavar = None
+    if alternatives(hint)[0] is bool and not flag.optional:
+        kind = bool
+        if default is None:
+            spellings = [f"{spellings[0]}/--no-{spellings[0][2:]}"]
+    elif flag.repeated:
+        kind = list[str]
+        metavar = "<str>"
+        default = None
+    elif flag.optional:
+        metavar = f"[{flag.optional}]"
+        default = None
+        _WITH_OPTIONAL_VALUE.update(spellings)
+    else:
+        metavar, more = _values_shown(hint)
+        text = text.removesuffix(".") + more if more else text
+        if _is_list(hint):
+            default = ",".join(map(str, default or ())) or None
+    if flag.default and default is None:
+        text += f" [default: {flag.default}]"
+    option = typer.Option(*spellings, help=text, rich_help_panel=setting.panel, metavar=metavar)
     annotation: Any = Annotated[kind if default is not None else kind | None, option]
-    return inspect.Parameter(
-        field, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
-    )
+    return inspect.Parameter(name, keyword, default=default, annotation=annotation)
+
+
+def _values_shown(hint: Any) -> tuple[str, str]:
+    """What --help shows of a flag's values: beside the flag, and at the end of its help."""
+    kind = alternatives(hint)[0]
+    name = kind.__name__ if kind in (int, float) else "str"
+    choices = needed(hint).partition("one of ")[2]
+    if not choices:
+        return f"<{name}>", ""
+    several = ",..." if _is_list(hint) else ""
+    listed = f"<{choices.replace(', ', '|')}{several}>"
+    if len(listed) > _WIDEST:
+        return f"<{name}>", f": {choices}."
+    return listed, ""
