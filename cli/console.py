@@ -33,7 +33,7 @@ _PLAIN_SECONDS = 10.0  # between two progress lines
 _LONGEST = 2_000  # most characters of an error
 _EXAMPLE = "remind me to call mom at 5"
 _UNSHOWN = ("Cc", "Cs")  # control characters, which terminals act on, and lone surrogates
-_taken: TextIO | None = None  # standard input
+_stdin: TextIO | None = None  # standard input
 
 
 @cache
@@ -59,7 +59,7 @@ def narrate(text: str) -> None:
         stderr_console().print(with_flags(text), markup=False, highlight=False, soft_wrap=True)
 
 
-def tell_error(error: BaseException, debug: bool) -> None:
+def print_error(error: BaseException, debug: bool) -> None:
     """Prints `error: ...`; with `debug`, the traceback before it."""
     if debug:
         traceback.print_exception(error, file=sys.stderr)
@@ -178,21 +178,21 @@ class _Narration(io.TextIOWrapper):
         return len(text)
 
 
-def take() -> None:
+def open_streams() -> None:
     """Makes the three streams usable, and standard input unreadable for libraries. `main` calls
     this first.
 
     Closed descriptors become /dev/null, opened read-only, so that writing results fails. Invalid
     bytes in prompts become lone surrogates, as in arguments; such prompts are refused.
     """
-    global _taken
+    global _stdin
     while (descriptor := os.open(os.devnull, os.O_RDONLY)) <= 2:
         pass
     os.close(descriptor)
-    _taken = sys.stdin
+    _stdin = sys.stdin
     sys.stdin = io.StringIO()
-    if isinstance(_taken, io.TextIOWrapper):
-        _taken.reconfigure(encoding="utf-8-sig", errors="surrogateescape")  # before the first read
+    if isinstance(_stdin, io.TextIOWrapper):
+        _stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")  # before the first read
     if sys.stdout is None:
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -202,7 +202,7 @@ def take() -> None:
         sys.stderr = _Narration(raw, errors="backslashreplace", write_through=True)
 
 
-def give_up() -> None:
+def discard_output() -> None:
     """Sends buffered standard output to /dev/null, so that the interpreter's exit does not fail."""
     with suppress(OSError):  # not a file
         descriptor = sys.stdout.fileno()
@@ -213,11 +213,11 @@ def give_up() -> None:
 
 def is_piped() -> bool:
     """True if standard input is open and not a terminal."""
-    return _taken is not None and not _taken.isatty()
+    return _stdin is not None and not _stdin.isatty()
 
 
 def is_terminal() -> bool:
-    return _taken is not None and _taken.isatty()
+    return _stdin is not None and _stdin.isatty()
 
 
 def given_prompt(prompt: str | None, may_be_empty: bool) -> str:
@@ -248,10 +248,10 @@ def typed_line(prompt: str) -> str:
 
 
 def prompts_stream() -> TextIO:
-    """The standard input that `take` kept, as UTF-8 text; empty if the process was started without
+    """The standard input that `open_streams` keeps, as UTF-8 text; empty if the process was started without
     one.
     """
-    return io.StringIO() if _taken is None else _taken
+    return io.StringIO() if _stdin is None else _stdin
 
 
 class PromptLines(Iterator[str]):
@@ -259,9 +259,9 @@ class PromptLines(Iterator[str]):
 
     def __init__(self) -> None:
         self._read = bytearray()
-        self._is_over = _taken is None
+        self._is_over = _stdin is None
         self._encoding = "utf-8-sig"
-        self._descriptor = -1 if _taken is None else _taken.fileno()
+        self._descriptor = -1 if _stdin is None else _stdin.fileno()
 
     def __next__(self) -> str:
         while b"\n" not in self._read and not self._is_over:

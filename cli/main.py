@@ -13,7 +13,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import typer
 from typer.core import TyperGroup
 
-from .console import give_up, take, tell_error
+from .console import discard_output, open_streams, print_error
 from .options import Command, usage_error
 
 # One module per command, in the order of --help, which shows the module's docstring.
@@ -41,7 +41,7 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
-            give_up()
+            discard_output()
             raise typer.Exit() from None
 
 
@@ -99,30 +99,25 @@ def main() -> None:
     """Runs the command line and exits: 0 done; after an error in one line 2 for wrong usage, else
     1; 130 interrupted.
     """
-    take()
+    open_streams()
     arguments = sys.argv[1:]
     end = arguments.index("--") if "--" in arguments else len(arguments)
-    kept = [argument for argument in arguments[:end] if argument != "--debug"]
-    debug = len(kept) < end or os.environ.get("LAYERSKIP_DEBUG", "0") not in ("", "0")
-    given = kept + arguments[end:]
-    status: int = 0
+    given = [argument for argument in arguments[:end] if argument != "--debug"]
+    debug = len(given) < end or os.environ.get("LAYERSKIP_DEBUG", "0") not in ("", "0")
+    given += arguments[end:]
     try:
         status = app(given, prog_name="layerskip", standalone_mode=False) or 0
         sys.stdout.flush()
     except BrokenPipeError:
-        give_up()
         status = 0
     except KeyboardInterrupt:
-        give_up()
         status = 130
     # Including panics of the tokenizers library, which are not Exceptions
     except BaseException as error:
-        wrong_usage = usage_error(error, given)
-        if wrong_usage is None:
-            status = 1
-        else:
-            status = 2
-            error = wrong_usage
-        tell_error(error, debug)
-        give_up()
+        wrong_usage = usage_error(error)
+        status = 1 if wrong_usage is None else 2
+        print_error(wrong_usage or error, debug)
+    else:
+        sys.exit(status)
+    discard_output()  # so that the interpreter's exit does not fail
     sys.exit(status)

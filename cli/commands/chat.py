@@ -2,7 +2,6 @@
 
 import signal
 import sys
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -30,7 +29,7 @@ _COMMANDS = """\
 /help    this list
 /exit    leave, as Ctrl-D does
 Write // at the beginning of a message that begins with /. Ctrl-C stops an answer."""
-_ROOM = "/forget leaves out the oldest turn, /reset all turns"
+_ADVICE = "/forget leaves out the oldest turn, /reset all turns"
 
 
 @command
@@ -70,131 +69,151 @@ class _Chat:
 
         self._loaded = loaded
         self._policy = config.policy
+        self._context = loaded.backend.spec.context
         self._stats = stats
         self._dialogue = Dialogue(loaded, config)
         self._console = ResultsConsole()
-        self._colours = (
-            show_drafts and self._console.is_terminal and self._console.color_system is not None
-        )
+        has_colours = self._console.is_terminal and self._console.color_system is not None
+        self._shows_drafts = show_drafts and has_colours
+        self._draft_style = "underline" if self._console.no_color else "green"
         self._last: TextStream | None = None
         self._total = DecodeStats()
-        self._refused = False  # whether a line failed so far
+        template = loaded.template.name
         if console.is_terminal():
-            narrate(
-                f"{loaded.name}: {loaded.backend.implementation}; prompt template: {loaded.template.name}"
-            )
+            implementation = loaded.backend.implementation
+            narrate(f"{loaded.name}: {implementation}; prompt template: {template}")
         if not self._dialogue.has_turns:
-            narrate(
-                f"{loaded.template.name} is no chat template: every message is a prompt of its own"
-            )
+            narrate(f"{template} is no chat template: every message is a prompt of its own")
 
     def on_terminal(self) -> None:
         """Asks for messages until /exit or Ctrl-D; after an error the conversation goes on."""
-        if self._colours:
-            narrate(f"accepted drafts are {'underlined' if self._console.no_color else 'green'}")
+        if self._shows_drafts:
+            narrate(f"accepted drafts are {self._draft_style}")
         narrate("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves")
         while True:
-            line = None
             try:
                 line = console.typed_line("> ")
-                self._take(line)
             except KeyboardInterrupt:
-                narrate("\n/exit or Ctrl-D leaves" if line is None else "\nstopped")
+                narrate("\n/exit or Ctrl-D leaves")
+                continue
             except EOFError:
-                if line is None:
-                    narrate("")
+                narrate("")
+                return
+            try:
+                self._handle(line, interactive=True)
+            except LayerSkipError as error:
+                narrate(f"error: {self._message(error)}")
+            except KeyboardInterrupt:
+                narrate("\nstopped")
+            except EOFError:
                 return
 
     def over_pipe(self) -> None:
         """Answers every line. Exits with 1 if one could not be answered, with 130 after Ctrl-C."""
+        has_failed = False
         try:
             for number, line in enumerate(console.prompts_stream(), start=1):
-                self._take(line.rstrip("\r\n"), number)
+                try:
+                    self._handle(line.rstrip("\r\n"), interactive=False)
+                except LayerSkipError as error:
+                    has_failed = True
+                    narrate(f"error: line {number}: {self._message(error)}")
         except EOFError:
             pass
         except KeyboardInterrupt:
             sys.stdout.write("\n")
             raise typer.Exit(130) from None
-        if self._refused:
+        if has_failed:
             raise typer.Exit(1)
 
-    def _take(self, line: str, number: int | None = None) -> None:
-        """Handles a line, a message or a /command; raises EOFError to end the chat. `number`: of a
-        line over a pipe.
+    def _handle(self, line: str, interactive: bool) -> None:
+        """Handles a message or a /command. Raises EOFError to end the chat, LayerSkipError if it
+        cannot be answered.
         """
-        try:
-            match line.split():
-                case []:
-                    pass
-                case ["/exit"]:
-                    raise EOFError
-                case ["/reset"]:
-                    self._dialogue.forget()
-                    narrate("a new conversation")
-                case ["/forget"]:
-                    self._dialogue.forget(1)
-                    narrate(f"{plural(len(self._dialogue.turns), 'turn')} left")
-                case ["/stats"]:
-                    if self._last is None:
-                        narrate("no answer yet")
-                    else:
-                        narrate(f"last answer: {self._stats_of(self._last)}")
-                        total = stats_text(self._total, self._loaded, self._policy)
-                        narrate(f"{plural(self._total.sequences, 'answer')}: {total}")
-                case ["/help"]:
-                    narrate(_COMMANDS)
-                case _ if line.startswith("/") and not line.startswith("//"):
-                    raise LayerSkipError(
-                        f"needed a message or a command, found {line!r:.60}; /help lists the commands"
-                    )
-                case _:
-                    self._answer(line[1:] if line.startswith("//") else line, number is None)
-        except LayerSkipError as error:
-            self._refused = True
-            room = f"; {_ROOM}" if isinstance(error, ContextError) and self._dialogue.turns else ""
-            narrate(f"error: {'' if number is None else f'line {number}: '}{one_line(error)}{room}")
-
-    def _answer(self, message: str, interactive: bool) -> None:
-        """Prints an answer as it comes. On a terminal Ctrl-C stops it after the current pass, a
-        second one at once.
-        """
-        with Interruption(signal.SIGINT) if interactive else nullcontext() as interruption:
-            stream = self._last = self._dialogue.ask(message)
-            for segments in stream.segments():
-                if self._colours:
-                    mark = "underline" if self._console.no_color else "green"
-                    text = Text.assemble(
-                        *((piece, mark if from_draft else "") for piece, from_draft in segments)
-                    )
-                    self._console.print(text, end="", soft_wrap=True)
+        match line.split():
+            case []:
+                pass
+            case ["/exit"]:
+                raise EOFError
+            case ["/reset"]:
+                self._dialogue.forget()
+                narrate("a new conversation")
+            case ["/forget"]:
+                self._dialogue.forget(1)
+                narrate(f"{plural(len(self._dialogue.turns), 'turn')} left")
+            case ["/stats"]:
+                self._narrate_stats()
+            case ["/help"]:
+                narrate(_COMMANDS)
+            case _ if line.startswith("/") and not line.startswith("//"):
+                raise LayerSkipError(
+                    f"needed a message or a command, found {line!r:.60}; /help lists the commands"
+                )
+            case _:
+                message = line[1:] if line.startswith("//") else line
+                if interactive:
+                    # Ctrl-C stops the answer after the current pass, a second one at once.
+                    with Interruption(signal.SIGINT) as interruption:
+                        stream = self._answer(message, interruption)
                 else:
-                    sys.stdout.write("".join(piece for piece, _ in segments))
-                    sys.stdout.flush()
-                if interruption is not None and interruption.signal is not None:
-                    break
+                    stream = self._answer(message, None)
+                self._narrate_end(stream, interactive)
+
+    def _answer(self, message: str, interruption: Interruption | None) -> "TextStream":
+        """Prints an answer as it comes."""
+        stream = self._last = self._dialogue.ask(message)
+        for segments in stream.segments():
+            if self._shows_drafts:
+                styled = [
+                    (piece, self._draft_style if from_draft else "")
+                    for piece, from_draft in segments
+                ]
+                self._console.print(Text.assemble(*styled), end="", soft_wrap=True)
+            else:
+                sys.stdout.write("".join(piece for piece, _ in segments))
+                sys.stdout.flush()
+            if interruption is not None and interruption.signal is not None:
+                break
         sys.stdout.write("\n")
         sys.stdout.flush()
         self._total = self._total + stream.stats
-        if stream.finish_reason == "context":
-            room = f"; {_ROOM}" if self._dialogue.has_turns else ""
-            limit = self._loaded.backend.spec.context
-            narrate(
-                f"the answer ends here because the model's context of {limit} tokens is full{room}"
-            )
-        elif interactive and stream.finish_reason == "length":
+        return stream
+
+    def _narrate_end(self, stream: "TextStream", interactive: bool) -> None:
+        """Says why an answer ends early."""
+        reason = stream.finish_reason
+        if reason == "context":
+            advice = f"; {_ADVICE}" if self._dialogue.has_turns else ""
+            full = f"the model's context of {self._context} tokens is full"
+            narrate(f"the answer ends here because {full}{advice}")
+        elif interactive and reason == "length":
             narrate(f"the answer ends here because of `max_new_tokens` {stream.stats.new_tokens}")
-        elif interactive and stream.finish_reason is None:
-            narrate(
-                "stopped" if stream.text else "stopped before the answer: the message was left out"
-            )
+        elif interactive and reason is None:
+            kept = "" if stream.text else " before the answer: the message was left out"
+            narrate(f"stopped{kept}")
         if self._stats:
             narrate(self._stats_of(stream))
 
+    def _narrate_stats(self) -> None:
+        if self._last is None:
+            narrate("no answer yet")
+            return
+        narrate(f"last answer: {self._stats_of(self._last)}")
+        total = stats_text(self._total, self._loaded, self._policy)
+        narrate(f"{plural(self._total.sequences, 'answer')}: {total}")
+
     def _stats_of(self, stream: "TextStream") -> str:
         counts = stream.stats
-        limit = self._loaded.backend.spec.context
-        reused = stream.decoding.reused_tokens
+        prompt = plural(counts.prompt_tokens, "token")
+        used = counts.prompt_tokens + counts.new_tokens
         return (
-            f"{stats_text(counts, self._loaded, self._policy)}; prompt: {plural(counts.prompt_tokens, 'token')}, "
-            f"{reused} of them reused; context: {counts.prompt_tokens + counts.new_tokens} of {limit} tokens"
+            f"{stats_text(counts, self._loaded, self._policy)}; prompt: {prompt}, "
+            f"{stream.decoding.reused_tokens} of them reused; "
+            f"context: {used} of {self._context} tokens"
         )
+
+    def _message(self, error: LayerSkipError) -> str:
+        """An error in one line, with advice where the conversation is too long."""
+        if isinstance(error, ContextError) and self._dialogue.turns:
+            return f"{one_line(error)}; {_ADVICE}"
+        return one_line(error)

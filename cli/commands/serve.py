@@ -9,8 +9,7 @@ from pathlib import Path
 
 from layerskip_core.config.decoding import KEY, ServeConfig
 from layerskip_core.config.model import MachineConfig, PackingConfig, PromptingConfig
-from layerskip_core.config.resolution import require_exit_layer
-from layerskip_core.errors import LayerSkipError, require
+from layerskip_core.errors import LayerSkipError, refused, require
 
 from ..console import narrate
 from ..loading import DecoderFlags, load_to_decode, of_answers
@@ -55,29 +54,23 @@ def serve(
         flags = DecoderFlags(serving.model, serving.decoding, prompting, packing, machine)
         loaded, _ = load_to_decode(flags, memory=memory)
         serving = replace(serving, decoding=of_answers(loaded, serving.decoding))
-        if serving.embedding_layer is not None:
-            require_exit_layer(
-                serving.embedding_layer,
-                loaded.backend.num_layers,
-                may_be_last=True,
-                field="embedding_layer",
-            )
-        path = Path(serving.model)  # clients see its last part only
-        name = path.resolve().name if path.exists() else serving.model
         if isinstance(loaded.backend, NativeBackend):
             loaded.backend.limit_memory(kv_bytes)
             needed = "megabytes that hold the keys and values of at least 64 tokens"
             require(loaded.backend.room > 0, "kv_memory", needed, kv_bytes // 2**20)
-        else:
-            unbounded = (
-                f"left out: nothing bounds the KV entries of {loaded.backend.implementation}"
-            )
-            require(serving.kv_memory is None, "kv_memory", unbounded, serving.kv_memory)
-        kept = {
-            "earlier": EarlierAnswers(serving.remember),
-            "prefixes": Prefixes(serving.prefix_cache * 2**20),
-        }
-        engine = Engine(loaded, serving.batch_size, serving.queue_size, **kept)
+        elif serving.kv_memory is not None:
+            implementation = loaded.backend.implementation
+            needed = f"left out: nothing bounds the KV entries of {implementation}"
+            raise refused("kv_memory", needed, str(serving.kv_memory))
+        path = Path(serving.model)  # clients see its last part only
+        name = path.resolve().name if path.exists() else serving.model
+        engine = Engine(
+            loaded,
+            serving.batch_size,
+            serving.queue_size,
+            earlier=EarlierAnswers(serving.remember),
+            prefixes=Prefixes(serving.prefix_cache * 2**20),
+        )
         try:
             app = Service(loaded, packing, serving, engine, name, key).app()
             config = uvicorn.Config(
@@ -88,25 +81,24 @@ def serve(
                 timeout_graceful_shutdown=_GRACE,
                 server_header=False,
             )
-            host, port = listener.getsockname()[:2]
-            address = f"[{host}]" if ":" in host else host
             signal.signal(signal.SIGTERM, signal.default_int_handler)
             # Uvicorn finishes its work after either signal, and raises it again
             with suppress(KeyboardInterrupt):
                 listener.listen(_BACKLOG)  # now, so that whoever reads the next line can connect
-                with_key = (
-                    ""
-                    if key is None
-                    else f", with the key of {'`api_key`' if serving.api_key else KEY}"
-                )
-                narrate(f"{name} at http://{address}:{port}/v1{with_key}; Ctrl-C stops it")
-                if key is None and serving.host not in _LOOPBACK:
-                    narrate(
-                        "warning: without `api_key` everyone who reaches this address can use the model"
-                    )
+                _announce(name, listener, serving, key)
                 uvicorn.Server(config).run([listener])
         finally:
             engine.stop()
+
+
+def _announce(name: str, listener: socket.socket, serving: ServeConfig, key: str | None) -> None:
+    host, port = listener.getsockname()[:2]
+    address = f"[{host}]" if ":" in host else host
+    source = "`api_key`" if serving.api_key else KEY
+    with_key = "" if key is None else f", with the key of {source}"
+    narrate(f"{name} at http://{address}:{port}/v1{with_key}; Ctrl-C stops it")
+    if key is None and serving.host not in _LOOPBACK:
+        narrate("warning: without `api_key` everyone who reaches this address can use the model")
 
 
 def _bound(host: str, port: int) -> socket.socket:

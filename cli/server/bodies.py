@@ -1,81 +1,86 @@
-"""Parses request bodies: prompts, options and tools. Errors have OpenAI's format and name the
-parameter.
+"""Request bodies: a Struct per endpoint declares keys, types and ranges; `read_request` makes a
+request of one. Errors have OpenAI's format and name the parameter.
 """
 
 import re
 import secrets
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, NamedTuple, TypedDict, cast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, field
 
-from layerskip_core.config.decoding import GUIDES, UNLIMITED, RequestOptions, ServeConfig, changed
-from layerskip_core.config.options import checked
+from layerskip_core.config.decoding import (
+    GUIDES,
+    UNLIMITED,
+    Penalty,
+    RequestOptions,
+    ServeConfig,
+    changed,
+)
+from layerskip_core.config.options import Count, CountOrNone, Ratio, Share, Temperature, hints_of
 from layerskip_core.errors import ConfigError, ContextError, DataError, LayerSkipError, MemoryFull
 from layerskip_core.files import parse_json
 from layerskip_core.serving import QueueFull, Stopped
 
-from .tools import Tool, Tools
+from .tools import Function, Tool, Tools
 
-# Options under another name in the API.
-_NAMES = {"max_new_tokens": "max_tokens", "schema": "response_format"}
-_NAMES |= {name: f"guided_{name}" for name in ("regex", "grammar", "choice")}
-# Chat parameters under another name in the responses API.
-_RESPONSE_NAMES = {
-    "messages": "input",
-    "max_tokens": "max_output_tokens",
-    "response_format": "text.format",
-}
-_STATE: dict[str, Any] = {
-    "store": False,
-    "background": False,
-    "previous_response_id": None,
-    "conversation": None,
-}
-_NOT_IN_RESPONSES: dict[str, Any] = {
-    "n": 1,
-    "truncation": "disabled",
-    "prompt": None,
-    "max_tool_calls": None,
-}
+# Endpoints whose work is queued
+Endpoint = Literal["completions", "chat", "responses", "embeddings"]
+Conversation = tuple[dict[str, Any], ...]
+"""Messages as chat templates read them."""
+Prompt = str | list[int] | Conversation
+"""A text, token ids or a conversation."""
+Body = TypeVar("Body", bound=Struct)
+
 _LOGPROBS = "message.output_text.logprobs"
 _SEEDS = 2**32
-_MOST_ANSWERS = 128
-# Read at every token, in the thread that decodes for all. OpenAI documents 4 stops and 300 biased
-# tokens.
-_MOST_STOPS = 16
-_LONGEST_STOP = 256
-_MOST_TOKENS = 1_024  # in logit_bias and stop_token_ids
-# Unsupported keys, with the value that has no effect.
-_UNSUPPORTED: dict[str, Any] = {
-    **dict.fromkeys(("best_of", "length_penalty", "typical_p"), 1),
-    **dict.fromkeys(("include_stop_str_in_output", "use_beam_search"), False),
-    **{key: [] for key in ("bad_words", "functions")},
-    **{"suffix": "", "modalities": ["text"]},
-}
-_NOT_IN_COMPLETIONS: dict[str, Any] = {"top_logprobs": 0, "tools": []}
-# RequestOptions under the same name in a body.
-_OPTIONS = (
-    *(
-        "temperature",
-        "top_p",
-        "top_k",
-        "min_p",
-        "stop",
-        "frequency_penalty",
-        "presence_penalty",
-        "repetition_penalty",
-    ),
-    *("logit_bias", "min_tokens", "ignore_eos", "stop_token_ids"),
+_MAX_ANSWERS = 128
+# Stop strings and biased tokens are read at every token, in the thread that decodes for all
+# clients. OpenAI documents 4 stops and 300 biased tokens.
+_Stop = Annotated[str, Meta(min_length=1, max_length=256)]
+_MAX_STOPS = Meta(max_length=16)
+_MAX_TOKENS = Meta(max_length=1_024)
+_TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
+_Texts = (
+    str
+    | Annotated[
+        list[str | _TokenId | Annotated[list[_TokenId], Meta(min_length=1)]], Meta(min_length=1)
+    ]
 )
-
-# Of endpoints whose work is queued
-Family = Literal["completions", "chat", "responses", "embeddings"]
-Prompt = str | list[int] | tuple[dict[str, Any], ...]
-"""A text, token ids, or the messages of a conversation, as chat templates read them."""
-_Stop = Annotated[str, Meta(min_length=1, max_length=_LONGEST_STOP)]
-_Ids = Annotated[list[Annotated[int, Meta(ge=0, lt=2**31)]], Meta(min_length=1)]
+"""One prompt or several, each a text or token ids: see `_prompts`."""
+_Guide = Annotated[str, Meta(min_length=1)]
+# By endpoint, keys that would change the answer but are not supported, with the value that changes
+# nothing. Other unknown keys are ignored.
+_FOREIGN = {
+    "best_of": 1,
+    "length_penalty": 1,
+    "typical_p": 1,
+    "include_stop_str_in_output": False,
+    "use_beam_search": False,
+    "bad_words": [],
+    "functions": [],
+    "suffix": "",
+    "modalities": ["text"],
+}
+_UNSUPPORTED: dict[Endpoint, dict[str, Any]] = {
+    "completions": {**_FOREIGN, "top_logprobs": 0, "tools": []},
+    "chat": {**_FOREIGN, "echo": False},
+    "responses": {
+        **_FOREIGN,
+        "n": 1,
+        "truncation": "disabled",
+        "prompt": None,
+        "max_tool_calls": None,
+        # Nothing is kept: the input must be the whole conversation.
+        "store": False,
+        "background": False,
+        "previous_response_id": None,
+        "conversation": None,
+    },
+    "embeddings": {"dimensions": None},
+}
 
 
 class ApiError(Exception):
@@ -91,19 +96,7 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.document: dict[str, Any] = {
-            "error": {"message": message, "type": kind, "param": param, "code": code}
-        }
-
-    def renamed(self, family: Family) -> "ApiError":
-        """With the parameter's name in this family, in `param` and in the message."""
-        error = self.document["error"]
-        if (
-            family == "responses"
-            and (name := _RESPONSE_NAMES.get(param := error["param"])) is not None
-        ):
-            error |= {"param": name, "message": error["message"].replace(param, name, 1)}
-        return self
+        self.document = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def invalid(
@@ -113,20 +106,10 @@ def invalid(
     return ApiError(status, message, "invalid_request_error", param, code)
 
 
-def demand(
-    condition: bool,
-    message: str,
-    param: str | None = None,
-    code: str | None = None,
-    status: int = 400,
-) -> None:
-    """Raises `invalid` unless the condition holds."""
-    if not condition:
-        raise invalid(message, param, code, status)
-
-
-def api_error(error: BaseException) -> ApiError:
-    """The response for an exception; an unexpected one reveals nothing."""
+def api_error(error: BaseException, endpoint: Endpoint | None = None) -> ApiError:
+    """The response for an exception, with the endpoint's names of settings; an unexpected one
+    reveals nothing.
+    """
     if isinstance(error, ApiError):
         return error
     if isinstance(error, QueueFull):
@@ -135,142 +118,242 @@ def api_error(error: BaseException) -> ApiError:
         return ApiError(503, str(error), "server_error", code="shutting_down")
     if isinstance(error, MemoryFull):
         return ApiError(503, f"{error}; try again later", "server_error", code="memory_full")
-    if isinstance(error, ConfigError):
-        param = None if error.field is None else _NAMES.get(error.field, error.field)
-        code = "context_length_exceeded" if isinstance(error, ContextError) else None
-        return invalid(_named(str(error)), param, code)
-    if isinstance(error, LayerSkipError):
-        return invalid(_named(str(error)))
-    return ApiError(
-        500, "the server failed to answer this request; its log says why", "server_error"
-    )
+    if not isinstance(error, LayerSkipError):
+        message = "the server failed to answer this request; its log says why"
+        return ApiError(500, message, "server_error")
+    names = _api_names(endpoint)
+    # Messages of the core have settings in backquotes.
+    message = re.sub(r"`(\w+)`", lambda match: names.get(match[1], match[1]), str(error))
+    setting = error.field if isinstance(error, ConfigError) else None
+    code = "context_length_exceeded" if isinstance(error, ContextError) else None
+    return invalid(message, names.get(setting or "", setting), code)
 
 
-def _named(message: str) -> str:
-    """A message of the core, with API names in place of settings in backquotes."""
-    return re.sub(r"`(\w+)`", lambda match: _NAMES.get(match[1], match[1]), message)
+def _api_names(endpoint: Endpoint | None) -> dict[str, str]:
+    """A request's keys by the names of the settings that they become."""
+    if endpoint is None:
+        return {}
+    names = {each.name: each.encode_name for each in msgspec.structs.fields(_BODIES[endpoint])}
+    names["schema"] = "text.format" if endpoint == "responses" else "response_format"
+    return names
+
+
+# --- parts of bodies ----------------------------------------------------------------------------
 
 
 class _Part(Struct):
-    type: Literal["text"]
+    type: Literal["text", "input_text", "output_text"]
     text: str
 
 
-class _Called(Struct):
+_Content = str | list[_Part]
+
+
+class _CalledFunction(Struct):
     name: str
     arguments: str
 
 
-class _ToolCall(Struct):
-    function: _Called
+class _Call(Struct):
+    function: _CalledFunction
     id: str = ""
 
 
 class _Message(Struct):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[_Part] | None = None
-    tool_calls: list[_ToolCall] | None = None
+    content: _Content | None = None
+    tool_calls: list[_Call] | None = None
     tool_call_id: str | None = None
     name: str | None = None
 
-    @property
-    def plain(self) -> dict[str, Any]:
-        """As chat templates read it: arguments of calls are objects."""
-        content = (
-            "".join(part.text for part in self.content)
-            if isinstance(self.content, list)
-            else self.content or ""
-        )
-        made: dict[str, Any] = {
-            "role": "system" if self.role == "developer" else self.role,
-            "content": content,
-        }
+    def as_templates_read_it(self) -> dict[str, Any]:
+        """A dict in which the arguments of calls are objects. Raises DataError."""
         if self.content is None and not self.tool_calls:
-            raise invalid(
-                f"messages must have a content or tool_calls; one of the role {self.role} has neither",
-                "messages",
-            )
+            raise DataError(f"a message of the role {self.role} has no content and no tool_calls")
+        content = self.content or ""
+        if isinstance(content, list):
+            content = "".join(part.text for part in content)
+        role = "system" if self.role == "developer" else self.role
+        message: dict[str, Any] = {"role": role, "content": content}
         if self.tool_calls:
-            made["tool_calls"] = [
-                {
-                    "id": call.id,
-                    "type": "function",
-                    "function": {"name": call.function.name, "arguments": arguments},
-                }
-                for call in self.tool_calls
-                for arguments in [
-                    parse_json(
-                        call.function.arguments or "{}", "the arguments of a call", DataError
-                    )
-                ]
-            ]
-        return made | {
-            key: value
-            for key in ("tool_call_id", "name")
-            if (value := getattr(self, key)) is not None
-        }
+            message["tool_calls"] = [_template_call(call) for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
+        if self.name is not None:
+            message["name"] = self.name
+        return message
 
 
-class _Body(TypedDict, total=False):
-    """Keys besides the prompt and the RequestOptions; null counts as absent."""
-
-    model: str
-    seed: int
-    stop: Annotated[
-        _Stop | Annotated[list[_Stop], Meta(max_length=_MOST_STOPS)],
-        Meta(description=f"at most {_MOST_STOPS} texts of 1 to {_LONGEST_STOP} characters"),
-    ]
-    logit_bias: Annotated[
-        dict[Any, Any],
-        Meta(
-            max_length=_MOST_TOKENS,
-            description=f"an object of at most {_MOST_TOKENS} token ids with numbers",
-        ),
-    ]
-    stop_token_ids: Annotated[
-        list[Any],
-        Meta(max_length=_MOST_TOKENS, description=f"a list of at most {_MOST_TOKENS} token ids"),
-    ]
-    n: int
-    stream: bool
-    stream_options: Annotated[
-        dict[str, bool | None], Meta(description="an object, such as include_usage: true")
-    ]
-    echo: bool
-    logprobs: Annotated[
-        bool | int,
-        Meta(description="true or false in a conversation, a number in 0..20 for completions"),
-    ]
-    top_logprobs: Annotated[int, Meta(ge=0, le=20)]
-    parallel_tool_calls: bool
+def _template_call(call: _Call) -> dict[str, Any]:
+    text = call.function.arguments or "{}"
+    arguments = parse_json(text, "the arguments of a call", DataError)
+    function = {"name": call.function.name, "arguments": arguments}
+    return {"id": call.id, "type": "function", "function": function}
 
 
-class _ResponseBody(TypedDict, total=False):
-    """Keys whose format differs from chat."""
-
-    instructions: str
-    text: Annotated[dict[str, Any], Meta(description="an object with a format")]
-    tools: Annotated[list[dict[str, Any]], Meta(description="a list of functions")]
-    include: list[str]
+class _Schema(Struct):
+    schema: dict[str, Any]
 
 
-def text_of(document: Mapping[str, Any], model: str) -> Prompt:
-    """The text or conversation of a /tokenize body."""
-    _require_model(document.get("model", model), model)
-    prompts = (
-        _conversation(document["messages"])
-        if "messages" in document
-        else _prompts(document.get("prompt"))
+class _Format(Struct):
+    """The form of an answer. Chat has the schema in `json_schema`, responses in `schema`."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: _Schema | None = None
+    schema: dict[str, Any] | None = None
+
+
+class _ResponseText(Struct):
+    format: _Format | None = None
+    verbosity: Literal["medium"] | None = None
+
+
+class _StreamOptions(Struct):
+    include_usage: bool | None = None
+
+
+class _Named(Struct):
+    name: str
+
+
+class _ChatChoice(Struct):
+    function: _Named
+    type: Literal["function"] = "function"
+
+    @property
+    def name(self) -> str:
+        return self.function.name
+
+
+class _ResponseChoice(Struct):
+    name: str
+    type: Literal["function"] = "function"
+
+
+_Mode = Literal["none", "auto", "required"]
+
+
+class _InputMessage(Struct, tag="message"):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: _Content
+
+
+class _InputCall(Struct, tag="function_call"):
+    call_id: str
+    name: str
+    arguments: str
+
+
+class _InputResult(Struct, tag="function_call_output"):
+    call_id: str
+    output: _Content
+
+
+_Item = _InputMessage | _InputCall | _InputResult
+
+
+class _ToolList(Struct):
+    tools: list[Tool]
+
+
+# --- bodies -------------------------------------------------------------------------------------
+
+
+class _AnswerBody(Struct, kw_only=True):
+    """Keys of all endpoints that answer. Fields are named as the RequestOptions that they set."""
+
+    model: str | None = None
+    stream: bool = False
+    n: Annotated[int, Meta(ge=1)] = 1
+    seed: int | None = None
+    max_new_tokens: Count | None = field(default=None, name="max_tokens")
+    temperature: Temperature | None = None
+    top_p: Share | None = None
+    top_k: CountOrNone | None = None
+    min_p: Ratio | None = None
+    stop: _Stop | Annotated[list[_Stop], _MAX_STOPS] | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
+    logit_bias: (
+        Annotated[dict[_TokenId, Annotated[float, Meta(ge=-100, le=100)]], _MAX_TOKENS] | None
+    ) = None
+    min_tokens: CountOrNone | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: Annotated[list[_TokenId], _MAX_TOKENS] | None = None
+    regex: _Guide | None = field(default=None, name="guided_regex")
+    grammar: _Guide | None = field(default=None, name="guided_grammar")
+    choice: Annotated[list[_Guide], Meta(min_length=1)] | None = field(
+        default=None, name="guided_choice"
     )
-    demand(len(prompts) == 1, f"prompt must be one text, got {len(prompts)}", "prompt")
-    return prompts[0]
+    guided_json: dict[str, Any] | str | None = None
+    response_format: _Format | None = None
+    stream_options: _StreamOptions = field(default_factory=_StreamOptions)
+
+    def options(self) -> dict[str, Any]:
+        """The RequestOptions of the fields with their names, and `schema`."""
+        given = msgspec.structs.asdict(self)
+        options = {name: given[name] for name in hints_of(RequestOptions) if name in given}
+        options["schema"] = _schema(self)
+        return {name: value for name, value in options.items() if value is not None}
 
 
-class Asked(NamedTuple):
-    """A request. Each prompt has `n` answers, each with options of its own."""
+class CompletionBody(_AnswerBody, kw_only=True):
+    prompt: _Texts
+    echo: bool = False
+    logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
 
-    prompts: tuple[Prompt, ...]
-    options: list[RequestOptions]  # by answer; they differ in seed
+
+class ChatBody(_AnswerBody, kw_only=True):
+    messages: Annotated[list[_Message], Meta(min_length=1)]
+    max_completion_tokens: Count | None = None
+    with_logprobs: bool = field(default=False, name="logprobs")
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] = 0
+    tools: list[Tool] = field(default_factory=list)
+    tool_choice: _Mode | _ChatChoice = "auto"
+    parallel_tool_calls: bool = True
+
+
+class ResponseBody(_AnswerBody, kw_only=True):
+    input: str | Annotated[list[_Item], Meta(min_length=1)]
+    instructions: str | None = None
+    max_new_tokens: Count | None = field(default=None, name="max_output_tokens")
+    text: _ResponseText = field(default_factory=_ResponseText)
+    include: list[str] = field(default_factory=list)
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] = 0
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    tool_choice: _Mode | _ResponseChoice = "auto"
+    parallel_tool_calls: bool = True
+
+
+class EmbeddingBody(Struct):
+    input: _Texts
+    model: str | None = None
+    encoding_format: Literal["float", "base64"] = "float"
+
+
+class TokenizeBody(Struct):
+    model: str | None = None
+    prompt: str | Annotated[list[_TokenId], Meta(min_length=1)] | None = None
+    messages: Annotated[list[_Message], Meta(min_length=1)] | None = None
+
+
+_BODIES: dict[Endpoint, type[Struct]] = {
+    "completions": CompletionBody,
+    "chat": ChatBody,
+    "responses": ResponseBody,
+    "embeddings": EmbeddingBody,
+}
+
+# --- requests -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AnswerRequest:
+    """Prompts with `n` answers each."""
+
+    prompts: Sequence[Prompt]
+    options: Sequence[RequestOptions]  # by answer; they differ in seed
     n: int = 1
     stream: bool = False
     include_usage: bool = False
@@ -278,283 +361,239 @@ class Asked(NamedTuple):
     tools: Tools | None = None  # of a conversation
 
 
-def _refuse_unsupported(
-    document: Mapping[str, Any], unsupported: Mapping[str, Any], why: str = ""
-) -> None:
-    """Raises ApiError for an unsupported key, unless its value has no effect."""
-    for key in document.keys() & unsupported.keys():
-        value = document[key]
-        harmless = unsupported[key]
-        if value != harmless or isinstance(value, bool) != isinstance(harmless, bool):
-            raise invalid(
-                f"{key} is not supported by this server{why}", key, "unsupported_parameter"
-            )
+@dataclass(frozen=True)
+class EmbeddingRequest:
+    """Texts to embed."""
+
+    prompts: Sequence[Prompt]
+    as_base64: bool
+    n: int = 1
+    stream: bool = False
 
 
-def _embedded(document: Mapping[str, Any], model: str, most: int) -> Asked:
-    """The texts to embed."""
-    form = document.get("encoding_format", "float")
-    demand(
-        form in ("float", "base64"),
-        f"encoding_format must be float or base64, got {form!r:.50}",
-        "encoding_format",
-    )
-    _refuse_unsupported(document, {"dimensions": None})
-    _require_model(document.get("model", model), model)
-    prompts = _prompts(document.get("input"), "input")
-    demand(len(prompts) <= most, f"input must be at most {most} texts, got {len(prompts)}", "input")
-    return Asked(prompts, [{} for _ in prompts])
-
-
-def request_of(
-    document: Mapping[str, Any], family: Family, model: str, config: ServeConfig
-) -> Asked:
-    """Parses a body, for the model of this name. Raises ApiError, and ConfigError for an option out
-    of range.
-    """
-    # Answers or texts, all of which must fit the queue
-    most = min(_MOST_ANSWERS, config.batch_size + config.queue_size)
-    if family == "embeddings":
-        return _embedded(document, model, most)
-    document = _as_conversation(document) if family == "responses" else document
-    is_chat = family != "completions"
-    _refuse_unsupported(
-        document, _UNSUPPORTED | ({"echo": False} if is_chat else _NOT_IN_COMPLETIONS)
-    )
-    prompts = (
-        _conversation(document.get("messages")) if is_chat else _prompts(document.get("prompt"))
-    )
-    given = checked(_Body, {key: document[key] for key in _Body.__annotations__ if key in document})
-    demand("model" in given, f"model is missing; this server has {model}", "model")
-    _require_model(given["model"], model)
-    n = given.get("n", 1)
-    count = n * len(prompts)
-    demand(
-        1 <= count <= most, f"n times the number of prompts must be in 1..{most}, got {count}", "n"
-    )
-    options = {name: document[name] for name in _OPTIONS if name in document}
-    flags = config.decoding
-    limit = config.token_limit or UNLIMITED
-    usual = flags.get("max_new_tokens", UNLIMITED)
-    options["max_new_tokens"] = document.get(
-        "max_completion_tokens", document.get("max_tokens", usual)
-    )
-    options |= _logprobs(given, is_chat) | _guide(document)
-    decoding = cast(RequestOptions, checked(RequestOptions, options))
-    decoding["max_new_tokens"] = min(decoding["max_new_tokens"], limit)
-    seed = given.get("seed")
-    seeds = (
-        (secrets.randbelow(_SEEDS) if seed is None else seed + number) % _SEEDS
-        for number in range(count)
-    )
-    of_answers: list[RequestOptions] = [
-        {**changed(flags, decoding), "seed": each} for each in seeds
-    ]
-    include_usage = bool(given.get("stream_options", {}).get("include_usage"))
-    stream = given.get("stream", False)
-    tools = _tools(document, given.get("parallel_tool_calls", True)) if is_chat else None
-    if tools is not None and tools.needed and decoding.keys() & set(GUIDES):
-        raise invalid(
-            "tool_choice must be none or auto with response_format or a guided_ key", "tool_choice"
-        )
-    return Asked(prompts, of_answers, n, stream, include_usage, given.get("echo", False), tools)
-
-
-def _tools(document: Mapping[str, Any], parallel: bool) -> Tools | None:
-    try:
-        known = msgspec.convert(document.get("tools", []), tuple[Tool, ...])
-    except msgspec.ValidationError as error:
-        raise invalid(
-            f"tools must be a list of functions with their names and parameters: {error}", "tools"
-        ) from None
-    choice = document.get("tool_choice", "auto")
-    needed = known
-    match choice:
-        case "none" | "auto":
-            needed = ()
-        case {"type": "function", "function": {"name": str(name)}}:
-            needed = tuple(tool for tool in known if tool.function.name == name)
-        case _ if choice != "required":
-            raise invalid(
-                "tool_choice must be none, auto, required, or a function's name in an object",
-                "tool_choice",
-            )
-    if choice not in ("none", "auto") and not needed:
-        raise invalid("tool_choice must be used with tools, and name one of them", "tool_choice")
-    return (
-        Tools(known, document["tools"], needed, parallel and isinstance(choice, str))
-        if known and choice != "none"
-        else None
-    )
-
-
-def _guide(document: Mapping[str, Any]) -> dict[str, Any]:
-    """The option that constrains the answer; `strict` is ignored."""
-    made = {
-        name: document[f"guided_{name}"]
-        for name in ("regex", "grammar", "choice")
-        if f"guided_{name}" in document
-    }
-    if "guided_json" in document:
-        given = document["guided_json"]
-        made["schema"] = (
-            parse_json(given, "guided_json", DataError) if isinstance(given, str) else given
-        )
-    match document.get("response_format"):
-        case None | {"type": "text"}:
-            pass
-        case _ if "schema" in made:
-            raise invalid(
-                "response_format and guided_json must not be given both", "response_format"
-            )
-        case {"type": "json_schema", "json_schema": {"schema": dict(schema)}}:
-            made["schema"] = schema
-        case {"type": "json_object"}:
-            made["schema"] = {"type": "object"}
-        case _:
-            needed = "response_format must be of the type text, json_object, or json_schema with its schema"
-            raise invalid(needed, "response_format")
-    return made
-
-
-def _logprobs(given: Mapping[str, Any], is_chat: bool) -> dict[str, Any]:
-    """The options for log probabilities: in chat a boolean and `top_logprobs`, in completions a
-    number.
-    """
-    wanted = given.get("logprobs")
-    if wanted is not None and isinstance(wanted, bool) != is_chat:
-        raise invalid(
-            f"logprobs must be {'true or false' if is_chat else 'a number in 0..20'}, got {wanted}",
-            "logprobs",
-        )
-    if not is_chat:
-        return (
-            {}
-            if wanted is None
-            else {"logprobs": wanted, "prompt_logprobs": given.get("echo", False)}
-        )
-    demand(
-        wanted or not given.get("top_logprobs"),
-        "top_logprobs must be used with logprobs: true",
-        "top_logprobs",
-    )
-    return {"logprobs": given.get("top_logprobs", 0)} if wanted else {}
-
-
-def parsed(body: bytes) -> dict[str, Any]:
-    """A body without its nulls. Raises ApiError for one that is no object, DataError for invalid
-    JSON.
-    """
-    document = parse_json(body, "the body", DataError)
+def parse_body(content: bytes) -> dict[str, Any]:
+    """A body without its nulls, which count as absent. Raises ApiError and DataError."""
+    document = parse_json(content, "the body", DataError)
     if not isinstance(document, dict):
         raise invalid("the body must be a JSON object")
     return {key: value for key, value in document.items() if value is not None}
 
 
-def _require_model(named: Any, model: str) -> None:
-    demand(
-        named == model,
-        f"the model {named!r:.200} does not exist; this server has {model}",
-        "model",
-        "model_not_found",
-        404,
-    )
+def read_request(
+    document: Mapping[str, Any], endpoint: Endpoint, model: str, config: ServeConfig
+) -> AnswerRequest | EmbeddingRequest:
+    """A body's request to the model of this name. Raises ApiError and DataError."""
+    for key, harmless in _UNSUPPORTED[endpoint].items():
+        if document.get(key, harmless) != harmless:
+            raise invalid(f"{key} is not supported by this server", key, "unsupported_parameter")
+    if endpoint == "embeddings":
+        texts = _convert(document, EmbeddingBody)
+        require_model(texts.model, model)
+        prompts = _prompts(texts.input, "input")
+        _require_places(len(prompts), config, "input")
+        return EmbeddingRequest(prompts, texts.encoding_format == "base64")
+    if endpoint == "completions":
+        body = _convert(document, CompletionBody)
+        options = body.options()
+        options["prompt_logprobs"] = body.echo and body.logprobs is not None
+        prompts = _prompts(body.prompt, "prompt")
+        return _answer_request(body, model, prompts, options, config, None)
+    if endpoint == "chat":
+        return _chat_request(document, model, config)
+    return _response_request(document, model, config)
 
 
-def _conversation(messages: Any) -> tuple[Prompt, ...]:
+def tokenize_prompt(document: Mapping[str, Any], model: str) -> Prompt:
+    """The prompt of a `/tokenize` body. Raises ApiError."""
+    body = _convert(document, TokenizeBody)
+    require_model(body.model, model)
+    if body.messages is not None:
+        return _conversation(body.messages, "messages")
+    if body.prompt is None:
+        raise invalid("prompt must be given, or messages", "prompt")
+    return body.prompt
+
+
+def require_model(named: str | None, model: str) -> None:
+    """Raises ApiError for another model; a request need not name one."""
+    if named not in (None, model):
+        message = f"the model {named!r:.200} does not exist; this server has {model}"
+        raise invalid(message, "model", "model_not_found", 404)
+
+
+def _convert(document: Mapping[str, Any], kind: type[Body]) -> Body:
     try:
-        turns = msgspec.convert(messages, Annotated[list[_Message], Meta(min_length=1)])
-        return (tuple(message.plain for message in turns),)
-    except (msgspec.ValidationError, DataError) as error:
-        raise invalid(
-            f"messages must be a list of messages with a role and a text: {error}", "messages"
-        ) from None
+        return msgspec.convert(document, kind, str_keys=True)
+    except msgspec.ValidationError as error:
+        reason, _, path = str(error).partition(" - at ")
+        if named := re.search(r"\$\.([^`]+)", path):
+            place = named[1]
+        else:  # a required key of the body itself is missing
+            place = reason.split("`")[1]
+            reason = "it is missing"
+        param = re.split(r"[.\[]", place)[0]
+        raise invalid(f"{place} is not valid: {reason}", param) from None
 
 
-def _prompts(prompt: Any, key: str = "prompt") -> tuple[Prompt, ...]:
-    """One prompt or several, each a text or token ids."""
-    several = isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)
-    try:
-        return tuple(msgspec.convert(one, str | _Ids) for one in (prompt if several else [prompt]))
-    except msgspec.ValidationError:
-        raise invalid(
-            f"{key} must be a text, a list of token ids, or a list of several of these", key
-        ) from None
+def _chat_request(document: Mapping[str, Any], model: str, config: ServeConfig) -> AnswerRequest:
+    body = _convert(document, ChatBody)
+    options = body.options()
+    if body.max_completion_tokens is not None:
+        options["max_new_tokens"] = body.max_completion_tokens
+    if body.with_logprobs:
+        options["logprobs"] = body.top_logprobs
+    elif body.top_logprobs:
+        raise invalid("top_logprobs must be used with logprobs: true", "top_logprobs")
+    # Templates get tools as the client sent them, with keys that no Struct has.
+    tools = _tools(body, body.tools, document.get("tools", []))
+    prompts = [_conversation(body.messages, "messages")]
+    return _answer_request(body, model, prompts, options, config, tools)
 
 
-def _as_conversation(body: Mapping[str, Any]) -> dict[str, Any]:
-    """The chat body equivalent to a responses body. Raises ApiError and ConfigError."""
-    _refuse_unsupported(
-        body, _STATE, ", which keeps no responses: the input must be the whole conversation"
-    )
-    _refuse_unsupported(body, _NOT_IN_RESPONSES)
-    given = checked(
-        _ResponseBody, {key: body[key] for key in _ResponseBody.__annotations__ if key in body}
-    )
-    text = given.get("text", {})
-    choice = body.get("tool_choice")
-    made = dict(body)
-    if text.get("verbosity") not in (None, "medium"):
-        raise invalid(
-            f"text.verbosity must be medium, got {text['verbosity']!r:.50}", "text.verbosity"
-        )
-    if form := text.get("format"):
-        made["response_format"] = (
-            {"type": form.get("type"), "json_schema": form} if isinstance(form, dict) else form
-        )
-    system = (
-        [{"role": "system", "content": given["instructions"]}] if "instructions" in given else []
-    )
-    made["messages"] = system + _messages(body.get("input"))
-    tools = [
-        {key: value for key, value in tool.items() if value is not None}
-        for tool in given.get("tools", [])
+def _response_request(
+    document: Mapping[str, Any], model: str, config: ServeConfig
+) -> AnswerRequest:
+    items = document.get("input")
+    if isinstance(items, list):  # messages need not say their type
+        items = [{"type": "message", **item} if isinstance(item, dict) else item for item in items]
+        document = {**document, "input": items}
+    body = _convert(document, ResponseBody)
+    options = body.options()
+    if body.top_logprobs or _LOGPROBS in body.include:
+        options["logprobs"] = body.top_logprobs
+    described = [_chat_tool(tool) for tool in body.tools]
+    tools = _tools(body, _convert({"tools": described}, _ToolList).tools, described)
+    prompts = [_conversation(_input_messages(body), "input")]
+    return _answer_request(body, model, prompts, options, config, tools)
+
+
+def _answer_request(
+    body: _AnswerBody,
+    model: str,
+    prompts: Sequence[Prompt],
+    options: dict[str, Any],
+    config: ServeConfig,
+    tools: Tools | None,
+) -> AnswerRequest:
+    require_model(body.model, model)
+    count = body.n * len(prompts)
+    _require_places(count, config, "n")
+    if tools is not None and tools.required and options.keys() & set(GUIDES):
+        message = "tool_choice must be none or auto with response_format or a guided_ key"
+        raise invalid(message, "tool_choice")
+    flags = config.decoding
+    max_new_tokens = options.get("max_new_tokens", flags.get("max_new_tokens", UNLIMITED))
+    options["max_new_tokens"] = min(max_new_tokens, config.token_limit or UNLIMITED)
+    options = cast(dict[str, Any], changed(flags, cast(RequestOptions, options)))
+    first_seed = secrets.randbelow(_SEEDS) if body.seed is None else body.seed
+    by_answer = [
+        cast(RequestOptions, {**options, "seed": (first_seed + number) % _SEEDS})
+        for number in range(count)
     ]
-    made["tools"] = [{"type": tool.pop("type", None), "function": tool} for tool in tools]
-    if isinstance(choice, dict) and "name" in choice:
-        made["tool_choice"] = {"type": choice.get("type"), "function": choice}
-    if "max_output_tokens" in body:
-        made["max_completion_tokens"] = body["max_output_tokens"]
-    if _LOGPROBS in given.get("include", []) or body.get("top_logprobs"):
-        made["logprobs"] = True
-    return made
+    return AnswerRequest(
+        prompts,
+        by_answer,
+        n=body.n,
+        stream=body.stream,
+        include_usage=bool(body.stream_options.include_usage),
+        echo=isinstance(body, CompletionBody) and body.echo,
+        tools=tools,
+    )
 
 
-def _messages(given: Any) -> list[dict[str, Any]]:
-    """Input items as messages, not yet validated. A call joins the assistant's message before it,
-    if there is one.
+def _require_places(count: int, config: ServeConfig, param: str) -> None:
+    """Raises ApiError for more answers or texts than could ever wait together."""
+    most = min(_MAX_ANSWERS, config.batch_size + config.queue_size)
+    if count > most:
+        raise invalid(f"{param} must ask for at most {most} answers or texts, got {count}", param)
+
+
+def _prompts(given: Any, param: str) -> list[Prompt]:
+    """The prompts of a `_Texts`: a list of ids is one prompt, other lists are several."""
+    if isinstance(given, str):
+        return [given]
+    ids = [each for each in given if isinstance(each, int)]
+    if not ids:
+        return list(given)
+    if len(ids) < len(given):
+        raise invalid(f"{param} must not mix token ids with texts", param)
+    return [ids]
+
+
+def _conversation(messages: Sequence[_Message], param: str) -> Conversation:
+    try:
+        return tuple(message.as_templates_read_it() for message in messages)
+    except DataError as error:
+        raise invalid(f"{param} is not valid: {error}", param) from None
+
+
+def _input_messages(body: ResponseBody) -> list[_Message]:
+    """Instructions and input items as messages. A call joins the assistant's message before it, if
+    there is one.
     """
-    messages: list[dict[str, Any]] = []
-    for item in given if isinstance(given, list) else [{"role": "user", "content": given}]:
-        match {"type": "message", **item} if isinstance(item, dict) else item:
-            case {
-                "type": "message",
-                "role": "system" | "developer" | "user" | "assistant" as role,
-                "content": content,
-            }:
-                messages.append({"role": role, "content": _content(content)})
-            case {"type": "function_call_output", "call_id": call, "output": output}:
-                messages.append({"role": "tool", "tool_call_id": call, "content": _content(output)})
-            case {"type": "function_call", "call_id": call, "name": name, "arguments": arguments}:
-                if not messages or messages[-1]["role"] != "assistant":
-                    messages.append({"role": "assistant"})
-                function = {"name": name, "arguments": arguments}
-                messages[-1].setdefault("tool_calls", []).append({"id": call, "function": function})
-            case _:
-                needed = "a text, or a list of messages with texts, function_call and function_call_output items"
-                raise invalid(f"input must be {needed}, got {item!r:.200}", "input")
+    messages = []
+    if body.instructions is not None:
+        messages.append(_Message("system", body.instructions))
+    if isinstance(body.input, str):
+        return [*messages, _Message("user", body.input)]
+    for item in body.input:
+        if isinstance(item, _InputMessage):
+            messages.append(_Message(item.role, item.content))
+        elif isinstance(item, _InputResult):
+            messages.append(_Message("tool", item.output, tool_call_id=item.call_id))
+        else:
+            if not messages or messages[-1].role != "assistant":
+                messages.append(_Message("assistant"))
+            call = _Call(_CalledFunction(item.name, item.arguments), item.call_id)
+            messages[-1].tool_calls = [*(messages[-1].tool_calls or []), call]
     return messages
 
 
-def _content(content: Any) -> Any:
-    """The content of an input or output item in the chat format."""
-    parts = content if isinstance(content, list) else []
-    if all(
-        isinstance(part, dict) and part.get("type") in ("input_text", "output_text")
-        for part in parts
-    ):
-        return [{**part, "type": "text"} for part in parts] or content
-    raise invalid(
-        "input must have contents that are texts, or lists of input_text and output_text parts",
-        "input",
-    )
+def _chat_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool of the responses API in the form of chat."""
+    function = {key: value for key, value in tool.items() if key != "type" and value is not None}
+    return {"type": tool.get("type"), "function": function}
+
+
+def _tools(
+    body: ChatBody | ResponseBody, tools: Sequence[Tool], described: list[dict[str, Any]]
+) -> Tools | None:
+    """The tools that an answer may call; None without any. `described`: as templates get them."""
+    choice = body.tool_choice
+    functions = [tool.function for tool in tools]
+    required: list[Function] = []
+    if choice == "none":
+        return None
+    if choice == "required":
+        required = functions
+    elif not isinstance(choice, str):
+        required = [function for function in functions if function.name == choice.name]
+    if choice != "auto" and not required:
+        raise invalid("tool_choice must be used with tools, and name one of them", "tool_choice")
+    if not functions:
+        return None
+    parallel = body.parallel_tool_calls and isinstance(choice, str)
+    return Tools(functions, described, required, parallel)
+
+
+def _schema(body: _AnswerBody) -> dict[str, Any] | None:
+    """The JSON schema that an answer must match; `strict` is ignored. Raises ApiError."""
+    if isinstance(body, ResponseBody):
+        form = body.text.format
+        param = "text.format"
+    else:
+        form = body.response_format
+        param = "response_format"
+    guided = body.guided_json
+    if isinstance(guided, str):
+        guided = parse_json(guided, "guided_json", DataError, dict[str, Any])
+    if form is None or form.type == "text":
+        return guided
+    if guided is not None:
+        raise invalid(f"{param} and guided_json must not be given both", param)
+    if form.type == "json_object":
+        return {"type": "object"}
+    schema = form.json_schema.schema if form.json_schema is not None else form.schema
+    if schema is None:
+        raise invalid(f"{param} of the type json_schema must have a schema", param)
+    return schema

@@ -8,9 +8,11 @@ token, without one.
 import json
 import re
 import secrets
+import string
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct, field
 
@@ -19,7 +21,8 @@ from layerskip_core.grammar import JSON_STYLE
 _START = "<tool_call>"
 _END = "</tool_call>"
 _MISTRAL = "[TOOL_CALLS]"
-_TOLD = """\
+_SEPARATORS = string.whitespace + ";,[]"  # between calls
+_DESCRIPTION = """\
 You may call functions to answer the user. Here they are in JSON, with the schemas of their parameters:
 <tools>
 {}
@@ -45,111 +48,112 @@ class Tool(Struct):
     function: Function
 
 
-class Tools(NamedTuple):
-    """The tools of a request; `described`: as the client sent them; `needed`: the answer must call
-    one of these.
-    """
+@dataclass(frozen=True)
+class Tools:
+    """The functions that an answer may call."""
 
-    known: tuple[Tool, ...]
-    described: list[Any]
-    needed: tuple[Tool, ...] = ()
-    parallel: bool = True
+    functions: Sequence[Function]
+    described: list[dict[str, Any]]  # the tools as chat templates get them
+    required: Sequence[Function] = ()  # the answer must call one of these
+    parallel: bool = True  # it may call several
 
 
 def format_of(template: str) -> Format | None:
     """The format of calls in a chat template; None if it has no tools."""
     if not re.search(r"\btools\b", template):
         return None
-    return "mistral" if _MISTRAL in template else "hermes" if _START in template else "llama"
+    if _MISTRAL in template:
+        return "mistral"
+    if _START in template:
+        return "hermes"
+    return "llama"
 
 
 def as_texts(
-    messages: Sequence[Mapping[str, Any]], tools: Tools | None, teller: str
-) -> list[dict[str, Any]]:
-    """The conversation as plain texts: a message of role `teller` describes the tools, messages of
-    one role are joined.
+    messages: Sequence[Mapping[str, Any]], tools: Tools | None, describing_role: str
+) -> list[dict[str, str]]:
+    """The conversation as plain texts, for templates without tools.
+
+    A message of `describing_role` describes the tools; neighbours of one role are joined, because
+    some templates want user and assistant in turn.
     """
-    turns = list[tuple[str, str]]()
+    turns = [_as_text(message) for message in messages]
     if tools is not None:
         listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools.described)
-        place = int(messages[0]["role"] == "system")
-        messages = [
-            *messages[:place],
-            {"role": teller, "content": _TOLD.format(listed)},
-            *messages[place:],
-        ]
-    for message in messages:
-        calls = (
-            json.dumps(call["function"], ensure_ascii=False)
-            for call in message.get("tool_calls", ())
-        )
-        content = "\n".join(
-            [message["content"], *(f"{_START}\n{call}\n{_END}" for call in calls)]
-        ).strip()
-        is_result = message["role"] == "tool"
-        turns.append(
-            ("user", f"<tool_response>\n{content}\n</tool_response>")
-            if is_result
-            else (message["role"], content)
-        )
-    groups = groupby(turns, key=lambda turn: turn[0])
-    return [
-        {"role": role, "content": "\n\n".join(content for _, content in group)}
-        for role, group in groups
-    ]
+        after_system = int(messages[0]["role"] == "system")
+        turns.insert(after_system, (describing_role, _DESCRIPTION.format(listed)))
+    joined = []
+    for role, group in groupby(turns, key=lambda turn: turn[0]):
+        joined.append({"role": role, "content": "\n\n".join(content for _, content in group)})
+    return joined
+
+
+def _as_text(message: Mapping[str, Any]) -> tuple[str, str]:
+    """A message's role and text, with its calls in Hermes' format."""
+    parts = [message["content"]]
+    for call in message.get("tool_calls", ()):
+        function = json.dumps(call["function"], ensure_ascii=False)
+        parts.append(f"{_START}\n{function}\n{_END}")
+    content = "\n".join(parts).strip()
+    if message["role"] == "tool":
+        return "user", f"<tool_response>\n{content}\n</tool_response>"
+    return message["role"], content
 
 
 def format_of_answers(form: Format | None, special: Collection[str]) -> Format | None:
     """The format that calls have in the text of answers. `special`: special tokens."""
-    return "llama" if form == "hermes" and _START in special else form  # without tags
+    if form == "hermes" and _START in special:  # the tags have no text
+        return "llama"
+    return form
 
 
 def grammar(form: Format, tools: Tools, special: dict[str, int]) -> str:
-    """A Lark grammar for calls of `needed` tools; if none is, for text, calls or both. `special`:
-    ids of special tokens.
+    """A Lark grammar for calls of the required functions; if none is, for text, calls or both.
+    `special`: ids of special tokens.
     """
-    key = "parameters" if form == "llama" else "arguments"
-    shared = dict[str, Any]()
-    choices = []
-    for tool in tools.needed or tools.known:
-        parameters = dict(tool.function.parameters)
-        shared |= parameters.pop("$defs", {})  # their references start at the root
-        properties = {"name": {"const": tool.function.name}, key: parameters}
-        choices.append(
-            {
-                "type": "object",
-                "properties": properties,
-                "required": ["name", key],
-                "additionalProperties": False,
-            }
-        )
-    call: dict[str, Any] = {"anyOf": choices}
 
-    def token(text: str) -> str:
+    def literal(text: str) -> str:
         return f"<[{special[text]}]>" if text in special else json.dumps(text)
 
     several = tools.parallel and form != "llama"  # Llama's template takes one call at a time
-    start = "start: call" + (' ("\\n" call)*' if several else "")
+    definitions, schema = _call_schema(tools, "parameters" if form == "llama" else "arguments")
+    start = "object"
+    rules = []
     if form == "mistral":
-        call = {"type": "array", "items": call, "minItems": 1} | (
-            {} if several else {"maxItems": 1}
-        )
-        start = f"start: {token(_MISTRAL)} object"
-    elif form == "llama":
-        start = "start: object"
-    parts = [
-        start,
-        "object: %json " + json.dumps({"$defs": shared, "x-guidance": JSON_STYLE, **call}),
-    ]
+        start = f"{literal(_MISTRAL)} object"
+        schema = {"type": "array", "items": schema, "minItems": 1}
+        if not several:
+            schema["maxItems"] = 1
     if form == "hermes":
-        parts += [f"call: {token(_START)} body", f'body: "\\n" object "\\n" {token(_END)}']
-    if not tools.needed:
-        text = [
-            f"TEXT: /(?s:.+)/ & ~/(?s:.*){_START}(?s:.*)/",
-            f'first[suffix="{_START}"]: /(?s:.*)/',
-        ]
-        parts = [start.replace("call", "TEXT? | first body", 1), *parts[1:], *text]
-    return "\n".join(parts)
+        start = 'call ("\\n" call)*' if several else "call"
+        rules.append(f"call: {literal(_START)} body")
+        rules.append(f'body: "\\n" object "\\n" {literal(_END)}')
+        if not tools.required:
+            start = start.replace("call", "TEXT? | first body", 1)
+            rules.append(f"TEXT: /(?s:.+)/ & ~/(?s:.*){_START}(?s:.*)/")
+            rules.append(f'first[suffix="{_START}"]: /(?s:.*)/')
+    schema = {"$defs": definitions, "x-guidance": JSON_STYLE, **schema}
+    return "\n".join([f"start: {start}", f"object: %json {json.dumps(schema)}", *rules])
+
+
+def _call_schema(tools: Tools, parameters_key: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The definitions and the JSON schema of a call: references start at the root of the whole
+    schema, so definitions move there.
+    """
+    definitions: dict[str, Any] = {}
+    choices = []
+    for function in tools.required or tools.functions:
+        parameters = dict(function.parameters)
+        definitions |= parameters.pop("$defs", {})
+        choices.append(
+            {
+                "type": "object",
+                "properties": {"name": {"const": function.name}, parameters_key: parameters},
+                "required": ["name", parameters_key],
+                "additionalProperties": False,
+            }
+        )
+    return definitions, {"anyOf": choices}
 
 
 class Calls:
@@ -158,7 +162,7 @@ class Calls:
     def __init__(self, form: Format | None, tools: Tools | None) -> None:
         """Without `tools` all is text."""
         self._form = form
-        self._names = set() if tools is None else {tool.function.name for tool in tools.known}
+        self._names = [] if tools is None else [function.name for function in tools.functions]
         self._held = ""  # text that may belong to a call
         self._is_text = False  # plain text has begun, after which unmarked calls cannot follow
         self.count = 0  # of calls so far
@@ -168,88 +172,93 @@ class Calls:
         if not self._names:
             return text, []
         self._held += text
-        plain, calls = (
-            self._marked(finished) if self._form == "hermes" else self._unmarked(finished)
-        )
+        split = self._split_marked if self._form == "hermes" else self._split_unmarked
+        plain, calls = split(finished)
         self.count += len(calls)
         return plain, calls
 
-    def _marked(self, finished: bool) -> tuple[str, list[Call]]:
+    def _split_marked(self, finished: bool) -> tuple[str, list[Call]]:
         plain = ""
-        calls = list[Call]()
+        calls: list[Call] = []
         while _START in self._held:
             before, _, rest = self._held.partition(_START)
             body, closed, after = rest.partition(_END)
             if not (closed or finished):
-                break
-            new = list(self._read(body))
-            plain += before.rstrip() if new else before + _START + body + closed
-            calls = calls + new
-            self._held = after.lstrip() if new else after
-        else:
-            ready = self._held  # all but an end where a call may begin, and white space before it
-            if not finished:
-                size = next(
-                    (
-                        size
-                        for size in range(len(_START) - 1, 0, -1)
-                        if ready.endswith(_START[:size])
-                    ),
-                    0,
-                )
-                ready = ready[: len(ready) - size].rstrip()
-            plain = plain + ready
-            self._held = self._held[len(ready) :]
-        return plain, calls
+                return plain, calls
+            found = _read_calls(body, self._names)
+            if found:
+                plain += before.rstrip()
+                self._held = after.lstrip()
+            else:
+                plain += before + _START + body + closed
+                self._held = after
+            calls += found
+        ready = self._held
+        if not finished:  # a call may begin at the end, and white space before it is no text
+            ready = _without_begun(ready, _START).rstrip()
+        self._held = self._held[len(ready) :]
+        return plain + ready, calls
 
-    def _unmarked(self, finished: bool) -> tuple[str, list[Call]]:
+    def _split_unmarked(self, finished: bool) -> tuple[str, list[Call]]:
         start = self._held.lstrip().removeprefix(_MISTRAL).lstrip()
-        named = any(name.startswith(start[: len(name)]) for name in self._names)
-        if not self._is_text and (
-            not start or start[0] in "{[" or (self._form == "mistral" and named)
-        ):
+        may_call = not start or start[0] in "{["
+        if self._form == "mistral":
+            may_call |= any(name.startswith(start[: len(name)]) for name in self._names)
+        if may_call and not self._is_text:
             if not finished:
                 return "", []
-            if calls := list(self._read(start)):
-                self._held = ""
+            calls = _read_calls(start, self._names)
+            if calls:
                 return "", calls
         self._is_text = True
         plain = self._held
         self._held = ""
         return plain, []
 
-    def _read(self, text: str) -> Iterator[Call]:
-        """Yields calls in sequence or in a list; none if the text has anything else."""
-        values = list[Any]()
-        place = 0
-        named = "|".join(map(re.escape, self._names))
-        while place < len(text):
-            if gap := re.compile(r"[\s;,\[\]]+").match(text, place):
-                place = gap.end()
-                continue
-            # Mistral's later form
-            name = re.compile(rf"({named})(\[ARGS\])?\s*(?={{)").match(text, place)
-            try:
-                value, place = json.JSONDecoder().raw_decode(text, name.end() if name else place)
-            except ValueError:
-                return
-            values.append({"name": name[1], "arguments": value} if name else value)
-        calls = [
-            (call.get("name"), call.get("arguments", call.get("parameters")))
-            for call in values
-            if isinstance(call, dict)
-        ]
-        if len(calls) == len(values) and all(
-            name in self._names and given is not None for name, given in calls
-        ):
-            for name, given in calls:
-                text = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
-                # Mistral's templates take ids of nine letters and digits only.
-                yield {
-                    "id": secrets.token_hex(5)[:9],
-                    "type": "function",
-                    "function": {"name": name, "arguments": text},
-                }
+
+def _without_begun(text: str, mark: str) -> str:
+    """The text without an end that begins the mark."""
+    for size in range(len(mark) - 1, 0, -1):
+        if text.endswith(mark[:size]):
+            return text[:-size]
+    return text
+
+
+def _read_calls(text: str, names: Sequence[str]) -> list[Call]:
+    """Calls in sequence or in a list; none if the text has anything else."""
+    calls = []
+    # Mistral's later form: the name, then the arguments
+    named = re.compile(rf"({'|'.join(map(re.escape, names))})(\[ARGS\])?\s*(?={{)")
+    rest = text.lstrip(_SEPARATORS)
+    while rest:
+        name = named.match(rest)
+        try:
+            value, end = json.JSONDecoder().raw_decode(rest, name.end() if name else 0)
+        except ValueError:
+            return []
+        if name:
+            value = {"name": name[1], "arguments": value}
+        call = _call(value, names)
+        if call is None:
+            return []
+        calls.append(call)
+        rest = rest[end:].lstrip(_SEPARATORS)
+    return calls
+
+
+def _call(value: Any, names: Sequence[str]) -> Call | None:
+    """A call in OpenAI's form; None if the value is no call of a known function."""
+    if not isinstance(value, dict) or value.get("name") not in names:
+        return None
+    arguments = value.get("arguments", value.get("parameters"))
+    if arguments is None:
+        return None
+    if not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    # Mistral's templates take ids of nine letters and digits only.
+    name = secrets.token_hex(5)[:9]
+    function = {"name": value["name"], "arguments": arguments}
+    return {"id": name, "type": "function", "function": function}
 
 
 def deltas(calls: Sequence[Call], first: int) -> Iterator[dict[str, Any]]:

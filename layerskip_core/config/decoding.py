@@ -380,9 +380,6 @@ class ServeConfig:
         Text | None,
         Flag("Key that clients must send.", default=f"{KEY} in the environment, else none"),
     ] = None
-    embedding_layer: Annotated[
-        Layer | None, Flag("Embeddings are mean states after this many layers.", None, "all")
-    ] = None
     remember: Remember = 0
     prefix_cache: Annotated[
         int, Meta(ge=0, le=1_000_000), Flag("Megabytes for KV entries of prompts and answers.")

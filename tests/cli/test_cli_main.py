@@ -227,7 +227,7 @@ def test_a_model_is_loaded_and_answers_whatever_the_streams_are(checkpoint):
 
 def test_a_descriptor_that_was_closed_is_taken_by_no_file(tmp_path):
     """Else what C code prints on it would go into the file."""
-    script = "import sys, os\nfrom cli import console\nconsole.take()\nos._exit(open(sys.argv[1], 'w').fileno())"
+    script = "import sys, os\nfrom cli import console\nconsole.open_streams()\nos._exit(open(sys.argv[1], 'w').fileno())"
     command = f'exec "{sys.executable}" -c "{script}" {tmp_path}/file <&- >&- 2>&-'
     assert finish(start("-c", command, command=("/bin/sh",))).code > 2
 

@@ -34,7 +34,7 @@ def test_every_command_that_decodes_has_the_flags_of_decoding(command):
 
 
 def test_flags_that_a_command_does_not_have():
-    assert "--seed" not in names_of("serve")
+    assert "--dtype" not in names_of("verify") and "--seed" not in names_of("serve")
     assert names_of("generate") - names_of("chat") >= {"--logprobs", "--prompt-logprobs"}
     assert not names_of("sweep-exits") & {
         "--exit",
@@ -45,7 +45,12 @@ def test_flags_that_a_command_does_not_have():
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_lists_every_flag_under_a_heading(name):
-    text = run(name, "--help-all").out
+    """In commands with many flags --help shows those that people use, --help-all all of them."""
+    flags = [flag for flag in names_of(name) if flag.startswith("--")]
+    short = run(name, "--help").out
+    text = run(name, "--help-all").out if "--help-all" in flags else short
+    if len(flags) > 20:
+        assert 8 <= short.count("\n  --") <= 14
     headings = [
         line[:-1] for line in text.splitlines() if line[:1].isalpha() and line.endswith(":")
     ]
@@ -53,14 +58,7 @@ def test_help_lists_every_flag_under_a_heading(name):
         panel for panel in ("Arguments", "Common", *get_args(Panel), "Other") if panel in headings
     ]
     assert headings == order
-    assert all(flag in text for flag in names_of(name) if flag.startswith("--"))
-
-
-def test_help_of_a_command_with_many_flags_shows_the_common_ones_and_how_to_see_all():
-    text = run("finetune", "--help").out
-    assert "--pmax" in text and "--help-all" in text and "--weight-decay" not in text
-    assert "--weight-decay" in run("finetune", "--help-all").out
-    assert "--help-all" not in run("compare", "--help").out  # which has few
+    assert all(flag in text for flag in flags)
 
 
 @pytest.mark.parametrize("spelling", ["--lr", "--learning-rate", "--learning_rate"])
@@ -77,7 +75,7 @@ def test_other_spellings_of_a_flag_set_it(spelling):
         ("finetune", "--model_name_or_path", "--model"),
         ("finetune", "--bf16", "--dtype bf16"),
         ("serve", "--num-speculative-tokens", "--spec"),
-        ("compare", "--bf16", None),  # which has no --dtype
+        ("verify", "--bf16", None),  # which has no --dtype
     ],
 )
 def test_flags_of_other_programs_are_answered_with_ours(command, typed, meant):

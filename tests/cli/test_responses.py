@@ -153,27 +153,24 @@ def test_a_tool_is_called_and_its_result_read(client):
 
 WRONG = {
     "store": (True,), "previous_response_id": ("resp_1",), "background": (True,), "truncation": ("auto",), "n": (2,),
-    "model": ("gpt",), "instructions": (5,), "max_output_tokens": (0,), "text": ("json",), "top_logprobs": (21,),
+    "model": ("gpt",), "instructions": (5,), "max_output_tokens": (0,),
+    "text": ("json", {"verbosity": "low"}, {"format": {"type": "yaml"}}),
+    "top_logprobs": (21,),
     "temperature": (-1,), "tools": ([{"type": "web_search"}], "all"),
     "input": (
         *(None, [], [{"type": "item_reference", "id": "msg_1"}]),
         [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}],
         [{"type": "function_call", "call_id": "a", "name": "time", "arguments": "{"}],
     ),
-    "text.format": ({"type": "yaml"}, {"type": "json_schema", "name": "a", "schema": {"type": "strange"}}),
-    "text.verbosity": ("low",),
 }  # fmt: skip
-
-
-def nested(param, value):
-    name, _, inner = param.partition(".")
-    return {name: {inner: value} if inner else value}
+STRANGE = {"type": "json_schema", "name": "a", "schema": {"type": "strange"}}
 
 
 @pytest.mark.parametrize(
     ("changes", "param"),
     [
-        *((nested(param, value), param) for param, values in WRONG.items() for value in values),
+        *(({param: value}, param) for param, values in WRONG.items() for value in values),
+        ({"text": {"format": STRANGE}}, "text.format"),
         ({"tool_choice": {"type": "function", "name": "nothing"}, "tools": [TIME]}, "tool_choice"),
     ],
 )

@@ -357,11 +357,13 @@ def test_echo_gives_the_prompt_s_log_probabilities(client):
 
 
 WRONG = {
-    "model": ("gpt", None), "prompt": (None, [[]], ["a", 5]), "temperature": (-1, "hot"), "max_tokens": (0,),
+    "model": ("gpt",), "prompt": (None, [[]], ["a", 5]), "temperature": (-1, "hot"), "max_tokens": (0,),
     "stop": (["x"] * 17, "x" * 257, [""]), "n": (1000,), "best_of": (3,), "typical_p": (0.3,), "guided_regex": ("(a",),
     "guided_choice": ([],), "response_format": ({"type": "json_schema"}, "json"), "echo": ("yes",), "logprobs": (True, 21),
     "top_logprobs": (2,), "frequency_penalty": (2.5,), "repetition_penalty": (0,), "min_p": (-0.1,), "min_tokens": (-1,),
-    "logit_bias": ({"300": 1}, {"x": 1}, {"7": 101}), "stop_token_ids": ([-1],),
+    # What is read at every token is bounded, far above the 300 tokens that OpenAI takes.
+    "logit_bias": ({"300": 1}, {"x": 1}, {"7": 101}, {str(token): 1 for token in range(1_025)}),
+    "stop_token_ids": ([-1], [5] * 1_025),
 }  # fmt: skip
 
 
@@ -372,7 +374,8 @@ WRONG = {
         ({"prompt": [10**6]}, None),  # no token of the model
         ({"prompt": "wake " * 200}, None),  # longer than the context
         ({"guided_regex": "a", "guided_choice": ["b"]}, "guided_choice"),
-        *(({"guided_json": value}, "response_format") for value in ([], {"type": "strange"})),
+        ({"guided_json": []}, "guided_json"),
+        ({"guided_json": {"type": "strange"}}, "response_format"),
         ({"guided_json": {}, "response_format": {"type": "json_object"}}, "response_format"),
     ],
 )
@@ -386,25 +389,6 @@ def test_a_wrong_request_is_told_why_in_openai_s_form(client, body, param):
     assert (error.status_code, error.param, error.type) == (status, param, "invalid_request_error")
 
 
-def test_what_is_read_at_every_token_is_bounded(client):
-    """Far above what OpenAI takes, 300 tokens."""
-    asked = {"model": "tiny", "prompt": PROMPT}
-    for body, needed in (
-        (
-            {"logit_bias": {str(token): 1 for token in range(1_025)}},
-            "an object of at most 1024 token ids with numbers",
-        ),
-        ({"stop_token_ids": [5] * 1_025}, "a list of at most 1024 token ids"),
-    ):
-        with pytest.raises(openai.BadRequestError, match=f"must be {needed}") as failed:
-            client.post("/completions", cast_to=object, body={**asked, **body})
-        assert failed.value.param == next(iter(body))
-    bias = {str(token): -1 for token in range(300)}
-    assert (
-        client.completions.create(**asked, logit_bias=bias).choices[0].text == expected(PROMPT)[0]
-    )
-
-
 def test_texts_are_tokenized_and_embedded(api, client):
     decoder = tiny_loaded()
     inputs = [PROMPT, "play some jazz"]
@@ -414,16 +398,12 @@ def test_texts_are_tokenized_and_embedded(api, client):
     talk = {"messages": [{"role": "user", "content": PROMPT}]}
     assert httpx.post(f"{api.url}/tokenize", json=talk).json()["tokens"] == ids[0]
     plain = [decoder.tokenizer(text)["input_ids"] for text in inputs]
-    with serving(decoder, embedding_layer=3) as early:
-        for served, layers in ((api, 6), (early, 3)):
-            answer = served.client().embeddings.create(model="tiny", input=inputs)
-            for one, text in zip(answer.data, plain, strict=True):
-                states = run_texts(
-                    decoder.backend, decoder.backend.embed(torch.tensor([text])), 0, layers
-                )
-                mean = decoder.backend.normed(states)[0].mean(0)
-                assert one.embedding == pytest.approx((mean / mean.norm()).tolist(), abs=1e-5)
-            assert answer.usage.prompt_tokens == sum(map(len, plain))
+    answer = client.embeddings.create(model="tiny", input=inputs)
+    for one, text in zip(answer.data, plain, strict=True):
+        states = run_texts(decoder.backend, decoder.backend.embed(torch.tensor([text])), 0, 6)
+        mean = decoder.backend.normed(states)[0].mean(0)
+        assert one.embedding == pytest.approx((mean / mean.norm()).tolist(), abs=1e-5)
+    assert answer.usage.prompt_tokens == sum(map(len, plain))
     exact = (
         client.embeddings.create(model="tiny", input=plain[0], encoding_format="float")
         .data[0]
@@ -447,10 +427,10 @@ def test_texts_are_tokenized_and_embedded(api, client):
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ([], "a list of messages"),
+        ([], "length >= 1"),
         ([{"role": "tool", "content": "x"}], "this model has no chat template"),
-        ([{"role": "robot", "content": "x"}], r"\[0\].role"),
-        ([{"role": "user", "content": [{"type": "image_url"}]}], r"\[0\].content"),
+        ([{"role": "robot", "content": "x"}], r"messages\[0\].role"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], r"messages\[0\].content"),
         (
             [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}],
             "this model has no chat template",
