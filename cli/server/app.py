@@ -329,7 +329,11 @@ class Service:
         finally:
             self._engine.release(1)
         return JSONResponse(
-            {"tokens": ids, "count": len(ids), "max_model_len": self._decoder.backend.room}
+            {
+                "tokens": ids,
+                "count": len(ids),
+                "max_model_len": self._decoder.backend.context_length(),
+            }
         )
 
     async def _models(self, request: Request) -> Response:

@@ -221,7 +221,7 @@ def own_prompts(decoder: Decoder, count: int, seed: int) -> Iterator[str]:
     """
     start = decoder.prompt_start()
     known = set[str]()
-    room = min(_PROMPT_TOKENS, decoder.backend.room - len(start) - _PROMPT_TOKENS)
+    room = min(_PROMPT_TOKENS, decoder.backend.context_length() - len(start) - _PROMPT_TOKENS)
     require(
         bool(start) and room > 0,
         "model",

@@ -124,7 +124,9 @@ class DrafterModule(nn.Module):
         norm.
         """
         backend, (rows, tokens) = self.decoder, ids.shape
-        places = Places(backend.new_cache(rows, tokens), [0] * rows, [tokens] * rows, settled=True)
+        places = Places(
+            backend.new_cache(rows, tokens), [0] * rows, [tokens] * rows, no_rollback=True
+        )
         last = backend.num_layers
         with torch.inference_mode(), torch.autocast(ids.device.type, enabled=False):
             states = states_at(backend, backend.embed(ids.flatten()), (*self.layers, last), places)

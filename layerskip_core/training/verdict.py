@@ -20,7 +20,7 @@ from ..config.model import PackingConfig
 from ..decoding import DecodingLoop, decode, decode_batch
 from ..decoding.drafters.bandit import PassTimes, expected_accepted
 from ..losses import target_rows
-from ..model.backend import Backend, DraftEnds, DraftHead, Submodel
+from ..model.backend import Backend, DraftCall, DraftEnds, DraftHead, Submodel
 from ..model.cache import Places
 from ..model.eagle3 import Eagle3Weights
 from ..splits import timely_rows
@@ -188,16 +188,11 @@ def eagle3_speedup(backend: Backend, stored: Eagle3Weights) -> SpeedEstimate:
     def drafts(embedded: Tensor, _: Places) -> Tensor:
         feature = embedded[:1]
         if drafter.kernel is not None:
-            return drafter.kernel(
-                head,
-                newest,
-                submodel,
-                cache.span(1, _LONGEST + 2),
-                DraftEnds(),
-                None,
-                feature,
-                False,
-            )[0]
+            places = cache.span(1, _LONGEST + 2)
+            call = DraftCall(
+                head, newest, submodel, places, DraftEnds(), feature=feature, runs_last=False
+            )
+            return drafter.kernel(call)[0]
         outputs = (
             drafter.run(backend, feature, feature, place)
             for place in cache.span(1, _LONGEST + 1).parts(1)
