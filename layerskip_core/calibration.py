@@ -244,7 +244,7 @@ def quantize(
     others = () if spec.architecture.mixer is None else spec.architecture.mixer.steps
     for index in range(backend.num_layers):
         layer = backend.layers[index]
-        run = partial(backend.run_texts, start=index, stop=index + 1)
+        run = partial(backend.run_texts, start=index, end=index + 1)
         for names, square in _squares(layer, run, states, others).items():
             matrices = [layer.get_parameter(f"{name}.weight") for name in names]
             joint = gptq(torch.cat(matrices), damped(square, texts.numel()))

@@ -57,7 +57,7 @@ def serve(
         if isinstance(loaded.backend, NativeBackend):
             loaded.backend.limit_memory(kv_bytes)
             needed = "megabytes that hold the keys and values of at least 64 tokens"
-            require(loaded.backend.room > 0, "kv_memory", needed, kv_bytes // 2**20)
+            require(loaded.backend.context_length() > 0, "kv_memory", needed, kv_bytes // 2**20)
         elif serving.kv_memory is not None:
             implementation = loaded.backend.implementation
             needed = f"left out: nothing bounds the KV entries of {implementation}"

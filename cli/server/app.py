@@ -264,7 +264,9 @@ class Service:
             ids = await self._encoder.run(self._encoder.ids, prompt)
         finally:
             self._engine.release(1)
-        return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": self._backend.room})
+        return JSONResponse(
+            {"tokens": ids, "count": len(ids), "max_model_len": self._backend.context_length()}
+        )
 
     async def _models(self, request: Request) -> Response:
         """The list of models, which has one entry, or the model named in the path."""

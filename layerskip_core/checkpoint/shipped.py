@@ -26,6 +26,7 @@ from torch import Tensor
 from ..errors import CheckpointError, require
 from ..files import read_json
 from ..model.architectures import is_complete
+from ..model.assistant import INPUT, ORDER, Assistant
 from ..model.configuration import LayerSizes
 from ..model.exit_blocks import (
     MTP,
@@ -35,7 +36,6 @@ from ..model.exit_blocks import (
     MtpLayout,
     blocks_named,
 )
-from ..model.native.drafters import INPUT, ORDER, Assistant
 from ..model.spec import AnySpec, ModelSpec
 from . import sidecars
 from .folder import (

@@ -183,7 +183,7 @@ class DecodingLoop:
         self._divide()
         more = 1 + self._num_draft_tokens
         most = self._cache.max_positions
-        return self._cache.spare(
+        return self._cache.free_pages(
             [min(row.filled + (row.runs or more), most) for row in self.active]
         )
 
@@ -196,7 +196,7 @@ class DecodingLoop:
         Raises ConfigError for a prompt that does not fit.
         """
         check_prompt(prompt, self._model, num_draft_tokens=self._num_draft_tokens)
-        room = self._model.room_for(self._num_draft_tokens) - len(prompt)
+        room = self._model.context_length(self._num_draft_tokens) - len(prompt)
         limits = config.max_new_tokens, room
         scanner = StopScanner(eos_ids, config.stop, *limits, self._detokenize)
         text = OutputText(self._detokenize or (lambda ids: ""), eos_ids, config.stop)
@@ -350,7 +350,7 @@ class DecodingLoop:
             self._cache,
             [row.filled for row in rows],
             [row.runs for row in rows],
-            settled=not drafting,
+            no_rollback=not drafting,
         )
         bounds = places.bounds
         if len(drafting) == sum(row.runs > 0 for row in rows):

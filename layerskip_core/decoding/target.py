@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from ..config.decoding import DecodingConfig
-from ..model.backend import Backend, Submodel, states_at
+from ..model.backend import Backend, DraftBlock, Submodel, TokenPass, states_at
 from ..model.cache import KVCache, Places, States, joined, on_device
-from ..model.exit_blocks import DraftBlock
 from ..model.noise import Noise
 from ..model.spec import ModelSpec
 from .graphs import Recorder
@@ -200,9 +199,8 @@ class FixedTarget:
         ):
             states = {0: self._model.embed(tokens), **states}
         if chooses:
-            choices, reached = self._model.choose(
-                tokens, states.get(start), start, self._layers, kept, places, noise
-            )
+            step = TokenPass(tokens, places, self._layers, start, states.get(start), kept, noise)
+            choices, reached = self._model.choose(step)
         else:
             reached = states_at(self._model, states[start], kept or (self._layers,), places, start)
         hidden = reached.get(self._layers, tokens)  # unused after a choice without blocks
@@ -250,7 +248,7 @@ class CalmTarget:
     ) -> TargetOutput:
         chosen = None
         hidden = self._model.embed(tokens)
-        self._begin = places.stop
+        self._begin = places.end
         for start, stop in self._spans:
             hidden = self._model.run_layers(hidden, start, stop, places)
             after = self._through_block(hidden, stop, places)
@@ -353,12 +351,12 @@ class ExitBlockCache:
             if count:
                 unwritten.append(self._of_pass.part(first, first + count))
         self._of_pass = None
-        if max(cache.waiting) >= _MOST_WAITING:
+        if max(cache.num_unwritten) >= _MOST_WAITING:
             self.write(cache, filled)
 
     def write(self, cache: KVCache, filled: Sequence[int]) -> None:
         """Writes the KV entries of all waiting tokens in one pass. `filled`: as for `commit`."""
-        counts = cache.waiting
+        counts = cache.num_unwritten
         if not any(counts):
             return
         waiting = joined([part for unwritten in cache.unwritten for part in unwritten])
@@ -511,7 +509,7 @@ class Prefixes:
         """Whether there is memory for a branch of a cache of `model`, after dropping its texts if
         need be.
         """
-        while cache.spare() < cache.branch_pages:
+        while cache.free_pages() < cache.branch_pages:
             if not self.drop(model):
                 return False
         return True

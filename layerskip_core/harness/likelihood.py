@@ -123,7 +123,7 @@ def _scored(
     cache = model.new_cache(1 if shared else len(contexts), max(lengths) + max(map(len, rests)))
     if shared:
         prefix = torch.tensor(contexts[0][:shared], device=model.device)
-        for _ in states_at_exits(model, prefix, cache.span(0, shared, settled=True), exits):
+        for _ in states_at_exits(model, prefix, cache.span(0, shared, no_rollback=True), exits):
             pass
         cache = cache.branch([0] * len(contexts), [shared] * len(contexts))
     scores = {
@@ -140,7 +140,7 @@ def _scored(
         `texts` that predict it).
         """
         owner, targets, rows, columns = torch.tensor(after).T
-        places = Places(cache, starts, list(map(len, texts)), settled=True)
+        places = Places(cache, starts, list(map(len, texts)), no_rollback=True)
         ids = torch.tensor([*chain(*texts)], device=model.device)
         at = torch.tensor(places.bounds)[rows] + columns
         for stop, hidden, head in states_at_exits(model, ids, places, exits):

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from ..config.model import PackingConfig, Quantization
+from ..config.resolution import MOST_DRAFTS
 from ..errors import ConfigError, ContextError
 from .cache import KVCache, Places
 from .eagle3 import Eagle3Weights
-from .exit_blocks import DraftBlock, PlacedBlock
 from .noise import Noise, perturbed
 from .spec import AnySpec
 from .vocabulary import DraftVocabulary, most_probable
 
 Spans = tuple[tuple[int, int], ...]
-"""Spans of layers (start, stop), in ascending order."""
+"""Spans of layers (start, end), in ascending order."""
 
 
 class Layers(Protocol):
@@ -38,25 +38,87 @@ class Layers(Protocol):
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids (...) to hidden states (..., D)."""
 
-    def run_layers(self, hidden: Tensor, start: int, stop: int, places: Places) -> Tensor:
-        """Layers start..stop-1 over the hidden states of the tokens at `places`; returns pre-norm
+    def run_layers(self, hidden: Tensor, start: int, end: int, places: Places) -> Tensor:
+        """Layers start..end-1 over the hidden states of the tokens at `places`; returns pre-norm
         hidden states.
 
         Writes each token's KV entries; a token attends to its row up to its own position.
         """
 
+    def write_kv(self, hidden: Tensor, start: int, end: int, places: Places) -> None:
+        """Writes the KV entries of layers start..end-1 as if `hidden` were the input of each layer.
+
+        For tokens that exited before layer `start` (state propagation: Schuster et al., NeurIPS
+        2022, section 3.3).
+        """
+
 
 def states_at(
-    layers: Layers, hidden: Tensor, stops: Iterable[int], places: Places, start: int = 0
+    layers: Layers, hidden: Tensor, exits: Iterable[int], places: Places, start: int = 0
 ) -> dict[int, Tensor]:
-    """The hidden states after each of `stops` layers (ascending), from those after `start`; see
+    """The hidden states after each of `exits` layers (ascending), from those after `start`; see
     `Layers.run_layers`.
     """
     states = {}
-    for stop in stops:
-        states[stop] = hidden = layers.run_layers(hidden, start, stop, places)
-        start = stop
+    for end in exits:
+        states[end] = hidden = layers.run_layers(hidden, start, end, places)
+        start = end
     return states
+
+
+class DraftBlock(Protocol):
+    """A block beside the model's layers that drafts: of an exit, MTP, EAGLE-3, or an assistant."""
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """The layers of the target after which it reads states, ascending; 0: the embedding. Drafts
+        start from the last.
+        """
+
+    @property
+    def needs_feature(self) -> bool:
+        """Whether it reads a feature of the previous token; then a text's first token has no KV
+        entry.
+        """
+
+    @property
+    def head(self) -> Callable[[Tensor], Tensor]:
+        """Norm and head, to logits (..., N)."""
+
+    @property
+    def vocabulary(self) -> DraftVocabulary | None:
+        """The N tokens that the head scores; None for all."""
+
+    @property
+    def kernel(self) -> "DraftKernel | None":
+        """Makes a whole draft in one call; None: use the draft side's."""
+
+    def run(self, layers: Layers, states: Tensor, before: Tensor | None, places: Places) -> Tensor:
+        """The head's input, from tokens' states at the last tap and the features `before` of the
+        tokens before them.
+        """
+
+    def write(
+        self, model: "Backend", states: Mapping[int, Tensor], before: Tensor | None, places: Places
+    ) -> None:
+        """Writes its KV entries from the target's states by `taps`."""
+
+    def features(
+        self, model: "Backend", states: Mapping[int, Tensor], finals: Tensor
+    ) -> Tensor | None:
+        """The features (..., D) of verified tokens, from the target's states by `taps` and after
+        the last layer; None if it reads none.
+        """
+
+    def own_feature(self, hidden: Tensor) -> Tensor | None:
+        """The feature of a drafted token, from the output of `run` for it."""
+
+
+class ChainedBlock(DraftBlock, Protocol):
+    """A block that is a layer of the model's chain."""
+
+    @property
+    def layer(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -65,13 +127,11 @@ class Submodel:
 
     exit_layer: int  # layers 0..exit_layer-1 run first; 0 for a block that reads embeddings
     beyond: Spans = ()  # then these (Draft & Verify)
-    # Then this exit block with its head, else the draft side's head
-    block: "DraftBlock | None" = None
-    # Ascending exits below `exit_layer` whose hidden states are returned too
-    taps: tuple[int, ...] = ()
+    block: DraftBlock | None = None  # then this block with its head, else the draft side's head
+    taps: tuple[int, ...] = ()  # ascending exits below `exit_layer`, whose states are returned too
 
     @property
-    def stops(self) -> tuple[int, ...]:
+    def state_layers(self) -> tuple[int, ...]:
         """The counts of layers after which hidden states are returned, ascending."""
         return (*self.taps, self.exit_layer)
 
@@ -121,18 +181,26 @@ class DraftHead(NamedTuple):
         return chosen if self.vocabulary is None else self.vocabulary.tokens(chosen)
 
 
-Drafted = tuple[Tensor, dict[int, Tensor], list[float]]
-DraftKernel = Callable[
-    [DraftHead, Tensor, Submodel, Places, DraftEnds, Noise | None, Tensor | None, bool], Drafted
-]
-"""Drafts for one row: at most d tokens after the newest, which ends the text (n,); the places are for all d + 1, the noise, if
-any, for d.
+@dataclass(frozen=True)
+class DraftCall:
+    """Asks a `DraftKernel` for drafts of one row, after its newest token."""
 
-If n > 1, guesses are looked up in the text and verified in the newest token's pass (only without `taps`). The last arguments:
-the newest token's feature (1, D), if the block needs one, and whether the last draft runs too. Returns the tokens (K+1,), the
-newest first; the states of those that ran, (K+1, D) or (K, D), by the submodel's stops; and the probabilities of the drafts,
-empty if the ends need none.
-"""
+    head: DraftHead
+    # (n,), the newest token last. If n > 1, guesses are looked up in the text and verified in the
+    # newest token's pass (only without `taps`).
+    text: Tensor
+    submodel: Submodel
+    places: Places  # of the newest token and of d drafts at most
+    ends: DraftEnds
+    noise: Noise | None = None  # for d tokens
+    feature: Tensor | None = None  # (1, D), of the token before the newest, if the block reads it
+    runs_last: bool = True  # whether the last draft runs too
+
+
+Drafted = tuple[Tensor, dict[int, Tensor], list[float]]
+DraftKernel = Callable[[DraftCall], Drafted]
+"""Returns the tokens (K+1,), the newest first; the states of those that ran, (K+1, D) or (K, D), by
+`Submodel.state_layers`; and the probabilities of the drafts, empty if the ends need none."""
 
 
 @dataclass(frozen=True)
@@ -143,19 +211,16 @@ class DraftSide:
     num_layers: int  # without those of exit blocks
     whole: DraftHead  # after all layers, or after `Submodel.beyond`
     at_exits: DraftHead  # at exits without a block; may score fewer tokens
-    exit_blocks: Mapping[int, PlacedBlock] = field(default_factory=dict)  # by exit
+    exit_blocks: Mapping[int, ChainedBlock] = field(default_factory=dict)  # by exit
     # Hidden states equal the backend's, so verification can continue from them
     shares_states: bool = True
     kernel: DraftKernel | None = None  # makes a whole draft in one call
 
     def head(self, submodel: Submodel) -> DraftHead:
-        if (block := submodel.block) is not None:
-            return DraftHead(block.head, block.vocabulary)
-        return (
-            self.at_exits
-            if submodel.exit_layer < self.num_layers and not submodel.beyond
-            else self.whole
-        )
+        if submodel.block is not None:
+            return DraftHead(submodel.block.head, submodel.block.vocabulary)
+        is_exit = submodel.exit_layer < self.num_layers and not submodel.beyond
+        return self.at_exits if is_exit else self.whole
 
 
 def beyond_exit(
@@ -170,9 +235,26 @@ def beyond_exit(
     if block is not None:
         hidden = block.run(side.layers, states, feature, places)
         return block.head(hidden), block.own_feature(hidden)
-    for start, stop in submodel.beyond:
-        states = side.layers.run_layers(states, start, stop, places)
+    for start, end in submodel.beyond:
+        states = side.layers.run_layers(states, start, end, places)
     return side.head(submodel).unembed(states), None
+
+
+@dataclass(frozen=True)
+class TokenPass:
+    """A pass through layers start..end-1 and the head, for N tokens."""
+
+    tokens: Tensor  # (N,)
+    places: Places
+    end: int
+    start: int = 0
+    states: Tensor | None = None  # (N, D), after `start` layers; None: the tokens' embeddings
+    taps: Sequence[int] = ()  # ascending, above `start`: layers after which states are returned
+    noise: Noise | None = None  # added to the logits
+
+
+Chosen = tuple[Tensor, dict[int, Tensor]]
+"""The argmax token ids (N,) of a TokenPass, and the states (N, D) after each of its taps."""
 
 
 class Backend(Layers, Protocol):
@@ -195,23 +277,19 @@ class Backend(Layers, Protocol):
     def row_cost(self) -> float:
         """Rough compute time of a token, in units of the time to read all weights from memory."""
 
-    @property
-    def room(self) -> int:
-        """Tokens of the longest text that fits the context and the memory for KV entries, with
-        adaptive drafting.
-        """
+    def context_length(self, num_draft_tokens: int = MOST_DRAFTS) -> int:
+        """Tokens of the longest text that fits the model's context and the memory for KV entries.
 
-    def room_for(self, num_draft_tokens: int) -> int:
-        """As `room`, with at most `num_draft_tokens` drafts per round: a text's memory in recurrent
-        layers grows with them.
+        `num_draft_tokens`: the most drafts per round. A text's memory in recurrent layers grows
+        with them.
         """
 
     @property
-    def exit_blocks(self) -> Mapping[int, PlacedBlock]:
+    def exit_blocks(self) -> Mapping[int, ChainedBlock]:
         """By exit."""
 
     @property
-    def drafters(self) -> "Mapping[str, DraftBlock]":
+    def drafters(self) -> Mapping[str, DraftBlock]:
         """By strategy: `mtp`, `eagle3`."""
 
     @property
@@ -221,34 +299,12 @@ class Backend(Layers, Protocol):
     def new_cache(self, batch_size: int = 1, max_positions: int | None = None) -> KVCache:
         """An empty cache for all layers. `max_positions`: at most the context."""
 
-    def choose(
-        self,
-        tokens: Tensor,
-        states: Tensor | None,
-        start: int,
-        stop: int,
-        kept: Sequence[int],
-        places: Places,
-        noise: Noise | None = None,
-    ) -> tuple[Tensor, dict[int, Tensor]]:
-        """The argmax token ids (N,) after `stop` layers, and the states after each of `kept` layers
-        (ascending, above `start`).
-
-        `states` (N, D): of the tokens (N,) after `start` layers; None: their embeddings. `noise`:
-        added to the logits.
-        """
-
-    def write_kv(self, hidden: Tensor, start: int, stop: int, places: Places) -> None:
-        """Writes the KV entries of layers start..stop-1 as if `hidden` were the input of each
-        layer.
-
-        For tokens that exited before layer `start` (state propagation: Schuster et al., NeurIPS
-        2022, section 3.3).
-        """
+    def choose(self, step: TokenPass) -> Chosen:
+        """Runs a pass and chooses each token's next."""
 
     def placed_eagle3(
         self, stored: Eagle3Weights, place: int, packing: PackingConfig
-    ) -> "DraftBlock":
+    ) -> DraftBlock:
         """A drafter in the EAGLE-3 layout, with its KV entries as layer `place` of the cache."""
 
     def unembed(self, hidden: Tensor) -> Tensor:
@@ -259,21 +315,17 @@ class Backend(Layers, Protocol):
 
 
 def choose_by_head(
-    model: Backend,
-    tokens: Tensor,
-    states: Tensor | None,
-    start: int,
-    stop: int,
-    kept: Sequence[int],
-    places: Places,
-    noise: Noise | None = None,
-    add_noise: Callable[[Tensor, Noise], Tensor] = perturbed,
-) -> tuple[Tensor, dict[int, Tensor]]:
+    model: Backend, step: TokenPass, add_noise: Callable[[Tensor, Noise], Tensor] = perturbed
+) -> Chosen:
     """`Backend.choose` by `run_layers` and `unembed`."""
-    hidden = model.embed(tokens) if states is None else states
-    reached = states_at(model, hidden, dict.fromkeys((*kept, stop)), places, start)
-    logits = model.unembed(reached[stop])
-    return most_probable(logits if noise is None else add_noise(logits, noise)), reached
+    hidden = model.embed(step.tokens) if step.states is None else step.states
+    reached = states_at(
+        model, hidden, dict.fromkeys((*step.taps, step.end)), step.places, step.start
+    )
+    logits = model.unembed(reached[step.end])
+    if step.noise is not None:
+        logits = add_noise(logits, step.noise)
+    return most_probable(logits), reached
 
 
 def states_at_exits(
@@ -283,13 +335,13 @@ def states_at_exits(
     pass.
     """
     hidden = model.embed(tokens)
-    for start, stop in pairwise([0, *sorted(set(exit_layers))]):
-        hidden = model.run_layers(hidden, start, stop, places)
-        block = model.exit_blocks.get(stop)
+    for start, end in pairwise([0, *sorted(set(exit_layers))]):
+        hidden = model.run_layers(hidden, start, end, places)
+        block = model.exit_blocks.get(end)
         if block is None:
-            yield stop, hidden, model.unembed
+            yield end, hidden, model.unembed
         else:
-            yield stop, model.run_layers(hidden, block.layer, block.layer + 1, places), block.head
+            yield end, block.run(model, hidden, None, places), block.head
 
 
 def check_prompt(
@@ -298,20 +350,19 @@ def check_prompt(
     what: str = "the prompt",
     num_draft_tokens: int = KVCache.steps_back,
 ) -> None:
-    """Raises ConfigError for an empty prompt, ContextError if context or memory have no room for a
-    token after it.
+    """Raises ConfigError for an empty prompt, ContextError if the context or the memory does not
+    hold another token after it.
 
     `what`: the prompt's name in the error. `num_draft_tokens`: the most per round.
     """
     if not prompt_ids:
         raise ConfigError(f"{what} is empty")
-    limit = model.room_for(num_draft_tokens)
-    if len(prompt_ids) >= limit:
-        why = (
-            "the model's context is"
-            if limit == model.spec.context
-            else "the memory for keys and values has room for"
-        )
-        raise ContextError(
-            f"{what} must be at most {limit - 1} tokens, got {len(prompt_ids)} ({why} {limit} tokens)"
-        )
+    limit = model.context_length(num_draft_tokens)
+    if len(prompt_ids) < limit:
+        return
+    why = "the memory for keys and values has room for"
+    if limit == model.spec.context:
+        why = "the model's context is"
+    raise ContextError(
+        f"{what} must be at most {limit - 1} tokens, got {len(prompt_ids)} ({why} {limit} tokens)"
+    )

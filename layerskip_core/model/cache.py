@@ -13,7 +13,7 @@ from itertools import accumulate, chain, pairwise, repeat
 from math import inf
 from operator import add
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import psutil
@@ -21,9 +21,6 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-
-if TYPE_CHECKING:
-    from .backend import Layers
 
 Indices = Sequence[int]
 _FEW = 16  # rows of at most so many tokens share a grid, whatever the padding
@@ -39,9 +36,9 @@ class States:
     def __len__(self) -> int:
         return len(self.finals)
 
-    def part(self, start: int, stop: int) -> "States":
+    def part(self, start: int, end: int) -> "States":
         return States(
-            {tap: states[start:stop] for tap, states in self.taps.items()}, self.finals[start:stop]
+            {tap: states[start:end] for tap, states in self.taps.items()}, self.finals[start:end]
         )
 
 
@@ -75,12 +72,12 @@ class KVCache(ABC):
         # yet.
         self.unwritten = [list[States]() for _ in range(batch_size)]
 
-    def span(self, start: int, stop: int, settled: bool = False) -> "Places":
-        """The positions start..stop-1 of every row. `settled`: see Places."""
-        return Places(self, [start] * self.rows, [stop - start] * self.rows, settled)
+    def span(self, start: int, end: int, no_rollback: bool = False) -> "Places":
+        """The positions start..end-1 of every row. `no_rollback`: see Places."""
+        return Places(self, [start] * self.rows, [end - start] * self.rows, no_rollback)
 
     @property
-    def waiting(self) -> list[int]:
+    def num_unwritten(self) -> list[int]:
         """By row: how many tokens still need KV entries of blocks that draft."""
         return [sum(map(len, unwritten)) for unwritten in self.unwritten]
 
@@ -89,8 +86,8 @@ class KVCache(ABC):
     def memory(self) -> dict[int, int]:
         """Bytes of each allocation that it holds, by address: caches may share some."""
 
-    def spare(self, stops: Sequence[int] = ()) -> float:
-        """Pages left for all rows of the model, once this cache's rows have pages up to `stops`;
+    def free_pages(self, ends: Sequence[int] = ()) -> float:
+        """Pages left for all rows of the model, once this cache's rows have pages up to `ends`;
         infinite without a limit.
         """
         return inf
@@ -123,13 +120,17 @@ class KVCache(ABC):
 
     @abstractmethod
     def branch(
-        self, rows: Indices, starts: Indices, stops: Indices | None = None, end: int | None = None
+        self,
+        rows: Indices,
+        starts: Indices,
+        ends: Indices | None = None,
+        max_positions: int | None = None,
     ) -> "KVCache":
-        """A cache with the entries of `rows` up to `stops` (default: `starts`), where each row
+        """A cache with the entries of `rows` up to `ends` (default: `starts`), where each row
         continues from its start.
 
-        A row may occur several times. Later writes to one cache do not change the other. `end`: the
-        `max_positions` of the branch.
+        A row may occur several times. Later writes to one cache do not change the other. `max_positions`: of
+        the branch.
         """
 
 
@@ -143,26 +144,26 @@ class Places:
         cache: KVCache,
         starts: Sequence[int],
         counts: Sequence[int],
-        settled: bool = False,
+        no_rollback: bool = False,
         recorded: Tensor | None = None,
     ) -> None:
         """`starts`: by row, the position of its first token in the pass, or of its next token if it
-        has none. `counts`: by row, the number of its tokens in the pass. `settled`: rows continue
-        only from the end of this pass; else up to the cache's `steps_back` tokens may be rolled
-        back. `recorded`: (B, T) on the device, the positions of a recorded pass, in the first slots
+        has none. `counts`: by row, the number of its tokens in the pass. `no_rollback`: rows
+        continue only from the end of this pass; else up to the cache's `steps_back` tokens may be
+        rolled back. `recorded`: (B, T) on the device, the positions of a recorded pass, in the first slots
         of a RowCache. Raises ConfigError for a token beyond the cache's `max_positions`.
         """
         self.cache = cache
         self.starts = starts
         self.counts = counts
-        self.settled = settled
+        self.no_rollback = no_rollback
         self.recorded = recorded
         self.origins = starts  # starts of the whole pass or draft, of which this may be a part
-        self.stop = max(
+        self.end = max(
             (start + count for start, count in zip(starts, counts, strict=True) if count), default=0
         )
-        if self.stop > cache.max_positions:
-            last = self.stop - 1
+        if self.end > cache.max_positions:
+            last = self.end - 1
             raise ConfigError(
                 f"the context limit of {cache.max_positions} tokens is reached: position {last} was requested"
             )
@@ -177,11 +178,9 @@ class Places:
     @cached_property
     def positions(self) -> Tensor:
         """(N,) on the host, unless they are `recorded`."""
-        return (
-            torch.tensor(self.each[0], dtype=torch.long)
-            if self.recorded is None
-            else self.recorded.flatten()
-        )
+        if self.recorded is not None:
+            return self.recorded.flatten()
+        return torch.tensor(self.each[0], dtype=torch.long)
 
     @property
     def rows(self) -> Tensor:
@@ -213,13 +212,13 @@ class Places:
                 min(max(first - bound, 0), count)
                 for bound, count in zip(bounds, self.counts, strict=False)
             ]
-            yield self._part(done, [stop - start for start, stop in pairwise(cuts)])
+            yield self._part(done, [end - start for start, end in pairwise(cuts)])
 
     def _part(self, ahead: Sequence[int], counts: Sequence[int]) -> "Places":
         """By row, `counts` tokens that begin `ahead` positions after its first."""
         # Below 0: a row without tokens
         starts = [max(0, start + by) for start, by in zip(self.starts, ahead, strict=True)]
-        part = Places(self.cache, starts, counts, self.settled)
+        part = Places(self.cache, starts, counts, self.no_rollback)
         part.origins = self.origins
         return part
 
@@ -249,29 +248,26 @@ class Places:
         """
         flat = hidden.reshape(-1, hidden.shape[-1])
         counts = self.counts
-        width = max(self.counts, default=1)
+        width = max(counts, default=1)
         shape = (*hidden.shape[:-1], -1)
-        bounds = self.bounds
-        if self.recorded is not None:
-            return run(flat.view(*self.recorded.shape, -1), self.recorded, None).reshape(shape)
-        if together and min(counts) == width:
-            return run(
-                flat.view(len(counts), width, -1), self.positions.view(len(counts), width), None
-            ).reshape(shape)
+        grid = self.recorded
+        if grid is None and together and min(counts) == width:
+            grid = self.positions.view(len(counts), width)
+        if grid is not None:
+            return run(flat.view(*grid.shape, -1), grid, None).reshape(shape)
         outputs: list[tuple[Tensor | slice, Tensor]] = []
-        few = 0 if not together else width if len(counts) * width <= 2 * len(flat) else _FEW
+        few = 0  # rows of at most so many tokens share a grid
+        if together:
+            few = width if len(counts) * width <= 2 * len(flat) else _FEW
         if any(0 < count <= few for count in counts):
-            places, tokens, kept = self.padded([count if count <= few else 0 for count in counts])
-            output = run(flat[tokens.to(flat.device, non_blocking=True)], places, None).flatten(
-                0, 1
-            )
-            kept, tokens = (
-                part.to(flat.device, non_blocking=True) for part in (kept, tokens.flatten()[kept])
-            )
-            outputs.append((tokens, output[kept]))
-        for row, (start, stop) in enumerate(pairwise(bounds)):
-            if stop - start > few:
-                own = slice(start, stop)
+            places, tokens, real = self.padded([count if count <= few else 0 for count in counts])
+            output = run(flat[tokens.to(flat.device, non_blocking=True)], places, None)
+            tokens = tokens.flatten()[real].to(flat.device, non_blocking=True)
+            real = real.to(flat.device, non_blocking=True)
+            outputs.append((tokens, output.flatten(0, 1)[real]))
+        for row, (start, end) in enumerate(pairwise(self.bounds)):
+            if end - start > few:
+                own = slice(start, end)
                 outputs.append((own, run(flat[None, own], self.positions[None, own], row)[0]))
         whole = outputs[0][1].new_empty(len(flat), outputs[0][1].shape[-1])
         for index, output in outputs:
@@ -279,9 +275,16 @@ class Places:
         return whole.view(shape)
 
 
-def on_device(numbers: Sequence[int], like: "Tensor | Layers") -> Tensor:
+class _OnDevice(Protocol):
+    """A tensor, or a backend."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+
+def on_device(numbers: Sequence[int], like: _OnDevice) -> Tensor:
     """Integers on the device of `like`, by a copy that the host does not wait for."""
-    # Torch.tensor takes three times as long
+    # torch.tensor takes three times as long
     made = torch.from_numpy(np.array(numbers, dtype=np.int64))
     return made.to(like.device, non_blocking=True)
 
@@ -315,17 +318,24 @@ def available_memory(root: Path = Path("/")) -> int:
     """
     available = int(psutil.virtual_memory().available)
     listed = root / "proc/self/cgroup"
-    for line in listed.read_text().splitlines() if listed.exists() else ():
+    if not listed.exists():
+        return available
+    for line in listed.read_text().splitlines():
         _, controllers, path = line.split(":", 2)
-        if controllers in _CGROUP_FILES:
-            *files, prefix = _CGROUP_FILES[controllers]
-            own = root / "sys/fs/cgroup" / controllers / path.strip("/")
-            # A container may see only its own group, mounted in place of the machine's root
-            for group in (own, *own.parents):
-                with suppress(OSError, ValueError):  # no such file; no limit ("max")
-                    limit, used = (int((group / file).read_text()) for file in files)
-                    cached = re.findall(
-                        rf"\b{prefix}(?:in)?active_file (\d+)", (group / "memory.stat").read_text()
-                    )
-                    available = min(available, limit - used + sum(map(int, cached)))
+        if controllers not in _CGROUP_FILES:
+            continue
+        own = root / "sys/fs/cgroup" / controllers / path.strip("/")
+        # A container may see only its own group, mounted in place of the machine's root
+        for group in (own, *own.parents):
+            with suppress(OSError, ValueError):  # no such file; no limit ("max")
+                available = min(available, _free_in(group, *_CGROUP_FILES[controllers]))
     return available
+
+
+def _free_in(group: Path, limit_file: str, used_file: str, prefix: str) -> int:
+    """Bytes below a cgroup's limit, cached files included."""
+    limit = int((group / limit_file).read_text())
+    used = int((group / used_file).read_text())
+    stat = (group / "memory.stat").read_text()
+    cached = re.findall(rf"\b{prefix}(?:in)?active_file (\d+)", stat)
+    return limit - used + sum(map(int, cached))

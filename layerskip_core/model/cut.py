@@ -142,13 +142,13 @@ class CutModel:
         self,
         state: Tensor,
         start: int,
-        stop: int,
+        end: int,
         places: Places,
         *,
         only_writes: bool = False,
         block: tuple[nn.Module, int] | None = None,
     ) -> Tensor:
-        """Runs layers start..stop-1 over states (..., D) of the tokens at `places`; see `embed` for
+        """Runs layers start..end-1 over states (..., D) of the tokens at `places`; see `embed` for
         states before layer 0.
 
         `only_writes`: each layer gets `state` and only writes its entries. `block`: an exit block,
@@ -160,12 +160,12 @@ class CutModel:
         if block is not None:
             assert self.form.attending is not None
             start = self.form.attending
-            stop = self.form.attending + 1
+            end = self.form.attending + 1
             shift = block[1]
 
         def run(state: Tensor, positions: Tensor, row: int | None) -> Tensor:
-            writer = EntryWriter(cache, positions, row, shift, places.settled)
-            return self.run_span(state, start, stop, positions, writer, only_writes, block)
+            writer = EntryWriter(cache, positions, row, shift, places.no_rollback)
+            return self.run_span(state, start, end, positions, writer, only_writes, block)
 
         # Separate grids: for rows at different positions in some models, and to keep padding out of
         # recurrent states.
@@ -240,9 +240,9 @@ class CutModel:
         self,
         state: Tensor,
         start: int,
-        stop: int,
+        end: int,
         positions: Tensor,
-        writer: "Writer | None" = None,
+        writer: Writer | None = None,
         only_writes: bool = False,
         block: tuple[nn.Module, int] | None = None,
     ) -> Tensor:
@@ -255,13 +255,13 @@ class CutModel:
         if only_writes:  # a recurrent layer has to run to its end
             writing = (
                 index
-                for index in range(start, stop)
+                for index in range(start, end)
                 if form.written[index] and index not in form.recurrent
             )
             ends = {form.written[index][-1] for index in writing}
         cache = None if writer is None else self._cache_class(writer, ends)
         given = None if first else form.hidden(state)
-        running = range(start, stop) if only_writes else {start, stop - 1} if start else {stop - 1}
+        running = range(start, end) if only_writes else {start, end - 1} if start else {end - 1}
 
         def run_layer(index: int, forward: Forward, /, *args: Any, **keywords: Any) -> Any:
             """Replaces the forward of the first and the last layer of the span; with `only_writes`,
@@ -275,7 +275,7 @@ class CutModel:
                 assert only_writes
             if only_writes:
                 output = self._pass(index, cache, *args, **keywords)
-            return _reach(hidden_of(output)) if index == stop - 1 else output
+            return _reach(hidden_of(output)) if index == end - 1 else output
 
         with self._lock:
             changes = [
@@ -294,7 +294,7 @@ class CutModel:
             if cache is not None:
                 modules = [
                     pair
-                    for index in range(start, stop)
+                    for index in range(start, end)
                     for pair in form.recurrent.get(index, {}).items()
                 ]
                 if block is not None:

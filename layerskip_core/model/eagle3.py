@@ -13,19 +13,12 @@ EAGLE-3.1 norms the states before `fc`, and uses norm(h) in place of h.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cache import Places
 from .rope import llama3_factors
-from .row_cache import write_entries
-from .vocabulary import DraftVocabulary
-
-if TYPE_CHECKING:
-    from .backend import Backend, Layers
 
 Product = Callable[[Tensor], Tensor]
 ROPES = "default", "llama3"
@@ -88,35 +81,36 @@ class Eagle3Form:
         queries = self.heads * self.head_dim
         keys = self.kv_heads * self.head_dim
         hidden = self.hidden
-        return {
+        query, key, value = _QKV
+        shapes: dict[str, tuple[int, ...]] = {
             FC: (hidden, len(self.layers) * hidden),
-            **dict(
-                zip(
-                    _QKV,
-                    ((queries, 2 * hidden), (keys, 2 * hidden), (keys, 2 * hidden)),
-                    strict=True,
-                )
-            ),
+            query: (queries, 2 * hidden),
+            key: (keys, 2 * hidden),
+            value: (keys, 2 * hidden),
             _OUT: (hidden, queries),
             **dict.fromkeys(_GATE_UP, (self.inner, hidden)),
             _DOWN: (hidden, self.inner),
-            **dict.fromkeys((_INPUT_NORM, HIDDEN_NORM, _MLP_NORM, NORM), (hidden,)),
-            **dict.fromkeys(self._state_norms, (hidden,)),
-            **({_STATES_NORM: (len(self.layers) * hidden,)} if self.norm_before_fc else {}),
-            HEAD: (self.vocab, hidden),
         }
+        for norm in (_INPUT_NORM, HIDDEN_NORM, _MLP_NORM, NORM, *self._state_norms):
+            shapes[norm] = (hidden,)
+        if self.norm_before_fc:
+            shapes[_STATES_NORM] = (len(self.layers) * hidden,)
+        shapes[HEAD] = (self.vocab, hidden)
+        return shapes
 
     @property
     def _state_norms(self) -> list[str]:
-        return [f"fc_norm.{place}.weight" for place in range(len(self.layers) * self.fc_norm)]
+        if not self.fc_norm:
+            return []
+        return [f"fc_norm.{place}.weight" for place in range(len(self.layers))]
 
     def fc_input(self, states: Sequence[Tensor], normed: Callable[[str, Tensor], Tensor]) -> Tensor:
         """The input (..., X D) of `fc`, from the target's states (..., D) after X layers. `normed`
         applies a norm by name.
         """
-        joined = torch.cat(
-            tuple(map(normed, self._state_norms, states) if self.fc_norm else states), dim=-1
-        )
+        if self.fc_norm:
+            states = list(map(normed, self._state_norms, states))
+        joined = torch.cat(tuple(states), dim=-1)
         return normed(_STATES_NORM, joined) if self.norm_before_fc else joined
 
 
@@ -164,16 +158,11 @@ class Eagle3Layer:
         form = self.form
         normed = self._normed(HIDDEN_NORM, feature)
         both = self._qkv(torch.cat((self._normed(_INPUT_NORM, embedded), normed), dim=-1))
-        heads = both.view(*both.shape[:2], form.heads + 2 * form.kv_heads, form.head_dim).transpose(
-            1, 2
-        )
-        queries, keys, values = torch.split(
-            heads, [form.heads, form.kv_heads, form.kv_heads], dim=1
-        )
-        places, frequencies = (
-            part.to(both.device, non_blocking=True) for part in (places, self._frequencies)
-        )
-        angles = places[:, None, :, None] * frequencies
+        sizes = [form.heads, form.kv_heads, form.kv_heads]
+        heads = both.view(*both.shape[:2], sum(sizes), form.head_dim).transpose(1, 2)
+        queries, keys, values = torch.split(heads, sizes, dim=1)
+        frequencies = self._frequencies.to(both.device, non_blocking=True)
+        angles = places.to(both.device, non_blocking=True)[:, None, :, None] * frequencies
         cos = angles.cos().to(both.dtype)
         sin = angles.sin().to(both.dtype)
         residual = normed if form.norm_before_residual else feature
@@ -252,78 +241,3 @@ class Eagle3Weights:
     form: Eagle3Form
     tokens: Tensor
     weights: Mapping[str, Tensor]
-
-
-class PlacedEagle3:
-    """A drafter of a backend, with the interface of PlacedBlock. Its KV entries are layer `place`
-    of the target's cache.
-    """
-
-    needs_feature = True
-    kernel = None
-
-    def __init__(
-        self,
-        stored: Eagle3Weights,
-        place: int,
-        vocab: int,
-        like: Tensor,
-        product_of: Callable[[Tensor], Product],
-    ) -> None:
-        """`vocab`: the target's. Norms take the precision and device of `like`; `product_of` the
-        product with a matrix.
-        """
-        norms = {
-            name: weight.to(like) for name, weight in stored.weights.items() if weight.dim() == 1
-        }
-        self._layer = Eagle3Layer(
-            stored.form,
-            norms.__getitem__,
-            lambda names: product_of(torch.cat([stored.weights[name] for name in names])),
-        )
-        self._place = place
-        self.taps = (0, *stored.form.layers)
-        self.vocabulary = DraftVocabulary(vocab, stored.form.vocab, stored.tokens.tolist())
-        self.head = self._layer.logits
-        self.own_feature = self._layer.own_feature
-
-    def run(
-        self, layers: "Layers", states: Tensor, before: Tensor | None, places: Places
-    ) -> Tensor:
-        assert before is not None
-        places, (residual, queries, keys, values) = self._begun(states, before, places)
-        keys, values = write_entries(self._place, keys[:, :, 0], values[:, :, 0], places)
-        if places.rows.tolist() != list(range(len(keys))):
-            keys, values = (
-                part[places.rows.to(part.device, non_blocking=True)] for part in (keys, values)
-            )
-        mask = (torch.arange(keys.shape[2]) <= places.positions[:, None])[:, None, None].to(
-            queries.device, non_blocking=True
-        )
-        attended = F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=mask, enable_gqa=True
-        )
-        return self._layer.finish(residual, attended)[:, 0]
-
-    def write(
-        self, model: "Backend", states: Mapping[int, Tensor], before: Tensor | None, places: Places
-    ) -> None:
-        assert before is not None
-        places, (_, _, keys, values) = self._begun(states[0], before, places)
-        write_entries(self._place, keys[:, :, 0], values[:, :, 0], places)
-
-    def _begun(
-        self, states: Tensor, before: Tensor, places: Places
-    ) -> tuple[Places, tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """The places of the entries, one position before their tokens, and `Eagle3Layer.begin` of N
-        texts of one token.
-        """
-        entries = places.moved(-1)
-        return entries, self._layer.begin(
-            states[:, None], before[:, None], entries.positions[:, None]
-        )
-
-    def features(
-        self, model: "Backend", states: Mapping[int, Tensor], finals: Tensor
-    ) -> Tensor | None:
-        return self._layer.feature([states[tap] for tap in self.taps[1:]])

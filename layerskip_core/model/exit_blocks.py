@@ -14,22 +14,21 @@ different names (MTP_LAYOUTS).
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from .assistant import Assistant
+from .backend import Backend, DraftKernel, Layers
 from .cache import Places
-from .eagle3 import Eagle3Weights, PlacedEagle3
+from .eagle3 import Eagle3Weights
 from .spec import AnySpec, ModelSpec, Shapes
 from .vocabulary import DraftVocabulary
 from .weights import Take, Weights, checked
 
-if TYPE_CHECKING:
-    from .backend import Backend, DraftKernel, Layers
-    from .native.drafters import Assistant, NativeAssistant, NativeEagle3
-    from .repacked import RepackedLayers
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ class ExitBlocks:
     # The drafter that the checkpoint ships, with the block MTP alone
     mtp: "ExitBlocks | None" = None
     layout: MtpLayout = MTP_LAYOUTS[0]  # of the file of `mtp`
-    assistant: "Assistant | None" = None  # the drafter that is shipped beside the model
+    assistant: Assistant | None = None  # the drafter that is shipped beside the model
     # Of the model that the blocks were trained for, if the file has one
     model_fingerprint: str | None = None
     notes: tuple[str, ...] = ()  # for the user
@@ -144,7 +143,8 @@ class ExitBlocks:
             weight = self.take(name)
             return weight if weight is None or like is None else weight.to(like)
 
-        return Weights(checked(take, shapes := self.shapes(spec)), shapes)
+        shapes = self.shapes(spec)
+        return Weights(checked(take, shapes), shapes)
 
 
 NO_BLOCKS = ExitBlocks((), lambda name: None)
@@ -152,49 +152,35 @@ NO_BLOCKS = ExitBlocks((), lambda name: None)
 
 @dataclass(frozen=True)
 class PlacedBlock:
-    """An exit block of a backend, for drafting. Hidden states are (..., D), of a pass's tokens."""
+    """An exit block of a backend, a `ChainedBlock`."""
 
     block: ExitBlock
     layer: int  # its index in the chain of layers
     head: Callable[[Tensor], Tensor]  # norm and head, to logits (..., N)
     vocabulary: DraftVocabulary | None = None  # the N scored tokens; None for all
     # Makes a whole draft in one call; None: use the draft side's
-    kernel: "DraftKernel | None" = None
+    kernel: DraftKernel | None = None
 
-    # Whether it reads a feature of the previous token; then a text's first token has no KV entry
     needs_feature = False
 
     @property
     def taps(self) -> tuple[int, ...]:
-        """The layers of the target after which it reads states, ascending; 0: the embedding. Drafts
-        start from the last.
-        """
         return (self.block.exit_layer,)
 
-    def run(
-        self, layers: "Layers", states: Tensor, before: Tensor | None, places: Places
-    ) -> Tensor:
-        """The head's input, from tokens' states at the last tap and the features `before` of the
-        tokens before them.
-        """
+    def run(self, layers: Layers, states: Tensor, before: Tensor | None, places: Places) -> Tensor:
         return layers.run_layers(states, self.layer, self.layer + 1, places)
 
     def write(
-        self, model: "Backend", states: Mapping[int, Tensor], before: Tensor | None, places: Places
+        self, model: Backend, states: Mapping[int, Tensor], before: Tensor | None, places: Places
     ) -> None:
-        """Writes its KV entries from the target's states by `taps`."""
         model.write_kv(states[self.block.exit_layer], self.layer, self.layer + 1, places)
 
     def features(
-        self, model: "Backend", states: Mapping[int, Tensor], finals: Tensor
+        self, model: Backend, states: Mapping[int, Tensor], finals: Tensor
     ) -> Tensor | None:
-        """The features (..., D) of verified tokens, from the target's states by `taps` and after
-        the last layer.
-        """
         return None
 
     def own_feature(self, hidden: Tensor) -> Tensor | None:
-        """The feature of a drafted token, from the output of `run` for it."""
         return None
 
 
@@ -205,25 +191,23 @@ class PlacedMtp(PlacedBlock):
     norm: Callable[[Tensor], Tensor]  # without the head
     join: Callable[[Tensor], Tensor]  # the map W, (..., 2D) to (..., D)
     input_norms: Sequence[Callable[[Tensor], Tensor]]  # as INPUT_NORMS
-    layers: "RepackedLayers | None" = None  # the chain with its layer; None: the draft side's
+    layers: Layers | None = None  # the chain with its layer; None: the draft side's
 
     needs_feature = True
 
-    def run(
-        self, layers: "Layers", states: Tensor, before: Tensor | None, places: Places
-    ) -> Tensor:
+    def run(self, layers: Layers, states: Tensor, before: Tensor | None, places: Places) -> Tensor:
         entered = self._entered(states, before)
         chain = self.layers or layers
         return chain.run_layers(entered, self.layer, self.layer + 1, places.moved(-1))
 
     def write(
-        self, model: "Backend", states: Mapping[int, Tensor], before: Tensor | None, places: Places
+        self, model: Backend, states: Mapping[int, Tensor], before: Tensor | None, places: Places
     ) -> None:
         entered = self._entered(states[0], before)
         (self.layers or model).write_kv(entered, self.layer, self.layer + 1, places.moved(-1))
 
     def features(
-        self, model: "Backend", states: Mapping[int, Tensor], finals: Tensor
+        self, model: Backend, states: Mapping[int, Tensor], finals: Tensor
     ) -> Tensor | None:
         return model.normed(finals)
 
@@ -232,14 +216,9 @@ class PlacedMtp(PlacedBlock):
 
     def _entered(self, states: Tensor, before: Tensor | None) -> Tensor:
         assert before is not None
-        parts = [
-            norm(part).to(states.dtype)
-            for norm, part in zip(self.input_norms, (states, before), strict=True)
-        ]
-        return self.join(torch.cat(parts, dim=-1))
-
-
-DraftBlock: TypeAlias = "PlacedBlock | PlacedEagle3 | NativeEagle3 | NativeAssistant"
+        norm_embedding, norm_feature = self.input_norms
+        parts = [norm_embedding(states), norm_feature(before)]
+        return self.join(torch.cat([part.to(states.dtype) for part in parts], dim=-1))
 
 
 def blocks_named(names: Iterable[str], num_layers: int) -> tuple[ExitBlock, ...]:
@@ -263,15 +242,19 @@ def with_blocks(spec: ModelSpec, blocks: ExitBlocks) -> ModelSpec:
 
     The further layers are like the last layer with keys and values.
     """
-    count = len(blocks.blocks) + (blocks.mtp is not None) + (blocks.eagle3 is not None)
-    experts = spec.experts
+    count = len(blocks.blocks)
+    count += blocks.mtp is not None
+    count += blocks.eagle3 is not None
     last = max(spec.attending, default=0)
+
+    def extended(by_layer: tuple[T, ...]) -> tuple[T, ...]:
+        return by_layer + by_layer[last : last + 1] * count
+
     return replace(
         spec,
-        experts=experts
-        and replace(experts, layers=experts.layers + experts.layers[last : last + 1] * count),
+        experts=spec.experts and replace(spec.experts, layers=extended(spec.experts.layers)),
         layers=spec.layers + count,
-        kinds=spec.kinds + spec.kinds[last : last + 1] * count,
-        rope_of=spec.rope_of + spec.rope_of[last : last + 1] * count,
-        sizes=spec.sizes + spec.sizes[last : last + 1] * count,
+        kinds=extended(spec.kinds),
+        rope_of=extended(spec.rope_of),
+        sizes=extended(spec.sizes),
     )

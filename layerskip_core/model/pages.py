@@ -133,7 +133,7 @@ class Page:
 
     @property
     def address(self) -> int:
-        # Data_ptr() of a page takes ten times as long
+        # data_ptr() of a page takes ten times as long
         return self._slab.start + self._index * self._slab.page_bytes
 
     def __del__(self) -> None:
@@ -153,10 +153,11 @@ class Memory:
         """`of`: the memory to copy, for a text that continues at position `end`."""
         state, slot, _ = pool.memory
         self._pool = pool
-        self._pages = 0
+        self._pages = 0  # until they are granted: `__del__` gives back what was
         self.end = end
         self.first: int = 0 if of is None else of.first  # position that the text can continue from
-        pool.require(pages := pool.pages_of_memory(slots))
+        pages = pool.pages_of_memory(slots)
+        pool.require(pages)
         self._pages = pages
         pool.remembered += pages
         self.state: Tensor = (
@@ -194,15 +195,12 @@ class PagedCache(KVCache):
             page.address: self._pool.page_bytes for pages in self._pages for page in pages
         }
 
-    def spare(self, stops: Sequence[int] = ()) -> float:
+    def free_pages(self, ends: Sequence[int] = ()) -> float:
         free = self._pool.most - self._pool.used
-        for stop, pages, memory in zip(stops, self._pages, self._memories, strict=False):
-            free -= max(0, -(-stop // PAGE) - len(pages))
-            free -= (
-                0
-                if memory and len(memory.ring) >= self._slots
-                else self._pool.pages_of_memory(self._slots)
-            )
+        for end, pages, memory in zip(ends, self._pages, self._memories, strict=False):
+            free -= max(0, -(-end // PAGE) - len(pages))
+            if not memory or len(memory.ring) < self._slots:
+                free -= self._pool.pages_of_memory(self._slots)
         return free
 
     @property
@@ -218,8 +216,9 @@ class PagedCache(KVCache):
         memory = self._memories[row]
         if memory is not None:
             return memory.first
-        forgotten = 0 if window is None else pages.count(self._pool.nowhere)
-        return forgotten and forgotten * PAGE + (window or 0) - 1
+        if window is None or self._pool.nowhere not in pages:
+            return 0
+        return pages.count(self._pool.nowhere) * PAGE + window - 1
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         super().keep_rows(rows)
@@ -231,28 +230,29 @@ class PagedCache(KVCache):
         self._set(self._pages + other._pages, self._memories + other._memories)
 
     def branch(
-        self, rows: Indices, starts: Indices, stops: Indices | None = None, end: int | None = None
+        self,
+        rows: Indices,
+        starts: Indices,
+        ends: Indices | None = None,
+        max_positions: int | None = None,
     ) -> "PagedCache":
-        branch = PagedCache(self._pool, len(rows), end or self.max_positions)
+        branch = PagedCache(self._pool, len(rows), max_positions or self.max_positions)
         branch.steps_back = self.steps_back
+        pages: list[list[Page]] = []
+        memories: list[Memory | None] = []
         with torch.inference_mode():
-            ends = zip(rows, starts, stops or starts, strict=True)
-            pages = [self._shared(self._pages[row], start, stop) for row, start, stop in ends]
-            held = ((self._memories[row], start) for row, start in zip(rows, starts, strict=True))
-            branch._set(
-                pages,
-                [
-                    memory and Memory(self._pool, len(memory.ring), memory, start)
-                    for memory, start in held
-                ],
-            )
+            for row, start, end in zip(rows, starts, ends or starts, strict=True):
+                pages.append(self._shared(self._pages[row], start, end))
+                memory = self._memories[row]
+                memories.append(memory and Memory(self._pool, len(memory.ring), memory, start))
+            branch._set(pages, memories)
         return branch
 
     def addresses(self, places: Places) -> Tensor:
         """(B, pages), on the host: the addresses of each row's pages, with new ones for the tokens
         of a pass.
         """
-        if places.stop > self._capacity:
+        if places.end > self._capacity:
             of_rows = zip(self._pages, places.starts, places.counts, places.origins, strict=True)
             for pages, start, count, origin in of_rows:
                 while count and len(pages) * PAGE < start + count:
@@ -271,11 +271,13 @@ class PagedCache(KVCache):
         """Gives back pages before the window of a text that continues at `start`, but for
         `steps_back` tokens and a page.
         """
-        if (window := self._pool.window) is not None:
-            for index in reversed(range((start - window - self.steps_back) // PAGE - 1)):
-                if pages[index] is self._pool.nowhere:
-                    break
-                pages[index] = self._pool.nowhere
+        window = self._pool.window
+        if window is None:
+            return
+        for index in reversed(range((start - window - self.steps_back) // PAGE - 1)):
+            if pages[index] is self._pool.nowhere:  # so are all before it
+                return
+            pages[index] = self._pool.nowhere
 
     @property
     def _margin(self) -> int:
@@ -301,8 +303,10 @@ class PagedCache(KVCache):
                 self._memories[row] = memory = Memory(
                     self._pool, self._slots, memory, 0 if memory is None else memory.end
                 )
-            stays = places.settled or count > self._margin  # no draft has so many tokens
-            memory.first = max(memory.first, start + count - (1 if stays else self._margin))
+            may_rerun = self._margin
+            if places.no_rollback or count > self._margin:  # no draft has so many tokens
+                may_rerun = 1
+            memory.first = max(memory.first, start + count - may_rerun)
             found.append(
                 (memory.state.data_ptr(), memory.ring.data_ptr(), len(memory.ring), memory.first)
             )
@@ -314,12 +318,12 @@ class PagedCache(KVCache):
         self._addresses = None
         self._capacity = min(map(len, pages), default=0) * PAGE
 
-    def _shared(self, pages: list[Page], start: int, stop: int) -> list[Page]:
-        """The pages of a row before position `stop`: shared if full before `start`, else copied, to
+    def _shared(self, pages: list[Page], start: int, end: int) -> list[Page]:
+        """The pages of a row before position `end`: shared if full before `start`, else copied, to
         be written.
         """
         whole = start // PAGE
-        last = -(-stop // PAGE)
+        last = -(-end // PAGE)
         shared = pages[:whole]
         written = pages[whole:last]
         for page in written:

@@ -7,19 +7,32 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .row_cache import Entry, EntryWriter, State
-
-if TYPE_CHECKING:
-    from .probe import Recorder
+from .row_cache import Entry, State
 
 Forward = Callable[..., Any]
-Writer: TypeAlias = "EntryWriter | Recorder"
+
+
+class Writer(Protocol):
+    """Writes and reads entries and recurrent states of the tokens in one call, positions
+    start..end-1: `row_cache.EntryWriter`, or in the first prefill `probe.EntryRecorder`.
+    """
+
+    start: int
+    end: int
+    contiguous: bool  # whether all rows are at the same consecutive positions
+    first_kept: int  # the first token after which states are kept
+    begins: bool  # whether no row has an earlier token
+
+    def put(self, entry: Entry, new: Tensor) -> Tensor: ...
+    def get(self, entry: Entry, like: Tensor) -> Tensor: ...
+    def before(self, state: State) -> Tensor | None: ...
+    def keep(self, state: State, column: int, new: Tensor) -> None: ...
 
 
 class Written(Exception):
@@ -32,7 +45,7 @@ class PositionCache:
     is_compileable = False
     is_sliding = is_linear = is_dummy = ()
 
-    def __init__(self, writer: "Writer", ends: Collection[Entry] = ()) -> None:
+    def __init__(self, writer: Writer, ends: Collection[Entry] = ()) -> None:
         """`ends`: the last entries of layers; writing one ends its layer (`Written`)."""
         self.writer = writer
         self._ends = ends
@@ -161,9 +174,9 @@ class PositionCache:
             for part in linears
         ]
         with replaced(changes):
-            for start, stop in pieces:
-                self._column = stop - 1
-                bounds = slice(start, stop)
+            for start, end in pieces:
+                self._column = end - 1
+                bounds = slice(start, end)
                 piece = hidden[:, bounds]
                 of_piece, named = with_hidden(piece, args, keywords)
                 outputs.append(forward(*of_piece, **named))
@@ -194,7 +207,7 @@ class PositionCache:
     get_query_offset = get_seq_length
 
     def get_mask_sizes(self, query_length: object, layer_idx: int = 0) -> tuple[int, int]:
-        return self.writer.stop, 0
+        return self.writer.end, 0
 
     def _put(self, entry: Entry, new: Tensor) -> Tensor:
         written = self.writer.put(entry, new)

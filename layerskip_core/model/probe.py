@@ -50,7 +50,7 @@ def cut_at_layers(model: Any) -> CutModel:
     return cut
 
 
-class Recorder:
+class EntryRecorder:
     """Replaces EntryWriter in the first prefill: records all entries that layers write."""
 
     begins = True
@@ -59,7 +59,7 @@ class Recorder:
 
     def __init__(self, count: int) -> None:
         self.start = 0
-        self.stop = count
+        self.end = count
         self.kept: dict[Entry, Tensor] = {}
         self.running: list[nn.Module] = []  # modules in their forwards, the innermost last
         self.linear: tuple[nn.Linear, Tensor] | None = None  # the last linear layer, and its output
@@ -173,7 +173,7 @@ def _layer_by_layer(
     Returns the entries they write.
     """
     positions = torch.arange(ids.shape[1]).expand(2, -1)
-    recorder = Recorder(ids.shape[1])
+    recorder = EntryRecorder(ids.shape[1])
     written = dict[int, list[Entry]]()
     recurrent = dict[int, dict[nn.Module, nn.Linear | None]]()
     cut.form = form = replace(cut.form, reads_ids=reads_ids, written=written, recurrent=recurrent)

@@ -1,7 +1,7 @@
 """The base of both backends on repacked weights: makes layers, heads and low-bit copies."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Self, cast
 
@@ -9,21 +9,29 @@ import torch
 from torch import Tensor, nn
 
 from ..config.model import PackingConfig, Quantization
-from .backend import Backend, DraftHead, DraftKernel, DraftSide, choose_by_head
+from ..config.resolution import MOST_DRAFTS
+from .backend import (
+    Backend,
+    Chosen,
+    DraftBlock,
+    DraftHead,
+    DraftKernel,
+    DraftSide,
+    TokenPass,
+    choose_by_head,
+)
 from .cache import KVCache, Places
 from .eagle3 import Eagle3Weights
 from .exit_blocks import (
     INPUT_NORMS,
     MTP,
     NO_BLOCKS,
-    DraftBlock,
     ExitBlock,
     ExitBlocks,
     PlacedBlock,
     PlacedMtp,
     with_blocks,
 )
-from .noise import Noise
 from .spec import ModelSpec
 from .vocabulary import EXIT_VOCABULARY, DraftVocabulary
 from .weights import Affine, Take, Weights, checked, named_int4, norm_weights, taken_from
@@ -70,11 +78,9 @@ class RepackedLayers(ABC):
 
     def placed(self, hidden: Tensor, places: Places) -> Tensor:
         """Adds learned positions, if the model has these, to embedded tokens (N, D)."""
-        return (
-            hidden
-            if self.learned is None
-            else hidden + self.learned[places.positions.to(self.device, non_blocking=True)]
-        )
+        if self.learned is None:
+            return hidden
+        return hidden + self.learned[places.positions.to(self.device, non_blocking=True)]
 
     @abstractmethod
     def row_bytes(self) -> int:
@@ -85,25 +91,26 @@ class RepackedLayers(ABC):
 
     @abstractmethod
     def run(
-        self, hidden: Tensor, start: int, stop: int, places: Places, only_kv: bool = False
+        self, hidden: Tensor, start: int, end: int, places: Places, only_kv: bool = False
     ) -> Tensor:
         """As `run_layers`, or as `Backend.write_kv` if `only_kv`; for at least one token (N, D) and
         one layer.
         """
 
-    def run_layers(self, hidden: Tensor, start: int, stop: int, places: Places) -> Tensor:
+    def run_layers(self, hidden: Tensor, start: int, end: int, places: Places) -> Tensor:
         with torch.inference_mode():
             flat = hidden.reshape(-1, hidden.shape[-1])
-            assert 0 <= start <= stop <= self.num_layers
-            if start == stop or not len(flat):
+            assert 0 <= start <= end <= self.num_layers
+            if start == end or not len(flat):
                 return hidden
-            flat = self.placed(flat, places) if start == 0 else flat
-            return self.run(flat, start, stop, places).view(*hidden.shape[:-1], -1)
+            if start == 0:
+                flat = self.placed(flat, places)
+            return self.run(flat, start, end, places).view(*hidden.shape[:-1], -1)
 
-    def write_kv(self, hidden: Tensor, start: int, stop: int, places: Places) -> None:
+    def write_kv(self, hidden: Tensor, start: int, end: int, places: Places) -> None:
         with torch.inference_mode():
-            if start < stop and hidden.numel():
-                self.run(hidden.reshape(-1, hidden.shape[-1]), start, stop, places, only_kv=True)
+            if start < end and hidden.numel():
+                self.run(hidden.reshape(-1, hidden.shape[-1]), start, end, places, only_kv=True)
 
 
 @dataclass
@@ -210,11 +217,7 @@ class RepackedBackend(ABC):
         """Takes the weights out of a transformers model, which can no longer run."""
         return cls(ModelSpec.of(model.config), taken_from(model), *args, **options)
 
-    @property
-    def room(self) -> int:
-        return self.spec.context
-
-    def room_for(self, num_draft_tokens: int) -> int:
+    def context_length(self, num_draft_tokens: int = MOST_DRAFTS) -> int:
         return self.spec.context
 
     def new_cache(self, batch_size: int = 1, max_positions: int | None = None) -> KVCache:
@@ -225,17 +228,8 @@ class RepackedBackend(ABC):
         logits: Tensor = self._head(hidden)
         return logits
 
-    def choose(
-        self,
-        tokens: Tensor,
-        states: Tensor | None,
-        start: int,
-        stop: int,
-        kept: Sequence[int],
-        places: Places,
-        noise: Noise | None = None,
-    ) -> tuple[Tensor, dict[int, Tensor]]:
-        return choose_by_head(self, tokens, states, start, stop, kept, places, noise)
+    def choose(self, step: TokenPass) -> Chosen:
+        return choose_by_head(self, step)
 
     # What subclasses make. A head is a norm and a matrix, (..., D) to logits (..., N);
     # `with_norm(norm)` is the same matrix after another norm. Matrices have the precision of the
@@ -273,16 +267,14 @@ class RepackedBackend(ABC):
         self, packing: PackingConfig
     ) -> tuple[Quantization | None, Quantization | None]:
         """The precision of MTP's layer and of the head after it."""
-        return (packing.quantize,) * 2
+        return packing.quantize, packing.quantize
 
     def _drafters(self, exit_blocks: ExitBlocks, packing: PackingConfig) -> dict[str, DraftBlock]:
         """The drafters outside the chain of layers, except MTP."""
-        drafter = exit_blocks.eagle3
-        return (
-            {}
-            if drafter is None
-            else {"eagle3": self.placed_eagle3(drafter, self._chain_spec.layers - 1, packing)}
-        )
+        if exit_blocks.eagle3 is None:
+            return {}
+        place = self._chain_spec.layers - 1
+        return {"eagle3": self.placed_eagle3(exit_blocks.eagle3, place, packing)}
 
     @abstractmethod
     def placed_eagle3(

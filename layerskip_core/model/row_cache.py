@@ -77,25 +77,29 @@ class RowCache(KVCache):
         self.written = max(self.written, theirs)
 
     def branch(
-        self, rows: Indices, starts: Indices, stops: Indices | None = None, end: int | None = None
+        self,
+        rows: Indices,
+        starts: Indices,
+        ends: Indices | None = None,
+        max_positions: int | None = None,
     ) -> "RowCache":
         branch = copy(self)
-        stops = stops or starts
+        ends = ends or starts
         branch.rows = len(rows)
-        branch.max_positions = end or self.max_positions
+        branch.max_positions = max_positions or self.max_positions
         branch.features = [{} for _ in rows]
         branch.unwritten = [[] for _ in rows]
-        branch.written = min(_in_blocks(max(stops)), self.capacity)
+        branch.written = min(_in_blocks(max(ends)), self.capacity)
         with torch.inference_mode():  # the storage may be an inference tensor
             held = branch._hold(self.storage[:, :, list(rows), :, : branch.written])
-            for row, stop in enumerate(stops):
-                held[:, :, row, :, stop:] = 0
+            for row, end in enumerate(ends):
+                held[:, :, row, :, end:] = 0
         return branch
 
-    def reach(self, stop: int) -> Tensor:
-        """The storage, reallocated if it lacks slots for all rows or positions before `stop`.
+    def reach(self, end: int) -> Tensor:
+        """The storage, reallocated if it lacks slots for all rows or positions before `end`.
 
-        Slots at least double; positions grow to half more than `stop`, or to the end of the texts.
+        Slots at least double; positions grow to half more than `end`, or to the end of the texts.
 
         A head's keys are contiguous, because attention over a long text is bound by reading them.
         Capacity comes in whole blocks, the last of them partly filled, so that kernels can read all
@@ -104,9 +108,9 @@ class RowCache(KVCache):
         held = self.storage
         slots = self.slots
         capacity = self.capacity
-        if capacity < stop or slots < self.rows:
-            if capacity < stop:
-                capacity = _in_blocks(min(self.max_positions, stop + max(_AHEAD, stop // 2)))
+        if capacity < end or slots < self.rows:
+            if capacity < end:
+                capacity = _in_blocks(min(self.max_positions, end + max(_AHEAD, end // 2)))
             places = min(_in_blocks(self.written), self.capacity)
             more = slots if slots >= self.rows else max(self.rows, 2 * slots)
             moved = held.new_zeros(*held.shape[:2], more, held.shape[3], capacity, held.shape[5])
@@ -129,12 +133,12 @@ class RowCache(KVCache):
             }
         return self._matrices[key]
 
-    def half(self, index: int, stop: int) -> Tensor:
-        """(B, kv heads, capacity >= stop, head dim): the keys of layer 0, its values, the keys of
+    def half(self, index: int, end: int) -> Tensor:
+        """(B, kv heads, capacity >= end, head dim): the keys of layer 0, its values, the keys of
         layer 1, ..., of all rows.
         """
-        self.written = max(self.written, stop)
-        self.reach(stop)
+        self.written = max(self.written, end)
+        self.reach(end)
         return self._halves[index][: self.rows]
 
     def _hold(self, storage: Tensor) -> Tensor:
@@ -220,28 +224,33 @@ class MixedCache(KVCache):
         super().join(other)
 
     def branch(
-        self, rows: Indices, starts: Indices, stops: Indices | None = None, end: int | None = None
+        self,
+        rows: Indices,
+        starts: Indices,
+        ends: Indices | None = None,
+        max_positions: int | None = None,
     ) -> "MixedCache":
-        """Without stops, each row gets one recurrent state: the one before its start."""
+        """Without ends, each row gets one recurrent state: the one before its start."""
         branch = copy(self)
         branch.rows = len(rows)
-        branch.max_positions = end or self.max_positions
+        branch.max_positions = max_positions or self.max_positions
         branch.features = [{} for _ in rows]
         branch.unwritten = [[] for _ in rows]
         branch.states = {}
         branch.parts = {
-            shape: part.branch(rows, starts, stops, end) for shape, part in self.parts.items()
+            shape: part.branch(rows, starts, ends, max_positions)
+            for shape, part in self.parts.items()
         }
         with torch.inference_mode():
             for state, held in self.states.items():
                 last = [(start - 1) % len(held) for start in starts]
-                branch.states[state] = held[last, rows][None] if stops is None else held[:, rows]
+                branch.states[state] = held[last, rows][None] if ends is None else held[:, rows]
         return branch
 
-    def held(self, entry: Entry, stop: int, like: Tensor) -> Tensor:
-        """(B, heads, capacity >= stop, width): an entry of all rows."""
+    def held(self, entry: Entry, end: int, like: Tensor) -> Tensor:
+        """(B, heads, capacity >= end, width): an entry of all rows."""
         shape, index = self.places[entry]
-        return self._part(shape, like).half(index, stop)
+        return self._part(shape, like).half(index, end)
 
     def _part(self, shape: tuple[int, int], like: Tensor) -> RowCache:
         """The RowCache of a shape, created at its first entry."""
@@ -269,11 +278,11 @@ def write_entries(
     )
     for index, new in enumerate((keys, values)):
         if isinstance(cache, RowCache):
-            held = cache.half(2 * layer + index, places.stop)
+            held = cache.half(2 * layer + index, places.end)
         else:
-            held = cache.held((layer, ("keys", "values")[index]), places.stop, new)
+            held = cache.held((layer, ("keys", "values")[index]), places.end, new)
         held[rows, :, positions] = new.to(held.dtype)
-        found.append(held[:, :, : places.stop].to(new.dtype))
+        found.append(held[:, :, : places.end].to(new.dtype))
     return found[0], found[1]
 
 
@@ -282,7 +291,7 @@ class EntryWriter:
     recurrent states.
 
     `row`: the only row of the cache in the call, with positions (1, T). `shift`: added to the
-    indices by which layers address the cache. `settled`: see Places.
+    indices by which layers address the cache. `no_rollback`: see Places.
     """
 
     def __init__(
@@ -291,9 +300,9 @@ class EntryWriter:
         positions: Tensor,
         row: int | None = None,
         shift: int = 0,
-        settled: bool = False,
+        no_rollback: bool = False,
     ) -> None:
-        self.start, self.stop, self.contiguous = _places(positions)
+        self.start, self.end, self.contiguous = _places(positions)
         self._cache = cache
         self._positions = positions
         self._row = row
@@ -302,26 +311,26 @@ class EntryWriter:
         self._lent: dict[State, Tensor] = {}  # the cache's own states, which layers update in place
         # Of all tokens, unless they are one slice
         self._indices: tuple[Tensor, slice, Tensor] | None = None
-        self.first_kept = max(positions.shape[1] - 1 - (0 if settled else cache.steps_back), 0)
+        self.first_kept = max(positions.shape[1] - 1 - (0 if no_rollback else cache.steps_back), 0)
         self.begins = not any(self._firsts)  # whether no row has an earlier token
 
     def put(self, entry: Entry, new: Tensor) -> Tensor:
-        """Writes an entry (B, heads, T, width); returns it for all positions before `stop`, (B,
+        """Writes an entry (B, heads, T, width); returns it for all positions before `end`, (B,
         heads, S, width).
         """
         held = self._held(entry, new)
         if self.contiguous:
-            held[:, :, self.start : self.stop] = new
+            held[:, :, self.start : self.end] = new
         else:
             if self._indices is None:
                 rows = torch.arange(len(self._positions), device=new.device)[:, None]
                 self._indices = rows, slice(None), self._positions.to(new.device, non_blocking=True)
             held[self._indices] = new.transpose(1, 2).to(held.dtype)
-        return held[:, :, : self.stop]
+        return held[:, :, : self.end]
 
     def get(self, entry: Entry, like: Tensor) -> Tensor:
-        """The entry as written so far, for all positions before `stop`."""
-        return self._held(entry, like)[:, :, : self.stop]
+        """The entry as written so far, for all positions before `end`."""
+        return self._held(entry, like)[:, :, : self.end]
 
     def before(self, state: State) -> Tensor | None:
         """The state (B, ...) before the call; None if no row has one, 0 in rows without earlier
@@ -374,7 +383,7 @@ class EntryWriter:
         return places[0] if len(set(places)) == 1 else (places, list(range(len(places))))
 
     def _held(self, entry: Entry, like: Tensor) -> Tensor:
-        held = self._cache.held((entry[0] + self._shift, entry[1]), self.stop, like)
+        held = self._cache.held((entry[0] + self._shift, entry[1]), self.end, like)
         return held if self._row is None else held[self._row : self._row + 1]
 
 
@@ -386,9 +395,9 @@ def _places(positions: Tensor) -> tuple[int, int, bool]:
     """
     rows: list[list[int]] = positions.tolist()
     start = rows[0][0]
-    stop = max(map(max, rows)) + 1
+    end = max(map(max, rows)) + 1
     span = list(range(start, start + positions.shape[1]))
-    return start, stop, all(row == span for row in rows)
+    return start, end, all(row == span for row in rows)
 
 
 class SpanWriter:
@@ -404,25 +413,25 @@ class SpanWriter:
         self._positions = positions
         self._rows = slice(len(positions)) if row is None else slice(row, row + 1)
         self.start = 0
-        self.stop = cache.capacity
+        self.end = cache.capacity
         self.contiguous = False
         if positions.device.type == "cpu":
-            self.start, self.stop, self.contiguous = _places(positions)
-        cache.written = max(cache.written, self.stop)
+            self.start, self.end, self.contiguous = _places(positions)
+        cache.written = max(cache.written, self.end)
 
-    def layers(self, start: int, stop: int) -> list["LayerSlots"]:
+    def layers(self, start: int, end: int) -> list["LayerSlots"]:
         """Where each layer of a span writes and reads. All views are made in one call: one call per
         layer is slower.
         """
-        held = self._cache.reach(self.stop)[start:stop, :, self._rows]
+        held = self._cache.reach(self.end)[start:end, :, self._rows]
         indices = None
         if self.contiguous:
-            slots = held[..., self.start : self.stop, :].unbind()
+            slots = held[..., self.start : self.end, :].unbind()
         else:
             rows = torch.arange(self._positions.shape[0], device=held.device)[:, None]
             slots = held.unbind()
             indices = (rows, self._positions.to(held.device, non_blocking=True))
-        views = self._cache.matrices(self._rows)[start:stop]
+        views = self._cache.matrices(self._rows)[start:end]
         return [
             LayerSlots(*of_layer, into, indices)
             for of_layer, into in zip(views, slots, strict=True)

@@ -12,12 +12,12 @@ from torch import Tensor
 from ..config.model import EXACT_TOKENS, PackingConfig, Quantization
 from ..errors import require_choice
 from .cache import Places
-from .eagle3 import Eagle3Weights, PlacedEagle3
+from .eagle3 import Eagle3Weights
 from .repacked import CHUNK, RepackedBackend, RepackedLayers, rows_at_once
-from .rope import Rope
 from .row_cache import RowCache, SpanWriter
 from .spec import ModelSpec
-from .torch_layer import Masks, Step, TorchLayer, Workspace
+from .torch_eagle3 import PlacedEagle3
+from .torch_layer import Masks, Rope, Step, TorchLayer, Workspace
 from .torch_linear import KernelLinear, Linear, Norm, exact_rows, linear
 from .vocabulary import DraftVocabulary
 from .weights import Affine, Weights, head_weights
@@ -63,10 +63,10 @@ class TorchLayers(RepackedLayers):
         )
 
     def run(
-        self, hidden: Tensor, start: int, stop: int, places: Places, only_kv: bool = False
+        self, hidden: Tensor, start: int, end: int, places: Places, only_kv: bool = False
     ) -> Tensor:
-        layers = [layer for layer in self.layers[start:stop] if layer is not None]
-        assert len(layers) == stop - start and isinstance(places.cache, RowCache)
+        layers = [layer for layer in self.layers[start:end] if layer is not None]
+        assert len(layers) == end - start and isinstance(places.cache, RowCache)
         return places.in_grids(
             hidden, partial(self._in_parts, layers, start, only_kv, places.cache)
         )
@@ -107,11 +107,11 @@ class TorchLayers(RepackedLayers):
         # A CUDA graph, whose positions are on the device, has buffers of its own.
         keeps = positions.numel() <= _KEPT_ROWS and positions.device.type == "cpu"
         space = (self._kept if keeps else self._workspace)(*positions.shape)
-        stop = start + len(layers)
-        slots = writer.layers(start, stop)
+        end = start + len(layers)
+        slots = writer.layers(start, end)
         step = self._step(writer, positions, slots[0].values.shape[1])
         rows = hidden.reshape(space.rows, -1).clone()
-        for layer, kind, held in zip(layers, self.spec.kinds[start:stop], slots, strict=True):
+        for layer, kind, held in zip(layers, self.spec.kinds[start:end], slots, strict=True):
             if only_kv:
                 layer.write_kv(rows, step, held, space)
             else:
@@ -130,11 +130,11 @@ class TorchLayers(RepackedLayers):
                 kind: [(max(0, at + 1 - (window or at + 1)), at + 1) for at in places]
                 for kind, window in windows.items()
             }
-            return Step(ropes, still, dict.fromkeys(spans), spans, writer.stop)
+            return Step(ropes, still, dict.fromkeys(spans), spans, writer.end)
         by_products = count <= _PRODUCT_TOKENS and self.device.type == "cpu"
-        keys = capacity if by_products else writer.stop
+        keys = capacity if by_products else writer.end
         masks = self._masks.by_kind(writer, on_device, keys, by_products)
-        return Step(ropes, still, masks, None, None if by_products else writer.stop)
+        return Step(ropes, still, masks, None, None if by_products else writer.end)
 
     def _same_alone(self, count: int) -> bool:
         """Whether the first layer's output for `count` random rows equals its outputs row by row;
@@ -148,10 +148,10 @@ class TorchLayers(RepackedLayers):
         cache = self.new_cache(1, 24 + count)
         layers = [layer for layer in self.layers[:1] if layer is not None]
 
-        def run(start: int, stop: int) -> Tensor:
-            positions = torch.arange(start, stop)[None]
+        def run(start: int, end: int) -> Tensor:
+            positions = torch.arange(start, end)[None]
             return self._grid(
-                layers, 0, False, SpanWriter(cache, positions), hidden[:, start:stop], positions
+                layers, 0, False, SpanWriter(cache, positions), hidden[:, start:end], positions
             )
 
         run(0, 24)

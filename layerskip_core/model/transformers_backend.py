@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..config.model import PackingConfig, Quantization
+from ..config.resolution import MOST_DRAFTS
 from ..errors import CheckpointError
 from .architectures import SUPPORTED, known_architecture
-from .backend import Backend, DraftHead, DraftSide, choose_by_head
+from .backend import Backend, DraftBlock, DraftHead, DraftSide, choose_by_head
 from .cache import Places
 from .cut import CutModel, Form
-from .eagle3 import UNSUITED, Eagle3Weights, PlacedEagle3
+from .eagle3 import UNSUITED, Eagle3Weights
 from .exit_blocks import (
     INPUT_NORMS,
     MTP,
     NO_BLOCKS,
-    DraftBlock,
     ExitBlock,
     ExitBlocks,
     PlacedBlock,
@@ -34,6 +34,7 @@ from .position_cache import Forward, hidden_of, replaced, with_hidden
 from .probe import cut_at_layers
 from .row_cache import Entry, MixedCache
 from .spec import AnySpec, ModelSpec, TransformersSpec
+from .torch_eagle3 import PlacedEagle3
 
 _TEXTS = 3, 4  # lengths of the two packed texts of the trial
 
@@ -148,11 +149,7 @@ class TransformersBackend:
         dtype: torch.dtype = self.model.get_input_embeddings().weight.dtype
         return dtype
 
-    @property
-    def room(self) -> int:
-        return self.spec.context
-
-    def room_for(self, num_draft_tokens: int) -> int:
+    def context_length(self, num_draft_tokens: int = MOST_DRAFTS) -> int:
         return self.spec.context
 
     @property
@@ -173,33 +170,33 @@ class TransformersBackend:
     def embed(self, ids: Tensor) -> Tensor:
         return self._cut.embed(ids)
 
-    def run_layers(self, hidden: Tensor, start: int, stop: int, places: Places) -> Tensor:
-        return hidden if start == stop else self._run(hidden, start, stop, places)
+    def run_layers(self, hidden: Tensor, start: int, end: int, places: Places) -> Tensor:
+        return hidden if start == end else self._run(hidden, start, end, places)
 
     choose = choose_by_head
 
-    def write_kv(self, hidden: Tensor, start: int, stop: int, places: Places) -> None:
+    def write_kv(self, hidden: Tensor, start: int, end: int, places: Places) -> None:
         """As `Backend.write_kv`. Each layer ends once its attention has written its last cache
         entry.
         """
-        self._run(hidden, start, stop, places, only_writes=True)
+        self._run(hidden, start, end, places, only_writes=True)
 
-    def run_texts(self, hidden: Tensor, start: int, stop: int) -> Tensor:
-        """Layers start..stop-1 over the states (B, T, D) of whole texts, without a cache; gradients
+    def run_texts(self, hidden: Tensor, start: int, end: int) -> Tensor:
+        """Layers start..end-1 over the states (B, T, D) of whole texts, without a cache; gradients
         flow through them.
         """
         return self._cut.run_span(
-            hidden, start, stop, torch.arange(hidden.shape[1]).expand(len(hidden), -1)
+            hidden, start, end, torch.arange(hidden.shape[1]).expand(len(hidden), -1)
         )
 
     def _run(
-        self, hidden: Tensor, start: int, stop: int, places: Places, only_writes: bool = False
+        self, hidden: Tensor, start: int, end: int, places: Places, only_writes: bool = False
     ) -> Tensor:
         """Runs a span of the model's own layers, or the exit block that is layer `start` of the
         chain.
         """
         block = None if start < self.num_layers else self._blocks[start - self.num_layers]
-        return self._cut.run(hidden, start, stop, places, only_writes=only_writes, block=block)
+        return self._cut.run(hidden, start, end, places, only_writes=only_writes, block=block)
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """Final norm and LM head, shared by every exit: (..., D) to logits (..., V)."""
@@ -338,7 +335,7 @@ class WholeTexts:
             rows = DocumentRows(documents)
             own = None if kept is None else lambda layer: rows.of(kept(layer))
             found = self.states(rows.apart(ids), exits, None, own, recompute)
-            return {stop: rows.together(state) for stop, state in found.items()}
+            return {end: rows.together(state) for end, state in found.items()}
         states: dict[int, Tensor] = {}
 
         def run(layer: int, forward: Forward, /, *args: Any, **keywords: Any) -> Any:

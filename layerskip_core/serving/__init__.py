@@ -123,7 +123,7 @@ class Embedding:
         with lock_of(backend), torch.inference_mode():
             hidden = backend.embed(torch.tensor(self.ids[start:stop], device=backend.device))
             hidden = backend.run_layers(
-                hidden, 0, self.layers, cache.span(start, stop, settled=True)
+                hidden, 0, self.layers, cache.span(start, stop, no_rollback=True)
             )
             self._sum = self._sum + backend.normed(hidden).float().sum(0)
             self.stats = DecodeStats(prompt_tokens=stop)
@@ -269,9 +269,9 @@ class Scheduler:
         cache = self._decoder.backend.new_cache()
         row = None if isinstance(request, Embedding) else request._row
         stops = [1 + len(request.ids if row is None else row.ids)]
-        while cache.spare(stops) < self.running and self._prefixes.drop(self._decoder.backend):
+        while cache.free_pages(stops) < self.running and self._prefixes.drop(self._decoder.backend):
             pass
-        return not self.running or cache.spare(stops) >= self.running
+        return not self.running or cache.free_pages(stops) >= self.running
 
     def _make_room(self, loop: DecodingLoop) -> bool:
         """Frees memory for a loop's next step: kept prefixes, an unfinished embedding's, then the

@@ -177,7 +177,9 @@ def own_prompts(decoder: Decoder, count: int, seed: int) -> Iterator[str]:
     start = decoder.prompt_start()
     kinds = _OPENINGS.split(",")
     known = set[str]()
-    most_tokens = min(_PROMPT_TOKENS, decoder.backend.room - len(start) - _PROMPT_TOKENS)
+    most_tokens = min(
+        _PROMPT_TOKENS, decoder.backend.context_length() - len(start) - _PROMPT_TOKENS
+    )
     needed = "one whose chat template begins a prompt, and has room for it"
     require(bool(start) and most_tokens > 0, "model", needed, decoder.name)
     config = DecodingConfig(

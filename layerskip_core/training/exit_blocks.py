@@ -125,7 +125,9 @@ class DrafterModule(nn.Module):
         """
         backend = self.decoder
         rows, tokens = ids.shape
-        places = Places(backend.new_cache(rows, tokens), [0] * rows, [tokens] * rows, settled=True)
+        places = Places(
+            backend.new_cache(rows, tokens), [0] * rows, [tokens] * rows, no_rollback=True
+        )
         last = backend.num_layers
         with torch.inference_mode(), torch.autocast(ids.device.type, enabled=False):
             states = states_at(backend, backend.embed(ids.flatten()), (*self.layers, last), places)

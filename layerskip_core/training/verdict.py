@@ -21,9 +21,8 @@ from ..config.model import PackingConfig
 from ..decoding import DecodingLoop, decode, decode_batch
 from ..decoding.drafters.bandit import expected_accepted
 from ..losses import target_rows
-from ..model.backend import Backend
+from ..model.backend import Backend, DraftBlock
 from ..model.eagle3 import Eagle3Weights
-from ..model.exit_blocks import DraftBlock
 from ..splits import timely_rows
 from .answers import BATCH, own_texts
 from .data import with_whole_answers

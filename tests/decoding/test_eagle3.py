@@ -26,11 +26,12 @@ from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import decode, decode_batch
 from layerskip_core.errors import ConfigError
 from layerskip_core.model import Submodel
-from layerskip_core.model.eagle3 import Eagle3, Eagle3Form, Eagle3Weights, PlacedEagle3
+from layerskip_core.model.eagle3 import Eagle3, Eagle3Form, Eagle3Weights
 from layerskip_core.model.exit_blocks import ExitBlocks
 from layerskip_core.model.native import compiled
 from layerskip_core.model.native.drafters import NativeEagle3
 from layerskip_core.model.row_cache import RowCache
+from layerskip_core.model.torch_eagle3 import PlacedEagle3
 from layerskip_core.training.eagle3 import unrolled
 
 SHAPE = {**WIDE, "max_position_embeddings": 256}

@@ -174,14 +174,14 @@ def test_a_block_that_does_not_draft_writes_nothing_and_catches_up_when_it_does(
     for _ in range(plain_steps):
         next(loop)
     for index, row in enumerate(loop.rows):
-        assert loop._cache.waiting[index] == row.filled
+        assert loop._cache.num_unwritten[index] == row.filled
         if kind != "native":  # whose new pages are not zeroed
             assert not entries(loop._cache, index)[block.layer, ..., : row.filled, :].any()
     before = [row.filled for row in loop.rows]
     steps = next(loop)
     assert all(step.counts.drafted == 3 for step in steps)
     for index, (row, filled) in enumerate(zip(loop.rows, before, strict=True)):
-        assert loop._cache.waiting[index] == row.filled - filled
+        assert loop._cache.num_unwritten[index] == row.filled - filled
         found = entries(loop._cache, index)[block.layer, ..., :filled, :]
         cache = backend.new_cache(1)
         tokens = torch.tensor(row.ids[:filled])

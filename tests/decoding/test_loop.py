@@ -205,7 +205,7 @@ class TableModel:
         self.spec = SimpleNamespace(context=table.shape[1])
         self.layers = self
         self.draft_sides = {None: self}
-        self.room_for = lambda num_draft_tokens: table.shape[1]
+        self.context_length = lambda num_draft_tokens: table.shape[1]
 
     def head(self, submodel):
         return DraftHead(self.unembed)

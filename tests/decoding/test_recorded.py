@@ -99,10 +99,10 @@ def test_no_entries_of_a_block_wait_across_a_recorded_pass(gpu):
     model = TorchBackend.of(tiny.to("cuda"), PackingConfig(), exit_blocks=blocks)
     loop = DecodingLoop(model, [PROMPT], DRAFTED, drafter=Silent())
     next(loop)
-    assert loop._cache.waiting == [len(PROMPT)]
+    assert loop._cache.num_unwritten == [len(PROMPT)]
     for _ in range(4):
         next(loop)
-    assert loop.stats.replayed > 0 and loop._cache.waiting == [0]
+    assert loop.stats.replayed > 0 and loop._cache.num_unwritten == [0]
 
 
 def test_two_decodings_at_once_keep_apart(model):

@@ -203,7 +203,7 @@ def test_memories_count_as_pages(model_type):
     cache = backend.new_cache(2)
     held = pool.pages_of_memory(9 + backend.spec.recurrence.taps - 1)
     pool.most = before + 5 + 2 * held
-    assert cache.spare([1, PAGE + 1]) == 2
+    assert cache.free_pages([1, PAGE + 1]) == 2
     pool.most = inf
     logits_of(backend, torch.tensor([prompt_of(5), prompt_of(5, 1)]))
     assert pool.used == before
@@ -233,7 +233,8 @@ def test_an_answer_ends_where_the_memory_does(model_type, drafts):
         loop = decode(backend, prompt_of(10), config)
         ids = ids_of(loop)
         assert len(ids) == PAGE - 10 and loop.rows[0].scanner.room == 0
-        assert backend.room_for(drafts) == PAGE and backend.room == backend.room_for(32)
+        assert backend.context_length(drafts) == PAGE
+        assert backend.context_length() == backend.context_length(32)
     finally:
         pool.most = inf
     assert ids == ids_of(decode(backend, prompt_of(10), replace(config, max_new_tokens=PAGE - 10)))
@@ -252,12 +253,12 @@ def test_freed_pages_make_room_for_memories(model_type):
         cache = backend.new_cache(rows)
         with torch.inference_mode():
             hidden = backend.embed(torch.tensor([prompt_of(tokens)] * rows))
-            backend.run_layers(hidden, 0, 6, cache.span(0, tokens, settled=True))
+            backend.run_layers(hidden, 0, 6, cache.span(0, tokens, no_rollback=True))
             assert pool.allocated == pool.used > 9
             del cache
             held = [backend.new_cache() for _ in range(50)]
             for each in held:
-                if each.spare([1]) < 0:
+                if each.free_pages([1]) < 0:
                     break
                 backend.run_layers(backend.embed(torch.tensor([[3]])), 0, 6, each.span(0, 1))
                 most = max(most, pool.allocated)

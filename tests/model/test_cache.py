@@ -28,7 +28,7 @@ class Rows:
         return RowCache((LAYERS, HEADS, SIZE), count, CONTEXT, LIKE)
 
     def write(self, cache, row, start, numbers):
-        stop = SpanWriter(cache, torch.tensor([[start + numbers.shape[3] - 1]] * cache.rows)).stop
+        stop = SpanWriter(cache, torch.tensor([[start + numbers.shape[3] - 1]] * cache.rows)).end
         with torch.inference_mode():
             cache.reach(stop)[:, :, row, :, start:stop] = numbers
 
@@ -188,7 +188,7 @@ def test_a_text_that_grows_moves_seldom(monkeypatch, prompt, end, moves):
     cache = RowCache((LAYERS, HEADS, SIZE), 1, end, LIKE)
     monkeypatch.setattr(RowCache, "_hold", counted)
     for stop in range(prompt, min(end, 3000) + 1):
-        cache.reach(SpanWriter(cache, torch.tensor([[stop - 1]])).stop)
+        cache.reach(SpanWriter(cache, torch.tensor([[stop - 1]])).end)
         assert stop <= cache.capacity <= min(end, max(stop + 256, 1.5 * stop)) + 63
         _, keys, values = cache.matrices(slice(None))[-1]  # read as a whole
         assert stop <= keys.shape[2] == values.shape[1] <= stop + 63

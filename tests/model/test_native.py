@@ -26,7 +26,7 @@ from layerskip_core.model import (
     native,
     repacked,
 )
-from layerskip_core.model.backend import states_at
+from layerskip_core.model.backend import DraftCall, TokenPass, states_at
 from layerskip_core.model.native import compiled
 from layerskip_core.model.vocabulary import most_probable
 
@@ -336,9 +336,9 @@ def test_guesses_save_passes_of_a_copy_and_change_no_draft(variant, model_type, 
         submodel = Submodel(side.num_layers)
         ends = DraftEnds(survival=1e-30)
         with torch.inference_mode():
-            tokens, _, probs = side.kernel(
-                side.whole, torch.tensor(text), submodel, places, ends, None, None, False
-            )
+            text = torch.tensor(text)
+            call = DraftCall(side.whole, text, submodel, places, ends, runs_last=False)
+            tokens, _, probs = side.kernel(call)
         return tokens.tolist(), probs
 
     monkeypatch.setattr(kernels, "draft", draft)
@@ -399,9 +399,10 @@ def test_a_choice_in_one_call_is_that_of_the_logits(variant, model_type, precisi
             else:
                 start = states.clone()
                 given = states.flatten(0, 1) if exit_layer else None
-                chosen, kept = model.choose(
-                    tokens.flatten(), given, exit_layer, 6, (4, 6), at(positions, cache)
+                step = TokenPass(
+                    tokens.flatten(), at(positions, cache), 6, exit_layer, given, (4, 6)
                 )
+                chosen, kept = model.choose(step)
                 assert torch.equal(start, states) and list(kept) == [4, 6]
                 assert torch.equal(kept[4], reached[4].flatten(0, 1)) and torch.equal(
                     kept[6], reached[6].flatten(0, 1)

@@ -11,8 +11,7 @@ from math import inf
 from weakref import WeakKeyDictionary
 
 from ...config.decoding import DraftProfile
-from ...model.backend import Backend, DraftEnds, Submodel
-from ...model.exit_blocks import DraftBlock
+from ...model.backend import Backend, DraftBlock, DraftEnds, Submodel
 from ..output import Row
 from ..sampling import truncates
 from . import Context, Draft, DrafterSetup
@@ -74,9 +73,9 @@ class AdaptiveDrafter:
         draft = Draft(context.newest, (0,) * rows)
         if step.looks:
             self._find(context, limits)
-            waited = sum(context.cache.waiting)
+            waited = sum(context.cache.num_unwritten)
             draft = self._best_draft(context, limits, step)
-            if waited - sum(context.cache.waiting) > newly_committed:
+            if waited - sum(context.cache.num_unwritten) > newly_committed:
                 # A block that was off wrote KV entries of earlier steps: later drafts will not
                 self._begun = -inf
         step.verified = len(draft.tokens)
@@ -204,7 +203,7 @@ def _arm(
     if isinstance(drafter, ModelDrafter):
         kind = DRAFT_MODEL
         exit_layer = spec.layers
-        reach = float(drafter.model.room)
+        reach = float(drafter.model.context_length())
         part = drafter.model.spec.weights_read(1) / spec.weights_read(1)
     else:
         kind = drafter.weights or ""

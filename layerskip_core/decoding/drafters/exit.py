@@ -22,7 +22,7 @@ from torch import Tensor
 from ...config.decoding import WITH_DRAFTER, DecodingConfig
 from ...config.model import Quantization
 from ...errors import ConfigError, require
-from ...model.backend import DraftEnds, Spans, Submodel, beyond_exit, states_at
+from ...model.backend import DraftCall, DraftEnds, Spans, Submodel, beyond_exit, states_at
 from ...model.cache import Places, on_device
 from ...model.eagle3 import NO_DRAFTER
 from ..output import Row
@@ -188,9 +188,8 @@ class ExitDrafter:
             places = context.places([limits[0] + 1], [0])
             text = self._searched(context.rows[0]) if self._cascade is not None else context.newest
             noise = self._sampler.noise(context.rows, [0], limits)
-            tokens, states, probs = self._kernel(
-                self._head, text, submodel, places, ends, noise, features, reuses
-            )
+            call = DraftCall(self._head, text, submodel, places, ends, noise, features, reuses)
+            tokens, states, probs = self._kernel(call)
             count = len(tokens) - 1
             states = states if reuses else {}
             return Draft(
@@ -230,7 +229,7 @@ class ExitDrafter:
         tokens, *kept = (
             part[: sum(places.counts)] for part in recorder.run(name, work, newest, positions)
         )
-        states = dict(zip(submodel.stops if reuses else (), kept, strict=True))
+        states = dict(zip(submodel.state_layers if reuses else (), kept, strict=True))
         return Draft(tokens, tuple(limits), states, self.source)
 
     def _searched(self, row: Row) -> Tensor:
@@ -303,7 +302,7 @@ class ExitDrafter:
         """
         layers = self._side.layers
         places = made.context.places(counts, made.run)
-        reached = states_at(layers, layers.embed(tokens), self.submodel.stops, places)
+        reached = states_at(layers, layers.embed(tokens), self.submodel.state_layers, places)
         rows = [row for row, count in enumerate(counts) for _ in range(count)]
         for stop, states in reached.items():
             made.states[stop].add(states, rows)
@@ -389,7 +388,7 @@ class ModelDrafter:
         self._drafter = ExitDrafter(own, None, Submodel(self.model.num_layers), DRAFT_MODEL)
         self._cache = self.model.new_cache(0)
         self._cache.steps_back = setup.config.num_draft_tokens
-        self._max_tokens = self.model.room_for(setup.config.num_draft_tokens)  # of a text
+        self._max_tokens = self.model.context_length(setup.config.num_draft_tokens)  # of a text
         # In the order of the cache's rows: how many tokens have KV entries
         self._filled = dict[Row, int]()
         self._ran = dict[Row, int]()  # how many more the last draft wrote
@@ -447,7 +446,7 @@ class ModelDrafter:
         """Pages left free by these tokens and drafts of the rows; negative if they need more."""
         sizes = zip(self._filled.values(), counts, limits, strict=True)
         stops = [filled + count + limit + (limit > 0) for filled, count, limit in sizes]
-        return self._cache.spare(stops)
+        return self._cache.free_pages(stops)
 
     def _own(self, context: Context) -> Context:
         filled = list(self._filled.values())

@@ -1,6 +1,6 @@
 """`Backend` on the C kernels, if they were built and the CPU can run them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from math import frexp
 from typing import Any
@@ -11,12 +11,10 @@ from torch import Tensor
 from ...config.model import PackingConfig, Quantization
 from ...config.resolution import MOST_DRAFTS
 from ...errors import CheckpointError
-from ..backend import DraftKernel, choose_by_head
-from ..cache import Places
+from ..backend import Chosen, DraftBlock, DraftKernel, TokenPass, choose_by_head
 from ..configuration import SLIDING
 from ..eagle3 import UNSUITED, Eagle3Weights
-from ..exit_blocks import INPUT_NORMS, MTP, DraftBlock, ExitBlocks
-from ..noise import Noise
+from ..exit_blocks import INPUT_NORMS, MTP, ExitBlocks
 from ..pages import PAGE, PagePool
 from ..repacked import RepackedBackend
 from ..spec import AnySpec, ModelSpec
@@ -58,20 +56,21 @@ def suits_kernels(
         return False
     if len(spec.ropes) > MOST_ROPES or (spec.experts is not None and not spec.experts.are_equal):
         return False
-    low_bit = packing is not None and bool(packing.quantize or packing.draft_weights)
-    divisor = GROUP_SIZE if low_bit else 2
-    layers = [spec.of_layer(layer) for layer in range(spec.layers)] if spec.sizes else [spec]
-    odd_or_large = (
-        of_layer.head_dim > _LARGEST_HEAD or of_layer.head_dim % 2 for of_layer in layers
-    )  # bf16 comes in pairs
-    if any(odd_or_large) or spec.token_width > spec.hidden:
+    if spec.token_width > spec.hidden:
         return False
     widths = [spec.hidden, spec.token_width, spec.experts.inner if spec.experts else spec.inner]
-    widths += [width for of_layer in layers for width in (of_layer.inner, of_layer.queries)]
-    if (recurrence := spec.recurrence) is not None:
+    for layer in range(spec.layers if spec.sizes else 1):
+        of_layer = spec.of_layer(layer)
+        if of_layer.head_dim > _LARGEST_HEAD or of_layer.head_dim % 2:  # bf16 comes in pairs
+            return False
+        widths += [of_layer.inner, of_layer.queries]
+    recurrence = spec.recurrence
+    if recurrence is not None:
         if recurrence.taps > MOST_TAPS or recurrence.key_dim > LARGEST_KEY:
             return False
         widths.append(recurrence.outputs)
+    low_bit = packing is not None and bool(packing.quantize or packing.draft_weights)
+    divisor = GROUP_SIZE if low_bit else 2
     return not any(width % divisor for width in widths)
 
 
@@ -110,20 +109,15 @@ class NativeBackend(RepackedBackend):
         self._pack = pack
         self._scales = dict[int, float]()  # by layer
         super().__init__(spec, take, *arguments, **options)
-        # Arithmetic grows with cores, memory bandwidth hardly beyond two
         if not compiled.has_cheap_rows:
-            self.row_cost = (
-                _ROW_COSTS[self._head.matrix.form.kind] * 2 / max(torch.get_num_threads(), 2)
-            )
+            # Arithmetic grows with cores, memory bandwidth hardly beyond two
+            threads = max(torch.get_num_threads(), 2)
+            self.row_cost = _ROW_COSTS[self._head.matrix.form.kind] * 2 / threads
         # Division and caps may round different logits to a tie; division by a power of two does
         # not.
         self._is_plain = frexp(spec.logits_divisor)[0] == 0.5 and spec.logits_cap is None
 
-    @property
-    def room(self) -> int:
-        return self.room_for(MOST_DRAFTS)
-
-    def room_for(self, num_draft_tokens: int) -> int:
+    def context_length(self, num_draft_tokens: int = MOST_DRAFTS) -> int:
         pages = self._pool.most - self._pool.pages_of_memory(self._pool.slots_for(num_draft_tokens))
         return int(min(self.spec.context, max(0, pages) * PAGE))
 
@@ -132,39 +126,30 @@ class NativeBackend(RepackedBackend):
         """Bytes of weights that a step of one token reads, with scales and biases; only the chosen
         experts.
         """
-        assert isinstance(self._layers, NativeLayers)
         matrices: list[NativeMatrix] = [self._head.matrix]
-        matrices += (matrix for layer in self._layers.layers for matrix in layer.matrices)
+        for layer in self._layers.layers:
+            matrices += layer.matrices
         chosen = self.spec.experts.choices if self.spec.experts else 1
-        held = (
-            (sum(part.nbytes for part in matrix.parts.values()), matrix.form.experts)
-            for matrix in matrices
-        )
-        return sum(size * min(1.0, chosen / experts) for size, experts in held)
+        read = 0.0
+        for matrix in matrices:
+            size = sum(part.nbytes for part in matrix.parts.values())
+            read += size * min(1.0, chosen / matrix.form.experts)
+        return read
 
-    def choose(
-        self,
-        tokens: Tensor,
-        states: Tensor | None,
-        start: int,
-        stop: int,
-        kept: Sequence[int],
-        places: Places,
-        noise: Noise | None = None,
-    ) -> tuple[Tensor, dict[int, Tensor]]:
-        is_plain = self._is_plain and (noise is None or self.spec.logits_divisor == 1)
-        if not is_plain or sum(places.counts) > KEPT_ROWS:
-            return choose_by_head(self, tokens, states, start, stop, kept, places, noise, perturbed)
+    def choose(self, step: TokenPass) -> Chosen:
+        is_plain = self._is_plain and (step.noise is None or self.spec.logits_divisor == 1)
+        if not is_plain or sum(step.places.counts) > KEPT_ROWS:
+            return choose_by_head(self, step, perturbed)
         assert isinstance(self._layers, NativeLayers)
-        return choose(self._layers, self._head, tokens, states, start, stop, kept, places, noise)
+        return choose(self._layers, self._head, step)
 
     def limit_memory(self, kv_bytes: int) -> None:
         """Limits the memory of KV entries from now on; a draft model gets as many pages as this
         one.
         """
-        pools = [
-            model._pool for model in (self, self.draft_model) if isinstance(model, NativeBackend)
-        ]
+        pools = [self._pool]
+        if isinstance(self.draft_model, NativeBackend):
+            pools.append(self.draft_model._pool)
         pages = kv_bytes // sum(pool.page_bytes for pool in pools)
         for pool in pools:
             pool.most = pages
@@ -174,7 +159,8 @@ class NativeBackend(RepackedBackend):
         self._engine = Engine(self._kernels, self.spec, self._embedding.dtype)
         spec = self._chain_spec
         self._inputs = None
-        if (inputs := self.spec.token_inputs) is not None:
+        inputs = self.spec.token_inputs
+        if inputs is not None:
             kind = packing.quantize or self._unrounded
             table = weights.of(inputs.table)
             self._inputs = NativeTokenInputs(
@@ -197,9 +183,11 @@ class NativeBackend(RepackedBackend):
         pack = self._packed if weights.prefix.startswith(MTP.prefix) else self._pack
         made = NativeLayer(pack, weights, self._chain_spec, index, low_bits or self._unrounded)
         like = index if index < self.spec.layers else self.spec.attending[-1]
-        if like == index and (name := self.spec.architecture.layer_scale):
-            self._scales[index] = float(weights.of(name))
-        made.structure.slice, made.structure.scale = like, self._scales.get(like, 1.0)
+        scale = self.spec.architecture.layer_scale
+        if scale and like == index:
+            self._scales[index] = float(weights.of(scale))
+        made.structure.slice = like
+        made.structure.scale = self._scales.get(like, 1.0)
         return made
 
     def _head_of(
@@ -215,34 +203,33 @@ class NativeBackend(RepackedBackend):
             low_bits or self._unrounded, spec.hidden, spec.vocab, biased=spec.architecture.head_bias
         )
         matrix = self._pack("head", form, lambda: [head_weights(weights, spec)])
-        return NativeLinear(
-            self._engine, matrix if rows is None else matrix.rows_of(rows), norm, spec
-        )
+        if rows is not None:
+            matrix = matrix.rows_of(rows)
+        return NativeLinear(self._engine, matrix, norm, spec)
 
     def _join(self, weights: Weights, low_bits: Quantization | None) -> NativeLinear:
         form = MatrixForm(low_bits or self._unrounded, 2 * self.spec.hidden, self.spec.hidden)
-        join = NativeLinear(
-            self._engine,
-            self._packed("mtp.input", form, lambda: [Affine(weights.of("input.weight"), None)]),
-        )
+        read = lambda: [Affine(weights.of("input.weight"), None)]  # noqa: E731
+        join = NativeLinear(self._engine, self._packed("mtp.input", form, read))
         join.input_norms = [NativeNorm(norm_weights(weights, of, self.spec)) for of in INPUT_NORMS]
         return join
 
     def _drafter_kinds(
         self, packing: PackingConfig
     ) -> tuple[Quantization | None, Quantization | None]:
+        cpu = torch.device("cpu")
+        if not suits_kernels(self.spec, self._embedding.dtype, cpu, PackingConfig("int8")):
+            return packing.quantize, packing.quantize
         kind, of_head = packing.drafter
         if self._is_packed_file:  # it holds the head in few precisions
             of_head = (packing.draft_head or "int8") if packing.draft_weights else packing.quantize
-        fits = suits_kernels(
-            self.spec, self._embedding.dtype, torch.device("cpu"), PackingConfig("int8")
-        )
-        return (kind, of_head) if fits else (packing.quantize,) * 2
+        return kind, of_head
 
     def _drafters(self, exit_blocks: ExitBlocks, packing: PackingConfig) -> dict[str, DraftBlock]:
         found = super()._drafters(exit_blocks, packing)
-        if (assistant := exit_blocks.assistant) is not None:
-            found["mtp"] = NativeAssistant(self._target(self.spec, packing), assistant)
+        if exit_blocks.assistant is not None:
+            target = self._target(self.spec, packing)
+            found["mtp"] = NativeAssistant(target, exit_blocks.assistant)
         return found
 
     def _target(self, spec: ModelSpec, packing: PackingConfig) -> Target:
@@ -260,10 +247,8 @@ class NativeBackend(RepackedBackend):
 
     def _norm(self, weights: Affine) -> Callable[[Tensor], Tensor]:
         """A norm in fp32, of hidden states without their token ids."""
-        norm = Norm(
-            Affine(weights.weight.float(), None if weights.bias is None else weights.bias.float()),
-            self.spec.eps,
-        )
+        bias = None if weights.bias is None else weights.bias.float()
+        norm = Norm(Affine(weights.weight.float(), bias), self.spec.eps)
         return lambda hidden: norm(hidden[..., : self.spec.hidden])
 
     def _layers_of(self, layers: list[NativeLayer | None], exact: bool) -> NativeLayers:

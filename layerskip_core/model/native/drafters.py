@@ -13,9 +13,9 @@ transformers rotates queries for the position after it. A head with clusters sco
 of the `chosen` clusters with the best centroids.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,8 @@ from torch import Tensor
 
 from ...config.model import Quantization
 from ..architectures import ARCHITECTURES
-from ..backend import Backend, Drafted, DraftHead, Layers, Submodel
+from ..assistant import CENTROIDS, INPUT, ORDER, OUTPUT, Assistant
+from ..backend import Backend, DraftCall, Drafted, Layers
 from ..cache import Places
 from ..configuration import FULL
 from ..eagle3 import FC, HEAD, HIDDEN_NORM, LAYER, NORM, Eagle3Form, Eagle3Weights, frequencies
@@ -36,11 +37,6 @@ from .compiled import Kernels
 from .heads import NativeLinear, draft
 from .layers import Engine, EntryLayers, NativeLayer, NativeLayers, keys_at
 from .matrix import MatrixForm, PackMatrix
-
-INPUT = "pre_projection.weight"
-OUTPUT = "post_projection.weight"
-CENTROIDS = "masked_embedding.centroids.weight"
-ORDER = "masked_embedding.token_ordering"  # token ids, cluster by cluster
 
 
 class Target(NamedTuple):
@@ -146,27 +142,12 @@ class NativeEagle3:
     def _normed(self, name: str, hidden: Tensor) -> Tensor:
         return F.rms_norm(hidden.float(), hidden.shape[-1:], self._norms[name], self._form.eps)
 
-    def kernel(
-        self, head: DraftHead, text: Tensor, submodel: Submodel, places: Places, *others: Any
-    ) -> Drafted:
+    def kernel(self, call: DraftCall) -> Drafted:
         """A `DraftKernel`."""
-        layer = replace(submodel, block=None, beyond=((self._place, self._place + 1),))
-        norms = self._form.norm_output
-        ends, noise, feature, runs_last = others
-        moved = places.moved(-1)
-        return draft(
-            self._layers,
-            self._spec,
-            head,
-            text,
-            layer,
-            moved,
-            ends,
-            noise,
-            feature,
-            runs_last,
-            norms,
-        )
+        span = ((self._place, self._place + 1),)
+        submodel = replace(call.submodel, block=None, beyond=span)
+        call = replace(call, submodel=submodel, places=call.places.moved(-1))
+        return draft(self._layers, self._spec, call, self._form.norm_output)
 
 
 def _entries(states: Tensor, before: Tensor | None) -> Tensor:
@@ -200,32 +181,6 @@ def _layer_spec(form: Eagle3Form, spec: ModelSpec) -> ModelSpec:
         score_cap=None,
         logits_cap=None,
     )
-
-
-@dataclass(frozen=True)
-class Assistant:
-    """A stored assistant."""
-
-    spec: ModelSpec  # its own, but `kv_heads` and each layer's `source` are the model's
-    hidden: int  # D of the model
-    clusters: int  # of the head; 0 for none
-    chosen: int  # clusters that are scored
-    settings: Mapping[str, Any]  # config.json
-    take: Callable[[str], Tensor]  # weights by the names of `shapes`, and the ids of ORDER
-    # Of the model that it was trained for, if the file has one
-    model_fingerprint: str | None = None
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        spec = self.spec
-        width = self.spec.hidden
-        own = {
-            name: shape
-            for name, shape in spec.shapes.items()
-            if spec.tied or name != spec.embedding_name
-        }
-        own |= {INPUT: (width, 2 * self.hidden), OUTPUT: (self.hidden, width)}
-        return own | ({CENTROIDS: (self.clusters, width)} if self.clusters else {})
 
 
 class NativeAssistant:

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backend import Drafted, DraftEnds, DraftHead, Submodel
-from ..cache import Places
+from ..backend import Chosen, DraftCall, Drafted, TokenPass
 from ..exit_blocks import PlacedBlock, PlacedMtp
-from ..noise import Noise, least_temperature
+from ..noise import least_temperature
 from ..repacked import rows_at_once
 from ..spec import ModelSpec
 from ..weights import Affine
@@ -50,11 +49,8 @@ class NativeLinear:
         rows = hidden[..., :size].reshape(-1, size).to(torch.float32).contiguous()
         outputs = torch.empty(len(rows), self.matrix.outputs)
         most = rows_at_once(len(rows), self._engine.row_bytes)
-        if len(rows) <= most:
-            self._score(rows, outputs)
-        else:
-            for part, out in zip(torch.split(rows, most), torch.split(outputs, most), strict=True):
-                self._score(part, out)
+        for first in range(0, len(rows), most):
+            self._score(rows[first : first + most], outputs[first : first + most])
         outputs = outputs.view(*shape, self.matrix.outputs)
         return outputs if self._spec is None else self._spec.scaled_logits(outputs)
 
@@ -73,87 +69,96 @@ class NativeLinear:
 
 
 def draft(
-    layers: NativeLayers,
-    spec: ModelSpec,
-    chosen_by: DraftHead,
-    text: Tensor,
-    submodel: Submodel,
-    places: Places,
-    ends: DraftEnds,
-    noise: Noise | None,
-    feature: Tensor | None,
-    runs_last: bool,
-    norms_output: bool = False,
+    layers: NativeLayers, spec: ModelSpec, call: DraftCall, norms_output: bool = False
 ) -> Drafted:
     """A `DraftKernel` once `layers` and `spec` are bound. `norms_output`: as in Eagle3Form."""
-    exit_layer, beyond, stops, (head, vocabulary) = (
-        submodel.exit_layer,
-        submodel.beyond,
-        submodel.stops,
-        chosen_by,
-    )
-    entry = None if feature is None else torch.cat((feature, feature)).to(torch.float32)
-    if (block := submodel.block) is not None:
+    submodel = call.submodel
+    block = submodel.block
+    beyond = submodel.beyond
+    places = call.places
+    if block is not None:
         assert isinstance(block, PlacedBlock)
-        places = places.moved(-1) if block.needs_feature else places
         beyond = ((block.layer, block.layer + 1),)
+        if block.needs_feature:
+            places = places.moved(-1)
+    head = call.head.unembed
     assert isinstance(head, NativeLinear)
-    order = [*range(exit_layer), *(layer for start, stop in beyond for layer in range(start, stop))]
+    order = list(range(submodel.exit_layer))
+    for start, end in beyond:
+        order += range(start, end)
     assert layers.has(order)
+
     most = sum(places.counts) - 1
-    engine = layers.engine
-    searched = len(text) - 1
+    searched = len(call.text) - 1
     guesses = min(searched, _GUESSES)
     buffers = layers.call_at(places, rows=1 + guesses)
-    tokens = torch.cat((text, text.new_empty(most)))
-    states = torch.empty(len(stops), most + 1, spec.hidden)
-    tokens = tokens[searched:]
+    # The C code searches the text that stands before the tokens.
+    text_and_drafts = torch.cat((call.text, call.text.new_empty(most)))
+    tokens = text_and_drafts[searched:]
+    kept = submodel.state_layers
+    states = torch.empty(len(kept), most + 1, spec.hidden)
     after_exit = torch.empty(spec.hidden) if beyond else states
-    logits = buffers.logits(head.matrix.outputs)
-    end_ids = (ctypes.c_int64 * len(ends.ids))(*ends.ids)
+    entry = None
+    if call.feature is not None:
+        entry = torch.cat((call.feature, call.feature)).to(torch.float32)
+    vocabulary = call.head.vocabulary
+    probs = (ctypes.c_float * most)() if call.ends.needs_probs else None
+    end_ids = (ctypes.c_int64 * len(call.ends.ids))(*call.ends.ids)
     indices = (ctypes.c_int32 * len(order))(*order)
-    stop_counts = (ctypes.c_int32 * len(stops))(*stops)
-    probs = (ctypes.c_float * most)() if ends.needs_probs else None
-    ids = None if vocabulary is None else vocabulary.ids
-    learned = None if exit_layer == 0 else layers.learned
-    call = CDraft(  # in the order of its fields
-        *map(_address, (layers.embedding, learned, ids, end_ids, indices, stop_counts, probs)),
-        *(len(order), len(stops), len(end_ids), most, runs_last, ends.power),
-        *(
-            1 / spec.logits_divisor,
-            spec.logits_cap or 0.0,
-            ends.confidence,
-            ends.survival,
-            ends.doubt,
-        ),
-        *map(_address, (entry, tokens, states, after_exit, logits)),
+    stops = (ctypes.c_int32 * len(kept))(*kept)
+    of_draft = CDraft(
+        embedding=_address(layers.embedding),
+        learned=_address(layers.learned if submodel.exit_layer else None),
+        vocabulary=_address(None if vocabulary is None else vocabulary.ids),
+        ends=_address(end_ids),
+        order=_address(indices),
+        stops=_address(stops),
+        probs=_address(probs),
+        layer_count=len(order),
+        stop_count=len(kept),
+        end_count=len(end_ids),
+        most=most,
+        runs_last=call.runs_last,
+        power=call.ends.power,
+        logits_scale=1 / spec.logits_divisor,
+        logits_cap=spec.logits_cap or 0.0,
+        confidence=call.ends.confidence,
+        survival=call.ends.survival,
+        doubt=call.ends.doubt,
+        entry=_address(entry),
+        tokens=_address(tokens),
+        states=_address(states),
+        beyond=_address(after_exit),
+        logits=_address(buffers.logits(head.matrix.outputs)),
+        guesses=guesses,
+        searched=searched,
         norms_output=norms_output or isinstance(block, PlacedMtp),
     )
     if isinstance(block, PlacedMtp):
         assert isinstance(block.join, NativeLinear)
-        call.join = ctypes.addressof(block.join.matrix.structure)
-        call.input_norms = (CNorm * 2)(*(norm.structure for norm in block.join.input_norms))
-    call.guesses = guesses
-    call.searched = searched
-    words = None if noise is None else words_of(noise.keys)
-    if noise is not None:
-        call.keys = _address(words)
-        call.temperature = least_temperature(noise.temperature)
+        of_draft.join = ctypes.addressof(block.join.matrix.structure)
+        of_draft.input_norms = (CNorm * 2)(*(norm.structure for norm in block.join.input_norms))
+    if call.noise is not None:
+        keys = words_of(call.noise.keys)  # read during the call
+        of_draft.keys = _address(keys)
+        of_draft.temperature = least_temperature(call.noise.temperature)
+    engine = layers.engine
     engine.kernels.draft(
         engine.shape,
         layers.address(0),
         head.norm.structure,
         head.matrix.structure,
         buffers.call,
-        call,
+        of_draft,
         buffers.threads,
     )
-    drafted = call.drafted
-    ran = drafted + runs_last
-    kept = {
-        stop: layers.carrying(states[place, :ran], tokens[:ran]) for place, stop in enumerate(stops)
+    drafted = of_draft.drafted
+    ran = drafted + call.runs_last
+    reached = {
+        layer: layers.carrying(after[:ran], tokens[:ran])
+        for layer, after in zip(kept, states, strict=True)
     }
-    return tokens[: drafted + 1], kept, [] if probs is None else probs[:drafted]
+    return tokens[: drafted + 1], reached, [] if probs is None else probs[:drafted]
 
 
 def _address(part: "Tensor | ctypes.Array[Any] | None") -> int | None:
@@ -162,27 +167,17 @@ def _address(part: "Tensor | ctypes.Array[Any] | None") -> int | None:
     return part.data_ptr() if isinstance(part, Tensor) else ctypes.addressof(part)
 
 
-def choose(
-    layers: NativeLayers,
-    head: NativeLinear,
-    tokens: Tensor,
-    hidden: Tensor | None,
-    start: int,
-    stop: int,
-    kept: Sequence[int],
-    places: Places,
-    noise: Noise | None = None,
-) -> tuple[Tensor, dict[int, Tensor]]:
+def choose(layers: NativeLayers, head: NativeLinear, step: TokenPass) -> Chosen:
     """`Backend.choose` in one call of the kernels."""
-    count = sum(places.counts)
-    if start == 0 and layers.learned is not None:
-        hidden = layers.placed(layers.embed(tokens) if hidden is None else hidden, places)
-    tokens = tokens.contiguous()
-    rows = (
-        torch.empty(count, layers.embedding.shape[1]) if hidden is None else layers.numbers(hidden)
-    )
-    engine = layers.engine
-    buffers = layers.call_at(places)
+    count = sum(step.places.counts)
+    hidden = step.states
+    if step.start == 0 and layers.learned is not None:
+        embedded = layers.embed(step.tokens) if hidden is None else hidden
+        hidden = layers.placed(embedded, step.places)
+    tokens = step.tokens.contiguous()
+    width = layers.embedding.shape[1]
+    rows = torch.empty(count, width) if hidden is None else layers.numbers(hidden)
+    buffers = layers.call_at(step.places)
     buffers.call.hidden = rows.data_ptr()
     buffers.call.tokens = tokens.data_ptr()
     chosen = torch.empty(count, dtype=torch.long)
@@ -191,30 +186,28 @@ def choose(
         tokens=tokens.data_ptr() if hidden is None else None,
         logits=buffers.logits(head.matrix.outputs).data_ptr(),
         chosen=chosen.data_ptr(),
-        stop_count=len(kept),
+        stop_count=len(step.taps),
     )
-    if noise is not None:
-        # Read during the call
-        words = words_of(noise.keys)
+    if step.noise is not None:
+        keys = words_of(step.noise.keys)  # these are read during the call
         most = torch.empty(count)
-        choice.keys = words.data_ptr()
+        choice.keys = keys.data_ptr()
         choice.most = most.data_ptr()
-        choice.temperature = least_temperature(noise.temperature)
-    reached = dict[int, Tensor]()
-    if kept:
-        states = rows.new_empty(len(kept), *rows.shape)
-        stops = (ctypes.c_int32 * len(kept))(*(layer - start for layer in kept))
-        choice.stops = ctypes.addressof(stops)
-        choice.states = states.data_ptr()
-        reached = dict(zip(kept, states.unbind(), strict=True))
+        choice.temperature = least_temperature(step.noise.temperature)
+    states = rows.new_empty(len(step.taps), *rows.shape)
+    stops = (ctypes.c_int32 * len(step.taps))(*(layer - step.start for layer in step.taps))
+    choice.stops = ctypes.addressof(stops)
+    choice.states = states.data_ptr()
+    engine = layers.engine
     engine.kernels.choose(
-        *(
-            engine.shape,
-            layers.address(start),
-            stop - start,
-            head.norm.structure,
-            head.matrix.structure,
-        ),
-        *(buffers.call, choice, buffers.threads),
+        engine.shape,
+        layers.address(step.start),
+        step.end - step.start,
+        head.norm.structure,
+        head.matrix.structure,
+        buffers.call,
+        choice,
+        buffers.threads,
     )
-    return chosen, {layer: layers.carrying(state, tokens) for layer, state in reached.items()}
+    reached = zip(step.taps, states, strict=True)
+    return chosen, {layer: layers.carrying(state, tokens) for layer, state in reached}

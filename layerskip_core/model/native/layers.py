@@ -86,10 +86,10 @@ class Engine:
         """Makes buffers large enough for rows of this many inputs."""
         self.formed_bytes = max(self.formed_bytes, 4 * inputs + 64)
 
-    def rope(self, stop: int) -> list[tuple[Tensor, Tensor]]:
-        """Cosines and sines in fp32 of positions 0..stop-1 or more."""
-        if self._rope_length < stop:
-            self._rope_length = 2 * stop
+    def rope(self, end: int) -> list[tuple[Tensor, Tensor]]:
+        """Cosines and sines in fp32 of positions 0..end-1 or more."""
+        if self._rope_length < end:
+            self._rope_length = 2 * end
             self._rope = self._ropes(self._rope_length)
         return self._rope
 
@@ -398,14 +398,14 @@ class NativeLayers(RepackedLayers):
         )
 
     def run(
-        self, hidden: Tensor, start: int, stop: int, places: Places, only_kv: bool = False
+        self, hidden: Tensor, start: int, end: int, places: Places, only_kv: bool = False
     ) -> Tensor:
-        assert self.has(range(start, stop))
+        assert self.has(range(start, end))
         if self.inputs is None:
-            return self.called(self.numbers(hidden), start, stop, places, only_kv)
+            return self.called(self.numbers(hidden), start, end, places, only_kv)
         tokens = hidden[:, self.spec.hidden :].flatten().long()
         return self.carrying(
-            self.called(self.numbers(hidden), start, stop, places, only_kv, tokens=tokens), tokens
+            self.called(self.numbers(hidden), start, end, places, only_kv, tokens=tokens), tokens
         )
 
     def numbers(self, hidden: Tensor) -> Tensor:
@@ -418,7 +418,7 @@ class NativeLayers(RepackedLayers):
         self,
         rows: Tensor,
         start: int,
-        stop: int,
+        end: int,
         places: Places,
         only_kv: bool,
         entries: Tensor | None = None,
@@ -438,7 +438,7 @@ class NativeLayers(RepackedLayers):
             if tokens is not None:
                 buffers.call.tokens = tokens[first:].data_ptr()
             kernel(
-                self.engine.shape, self.address(start), stop - start, buffers.call, buffers.threads
+                self.engine.shape, self.address(start), end - start, buffers.call, buffers.threads
             )
         return rows
 
@@ -487,9 +487,9 @@ class EntryLayers(NativeLayers):
     """
 
     def run(
-        self, hidden: Tensor, start: int, stop: int, places: Places, only_kv: bool = False
+        self, hidden: Tensor, start: int, end: int, places: Places, only_kv: bool = False
     ) -> Tensor:
         entries = hidden.to(torch.float32).contiguous()
         return self.called(
-            torch.empty(len(hidden), self.spec.hidden), start, stop, places, only_kv, entries
+            torch.empty(len(hidden), self.spec.hidden), start, end, places, only_kv, entries
         )
