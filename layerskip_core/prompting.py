@@ -140,9 +140,9 @@ class PromptTemplate:
         """For statistics and reports: `chat`, `chat with a system message`, `raw`, or the text in
         quotes.
         """
-        if self.text == CHAT:
-            return CHAT if self.system is None else f"{CHAT} with a system message"
-        return RAW if self.text == RAW else repr(self.text)
+        if self.text == CHAT and self.system is not None:
+            return f"{CHAT} with a system message"
+        return self.text if self.text in (CHAT, RAW) else repr(self.text)
 
 
 def resolve_template(
@@ -413,7 +413,7 @@ def special_text(tokenizer: Tokenizer, *texts: str) -> SpecialText | None:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None and hasattr(backend, "get_added_tokens_decoder"):
         return _special_text(tokenizer)
-    for token in special_ids(tokenizer) if texts else ():
+    for token in special_ids(tokenizer):
         if any(token in text for text in texts):
             raise ConfigError(
                 f"the prompt must be without the special token {token} for this model's tokenizer, or `raw`"
