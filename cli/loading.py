@@ -87,19 +87,24 @@ def load_to_decode(
     decoding = flags.decoding
     packing = flags.packing
     given = choices(decoding)
-    policy = decoding.get("policy") if given or packing.drafts_apart else EXACT
-    adaptive = "policy" not in given and implied_strategy(decoding) in (None, "adaptive")
-    kept = replace(packing, draft_layers=decoding.get("exit_layer", 0), adaptive=adaptive)
-    policies = None if all_policies else () if policy is None else (policy,)
-    loaded = load_model(flags.model, flags.machine, kept, policies, flags.prompting, memory)
+    policies: Collection[str] | None = None
+    if not all_policies:
+        policy: str | None = EXACT
+        if given or packing.drafts_apart:
+            policy = decoding.get("policy")
+        policies = () if policy is None else (policy,)
+    may_be_adaptive = implied_strategy(decoding) in (None, "adaptive")
+    asked = replace(
+        packing,
+        draft_layers=decoding.get("exit_layer", 0),
+        adaptive=may_be_adaptive and "policy" not in given,
+    )
+    loaded = load_model(flags.model, flags.machine, asked, policies, flags.prompting, memory)
     config = loaded.resolve(decoding, packing)
     users = used_by("draft_model")
     if packing.draft_model and config.strategy not in users:
-        raise refused(
-            "draft_model",
-            f"used with `strategy` {' or '.join(users)}",
-            f"`strategy` {config.strategy}",
-        )
+        needed = f"used with `strategy` {' or '.join(users)}"
+        raise refused("draft_model", needed, f"`strategy` {config.strategy}")
     return loaded, config
 
 
@@ -119,10 +124,10 @@ def of_answers(loaded: "Decoder", flags: RequestOptions) -> RequestOptions:
     """Flags of `chat` and `serve` with their defaults: answers without limit, sampling by
     generation_config.json.
     """
-    if own := loaded.own_sampling:
-        listed = ", ".join(
-            f"{name} {value:g}" for name, value in own.items() if isinstance(value, int | float)
-        )
+    own = loaded.own_sampling
+    if own:
+        numbers = [(name, value) for name, value in own.items() if isinstance(value, int | float)]
+        listed = ", ".join(f"{name} {value:g}" for name, value in numbers)
         narrate(
             f"generation_config.json: {listed}, unless a flag or a request says otherwise; `temperature` 0 is greedy"
         )
@@ -190,7 +195,10 @@ class FreeThreads:
             self._choose(free)
             return
         free = self._free(busy, _STILL_BUSY)
-        self._quiet = self._quiet + passed if free > self._threads else 0.0
+        if free <= self._threads:
+            self._quiet = 0.0
+            return
+        self._quiet += passed
         if self._quiet >= _QUIET:
             self._choose(free)
 

@@ -76,14 +76,14 @@ class Record(NamedTuple):
         """Any field. Raises DataError if the row has no such column. `others`: further possible
         names.
         """
-        if column not in self.fields:
-            named = (f", nor {', '.join(others)}" if others else "") + (
-                f" (`{setting}`)" if setting else ""
-            )
-            raise DataError(
-                f"{self.where}: no column {column!r}{named}; found {listed(self.fields)}"
-            )
-        return self.fields[column]
+        if column in self.fields:
+            return self.fields[column]
+        absent = repr(column)
+        if others:
+            absent += f", nor {', '.join(others)}"
+        if setting:
+            absent += f" (`{setting}`)"
+        raise DataError(f"{self.where}: no column {absent}; found {listed(self.fields)}")
 
     def first_column(self, names: Sequence[str]) -> str:
         """The first name that is a column, else the first name, for the error to come."""
@@ -93,21 +93,23 @@ class Record(NamedTuple):
         """Joins Alpaca's `instruction` and `input` to one prompt, turns ShareGPT's turns into
         `messages`; else unchanged.
         """
-        fields, (asked, given) = self.fields, map(self.fields.get, ("instruction", "input"))
-        if isinstance(asked, str) and isinstance(given, str) and given.strip():
-            return Record(self.where, {**fields, "instruction": f"{asked}\n\n{given}"})
+        fields = self.fields
+        instruction = fields.get("instruction")
+        text = fields.get("input")
+        if isinstance(instruction, str) and isinstance(text, str) and text.strip():
+            return Record(self.where, {**fields, "instruction": f"{instruction}\n\n{text}"})
         turns = fields.get("conversations")
-        if (
-            MESSAGES in fields
-            or not isinstance(turns, list)
-            or not all(isinstance(turn, dict) for turn in turns)
-        ):
+        if MESSAGES in fields or not isinstance(turns, list):
             return self
-        spoken = [
-            {"role": _ROLES.get(turn.get("from"), turn.get("from")), "content": turn.get("value")}
-            for turn in turns
-        ]
-        return Record(self.where, {**fields, MESSAGES: spoken})
+        messages = []
+        for turn in turns:
+            if not isinstance(turn, dict):
+                return self
+            role = turn.get("from")
+            if isinstance(role, str):  # other values are refused as those of messages are
+                role = _ROLES.get(role, role)
+            messages.append({"role": role, "content": turn.get("value")})
+        return Record(self.where, {**fields, MESSAGES: messages})
 
     def fault(self, needed: str, found: Any) -> DataError:
         """An error that names the row, what was needed and what was found."""
@@ -127,11 +129,11 @@ def file_records(path: Path, setting: str = "data") -> Iterator[Record]:
         raise DataError(
             f"{path}: needed one of {', '.join(_READERS)}, found the ending {ending or 'none'!r}"
         )
-    records = _READERS[ending](path, setting)
-    if (first := next(records, None)) is None:
+    row = None
+    for row in _READERS[ending](path, setting):
+        yield row
+    if row is None:
         raise DataError(f"{path} holds no rows")
-    yield first
-    yield from records
 
 
 def file_ending(path: Path) -> str:
@@ -187,18 +189,16 @@ def delimited(path: Path, setting: str, **dialect: Any) -> Iterator[Record]:
             number = rows.line_num + 1
             if not header:
                 header = fields
-                if repeated := [
-                    name for name, count in Counter(header).items() if name and count > 1
-                ]:
+                repeated = [name for name, count in Counter(header).items() if name and count > 1]
+                if repeated:
                     raise DataError(
                         f"{where}: needed distinct column names, found {listed(repeated)} more than once"
                     )
             elif fields and len(fields) != len(header):
                 raise DataError(f"{where}: needed {len(header)} fields, found {len(fields)}")
             elif fields:
-                yield Record(
-                    where, {name: field for name, field in zip(header, fields, strict=True) if name}
-                )
+                named = zip(header, fields, strict=True)
+                yield Record(where, {name: field for name, field in named if name})
     except csv.Error as error:
         raise DataError(f"{path}:{number}: {error}") from None
 
@@ -385,12 +385,13 @@ def own_splits(config: DataConfig) -> tuple[str, ...]:
         return commands.SPLITS
     if not is_parsing(config):
         return ()
-    splits = _TOPV2_SPLITS.items()
-    return tuple(
-        split
-        for split, name in splits
-        if config.name == "topv2" or any(Path(config.name).glob(f"*_{name}.tsv"))
-    )
+    if config.name == "topv2":
+        return tuple(_TOPV2_SPLITS)
+    splits = []
+    for split, name in _TOPV2_SPLITS.items():
+        if any(Path(config.name).glob(f"*_{name}.tsv")):
+            splits.append(split)
+    return tuple(splits)
 
 
 def load_records(config: DataConfig, streaming: bool = False) -> Iterator[Record]:
@@ -399,12 +400,10 @@ def load_records(config: DataConfig, streaming: bool = False) -> Iterator[Record
     """
     require_data(config.name, config.setting)
     path = Path(config.name)
-    is_file = os.path.exists(path) or file_ending(path) in FILE_ENDINGS
-    rows = (
-        file_records(path, config.setting)
-        if is_file
-        else hub_records(config.name, config.split, streaming)
-    )
+    if os.path.exists(path) or file_ending(path) in FILE_ENDINGS:
+        rows = file_records(path, config.setting)
+    else:
+        rows = hub_records(config.name, config.split, streaming)
     return map(Record.as_usual, rows)
 
 
@@ -434,30 +433,28 @@ def is_data(name: str) -> bool:
 def first_turn(record: Record) -> tuple[str, str]:
     """A conversation's first user message and the answer to it. Raises DataError if it has none."""
     messages = iter(_conversation(record).messages)
-    asked, answer = (
-        next((text for role, text in messages if role == each), "")
-        for each in ("user", "assistant")
-    )
+    # The answer is the first one after the message: both searches share an iterator
+    asked = next((text for role, text in messages if role == "user"), "")
+    answer = next((text for role, text in messages if role == "assistant"), "")
     if not asked.strip() or not answer.strip():
-        raise record.fault(
-            "messages must have one of the role 'user', and an answer to it",
-            record.fields[MESSAGES],
-        )
+        needed = "messages must have one of the role 'user', and an answer to it"
+        raise record.fault(needed, record.fields[MESSAGES])
     return asked, answer
 
 
 def _rows(config: DataConfig, streaming: bool) -> Iterator[Row]:
-    prompts, completions = (
-        _USUAL.get(name, (name,)) for name in (config.prompt_column, config.completion_column)
-    )
+    prompts = _USUAL.get(config.prompt_column, (config.prompt_column,))
+    completions = _USUAL.get(config.completion_column, (config.completion_column,))
     if is_parsing(config):
         prompts = ("utterance",)
         completions = ("semantic_parse",)
-    elif file_ending(Path(config.name)) == ".txt":
-        prompts = PROMPT_COLUMNS
-        completions = (TEXT_COLUMN,)
-    records = _topv2(config) if is_parsing(config) else load_records(config, streaming)
-    # Only plain text may lack the usual column
+        records = _topv2(config)
+    else:
+        records = load_records(config, streaming)
+        if file_ending(Path(config.name)) == ".txt":
+            prompts = PROMPT_COLUMNS
+            completions = (TEXT_COLUMN,)
+    # Only plain text may lack the usual column, which the first row decides
     needs_prompt = None if prompts == PROMPT_COLUMNS else True
     for record in records:
         prompt = record.first_column(prompts)
@@ -466,11 +463,14 @@ def _rows(config: DataConfig, streaming: bool) -> Iterator[Row]:
             yield _conversation(record)
             continue
         text = record.value(completion, "completion_column", completions[1:])
-        needs_prompt = prompt in record.fields if needs_prompt is None else needs_prompt
-        # The first row decides
+        if needs_prompt is None:
+            needs_prompt = prompt in record.fields
+        # Later rows must have the columns of the first
         prompts = (prompt,)
         completions = (completion,)
-        asked = record.value(prompt, "prompt_column") if needs_prompt else record.fields.get(prompt)
+        asked = record.fields.get(prompt)
+        if needs_prompt:
+            asked = record.value(prompt, "prompt_column")
         if not isinstance(text, str) or not text.strip():
             raise record.fault("the completion must be a text that is not empty", text)
         if not isinstance(asked, str | None):

@@ -123,10 +123,10 @@ def write_file(path: Path, content: bytes, error: type[LayerSkipError]) -> None:
 
 def require_writable(path: Path, error: type[LayerSkipError]) -> None:
     """Raises `error` for a folder, and if there is no folder to write to."""
-    if path.is_dir() or not path.parent.is_dir():
-        raise error(
-            f"cannot write {path}: {'it is a folder' if path.is_dir() else f'there is no folder {path.parent}'}"
-        )
+    if path.is_dir():
+        raise error(f"cannot write {path}: it is a folder")
+    if not path.parent.is_dir():
+        raise error(f"cannot write {path}: there is no folder {path.parent}")
 
 
 def is_empty(folder: Path) -> bool:

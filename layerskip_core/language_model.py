@@ -169,16 +169,14 @@ def load(
         CheckpointError: the model is not there, is damaged, or has an unsupported architecture.
         ConfigError: a setting is out of its range or does not suit the model or this machine.
     """
-    copies = () if draft_weights is None else (draft_weights,)
-    weights = {
+    settings = {
         "quantize": quantize,
-        "draft_weights": copies,
+        "draft_weights": () if draft_weights is None else (draft_weights,),
         "draft_head": draft_head,
         "draft_vocab": draft_vocab,
+        "draft_model": draft_model,
     }
-    packing = PackingConfig(
-        **checked(PackingConfig, weights | {"draft_model": draft_model}), exact=exact, adaptive=True
-    )
+    packing = PackingConfig(**checked(PackingConfig, settings), exact=exact, adaptive=True)
     prompting = PromptingConfig(template, system)
     decoder = for_decoding(name, device, dtype, packing, policies=None, cache=cache).with_template(
         prompting.asked, system

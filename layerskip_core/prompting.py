@@ -51,9 +51,7 @@ class Tokenizer:
         self.backend_tokenizer.no_truncation()
         self.special_tokens_map = dict(special_tokens_map)
         self.chat_template = chat_template
-        ids = {
-            name: backend.token_to_id(content) for name, content in self.special_tokens_map.items()
-        }
+        ids = {name: backend.token_to_id(text) for name, text in special_tokens_map.items()}
         self.eos_token_id = ids.get("eos_token")
         self.pad_token_id = ids.get("pad_token")
 
@@ -64,29 +62,26 @@ class Tokenizer:
         """
         import tokenizers
 
-        named = {name: settings.get(name) for name in _NAMED_TOKENS}
-        named = {
-            name: token.get("content") if isinstance(token, dict) else token
-            for name, token in named.items()
-        }
-        special = {name: content for name, content in named.items() if isinstance(content, str)}
-        file = Path(folder) / "chat_template.jinja"  # a text; in the settings several by name, too
-        template = (
-            file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template")
-        )
-        return cls(
-            tokenizers.Tokenizer.from_file(str(Path(folder) / "tokenizer.json")), special, template
-        )
+        special = {}
+        for name in _NAMED_TOKENS:
+            token = settings.get(name)
+            if isinstance(token, dict):
+                token = token.get("content")
+            if isinstance(token, str):
+                special[name] = token
+        template = settings.get("chat_template")  # a text, or several by name
+        file = Path(folder) / "chat_template.jinja"
+        if file.is_file():
+            template = file.read_text(encoding="utf-8")
+        backend = tokenizers.Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+        return cls(backend, special, template)
 
     def __call__(self, text: str | list[str], *, add_special_tokens: bool = True) -> dict[str, Any]:
         """`input_ids` of a text, or a list of them for several texts."""
+        how = {"add_special_tokens": add_special_tokens}
         if isinstance(text, str):
-            return {
-                "input_ids": self.backend_tokenizer.encode(
-                    text, add_special_tokens=add_special_tokens
-                ).ids
-            }
-        encoded = self.backend_tokenizer.encode_batch(text, add_special_tokens=add_special_tokens)
+            return {"input_ids": self.backend_tokenizer.encode(text, **how).ids}
+        encoded = self.backend_tokenizer.encode_batch(text, **how)
         return {"input_ids": [encoding.ids for encoding in encoded]}
 
     def __len__(self) -> int:
@@ -145,9 +140,9 @@ class PromptTemplate:
         """For statistics and reports: `chat`, `chat with a system message`, `raw`, or the text in
         quotes.
         """
-        if self.text == CHAT:
-            return CHAT if self.system is None else f"{CHAT} with a system message"
-        return RAW if self.text == RAW else repr(self.text)
+        if self.text == CHAT and self.system is not None:
+            return f"{CHAT} with a system message"
+        return self.text if self.text in (CHAT, RAW) else repr(self.text)
 
 
 def resolve_template(
@@ -161,8 +156,12 @@ def resolve_template(
     """
     if requested == CHAT:
         require_chat_template(tokenizer)
-    template = None if requested else stored
-    template = template or PromptTemplate(requested or (CHAT if tokenizer.chat_template else RAW))
+    if requested:
+        template = PromptTemplate(requested)
+    elif stored is not None:
+        template = stored
+    else:
+        template = PromptTemplate(CHAT if tokenizer.chat_template else RAW)
     if system is None:
         return template
     require(
@@ -185,9 +184,11 @@ def chat_template(tokenizer: Tokenizer, with_tools: bool = False) -> Any:
     template = tokenizer.chat_template
     if isinstance(template, list):  # how tokenizer_config.json stores several
         template = {entry["name"]: entry["template"] for entry in template}
-    if isinstance(template, dict):
-        template = (template.get("tool_use") if with_tools else None) or template.get("default")
-    return template
+    if not isinstance(template, dict):
+        return template
+    if with_tools and template.get("tool_use"):
+        return template["tool_use"]
+    return template.get("default")
 
 
 def render_chat(
@@ -200,12 +201,11 @@ def render_chat(
     CheckpointError if it fails.
     """
     require_chat_template(tokenizer)
-    special = {
-        name: str(token)
-        for name, token in tokenizer.special_tokens_map.items()
-        if not isinstance(token, list)
-    }
-    values = {**special, "messages": messages, "tools": tools, "documents": None}
+    values: dict[str, Any] = {}
+    for name, token in tokenizer.special_tokens_map.items():
+        if not isinstance(token, list):
+            values[name] = str(token)
+    values |= {"messages": messages, "tools": tools, "documents": None}
     try:
         return _compiled(chat_template(tokenizer, bool(tools))).render(
             values, add_generation_prompt=add_generation_prompt
@@ -273,20 +273,23 @@ def encode_prompt(
             f"the prompt must be valid Unicode, got {prompt[error.start]!r} in it"
         ) from None
     if template.text == CHAT:
-        spoken = [] if template.system is None else [("system", template.system)]
+        messages = []
+        if template.system is not None:
+            messages.append({"role": "system", "content": template.system})
         for earlier, answer in turns:
-            spoken += [("user", earlier), ("assistant", answer)]
-        messages = [
-            {"role": role, "content": content} for role, content in [*spoken, ("user", prompt)]
-        ]
+            messages.append({"role": "user", "content": earlier})
+            messages.append({"role": "assistant", "content": answer})
+        messages.append({"role": "user", "content": prompt})
         return encode_conversation(tokenizer, messages)
-    text = prompt if template.text == RAW else template.text.replace(PLACE, prompt)
-    special = None if template.text == RAW else special_text(tokenizer, prompt)
-    # The prompt may also complete a special token that the template begins.
+    text = prompt
+    special = None
+    if template.text != RAW:
+        text = template.text.replace(PLACE, prompt)
+        special = special_text(tokenizer, prompt)
+    # The prompt may also complete a special token that the template begins
     if special is not None and special.found(text) != special.found(template.text):
-        ids = special.encode(
-            special.sealed(template.text).replace(PLACE, prompt), add_special_tokens=True
-        ).ids
+        renamed = special.renamed(template.text).replace(PLACE, prompt)
+        ids = special.encode(renamed, add_special_tokens=True).ids
     else:
         ids = list(encoded(lambda: tokenizer(text)["input_ids"]))
     while ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers append it to every text
@@ -307,11 +310,8 @@ def encode_conversation(
         text = render_chat(tokenizer, messages, True, tools)
         return list(encoded(lambda: tokenizer(text, add_special_tokens=False)["input_ids"]))
     messages, tools = _mapped([messages, tools], special.masked)
-    return list(
-        special.encode(
-            special.sealed(render_chat(tokenizer, messages, True, tools)), add_special_tokens=False
-        ).ids
-    )
+    text = special.renamed(render_chat(tokenizer, messages, True, tools))
+    return list(special.encode(text, add_special_tokens=False).ids)
 
 
 def _mapped(value: Any, change: Callable[[str], Any]) -> Any:
@@ -320,7 +320,9 @@ def _mapped(value: Any, change: Callable[[str], Any]) -> Any:
         return change(value)
     if isinstance(value, Mapping):
         return {change(key): _mapped(each, change) for key, each in value.items()}
-    return [_mapped(each, change) for each in value] if isinstance(value, list | tuple) else value
+    if isinstance(value, list | tuple):
+        return [_mapped(each, change) for each in value]
+    return value
 
 
 def encoded(encode: Callable[[], Result]) -> Result:
@@ -337,7 +339,7 @@ def encoded(encode: Callable[[], Result]) -> Result:
 class SpecialText:
     """The special tokens of a tokenizer, and a copy of it that knows them by secret random names.
 
-    A prompt cannot contain these names, so the only special tokens of a `sealed` text are the
+    A prompt cannot contain these names, so the only special tokens of a `renamed` text are the
     template's. The text is encoded in one piece and splits as with the tokenizer itself.
     """
 
@@ -363,7 +365,7 @@ class SpecialText:
             lambda match: f"{self.mark}{tokens.index(match[0])}{self.mark}", text
         )
 
-    def sealed(self, text: str) -> str:
+    def renamed(self, text: str) -> str:
         """A template's text with secret names for its special tokens; masked ones of the prompt
         become text again.
         """
@@ -371,9 +373,9 @@ class SpecialText:
         named = self._pattern.sub(lambda match: self.names[match[0]], text)
         return re.sub(f"{self.mark}(\\d+){self.mark}", lambda match: tokens[int(match[1])], named)
 
-    def encode(self, sealed: str, add_special_tokens: bool) -> "tokenizers.Encoding":
-        """Encodes a sealed text. Raises CheckpointError."""
-        return encoded(lambda: self._renamed.encode(sealed, add_special_tokens=add_special_tokens))
+    def encode(self, text: str, add_special_tokens: bool) -> "tokenizers.Encoding":
+        """Encodes a `renamed` text. Raises CheckpointError."""
+        return encoded(lambda: self._copy.encode(text, add_special_tokens=add_special_tokens))
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
@@ -383,7 +385,7 @@ class SpecialText:
         )
 
     @cached_property
-    def _renamed(self) -> "tokenizers.Tokenizer":
+    def _copy(self) -> "tokenizers.Tokenizer":
         """A copy of the tokenizer whose special tokens have their secret names."""
         import tokenizers
 
@@ -411,7 +413,7 @@ def special_text(tokenizer: Tokenizer, *texts: str) -> SpecialText | None:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None and hasattr(backend, "get_added_tokens_decoder"):
         return _special_text(tokenizer)
-    for token in special_ids(tokenizer) if texts else ():
+    for token in special_ids(tokenizer):
         if any(token in text for text in texts):
             raise ConfigError(
                 f"the prompt must be without the special token {token} for this model's tokenizer, or `raw`"

@@ -89,7 +89,8 @@ def _described(
     details = {**info.details, "imported_from": name}
     described = {}
     for trained, how in details.pop(EXIT_BLOCKS, {}).items():
-        if has_own_drafter if trained == EAGLE3_FOLDER else has_blocks:
+        is_written = has_own_drafter if trained == EAGLE3_FOLDER else has_blocks
+        if is_written:
             described[trained] = how
     if described:
         details[EXIT_BLOCKS] = described

@@ -59,8 +59,9 @@ def lean_spec(folder: str) -> ModelSpec | None:
     """The spec of a folder's model, if our kernels run it and it needs no transformers. Raises
     CheckpointError.
     """
-    has_weights = weight_files(folder) or is_packed(folder)
-    return spec_of_settings(read_settings(folder, CONFIG_FILE)) if has_weights else None
+    if not weight_files(folder) and not is_packed(folder):
+        return None
+    return spec_of_settings(read_settings(folder, CONFIG_FILE))
 
 
 def spec_of_settings(config: dict[str, Any]) -> ModelSpec | None:
@@ -171,11 +172,15 @@ class JoinedWeights:
         forms = [self._files[part].entries[part] for part in parts[0]]
         kind, (_, *inputs) = forms[0]
         shape = (sum(shape[0] for _, shape in forms), *inputs)
-        return kind, shape if len(shape) == dimensions else (len(parts), *shape)
+        if len(shape) < dimensions:  # of several experts
+            shape = (len(parts), *shape)
+        return kind, shape
 
     def mapped(self, name: str) -> Tensor:
-        (first, *others), *rest = self._parts[name]
-        return self.read(name) if others or rest else self._files[first].mapped(first)
+        parts = self._parts[name]
+        if len(parts) > 1 or len(parts[0]) > 1:
+            return self.read(name)
+        return self._files[parts[0][0]].mapped(parts[0][0])
 
     def read(self, name: str) -> Tensor:
         parts = self._parts[name]

@@ -65,43 +65,43 @@ _FORMS = {
 _INTERLEAVED = ("llama", "granite")
 _HEAD_SIZE = {"attention.key_length": "head_dim"}
 # Header keys to keys of config.json, where transformers' GGUF_CONFIG_MAPPING lacks them or differs
-_KEYS = {
-    "llama": _HEAD_SIZE,
-    "qwen3": _HEAD_SIZE,
+_KEYS: dict[str, dict[str, str | None]] = {
+    "llama": {**_HEAD_SIZE},
+    "qwen3": {**_HEAD_SIZE},
     "qwen3moe": {
-        **{"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"},
-        **{"expert_feed_forward_length": "moe_intermediate_size", **_HEAD_SIZE},
+        **_HEAD_SIZE,
+        "expert_count": "num_experts",
+        "expert_used_count": "num_experts_per_tok",
+        "expert_feed_forward_length": "moe_intermediate_size",
     },
     "granite": {
-        **{"attention.scale": "attention_multiplier", "embedding_scale": "embedding_multiplier"},
-        **{"residual_scale": "residual_multiplier", "logit_scale": "logits_scaling"},
+        "attention.scale": "attention_multiplier",
+        "embedding_scale": "embedding_multiplier",
+        "residual_scale": "residual_multiplier",
+        "logit_scale": "logits_scaling",
     },
     "lfm2": {"attention.layer_norm_rms_epsilon": "norm_eps", "shortconv.l_cache": "conv_L_cache"},
     "qwen35": {
         **_HEAD_SIZE,
-        **{"ssm.conv_kernel": "linear_conv_kernel_dim", "ssm.state_size": "linear_key_head_dim"},
-        **{
-            "ssm.group_count": "linear_num_key_heads",
-            "ssm.time_step_rank": "linear_num_value_heads",
-        },
+        "ssm.conv_kernel": "linear_conv_kernel_dim",
+        "ssm.state_size": "linear_key_head_dim",
+        "ssm.group_count": "linear_num_key_heads",
+        "ssm.time_step_rank": "linear_num_value_heads",
         "full_attention_interval": "full_attention_interval",
     },
     "gemma4": {
-        **{
-            "attention.key_length": "global_head_dim",
-            "attention.key_length_swa": "head_dim",
-            "rope.freq_base": None,
-        },
-        **{
-            "attention.sliding_window": "sliding_window",
-            "attention.shared_kv_layers": "num_kv_shared_layers",
-        },
+        "attention.key_length": "global_head_dim",
+        "attention.key_length_swa": "head_dim",
+        "attention.sliding_window": "sliding_window",
+        "attention.shared_kv_layers": "num_kv_shared_layers",
         "embedding_length_per_layer_input": "hidden_size_per_layer_input",
         "final_logit_softcapping": "final_logit_softcapping",
+        "rope.freq_base": None,
     },
     "gpt-oss": {
         **_HEAD_SIZE,
-        **{"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"},
+        "expert_count": "num_local_experts",
+        "expert_used_count": "num_experts_per_tok",
         "attention.sliding_window": "sliding_window",
     },
 }
@@ -122,18 +122,17 @@ class GgufFile:
             raise ConfigError(
                 "a .gguf file needs the library gguf: pip install 'layerskip[gguf]'"
             ) from None
+        self._values: dict[str, Any] = {}
+        self.tokens: int | None = None  # of the tokenizer
         try:
             reader = _reader(path)
-            fields = {name: field for name, field in reader.fields.items() if field.types}
-            arrays = {
-                name: field
-                for name, field in fields.items()
-                if field.types[0] == GGUFValueType.ARRAY
-            }
-            read = (
-                name for name in fields if name not in arrays or not name.startswith("tokenizer.")
-            )
-            self._values = {name: fields[name].contents() for name in read}
+            for name, field in reader.fields.items():
+                is_array = bool(field.types) and field.types[0] == GGUFValueType.ARRAY
+                if name == _VOCABULARY and is_array:
+                    self.tokens = int(field.parts[_COUNT][0])
+                # The arrays of a tokenizer are large, and transformers reads them
+                if field.types and not (is_array and name.startswith("tokenizer.")):
+                    self._values[name] = field.contents()
         except Exception as error:
             raise CheckpointError(
                 f"{path.name} is damaged, or no GGUF file: {first_line(error)}"
@@ -144,7 +143,6 @@ class GgufFile:
         self._architecture = str(self._values.get("general.architecture"))
         self._interleaved = self._architecture in _INTERLEAVED
         self.layers: int | None = self._values.get(f"{self._architecture}.block_count")
-        self.tokens = int(arrays[_VOCABULARY].parts[_COUNT][0]) if _VOCABULARY in arrays else None
 
     @cached_property
     def config(self) -> Any:
@@ -159,30 +157,24 @@ class GgufFile:
                 f"the GGUF architecture must be one of {', '.join(_FORMS)}, found {name}"
             )
         usual = GGUF_CONFIG_MAPPING[name if name in GGUF_CONFIG_MAPPING else "qwen3"]
-        keys = {
-            f"{name}.{key}": known for key, known in (usual | _KEYS.get(name, {})).items() if known
-        }
-        keys |= {f"tokenizer.ggml.{key}_token_id": known for key, known in _TOKENS.items()}
-        keys["general.name"] = "_model_name_or_path"
-        settings = {
-            known: values[key] for key, known in keys.items() if key in values
-        } | self._derived()
+        keys = {"general.name": "_model_name_or_path"}
+        for key, known in (usual | _KEYS.get(name, {})).items():
+            if known:
+                keys[f"{name}.{key}"] = known
+        for key, known in _TOKENS.items():
+            keys[f"tokenizer.ggml.{key}_token_id"] = known
+        settings = {known: values[key] for key, known in keys.items() if key in values}
+        settings |= self._derived()
         if self.tokens is not None:
             settings.setdefault("vocab_size", self.tokens)
-        if (turn := values.get("tokenizer.ggml.eot_token_id")) not in (
-            None,
-            settings.get("eos_token_id"),
-        ):  # ends answers too
-            settings["eos_token_id"] = [
-                turn,
-                *(settings[key] for key in ("eos_token_id",) if key in settings),
-            ]
+        end = settings.get("eos_token_id")
+        turn_end = values.get("tokenizer.ggml.eot_token_id")  # ends answers too
+        if turn_end not in (None, end):
+            settings["eos_token_id"] = [turn_end] if end is None else [turn_end, end]
+        model_type, _ = _FORMS[name]
         # GGUF names Mistral's architecture llama
-        model_type = (
-            "mistral"
-            if name == "llama" and values.get("general.name") == "mistral"
-            else _FORMS[name][0]
-        )
+        if name == "llama" and values.get("general.name") == "mistral":
+            model_type = "mistral"
         config = AutoConfig.for_model(
             model_type, tie_word_embeddings=_HEAD_WEIGHT not in self._tensors, **settings
         )
@@ -219,15 +211,15 @@ class GgufFile:
         if name == "gpt-oss":
             return {"rope_parameters": rope}
         layers = of["block_count"] - of.get("nextn_predict_layers", 0)  # without the MTP layers
-        share = {"partial_rotary_factor": of["rope.dimension_count"] / of["attention.key_length"]}
-        # Equal positions for text
+        rope["partial_rotary_factor"] = of["rope.dimension_count"] / of["attention.key_length"]
+        # Positions in an image, which are equal for text
         sections = [section for section in of.get("rope.dimension_sections", ()) if section]
-        share |= {"mrope_section": sections, "mrope_interleaved": True} if sections else {}
-        value_dim = of["ssm.inner_size"] // of["ssm.time_step_rank"]
+        if sections:
+            rope |= {"mrope_section": sections, "mrope_interleaved": True}
         return {
             "num_hidden_layers": layers,
-            "linear_value_head_dim": value_dim,
-            "rope_parameters": rope | share,
+            "linear_value_head_dim": of["ssm.inner_size"] // of["ssm.time_step_rank"],
+            "rope_parameters": rope,
         }
 
     def _of_gemma4(self, of: Mapping[str, Any], rope: dict[str, Any]) -> dict[str, Any]:
@@ -239,29 +231,30 @@ class GgufFile:
                 "of Gemma 4 only E2B and E4B can be read from GGUF, found experts or KV heads by layer"
             )
         widths = of["feed_forward_length"]
-        table = self._tensors.get("per_layer_token_embd.weight")
         first, *others = widths if isinstance(widths, list) else [widths]
-        rotating = (
-            (np.array(self._tensors[_ROPE_FACTORS].data) == 1).mean()
-            if _ROPE_FACTORS in self._tensors
-            else 1.0
-        )
-        full = {**rope, "rope_type": "proportional", "partial_rotary_factor": float(rotating)}
-        slides = of["attention.sliding_window_pattern"]
-        return {
-            **{
-                "intermediate_size": first,
-                "use_double_wide_mlp": any(width != first for width in others),
-            },
-            "layer_types": [
-                "sliding_attention" if sliding else "full_attention" for sliding in slides
-            ],
+        rotating = 1.0
+        if _ROPE_FACTORS in self._tensors:
+            rotating = float((np.array(self._tensors[_ROPE_FACTORS].data) == 1).mean())
+        kinds = []
+        for is_sliding in of["attention.sliding_window_pattern"]:
+            kinds.append("sliding_attention" if is_sliding else "full_attention")
+        settings = {
+            "intermediate_size": first,
+            "use_double_wide_mlp": any(width != first for width in others),
+            "layer_types": kinds,
             "rope_parameters": {
-                "full_attention": full,
+                "full_attention": {
+                    **rope,
+                    "rope_type": "proportional",
+                    "partial_rotary_factor": rotating,
+                },
                 "sliding_attention": {**rope, "rope_theta": of.get("rope.freq_base_swa", 1e4)},
             },
-            **({} if table is None else {"vocab_size_per_layer_input": _shape(table)[0]}),
         }
+        table = self._tensors.get("per_layer_token_embd.weight")
+        if table is not None:
+            settings["vocab_size_per_layer_input"] = _shape(table)[0]
+        return settings
 
     def _scaled_rope(self, rope: Mapping[str, Any], head_dim: int, context: int) -> dict[str, Any]:
         """The scaling to add to the plain `rope`. Raises CheckpointError for an unsupported kind.
@@ -270,52 +263,57 @@ class GgufFile:
         all that the file has.
         """
         prefix = f"{self._architecture}.rope."
-        named = {
-            key.removeprefix(prefix): value
-            for key, value in self._values.items()
-            if key.startswith(prefix)
+        values = {}
+        for key, value in self._values.items():
+            if key.startswith(prefix):
+                values[key.removeprefix(prefix)] = value
+        for key, usual in _YARN.items():
+            if values.get(f"scaling.{key}", usual) != usual:
+                raise self._unknown_rope(key)
+        for tensor in _LONG_ROPES:
+            if tensor in self._tensors:
+                raise self._unknown_rope(tensor)
+        kind = str(values.get("scaling.type", "linear"))
+        if kind not in ("none", "linear", "yarn"):
+            raise self._unknown_rope(kind)
+        if _ROPE_FACTORS in self._tensors and self._architecture != "gemma4":
+            return self._llama3_rope(rope, head_dim, context)
+        factor = float(values.get("scaling.factor", values.get("scale_linear", 1.0)) or 1.0)
+        if kind == "none" or factor == 1.0:
+            return {}
+        scaled: dict[str, Any] = {"rope_type": kind, "factor": factor}
+        if kind == "yarn":
+            original = values.get("scaling.original_context_length", context)
+            scaled["original_max_position_embeddings"] = int(original)
+        if self._architecture == "gpt-oss":
+            scaled["truncate"] = False
+        return scaled
+
+    def _llama3_rope(self, rope: Mapping[str, Any], head_dim: int, context: int) -> dict[str, Any]:
+        """Llama 3's parameters that give the file's divisors of the frequencies."""
+        factors = torch.from_numpy(np.array(self._tensors[_ROPE_FACTORS].data, np.float64))
+        if (factors == 1).all():
+            return {}
+        # All Llama 3 models have these low and high factors, and so far an original context of
+        # 8192, tried first
+        scaled = {
+            "rope_type": "llama3",
+            "factor": float(factors.max()),
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
         }
-        found = str(named.get("scaling.type", "linear"))
-        factor = float(named.get("scaling.factor", named.get("scale_linear", 1.0)) or 1.0)
-        unusual = [
-            key for key, value in _YARN.items() if named.get(f"scaling.{key}", value) != value
-        ]
-        if unusual := [*unusual, *(name for name in _LONG_ROPES if name in self._tensors)]:
-            found = unusual[0]
-        elif found in ("none", "linear", "yarn"):
-            if _ROPE_FACTORS not in self._tensors or self._architecture == "gemma4":
-                original = {
-                    "original_max_position_embeddings": int(
-                        named.get("scaling.original_context_length", context)
-                    )
-                }
-                scaled = {"rope_type": found, "factor": factor} | (
-                    original if found == "yarn" else {}
-                )
-                scaled |= {"truncate": False} if self._architecture == "gpt-oss" else {}
-                return {} if found == "none" or factor == 1.0 else scaled
-            factors = torch.from_numpy(np.array(self._tensors[_ROPE_FACTORS].data, np.float64))
-            if (factors == 1).all():
-                return {}
-            # All Llama 3 models have these low and high factors, and so far an original context of
-            # 8192, tried first.
-            llama3 = {
-                "rope_type": "llama3",
-                "factor": float(factors.max()),
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-            }
-            for exponent in (13, *range(3, context.bit_length())):
-                scaled = {**llama3, "original_max_position_embeddings": 2**exponent}
-                expected = llama3_factors({**rope, **scaled}, head_dim)
-                if expected.shape == factors.shape and torch.allclose(
-                    expected, factors, rtol=1e-4, atol=0
-                ):
-                    return scaled
-            found = f"{_ROPE_FACTORS} with other factors than those of Llama 3"
-        known = "plain, or scaled as linear, yarn or llama3"
-        raise CheckpointError(
-            f"{self._path.name}: its rope must be {known}; found {found}; use the original checkpoint"
+        for exponent in (13, *range(3, context.bit_length())):
+            scaled["original_max_position_embeddings"] = 2**exponent
+            expected = llama3_factors({**rope, **scaled}, head_dim)
+            is_same_size = expected.shape == factors.shape
+            if is_same_size and torch.allclose(expected, factors, rtol=1e-4, atol=0):
+                return scaled
+        raise self._unknown_rope(f"{_ROPE_FACTORS} with other factors than those of Llama 3")
+
+    def _unknown_rope(self, found: str) -> CheckpointError:
+        needed = "its rope must be plain, or scaled as linear, yarn or llama3"
+        return CheckpointError(
+            f"{self._path.name}: {needed}; found {found}; use the original checkpoint"
         )
 
     def release(self) -> None:
@@ -349,21 +347,17 @@ class GgufFile:
         return self._dense(name, self._stored[name]).reshape(self.spec.shapes[name])
 
     def _dense(self, name: str, tensors: list[Any]) -> Tensor:
-        values = [_dequantised(name, tensor) for tensor in tensors]
-        parts = [
-            torch.from_numpy(part.reshape(_shape(tensor)))
-            for part, tensor in zip(values, tensors, strict=True)
-        ]
+        parts = []
+        for tensor in tensors:
+            parts.append(torch.from_numpy(_dequantised(name, tensor).reshape(_shape(tensor))))
         weight = from_gguf(name, parts, self.spec, self._interleaved)
         assert weight is not None
         if name.endswith(".A_log"):
             return weight.neg().log()
-        added = (
-            self.spec.architecture.norm == "rms_plus_one"
-            and name.endswith("norm.weight")
-            and ".linear_attn." not in name
-        )
-        return weight - 1 if added else weight
+        is_norm = name.endswith("norm.weight") and ".linear_attn." not in name
+        if is_norm and self.spec.architecture.norm == "rms_plus_one":
+            return weight - 1  # llama.cpp's converter has added it
+        return weight
 
     def table(self, name: str, dtype: torch.dtype) -> Tensor:
         """Dequantises an embedding to `dtype`, in chunks on all threads, without a whole copy in
@@ -385,41 +379,40 @@ class GgufFile:
     def rows(self, name: str) -> Tensor | None:
         """A weight's rows of blocks as stored; None if kernels cannot read them."""
         tensors = self._stored.get(name, ())
-        mixer = self.spec.architecture.mixer
         types = {tensor.tensor_type.name for tensor in tensors}
-        if (
-            len(types) != 1
-            or types.isdisjoint(FORMS)
-            or (mixer and any(f".{part}." in name for part in mixer.steps))
-        ):
+        if len(types) != 1:
+            return None
+        [kind] = types
+        mixer = self.spec.architecture.mixer
+        if kind not in FORMS or (mixer and any(f".{part}." in name for part in mixer.steps)):
             return None
         parts = [torch.from_numpy(tensor.data) for tensor in tensors]
-        rows = from_gguf(name, parts, self.spec, self._interleaved, FORMS[min(types)])
-        return None if rows is None else block_rows(rows, min(types))
+        rows = from_gguf(name, parts, self.spec, self._interleaved, FORMS[kind])
+        return None if rows is None else block_rows(rows, kind)
 
     @cached_property
     def drafter(self) -> ExitBlocks | None:
         """The MTP block, in the layer after the last (`nextn`), dequantised when taken; None if the
         file lacks it.
         """
-        names = dict[str, tuple[str, str]]()
         layers = self.spec.layers
-        known = self._names
+        found: dict[str, tuple[str, Any]] = {}  # by our names: transformers' name, and the tensor
         for name in MTP.shapes(self.spec):
             full = f"model.{MTP_LAYOUTS[1].stored(name, layers)}"
-            part = full.removeprefix(f"model.layers.{layers}.").replace("head.norm", "head_norm")
-            of_layer = name.startswith(f"{MTP.prefix}layer.")
-            stored = (
-                str(known.get_name(full, (".weight", ".bias")))
-                if of_layer
-                else f"blk.{layers}.nextn.{part}"
-            )
-            names[name] = full, stored
-        if not self._tensors.keys() >= {stored for _, stored in names.values()}:
-            return None
-        return ExitBlocks(
-            (MTP,), lambda name: self._dense(names[name][0], [self._tensors[names[name][1]]])
-        )
+            if name.startswith(f"{MTP.prefix}layer."):
+                stored = str(self._names.get_name(full, (".weight", ".bias")))
+            else:
+                part = full.removeprefix(f"model.layers.{layers}.")
+                stored = f"blk.{layers}.nextn.{part.replace('head.norm', 'head_norm')}"
+            if stored not in self._tensors:
+                return None
+            found[name] = full, self._tensors[stored]
+
+        def take(name: str) -> Tensor:
+            full, tensor = found[name]
+            return self._dense(full, [tensor])
+
+        return ExitBlocks((MTP,), take)
 
     @cached_property
     def _names(self) -> Any:
@@ -434,21 +427,19 @@ class GgufFile:
         Raises CheckpointError.
         """
         tensors = {}
-        known = self._names
+        shapes = {}
         for name in self.spec.shapes:
-            found = [
-                str(known.get_name(part, try_suffixes=(".weight", ".bias")))
-                for part in gguf_parts(name)
-            ]
-            # --fuse-gate-up-exps
-            together = [found[0].replace("ffn_gate_exps", "ffn_gate_up_exps")]
-            found = together if together[0] in self._tensors else found
-            if self._tensors.keys() >= {*found}:
-                tensors[name] = [self._tensors[part] for part in found]
-        shapes = {
-            name: from_gguf_shape(name, list(map(_shape, found)), self.spec)
-            for name, found in tensors.items()
-        }
+            names = []
+            for part in gguf_parts(name):
+                names.append(str(self._names.get_name(part, (".weight", ".bias"))))
+            # Written with --fuse-gate-up-exps
+            fused = names[0].replace("ffn_gate_exps", "ffn_gate_up_exps")
+            if fused in self._tensors:
+                names = [fused]
+            if self._tensors.keys() >= {*names}:
+                found = [self._tensors[part] for part in names]
+                tensors[name] = found
+                shapes[name] = from_gguf_shape(name, list(map(_shape, found)), self.spec)
         self.spec.check_weights(shapes)
         return tensors
 
@@ -521,9 +512,8 @@ def _reader(path: Path) -> Any:
             """The bytes of each string of an array, and its size. Of a vocabulary, only the
             size.
             """
-            length_at = struct.Struct(
-                "<Q" if self.endianess == GGUFEndian.LITTLE else ">Q"
-            ).unpack_from
+            order = "<" if self.endianess == GGUFEndian.LITTLE else ">"
+            length_at = struct.Struct(f"{order}Q").unpack_from
             content = self.data.data
             offset = start
             parts = list[Any]()

@@ -158,15 +158,15 @@ class Decoder:
         """
         is_sampled = getattr(self.generation, "do_sample", None) is True
         names = ["repetition_penalty"]
+        own: dict[str, Any] = {}
         if is_sampled:
             names += ["temperature", "top_k", "top_p", "min_p"]
+            own["temperature"] = 1.0
         stored = {name: getattr(self.generation, name, None) for name in names}
         try:
-            own = checked(RequestOptions, stored)
+            own |= checked(RequestOptions, stored)
         except ConfigError as error:
             raise CheckpointError(f"generation_config.json of {self.name}: {error}") from None
-        if is_sampled:
-            own.setdefault("temperature", 1.0)
         return cast(RequestOptions, own)
 
     def recommended(self, packing: PackingConfig = PLAIN) -> Recommended:

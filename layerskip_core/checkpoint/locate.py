@@ -61,7 +61,9 @@ class ModelRef:
 
             settle(path)
             if not holds_model(path):
-                raise CheckpointError(f"folder {name} holds no model: needed a config.json in it")
+                raise CheckpointError(
+                    f"folder {name} holds no model: there is no config.json in it"
+                )
         return cls(name, name)
 
     def fetched(self) -> "ModelRef":

@@ -70,15 +70,18 @@ def for_decoding(
 
     def read() -> Decoder:
         free = memory_budget()[1] if memory is None else memory
-        on = target
         info = info_of(model)
-        used = packing or PLAIN
+        used_device = target
+        used_packing = packing or PLAIN
         if model.folder is not None:
             # A packed model is for the CPU, also beside a GPU
-            on = _CPU if device == "auto" and is_packed(model.folder) else target
-            used = with_policies(used, info, policies, on)
-        parts = LoadCache.of(model, dtype, used) if cache and on == _CPU else NO_CACHE
-        source = open_source(Request(model, on, dtype, used, info, parts))
+            if device == "auto" and is_packed(model.folder):
+                used_device = _CPU
+            used_packing = with_policies(used_packing, info, policies, used_device)
+        parts = NO_CACHE
+        if cache and used_device == _CPU:
+            parts = LoadCache.of(model, dtype, used_packing)
+        source = open_source(Request(model, used_device, dtype, used_packing, info, parts))
         return load(resolve(source, free))
 
     with reading(name):

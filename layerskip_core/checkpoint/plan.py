@@ -111,13 +111,16 @@ def resolve(source: Source, memory: float) -> LoadPlan:
     blocks = _exit_blocks(source)
     if suits_kernels(spec, source.dtype, source.device, packing):
         notes[:0] = _kernel_notes()
+    take_int4 = None
+    if int4 is not None and _uses_int4(packing):
+        take_int4 = int4.take
     return LoadPlan(
         source,
         "native" if _runs_native(source, packing) else "torch",
         packing,
         blocks,
         info,
-        int4.take if int4 is not None and _uses_int4(packing) else None,
+        take_int4,
         (*notes, *blocks.notes),
     )
 

@@ -46,24 +46,26 @@ class PretrainedModel:
 
         self._path = path
         settings = read_settings(path, CONFIG_FILE) if Path(path).is_dir() else {}
-        if (same := _SAME.get(settings.get("model_type", ""))) is None:
+        same = _SAME.get(settings.get("model_type", ""))
+        if same is None:
             whole = AutoConfig.from_pretrained(path, **_NO_FOREIGN_CODE)
         else:
-            whole = AutoConfig.for_model(
-                same, **{name: value for name, value in settings.items() if name not in _OWN}
-            )
-        text = whole.get_text_config(decoder=True) if whole.model_type in MULTIMODAL else whole
-        self.is_part = text is not whole and known_architecture(text) is not None
-        self.config = text if self.is_part else whole
+            values = {name: value for name, value in settings.items() if name not in _OWN}
+            whole = AutoConfig.for_model(same, **values)
+        self.config = whole
+        self.is_part = False
+        if whole.model_type in MULTIMODAL:
+            text = whole.get_text_config(decoder=True)
+            self.is_part = text is not whole and known_architecture(text) is not None
+            if self.is_part:
+                self.config = text
         self.config.dtype = self.config.dtype or whole.dtype
         self.spec = ModelSpec.of(self.config) if known_architecture(self.config) else None
         self.low_bits: LowBitWeights | None = None
         quantization = dict(getattr(whole, "quantization_config", None) or {})
-        if (
-            self.spec is not None
-            and has_low_bits(quantization)
-            and not self.spec.architecture.transposed
-        ):
+        if self.spec is None or self.spec.architecture.transposed:
+            return
+        if has_low_bits(quantization):
             self.low_bits = LowBitWeights(path, self.spec, quantization)
             self.config.__dict__.pop("quantization_config", None)
 
@@ -78,30 +80,25 @@ class PretrainedModel:
 
         generation_config(self._path)  # raises for a damaged file, which transformers ignores
         if self.low_bits is not None and self.spec is not None:
-            return self._dense(
-                {name: self.low_bits.weight(name).float() for name in self.spec.shapes},
-                torch.float32,
-            )
+            weights = {name: self.low_bits.weight(name).float() for name in self.spec.shapes}
+            return self._dense(weights, torch.float32)
         files = open_weights(self._path, self.spec)  # checks them
         if self.is_part and self.spec is not None:
-            return self._dense(
-                {name: files[name].mapped(name) for name in self.spec.shapes}, "auto"
-            )
-        kind = (
-            AutoModelForCausalLM
-            if type(self.config) in MODEL_FOR_CAUSAL_LM_MAPPING
-            else AutoModelForImageTextToText
-        )
-        how = {
-            "dtype": "auto",
-            "attn_implementation": attention_for(self.config),
-            "config": self.config,
+            weights = {name: files[name].mapped(name) for name in self.spec.shapes}
+            return self._dense(weights, "auto")
+        kind = AutoModelForImageTextToText
+        if type(self.config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+            kind = AutoModelForCausalLM
+        model, report = kind.from_pretrained(
+            self._path,
+            output_loading_info=True,
+            dtype="auto",
+            attn_implementation=attention_for(self.config),
+            config=self.config,
             **_NO_FOREIGN_CODE,
-        }
-        model, report = kind.from_pretrained(self._path, output_loading_info=True, **how)
-        missing = sorted(report["missing_keys"]) + sorted(
-            str(key) for key in report.get("mismatched_keys", [])
         )
+        missing = sorted(report["missing_keys"])
+        missing += sorted(map(str, report.get("mismatched_keys", [])))
         if missing:
             raise CheckpointError(
                 f"it is incomplete: {len(missing)} weights are missing, {missing[0]} the first"

@@ -28,17 +28,21 @@ _COINED = 0.25  # share of made-up expansions of `coined` rules in training
 # Share of made-up words elsewhere in values, so that the model copies words it has never seen
 _COINED_ANYWHERE = 0.04
 _SHORTEST_COINED = 4  # letters; shorter words (at, the, 5) tell what kind of value it is
-_ONSETS, _VOWELS, _CODAS = (
-    tuple(letters.replace("-", "") for letters in line.split())
-    for line in (
-        "b c d f g h j k l m n p r s t v w x y z bl br ch cl cr dr fl gl gr ph pl pr qu sh sk sl st th tr wh -",
-        "a e i o u y ai au ea ee ei ia ie io oa oo ou ue",
-        "- - - - b ck d g l ll m n nd ng nt ph r rd rt s sh ss st t th x z tz",
-    )
-)
 _PIECE = re.compile(r"\(([^()]*)\)|\{([a-z_]+)\}|(\S+)")
 
 Item = TypeVar("Item")
+
+
+def _letters(line: str) -> tuple[str, ...]:
+    """Parts of a made-up syllable; `-` is an empty one."""
+    return tuple(part.replace("-", "") for part in line.split())
+
+
+_ONSETS = _letters(
+    "b c d f g h j k l m n p r s t v w x y z bl br ch cl cr dr fl gl gr ph pl pr qu sh sk sl st th tr wh -"
+)
+_VOWELS = _letters("a e i o u y ai au ea ee ei ia ie io oa oo ou ue")
+_CODAS = _letters("- - - - b ck d g l ll m n nd ng nt ph r rd rt s sh ss st t th x z tz")
 
 
 class Alternative(NamedTuple):
@@ -96,12 +100,14 @@ class Grammar:
     def _pieces(self, text: str, domain: str) -> tuple[str, ...]:
         pieces = []
         for choice, reference, literal in _PIECE.findall(text):
-            if not reference and not literal:
-                alternatives = [
-                    Alternative(self._pieces(option, domain)) for option in choice.split("|")
-                ]
-                self.rules[reference := f"({choice})"] = Rule(domain, alternatives=alternatives)
-            pieces.append(literal or f"{{{reference}}}")
+            if literal:
+                pieces.append(literal)
+                continue
+            if not reference:
+                reference = f"({choice})"
+                options = [self._pieces(option, domain) for option in choice.split("|")]
+                self.rules[reference] = Rule(domain, alternatives=list(map(Alternative, options)))
+            pieces.append(f"{{{reference}}}")
         return tuple(pieces)
 
     def row(self, split: str, rng: random.Random) -> CommandRow:
@@ -115,15 +121,13 @@ class Grammar:
             # The draw is among root alternatives, so the weight of an intent is the number of its
             # phrasings.
             choices = self.roots[domain].choices(split)
-            root = _drawn(
-                rng, [known for known in choices if compositional or not known.compositional]
-            )
+            if not compositional:
+                choices = [each for each in choices if not each.compositional]
+            root = _drawn(rng, choices)
             tokens = list(self._closed(root, split, rng))
-            if (
-                root.compositional
-                if compositional
-                else split in ("sealed", _side(" ".join(tokens)))
-            ):
+            # A compositional phrasing decides by itself, another by its hash
+            is_of_split = split in ("sealed", _side(" ".join(tokens)))
+            if root.compositional if compositional else is_of_split:
                 parse = self._filled(tokens, split, rng).split()
                 words = [token for token in parse if not token.startswith("[") and token != "]"]
                 return CommandRow(domain, " ".join(words), " ".join(parse))
@@ -135,19 +139,17 @@ class Grammar:
         """Expands all but open rules (`{name}`). Training values may have made-up words; skeletons
         decide the split.
         """
-        coins = in_value and split == "train"
+        may_coin = in_value and split == "train"
         labelled = any(piece.startswith("[") for piece in alternative.pieces)
         for piece in alternative.pieces:
             rule = self.rules[piece[1:-1]] if piece.startswith("{") else None
             if rule is None or "open" in rule.flags:
-                coined = (
-                    coins
-                    and not labelled
-                    and len(piece) >= _SHORTEST_COINED
-                    and rng.random() < _COINED_ANYWHERE
-                )
-                yield _coined_word(rng) if coined else piece
-            elif coins and "coined" in rule.flags and rng.random() < _COINED:
+                may_replace = may_coin and not labelled and len(piece) >= _SHORTEST_COINED
+                if may_replace and rng.random() < _COINED_ANYWHERE:
+                    yield _coined_word(rng)
+                else:
+                    yield piece
+            elif may_coin and "coined" in rule.flags and rng.random() < _COINED:
                 yield from self._made_up(rule, split, rng)
             else:
                 yield from self._closed(_drawn(rng, rule.choices(split)), split, rng, in_value)
@@ -174,20 +176,24 @@ class Grammar:
 
     def _filled(self, tokens: list[str], split: str, rng: random.Random) -> str:
         """The text of tokens with values in place of open rules."""
-        return " ".join(
-            self._open(token[1:-1], split, rng) if token.startswith("{") else token
-            for token in tokens
-        )
+        texts = []
+        for token in tokens:
+            if token.startswith("{"):
+                token = self._open(token[1:-1], split, rng)
+            texts.append(token)
+        return " ".join(texts)
 
     def _made_up(self, rule: Rule, split: str, rng: random.Random) -> list[str]:
         """An expansion of a `coined` rule in made-up words; of several words the short ones stay
         (`in law`).
         """
         words = list(self._closed(_drawn(rng, rule.alternatives), split, rng))
-        return [
-            _coined_word(rng) if len(words) == 1 or len(word) >= _SHORTEST_COINED else word
-            for word in words
-        ]
+        made_up = []
+        for word in words:
+            if len(words) == 1 or len(word) >= _SHORTEST_COINED:
+                word = _coined_word(rng)
+            made_up.append(word)
+        return made_up
 
 
 def rows(split: str, count: int, seed: int = 0) -> Iterator[CommandRow]:
@@ -220,10 +226,10 @@ def load_grammar() -> Grammar:
 
 def _coined_word(rng: random.Random) -> str:
     """A pronounceable word of one to three syllables, most likely without a meaning."""
-    syllables = 1 + _below(rng, 2) + _below(rng, 2)
-    return "".join(
-        _drawn(rng, letters) for _ in range(syllables) for letters in (_ONSETS, _VOWELS, _CODAS)
-    )
+    word = ""
+    for _ in range(1 + _below(rng, 2) + _below(rng, 2)):
+        word += _drawn(rng, _ONSETS) + _drawn(rng, _VOWELS) + _drawn(rng, _CODAS)
+    return word
 
 
 def _side(text: str) -> str:

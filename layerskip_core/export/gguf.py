@@ -193,37 +193,31 @@ def _check(spec: ModelSpec) -> None:
     """Raises CheckpointError for values that llama.cpp takes from the architecture instead of the
     file.
     """
-    pattern = tuple((layer + 1) % _GEMMA_PERIOD != 0 for layer in range(spec.layers))
-    windows = tuple(spec.window_of(kind) is not None for kind in spec.kinds)
-    gemma = spec.model_type == "gemma3_text"
-    activation = "gelu_pytorch_tanh" if gemma else "silu"
-    for holds, what in (
-        (
-            windows == pattern if gemma else not any(windows),
-            "sliding windows in other layers than llama.cpp gives it",
-        ),
-        (
-            spec.activation == activation,
-            f"the activation {spec.activation}, where llama.cpp has {activation}",
-        ),
-        (
-            math.isclose(spec.attention_scale, spec.head_dim**-0.5),
-            "attention scores scaled otherwise than by its head size",
-        ),
-        (_full_rope(spec).type in _ROPES, f"a rope of type {_full_rope(spec).type}"),
-    ):
-        if not holds:
-            raise CheckpointError(f"this {spec.model_type} cannot be a GGUF file: it has {what}")
+    windows = [spec.window_of(kind) is not None for kind in spec.kinds]
+    expected = [False] * spec.layers
+    activation = "silu"
+    if spec.model_type == "gemma3_text":
+        expected = [(layer + 1) % _GEMMA_PERIOD != 0 for layer in range(spec.layers)]
+        activation = "gelu_pytorch_tanh"
+    found = None
+    if windows != expected:
+        found = "sliding windows in other layers than llama.cpp gives it"
+    elif spec.activation != activation:
+        found = f"the activation {spec.activation}, where llama.cpp has {activation}"
+    elif not math.isclose(spec.attention_scale, spec.head_dim**-0.5):
+        found = "attention scores scaled otherwise than by its head size"
+    elif _full_rope(spec).type not in _ROPES:
+        found = f"a rope of type {_full_rope(spec).type}"
+    if found is not None:
+        raise CheckpointError(f"this {spec.model_type} cannot be a GGUF file: it has {found}")
 
 
 def _full_rope(spec: ModelSpec) -> RopeSpec:
     """The rope of layers with full attention, else of the sliding layers."""
-    full = [
-        rope
-        for kind, rope in zip(spec.kinds, spec.rope_of, strict=True)
-        if spec.window_of(kind) is None
-    ]
-    return spec.ropes[(full or spec.rope_of)[0] or 0]
+    for kind, rope in zip(spec.kinds, spec.rope_of, strict=True):
+        if spec.window_of(kind) is None:
+            return spec.ropes[rope or 0]
+    return spec.ropes[spec.rope_of[0] or 0]
 
 
 def _interleaved(name: str, weight: Tensor, sizes: ModelSpec | Eagle3Form) -> Tensor:
@@ -231,11 +225,10 @@ def _interleaved(name: str, weight: Tensor, sizes: ModelSpec | Eagle3Form) -> Te
     unchanged.
     """
     heads = {"q_proj": sizes.heads, "k_proj": sizes.kv_heads}.get(name.split(".")[-2])
-    return (
-        weight
-        if heads is None
-        else weight.view(heads, 2, sizes.head_dim // 2, -1).transpose(1, 2).reshape(weight.shape)
-    )
+    if heads is None:
+        return weight
+    halves = weight.view(heads, 2, sizes.head_dim // 2, -1)
+    return halves.transpose(1, 2).reshape(weight.shape)
 
 
 def add_tokenizer(writer: Any, tokenizer: Any, vocab: int) -> None:
@@ -255,12 +248,11 @@ def add_tokenizer(writer: Any, tokenizer: Any, vocab: int) -> None:
     _add_tokens(writer, tokenizer, described, vocab)
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     if over_text:  # scores instead of merges: earlier merges have higher ones
-        rank = {
-            left + right: -float(place)
-            for place, (left, right) in reversed([*enumerate(merges, start=1)])
-        }
+        scores = dict[str, float]()
+        for place, (left, right) in enumerate(merges, start=1):
+            scores.setdefault(left + right, -float(place))
         text_of = {token: text for text, token in tokenizer.get_vocab().items()}
-        writer.add_token_scores([rank.get(text_of.get(token, ""), 0.0) for token in range(vocab)])
+        writer.add_token_scores([scores.get(text_of.get(token, ""), 0.0) for token in range(vocab)])
         before = json.dumps([described["normalizer"], described["pre_tokenizer"]])
         prefixes = ('"Prepend"', '"prepend_scheme": "first"', '"prepend_scheme": "always"')
         writer.add_add_space_prefix(any(prefix in before for prefix in prefixes))

@@ -79,62 +79,70 @@ def export(config: ExportConfig) -> Exported:
     else:
         refuse_overwrite(config.output, config.overwrite, (README,) if config.engine else ())
     loaded = for_training(config.model, "cpu", "fp32")
-    blocks = NO_BLOCKS
-    folder = ModelRef.of(loaded.name).fetched().folder
-    if folder is not None:
-        with reading(loaded.name):
-            blocks = read_exit_blocks(folder, loaded.backend.spec, loaded.model.get_parameter)
-    # The exits of such a model are seldom trained
-    if config.engine == "vllm" and blocks.eagle3 is not None:
-        way = f"`vllm serve {quote(f'{folder}/{EAGLE3_FOLDER}')}`"
-        needed = f"given: this model has a drafter that vLLM reads as it is, by {way}"
-        require(config.exit_layer is not None, "exit_layer", needed, "none")
+    blocks = _exit_blocks(config, loaded)
     decoder = decoder_of(replace(loaded, backend=TransformersBackend(loaded.model, blocks)))
     recommended = decoder.recommended()
     layers = loaded.backend.num_layers
     exit_layer = recommended.exit_layer if config.exit_layer is None else config.exit_layer
     require_exit_layer(exit_layer, layers, may_be_last=config.engine is None)
-    draft_layers = exit_layer + any(block.exit_layer == exit_layer for block in blocks.blocks)
     drafter = blocks.eagle3 if config.as_gguf and config.exit_layer is None else None
-    readme = None
+    lost = config.as_gguf and blocks.mtp is not None
     files = dict[str, bytes]()
     if exit_layer == layers and not config.as_gguf:
         files |= files_of_shipped(blocks, loaded.backend.spec, loaded.model.get_parameter)
+    readme = None
     if config.engine is not None:
-        length = recommended.num_draft_tokens
-        why = "recommended with the model, or the usual number"
-        if drafter:
-            length = PROPOSED
+        if drafter is None:
+            why = "recommended with the model, or the usual number"
+            readme = _readme(config, exit_layer, layers, recommended.num_draft_tokens, why)
+        else:
             why = "the number that the drafter's folder tells vLLM"
-        readme = _readme(config, None if drafter else exit_layer, layers, length, why)
+            readme = _readme(config, None, layers, PROPOSED, why)
         files[README] = readme.encode()
     if config.as_gguf:
-        kind = "f16" if config.dtype == "auto" else config.dtype
-        _write_pair(loaded, exit_layer, blocks, drafter, config.output, kind, files)
+        _write_pair(loaded, exit_layer, blocks, drafter, config, files)
     else:
-        details = {"exported_from": config.model, "exported_exit": exit_layer}
-        info = CheckpointInfo(
-            loaded.info.prompt_template, details=details, system=loaded.info.system
-        )
-        dtype = written_dtype(loaded, config.dtype)
-        save_checkpoint(
-            cut_to_exit(loaded, exit_layer, blocks),
-            loaded.tokenizer,
-            info,
-            config.output,
-            dtype,
-            files,
-        )
-    lost = config.as_gguf and blocks.mtp is not None
+        _write_checkpoint(loaded, exit_layer, blocks, config, files)
     if drafter is not None:
         return Exported(None, 1, True, readme, lost)
-    return Exported(
-        exit_layer,
-        draft_layers,
-        exit_layer == layers or exit_layer in recommended.exits,
-        readme,
-        lost,
+    has_block = any(block.exit_layer == exit_layer for block in blocks.blocks)
+    is_trained = exit_layer == layers or exit_layer in recommended.exits
+    return Exported(exit_layer, exit_layer + has_block, is_trained, readme, lost)
+
+
+def _exit_blocks(config: ExportConfig, loaded: Trainable) -> ExitBlocks:
+    """The model's exit blocks and drafters. Raises ConfigError if vLLM reads its drafter as it is,
+    unless an exit is named.
+    """
+    folder = ModelRef.of(loaded.name).fetched().folder
+    if folder is None:
+        return NO_BLOCKS
+    with reading(loaded.name):
+        blocks = read_exit_blocks(folder, loaded.backend.spec, loaded.model.get_parameter)
+    # The exits of such a model are seldom trained
+    if config.engine == "vllm" and blocks.eagle3 is not None:
+        way = f"`vllm serve {quote(f'{folder}/{EAGLE3_FOLDER}')}`"
+        needed = f"given: this model has a drafter that vLLM reads as it is, by {way}"
+        require(config.exit_layer is not None, "exit_layer", needed, "none")
+    return blocks
+
+
+def _write_checkpoint(
+    loaded: Trainable,
+    exit_layer: int,
+    blocks: ExitBlocks,
+    config: ExportConfig,
+    files: Mapping[str, bytes],
+) -> None:
+    """Writes the exit, to which `loaded` is cut, and `files` as a transformers checkpoint."""
+    info = CheckpointInfo(
+        loaded.info.prompt_template,
+        details={"exported_from": config.model, "exported_exit": exit_layer},
+        system=loaded.info.system,
     )
+    dtype = written_dtype(loaded, config.dtype)
+    draft = cut_to_exit(loaded, exit_layer, blocks)
+    save_checkpoint(draft, loaded.tokenizer, info, config.output, dtype, files)
 
 
 def export_packed(config: ExportConfig) -> tuple[str, int]:
@@ -222,29 +230,25 @@ def _write_pair(
     exit_layer: int,
     blocks: ExitBlocks,
     drafter: Eagle3Weights | None,
-    output: str,
-    kind: str,
+    config: ExportConfig,
     files: Mapping[str, bytes],
 ) -> None:
     """Writes `files`, target.gguf, and draft.gguf: the `drafter`, else the exit, to which `loaded`
     is cut.
     """
-    folder = Path(output)
+    folder = Path(config.output)
+    kind = "f16" if config.dtype == "auto" else config.dtype
+    spec = loaded.backend.own_spec
     try:
         staging = new_staging(folder)
         try:
-            write_gguf(
-                loaded.model, loaded.tokenizer, loaded.backend.own_spec, staging / TARGET, kind
-            )
+            write_gguf(loaded.model, loaded.tokenizer, spec, staging / TARGET, kind)
             if drafter is not None:
-                write_eagle3(
-                    drafter, loaded.tokenizer, loaded.backend.own_spec, staging / DRAFT, kind
-                )
+                write_eagle3(drafter, loaded.tokenizer, spec, staging / DRAFT, kind)
             elif exit_layer < loaded.backend.num_layers:
                 draft = cut_to_exit(loaded, exit_layer, blocks)
-                write_gguf(
-                    draft, loaded.tokenizer, ModelSpec.of(draft.config), staging / DRAFT, kind
-                )
+                draft_spec = ModelSpec.of(draft.config)
+                write_gguf(draft, loaded.tokenizer, draft_spec, staging / DRAFT, kind)
             for name, content in files.items():
                 (staging / name).write_bytes(content)
             written = sorted(staging.iterdir(), key=lambda path: path.name == DRAFT)
@@ -257,7 +261,7 @@ def _write_pair(
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     except OSError as error:
-        raise CheckpointError(f"cannot write the model to {output}: {error}") from error
+        raise CheckpointError(f"cannot write the model to {config.output}: {error}") from error
 
 
 @torch.no_grad()
@@ -266,25 +270,23 @@ def cut_to_exit(loaded: Trainable, exit_layer: int, blocks: ExitBlocks) -> Any:
     not those of the exit.
     """
     model: Any = loaded.model
+    backend = loaded.backend
     block = next((block for block in blocks.blocks if block.exit_layer == exit_layer), None)
-    backend = (
-        loaded.backend
-        if block is None
-        else TransformersBackend(model, ExitBlocks((block,), blocks.take))
-    )
+    if block is not None:
+        backend = TransformersBackend(model, ExitBlocks((block,), blocks.take))
     ids = torch.arange(2 * _PROBE, device=backend.device).view(2, _PROBE) % backend.spec.vocab
-    [(_, states, head)] = states_at_exits(
-        backend, ids, backend.new_cache(*ids.shape).span(0, ids.shape[1]), [exit_layer]
-    )
+    places = backend.new_cache(*ids.shape).span(0, ids.shape[1])
+    [(_, states, head)] = states_at_exits(backend, ids, places, [exit_layer])
     expected = head(states)
     layers = backend.layers
     kept = list(range(exit_layer))
     if block is not None:
+        # The block's weights take the place of those of the layer that it was copied from
         originals = backend.block_originals()
         weights = blocks.weights(backend.spec, model.get_input_embeddings().weight)
-        kept.append(
-            next(index for index, layer in enumerate(layers) if layer is originals["layer"])
-        )
+        for index, layer in enumerate(layers):
+            if layer is originals["layer"]:
+                kept.append(index)
         for part, module in originals.items():
             for name, parameter in module.named_parameters():
                 parameter.data = weights.of(f"{block.prefix}{part}.{name}")
@@ -296,10 +298,8 @@ def cut_to_exit(loaded: Trainable, exit_layer: int, blocks: ExitBlocks) -> Any:
     try:
         written = _with_weights(cut_config(model.config, kept), model.state_dict(), count, kept)
         logits = written(input_ids=ids, use_cache=False).logits
-        if (
-            not (logits - expected).norm()
-            <= _TOLERANCE * (expected - expected.mean(-1, keepdim=True)).norm()
-        ):
+        spread = (expected - expected.mean(-1, keepdim=True)).norm()
+        if not (logits - expected).norm() <= _TOLERANCE * spread:  # also for NaN
             raise ValueError(
                 f"a {model.config.model_type} with {len(kept)} layers has other logits"
             )
@@ -327,12 +327,9 @@ def _with_weights(
         weight = weights[name]
         for dimension, size in enumerate(needed.shape):
             if weight.shape[dimension] != size:
-                by_layer = weight.view(
-                    *weight.shape[:dimension], layers, -1, *weight.shape[dimension + 1 :]
-                )
-                weight = by_layer.index_select(dimension, torch.tensor(kept)).flatten(
-                    dimension, dimension + 1
-                )
+                by_layer = torch.unflatten(weight, dimension, (layers, -1))
+                chosen = by_layer.index_select(dimension, torch.tensor(kept))
+                weight = chosen.flatten(dimension, dimension + 1)
         fitting[name] = weight
     model.load_state_dict(fitting, assign=True)
     model.tie_weights()
@@ -355,32 +352,32 @@ def cut_config(config: Any, kept: Sequence[int]) -> Any:
     for name, value in values.items():
         if isinstance(value, list) and len(value) == layers and not name.endswith(_NOT_BY_LAYER):
             values[name] = [value[layer] for layer in kept]
-        names = (
-            [key for key in value if isinstance(key, str) and key.isdecimal()]
-            if isinstance(value, dict)
-            else []
-        )
-        if names and len(names) == len(value) and max(map(int, names)) < layers:
+        if isinstance(value, dict) and value and all(str(key).isdecimal() for key in value):
             by_layer = {int(key): of_layer for key, of_layer in value.items()}
-            values[name] = {
-                str(place): by_layer[layer] for place, layer in enumerate(kept) if layer in by_layer
-            }
+            if max(by_layer) < layers:
+                own = {}
+                for place, layer in enumerate(kept):
+                    if layer in by_layer:
+                        own[str(place)] = by_layer[layer]
+                values[name] = own
     # The layers from this one on have a sliding window
     if values.get("max_window_layers") is not None:
         values["max_window_layers"] = sum(layer < values["max_window_layers"] for layer in kept)
     # Further dense layers: all but every `step`-th
-    if (dense := values.get("mlp_only_layers")) is not None:
+    dense = values.get("mlp_only_layers")
+    if dense is not None:
         step = values["decoder_sparse_step"]
         values["mlp_only_layers"] = [
             place for place, layer in enumerate(kept) if layer in dense or (layer + 1) % step
         ]
         values["decoder_sparse_step"] = 1
-    if attending := getattr(config, "attn_layer_indices", None):  # Bamba's
-        values["attn_layer_indices"] = [
-            place for place, layer in enumerate(kept) if layer in attending
-        ]
+    attending = getattr(config, "attn_layer_indices", None)  # Bamba's
+    if attending:
+        places = [place for place, layer in enumerate(kept) if layer in attending]
+        values["attn_layer_indices"] = places
     # The last `shared` layers read KV entries of earlier ones
-    if shared := values.get("num_kv_shared_layers"):
+    shared = values.get("num_kv_shared_layers")
+    if shared:
         values["num_kv_shared_layers"] = sum(layer >= layers - shared for layer in kept)
     return config.__class__.from_dict(values)
 
@@ -401,19 +398,15 @@ def _readme(
     ]
     if config.as_gguf:
         method = "eagle3" if exit_layer is None else "simple"
-        return "\n\n".join(
-            [
-                *parts,
-                instructions(engine, str(output / TARGET), str(output / DRAFT), drafts, method),
-            ]
-        )
-    is_path = config.model not in EMBEDDED and Path(config.model).exists()
-    model = str(Path(config.model).resolve()) if is_path else config.model
+        files = str(output / TARGET), str(output / DRAFT)
+        return "\n\n".join([*parts, instructions(engine, *files, drafts, method)])
+    model = config.model
+    if model not in EMBEDDED and Path(model).exists():
+        model = str(Path(model).resolve())
     target = f"{output}-target"
     reference = ModelRef.of(config.model).fetched()
-    has_sidecars = any(
-        (Path(reference.path) / file).exists() for file in (INT4_FILE, EXIT_BLOCKS_FILE)
-    )
+    sidecars = [Path(reference.path) / file for file in (INT4_FILE, EXIT_BLOCKS_FILE)]
+    has_sidecars = any(file.exists() for file in sidecars)
     if config.model in EMBEDDED or reference.is_adapter or reference.gguf or has_sidecars:
         parts.append("First the model itself, in a form that the engine loads:")
         parts.append(

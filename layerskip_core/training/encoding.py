@@ -80,7 +80,7 @@ class Encoder:
         else:
             completion = list(
                 special.encode(
-                    special.sealed(special.masked(row.completion)), add_special_tokens=False
+                    special.renamed(special.masked(row.completion)), add_special_tokens=False
                 ).ids
             )
         completion += [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
@@ -109,7 +109,7 @@ class Encoder:
                 if count
                 else ""
             )
-            return special.sealed(text)
+            return special.renamed(text)
 
         text = text_of(len(messages), False)
         spans = [

@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from layerskip_core.calibration import calibrate
 from layerskip_core.checkpoint.folder import EXIT_BLOCKS_FILE, INT4_FILE
 from layerskip_core.checkpoint.info import read_info
-from layerskip_core.checkpoint.locate import ModelRef
 from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.checkpoint.transformers_read import stored_dtype
 from layerskip_core.config.model import CalibrationConfig
@@ -246,19 +245,3 @@ def test_a_model_in_the_cache_of_the_hub_needs_no_network(snapshot, tmp_path, na
     command = [*COMMAND, "generate", "--model", name, "hello", "--max-new-tokens", "4", "--stats"]
     done = subprocess.run(command, env=offline, capture_output=True, text=True)
     assert done.returncode == 0 and f"prompt template: {TEMPLATE!r}" in done.stderr
-
-
-def test_a_revision_is_asked_of_the_hub_and_safetensors_are_needed(snapshot, monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        huggingface_hub,
-        "snapshot_download",
-        lambda *name, **how: asked.append((*name, how["revision"])) or str(snapshot),
-    )
-    assert ModelRef.of("team/model@refs/pr/1").fetched().folder == str(snapshot)
-    assert ModelRef.of("team/model").fetched().folder == str(snapshot)
-    assert asked == [("team/model", "refs/pr/1"), ("team/model", None)]
-    wrong = run("generate", "x", "--model", "team/model", "--revision", "v2")
-    assert wrong.code == 2 and "--model ID@REVISION" in wrong.err
-    (snapshot / "model.safetensors").unlink()
-    assert ModelRef.of("team/model").fetched().folder is None

@@ -208,7 +208,15 @@ class Killed(BaseException):
 
 
 @pytest.fixture
-def killed_at(monkeypatch):
+def quick_disk():
+    """Without flushes, which take most of the time and which a kill does not need."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
+@pytest.fixture
+def killed_at(monkeypatch, quick_disk):
     """Makes the k-th disk operation and all later ones fail before they do anything; counts the
     operations.
     """

@@ -132,19 +132,6 @@ def test_sampling_stays_with_a_model(wide, tmp_path):
         assert for_decoding(output, "cpu").own_sampling == SAMPLING, command
 
 
-@pytest.mark.parametrize(
-    "model", [{"type": "Unigram", "vocab": []}, {"type": "BPE", "vocab": {}, "merges": []}], ids=str
-)
-def test_a_tokenizer_without_a_vocabulary(folder, model):
-    edit_json(folder / "tokenizer.json", model=model)
-    with pytest.raises(
-        CheckpointError, match=f"cannot load model {folder}: the tokenizer has no vocabulary"
-    ):
-        for_training(str(folder), "cpu")
-    with pytest.raises(CheckpointError, match=f"cannot load model {folder}: "):
-        for_decoding(str(folder), "cpu")
-
-
 def change_weights(folder, **changes):
     weights = load_file(folder / "model.safetensors")
     for name, change in changes.items():

@@ -4,7 +4,6 @@ installed.
 
 import os
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -211,27 +210,6 @@ def test_what_llama_cpp_would_run_otherwise_is_refused(model_type, changes, why,
     with pytest.raises(CheckpointError, match=f"this {model_type} cannot be a GGUF file: {why}"):
         write_gguf(model, tiny_loaded().tokenizer, spec, tmp_path / "model.gguf", "f16")
     assert os.listdir(tmp_path) == []
-
-
-def test_wrong_input_is_one_error(checkpoint, tmp_path, monkeypatch):
-    output = ("export", checkpoint, "--output", str(tmp_path / "draft"))
-    for flags in (
-        ("--engine", "llama.cpp", "--format", "transformers"),
-        ("--engine", "vllm", "--format", "gguf"),
-    ):
-        assert (
-            f"--format must be {'gguf' if 'llama.cpp' in flags else 'transformers'} for --engine"
-            in run(*output, *flags).err
-        )
-    message = "--dtype must be one of auto, f16, q8_0, q4_0, got bf16; did you mean f16?"
-    fails(message, *output, "--format", "gguf", "--dtype", "bf16")
-    (tmp_path / "draft").mkdir()
-    (tmp_path / "draft" / "README.md").write_text("mine")
-    assert "in the way is README.md" in run(*output, "--format", "gguf").err
-    assert os.listdir(tmp_path / "draft") == ["README.md"]
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    missing = ("export", checkpoint, "--output", str(tmp_path / "other"), "--format", "gguf")
-    fails("--format gguf needs the library gguf: pip install 'layerskip[gguf]'", *missing)
 
 
 def settings_of(xllamacpp, path):
