@@ -111,28 +111,22 @@ def _texts(config: CalibrationConfig, report: Report) -> tuple[Tensor, Tensor, T
     """
     decoder = for_decoding(config.model, "cpu")
     spec = decoder.backend.spec
-    if (missing := missing_feature(spec, native=True)) or not isinstance(spec, ModelSpec):
+    missing = missing_feature(spec, native=True)
+    if missing or not isinstance(spec, ModelSpec):
         raise ConfigError(
             f"int4 weights need a `model` that can be repacked, got {spec.model_type} with {missing}"
         )
-    if spec.experts is not None:
-        raise ConfigError(f"calibration needs a `model` without experts, got {spec.model_type}")
-    if spec.sizes:
-        raise ConfigError(
-            f"calibration needs a `model` whose layers share no keys, got {spec.model_type}"
-        )
-    if spec.architecture.transposed:
-        raise ConfigError(
-            f"calibration needs a `model` that stores weights by outputs, got {spec.model_type}"
-        )
+    for is_unsuited, needed in (
+        (spec.experts is not None, "without experts"),
+        (bool(spec.sizes), "whose layers share no keys"),
+        (spec.architecture.transposed, "that stores weights by outputs"),
+    ):
+        if is_unsuited:
+            raise ConfigError(f"calibration needs a `model` {needed}, got {spec.model_type}")
     for name in matrix_names(spec):
         width = spec.shapes[name][1]
-        require(
-            width % GROUP_SIZE == 0,
-            "model",
-            f"one whose layer widths {GROUP_SIZE} divides",
-            f"{width} in {name}",
-        )
+        needed = f"one whose layer widths {GROUP_SIZE} divides"
+        require(width % GROUP_SIZE == 0, "model", needed, f"{width} in {name}")
     count = _HELD_OUT + config.samples
     texts = written_texts(
         decoder, count, min(_LENGTH, spec.context), config.seed, partial(report, "texts", count)
@@ -248,11 +242,12 @@ def quantize(
         for names, square in _squares(layer, run, states, others).items():
             matrices = [layer.get_parameter(f"{name}.weight") for name in names]
             joint = gptq(torch.cat(matrices), damped(square, texts.numel()))
-            sizes = [*map(len, matrices)]
-            for name, matrix, *part in zip(
-                names, matrices, *(torch.split(part, sizes) for part in joint), strict=True
-            ):
-                weights[f"{spec.layer_prefix(index)}{name}.weight"] = made = Int4(*part)
+            start = 0
+            for name, matrix in zip(names, matrices, strict=True):
+                rows = slice(start, start + len(matrix))
+                start = rows.stop
+                made = Int4(joint.levels[rows], joint.scale[rows], joint.low[rows])
+                weights[f"{spec.layer_prefix(index)}{name}.weight"] = made
                 matrix.copy_(made.weight)
         states = [run(hidden) for hidden in states]
         report(index + 1)

@@ -22,7 +22,7 @@ def target_rows(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def summed_losses(
     unembed: Callable[[Tensor], Tensor] | Sequence[Callable[[Tensor], Tensor]],
-    runs: Sequence[Tensor],
+    hidden: Sequence[Tensor],
     targets: Tensor | None,
     vocab_size: int,
     weights: Sequence[tuple[float, float]],
@@ -31,32 +31,35 @@ def summed_losses(
     """(weighted loss, sums (K, 3) of cross-entropy, divergence and agreement) of K exits, summed
     over N tokens, in fp32.
 
-    `runs`: the hidden states (N, D) of each exit. `targets` (N,). `unembed`: a head for all exits,
+    `hidden`: the states (N, D) of each exit. `targets` (N,). `unembed`: a head for all exits,
     or one for each. `weights`: by exit, the factors in the loss of its cross-entropy and of its
     divergence KL(reference || exit).
 
     The reference is the last head's logits for the states `teacher` (N, D). Without a teacher it is
     the last exit, for earlier ones, if any of these weights its divergence; else the divergence is
-    0. Gradients reach the runs and the head's weights, not the reference. Agreement counts the
+    0. Gradients reach these states and the head's weights, not the reference. Agreement counts the
     tokens whose argmax is the reference's, only where gradients are disabled.
 
     Each chunk of tokens computes its gradient at once: no logits are kept for the backward pass,
     and none are computed twice.
     """
-    unembeds = unembed if isinstance(unembed, Sequence) else [unembed] * len(runs)
+    unembeds = unembed if isinstance(unembed, Sequence) else [unembed] * len(hidden)
     trains = [torch.is_grad_enabled() and any(pair) for pair in weights]
-    sums = torch.zeros(len(runs), 3, device=runs[0].device)
-    gradients = {
-        run: torch.zeros_like(run) for run, trained in zip(runs, trains, strict=True) if trained
-    }
+    sums = torch.zeros(len(hidden), 3, device=hidden[0].device)
+    gradients = {}  # of the hidden states
+    for states, trained in zip(hidden, trains, strict=True):
+        if trained:
+            gradients[states] = torch.zeros_like(states)
     heads: dict[Tensor, Tensor] = {}  # gradients of the head's weights
-    last = len(runs) - 1
+    last = len(hidden) - 1
     distils = any(share for _, share in weights[:-1])
-    for chunk in _chunks(len(runs[0]), vocab_size):
-        with torch.no_grad():
-            reference = None if teacher is None else unembeds[last](teacher[chunk])
-        for index in range(last, -1, -1):
-            part = runs[index].detach()[chunk].requires_grad_(trains[index])
+    for chunk in _chunks(len(hidden[0]), vocab_size):
+        reference = None
+        if teacher is not None:
+            with torch.no_grad():
+                reference = unembeds[last](teacher[chunk])
+        for index in range(last, -1, -1):  # the last exit is the reference of those before it
+            part = hidden[index].detach()[chunk].requires_grad_(trains[index])
             with torch.set_grad_enabled(trains[index]):
                 logits = unembeds[index](part)
             detached = logits.detach()
@@ -71,7 +74,7 @@ def summed_losses(
                     slopes = torch.autograd.grad(logits, leaves, slope)
                 for leaf, gradient in zip(leaves, slopes, strict=True):
                     if leaf is part:
-                        gradients[runs[index]][chunk] = gradient
+                        gradients[hidden[index]][chunk] = gradient
                         continue
                     if leaf not in heads:
                         heads[leaf] = torch.zeros_like(leaf)
@@ -80,8 +83,8 @@ def summed_losses(
                 reference = detached
     loss = (sums[:, :2] * torch.tensor(weights, device=sums.device)).sum()
     if gradients:
-        known: Any = _Known  # releases of PyTorch differ in whether `apply` is typed
-        loss = known.apply(loss, list((gradients | heads).values()), *gradients, *heads)
+        precomputed: Any = _Precomputed  # releases of PyTorch differ in whether `apply` is typed
+        loss = precomputed.apply(loss, list((gradients | heads).values()), *gradients, *heads)
     return loss, sums
 
 
@@ -109,11 +112,9 @@ def _losses(
     """
     sums = torch.zeros(2, device=logits.device)
     gradient = torch.empty_like(logits) if trains else None
-    rows = (
-        max(1, _CACHED_LOGITS // logits.shape[1])
-        if logits.device.type == "cpu"
-        else max(1, len(logits))
-    )
+    rows = max(1, len(logits))
+    if logits.device.type == "cpu":
+        rows = max(1, _CACHED_LOGITS // logits.shape[1])
     hard, soft = weights
     wide = torch.promote_types(logits.dtype, torch.float32)
     for at in range(0, len(logits), rows):
@@ -127,13 +128,12 @@ def _losses(
             probabilities = reference_logs.exp()
             sums[1] += torch.dot(probabilities.flatten(), (reference_logs - logs).flatten())
         slope = logs.exp_()
-        if trains:
+        if gradient is not None:
             slope.mul_(hard + soft)
             if reference is not None:
                 slope.sub_(probabilities, alpha=soft)
             if targets is not None:
                 slope.scatter_add_(1, wanted, slope.new_full(wanted.shape, -hard))
-        if gradient is not None:
             gradient[block] = slope
     return sums, gradient
 
@@ -153,7 +153,7 @@ def _leaves(output: Tensor) -> list[Tensor]:
     return leaves
 
 
-class _Known(torch.autograd.Function):
+class _Precomputed(torch.autograd.Function):
     """A value with precomputed gradients with respect to `tensors`."""
 
     @staticmethod

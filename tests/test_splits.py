@@ -11,7 +11,7 @@ from training_runs import saved_base, settings_on
 from layerskip_core.checkpoint.info import read_info
 from layerskip_core.config.evaluation import BenchConfig, SweepConfig
 from layerskip_core.config.model import DataConfig
-from layerskip_core.config.training import DrafterConfig, RecipeSettings
+from layerskip_core.config.training import RecipeSettings
 from layerskip_core.evaluation.tasks import TaskConfig, load_task
 from layerskip_core.evaluation.tasks.texts import load_trained
 from layerskip_core.splits import (
@@ -227,31 +227,6 @@ def test_a_model_is_measured_on_rows_of_its_file_that_it_was_not_trained_on(
     assert parts[2] <= longer[2]
     write_rows(file, range(1000, 1400))  # all rows are new
     assert "held out" not in measured()[1]
-
-
-def test_every_process_and_resumption_holds_out_the_same_rows(settings, tmp_path):
-    file = tmp_path / "rows.jsonl"
-    write_rows(file, range(400))
-
-    def held_out(**changes):
-        job = prepare(settings(data=DataConfig(str(file)), overwrite=True, **changes))
-        decode = job.trainable.tokenizer.decode
-        return {decode(row["input_ids"]) for row in job.data.held_out.rows}, job.plan.division
-
-    rows, division = held_out()
-    assert len(rows) == 25 and len({row.split()[1] for row in rows}) >= 6  # of eight domains
-    assert held_out(seed=5) == (rows, division)
-    write_rows(file, reversed(range(400)))
-    assert held_out() == (rows, division)
-    drafter = prepare(
-        settings(
-            DrafterConfig,
-            data=DataConfig(str(file)),
-            answers="data",
-            output=str(tmp_path / "drafter"),
-        )
-    )
-    assert (drafter.plan.held_out, drafter.plan.division) == (25, division)
 
 
 def test_a_stream_leaves_out_what_its_first_rows_decide(settings, tmp_path):

@@ -212,6 +212,10 @@ class RunData:
     division: HeldOut | None  # what `data` holds out; None if it has a split for that
     encoder: Encoder
 
+    @property
+    def held_out_rows(self) -> list[dict[str, Any]]:
+        return [] if self.held_out is None else self.held_out.seen
+
 
 def encode(config: FinetuneConfig, trainable: Trainable, rows: RunRows) -> RunData:
     """Encodes the rows of `finetune`, in memory or as a stream."""

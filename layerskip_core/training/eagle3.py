@@ -63,20 +63,19 @@ class FrozenEagle3(DrafterModule):
         Raises ConfigError if `known` is None and the model does not suit engines (`suits_engines`).
         """
         super().__init__(backend)
-        form = _form(backend, config.draft_vocab) if known is None else known.form
-        self.drafter = Eagle3(
-            form, torch.arange(form.vocab) if known is None else known.tokens.clone(), config.seed
-        )
         self._has_own_head = False
-        if known is not None:
-            own = known.weights["lm_head.weight"].float()
-            models = self._head[known.tokens].float()
-            self._has_own_head = (
-                float(F.cosine_similarity(own, models.to(own.device)).mean()) <= _ALIKE
-            )
+        if known is None:
+            form = _form(backend, config.draft_vocab)
+            self.drafter = Eagle3(form, torch.arange(form.vocab), config.seed)
+            if backend.norm_weight is not None:
+                copy_into(self.weights(), {"norm.weight": backend.norm_weight})
+        else:
+            form = known.form
+            self.drafter = Eagle3(form, known.tokens.clone(), config.seed)
             copy_into(self.weights(), known.weights)
-        elif (norm := backend.norm_weight) is not None:
-            copy_into(self.weights(), {"norm.weight": norm})
+            own = known.weights["lm_head.weight"].float()
+            models = self._head[known.tokens].float().to(own.device)
+            self._has_own_head = float(F.cosine_similarity(own, models).mean()) <= _ALIKE
         self.to(backend.device, torch.float32)
         for name, weight in self.weights().items():
             weight.requires_grad_(name in MATRICES)
@@ -86,12 +85,10 @@ class FrozenEagle3(DrafterModule):
     @classmethod
     def of(cls, backend: TransformersBackend, config: DrafterConfig) -> "FrozenEagle3":
         """Raises CheckpointError if the drafter `start_from` cannot be read."""
-        start = config.start_from
-        return cls(
-            backend,
-            config,
-            None if start is None else read_eagle3(fetched_folder(start), backend.spec),
-        )
+        known = None
+        if config.start_from is not None:
+            known = read_eagle3(fetched_folder(config.start_from), backend.spec)
+        return cls(backend, config, known)
 
     def weights(self) -> dict[str, Tensor]:
         return {name: self.drafter.weight(name) for name in self.drafter.form.shapes}
@@ -119,15 +116,13 @@ class FrozenEagle3(DrafterModule):
         """
         if self._has_own_head:
             return
-        answers = torch.tensor(
-            [label for text in texts for label in text["labels"] if label != IGNORED]
-        )
-        counts = answers.bincount(minlength=self.backend.spec.vocab).float()
+        answers = list[int]()
+        for text in texts:
+            answers += [label for label in text["labels"] if label != IGNORED]
+        scores = torch.tensor(answers).bincount(minlength=self.backend.spec.vocab).float()
         own = self.drafter.tokens.cpu()
-        preferred = counts.index_add(0, own, torch.full((len(own),), 0.5)).argsort(
-            descending=True, stable=True
-        )
-        tokens = preferred[: len(own)].sort().values
+        scores.index_add_(0, own, torch.full((len(own),), 0.5))
+        tokens = scores.argsort(descending=True, stable=True)[: len(own)].sort().values
         self.drafter.tokens.copy_(tokens)
         copy_into(self.weights(), {"lm_head.weight": self._head[tokens]})
 
@@ -145,11 +140,9 @@ class FrozenEagle3(DrafterModule):
         drafts; `per_exit` is the first draft's. Both are summed over targets: tokens with labels
         from the third of a row on.
         """
-        layer, is_target, (states, finals) = (
-            self.drafter.layer,
-            labels[:, 2:] != IGNORED,
-            self.states(input_ids),
-        )
+        layer = self.drafter.layer
+        is_target = labels[:, 2:] != IGNORED
+        states, finals = self.states(input_ids)
         before = int(is_target.any(0).int().argmax())  # leading entries without a target in any row
         start = max(0, before - DRAFTS + 1)
         taught = finals[:, 1:-1][is_target]
@@ -158,23 +151,21 @@ class FrozenEagle3(DrafterModule):
             wanted = F.linear(taught, self._head[self.drafter.tokens].float()).log_softmax(-1)
         feature = layer.feature([state[:, :-2] for state in states])
         losses = []
-        first = torch.empty(0)
+        chosen = []  # by each draft
         for draft, hidden in enumerate(unrolled(layer, embedded, feature, DRAFTS, start)):
             whole = is_target.clone()
             whole[:, :draft] = False  # an entry reads outputs for `draft` entries before it
             logits = layer.logits(hidden[whole[:, start:]])
-            rows = whole[is_target]
-            losses.append(
-                F.kl_div(logits.log_softmax(-1), wanted[rows], reduction="sum", log_target=True)
-            )
-            first = first if draft else logits.argmax(-1)
+            found = logits.log_softmax(-1)
+            aim = wanted[whole[is_target]]
+            losses.append(F.kl_div(found, aim, reduction="sum", log_target=True))
+            chosen.append(logits.argmax(-1))
         agreeing = torch.zeros((), device=taught.device)
         if not self.training:
-            best = [
-                F.linear(part, self._head.float()).argmax(-1)
-                for part in torch.split(taught, _SCORED)
-            ]
-            agreeing = (self.drafter.tokens[first] == torch.cat(best)).sum()
+            head = self._head.float()
+            parts = torch.split(taught, _SCORED)
+            best = torch.cat([F.linear(part, head).argmax(-1) for part in parts])
+            agreeing = (self.drafter.tokens[chosen[0]] == best).sum()
         return {
             "loss": torch.stack(losses).mean(),
             "per_exit": losses[0].detach()[None],
@@ -196,11 +187,11 @@ def suits_engines(backend: TransformersBackend) -> bool:
     with torch.no_grad():
         states = embedding[:4]
         own = backend.embed(ids.to(backend.device))[0]
-        plain = (
-            own.dtype == states.dtype and own.shape == states.shape and torch.allclose(own, states)
-        )
-        return plain and torch.allclose(
-            backend.head(states), F.linear(states, head), rtol=1e-2, atol=1e-3
+        if own.dtype != states.dtype or own.shape != states.shape:
+            return False
+        logits = F.linear(states, head)
+        return torch.allclose(own, states) and torch.allclose(
+            backend.head(states), logits, rtol=1e-2, atol=1e-3
         )
 
 
@@ -224,8 +215,10 @@ def _form(backend: TransformersBackend, vocab: int) -> Eagle3Form:
         heads = spec.heads
         kv_heads = spec.kv_heads
         size = spec.head_dim
-    rope = getattr(config, "rope_parameters", None) or {}
-    kept = ROPE_VALUES if rope.get("rope_type", "default") in ROPES else ("rope_theta",)
+    given = getattr(config, "rope_parameters", None) or {}
+    names = ROPE_VALUES if given.get("rope_type", "default") in ROPES else ("rope_theta",)
+    rope = {"rope_theta": 10_000.0}
+    rope.update((name, value) for name, value in given.items() if name in names)
     return Eagle3Form(
         default_layers(backend.num_layers),
         spec.hidden,
@@ -235,7 +228,7 @@ def _form(backend: TransformersBackend, vocab: int) -> Eagle3Form:
         getattr(config, "intermediate_size", None) or 4 * spec.hidden,
         min(vocab, spec.vocab),
         getattr(config, "rms_norm_eps", None) or 1e-5,
-        {"rope_theta": 10_000.0} | {name: value for name, value in rope.items() if name in kept},
+        rope,
         norm_before_residual=True,
     )
 
@@ -254,24 +247,25 @@ def unrolled(
     order = torch.arange(count, device=embedded.device)
     groups = layer.form.heads // layer.form.kv_heads
     scale = layer.form.head_dim**-0.5
-    entries: list[tuple[Tensor, Tensor]] = []  # keys and values by draft
+    all_keys: list[Tensor] = []  # by draft
+    all_values: list[Tensor] = []
     outputs: list[Tensor] = []
     for draft in range(drafts):
         residual, queries, keys, values = layer.begin(embedded, feature, places)
-        entries.append(
-            (keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1))
-        )
-        if not draft:
+        all_keys.append(keys.repeat_interleave(groups, dim=1))
+        all_values.append(values.repeat_interleave(groups, dim=1))
+        if draft == 0:
             residual = residual[:, start:]
             queries = queries[:, :, start:]
             embedded = embedded[:, start:]
             feature = feature[:, start:]
             places = places[:, start:]
         ends = order[start:, None] - draft
-        visible = [order <= ends, *(order[start:] == ends + later for later in range(1, draft + 1))]
-        seen, values = (torch.cat(part, dim=2) for part in zip(*entries, strict=True))
-        scores = (queries * scale) @ seen.transpose(2, 3)
+        visible = [order <= ends]
+        for later in range(1, draft + 1):
+            visible.append(order[start:] == ends + later)
+        scores = (queries * scale) @ torch.cat(all_keys, dim=2).transpose(2, 3)
         weights = scores.masked_fill(~torch.cat(visible, dim=1), -torch.inf).softmax(-1)
-        outputs.append(layer.finish(residual, weights @ values))
+        outputs.append(layer.finish(residual, weights @ torch.cat(all_values, dim=2)))
         feature = torch.cat((feature[:, :1], layer.own_feature(outputs[-1][:, :-1])), dim=1)
     return outputs

@@ -36,16 +36,14 @@ class Encoder:
         """
         encoded = map(self._encoded, rows)
         if self.pack:
-            yield from (
-                {**row, "truncated": False}
-                for row in packed((ids for ids, _ in encoded), self.max_length)
-            )
+            documents = (ids for ids, _ in encoded)
+            for row in packed(documents, self.max_length):
+                yield row | {"truncated": False}
             return
         for ids, labels in encoded:
-            cut = slice(self.max_length)
             yield {
-                "input_ids": ids[cut],
-                "labels": labels[cut],
+                "input_ids": ids[: self.max_length],
+                "labels": labels[: self.max_length],
                 "truncated": len(ids) > self.max_length,
             }
 
@@ -69,21 +67,16 @@ class Encoder:
         """Prompt, completion and EOS, the latter two with labels. In a template a completion's
         special tokens stay text.
         """
-        prompt = encode_prompt(
-            self.tokenizer, self.template if row.prompt else PromptTemplate(), row.prompt
-        )
-        special = (
-            None if not row.prompt or self.template.text == RAW else special_text(self.tokenizer)
-        )
+        template = self.template if row.prompt else PromptTemplate()
+        prompt = encode_prompt(self.tokenizer, template, row.prompt)
+        special = None if template.text == RAW else special_text(self.tokenizer)
         if special is None or not special.found(row.completion):
             completion = list(self.tokenizer(row.completion, add_special_tokens=False)["input_ids"])
         else:
-            completion = list(
-                special.encode(
-                    special.renamed(special.masked(row.completion)), add_special_tokens=False
-                ).ids
-            )
-        completion += [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+            text = special.renamed(special.masked(row.completion))
+            completion = list(special.encode(text, add_special_tokens=False).ids)
+        if self.tokenizer.eos_token_id is not None:
+            completion.append(self.tokenizer.eos_token_id)
         return prompt + completion, [IGNORED] * len(prompt) + completion
 
     def _conversation(self, row: Conversation) -> tuple[list[int], list[int]]:
@@ -104,34 +97,28 @@ class Encoder:
         ]
 
         def text_of(count: int, prompt: bool) -> str:
-            text = (
-                render_chat(self.tokenizer, messages[:count], add_generation_prompt=prompt)
-                if count
-                else ""
-            )
+            if count == 0:  # templates may refuse an empty conversation
+                return special.renamed("")
+            text = render_chat(self.tokenizer, messages[:count], add_generation_prompt=prompt)
             return special.renamed(text)
 
         text = text_of(len(messages), False)
-        spans = [
-            (text_of(at, True), text_of(at + 1, False))
-            for at, (role, _) in enumerate(row.messages)
-            if role == "assistant"
-        ]
-        if not all(
-            text.startswith(through) and through.startswith(before) for before, through in spans
-        ):
-            raise DataError(
-                "the tokenizer's chat template rewrites earlier turns: the assistant's cannot be told apart"
-            )
+        answers = list[range]()  # the characters of each
+        for at, (role, _) in enumerate(row.messages):
+            if role == "assistant":
+                before = text_of(at, True)
+                through = text_of(at + 1, False)
+                if not (text.startswith(through) and through.startswith(before)):
+                    raise DataError(
+                        "the tokenizer's chat template rewrites earlier turns: the assistant's cannot be told apart"
+                    )
+                answers.append(range(len(before), len(through)))
         encoding = special.encode(text, add_special_tokens=False)
-        targets = [
-            any(len(before) <= start < len(through) for before, through in spans)
-            for start, _ in encoding.offsets
-        ]
-        return encoding.ids, [
-            token if target else IGNORED
-            for token, target in zip(encoding.ids, targets, strict=True)
-        ]
+        labels = []
+        for token, (start, _) in zip(encoding.ids, encoding.offsets, strict=True):
+            is_target = any(start in answer for answer in answers)
+            labels.append(token if is_target else IGNORED)
+        return encoding.ids, labels
 
 
 @contextmanager
@@ -155,14 +142,14 @@ def packed(documents: Iterable[list[int]], length: int) -> Iterator[dict[str, An
         for token in document
     )
     while row := list(islice(tokens, length)):
-        numbers = [number - row[0][0] for number, _ in row]
         ids = [token for _, token in row]
-        # Nothing predicts the first token of a document.
-        labels = [
-            token if at and numbers[at - 1] == numbers[at] else IGNORED
-            for at, token in enumerate(ids)
-        ]
-        if len(ids) == length or any(label != IGNORED for label in labels):
+        numbers = [number - row[0][0] for number, _ in row]
+        labels = list(ids)
+        for at in range(len(ids)):
+            # Nothing predicts the first token of a document.
+            if at == 0 or numbers[at - 1] != numbers[at]:
+                labels[at] = IGNORED
+        if len(ids) == length or set(labels) != {IGNORED}:
             yield {"input_ids": ids, "labels": labels, "documents": numbers}
 
 
@@ -187,9 +174,9 @@ def train_tokenizer(rows: Sequence[Row], vocab_size: int) -> Any:
 def _texts(rows: Sequence[Row]) -> Iterator[str]:
     for row in rows:
         parts = (
-            [text for _, text in row.messages]
-            if isinstance(row, Conversation)
-            else [f"{row.prompt}\n{row.completion}"]
+            [f"{row.prompt}\n{row.completion}"]
+            if isinstance(row, Example)
+            else [text for _, text in row.messages]
         )
         for text in parts:
             # The trainer's time grows with the square of a word's length, so texts with very long

@@ -211,10 +211,10 @@ class FinetuneJob:
         if process_index() > 0 or self.from_scratch:
             return None
         report("measurements before the training", 1, 0)
-        held_out: Any = () if self.data.held_out is None else self.data.held_out.rows
+        held_out = self.data.held_out_rows
         if self.config.fsdp:
             # Rows would run on the CPU: minutes for a model that needs shards, while others wait
-            held_out = ()
+            held_out = []
         trained_rows = self.plan.steps * data.step_rows(self.config)[0]
         return Baseline(self.trainable, held_out, self.config.seed, trained_rows)
 
@@ -224,11 +224,13 @@ class FinetuneJob:
         Batches have rows of similar length, replayed texts among them; a stream keeps its order.
         """
         rows: Any = self.data.training.rows
-        held_out = None if self.data.held_out is None else self.data.held_out.rows
+        held_out = self.data.held_out_rows or None
         if isinstance(rows, data.StreamedRows):
             return rows, held_out
         lengths = [len(row["input_ids"]) for row in rows]
-        texts = [] if self.replay is None else self._replayed(self.replay, report)
+        texts = list[dict[str, Any]]()
+        if self.replay is not None:
+            texts = self._replayed(self.replay, report)
         order = data.ordered(self.config, lengths, self.plan.steps, len(texts))
         return Subset(rows + texts, order), held_out
 
@@ -409,7 +411,7 @@ def resolve_finetune(
         num_layers=spec.layers,
         template=encoded.encoder.template,
         rows=None if config.streaming else len(training.seen),
-        held_out=0 if encoded.held_out is None else len(encoded.held_out.seen),
+        held_out=len(encoded.held_out_rows),
         left_out=training.left_out,
         tokens=training.tokens,
         division=encoded.division,

@@ -214,18 +214,6 @@ def test_weights_of_a_model_that_cannot_be_written_are_cached_for_every_copy_of_
     )
 
 
-def test_the_oldest_files_leave_a_full_cache(cache, monkeypatch):
-    monkeypatch.setattr(sidecars, "CACHED", 25)
-    cache.mkdir()
-    for age, name in enumerate("abcd"):
-        sidecars.keep_in_cache(name, b"0123456789")
-        os.utime(sidecars.cached_int4(name), (age, age))
-    assert sorted(path.name[0] for path in cache.iterdir()) == ["c", "d"]
-    monkeypatch.setattr(sidecars, "CACHED", 5)
-    sidecars.keep_in_cache("e", b"0123456789")
-    assert [path.name[0] for path in cache.iterdir()] == ["e"]
-
-
 def test_a_model_without_int4_kernels_is_refused(checkpoint):
     fails(
         "--model must be one whose layer widths 32 divides, got 48 in model.layers.0.mlp.down_proj.weight",

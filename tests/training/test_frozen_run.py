@@ -4,9 +4,7 @@ use is one error.
 
 import hashlib
 import json
-import os
 import shutil
-import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,14 +14,13 @@ from safetensors.torch import load_file
 from training_runs import Interrupted, saved_base, stop_at
 
 from layerskip_core.checkpoint.info import read_info
-from layerskip_core.checkpoint.open import for_decoding, for_training
+from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.checkpoint.save import write_info
 from layerskip_core.config.decoding import DraftProfile
 from layerskip_core.config.model import DataConfig, PackingConfig
 from layerskip_core.config.training import DrafterConfig
 from layerskip_core.decoding.drafters import DrafterSetup, drafter_for
-from layerskip_core.errors import CheckpointError, ConfigError, DataError, TrainingInterrupted
-from layerskip_core.training import run as running
+from layerskip_core.errors import CheckpointError, ConfigError, DataError
 from layerskip_core.training.run import execute, prepare
 
 DATA = {"answers": "data", "answer_tokens": DrafterConfig.answer_tokens}
@@ -181,55 +178,6 @@ def test_resuming_gives_the_same_blocks_bit_by_bit(frozen, tmp_path):
     assert [report.loss for report in reports] == [report.loss for report in expected[2:]]
     assert stages == [("answers", 48, 48)]  # not again
     assert same(blocks(cut), blocks(whole))
-
-
-def test_a_run_that_was_killed_after_its_file_was_written_ends_by_resuming(
-    frozen, base, tmp_path, monkeypatch
-):
-    model = str(shutil.copytree(base, tmp_path / "model"))
-    config = frozen(model=model, output=model, save_steps=2)
-
-    def killed(model, *arguments, save=running.DrafterJob.save):
-        save(model, *arguments)
-        raise Interrupted
-
-    with monkeypatch.context() as patched, pytest.raises(Interrupted):
-        patched.setattr(running.DrafterJob, "save", killed)
-        execute(prepare(config))
-    written = hashes(model)
-    with pytest.raises(ConfigError, match="holds an unfinished run; give `resume` to go on"):
-        prepare(config)
-    train(replace(config, resume=True))
-    assert hashes(model) == written
-    assert left_by_a_run(model) == [".jsonl"]
-
-
-def test_a_signal_before_the_training_keeps_what_is_done(frozen):
-    job = prepare(frozen())
-
-    def interrupt(stage, done, total):
-        if done >= 32:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with pytest.raises(
-        TrainingInterrupted, match=r"interrupted after 32 of 48 answers, which are kept"
-    ):
-        execute(job, lambda report: None, interrupt)
-    assert len(prepare(frozen(resume=True)).answers.known) == 32
-
-
-def test_answers_of_the_data_need_no_decoding(frozen, base):
-    config = frozen(**DATA, validation="validation", validation_samples=7)
-    job = prepare(config)
-    tokenizer = for_training(base).tokenizer
-    text = job.texts.training[0]
-    answer = [label for label in text["labels"] if label >= 0]
-    assert text["input_ids"][-len(answer) :] == answer and tokenizer.decode(answer).startswith(
-        "[IN:"
-    )
-    assert (job.plan.rows, job.plan.held_out) == (40, 7)
-    _, _, stages = train(config)
-    assert not stages
 
 
 def test_rows_need_prompts_only(frozen, tmp_path):

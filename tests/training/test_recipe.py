@@ -77,7 +77,7 @@ def test_named_exits_are_the_only_ones_besides_the_last(curriculum, expected):
         ({"curriculum": "none", "exits": (6,)}, "exits"),
         ({"curriculum": "none", "distill": 0.5}, "distill"),
         ({"curriculum": "none", "exit_gradient": 0.5}, "exit_gradient"),
-        # Without readers an exit has no weights of its own
+        # Without a block an exit has no weights of its own
         ({"exit_gradient": 0.0}, "exit_gradient"),
         ({"curriculum": "all", "e_scale": 0.0}, "e_scale"),
         ({"exits": (1,)}, "exits"),  # which the paper's formula gives no weight
@@ -193,7 +193,7 @@ def test_the_recipe_of_auto_follows_from_the_number_of_steps():
     assert [time_scale(step, 50, "falling") for step in range(5)] == [1, 0.75, 0.5, 0.25, 0]
 
 
-def test_exits_without_readers_train_the_layers_below_them():
+def test_exits_without_blocks_train_the_layers_below_them():
     """So do those that are read where that is asked for, and all of the paper's."""
     assert (
         auto(exit_reader="none").exit_gradient

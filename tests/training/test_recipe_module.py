@@ -9,7 +9,6 @@ from training_runs import batch, recipe_module
 from layerskip_core import losses
 from layerskip_core.config.training import RecipeSettings
 from layerskip_core.losses import IGNORED
-from layerskip_core.training import module as recipe_modules
 from layerskip_core.training.data import collate
 from layerskip_core.training.encoding import packed
 from layerskip_core.training.module import use_fp32_attention
@@ -163,28 +162,6 @@ def test_the_loss_equals_a_manual_loop(llama, monkeypatch, share):
         torch.testing.assert_close(
             output["per_exit"].double(), torch.stack(plain).detach(), rtol=1e-5, atol=1e-4
         )
-
-
-def test_the_teacher_is_a_constant(llama, monkeypatch):
-    """With all of the loss on exit 3 and nothing but distillation, layers 4 to 6 get no gradient;
-    in chunks too.
-    """
-    ids, labels = batch()
-    for logits in (losses.CHUNK_LOGITS, 5 * 67):
-        monkeypatch.setattr(losses, "CHUNK_LOGITS", logits)
-        module = recipe_module(
-            llama, RecipeSettings("finetune", p_max=0, curriculum="all", distill=1.0)
-        ).train()
-        monkeypatch.setattr(
-            recipe_modules,
-            "exit_weights",
-            lambda exits, *_: [float(exit_layer == 3) for exit_layer in exits],
-        )
-        llama.zero_grad()
-        module(ids, labels, RunStep(0, 10))["loss"].backward()
-        seen = [layer.mlp.up_proj.weight.grad is not None for layer in llama.model.layers]
-        assert seen == [True] * 3 + [False] * 3
-    llama.zero_grad()
 
 
 def test_a_share_of_the_exits_gradient_trains_the_layers_below():

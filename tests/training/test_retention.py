@@ -7,10 +7,9 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
-from training_runs import RECIPE, require_exact_resumption, train
+from training_runs import RECIPE, require_exact_resumption
 
-from layerskip_core.checkpoint.open import for_decoding
-from layerskip_core.config.model import DataConfig, PromptingConfig
+from layerskip_core.config.model import DataConfig
 from layerskip_core.config.training import RecipeSettings
 from layerskip_core.errors import TrainingInterrupted
 from layerskip_core.losses import IGNORED
@@ -84,18 +83,6 @@ def test_texts_are_sampled_by_the_seed(settings, tmp_path):
     other = prepare(settings(**QUARTER, steps=20, seed=1))
     assert other.replay.journal != job.replay.journal
     assert other.replay.prompts != starts
-
-
-def test_what_a_template_puts_before_a_prompt_begins_every_second_text(settings, tmp_path):
-    base = str(tmp_path / "templated")
-    train(settings(output=base, steps=1, prompting=PromptingConfig("Question: {prompt}")))
-    starts = prepare(settings(model=base, **QUARTER)).replay.prompts
-    templated = for_decoding(base).prompt_start()
-    assert (
-        len(templated) > 1
-        and starts[1::2] == [templated] * 2
-        and [len(start) for start in starts[0::2]] == [1, 1]
-    )
 
 
 def test_packed_rows_have_packed_texts(settings, tmp_path):

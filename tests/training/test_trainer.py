@@ -154,28 +154,6 @@ def test_from_scratch_with_a_new_tokenizer(settings, base, tmp_path):
     prepare(settings(steps=1, overwrite=True, recipe=replace(PLAIN, preset="scratch")))
 
 
-def test_the_plan(settings, base):
-    job = prepare(settings(steps=None, epochs=2.0, batch_size=3, accumulation=2, max_length=100))
-    assert job.plan.rows == 32 and job.plan.tokens == sum(
-        len(row["input_ids"]) for row in job.data.training.rows
-    )
-    assert (
-        job.plan.truncated
-        == sum(
-            len(row["input_ids"]) == 100 and row["input_ids"][-1] != 2
-            for row in job.data.training.rows
-        )
-        > 0
-    )
-    assert job.plan.steps == 11  # 2 x 32 rows in steps of 6, rounded up
-    assert job.plan.parameters == sum(weight.numel() for weight in weights(base).values())
-    assert job.plan.num_layers == 4 and job.plan.recipe.rotation == 2
-    assert job.plan.exit_steps == {1: 6, 2: 5, 3: 6, 4: 11}
-    assert (job.plan.device, job.plan.precision.name) == ("cpu", "fp32")
-    job = prepare(settings(data=DataConfig(), steps=5, batch_size=4, accumulation=2))
-    assert (job.plan.rows, job.plan.steps) == (40, 5)
-
-
 def spoiling(job, step, factor):
     def listen(report):
         if report.step == step:
