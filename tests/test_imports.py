@@ -145,12 +145,6 @@ KNOWN = {
     "decoding.output",
     "decoding.sampling",
     "decoding.target",
-    "training.answers",
-    "training.exit_blocks",
-    "training.module",
-    "training.plan",
-    "training.trainer",
-    "training.verdict",
 }
 
 

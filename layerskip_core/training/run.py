@@ -143,7 +143,17 @@ def execute(
 
         baseline = job.measure_before(report)
         rows, held_out = job.data_sets(report)
-        history = RunTrainer(job, rows, held_out, on_step, interruption).run()
+        trainer = RunTrainer(
+            job.plan,
+            job.module,
+            job.trainable,
+            job.fixed_settings,
+            rows,
+            held_out,
+            on_step,
+            interruption,
+        )
+        history = trainer.run()
         info = job.save(history, baseline)
         if is_first:
             discard_after(checkpoints_folder(config.output), None)

@@ -6,7 +6,7 @@ transformers changes these, tests/training/test_resume.py fails.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -36,9 +36,7 @@ from .sharding import process_index, read_shard, use_fsdp, write_shard
 
 if TYPE_CHECKING:
     from ..checkpoint.loaded import Trainable
-    from .drafter_run import DrafterJob
     from .plan import RunPlan
-    from .run import FinetuneJob
 
 _BETAS = (0.9, 0.95)
 _EXPLODED = 2.0  # times the greater of ln V (a uniform guess) and the run's first loss
@@ -57,20 +55,23 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
 
     def __init__(
         self,
-        job: "FinetuneJob | DrafterJob",
+        plan: "RunPlan",
+        module: Any,
+        trainable: "Trainable",
+        fixed_settings: Mapping[str, Any],
         rows: Any,
         held_out: Any,
         on_step: Callable[[progress.StepReport], None],
         interruption: Interruption,
     ) -> None:
         """`rows`: a data set in the order of the run."""
-        self.plan = job.plan
-        self.module: Any = job.module
-        self.fixed_settings = job.fixed_settings
+        self.plan = plan
+        self.module = module
+        self.fixed_settings = fixed_settings
         self.on_step = on_step
         self.interruption = interruption
         self.history = progress.LossHistory()
-        self.checkpoints = progress.checkpoints_folder(job.plan.config.output)
+        self.checkpoints = progress.checkpoints_folder(plan.config.output)
         self.phase: Literal["loading", "training", "saving"] = "loading"  # to explain errors
         self.sums: Any = None  # a step's tokens and summed exit losses, on the device
         self.micro_batches = 0
@@ -81,7 +82,7 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
         self.started = 0.0
         super().__init__(
             self.module,
-            training_arguments(job.plan, job.trainable),
+            training_arguments(plan, trainable),
             collate,
             train_dataset=rows,
             eval_dataset=held_out,
