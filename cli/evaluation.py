@@ -67,11 +67,13 @@ def watch(events: "Iterator[Progress | Found]", free_threads: FreeThreads | None
     from layerskip_core.evaluation.measure import Progress
 
     with stage_bars() as show:
-        while isinstance(event := next(events), Progress):
+        for event in events:
+            if not isinstance(event, Progress):
+                return event
             show(event.phase, event.done, event.total, "")
             if free_threads is not None and not event.comparing:
                 free_threads.look()
-    return event
+    raise AssertionError("a measurement ends with its record")
 
 
 def deliver_report(record: "RunRecord", form: str, folder: Path | None, saved: str | None) -> None:

@@ -60,9 +60,9 @@ def compare(
         output, "layerskip compare", list(table_files("comparison")), overwrite
     ) as folder:
         if runs:
-            groups = {
-                label: [read_run(path) for path in paths] for label, paths in labelled(runs).items()
-            }
+            groups = {}
+            for label, paths in labelled(runs).items():
+                groups[label] = [read_run(path) for path in paths]
         else:
             groups = {model: [_measured(model)] for model in _EMBEDDED}
         for name in only:

@@ -17,7 +17,7 @@ from ..loading import load_model
 from ..options import Prompt, command
 
 if TYPE_CHECKING:
-    from layerskip_core.evaluation.inspection import Inspection
+    from layerskip_core.evaluation.inspection import Inspection, TokenTrace
 
 _CELL = 9  # characters shown of a token
 
@@ -81,12 +81,11 @@ def _print(inspection: "Inspection", layers: tuple[int, ...], room: int, console
     requires.
     """
     blocks = inspection.tokens[0].blocks if inspection.tokens else {}
-    columns = [
-        (kind, layer)
-        for layer in layers
-        for kind in ("layer", "block")
-        if kind == "layer" or layer in blocks
-    ]
+    columns = []
+    for layer in layers:
+        columns.append(("layer", layer))
+        if layer in blocks:
+            columns.append(("block", layer))
     for start in range(0, len(columns), room):
         table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
         table.add_column("token", no_wrap=True, width=_CELL)
@@ -94,23 +93,26 @@ def _print(inspection: "Inspection", layers: tuple[int, ...], room: int, console
         for kind, layer in columns[start : start + room]:
             table.add_column(f"{kind} {layer}", no_wrap=True, width=_CELL)
         for trace in inspection.tokens:
-            cells = []
-            for kind, layer in columns[start : start + room]:
-                predicted = (
-                    trace.predictions[layer - 1] if kind == "layer" else trace.blocks[layer]
-                ).token
-                if kind == "layer" and layer >= trace.settled:
-                    mark = "="
-                    style = "bold green"
-                else:
-                    mark, style = ("~", "yellow") if predicted == trace.token else (" ", "dim")
-                cells.append(Cell(mark + visible(predicted), style))
+            cells = [_cell(trace, kind, layer) for kind, layer in columns[start : start + room]]
             table.add_row(Cell(visible(trace.token)), str(trace.settled), *cells)
         console.print(table)
         console.print()
-    console.print(
+    legend = (
         f"A token needed {inspection.mean_layers:.1f} of {inspection.num_layers} layers on average. "
-        "Green or =: correct from this layer on. Yellow or ~: correct here, but not in every later layer."
-        + (" block E: the exit block after layer E." if blocks else ""),
-        markup=False,
+        "Green or =: correct from this layer on. "
+        "Yellow or ~: correct here, but not in every later layer."
     )
+    if blocks:
+        legend += " block E: the exit block after layer E."
+    console.print(legend, markup=False)
+
+
+def _cell(trace: "TokenTrace", kind: str, layer: int) -> Cell:
+    """The token that a layer or its exit block predicts, with its mark and colour."""
+    prediction = trace.blocks[layer] if kind == "block" else trace.predictions[layer - 1]
+    predicted = prediction.token
+    if kind == "layer" and layer >= trace.settled:
+        return Cell(f"={visible(predicted)}", "bold green")
+    if predicted == trace.token:
+        return Cell(f"~{visible(predicted)}", "yellow")
+    return Cell(f" {visible(predicted)}", "dim")

@@ -279,7 +279,9 @@ def compare(
             file = LOSSES if figure in _OF_HELD_OUT else RESULTS
             incomparable = {label for own, label in differing if own == file}
         lines += _lines(groups, figure, exits, paired, incomparable)
-    paths = {label: tuple(run.path for run in runs) for label, runs in groups.items()}
+    paths = {}
+    for label, runs in groups.items():
+        paths[label] = tuple(run.path for run in runs)
     return Comparison(paths, tuple(lines), paired, tuple(notes))
 
 

@@ -65,7 +65,7 @@ def test_sweep_prints_json_and_writes_files(tmp_path, model):
     ]  # fmt: skip
     assert document["config"]["task"]["task"] == "commands"
     assert document["environment"]["dtype"] == "float32"
-    plots = ["acceptance_by_exit", "acceptance_by_position", "pareto", "perplexity"]
+    plots = ["acceptance_by_exit", "pareto", "perplexity"]
     files = ["answers.html", "answers.jsonl", "report.html", "results.csv", "results.json"]
     out = tmp_path / "out"
     assert sorted(file.name for file in out.iterdir()) == sorted(
@@ -88,39 +88,6 @@ def test_sweep_prints_json_and_writes_files(tmp_path, model):
     assert again.out == result.out
     for name in files:
         assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes()
-
-
-def test_the_table_fits_80_columns_and_progress_is_on_stderr(model, data, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    result = run(
-        "sweep-exits",
-        "--model",
-        model,
-        "--data",
-        data,
-        "--exits",
-        "5",
-        "--specs",
-        "12",
-        "--max-new-tokens",
-        "12",
-    )
-    lines = result.out.splitlines()
-    columns = [name for line in lines if line.startswith("strategy") for name in line.split()[3:]]
-    # What does not fit is named
-    assert columns == ["R2", "EM", "change", "accept", "tok/s", "speed", "same"]
-    assert "Not shown, for lack of width: ppl, mean, pred, " in " ".join(lines)
-    assert [line.split()[0] for line in lines[2:5]] == [
-        "autoregressive",
-        "early-exit",
-        "self-speculative",
-    ]
-    assert lines[4].split()[:3] == ["self-speculative", "5", "12"]
-    assert max(map(len, lines)) <= 80
-    assert "…" not in result.out
-    assert "ecommended: " in result.out
-    assert "prompts 3/3" in result.err
-    assert "prompts 3/3" not in result.out
 
 
 SAVED = ("--samples", "1", "--exits", "5", "--specs", "3", "--max-new-tokens", "6", "--save")
@@ -194,29 +161,14 @@ def test_save_writes_the_recommendation_if_there_is_one(copy, tmp_path, monkeypa
 
 
 def test_adaptive_drafting_starts_from_the_acceptance_of_the_copy_that_a_sweep_saved(copy):
-    run(
-        "sweep-exits",
-        "--model",
-        copy,
-        "--samples",
-        "1",
-        "--max-new-tokens",
-        "6",
-        "--draft-weights",
-        "int8",
-        "--save",
-    )
+    little = ("--samples", "1", "--max-new-tokens", "6", "--draft-weights", "int8", "--save")
+    run("sweep-exits", "--model", copy, *little)
     stored = read_info(copy).profile
-    assert (
-        list(stored.acceptance) == list(stored.drafts) == ["int8"]
-        and stored.acceptance["int8"] > 0.5
-    )
+    assert list(stored.acceptance) == list(stored.drafts) == ["int8"]
     adaptive = {"strategy": "adaptive"}
     assert load(copy, draft_weights="int8")._resolved(adaptive).profile == stored
-    assert (
-        load(copy, draft_weights="int8", draft_vocab=50)._resolved(adaptive).profile.acceptance
-        == {}
-    )  # other drafts
+    others = load(copy, draft_weights="int8", draft_vocab=50)._resolved(adaptive).profile
+    assert others.acceptance == {}  # of other drafts
 
 
 def test_bench_formats(tmp_path, model, data):
@@ -242,7 +194,7 @@ def test_bench_formats(tmp_path, model, data):
     assert [line.split()[4] for line in (table[2], table[4])] == ["100%"] * 2
     assert max(map(len, table)) <= 80
     pages = ["answers.html", "answers.jsonl", "report.html", "results.csv", "results.json"]
-    files = [*pages, "acceptance_by_position.png", "pareto.png"]
+    files = [*pages, "pareto.png"]
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == sorted(
         [*files, "outputs.jsonl"]
     )
@@ -288,40 +240,6 @@ def test_adaptive_drafting_has_the_copy_that_generate_gives_it(model, data, monk
     swept = json.loads(run("sweep-exits", *arguments, "--exits", "5", "--specs", "2").out)
     assert swept["results"][-1]["strategy"] == "adaptive"
     assert [packing.adaptive for packing in packings] == [False, True, True]
-
-
-FIXED = (
-    "--exit",
-    "5",
-    "--spec",
-    "3",
-    "--repeats",
-    "1",
-    "--max-new-tokens",
-    "12",
-    "--format",
-    "json",
-)
-FIXED += ("--strategies", STRATEGIES)
-
-
-def test_bench_measures_with_the_flags_of_decoding(model, data):
-    arguments = ("bench", "--model", model, "--data", data, *FIXED)
-    plain = json.loads(run(*arguments).out)
-    unsure = json.loads(run(*arguments, "--draft-confidence", "0.999999").out)
-    assert unsure["config"]["generation"]["draft_confidence"] == 0.999999
-    drafted = [document["results"][2]["mean_accepted_tokens"] for document in (plain, unsure)]
-    assert drafted[0] > drafted[1]
-    hot = json.loads(
-        run(*arguments, "--temperature", "5", "--top-k", "9", "--top-p", "0.9", "--seed", "3").out
-    )
-    sampling = {"temperature": 5.0, "top_k": 9, "top_p": 0.9, "seed": 3}
-    assert hot["config"]["generation"].items() >= sampling.items()
-    assert (
-        plain["results"][0]["metrics"]["exact_match"],
-        hot["results"][0]["metrics"]["exact_match"],
-    ) == (1.0, 0.0)
-    assert [one["differences"] for one in hot["results"]] == [[]] * 3
 
 
 def test_an_unfinished_benchmark_is_not_lost_without_a_word(tmp_path, model, monkeypatch):

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from command_line import fails, run
+from command_line import run
 from conftest import tiny_model
 from evaluating import NEW_TOKENS, own_answers, tiny_loaded
 
@@ -20,7 +20,6 @@ from layerskip_core.evaluation.measure import answer_prompts, measure_prompt, ow
 from layerskip_core.evaluation.measure.baselines import (
     llama_cpp,
     load_baselines,
-    require_early_exit,
     transformers_generate,
 )
 from layerskip_core.evaluation.measure.bench import bench
@@ -141,20 +140,6 @@ def test_a_failing_prompt_is_recorded_and_leaves_the_model_whole(monkeypatch):
     assert answer(exit_of, "hi").error is None
 
 
-def test_an_architecture_that_ignores_the_exit_is_refused(monkeypatch):
-    model = tiny_loaded().backend.model
-    require_early_exit(model)
-    honest = type(model.model).forward
-
-    def stubborn(self, *args, **keywords):
-        self.config.num_hidden_layers = 6
-        return honest(self, *args, **keywords)
-
-    monkeypatch.setattr(type(model.model), "forward", stubborn)
-    with pytest.raises(ConfigError, match="transformers ignores the early exit of llama models"):
-        require_early_exit(model)
-
-
 def test_the_weights_are_read_again_for_a_repacked_model(checkpoint):
     from layerskip_core.checkpoint.open import for_decoding
 
@@ -256,20 +241,6 @@ def test_files_of_other_models_are_refused(package, file, tmp_path):
     package.Server = lambda settings: 1 / 0
     with pytest.raises(ConfigError, match=r"must be a file that llama.cpp reads: division by zero"):
         llama_cpp(tiny_loaded(), file)
-
-
-def test_flags_and_the_package_are_asked_for(monkeypatch, file, checkpoint):
-    command = ("bench", "--model", checkpoint, "--samples", "1", "--baselines")
-    fails(
-        "--gguf must be given with the baseline llama.cpp, and only then, got none",
-        *command,
-        "llama.cpp",
-    )
-    monkeypatch.setitem(sys.modules, "xllamacpp", None)
-    message = (
-        "--baselines llama.cpp needs the package xllamacpp: pip install 'layerskip[llama-cpp]'"
-    )
-    fails(message, *command, "llama.cpp", "--gguf", file)
 
 
 def test_llama_cpp_itself_gives_our_tokens(file, checkpoint):

@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import math
-import sys
 from dataclasses import replace
 
 import pytest
@@ -13,7 +12,6 @@ from command_line import fails, run
 from layerskip_core.errors import LayerSkipError
 from layerskip_core.evaluation.comparison import (
     Interval,
-    Setting,
     compare,
     interval_of,
     labelled,
@@ -105,11 +103,6 @@ def test_runs_of_one_label_are_named_so_or_differ_in_their_seed(arguments, group
     assert labelled(arguments) == groups
 
 
-def test_a_path_may_have_a_comma_and_an_equals_sign(tmp_path):
-    (tmp_path / "a=1,b").mkdir()
-    assert labelled([str(tmp_path / "a=1,b")]) == {"a=1,b": [str(tmp_path / "a=1,b")]}
-
-
 def test_intervals_of_runs():
     """Mean 2, standard deviation 1, t = 4.3027 for 2 degrees of freedom: 2 +- 4.3027 / sqrt(3)."""
     interval = interval_of([1.0, 2.0, 3.0])
@@ -133,12 +126,6 @@ def test_intervals_of_runs():
     )
 
 
-def test_intervals_of_shares_end_at_0_and_100_percent(tmp_path):
-    groups = groups_of(a=[sweep(tmp_path / f"a{match}", match, 8.0) for match in (0.1, 0.5, 0.9)])
-    (cell,) = compare(groups, ["exact_match"], [9]).lines[0].cells
-    assert cell.interval == Interval(pytest.approx(0.5), 0.0, 1.0)
-
-
 def test_paired_differences_leave_out_what_pairs_share():
     """Differences 1, 2, 3 of runs that lie far apart. Welch: variances 10201 / 3 and 10000 / 3, t
     of 3 degrees of freedom.
@@ -156,21 +143,6 @@ def test_paired_differences_leave_out_what_pairs_share():
     assert equal.high == pytest.approx(1 / 12 + 2.7764 * math.sqrt(2 / 27), abs=1e-4)
     ratio = interval_of([2.0, 8.0, 16.0], [1.0, 4.0, 7.9], paired=True, logarithmic=True)
     assert ratio.low < 2 < ratio.mean < ratio.high
-
-
-def test_a_sweep_and_its_training_are_one_run(tmp_path):
-    sweep(tmp_path / "run", 0.8, 10.0)
-    figures = read_run(trained(tmp_path / "run", {2: 2.0, 4: 1.0})).figures
-    alone = Setting("exit 2 alone", 2)
-    assert figures["exact_match"] == {
-        Setting("autoregressive"): 0.8,
-        alone: 0.4,
-        Setting("exit 4 alone", 4): 0.4,
-    }
-    assert figures["acceptance_rate"] == {Setting("exit 2, 6 drafts", 2, "6 drafts"): 0.5}
-    assert figures["held_out_perplexity"] == pytest.approx(
-        {alone: math.exp(2), Setting("exit 4 alone", 4): math.exp(1)}
-    )
 
 
 @pytest.mark.parametrize("rows", ["1f", "2e"])
@@ -330,18 +302,6 @@ def test_documents_and_plots(tmp_path):
 def test_what_is_no_run_is_refused(tmp_path, name, text):
     with pytest.raises(LayerSkipError, match="RUNS "):
         read_run(saved(tmp_path / "x", name, text))
-
-
-def test_without_runs_the_embedded_models_are_measured(monkeypatch):
-    for name, value in {"_SAMPLES": 2, "_EXITS": (6,), "_DRAFTS": 2}.items():
-        monkeypatch.setattr(sys.modules["cli.commands.compare"], name, value)
-    result = run("compare", "--format", "json", "--only", "exact_match,perplexity")
-    assert result.code == 0
-    lines = json.loads(result.out)["lines"]
-    assert {line["figure"] for line in lines} == {"exact_match", "perplexity"}
-    assert all(
-        [cell["label"] for cell in line["cells"]] == ["embedded-base", "embedded"] for line in lines
-    )
 
 
 def test_wrong_flags_are_one_line(tmp_path):

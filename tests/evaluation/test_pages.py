@@ -6,22 +6,16 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
-from evaluating import own_answers, tiny_loaded
 from test_report import BENCH, PLAIN, SWEEP
 
-from layerskip_core.config.evaluation import BenchConfig, SweepConfig
 from layerskip_core.errors import LayerSkipError
-from layerskip_core.evaluation.measure.bench import bench
-from layerskip_core.evaluation.measure.sweep import sweep
 from layerskip_core.evaluation.report import (
     answers_page,
-    report_files,
     report_page,
     to_json,
     to_jsonl,
 )
 from layerskip_core.evaluation.report.plots import figures, to_svg
-from layerskip_core.evaluation.report.tables import results_table
 from layerskip_core.evaluation.results import Answered, Failure, Result, RunRecord, read_record
 
 FULL = replace(SWEEP, config={**SWEEP.config, "quality_metric": "exact_match"})
@@ -146,12 +140,6 @@ def test_the_page_has_the_columns_of_the_terminal():
     ]
 
 
-def test_the_recommendation_is_first_and_a_policy_that_there_is_not_is_left_out():
-    text = report_files(FULL, results_table(FULL))["report.html"].decode()
-    told = re.findall(r"<p(?: class=.lead.)?>(.*?)</p>", text)
-    assert told == ["Recommended: it is the only one.", "Policy exact: lookup with 4 draft tokens."]
-
-
 def record_of(*answered):
     names = (
         ("autoregressive", None, None),
@@ -207,15 +195,6 @@ def test_a_long_answer_is_marked_where_it_differs_and_texts_cannot_become_markup
     assert not re.search(r"<(b|i|script>x|script>y)>", page) and "&lt;script&gt;" in page
 
 
-def test_tables_link_to_the_answers_of_a_setting():
-    record = record_of(Answered("p", "", ("a", "b", "a", None)))
-    page = report_page(record, {}, [])
-    assert re.findall(r'href="answers.html#setting-(\d)">(.*?)<', page) == [
-        ("0", "autoregressive"), ("1", "early-exit"), ("2", "self-speculative"), ("3", "lookup")
-    ]  # fmt: skip
-    assert "answers.html" not in report_page(record_of(), {}, [])
-
-
 def test_answers_are_read_from_beside_their_results(tmp_path):
     record = record_of(Answered("p\n", "r", ("a", None, "b", "c")), Answered("q", "", (None,) * 4))
     saved = tmp_path / "results.json"
@@ -230,25 +209,3 @@ def test_answers_are_read_from_beside_their_results(tmp_path):
     file.write_text('{"prompt": "p", "reference": "", "answers": "a"}\n')
     with pytest.raises(LayerSkipError, match=r"beside `saved` .*answers.jsonl must be"):
         read_record(str(saved), "sweep-exits")
-
-
-@pytest.mark.parametrize("measure", [sweep, bench])
-def test_a_measurement_keeps_its_answers(measure):
-    if measure is sweep:
-        config = SweepConfig("tiny", exits=(2,), specs=(3,), exit_confidences=())
-    else:
-        config = BenchConfig("tiny", generation={"exit_layer": 2}, repeats=1)
-    task = own_answers(2)
-    *_, record = measure(tiny_loaded(), task, config)
-    assert [answered.prompt for answered in record.answered] == [
-        example.prompt for example in task.examples
-    ]
-    for answered in record.answered:
-        by_strategy = {
-            result.strategy: answer
-            for result, answer in zip(record.results, answered.answers, strict=True)
-        }
-        assert (
-            by_strategy["autoregressive"] == by_strategy["self-speculative"] == answered.reference
-        )
-        assert by_strategy["early-exit"] not in (None, answered.reference)

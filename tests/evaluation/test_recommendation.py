@@ -227,25 +227,6 @@ def test_simulated_sweeps_recommend_what_pays_and_little_else(spread):
     assert sum(advice.exit_layer == right for advice, right, _ in gaining) >= 0.85 * len(gaining)
 
 
-@pytest.mark.parametrize(
-    ("noise", "seconds", "turns"), [(0.001, 1e9, 8), (0.3, 100.0, 13), (0.3, 5.0, 8)]
-)
-def test_settings_are_timed_until_intervals_are_narrow_or_time_is_over(noise, seconds, turns):
-    """Two settings on three prompts that come again, 4 seconds each: 100 seconds are over in the
-    thirteenth turn.
-    """
-    asked = []
-
-    def timed(prompt, place):
-        asked.append((prompt, place))
-        return 4.0 * (1 + noise * ((len(asked) * 7) % 5 - 2)), 10
-
-    progress, found = collect(contest([0, 5], 3, timed, seconds, clock=lambda: 4.0 * len(asked)))
-    assert len(asked) == 2 * turns == 2 * len(progress) and found.times.shape == (2, 2, 3)
-    assert asked[:6] == [(0, 0), (0, 5), (1, 5), (1, 0), (2, 0), (2, 5)]
-    assert found.times[:, 1].sum() == 10 * len(asked)
-
-
 def test_adaptive_drafting_is_preferred_to_a_fixed_setting_that_is_hardly_faster():
     adaptive = row("adaptive", speedup=1.8)
     fixed = row("self-speculative", 8, 6, speedup=1.88)
@@ -258,7 +239,6 @@ def test_adaptive_drafting_is_preferred_to_a_fixed_setting_that_is_hardly_faster
     assert close.reason.startswith(
         "adaptive is close to the fastest (1.88x) of 2 settings: 1.80x the speed"
     )
-    assert close.reason.endswith("; not significantly different from exit 8 with 6 draft tokens")
     assert chosen(1.88, 0.01).exit_layer == 8  # by 4%, but certainly
     assert chosen(1.95, 0.1).exit_layer == 8
     assert chosen(1.7, 0.01).reason.startswith("adaptive is the fastest of 2 settings")
@@ -349,24 +329,12 @@ def test_many_exits_need_more_prompts_to_show_that_one_keeps_the_quality():
 
 
 def test_keep_decides_which_exit_is_good_enough():
-    exits = (
-        row("early-exit", 2, quality=0.5, speedup=4.0),
-        row("early-exit", 4, quality=0.89, speedup=2.4),
-    )
+    worse = row("early-exit", 2, quality=0.5, speedup=4.0)
+    exits = (worse, row("early-exit", 4, quality=0.89, speedup=2.4))
     assert policies(*exits, keep=0.5)[0]["fast"]["exit_layer"] == 2
     found, reason = policies(*exits, keep=0.99)
     assert list(found) == ["exact"]
     assert reason.startswith("none, because no early exit keeps more than 0.99 of exact_match")
-    never_right = advise(
-        [
-            replace(PLAIN, metrics={"exact_match": 0.0}),
-            row("early-exit", 1, quality=0.0, speedup=5.0),
-        ]
-    )
-    assert (list(never_right.policies), never_right.fast_reason) == (
-        ["exact"],
-        "none, because exact_match is 0 at full depth",
-    )
 
 
 def test_an_early_exit_that_is_no_faster_than_exact_is_not_saved():

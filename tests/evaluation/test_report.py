@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from layerskip_core.config.resolution import policy_text
 from layerskip_core.errors import LayerSkipError
 from layerskip_core.evaluation.report import output_folder, to_csv, to_json
 from layerskip_core.evaluation.report.tables import results_table
@@ -19,7 +18,6 @@ from layerskip_core.evaluation.results import (
     Recommendation,
     Result,
     RunRecord,
-    drafts_name,
     read_record,
 )
 
@@ -254,20 +252,6 @@ def test_the_verdict_counts_outputs_that_are_the_same_up_to_near_ties(changes, v
         )
 
 
-def test_a_benchmark_says_what_drafted_and_how_near_the_memory_bandwidth_is():
-    steps = {"plain": 1, "lookup": 4, "int8": 15}
-    adaptive = replace(FASTER, strategy="adaptive", steps_by_drafter=steps, categories={})
-    found = results_table(replace(BENCH, results=(BENCHED, adaptive))).findings
-    assert found[0] == "Steps of adaptive decoding: int8 75%, lookup 20%, plain 5%."
-    read = {"bytes_per_token": 212e6, "bytes_per_second": 30.8e9, "sum_bytes_per_second": 35e9}
-    note = results_table(replace(BENCH, environment=MACHINE | {"bandwidth": read})).note
-    told = "Plain decoding reads 212 MB per token at 30.8 GB/s, 88% of what a plain sum of as many bytes reaches."
-    assert told in note.splitlines()
-    slower_sum = read | {"sum_bytes_per_second": 28e9}  # 110%: it is no yardstick
-    note = results_table(replace(BENCH, environment=MACHINE | {"bandwidth": slower_sum})).note
-    assert "Plain decoding reads 212 MB per token at 30.8 GB/s." in note.splitlines()
-
-
 def test_a_benchmark_without_references_has_no_scores_against_itself():
     """Answers are scored against full depth: only an early exit's score says something."""
     config = BENCH.config | {"has_references": False}
@@ -278,18 +262,6 @@ def test_a_benchmark_without_references_has_no_scores_against_itself():
     early = replace(FASTER, strategy="early-exit", categories={})
     assert {"R2", "EM"} < set(
         results_table(replace(BENCH, config=config, results=(BENCHED, early))).headers
-    )
-
-
-@pytest.mark.parametrize(
-    ("drafts", "weights", "text"),
-    [(1, None, "1 draft"), (6, None, "6 drafts"), (1, "int8", "1 int8 draft")],
-)
-def test_drafts_are_counted(drafts, weights, text):
-    assert drafts_name(replace(DRAFTED, num_draft_tokens=drafts, draft_weights=weights)) == text
-    policy = {"strategy": "self-speculative", "exit_layer": 8, "num_draft_tokens": drafts}
-    assert (
-        policy_text(policy) == f"exit 8 with {'1 draft token' if drafts == 1 else '6 draft tokens'}"
     )
 
 

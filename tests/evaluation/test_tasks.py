@@ -368,23 +368,6 @@ def test_lm_takes_passages_of_a_text(tmp_path):
     assert load_task(TaskConfig("lm", str(rows))).text == "first\n\nsecond"
 
 
-ANSWERED = {"prompt": "a", "answer": "b"}
-
-
-@pytest.mark.parametrize(
-    ("rows", "named"),
-    [
-        ([ANSWERED, {"prompt": "a"}], "rows.jsonl:2: .*completion_column"),
-        ([{"prompt": "a"}, ANSWERED], "rows.jsonl:1: needed a reference"),
-        ([ANSWERED, {**ANSWERED, "category": 3}], "rows.jsonl:2: category"),
-        ([ANSWERED, {"prompt": "a", "answer": [1]}], "rows.jsonl:2: answer"),
-    ],
-)
-def test_bad_data_is_named(tmp_path, rows, named):
-    with pytest.raises(DataError, match=named):
-        load_task(TaskConfig(data=write_lines(tmp_path / "rows.jsonl", rows)))
-
-
 @pytest.mark.parametrize(
     ("keywords", "named"),
     [

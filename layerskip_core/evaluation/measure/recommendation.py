@@ -275,13 +275,6 @@ def _advice(
     ties = len(result.differences)
     if ties:
         reason += f" ({ties} {'differs at a near-tie' if ties == 1 else 'differ at near-ties'})"
-    alike = []
-    for place in timed:
-        bounds = outcome.speed(best, place).bounds
-        if place != best and bounds is not None and bounds.low <= 1 <= bounds.high:
-            alike.append(policy_text(policies[place]))
-    if alike:
-        reason += f"; not significantly different from {', '.join(alike)}"
     return _Advice(best, reason, speedup, lower_end)
 
 

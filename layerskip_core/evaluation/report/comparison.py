@@ -11,7 +11,7 @@ from ...files import read_json
 from ..comparison import Comparison, Interval, Line, is_logarithmic, is_percentage
 from . import csv_text
 from .plots import MOST_LINES, draw_line, legend_above, logarithmic, new_figure, style, to_png
-from .tables import Cell, Table
+from .tables import Table, text_cells
 
 _DASHES = ("-", "--", ":", "-.")  # of draft lengths
 
@@ -33,7 +33,7 @@ def compare_table(comparison: Comparison) -> Table:
             own = cells.get(label)
             change = None if own is None else own.difference
             texts.append("-" if change is None else _change_text(line.figure, change))
-        rows.append(tuple(Cell(text, text) for text in texts))
+        rows.append(text_cells(texts))
     headers = ("figure", "setting", *comparison.paths, *changes)
     return Table(headers, tuple(rows), _note(comparison), labels=2)
 

@@ -140,13 +140,8 @@ def _measurement_notes(record: RunRecord) -> Iterator[str]:
     if temperature:
         top = f"top-k {generation.get('top_k', 0)}, top-p {generation.get('top_p', 1):g}"
         yield f"Sampled at temperature {temperature:g}, {top}."
-    confidence = generation.get("draft_confidence")
-    if confidence:
-        yield f"Drafts stop below a confidence of {confidence:g}."
-    lookup = generation.get("lookup")
-    if lookup:
-        yield f"Matches of {lookup} tokens or more are drafts, before anything else drafts."
-    if "specs" in config and (confidence or lookup or temperature):
+    cuts_drafts = generation.get("draft_confidence") or generation.get("lookup")
+    if "specs" in config and (cuts_drafts or temperature):
         yield "Predictions are for greedy decoding with whole drafts."
     if "llama_cpp" in machine:
         yield f"llama.cpp: {machine['llama_cpp']}, on {config.get('gguf')}."

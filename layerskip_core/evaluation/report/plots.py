@@ -127,25 +127,6 @@ def draw_line(
         axes.errorbar(x, y, errors, fmt="none", ecolor=colour, elinewidth=width, capsize=2)
 
 
-def best_lines(
-    lines: Mapping[Any, list[Result]], most: int = MOST_LINES
-) -> tuple[dict[Any, list[Result]], str]:
-    """At most `most` lines, first from the Pareto frontier, then the fastest; and a note on the
-    choice.
-    """
-    if len(lines) <= most:
-        return dict(lines), ""
-    ranks = {}
-    for name, results in lines.items():
-        ranks[name] = max((each.pareto, each.tokens_per_second or 0.0) for each in results)
-    best = sorted(lines, key=ranks.__getitem__, reverse=True)[:most]
-    note = (
-        f"\n{most} of {len(lines)}: those on the Pareto frontier of quality and speed, "
-        "then the fastest"
-    )
-    return {name: results for name, results in lines.items() if name in best}, note
-
-
 def to_png(figure: Figure) -> bytes:
     image = io.BytesIO()
     FigureCanvasAgg(figure)
@@ -259,35 +240,12 @@ def _acceptance_by_exit(record: RunRecord) -> Figure | None:
             agreement.append((result.exit_layer, 100 * result.agreement))
     if len(exits) < 2:
         return None
-    dashed = {}
-    most = MOST_LINES
-    if agreement:
-        dashed["agreement with all layers"] = agreement
-        most -= 1
-    shown, note = best_lines(lines, most)
     curves = {}
-    for name, results in shown.items():
+    for name, results in list(lines.items())[: MOST_LINES - 1]:
         curves[name] = [(each.exit_layer, 100 * (each.acceptance_rate or 0.0)) for each in results]
+    dashed = {"agreement with all layers": agreement} if agreement else {}
     title = "Accepted drafts by exit"
-    return _curves(title, f"exit layer{note}", "accepted drafts (%)", curves, dashed, shares=True)
-
-
-def _acceptance_by_position(record: RunRecord) -> Figure | None:
-    """A line per drafter, of its longest drafts."""
-    drafted = [result for result in record.results if result.acceptance_by_position]
-    longest = {}
-    for result in sorted(drafted, key=lambda result: result.num_draft_tokens or 0):
-        longest[result.strategy, result.draft_weights, result.exit_layer] = [result]
-    shown, note = best_lines(longest)
-    curves = {}
-    for (result,) in shown.values():
-        shares = result.acceptance_by_position or ()
-        curves[result_name(result)] = [
-            (position, 100 * share) for position, share in enumerate(shares, start=1)
-        ]
-    title = "Accepted drafts by position in the round"
-    xlabel = f"position of the draft in its round{note}"
-    return _curves(title, xlabel, "accepted (%), if all before it were", curves, {}, shares=True)
+    return _curves(title, "exit layer", "accepted drafts (%)", curves, dashed, shares=True)
 
 
 def _perplexity(record: RunRecord) -> Figure | None:
@@ -412,6 +370,5 @@ FIGURES: Mapping[str, Callable[[RunRecord], Figure | None]] = {
     "lower_scores_by_exit": partial(_scores_by_exit, title="Perplexities by exit", lower=True),
     "pareto": _pareto,
     "acceptance_by_exit": _acceptance_by_exit,
-    "acceptance_by_position": _acceptance_by_position,
     "perplexity": _perplexity,
 }

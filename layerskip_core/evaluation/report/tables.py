@@ -66,6 +66,11 @@ class Cell(NamedTuple):
     value: Any = None
 
 
+def text_cells(texts: Sequence[str]) -> tuple[Cell, ...]:
+    """A row that is sorted as text."""
+    return tuple(Cell(text, text) for text in texts)
+
+
 @dataclass(frozen=True)
 class Table:
     """What every renderer draws."""
@@ -86,7 +91,10 @@ class Table:
     @property
     def texts(self) -> list[tuple[str, ...]]:
         """The cells of the rows as text."""
-        return [tuple(cell.text for cell in row) for row in self.rows]
+        texts = []
+        for row in self.rows:
+            texts.append(tuple(cell.text for cell in row))
+        return texts
 
     def column_blocks(self, width: int) -> list[list[int]]:
         """Splits the columns into tables of at most `width` characters. Every block repeats the
@@ -255,7 +263,7 @@ def score_table(record: RunRecord) -> Table:
         names_here = {"autoregressive": "full depth", "early-exit": f"exit {result.exit_layer}"}
         headers.append(names_here.get(result.strategy, usual))
     findings = tuple(verdict_lines(record)) if record.is_bench else ()
-    cells = tuple(tuple(Cell(text, text) for text in row) for row in rows)
+    cells = tuple(map(text_cells, rows))
     return Table(tuple(headers), cells, _score_note(record), 3, findings=findings)
 
 
@@ -313,7 +321,10 @@ def flat_rows(record: RunRecord) -> list[FlatRow]:
 def csv_rows(record: RunRecord) -> list[FlatRow]:
     """The flat rows without the labels of tables."""
     rows = flat_rows(record)
-    return [{name: row[name] for name in row if name not in _LABELS} for row in rows]
+    for row in rows:
+        for label in _LABELS:
+            row.pop(label, None)
+    return rows
 
 
 def _flat(result: Result) -> FlatRow:

@@ -72,6 +72,7 @@ _FILE_BITS_BY_VERSION = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}
 _WRITE = 1 << 1
 _READ = 1 << 2
 _READ_AND_LIST = 1 << 2 | 1 << 3
+_NETWORK_SINCE = 4  # the version that restricts TCP
 _SIGNALS_SINCE = 6  # the version that restricts signals
 
 
@@ -175,10 +176,9 @@ def isolate(folder: str, limits: dict[str, Any], identity: int | None, separate:
     if separate:
         _enter_small_tree(folder)
     os.chdir(folder)
+    user = os.getuid() if identity is None else identity
     counted_alone = separate if identity is None else identity != _NOBODY
-    _set_limits(
-        limits, 0 if counted_alone else _tasks_of(os.getuid() if identity is None else identity)
-    )
+    _set_limits(limits, 0 if counted_alone else _tasks_of(user))
     if not _LINUX:
         return []
     _prctl(_NO_NEW_PRIVILEGES, 1)
@@ -317,8 +317,10 @@ def _bind(source: str, target: str, flags: int) -> None:
 def _mount(
     source: str | None, target: str, kind: str | None, flags: int, options: str | None = None
 ) -> None:
-    source_, kind_, options_ = (text.encode() if text else None for text in (source, kind, options))
-    _call("mount", source_, target.encode(), kind_, flags, options_)
+    def encoded(text: str | None) -> bytes | None:
+        return text.encode() if text else None
+
+    _call("mount", encoded(source), target.encode(), encoded(kind), flags, encoded(options))
 
 
 def _readable_folders() -> list[str]:
@@ -343,11 +345,11 @@ def _allow_files_only(folder: str) -> int:
     except OSError:
         return 0
     every_file_bit = (1 << _FILE_BITS_BY_VERSION[min(version, 5)]) - 1
-    handled = [
-        every_file_bit,
-        *([3] if version >= 4 else []),
-        *([3] if version >= _SIGNALS_SINCE else []),
-    ]
+    handled = [every_file_bit]
+    if version >= _NETWORK_SINCE:
+        handled.append(3)  # binding and connecting by TCP
+    if version >= _SIGNALS_SINCE:
+        handled.append(3)  # abstract sockets and signals
     attributes = struct.pack(f"{len(handled)}Q", *handled)
     rules = _system_call(_CREATE_RULES, attributes, len(attributes), 0)
     allowed = [(path, _READ_AND_LIST) for path in _readable_folders()]
