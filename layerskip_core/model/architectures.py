@@ -490,11 +490,9 @@ def known_architecture(config: Any) -> Architecture | None:
 
 
 def _suits(found: object, needed: object) -> bool:
-    return (
-        isinstance(found, list) and needed.issuperset(found)
-        if isinstance(needed, frozenset)
-        else found == needed
-    )
+    if isinstance(needed, frozenset):
+        return isinstance(found, list) and needed.issuperset(found)
+    return found == needed
 
 
 def is_complete(config: Mapping[str, Any]) -> bool:

@@ -34,13 +34,9 @@ class BlockForm(NamedTuple):
     @property
     def step_inputs(self) -> int:
         """Inputs that share a step; 0: the type has no steps."""
-        return (
-            0
-            if self.inputs == 32 and not self.by_table and self.offset >= 0
-            else 16
-            if self.bits == 6
-            else 32
-        )
+        if self.inputs == 32 and not self.by_table and self.offset >= 0:
+            return 0
+        return 16 if self.bits == 6 else 32
 
 
 FORMS = {
@@ -115,18 +111,22 @@ def plain(weight: "Tensor | Levels") -> Tensor:
     if form.inputs == 32 and form.offset and form.bits != 5:
         blocks = rows.reshape(*rows.shape[:-1], -1, form.bytes)
         own = blocks[..., form.bytes - 4 * form.bits :]
-        levels = (
-            own.view(torch.int8).int() + 128
-            if form.bits == 8
-            else torch.cat([own & 15, own >> 4], -1).int()
-        )
+        levels = own.view(torch.int8).int() + 128 if form.bits == 8 else _two_per_byte(own)
         if form.by_table:
             return torch.ldexp(_MXFP4[levels], blocks[..., :1].int() - 128).flatten(-2)
-        levels -= blocks[..., 2:3].view(torch.int8).int() if form.offset < 0 else form.offset
+        if form.offset < 0:  # each block has its own
+            levels -= blocks[..., 2:3].view(torch.int8).int()
+        else:
+            levels -= form.offset
         return (levels * blocks[..., :2].contiguous().view(torch.float16).float()).flatten(-2)
     from gguf import GGMLQuantizationType, dequantize
 
     return torch.from_numpy(dequantize(rows.numpy(), GGMLQuantizationType[weight.type_name]))
+
+
+def _two_per_byte(levels: Tensor) -> Tensor:
+    """The lower levels of all bytes, then the upper ones."""
+    return torch.cat([levels & 15, levels >> 4], -1).int()
 
 
 # Low-bit weights as hub checkpoints store them.
@@ -157,21 +157,19 @@ class Levels(NamedTuple):
     @property
     def rows(self) -> BlockRows | None:
         """As rows of blocks; None if these cannot hold its scales, groups or zeros."""
-        (outputs, inputs), half = self.levels.shape, self.scale.half()
+        outputs, inputs = self.levels.shape
+        half = self.scale.half()
         size = inputs // self.scale.shape[1]
         middle = bool((self.zero == 1 << self.bits - 1).all())
-        known = half.float().equal(self.scale.float()) and (
-            self.bits == 4 or (self.bits == 8 and middle)
-        )
-        if (
-            size % 32
-            or not known
-            or not (self.groups is None or self.groups.equal(self.ordered.to(self.groups)))
-        ):
+        if size % 32 or not half.float().equal(self.scale.float()):
             return None
-        parts = [half.flatten().view(torch.uint8).view(outputs, -1, 2)] + (
-            [] if middle else [self.zero.to(torch.uint8)[..., None]]
-        )
+        if self.bits != 4 and not (self.bits == 8 and middle):
+            return None
+        if self.groups is not None and not self.groups.equal(self.ordered.to(self.groups)):
+            return None
+        parts = [half.flatten().view(torch.uint8).view(outputs, -1, 2)]
+        if not middle:
+            parts.append(self.zero.to(torch.uint8)[..., None])
         factors = torch.cat(parts, -1).repeat_interleave(size // 32, 1)
         levels = self.levels.to(torch.uint8).view(outputs, -1, 32)
         own = levels[..., :16] | levels[..., 16:] << 4 if self.bits == 4 else levels ^ 128
@@ -257,11 +255,9 @@ def gguf_parts(name: str) -> list[str]:
     """
     for pattern, other in _RENAMED:
         name = re.sub(pattern, other, name)
-    return (
-        [name.replace("gate_up", part) for part in ("gate", "up")]
-        if ".experts.gate_up" in name
-        else [name]
-    )
+    if ".experts.gate_up" not in name:
+        return [name]
+    return [name.replace("gate_up", part) for part in ("gate", "up")]
 
 
 def from_gguf_shape(name: str, shapes: list[tuple[int, ...]], spec: ModelSpec) -> tuple[int, ...]:

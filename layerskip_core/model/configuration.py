@@ -341,11 +341,9 @@ class RopeSpec:
         """The share of a head that rotates: all of it in a proportional rope, where some pairs have
         frequency 0.
         """
-        return (
-            1.0
-            if self.type == "proportional"
-            else float(self.parameters.get("partial_rotary_factor") or 1.0)
-        )
+        if self.type == "proportional":
+            return 1.0
+        return float(self.parameters.get("partial_rotary_factor") or 1.0)
 
 
 @dataclass(frozen=True)
@@ -421,13 +419,16 @@ class RecurrenceSpec:
         shapes: dict[str, tuple[int, ...]] = {
             f"{mixer.convolution}.weight": (self.channels, 1, self.taps)
         }
-        shapes |= {f"{mixer.convolution}.bias": (self.channels,)} if self.biased_convolution else {}
-        shapes |= {
-            f"{name}.weight": (2 * self.heads // len(mixer.steps), hidden) for name in mixer.steps
-        }
-        shapes |= {name: (self.heads,) for name in mixer.rates}
-        normed = self.value_dim if self.limits is None else self.outputs
-        return shapes | ({} if mixer.norm is None else {f"{mixer.norm}.weight": (normed,)})
+        if self.biased_convolution:
+            shapes[f"{mixer.convolution}.bias"] = (self.channels,)
+        for name in mixer.steps:
+            shapes[f"{name}.weight"] = (2 * self.heads // len(mixer.steps), hidden)
+        for name in mixer.rates:
+            shapes[name] = (self.heads,)
+        if mixer.norm is not None:
+            normed = self.value_dim if self.limits is None else self.outputs
+            shapes[f"{mixer.norm}.weight"] = (normed,)
+        return shapes
 
 
 def read_values(config: Any, architecture: Architecture) -> Values:
@@ -462,11 +463,9 @@ def is_on(switch: str | bool, config: Any) -> bool:
     """Whether a `str | bool` field of Architecture holds: always, never, or by a value of the
     configuration.
     """
-    return (
-        switch
-        if isinstance(switch, bool)
-        else bool(_checked(getattr(config, switch, None), bool | None, switch))
-    )
+    if isinstance(switch, bool):
+        return switch
+    return bool(_checked(getattr(config, switch, None), bool | None, switch))
 
 
 def _limits(config: Any, name: str) -> tuple[float, float]:
@@ -504,9 +503,9 @@ def ropes_of(
 
 def rotary_size(head_dim: int, ropes: Sequence[RopeSpec], architecture: Architecture) -> int:
     """The number of a head's dimensions that rotate."""
-    rotary = (
-        int(head_dim * min(rope.share for rope in ropes)) if architecture.partial_rope else head_dim
-    )
+    rotary = head_dim
+    if architecture.partial_rope:
+        rotary = int(head_dim * min(rope.share for rope in ropes))
     _require(
         rotary > 0 and rotary % 2 == 0,
         "head_dim * partial_rotary_factor",

@@ -73,7 +73,7 @@ class TransformersSpec:
         """The number of weights that a pass over `rows` tokens reads: of the layers and of the
         head.
         """
-        return self.parameters - (0 if self.tied else self.vocab * self.hidden)
+        return self.parameters - _unread_embedding(self)
 
     @classmethod
     def of(cls, model: Any, layers: int, block_parts: Mapping[str, Any]) -> "TransformersSpec":
@@ -82,30 +82,23 @@ class TransformersSpec:
         """
         config = model.config.get_text_config(decoder=True)
         head = model.get_output_embeddings()
-        context = next(
-            filter(None, (getattr(config, name, None) for name in _CONTEXTS)), _USUAL_CONTEXT
-        )
-        tied = head is not None and head.weight is model.get_input_embeddings().weight
+        contexts = [getattr(config, name, None) for name in _CONTEXTS]
         shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
-        parts = [
-            named
-            for part, module in block_parts.items()
-            for named in module.state_dict(prefix=f"{part}.").items()
-        ]
-        sizes = (
-            layers,
-            config.hidden_size,
-            config.vocab_size,
-            context,
-            tied,
-            sum(map(prod, shapes.values())),
-        )
+        block_shapes: dict[str, tuple[int, ...]] = {}
+        for part, module in block_parts.items():
+            for name, weight in module.state_dict(prefix=f"{part}.").items():
+                block_shapes[name] = tuple(weight.shape)
         return cls(
-            model.config.model_type,
-            *sizes,
-            shapes,
-            {name: tuple(weight.shape) for name, weight in parts},
-            model.config,
+            model_type=model.config.model_type,
+            layers=layers,
+            hidden=config.hidden_size,
+            vocab=config.vocab_size,
+            context=next(filter(None, contexts), _USUAL_CONTEXT),
+            tied=head is not None and head.weight is model.get_input_embeddings().weight,
+            parameters=sum(map(prod, shapes.values())),
+            shapes=shapes,
+            block_shapes=block_shapes,
+            config=model.config,
         )
 
 
@@ -157,7 +150,8 @@ class ModelSpec:
         """Reads a configuration object. Raises CheckpointError, naming the first value that is out
         of range.
         """
-        if (architecture := known_architecture(config)) is None:
+        architecture = known_architecture(config)
+        if architecture is None:
             raise CheckpointError(
                 f"model_type must be one of {', '.join(SUPPORTED)}, got {config.model_type!r:.60}"
             )
@@ -172,14 +166,18 @@ class ModelSpec:
             is_on(switch, config) for switch in architecture.biases
         )
         width_scale = sqrt(values.hidden_size) if architecture.scales_embeddings else 1.0
+        scale = values.attention_multiplier or (values.query_pre_attn_scalar or head_dim) ** -0.5
+        token_width = values.hidden_size_per_layer_input or 0
         indices = {rope.kind: index for index, rope in enumerate(ropes)}
-        # A longrope changes all frequencies after its original context; keys in the cache have the
-        # old ones.
-        ends = (
-            rope.parameters.get("original_max_position_embeddings")
-            for rope in ropes
-            if rope.type == "longrope"
-        )
+        rope_of: list[int | None] = []
+        for kind, rotates in zip(kinds, rotating, strict=True):
+            rope_of.append(indices.get(kind, 0) if rotates else None)
+        contexts: list[int | None] = [values.max_position_embeddings]
+        for rope in ropes:
+            # A longrope changes all frequencies after its original context; keys in the cache have
+            # the old ones.
+            if rope.type == "longrope":
+                contexts.append(rope.parameters.get("original_max_position_embeddings"))
         return cls(
             model_type=config.model_type,
             architecture=architecture,
@@ -190,31 +188,25 @@ class ModelSpec:
             head_dim=head_dim,
             inner=values.inner,
             sizes=values.layer_sizes(architecture, kinds),
-            token_width=(values.hidden_size_per_layer_input or 0)
-            if architecture.token_inputs
-            else 0,
+            token_width=token_width if architecture.token_inputs else 0,
             token_vocab=values.vocab_size_per_layer_input or values.vocab_size,
             experts=values.experts(architecture),
             recurrence=values.recurrence(config, architecture, kinds),
             vocab=values.vocab_size,
-            context=min(filter(None, (values.max_position_embeddings, *ends))),
+            context=min(filter(None, contexts)),
             eps=values.norm_eps,
             activation=values.activation or architecture.default_activation,
             kinds=kinds,
             window=window,
             ropes=ropes,
-            rope_of=tuple(
-                indices.get(kind, 0) if rotates else None
-                for kind, rotates in zip(kinds, rotating, strict=True)
-            ),
+            rope_of=tuple(rope_of),
             rotary=rotary_size(head_dim, ropes, architecture),
             parallel=is_on(architecture.parallel, config),
             query_bias=query_bias,
             output_bias=output_bias,
             mlp_bias=mlp_bias,
             tied=values.tie_word_embeddings,
-            attention_scale=values.attention_multiplier
-            or (values.query_pre_attn_scalar or head_dim) ** -0.5,
+            attention_scale=scale,
             embedding_scale=values.embedding_multiplier or width_scale,
             residual_scale=values.residual_multiplier or 1.0,
             logits_divisor=values.logits_scaling or 1 / (values.logit_scale or 1.0),
@@ -270,26 +262,21 @@ class ModelSpec:
         """Names and shapes of all weights, as in a checkpoint; a tied head is the embedding and has
         none.
         """
-        shapes: dict[str, tuple[int, ...]] = {
-            self.embedding_name: (self.vocab, self.hidden),
-            **(
-                {}
-                if self.names.positions is None
-                else {f"{self.names.positions}.weight": (self.context, self.hidden)}
-            ),
-            **self.norm_shapes(self.names.norm, self.hidden),
-            **({} if self.tied else {self.head_name: (self.vocab, self.hidden)}),
-            **({"lm_head.bias": (self.vocab,)} if self.architecture.head_bias else {}),
-        }
-        if (inputs := self.token_inputs) is not None:
-            shapes |= {inputs.table: (self.token_vocab, self.layers * self.token_width)}
-            shapes |= {inputs.projection: (self.layers * self.token_width, self.hidden)}
+        shapes: dict[str, tuple[int, ...]] = {self.embedding_name: (self.vocab, self.hidden)}
+        if self.names.positions is not None:
+            shapes[f"{self.names.positions}.weight"] = (self.context, self.hidden)
+        shapes |= self.norm_shapes(self.names.norm, self.hidden)
+        shapes[self.head_name] = (self.vocab, self.hidden)  # if tied, the embedding again
+        if self.architecture.head_bias:
+            shapes["lm_head.bias"] = (self.vocab,)
+        inputs = self.token_inputs
+        if inputs is not None:
+            shapes[inputs.table] = (self.token_vocab, self.layers * self.token_width)
+            shapes[inputs.projection] = (self.layers * self.token_width, self.hidden)
             shapes |= self.norm_shapes(inputs.norm, self.token_width)
         for index in range(self.layers):
-            shapes |= {
-                self.layer_prefix(index) + name: shape
-                for name, shape in self.shapes_of_layer(index).items()
-            }
+            for name, shape in self.shapes_of_layer(index).items():
+                shapes[self.layer_prefix(index) + name] = shape
         return shapes
 
     @property
@@ -309,10 +296,10 @@ class ModelSpec:
     @cached_property
     def attending(self) -> tuple[int, ...]:
         """The layers with keys and values of their own."""
-        own = [size.source is None for size in self.sizes] or [True] * self.layers
-        return tuple(
-            index for index, kind in enumerate(self.kinds) if own[index] and kind in LAYER_KINDS
-        )
+        attending = [index for index, kind in enumerate(self.kinds) if kind in LAYER_KINDS]
+        if self.sizes:
+            attending = [index for index in attending if self.sizes[index].source is None]
+        return tuple(attending)
 
     @property
     def block_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -333,25 +320,22 @@ class ModelSpec:
         names, one list per expert.
         """
         parts: dict[str, list[list[str]]] = {}
-        if (head := self.names.stored_head) is not None and not self.tied:
-            parts[self.head_name] = [[f"{head}.weight"]]
-        if (prefix := self.names.stored_prefix) is not None:
-            parts |= {
-                name: [[name.replace("model.", prefix, 1)]]
-                for name in self.shapes
-                if name.startswith("model.")
-            }
+        if self.names.stored_head is not None and not self.tied:
+            parts[self.head_name] = [[f"{self.names.stored_head}.weight"]]
+        if self.names.stored_prefix is not None:
+            for name in self.shapes:
+                if name.startswith("model."):
+                    parts[name] = [[name.replace("model.", self.names.stored_prefix, 1)]]
         if self.experts is None or self.architecture.experts is None:
             return parts
-        for index in (
-            index for index, has_experts in enumerate(self.experts.layers) if has_experts
-        ):
+        for index, has_experts in enumerate(self.experts.layers):
+            if not has_experts:
+                continue
             prefix = self.layer_prefix(index)
             for name, stored in self.architecture.experts.stored.items():
-                count = self.experts.count if "{}" in stored[0] else 1
-                parts[prefix + name] = [
-                    [prefix + part.format(expert) for part in stored] for expert in range(count)
-                ]
+                parts[prefix + name] = []
+                for expert in range(self.experts.count if "{}" in stored[0] else 1):
+                    parts[prefix + name].append([prefix + part.format(expert) for part in stored])
         return parts
 
     def weights_read(self, rows: int) -> float:
@@ -360,17 +344,12 @@ class ModelSpec:
 
         For experts, the expected number if the router chooses all equally often.
         """
-        read: float = self.parameters - self.unread - (0 if self.tied else self.vocab * self.hidden)
-        if self.experts is not None:
-            unread = (1 - self.experts.chosen / self.experts.count) ** rows
-            read -= (
-                unread
-                * sum(self.experts.layers)
-                * self.experts.count
-                * 3
-                * self.experts.inner
-                * self.hidden
-            )
+        read: float = self.parameters - self.unread - _unread_embedding(self)
+        experts = self.experts
+        if experts is not None:
+            unread = (1 - experts.chosen / experts.count) ** rows
+            count = sum(experts.layers) * experts.count
+            read -= unread * count * 3 * experts.inner * self.hidden
         return read
 
     @cached_property
@@ -378,27 +357,22 @@ class ModelSpec:
         return sum(map(prod, self.shapes.values()))
 
     def projections(self, block: Block) -> Projections:
-        prefixes = self.names
         of = self.architecture
-        mixer = self.recurrence
         if block == "mlp":
-            names = tuple(prefixes.mlp + name for name in of.mlp_projections)
-            return Projections(
-                names, (self.inner,) * (1 + of.gated), self.inner, (self.mlp_bias,) * 2
-            )
+            names = tuple(self.names.mlp + name for name in of.mlp_projections)
+            widths: tuple[int, ...] = (self.inner,) * (2 if of.gated else 1)
+            return Projections(names, widths, self.inner, (self.mlp_bias, self.mlp_bias))
         if block == "attention":
-            names = tuple(prefixes.attention + name for name in of.attention_projections)
-            widths: tuple[int, ...] = (
-                self.queries * (1 + of.gates_attention),
-                self.keys,
-                self.keys,
-            )
-            if self.source is not None:
-                names = (names[0], names[-1])
-                widths = widths[:1]
-            return Projections(names, widths, self.queries, (self.query_bias, self.output_bias))
+            names = tuple(self.names.attention + name for name in of.attention_projections)
+            queries = 2 * self.queries if of.gates_attention else self.queries
+            biases = (self.query_bias, self.output_bias)
+            if self.source is not None:  # another layer has its keys and values
+                return Projections((names[0], names[-1]), (queries,), self.queries, biases)
+            return Projections(names, (queries, self.keys, self.keys), self.queries, biases)
+        mixer = self.recurrence
         assert of.mixer is not None and mixer is not None
-        return Projections(of.mixer.projections, mixer.widths, mixer.outputs, (mixer.biased,) * 2)
+        biases = (mixer.biased, mixer.biased)
+        return Projections(of.mixer.projections, mixer.widths, mixer.outputs, biases)
 
     def blocks_of(self, layer: int) -> tuple[Block, ...]:
         """The blocks of a layer in order. Experts count as an MLP."""
@@ -411,107 +385,110 @@ class ModelSpec:
         """Names of a layer's norms before and after attention, before and after the MLP, of
         queries, of keys; None for none.
         """
-        names = self.names
-        normed = self.architecture.query_key_norms != "none" and "attention" in self.blocks_of(
-            layer
-        )
-        query, key = (
-            names.attention + name if normed else None
-            for name in (names.query_norm, names.key_norm)
-        )
-        return (
-            *self.architecture.norms,
-            query,
-            None if self.of_layer(layer).source is not None else key,
-        )
+        norms = self.architecture.norms
+        attends = "attention" in self.blocks_of(layer)
+        if self.architecture.query_key_norms == "none" or not attends:
+            return (*norms, None, None)
+        query = self.names.attention + self.names.query_norm
+        if self.of_layer(layer).source is not None:
+            return (*norms, query, None)
+        return (*norms, query, self.names.attention + self.names.key_norm)
 
     def shapes_of_layer(self, index: int) -> dict[str, tuple[int, ...]]:
         """Names, after the layer's prefix, and shapes of its weights."""
         shapes: dict[str, tuple[int, ...]] = {}
         experts = self.experts_of(index)
-        names = self.architecture.experts
         of_layer = self.of_layer(index)
         blocks = self.blocks_of(index)
         for block in blocks if experts is None else blocks[:-1]:
-            (*inward, back), outputs, inputs, (inner, outer) = of_layer.projections(block)
-            widths = outputs if len(inward) == len(outputs) else (sum(outputs),)
-            for name, width in zip(inward, widths, strict=True):
-                shapes |= {f"{name}.weight": (width, self.hidden)} | (
-                    {f"{name}.bias": (width,)} if inner else {}
-                )
-            shapes |= {f"{back}.weight": (self.hidden, inputs)} | (
-                {f"{back}.bias": (self.hidden,)} if outer else {}
-            )
+            shapes |= of_layer.block_projections(block)
         if self.architecture.transposed:
             shapes = {name: shape[::-1] for name, shape in shapes.items()}
-        if experts is not None and names is not None:
-            projections = {
-                "gate_up_proj": (2 * experts.inner, self.hidden),
-                "down_proj": (self.hidden, experts.inner),
-            }
-            shapes |= {f"{names.router}.weight": (experts.count, self.hidden)}
-            for name, own in projections.items():
-                shapes[names.block + name] = (
-                    experts.count,
-                    *(own[::-1] if names.by_inputs else own),
-                )
-                shapes |= (
-                    {f"{names.block}{name}_bias": (experts.count, own[0])} if self.mlp_bias else {}
-                )
-            shapes |= {f"{names.router}.bias": (experts.count,)} if self.mlp_bias else {}
-            *inward, back = names.shared or ("",)
-            width = 2 * experts.shared_inner // max(len(inward), 1)
-            shapes |= {f"{name}.weight": (width, self.hidden) for name in inward}
-            shapes |= {f"{back}.weight": (self.hidden, experts.shared_inner)} if back else {}
-            shapes |= (
-                {}
-                if names.shared_gate is None
-                else {f"{names.shared_gate}.weight": (1, self.hidden)}
-            )
+        if experts is not None:
+            shapes |= self._expert_shapes(experts)
         if "mixer" in blocks:
             assert self.architecture.mixer is not None and self.recurrence is not None
             shapes |= self.recurrence.shapes(self.architecture.mixer, self.hidden)
         per_head = self.architecture.query_key_norms == "head"
-        sizes = (
-            *(self.hidden,) * 4,
-            *((of_layer.head_dim,) * 2 if per_head else (self.queries, self.keys)),
-        )
+        query = of_layer.head_dim if per_head else self.queries
+        key = of_layer.head_dim if per_head else self.keys
+        sizes = (*[self.hidden] * 4, query, key)
         for norm, size in zip(self.norm_names(index), sizes, strict=True):
-            shapes |= {} if norm is None else self.norm_shapes(norm, size)
+            if norm is not None:
+                shapes |= self.norm_shapes(norm, size)
         if self.architecture.sinks:
             shapes[f"{self.names.attention}sinks"] = (self.heads,)
-        if (read := self.token_inputs) is not None:
-            shapes |= {f"{read.gate}.weight": (self.token_width, self.hidden)}
-            shapes |= {f"{read.output}.weight": (self.hidden, self.token_width)} | self.norm_shapes(
-                read.after, self.hidden
-            )
-        shapes |= {self.architecture.layer_scale: (1,)} if self.architecture.layer_scale else {}
+        inputs = self.token_inputs
+        if inputs is not None:
+            shapes[f"{inputs.gate}.weight"] = (self.token_width, self.hidden)
+            shapes[f"{inputs.output}.weight"] = (self.hidden, self.token_width)
+            shapes |= self.norm_shapes(inputs.after, self.hidden)
+        if self.architecture.layer_scale:
+            shapes[self.architecture.layer_scale] = (1,)
         if self.activation == "xielu":
-            shapes |= {f"{self.names.mlp}act_fn.alpha_{part}": (1,) for part in "pn"}
+            for part in "pn":
+                shapes[f"{self.names.mlp}act_fn.alpha_{part}"] = (1,)
+        return shapes
+
+    def block_projections(self, block: Block) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the weights of a block's linear maps."""
+        (*inward, back), outputs, inputs, (inner_bias, outer_bias) = self.projections(block)
+        widths = outputs if len(inward) == len(outputs) else (sum(outputs),)
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, width in zip(inward, widths, strict=True):
+            shapes[f"{name}.weight"] = (width, self.hidden)
+            if inner_bias:
+                shapes[f"{name}.bias"] = (width,)
+        shapes[f"{back}.weight"] = (self.hidden, inputs)
+        if outer_bias:
+            shapes[f"{back}.bias"] = (self.hidden,)
+        return shapes
+
+    def _expert_shapes(self, experts: ExpertsSpec) -> dict[str, tuple[int, ...]]:
+        names = self.architecture.experts
+        assert names is not None
+        shapes: dict[str, tuple[int, ...]] = {
+            f"{names.router}.weight": (experts.count, self.hidden)
+        }
+        maps = {"gate_up_proj": (2 * experts.inner, self.hidden)}
+        maps["down_proj"] = (self.hidden, experts.inner)
+        for name, (outputs, inputs) in maps.items():
+            shape = (inputs, outputs) if names.by_inputs else (outputs, inputs)
+            shapes[names.block + name] = (experts.count, *shape)
+            if self.mlp_bias:
+                shapes[f"{names.block}{name}_bias"] = (experts.count, outputs)
+        if self.mlp_bias:
+            shapes[f"{names.router}.bias"] = (experts.count,)
+        if names.shared:
+            *inward, back = names.shared
+            for name in inward:
+                width = 2 * experts.shared_inner // len(inward)
+                shapes[f"{name}.weight"] = (width, self.hidden)
+            shapes[f"{back}.weight"] = (self.hidden, experts.shared_inner)
+        if names.shared_gate is not None:
+            shapes[f"{names.shared_gate}.weight"] = (1, self.hidden)
         return shapes
 
     def experts_of(self, layer: int) -> ExpertsSpec | None:
         """The experts in place of a layer's MLP; None if it has an MLP."""
-        return self.experts if self.experts is not None and self.experts.layers[layer] else None
+        if self.experts is None or not self.experts.layers[layer]:
+            return None
+        return self.experts
 
     def norm_shapes(self, name: str, size: int) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the weights of a norm over `size` numbers."""
-        parts = (
-            ("weight", "bias")
-            if self.architecture.norm in ("layer", "layer_plus_one")
-            else ("weight",)
-        )
-        return {f"{name}.{part}": (size,) for part in parts}
+        shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (size,)}
+        if self.architecture.norm in ("layer", "layer_plus_one"):
+            shapes[f"{name}.bias"] = (size,)
+        return shapes
 
     def scaled_logits(self, logits: "Tensor") -> "Tensor":
         """Logits after the architecture's division and soft cap."""
         if self.logits_divisor != 1:
             logits = logits / self.logits_divisor
-        return (
-            logits
-            if self.logits_cap is None
-            else (logits / self.logits_cap).tanh() * self.logits_cap
-        )
+        if self.logits_cap is None:
+            return logits
+        return (logits / self.logits_cap).tanh() * self.logits_cap
 
     def window_of(self, kind: str) -> int | None:
         """The window of a layer of this kind, in positions; None: full attention."""
@@ -519,13 +496,19 @@ class ModelSpec:
 
     def check_weights(self, stored: Shapes) -> None:
         """Raises CheckpointError for a weight that is missing in `stored` or has another shape."""
-        if missing := sorted(name for name in self.shapes if name not in stored):
+        missing = sorted(name for name in self.shapes if name not in stored)
+        if missing:
             raise CheckpointError(f"{len(missing)} weights are missing, {missing[0]} the first")
         for name, shape in self.shapes.items():
             check_shape(name, shape, stored[name])
 
 
 AnySpec = ModelSpec | TransformersSpec
+
+
+def _unread_embedding(spec: AnySpec) -> int:
+    """The number of weights in an embedding that is not the head: a token reads one row."""
+    return 0 if spec.tied else spec.vocab * spec.hidden
 
 
 def check_shape(name: str, needed: tuple[int, ...], stored: tuple[int, ...]) -> None:

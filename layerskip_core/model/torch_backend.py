@@ -247,13 +247,11 @@ class TorchBackend(RepackedBackend):
         folding = Norm(norm, self.spec.eps, low_bits is None and weight.dtype.itemsize >= 4)
         folded = folding.folded_into(weight)
         product = linear(folded, bias, low_bits, exact)
-        unfolded = (
-            product
-            if folded is weight
-            else linear(weight, bias, low_bits, exact)
-            if self._has_blocks
-            else None
-        )
+        unfolded = None
+        if folded is weight:
+            unfolded = product
+        elif self._has_blocks:  # the head follows other norms too
+            unfolded = linear(weight, bias, low_bits, exact)
         return TorchHead(folding, product, unfolded, self.spec, exact)
 
     def _join(self, weights: Weights, low_bits: Quantization | None) -> Callable[[Tensor], Tensor]:

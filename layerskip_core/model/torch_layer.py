@@ -213,11 +213,9 @@ class TorchLayer:
         self._up.write(rows, space.inside)
         if self._parallel:
             self._add(self._output, mixed, self._after_attention, hidden)
-        inside = (
-            self._activation(space.up)
-            if space.gate is None
-            else self._activation(space.gate).mul_(space.up)
-        )
+        inside = self._activation(space.up if space.gate is None else space.gate)
+        if space.gate is not None:
+            inside = inside.mul_(space.up)
         self._add(self._down, inside, self._after_mlp, hidden)
 
     def write_kv(self, hidden: Tensor, step: Step, held: LayerSlots, space: Workspace) -> None:
@@ -254,16 +252,11 @@ class TorchLayer:
             if space.single:
                 return mixed.view(space.rows, -1)
         else:
-            queries, (keys, values) = (
-                space.queries.flatten(2, 3),
-                held.all[..., : step.end, :].unbind(),
-            )
+            queries = space.queries.flatten(2, 3)
+            keys, values = held.all[..., : step.end, :].unbind()
             if step.spans is None:
-                mask = (
-                    None
-                    if mask is None
-                    else mask.expand(-1, -1, -1, self._groups, -1).flatten(2, 3)
-                )
+                if mask is not None:
+                    mask = mask.expand(-1, -1, -1, self._groups, -1).flatten(2, 3)
                 mixed = self._attention(queries, keys, values, mask)
             else:
                 tokens = [
@@ -285,11 +278,9 @@ class TorchLayer:
 
     def _capped(self, scores: Tensor) -> Tensor:
         """Soft-caps scores, in place."""
-        return (
-            scores
-            if self._score_cap is None
-            else scores.div_(self._score_cap).tanh_().mul_(self._score_cap)
-        )
+        if self._score_cap is None:
+            return scores
+        return scores.div_(self._score_cap).tanh_().mul_(self._score_cap)
 
 
 class TorchExperts:

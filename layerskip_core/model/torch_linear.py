@@ -33,11 +33,9 @@ class PlainLinear:
 
     def __call__(self, rows: Tensor) -> Tensor:
         """(rows, in) to a new tensor (rows, out)."""
-        return (
-            torch.mm(rows, self._weight)
-            if self._bias is None
-            else torch.addmm(self._bias, rows, self._weight)
-        )
+        if self._bias is None:
+            return torch.mm(rows, self._weight)
+        return torch.addmm(self._bias, rows, self._weight)
 
     def write(self, rows: Tensor, out: Tensor) -> None:
         """(rows, in) to `out` (rows, out), perhaps in another precision."""

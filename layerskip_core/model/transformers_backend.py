@@ -46,7 +46,9 @@ def attention_for(config: Any) -> str | None:
     if getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None) is not None:
         return "eager"
     known = known_architecture(config)
-    return None if known is None else "eager" if known.sinks else "sdpa"
+    if known is None:
+        return None
+    return "eager" if known.sinks else "sdpa"
 
 
 class TransformersBackend:
@@ -214,9 +216,9 @@ class TransformersBackend:
     def norm_weight(self) -> Tensor | None:
         """The weight (D,) of the final norm; None if it has no weight of that shape."""
         weight = getattr(self._cut.form.norm, "weight", None)
-        return (
-            weight if isinstance(weight, Tensor) and weight.shape == (self.spec.hidden,) else None
-        )
+        if isinstance(weight, Tensor) and weight.shape == (self.spec.hidden,):
+            return weight
+        return None
 
     def block_parts(self, block: ExitBlock) -> tuple[nn.Module, nn.Module]:
         """The layer and the norm of a new block: copies of the model's last layer with keys and

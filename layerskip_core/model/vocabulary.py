@@ -38,11 +38,9 @@ class DraftVocabulary:
 
     def rows_of(self, weight: Tensor) -> Tensor:
         """(V, ...) to (N, ...)."""
-        return (
-            weight[: len(weight) - self._left_out]
-            if self.ids is None
-            else weight[self.ids.to(weight.device)]
-        )
+        if self.ids is None:
+            return weight[: len(weight) - self._left_out]
+        return weight[self.ids.to(weight.device)]
 
     def ids_on(self, device: torch.device) -> Tensor | None:
         """The ids of the N tokens; None for 0..N-1."""
@@ -59,11 +57,9 @@ class DraftVocabulary:
         """Logits (..., N) as (..., V), with -inf elsewhere."""
         padded = F.pad(logits, (0, self._left_out), value=-torch.inf)
         ids = self.ids_on(logits.device)
-        return (
-            padded
-            if ids is None
-            else torch.full_like(padded, -torch.inf).index_copy(-1, ids, logits)
-        )
+        if ids is None:
+            return padded
+        return torch.full_like(padded, -torch.inf).index_copy(-1, ids, logits)
 
 
 def most_probable(logits: Tensor) -> Tensor:

@@ -263,11 +263,9 @@ def router(weights: Weights, spec: ModelSpec) -> Affine:
     assert spec.architecture.experts is not None
     scores = affine(weights, spec.architecture.experts.router, spec)
     gate = spec.architecture.experts.shared_gate
-    return (
-        scores
-        if gate is None
-        else Affine(torch.cat([scores.weight, weights.of(f"{gate}.weight")]), None)
-    )
+    if gate is None:
+        return scores
+    return Affine(torch.cat([scores.weight, weights.of(f"{gate}.weight")]), None)
 
 
 def expert_inputs(weights: Weights, spec: ModelSpec) -> Iterator[Affine]:
@@ -377,9 +375,8 @@ def stacked(projections: Iterable[Affine]) -> Affine:
     weights, biases = zip(*projections, strict=True)
     if len(weights) == 1:
         return Affine(weights[0], biases[0])
-    return Affine(
-        torch.cat([*map(plain, weights)]), None if biases[0] is None else torch.cat(biases)
-    )
+    bias = None if biases[0] is None else torch.cat(biases)
+    return Affine(torch.cat([*map(plain, weights)]), bias)
 
 
 class Int4(NamedTuple):

@@ -280,11 +280,9 @@ def kernel_note() -> str | None:
 
 def why_no_kernels() -> str:
     """Why `kernels` returns None here, as part of a sentence."""
-    return (
-        f"{SWITCH} is torch"
-        if requested_variant() == "torch"
-        else "none is built here that this CPU can run"
-    )
+    if requested_variant() == "torch":
+        return f"{SWITCH} is torch"
+    return "none is built here that this CPU can run"
 
 
 def _cpu_flags() -> set[str]:

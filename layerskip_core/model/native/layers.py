@@ -391,11 +391,9 @@ class NativeLayers(RepackedLayers):
 
     def carrying(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """Appends token ids (...) to hidden states (..., D) if layers read them."""
-        return (
-            hidden
-            if self.inputs is None
-            else torch.cat((hidden, ids[..., None].to(hidden.dtype)), dim=-1)
-        )
+        if self.inputs is None:
+            return hidden
+        return torch.cat((hidden, ids[..., None].to(hidden.dtype)), dim=-1)
 
     def run(
         self, hidden: Tensor, start: int, end: int, places: Places, only_kv: bool = False

@@ -268,9 +268,9 @@ def _source(rows: Tensor) -> int:
     """The kind of weights to pack, in the numbering of the C code."""
     if isinstance(rows, BlockRows):
         return rows.form.code
-    return KINDS.index(
-        "int4" if is_stored(rows) else "bf16" if rows.dtype == torch.bfloat16 else "fp32"
-    )
+    if is_stored(rows):
+        return KINDS.index("int4")
+    return KINDS.index("bf16" if rows.dtype == torch.bfloat16 else "fp32")
 
 
 def _fits_bf16(weight: Tensor) -> bool:
