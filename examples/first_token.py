@@ -36,11 +36,11 @@ def make(arguments: argparse.Namespace) -> None:
     from safetensors.torch import save_file
     from transformers import AutoConfig
 
-    from layerskip_core.checkpoint.locate import locate
+    from layerskip_core.checkpoint.locate import ModelRef
     from layerskip_core.model import ModelSpec
 
     folder = Path(arguments.folder)
-    source = Path(locate("embedded").path)
+    source = Path(ModelRef.of("embedded").path)
     folder.mkdir(parents=True)
     config = AutoConfig.for_model(
         arguments.type, vocab_size=arguments.vocab, hidden_size=arguments.hidden, intermediate_size=arguments.inner,
