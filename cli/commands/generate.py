@@ -263,17 +263,17 @@ def _together(
     """Decodes up to `batch_size` requests at once. `is_ready`: whether the next can be read without
     waiting.
     """
-    from layerskip_core.serving.batch import Asked, answers_to
+    from layerskip_core.serving.batch import PromptOrError, answers_to
 
     unanswered = deque[Request]()
 
-    def read() -> Iterator[Asked]:
+    def read() -> Iterator[PromptOrError]:
         for request in requests:
             unanswered.append(request)
             try:
                 if request.error is not None:
                     raise request.error
-                asked: Asked = (loaded.encode_prompt(request.prompt), request.config)
+                asked: PromptOrError = (loaded.encode_prompt(request.prompt), request.config)
             except LayerSkipError as error:
                 asked = error
             yield asked

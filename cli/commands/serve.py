@@ -48,7 +48,7 @@ def serve(
     from layerskip_core.decoding.drafters.lookup import EarlierAnswers
     from layerskip_core.model import NativeBackend
     from layerskip_core.model.cache import memory_budget
-    from layerskip_core.serving.engine import Engine
+    from layerskip_core.serving.thread import DecodingThread
 
     with _bound(serving.host, serving.port) as listener:
         kv_bytes, memory = memory_budget(serving.kv_memory)
@@ -77,7 +77,7 @@ def serve(
             "earlier": EarlierAnswers(serving.remember),
             "prefixes": Prefixes(serving.prefix_cache * 2**20),
         }
-        engine = Engine(loaded, serving.batch_size, serving.queue_size, **kept)
+        engine = DecodingThread(loaded, serving.batch_size, serving.queue_size, **kept)
         try:
             app = Service(loaded, packing, serving, engine, name, key).app()
             config = uvicorn.Config(

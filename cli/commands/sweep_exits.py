@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from layerskip_core.evaluation.results import RunRecord
 
 # Keys of a policy by exit alone
-_BY_EXIT = {"strategy", "exit_layer", "num_draft_tokens", "draft_confidence", "measured"}
+_BY_EXIT = {"strategy", "exit_layer", "num_draft_tokens", "measured"}
 _HEIGHT = 12  # lines of the plot
 _MARKERS = {"autoregressive": "■", "early-exit": "○", "self-speculative": "▲"}
 _COLOURS = (

@@ -36,7 +36,7 @@ from layerskip_core.prompting import (
 )
 from layerskip_core.serving import Embedding, Update
 from layerskip_core.serving import Request as Job
-from layerskip_core.serving.engine import Engine, Updates
+from layerskip_core.serving.thread import DecodingThread, Updates
 
 from ..console import narrate, tell_error
 from .answers import Document, ResponseDocument, Vectors, usage_of
@@ -75,7 +75,7 @@ class Metrics:
     failed).
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: DecodingThread) -> None:
         self.registry = CollectorRegistry()
         counter = partial(Counter, registry=self.registry)
         gauge = partial(Gauge, registry=self.registry)
@@ -113,7 +113,7 @@ class Service:
         decoder: Decoder,
         packing: PackingConfig,
         config: ServeConfig,
-        engine: Engine,
+        engine: DecodingThread,
         name: str,
         key: str | None,
     ) -> None:

@@ -17,7 +17,7 @@ from ..config.decoding import DecodingConfig
 from ..config.evaluation import VerifyConfig
 from ..config.model import Quantization
 from ..config.resolution import require_exit_layer
-from ..decoding import DecodingLoop, Prefixes, decode, decode_batch
+from ..decoding import Prefixes, Scheduler, decode, decode_batch, new_row, without_failure
 from ..decoding.sampling import probabilities
 from ..errors import plural
 from .measure import first_difference, logits
@@ -143,13 +143,13 @@ class Subject:
 
     def joined(self, config: DecodingConfig) -> list[Ids]:
         """The outputs of prompts that join a loop a step apart, as in continuous batching."""
-        loop = DecodingLoop(self.backend, [], config, *self.ends)
-        rows = [loop.row(prompt, config, self.ends[0], config.seed) for prompt in self.prompts]
+        scheduler = Scheduler(self.backend)
+        rows = [new_row(self.backend, prompt, config, *self.ends) for prompt in self.prompts]
         for row in rows:
-            loop.add(row)
-            next(loop)
-        for _ in loop:
-            pass
+            scheduler.add(row)
+            without_failure(scheduler.step())
+        while not scheduler.is_idle:
+            without_failure(scheduler.step())
         return [row.output for row in rows]
 
     def mismatch(
@@ -271,9 +271,6 @@ def drafting(subject: Subject) -> dict[str, DecodingConfig]:
             name = f"{kind} {exit_layer}, {plural(spec, 'draft')}"
             settings[name] = setting("self-speculative", exit_layer, num_draft_tokens=spec)
     for exit_layer in exits[-1:]:
-        settings[f"exit {exit_layer}, confidence 0.6"] = setting(
-            "self-speculative", exit_layer, draft_confidence=0.6
-        )
         settings[f"lookup, then exit {exit_layer}"] = setting(
             "self-speculative", exit_layer, lookup=1
         )

@@ -21,7 +21,7 @@ from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.evaluation import VerifyConfig
 from layerskip_core.decoding import Prefixes, engine, sampling
 from layerskip_core.decoding.drafters.exit import ExitDrafter
-from layerskip_core.decoding.sampling import Sampler, accepted_choices
+from layerskip_core.decoding.sampling import accepted_choices, verify
 from layerskip_core.evaluation import verification
 from layerskip_core.evaluation.checks import (
     BATCH,
@@ -168,14 +168,13 @@ def _stale_turns(monkeypatch):
 
 
 def _biased_sampling(monkeypatch):
-    honest = Sampler.verify
+    def careless(tokens, spans, logits):
+        counts = [span.tokens for span in spans]
+        if spans[0].row.config.temperature == 0 or max(counts) == 1:
+            return verify(tokens, spans, logits)
+        return [[*own[1:].tolist(), 5] for own in torch.split(tokens, counts)]
 
-    def careless(self, tokens, counts, logits, noise, rows):
-        if noise is None or max(counts) == 1:
-            return honest(self, tokens, counts, logits, noise, rows)
-        return [[*own[1:].tolist(), 5] for own in torch.split(tokens, list(counts))]
-
-    monkeypatch.setattr(Sampler, "verify", careless)
+    monkeypatch.setattr(engine, "verify", careless)
     return {DISTRIBUTION}
 
 

@@ -232,7 +232,7 @@ def transformers_generate(
         scanner = StopScanner(ends, setting.stop, setting.max_new_tokens, room, loaded.detokenize)
         config = GenerationConfig(
             do_sample=False,
-            max_new_tokens=scanner.room,
+            max_new_tokens=scanner.tokens_left,
             eos_token_id=sorted(ends) or None,
             pad_token_id=min(loaded.eos_ids, default=0),
             num_assistant_tokens=setting.num_draft_tokens,
@@ -392,7 +392,7 @@ def llama_cpp(loaded: Decoder, gguf: str) -> Baseline:
             loaded.ends(setting.stop), setting.stop, setting.max_new_tokens, room, loaded.detokenize
         )
         request = {
-            "prompt": prompt_ids, "max_tokens": scanner.room, "temperature": 0, "samplers": ["temperature"],
+            "prompt": prompt_ids, "max_tokens": scanner.tokens_left, "temperature": 0, "samplers": ["temperature"],
             "stop": list(setting.stop), "cache_prompt": False, "return_tokens": True, "verbose": True,
         }  # fmt: skip
         started = time.perf_counter()

@@ -105,9 +105,7 @@ def _steps(
 ) -> list[tuple[int, float, float, float]]:
     """Per step after the prefill: drafts, and seconds for drafting, verifying and in total."""
     ids, limit = part
-    greedy = replace(
-        setting, max_new_tokens=limit, stop=(), temperature=0.0, draft_confidence=0.0, lookup=0
-    )
+    greedy = replace(setting, max_new_tokens=limit, stop=(), temperature=0.0, lookup=0)
     # The answer's end is known, so EOS ids are not needed
     decoding = decode(loaded.backend, ids, greedy)
     steps = []

@@ -397,11 +397,9 @@ def _settings_notes(record: RunRecord) -> Iterator[str]:
     if temperature := generation.get("temperature"):
         top = f"top-k {generation.get('top_k', 0)}, top-p {generation.get('top_p', 1):g}"
         yield f"Sampled at temperature {temperature:g}, {top}."
-    if confidence := generation.get("draft_confidence"):
-        yield f"Drafts stop below a confidence of {confidence:g}."
     if lookup := generation.get("lookup"):
         yield f"Matches of {lookup} tokens or more are drafts, before anything else drafts."
-    if "specs" in config and (confidence or lookup or temperature):
+    if "specs" in config and (lookup or temperature):
         yield "Predictions are for greedy decoding with whole drafts."
     if "llama_cpp" in machine:
         yield f"llama.cpp: {machine['llama_cpp']}, on {config.get('gguf')}."

@@ -122,7 +122,7 @@ def draft(
         *(
             1 / spec.logits_divisor,
             spec.logits_cap or 0.0,
-            ends.confidence,
+            0.0,  # no least probability of a draft
             ends.survival,
             ends.doubt,
         ),
