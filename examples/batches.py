@@ -5,7 +5,7 @@
 
 Both decode all prompts in batches of --rows, in turns in one process. Outputs must be identical.
 `--context`: tokens of this folder's documents before each prompt. `--through serve`: by the
-server's scheduler. Run nothing else meanwhile.
+server's dispatcher. Run nothing else meanwhile.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from layerskip_core.config.options import parse_counts
 from layerskip_core.config.resolution import resolve
 from layerskip_core.data import load_examples
 from layerskip_core.decoding import DecodeStats, decode_batch
-from layerskip_core.serving import Request, Scheduler, Update
+from layerskip_core.serving import Dispatcher, Request, Update
 
 
 def main() -> None:
@@ -140,14 +140,14 @@ def served(
 
         return deliver
 
-    scheduler = Scheduler(loaded, rows)
+    dispatcher = Dispatcher(loaded, rows)
     requests = [
         Request(ids, config, receiver(place), streams=False) for place, ids in enumerate(prompts)
     ]
     for request in requests:
-        scheduler.add(request)
-    while scheduler.held:
-        scheduler.step()
+        dispatcher.add(request)
+    while dispatcher.held:
+        dispatcher.step()
     return texts, sum((request.stats for request in requests), DecodeStats())
 
 

@@ -17,7 +17,7 @@ from .decoding.drafters.lookup import EarlierAnswers
 from .errors import LayerSkipError
 from .serving import Request
 from .serving.batch import answers_to
-from .serving.engine import Engine, Updates
+from .serving.thread import DecodingThread, Updates
 
 # The most asynchronous answers decoded together, and waiting
 _TOGETHER = 8
@@ -36,7 +36,7 @@ class LanguageModel:
         self.decoder = decoder
         self._packing = packing
         self._earlier = earlier
-        self._engine: Engine | None = None  # for `astream`, from its first call on
+        self._engine: DecodingThread | None = None  # for `astream`, from its first call on
         self._starting = Lock()
 
     def generate(self, prompt: str, **options: Unpack[RequestOptions]) -> Answer:
@@ -68,7 +68,9 @@ class LanguageModel:
         request = Request(ids, config, partial(updates.deliver, 0))
         with self._starting:
             if self._engine is None:
-                self._engine = Engine(self.decoder, _TOGETHER, _WAITING, earlier=self._earlier)
+                self._engine = DecodingThread(
+                    self.decoder, _TOGETHER, _WAITING, earlier=self._earlier
+                )
             engine = self._engine
         engine.hold(1)
         engine.submit(request)

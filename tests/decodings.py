@@ -9,9 +9,10 @@ from conftest import tiny_model
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import decode
-from layerskip_core.decoding.drafters import Context, DrafterSetup
+from layerskip_core.decoding.drafters import DrafterSetup, DraftInput
 from layerskip_core.decoding.drafters.exit import ExitDrafter
-from layerskip_core.decoding.output import OutputText, Row, StopScanner
+from layerskip_core.decoding.drafters.stepwise import StepwiseDraft
+from layerskip_core.decoding.output import Row
 from layerskip_core.model import (
     DraftEnds,
     ModelSpec,
@@ -41,14 +42,14 @@ def rounds_of(backend, prompt, config):
     """The text before each round of a decoding, and its drafts."""
     loop = decode(backend, prompt, config)
     rounds = []
-    draft = loop._drafter.draft
+    draft = loop.engine.drafter.draft
 
     def recorded(context, limits):
         found = draft(context, limits)
         rounds.append((list(context.ids[0]), found.tokens[1:].tolist()))
         return found
 
-    loop._drafter.draft = recorded
+    loop.engine.drafter.draft = recorded
     return ids_of(loop), rounds
 
 
@@ -62,21 +63,25 @@ def answer_of(model, prompt, config, eos_ids=frozenset(), **options):
     return ids_of(decoding), decoding.finish_reason, decoding.stats
 
 
-def context_of(texts, newest, cache, indices, filled, config=PLAIN):
+def context_of(texts, newest, cache, indices, filled, config=PLAIN, eos_ids=frozenset()):
     """Before a round of rows with these ids."""
-    ends = StopScanner(frozenset(), (), 1000, 1000)
-    rows = [Row(ids, ends, OutputText(letters), config, config.seed) for ids in texts]
-    return Context(rows, newest, cache, indices, filled)
+    rows = [Row(ids, config, eos_ids=frozenset(eos_ids)) for ids in texts]
+    return DraftInput(rows, newest, cache, indices, filled)
 
 
-def context_after(backend, ids):
+def stepwise(drafter, given, limits, ends):
+    """The draft of an ExitDrafter, pass by pass."""
+    return StepwiseDraft(drafter._part, given, limits, ends).make()
+
+
+def context_after(backend, ids, **settings):
     """Before a round: all of `ids` but the last are cached."""
     last = len(ids) - 1
     cache = backend.new_cache()
     with torch.inference_mode():
         hidden = backend.embed(torch.tensor([ids[:last]]))
         backend.run_layers(hidden, 0, backend.num_layers, cache.span(0, last))
-    return context_of([ids], torch.tensor(ids[last:]), cache, [0], [last])
+    return context_of([ids], torch.tensor(ids[last:]), cache, [0], [last], **settings)
 
 
 def draft_of(
@@ -95,10 +100,11 @@ def draft_of(
     drafts'.
     """
     config = DecodingConfig(**settings)
-    setup = DrafterSetup(backend, config, eos_ids)
+    setup = DrafterSetup(backend, config)
     if feature is not None:
         cache.features[0][submodel.exit_layer or "drafts"] = feature.flatten()
-    context = context_of(ids.tolist(), ids[0, -1:], cache, [0], [int(positions[0, 0])], config)
+    start = int(positions[0, 0])
+    context = context_of(ids.tolist(), ids[0, -1:], cache, [0], [start], config, eos_ids)
     with torch.inference_mode():
         return ExitDrafter(setup, weights, submodel).draft(
             context, [positions.shape[1] - 1], DraftEnds(survival=survival)

@@ -13,7 +13,7 @@ from training_runs import RECIPE, settings_on, train
 from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding import DecodingLoop, decode, decode_batch
-from layerskip_core.decoding.graphs import Recorder
+from layerskip_core.decoding.graphs import GraphRecorder
 from layerskip_core.model import TorchBackend
 
 pytestmark = [
@@ -50,7 +50,7 @@ def test_replayed_passes_give_the_bits_of_those_that_ran_as_usual(monkeypatch, p
     """Every replay beside the same work on the same inputs, which writes the same keys and
     values.
     """
-    usual = Recorder.run
+    usual = GraphRecorder.run
     compared = []
 
     def both(self, name, work, *inputs):
@@ -62,7 +62,7 @@ def test_replayed_passes_give_the_bits_of_those_that_ran_as_usual(monkeypatch, p
             )
         return replayed
 
-    monkeypatch.setattr(Recorder, "run", both)
+    monkeypatch.setattr(GraphRecorder, "run", both)
     loaded = for_decoding("embedded", "cuda", precision)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # passes that cannot be recorded

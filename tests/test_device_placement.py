@@ -46,7 +46,6 @@ SETTINGS = {
     "draft-model": {"strategy": "draft-model", "num_draft_tokens": 4},
     "sampled by a draft model": {"strategy": "draft-model", "num_draft_tokens": 4, **SAMPLED},
     "layers left out": {"strategy": "draft-and-verify", "skip": (2, 5), "num_draft_tokens": 4},
-    "confident drafts": {**DRAFTED, "draft_confidence": 0.05},
     "penalties": {
         **DRAFTED,
         "frequency_penalty": 0.5,
@@ -60,15 +59,14 @@ SETTINGS = {
         "temperature": 0.8,
         "top_p": 0.9,
         "seed": 3,
-        "draft_confidence": 0.05,
     },
     "sampled plainly": {"strategy": "autoregressive", **SAMPLED},
     "to an end": DRAFTED,
 }
 ENDS = {"to an end": frozenset(range(3, 67, 3)), "penalties": frozenset({2})}
-# Waits of the host in a step, if not one, in which it reads the verified tokens: it reads what is
-# probable enough before, and each draft where logits depend on the tokens before them.
-WAITS = {"confident drafts": 2, "sampled by top-p": 2, "penalties": 6}
+# Waits of the host in a step, if not one, in which it reads the verified tokens: it reads each draft
+# where logits depend on the tokens before them.
+WAITS = {"penalties": 6}
 ORDER = torch.randperm(67, generator=torch.Generator().manual_seed(3)).tolist()
 KINDS = {  # and what is decoded on them; blocks draft
     "generic": ("self-speculative", "sampled"),
@@ -179,7 +177,7 @@ def test_adaptive_drafting_measures_no_work_that_the_host_only_starts(device, me
     with simulated_cuda():
         model = TorchBackend.of(tiny_model().to(device), PackingConfig(exact=True))
         loop = decode(model, PROMPTS[0], DecodingConfig("adaptive", exits=(2, 4)))
-    assert loop._drafter._by_clock == measured
+    assert loop.engine.drafter._by_clock == measured
 
 
 def test_low_bit_weights_are_refused():

@@ -16,7 +16,7 @@ import layerskip_core
 from layerskip_core import Answer, load
 from layerskip_core.config.decoding import DecodingOptions
 from layerskip_core.config.options import checked
-from layerskip_core.decoding import DecodingLoop
+from layerskip_core.decoding.engine import Engine
 from layerskip_core.errors import ConfigError, ContextError
 
 PROMPT = "remind me to call mom at 5"
@@ -94,13 +94,13 @@ def test_a_batch_of_many_prompts_is_decoded_in_bounded_steps(model, monkeypatch)
     ]
     expected = [model.generate(prompt, max_new_tokens=5) for prompt in prompts[::9]]
     passes = []
-    honest = DecodingLoop._pass
+    honest = Engine._forward
 
-    def recorded(loop, *given):
-        passes.append([row.runs for row in loop.active])
-        return honest(loop, *given)
+    def recorded(engine, plan, draft):
+        passes.append([each.num_tokens for each in plan.rows])
+        return honest(engine, plan, draft)
 
-    monkeypatch.setattr(DecodingLoop, "_pass", recorded)
+    monkeypatch.setattr(Engine, "_forward", recorded)
     answers = model.generate_batch(prompts, max_new_tokens=5)
     assert [answer.row for answer in answers] == list(range(64))
     for answer, alone in zip(answers[::9], expected, strict=True):

@@ -47,7 +47,7 @@ def serve(
     from layerskip_core.decoding.drafters.lookup import EarlierAnswers
     from layerskip_core.model import NativeBackend
     from layerskip_core.model.cache import memory_budget
-    from layerskip_core.serving.engine import Engine
+    from layerskip_core.serving.thread import DecodingThread
 
     with _bound(serving.host, serving.port) as listener:
         kv_bytes, memory = memory_budget(serving.kv_memory)
@@ -64,7 +64,7 @@ def serve(
             raise refused("kv_memory", needed, str(serving.kv_memory))
         path = Path(serving.model)  # clients see its last part only
         name = path.resolve().name if path.exists() else serving.model
-        engine = Engine(
+        engine = DecodingThread(
             loaded,
             serving.batch_size,
             serving.queue_size,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from layerskip_core.evaluation.results import RunRecord
 
 # Keys of a policy by exit alone
-_BY_EXIT = {"strategy", "exit_layer", "num_draft_tokens", "draft_confidence", "measured"}
+_BY_EXIT = {"strategy", "exit_layer", "num_draft_tokens", "measured"}
 
 
 @command

@@ -22,7 +22,7 @@ from layerskip_core.decoding import DecodeStats
 from layerskip_core.errors import LayerSkipError
 from layerskip_core.serving import Embedding, Update
 from layerskip_core.serving import Request as Job
-from layerskip_core.serving.engine import Engine, Updates
+from layerskip_core.serving.thread import DecodingThread, Updates
 
 from ..console import print_error
 from .answers import (
@@ -74,7 +74,7 @@ class Metrics:
     failed).
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: DecodingThread) -> None:
         self.registry = CollectorRegistry()
         counter = partial(Counter, registry=self.registry)
         gauge = partial(Gauge, registry=self.registry)
@@ -112,7 +112,7 @@ class Service:
         decoder: Decoder,
         packing: PackingConfig,
         config: ServeConfig,
-        engine: Engine,
+        engine: DecodingThread,
         name: str,
         key: str | None,
     ) -> None:

@@ -3,7 +3,7 @@ settings (DecodingConfig).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict, cast
 
 from msgspec import Meta
@@ -15,7 +15,6 @@ from .options import (
     CountOrNone,
     Drafts,
     Flag,
-    Fraction,
     Layer,
     ModelName,
     Ratio,
@@ -48,13 +47,6 @@ KEY = "LAYERSKIP_API_KEY"  # environment variable of a server
 _USERS: dict[str, Sequence[str]] = {
     "exit_layer": ("self-speculative", "early-exit"),
     "num_draft_tokens": tuple(DRAFTERS),
-    "draft_confidence": (
-        "adaptive",
-        "self-speculative",
-        *WITH_DRAFTER,
-        "draft-and-verify",
-        "draft-model",
-    ),
     "draft_model": ("adaptive", "draft-model"),
     "lookup": tuple(DRAFTERS),
     "exit_confidence": ("early-exit",),
@@ -96,10 +88,6 @@ class DecodingOptions(TypedDict, total=False):
     max_new_tokens: Annotated[
         Count,
         Flag("Most tokens in an answer.", None, "256; in chat and serve all that fit the context"),
-    ]
-    draft_confidence: Annotated[
-        Fraction,
-        Flag("Stop drafting below this probability of the best token; 0: never.", None, "0"),
     ]
     stop: Annotated[Texts, Flag("End the answer before this text. Can be repeated.", repeated=True)]
     lookup: Annotated[
@@ -230,7 +218,6 @@ class DecodingConfig:
     exit_layer: int | None = None  # of self-speculative decoding and early exit
     num_draft_tokens: int = 6  # per round
     max_new_tokens: int = MAX_NEW_TOKENS
-    draft_confidence: float = 0.0
     stop: tuple[str, ...] = ()
     # The low-bit copy that drafts; None: the model's own weights
     draft_weights: Quantization | None = None
@@ -269,31 +256,22 @@ class DecodingConfig:
         return self.penalises or bool(self.logit_bias or self.min_tokens or self.guided)
 
     @property
-    def shared(self) -> "DecodingConfig":
-        """The options that all rows of a loop share; those of _OF_A_ROW have their defaults."""
-        return replace(self, **{name: getattr(_ROWS_OWN, name) for name in _OF_A_ROW})
+    def engine_settings(self) -> "DecodingConfig":
+        """The options that rows decoded in one pass share; all others have their defaults."""
+        shared = {name: getattr(self, name) for name in _OF_AN_ENGINE}
+        return DecodingConfig(**shared)
 
 
-_ROWS_OWN = DecodingConfig(max_new_tokens=1)
-_OF_A_ROW = (
-    *(
-        "max_new_tokens",
-        "stop",
-        "seed",
-        "frequency_penalty",
-        "presence_penalty",
-        "repetition_penalty",
-        "logit_bias",
-    ),
-    *(
-        "min_tokens",
-        "ignore_eos",
-        "stop_token_ids",
-        "guided",
-        "guide",
-        "logprobs",
-        "prompt_logprobs",
-    ),
+_OF_AN_ENGINE = (
+    "strategy",
+    "exit_layer",
+    "num_draft_tokens",
+    "draft_weights",
+    "lookup",
+    "exits",
+    "exit_confidence",
+    "skip",
+    "profile",
 )
 
 

@@ -29,7 +29,7 @@ MOST_DRAFTS = 32  # per round of adaptive drafting
 # The strategies that options imply; the first given option counts.
 _IMPLIED = {
     **{"exit_confidence": "early-exit", "skip": "draft-and-verify"},
-    **dict.fromkeys(("exit_layer", "num_draft_tokens", "draft_confidence"), "self-speculative"),
+    **dict.fromkeys(("exit_layer", "num_draft_tokens"), "self-speculative"),
 }
 
 
@@ -96,7 +96,7 @@ def resolve(
         if options.get("lookup") and strategy not in used_by("lookup"):
             strategy = "adaptive"
     if "exit_confidence" in given:
-        for name in given.keys() & {"exit_layer", "num_draft_tokens", "draft_confidence"}:
+        for name in given.keys() & {"exit_layer", "num_draft_tokens"}:
             reason = "chooses exits itself" if name == "exit_layer" else "drafts nothing"
             raise refused(
                 name, f"left out with `exit_confidence`, which {reason}", str(given[name])

@@ -3,8 +3,9 @@ implementation runs.
 """
 
 from ..model.backend import check_prompt
-from .engine import DecodingLoop, decode, decode_batch
+from .loop import DecodingLoop, decode, decode_batch, new_row
 from .output import Answer, DecodeStats, StopReason
+from .scheduler import Scheduler, without_failure
 from .target import Prefixes
 
 __all__ = [
@@ -12,8 +13,11 @@ __all__ = [
     "DecodeStats",
     "DecodingLoop",
     "Prefixes",
+    "Scheduler",
     "StopReason",
     "check_prompt",
     "decode",
     "decode_batch",
+    "new_row",
+    "without_failure",
 ]

@@ -8,7 +8,7 @@ from ..checkpoint.loaded import Decoder
 from ..config.decoding import DecodingConfig
 from ..model.backend import check_prompt
 from ..prompting import CHAT
-from .engine import decode
+from .loop import decode
 from .output import Answer, DecodeStats, StopReason
 from .target import Prefixes
 

@@ -32,12 +32,12 @@ _WARMUP_RUNS = 2
 _WORTH_KEEPING = 1024
 
 # By model, of its finished decoding
-_IDLE: WeakKeyDictionary[Backend, "Recorder"] = WeakKeyDictionary()
+_IDLE: WeakKeyDictionary[Backend, "GraphRecorder"] = WeakKeyDictionary()
 
 Tensors = tuple[Tensor, ...]
 
 
-class Recorder:
+class GraphRecorder:
     """Recorded passes of successive decodings, which share a cache."""
 
     counts: dict[str, Any]  # of the current decoding, by field of DecodeStats
@@ -53,7 +53,7 @@ class Recorder:
         self._records = True
 
     @classmethod
-    def of(cls, model: Backend, cache: KVCache) -> "Recorder":
+    def of(cls, model: Backend, cache: KVCache) -> "GraphRecorder":
         """The recorder for a decoding that continues from a cache: that of the model's last
         decoding, whose cache takes over these rows, if it is idle and its cache not much too large;
         else a new one.

@@ -2,16 +2,16 @@
 the whole answer.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
-from itertools import zip_longest
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..config.decoding import DecodingConfig
+from ..config.decoding import UNLIMITED, DecodingConfig
 from ..errors import LayerSkipError, require
 from .sampling import LogitsProcessor
 
@@ -71,7 +71,7 @@ class DecodeStats:
     def __add__(self, other: "DecodeStats") -> "DecodeStats":
         def added(left: Any, right: Any) -> Any:
             if isinstance(left, tuple):
-                return tuple(a + b for a, b in zip_longest(left, right, fillvalue=0))
+                return tuple(a + b for a, b in itertools.zip_longest(left, right, fillvalue=0))
             if isinstance(left, dict):
                 return {name: left.get(name, 0) + right.get(name, 0) for name in {**left, **right}}
             return left + right
@@ -238,16 +238,18 @@ class StopScanner:
         eos_ids: frozenset[int],
         stop: Sequence[str],
         max_new_tokens: int,
-        room: int,
+        context_left: int,
         detokenize: Detokenize | None = None,
     ) -> None:
-        """`room`: how many new tokens fit into the context. Stop strings need `detokenize`."""
+        """`context_left`: how many new tokens fit into the context. Stop strings need
+        `detokenize`.
+        """
         require(not stop or detokenize is not None, "stop", "used with a detokenizer", "none")
         self.eos_ids = eos_ids
         self._stop = stop
         self._text = OutputText(detokenize) if stop and detokenize is not None else None
-        self.room = min(max_new_tokens, room)  # how many more tokens are allowed
-        self._last: StopReason = "length" if max_new_tokens <= room else "context"
+        self.tokens_left = min(max_new_tokens, context_left)
+        self._last: StopReason = "length" if max_new_tokens <= context_left else "context"
         self.reason: StopReason | None = None  # why the output ended, once it has
 
     def cut(self, ids: Sequence[int]) -> tuple[int, StopReason | None]:
@@ -255,12 +257,12 @@ class StopScanner:
         reason if one did.
         """
         for count, token in enumerate(ids, start=1):
-            self.room -= 1
+            self.tokens_left -= 1
             if token in self.eos_ids:
                 self.reason = "eos"
             elif self._text is not None and self._completes_stop(self._text, token):
                 self.reason = "stop"
-            elif self.room <= 0:
+            elif self.tokens_left <= 0:
                 self.reason = self._last
             if self.reason is not None:
                 return count, self.reason
@@ -281,62 +283,89 @@ class RowStep(NamedTuple):
     ids: list[int]  # the new tokens, accepted drafts first
     finish_reason: StopReason | None  # set with the output's last tokens
     counts: DecodeStats  # of the step
+    # The step failed, and ended the row. No StopReason: the caller decides what becomes of it
+    failure: BaseException | None = None
+
+
+_arrivals = itertools.count()
 
 
 class Row:
-    """One prompt that is being decoded."""
-
-    # Of the current step: whether the row prefills; whether it gets new tokens; how many of its
-    # tokens are in the pass, and how many of these are drafts, of which source, None in a prefill.
-    fills = False
-    chooses = False
-    runs = 0
-    drafts = 0
-    source: str | None = None
+    """One prompt that is being decoded: its tokens, where they end, and how they are chosen."""
 
     def __init__(
         self,
-        prompt: list[int],
-        scanner: StopScanner,
-        text: OutputText,
+        prompt: Sequence[int],
         config: DecodingConfig,
-        seed: int,
+        *,
+        eos_ids: frozenset[int] = frozenset(),
+        seed: int | None = None,
+        context_length: int = UNLIMITED,
+        detokenize: Detokenize | None = None,
     ) -> None:
-        """`text`: the caller adds the output to it. `seed`: of sampling."""
+        """`seed`: of sampling, instead of the config's. `context_length`: most tokens with the
+        output. `detokenize`: ids to text, for `text` and stop strings.
+        """
         self.config = config
-        self.text = text
-        self.seed = seed
-        self.ids = list(prompt)  # and the output
-        self.filled = 0  # how many of its tokens have KV entries; the newest has none yet
-        # Length of a prefix shared with other prompts, at which a piece of a prefill ends
-        self.stop = 0
-        self.scanner = scanner
+        self.seed = config.seed if seed is None else seed
+        self.eos_ids = eos_ids
+        self.arrival = next(_arrivals)  # in this order rows are decoded, and the last is preempted
         self.prompt_tokens = len(prompt)
-        self.processor = (
-            LogitsProcessor(config, self.ids, len(prompt), scanner.eos_ids)
-            if config.changes_logits
-            else None
+        # How many of them had KV entries in a kept prefix; None until the row joins a batch
+        self.num_cached_tokens: int | None = None
+        # The caller adds the output to it
+        self.text = OutputText(detokenize or (lambda ids: ""), eos_ids, config.stop)
+        self._context_length = context_length
+        self._detokenize = detokenize
+        self._begin(prompt)
+
+    def _begin(self, prompt: Sequence[int]) -> None:
+        config = self.config
+        self.ids = list(prompt)  # and the output
+        # How many of its tokens have KV entries; the newest has none yet
+        self.num_computed_tokens = 0
+        # Length of a prefix shared with kept texts; the prefill has a chunk that ends there
+        self.branch_point = 0
+        left = self._context_length - len(prompt)
+        self.scanner = StopScanner(
+            self.eos_ids, config.stop, config.max_new_tokens, left, self._detokenize
         )
+        self.processor: LogitsProcessor | None = None
+        if config.changes_logits:
+            self.processor = LogitsProcessor(config, self.ids, len(prompt), self.eos_ids)
         self.steps = [DecodeStats(sequences=1, prompt_tokens=len(prompt))]  # counts
         # Of an output that ended without matching its grammar
         self.error: LayerSkipError | None = None
         self.logprobs: list[TokenLogprobs] = []  # of the output, if they were asked for
         self.prompt_logprobs: list[TokenLogprobs] = []  # of the prompt's tokens after the first
 
+    def restart(self) -> None:
+        """Drops the output, which is decoded once more. `text` keeps what was shown."""
+        self._begin(self.ids[: self.prompt_tokens])
+
     @property
-    def lacks(self) -> int:
-        """How many tokens are still to be prefilled: of the prompt, or of a row that was set
-        aside.
+    def prefill_tokens(self) -> int:
+        """How many tokens are still to be prefilled: of the prompt, or of a row that was
+        preempted. The newest token of an output is none of them: it runs with the drafts.
         """
-        return len(self.ids) - (len(self.ids) > self.prompt_tokens) - self.filled
+        last = len(self.ids) if len(self.ids) == self.prompt_tokens else len(self.ids) - 1
+        return last - self.num_computed_tokens
 
     @property
     def output(self) -> list[int]:
         """The new tokens so far."""
         return self.ids[self.prompt_tokens :]
 
-    def commit(self, verified: list[int], layers: int, logits: Tensor | None) -> RowStep:
-        """Adds verified tokens to the output, up to the first that ends it.
+    def commit(
+        self,
+        verified: list[int],
+        drafts: int,
+        source: str | None,
+        layers: int,
+        logits: Tensor | None,
+    ) -> RowStep:
+        """Adds verified tokens to the output, up to the first that ends it: accepted ones of the
+        `drafts` of a `source`, then one of the target's own, chosen after so many `layers`.
 
         `logits` (T, V): the target's for these tokens, if it returned any.
         """
@@ -345,7 +374,7 @@ class Row:
         if reason == "eos" and self.processor is not None and (mismatch := self.processor.mismatch):
             self.error = LayerSkipError(mismatch)
             reason = self.scanner.reason = "error"
-        step = step_counts(self.drafts, len(verified) - 1, count, self.source, layers)
+        step = step_counts(drafts, len(verified) - 1, count, source, layers)
         self.steps.append(step)
         if self.config.logprobs is not None and logits is not None:
             self.logprobs += logprobs_of(logits[:count], verified[:count], self.config.logprobs)

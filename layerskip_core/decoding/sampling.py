@@ -9,7 +9,7 @@ with and without it: those are accepted that the target chooses.
 """
 
 from collections.abc import Collection, Iterator, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..config.decoding import DecodingConfig
+from ..model.cache import on_device
 from ..model.native.noise import perturbed
 from ..model.noise import Noise, key_of, least_temperature
 from ..model.vocabulary import most_probable
@@ -27,6 +28,16 @@ if TYPE_CHECKING:
 _PIECE = 1 << 21  # most logits that are copied at once: some six copies of 8 MB in fp32
 
 
+class Span(NamedTuple):
+    """Consecutive tokens of a row that are chosen: so many, the first of them `ahead` tokens after
+    the row's next one.
+    """
+
+    row: "Row"
+    tokens: int = 1
+    ahead: int = 0
+
+
 class Scores(NamedTuple):
     """What tokens are chosen by: of each row of scores the largest."""
 
@@ -34,120 +45,157 @@ class Scores(NamedTuple):
     ids: Tensor | None = None  # token ids of the columns, (C,) or by row (N, C); None for 0..C-1
 
 
-class Sampler:
-    """Chooses the tokens of rows, for drafts and for the target alike: greedily at temperature 0,
-    else drawn.
+def noise_of(spans: Sequence[Span]) -> Noise | None:
+    """The noise of all choices, for rows that share a temperature. None if nothing is drawn.
 
-    A token depends on its logits, its row's seed and its position, so on neither the batch nor
-    drafts.
+    It depends on seed and position alone, so on neither the batch nor drafts.
     """
+    temperature = spans[0].row.config.temperature if spans else 0.0
+    if temperature == 0:
+        return None
+    keys = []
+    for row, count, ahead in spans:
+        start = len(row.ids) + ahead
+        keys += [key_of(row.seed, position) for position in range(start, start + count)]
+    return Noise(temperature, keys)
 
-    def __init__(self, config: DecodingConfig) -> None:
-        self.is_greedy = config.temperature == 0
-        self.processes = config.changes_logits
-        self.truncates = not self.is_greedy and truncates(config)
-        self._config = config
 
-    def processed(
-        self,
-        logits: Tensor,
-        drafts: Sequence[Sequence[int]],
-        places: Sequence[int],
-        rows: Sequence["Row"],
-    ) -> Tensor:
-        """Applies the options of rows to logits (N, V), of which each row has `places[row]`
-        positions, one row after another.
+def scores_of(logits: Tensor, spans: Sequence[Span], ids: Tensor | None = None) -> Scores:
+    """The scores to choose by, for rows that share their sampling. `logits` (N, C) may be
+    overwritten; `ids` (C,): None for 0..C-1.
+    """
+    noise = noise_of(spans)
+    if noise is None:
+        return Scores(logits, ids)
+    config = spans[0].row.config
+    if truncates(config):
+        logits, places = candidates(logits, config)
+        ids = places if ids is None else ids[places]
+    return Scores(perturbed(logits, noise, ids), ids)
 
-        A row's last position follows its drafts. `logits` may be overwritten, unless log
-        probabilities are reported.
-        """
-        changed = logits.to(
-            torch.promote_types(logits.dtype, torch.float32), copy=self._config.logprobs is not None
-        )
-        for row, own, of_row in zip(rows, drafts, torch.split(changed, list(places)), strict=True):
-            if row.processor is not None:
-                row.processor.process(of_row, own)
-        return changed
 
-    def noise(
-        self, rows: Sequence["Row"], ahead: Sequence[int], counts: Sequence[int]
-    ) -> Noise | None:
-        """Of the choices of `counts[row]` tokens per row, the first of them `ahead[row]` tokens
-        after its next one.
+def best_of(scores: Scores, one_thread: bool = False) -> Tensor:
+    """The token ids (N,) of the largest scores.
 
-        None if nothing is drawn.
-        """
-        if self.is_greedy:
-            return None
-        keys = []
-        for row, first, count in zip(rows, ahead, counts, strict=True):
-            start = len(row.ids) + first
-            keys += [key_of(row.seed, position) for position in range(start, start + count)]
-        return Noise(self._config.temperature, keys)
+    `one_thread`: by NumPy, which is as fast as one thread of torch and has no barrier, at which
+    threads stall on a busy machine.
+    """
+    values, ids = scores
+    by_numpy = one_thread and values.device.type == "cpu"
+    found = torch.from_numpy(values.numpy().argmax(-1)) if by_numpy else most_probable(values)
+    if ids is None:
+        return found
+    if ids.dim() == 1:
+        return ids[found]
+    return ids.gather(-1, found[:, None])[:, 0]
 
-    def scores(self, logits: Tensor, noise: Noise | None, ids: Tensor | None = None) -> Scores:
-        """The scores to choose by, from logits (N, C), which may be overwritten. `ids` (C,): None
-        for 0..C-1.
-        """
-        if noise is None:
-            return Scores(logits, ids)
-        if self.truncates:
-            logits, places = candidates(logits, self._config)
-            ids = places if ids is None else ids[places]
-        return Scores(perturbed(logits, noise, ids), ids)
 
-    def best(self, scores: Scores) -> Tensor:
-        """The token ids (N,) of the largest scores."""
-        values, ids = scores
-        # NumPy's argmax is as fast as torch's on one thread, and has no barrier, at which threads
-        # stall on a busy machine.
-        if self.processes and values.device.type == "cpu":
-            found = torch.from_numpy(values.numpy().argmax(-1))
-        else:
-            found = most_probable(values)
-        if ids is None:
-            return found
-        return ids[found] if ids.dim() == 1 else ids.gather(-1, found[:, None])[:, 0]
+def choose(
+    logits: Tensor, spans: Sequence[Span], ids: Tensor | None = None, needs_probs: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """The tokens (N,) that rows choose by logits (N, C), which may be overwritten, each row by its
+    own sampling; and their probabilities (N,), if needed.
 
-    def verify(
-        self,
-        tokens: Tensor,
-        counts: Sequence[int],
-        logits: Tensor,
-        noise: Noise | None,
-        rows: Sequence["Row"],
-    ) -> list[list[int]]:
-        """Verifies drafts by the target's logits (S, V) after tokens (S,): `counts[row]` per row,
-        its last, then its drafts.
+    `ids` (C,): the token ids of the columns, None for 0..C-1. The probability of a sample is that
+    of its score among all scores, noise included.
+    """
+    groups: dict[tuple[float, ...], list[int]] = {}
+    for member, span in enumerate(spans):
+        groups.setdefault(_sampling(span.row.config), []).append(member)
+    if len(groups) == 1:
+        return _chosen_alike(logits, spans, ids, needs_probs)
+    tokens = torch.empty(len(logits), dtype=torch.long, device=logits.device)
+    probs = torch.empty(len(logits), device=logits.device) if needs_probs else None
+    starts = [0, *accumulate(span.tokens for span in spans)]
+    for members in groups.values():
+        places = list[int]()
+        for member in members:
+            places += range(starts[member], starts[member + 1])
+        index = on_device(places, logits)
+        of_group = [spans[member] for member in members]
+        own_tokens, own_probs = _chosen_alike(logits[index], of_group, ids, needs_probs)
+        tokens[index] = own_tokens
+        if probs is not None and own_probs is not None:
+            probs[index] = own_probs
+    return tokens, probs
 
-        Waits once for the device, with options of rows twice. `noise`: of S choices. The logits may
-        be overwritten, unless log probabilities are reported. Returns, by row, the accepted drafts
-        and the target's own token after them.
-        """
-        if noise is None and not self.processes:
-            return accepted_choices(tokens, counts, self.best(Scores(logits)))
-        ids = tokens.tolist() if self.processes else []
-        bounds = [0]
-        for count in counts:
-            bounds.append(bounds[-1] + count)
-        choices = []
-        for start, stop in _pieces(len(logits), logits.shape[-1]):
-            part = logits[start:stop]
-            part = part.to(
-                torch.promote_types(part.dtype, torch.float32),
-                copy=self._config.logprobs is not None,
-            )
-            if self.processes:
-                for row, (first, end) in zip(rows, pairwise(bounds), strict=True):
-                    begin = max(first, start)
-                    last = min(end, stop)
-                    if begin < last and row.processor is not None:
-                        row.processor.process(
-                            part[begin - start : last - start], ids[first + 1 : last]
-                        )
-            own = None if noise is None else Noise(noise.temperature, noise.keys[start:stop])
-            choices.append(self.best(self.scores(part, own)))
-        return accepted_choices(tokens, counts, torch.cat(choices))
+
+def _sampling(config: DecodingConfig) -> tuple[float, ...]:
+    """Equal for rows whose tokens are chosen in the same way, but for their seeds."""
+    if config.temperature == 0:
+        return (0.0,)
+    return config.temperature, config.top_k, config.top_p, config.min_p
+
+
+def _chosen_alike(
+    logits: Tensor, spans: Sequence[Span], ids: Tensor | None, needs_probs: bool
+) -> tuple[Tensor, Tensor | None]:
+    """As `choose`, for rows that share their sampling."""
+    scores = scores_of(logits, spans, ids)
+    probs = scores.values.float().softmax(-1).amax(-1) if needs_probs else None
+    return best_of(scores, any(span.row.processor for span in spans)), probs
+
+
+def needs_logits(rows: Sequence["Row"]) -> bool:
+    """Whether a pass must return the logits of these rows: the model itself chooses tokens
+    greedily, or with noise of one temperature.
+    """
+    for row in rows:
+        config = row.config
+        if config.changes_logits or config.logprobs is not None:
+            return True
+        if config.temperature != rows[0].config.temperature:
+            return True
+        if config.temperature > 0 and truncates(config):
+            return True
+    return False
+
+
+def processed(logits: Tensor, spans: Sequence[Span], drafts: Sequence[Sequence[int]]) -> Tensor:
+    """Applies the options of rows to logits (N, V) of their spans, which may be overwritten.
+
+    A span's last position follows the row's drafts, of which `drafts` has those so far.
+    """
+    changed = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    parts = torch.split(changed, [span.tokens for span in spans])
+    for span, own, part in zip(spans, drafts, parts, strict=True):
+        if span.row.processor is not None:
+            span.row.processor.process(part, own)
+    return changed
+
+
+def verify(tokens: Tensor, spans: Sequence[Span], logits: Tensor) -> list[list[int]]:
+    """Verifies drafts by the target's logits (S, V) after tokens (S,): of each span a row's newest
+    token, then its drafts.
+
+    Waits once for the device, with options of rows twice. The logits may be overwritten, unless log
+    probabilities are reported. Returns, by row, the accepted drafts and the target's own token
+    after them.
+    """
+    counts = [span.tokens for span in spans]
+    rows = [span.row for span in spans]
+    changes = any(row.processor is not None for row in rows)
+    if not changes and all(row.config.temperature == 0 for row in rows):
+        return accepted_choices(tokens, counts, most_probable(logits))
+    is_reported = any(row.config.logprobs is not None for row in rows)
+    ids = tokens.tolist() if changes else []
+    bounds = [0, *accumulate(counts)]
+    choices = []
+    for start, stop in _pieces(len(logits), logits.shape[-1]):
+        part = logits[start:stop]
+        part = part.to(torch.promote_types(part.dtype, torch.float32), copy=is_reported)
+        of_part = list[Span]()
+        drafts = list[list[int]]()
+        for row, (first, end) in zip(rows, pairwise(bounds), strict=True):
+            begin = max(first, start)
+            last = min(end, stop)
+            if begin < last:
+                of_part.append(Span(row, last - begin, begin - first))
+                drafts.append(ids[first + 1 : last])
+        if changes:
+            part = processed(part, of_part, drafts)
+        choices.append(choose(part, of_part)[0])
+    return accepted_choices(tokens, counts, torch.cat(choices))
 
 
 def _pieces(rows: int, columns: int) -> Iterator[tuple[int, int]]:
@@ -159,17 +207,20 @@ def _pieces(rows: int, columns: int) -> Iterator[tuple[int, int]]:
 
 def accepted_choices(tokens: Tensor, counts: Sequence[int], choices: Tensor) -> list[list[int]]:
     """Accepts each row's longest prefix of drafts that equal the target's choices (S,); else as
-    `Sampler.verify`.
+    `verify`.
     """
     if max(counts) == 1:
         return [[chosen] for chosen in choices.tolist()]
-    (given, chosen), verified, first = torch.stack((tokens, choices)).tolist(), [], 0
+    # One copy from the device for both
+    given, chosen = torch.stack((tokens, choices)).tolist()
+    verified = []
+    first = 0
     for count in counts:
         drafts = given[first + 1 : first + count]
         own = chosen[first : first + count]
-        accepted = next(
-            (index for index, draft in enumerate(drafts) if draft != own[index]), count - 1
-        )
+        accepted = 0
+        while accepted < len(drafts) and drafts[accepted] == own[accepted]:
+            accepted += 1
         verified.append(own[: accepted + 1])
         first += count
     return verified
@@ -287,7 +338,7 @@ class LogitsProcessor:
             for place, scores in enumerate(logits, start=first):
                 forbidden = self._matcher.forbidden(self._output, drafts[:place])
                 if forbidden is not None and scores.device.type == "cpu":
-                    # By one thread, see Sampler
+                    # By one thread, see `best_of`
                     np.copyto(scores.numpy(), -np.inf, where=forbidden[: len(scores)])
                 elif forbidden is not None:
                     hidden = torch.from_numpy(forbidden[: len(scores)]).to(

@@ -16,8 +16,7 @@ from ..model.backend import Backend, DraftBlock, Submodel, TokenPass, states_at
 from ..model.cache import KVCache, Places, States, joined, on_device
 from ..model.noise import Noise
 from ..model.spec import ModelSpec
-from .graphs import Recorder
-from .sampling import truncates
+from .graphs import GraphRecorder
 
 if TYPE_CHECKING:
     from .drafters import Draft
@@ -75,10 +74,6 @@ class FixedTarget:
         self.writes: Hashable = self._layers, self._block is not None, tuple(blocks)
         self.rerun = int(any(block.needs_feature for block in blocks.values()))
         self.records = model.recordable and not self.rerun  # whether its passes can be recorded
-        reads_logits = config.changes_logits or config.logprobs is not None
-        if config.temperature > 0:  # a recorded pass has no noise
-            reads_logits |= self.records or truncates(config)
-        self._only_chooses = not (reads_logits or self._block)
         # Layers that all tokens run; later ones write no KV entries
         self._writing = self._layers
         spec = model.spec
@@ -130,16 +125,17 @@ class FixedTarget:
         self,
         draft: "Draft",
         places: Places,
-        recorder: Recorder | None = None,
+        recorder: GraphRecorder | None = None,
         noise: Noise | None = None,
+        reads_logits: bool = True,
     ) -> TargetOutput:
-        """Logits (N, V), or choices, after each of the draft's tokens. `recorder`: of such passes,
-        if they are recorded.
+        """Choices after each of the draft's tokens, or logits (N, V) if something else reads them.
 
-        `noise`: of choices.
+        `recorder`: of such passes, if they are recorded. `noise`: of choices.
         """
+        chooses = not reads_logits and self._block is None
         if recorder is None:
-            return self._pass(draft.tokens, draft.exit_states, places, noise)
+            return self._pass(draft.tokens, draft.exit_states, places, chooses, noise)
         # A recorded pass writes the entries of its own tokens, so no earlier ones may wait
         if self.exit_cache is not None:
             self.exit_cache.write(places.cache, places.starts)
@@ -154,27 +150,25 @@ class FixedTarget:
 
         def work(positions: Tensor, tokens: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
             recorded = Places(places.cache, (), (), recorded=positions)
-            output = self._pass(tokens, dict(zip(stops, states, strict=True)), recorded)
+            output = self._pass(tokens, dict(zip(stops, states, strict=True)), recorded, chooses)
             return tuple(part for part in (output.logits, output.choices) if part is not None)
 
-        (found,) = recorder.run(
-            ("pass", self.writes, self._only_chooses, stops), work, positions, *inputs
-        )
-        found = found[kept] if is_padded else found
-        return (
-            TargetOutput(None, self._layers, found)
-            if self._only_chooses
-            else TargetOutput(found, self._layers)
-        )
+        (found,) = recorder.run(("pass", self.writes, chooses, stops), work, positions, *inputs)
+        if is_padded:
+            found = found[kept]
+        if chooses:
+            return TargetOutput(None, self._layers, found)
+        return TargetOutput(found, self._layers)
 
     def _pass(
         self,
         tokens: Tensor,
         states: Mapping[int, Tensor],
         places: Places,
+        chooses: bool,
         noise: Noise | None = None,
     ) -> TargetOutput:
-        hidden, choices = self._run(tokens, states, places, self._only_chooses, noise)
+        hidden, choices = self._run(tokens, states, places, chooses, noise)
         return TargetOutput(self.head(hidden) if choices is None else None, self._layers, choices)
 
     def _run(
@@ -260,8 +254,9 @@ class CalmTarget:
         self,
         draft: "Draft",
         places: Places,
-        recorder: Recorder | None = None,
+        recorder: GraphRecorder | None = None,
         noise: Noise | None = None,
+        reads_logits: bool = True,
     ) -> TargetOutput:
         count = places.starts[0] - self._begin  # of the tokens between the prompt and this one
         hidden = self._model.embed(draft.tokens)
@@ -476,7 +471,9 @@ class Prefixes:
             [0], [most], [most + target.rerun] if target.rerun else None, end
         ), most
 
-    def parting(self, model: Backend, target: Target, prompt: Sequence[int], known: int) -> int:
+    def branch_point(
+        self, model: Backend, target: Target, prompt: Sequence[int], known: int
+    ) -> int:
         """Length of the longest prefix shared with a kept text, if `least` tokens longer than the
         reusable `known`; else 0.
         """
@@ -484,7 +481,7 @@ class Prefixes:
         common = max((_common(text.ids, prompt) for text in texts), default=0)
         return common if common - known >= self._least else 0
 
-    def gain(self, ids: Sequence[int], others: Sequence[Sequence[int]]) -> bool:
+    def would_share(self, ids: Sequence[int], others: Sequence[Sequence[int]]) -> bool:
         """True if one of `others`, once kept, will save this text at least `least` more tokens than
         the kept ones.
         """

@@ -145,7 +145,6 @@ class DraftEnds(NamedTuple):
     """
 
     ids: frozenset[int] = frozenset()  # stop after one of these tokens
-    confidence: float = 0.0  # stop before a token of lower probability
     # Stop after the token that takes the probability of accepting the whole draft below this
     survival: float = 0.0
     doubt: float = 1.0
@@ -153,7 +152,7 @@ class DraftEnds(NamedTuple):
 
     @property
     def needs_probs(self) -> bool:
-        return self.confidence > 0 or self.survival > 0
+        return self.survival > 0
 
     def length(self, probs: Sequence[float], most: int) -> int:
         """The length of a draft, by the probabilities of its tokens; `most` if none of them stops
@@ -161,8 +160,6 @@ class DraftEnds(NamedTuple):
         """
         survival = 1.0
         for place, prob in enumerate(probs):
-            if prob < self.confidence:
-                return min(place, most)
             survival *= 1 - self.doubt * (1 - prob) ** self.power
             if survival < self.survival:
                 return min(place + 1, most)

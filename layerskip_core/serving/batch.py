@@ -9,15 +9,15 @@ from ..config.decoding import DecodingConfig
 from ..decoding import Answer, DecodeStats
 from ..decoding.drafters.lookup import EarlierAnswers
 from ..errors import LayerSkipError
-from . import Request, Scheduler, Update
+from . import Dispatcher, Request, Update
 
-Asked = tuple[list[int], DecodingConfig] | LayerSkipError
+PromptOrError = tuple[list[int], DecodingConfig] | LayerSkipError
 """A prompt's token ids and how to decode it, or why it cannot be decoded."""
 
 
 def answers_to(
     decoder: Decoder,
-    prompts: Iterator[Asked],
+    prompts: Iterator[PromptOrError],
     batch_size: int,
     earlier: EarlierAnswers | None = None,
     is_ready: Callable[[], bool] = lambda: True,
@@ -26,33 +26,33 @@ def answers_to(
     are raised.
 
     At most `batch_size` prompts are decoded at once; further ones are read as these end. `earlier`:
-    as in Scheduler. `is_ready`: whether the next prompt can be read without waiting. The seconds of
+    as in Dispatcher. `is_ready`: whether the next prompt can be read without waiting. The seconds of
     an answer are those of the steps since the answer before, so that those of all answers add up.
     """
-    scheduler = Scheduler(decoder, batch_size, earlier)
+    dispatcher = Dispatcher(decoder, batch_size, earlier)
     unanswered = deque[tuple[Request | None, list[Update]]]()
     heard = dict[Request, list[Update]]()
     has_more = True
     seconds = 0.0
     index = 0
     while has_more or unanswered:
-        while has_more and scheduler.held < batch_size and (not unanswered or is_ready()):
-            asked = next(prompts, None)
-            if asked is None:
+        while has_more and dispatcher.held < batch_size and (not unanswered or is_ready()):
+            prompt = next(prompts, None)
+            if prompt is None:
                 has_more = False
                 break
             updates = list[Update]()
             request = None
-            if isinstance(asked, LayerSkipError):
-                updates.append(Update("", error=asked))
+            if isinstance(prompt, LayerSkipError):
+                updates.append(Update("", error=prompt))
             else:
-                ids, config = asked
+                ids, config = prompt
                 request = Request(ids, config, updates.append, streams=False)
                 heard[request] = updates
-                scheduler.add(request)
+                dispatcher.add(request)
             unanswered.append((request, updates))
         started = time.perf_counter()
-        ended = scheduler.step()
+        ended = dispatcher.step()
         seconds += time.perf_counter() - started
         for each in ended:
             assert isinstance(each, Request)
@@ -73,7 +73,7 @@ def answers_to(
 
 def _answer(request: Request, end: Update, seconds: float, index: int) -> Answer:
     """The whole answer. `end`: its last update, which has all of the text."""
-    row = request._row
+    row = request.row
     assert row is not None and end.finish_reason is not None
     stats = request.stats + DecodeStats(total_seconds=seconds)
     return Answer(

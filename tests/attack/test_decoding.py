@@ -20,7 +20,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
-from layerskip_core.decoding import DecodingLoop, Prefixes, decode_batch
+from layerskip_core.decoding import Prefixes, Scheduler, decode_batch, new_row, without_failure
 from layerskip_core.model import (
     ModelSpec,
     NativeBackend,
@@ -407,7 +407,7 @@ def test_drafts_batches_and_joins_change_no_tokens(kind, data):
     drafts = config.strategy not in ("autoregressive", "early-exit")
     sampled = config.temperature > 0
     if drafts and not sampled:
-        plain = DecodingConfig("autoregressive", None, 1, config.max_new_tokens, 0.0, config.stop)
+        plain = DecodingConfig("autoregressive", None, 1, config.max_new_tokens, config.stop)
         for prompt, answer in zip(prompts, single, strict=True):
             assert answer[:2] == answer_of(model, prompt, plain, ends)[:2]
             assert answer[:2] == answer_of(model, prompt, config, ends, reuse_exit_states=False)[:2]
@@ -461,12 +461,12 @@ def require_prefixes_to_change_nothing(model, prompts, config, ends):
 
 def joined(data, model, prompts, config, ends):
     """The outputs of prompts of which each joins the others after some of their steps."""
-    loop = DecodingLoop(model, [], config, ends, letters)
-    rows = [loop.row(prompt, config, ends, config.seed) for prompt in prompts]
+    scheduler = Scheduler(model)
+    rows = [new_row(model, prompt, config, ends, letters) for prompt in prompts]
     for row in rows:
-        loop.add(row)
+        scheduler.add(row)
         for _ in range(data.draw(st.integers(0, 3))):
-            next(loop, None)
-    for _ in loop:
-        pass
+            without_failure(scheduler.step())
+    while not scheduler.is_idle:
+        without_failure(scheduler.step())
     return [row.output for row in rows]

@@ -57,7 +57,7 @@ def test_generate(checkpoint, draft, plain):
         "--stats",
         "--draft-model",
     )
-    for flags in (("--spec", "3"), ("--strategy", "draft-model"), ("--draft-confidence", "0.01")):
+    for flags in (("--spec", "3"), ("--strategy", "draft-model")):
         result = run(*common, draft, *flags)
         assert result.out == plain and "steps by draft model: " in result.err
     result = run(*common, checkpoint)  # itself

@@ -313,7 +313,6 @@ OF_EXITS = ("lookup", "exit 2", "exit 3")
         ({}, ("--strategy", "lookup"), ("lookup",)),
         ({}, ("--strategy", "self-speculative"), ("exit 1",)),
         ({}, ("--exit", "6", "--draft-weights", "int8"), ("int8",)),
-        ({}, ("--draft-confidence", "0.01"), ("exit 1",)),
     ],
     ids=str,
 )

@@ -13,7 +13,7 @@ from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.checkpoint.save import write_info
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.config.resolution import policy_packing
-from layerskip_core.decoding import DecodingLoop
+from layerskip_core.decoding.engine import Engine
 from layerskip_core.errors import ConfigError
 
 PROMPT = "wake me up"
@@ -368,14 +368,14 @@ def test_rows_with_equal_settings_are_decoded_together_and_answered_in_order(ask
     rows = [{"prompt": prompt, **change} for prompt, change in zip(prompts, changes, strict=True)]
     singly = ask(*rows)
     sizes = []
-    honest = DecodingLoop._step
+    honest = Engine._run
 
-    def recorded(loop):
-        steps = honest(loop)
+    def recorded(engine, plan):
+        steps = honest(engine, plan)
         sizes.append(len(steps))
         return steps
 
-    monkeypatch.setattr(DecodingLoop, "_step", recorded)
+    monkeypatch.setattr(Engine, "_run", recorded)
     together = ask(*rows, flags=("--batch-size", "6"))
     assert max(sizes) == 3  # rows of one policy: exact is the default too
     assert len(sizes) < sum(answer["rounds"] + answer["new_tokens"] for answer in singly)

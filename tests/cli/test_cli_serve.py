@@ -93,7 +93,7 @@ def test_answers_are_not_remembered_unless_asked(extras, monkeypatch, flags, kep
         assert len(earlier) == kept
         raise LayerSkipError("far enough")
 
-    monkeypatch.setattr("layerskip_core.serving.engine.Engine", engine)
+    monkeypatch.setattr("layerskip_core.serving.thread.DecodingThread", engine)
     fails("far enough", "serve", "--port", "0", *flags)
 
 

@@ -16,7 +16,7 @@ from layerskip_core.config.options import Panel
 
 COMMANDS = get_command(app).commands
 DECODING = {
-    "--draft-confidence", "--temperature", "--top-k", "--top-p", "--stop", "--lookup", "--skip", "--max-new-tokens", "--seed",
+    "--temperature", "--top-k", "--top-p", "--stop", "--lookup", "--skip", "--max-new-tokens", "--seed",
     "--template", "--prompt-template", "--system", "--raw", "--quantize", "--draft-weights", "--draft-head", "--draft-vocab",
     "--exact", "--device", "--dtype", "--threads", "--model",
 }  # fmt: skip

@@ -21,7 +21,7 @@ from layerskip_core.decoding import Prefixes
 from layerskip_core.decoding.dialogue import TextStream
 from layerskip_core.model import TransformersBackend
 from layerskip_core.prompting import CHAT, PromptTemplate
-from layerskip_core.serving.engine import Engine
+from layerskip_core.serving.thread import DecodingThread
 
 NEEDED = "needs the extras dev and serve"
 httpx, openai, uvicorn, pydantic = (
@@ -41,7 +41,7 @@ FLAGS = {
 @dataclass
 class Api:
     url: str
-    engine: Engine
+    engine: DecodingThread
     server: uvicorn.Server
 
     def client(self, **keywords):
@@ -62,7 +62,7 @@ def serving(decoder, key=None, **limits):
     config = ServeConfig(
         **{"batch_size": 8, "queue_size": 256, "token_limit": 100, "decoding": FLAGS, **limits}
     )
-    engine = Engine(
+    engine = DecodingThread(
         decoder,
         config.batch_size,
         config.queue_size,
@@ -465,7 +465,7 @@ def test_what_is_no_request_at_all(api):
 
 def test_a_failure_is_an_error_and_not_the_end(api, client, monkeypatch, capsys):
     with monkeypatch.context() as broken:
-        broken.setattr("layerskip_core.serving.DecodingLoop", lambda *_, **__: 1 / 0)
+        broken.setattr("layerskip_core.decoding.scheduler.Engine", lambda *_, **__: 1 / 0)
         with pytest.raises(openai.InternalServerError, match="its log says why"):
             client.completions.create(model="tiny", prompt=PROMPT, stream=True)
     assert "division by zero" in capsys.readouterr().err

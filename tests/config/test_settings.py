@@ -136,7 +136,7 @@ TRAINED = Recommended(4, 12, "self-speculative")
 UNKNOWN = Recommended(2, 6)
 CONFIDENT = {"exit_confidence": 0.9}
 LOW = {
-    "strategy": "self-speculative", "exit_layer": 8, "num_draft_tokens": 3, "draft_weights": "int8", "draft_confidence": 0.5,
+    "strategy": "self-speculative", "exit_layer": 8, "num_draft_tokens": 3, "draft_weights": "int8",
     "lookup": 4, "measured": {"task": "topv2", "metric": "exact_match", "value": 0.9, "full_depth": 0.91, "speedup": 1.8},
 }  # fmt: skip
 
@@ -250,7 +250,6 @@ def test_options_that_contradict_each_other_or_the_model(asked, field, message):
     [
         ("num_draft_tokens", (1, 10_000), (0, 10_001, True, 2.5, "3", 2**70)),
         ("top_p", (1e-9, 1), (0, 1.001, float("nan"), float("inf"), "hot", False)),
-        ("draft_confidence", (0, 0.999), (1.0, -1e-9)),
         ("seed", (0, 2**32 - 1), (2**32, -1)),
         ("skip", ([1], (2, 3), range(2, 5)), ([0], "2,3", ["2"], 3)),
         ("stop", ("x", ["x", "y"]), ("", [""], ["a", 5], 5)),
@@ -277,7 +276,7 @@ def test_a_policy_keeps_limit_stop_and_sampling_of_the_request():
     request = {"max_new_tokens": 9, "stop": ["x"], "temperature": 0.5, "top_k": 3, "seed": 7}
     config = resolve(policy_options(LOW, request), UNKNOWN, 8, policy_packing(LOW))
     expected = DecodingConfig(
-        "self-speculative", 8, 3, 9, 0.5, ("x",), "int8", 4, temperature=0.5, top_k=3, seed=7
+        "self-speculative", 8, 3, 9, ("x",), "int8", 4, temperature=0.5, top_k=3, seed=7
     )
     assert config == expected
     for said in (
@@ -306,7 +305,6 @@ def test_a_row_replaces_options_and_a_policy_all_that_it_sets():
         {"policy": "fast"},
         {"strategy": "autoregressive"},
         {"exit_layer": 2},
-        {"draft_confidence": 0.5},
     ):
         assert choices({**said, "seed": 1}) == said
 

@@ -4,7 +4,7 @@ the newest token.
 
 from torch import tensor
 
-from layerskip_core.decoding.drafters import Context, Draft, DrafterSetup
+from layerskip_core.decoding.drafters import Draft, DrafterSetup, DraftInput
 from layerskip_core.decoding.output import Row
 
 
@@ -15,12 +15,12 @@ class RepeatingDrafter:
         # By row: how many tokens were drafted, and accepted
         self.verdicts: dict[Row, list[tuple[int, int]]] = {}
 
-    def draft(self, context: Context, limits: list[int]) -> Draft:
-        drafts = [repetition(ids)[:limit] for ids, limit in zip(context.ids, limits, strict=True)]
+    def draft(self, given: DraftInput, limits: list[int]) -> Draft:
+        drafts = [repetition(ids)[:limit] for ids, limit in zip(given.ids, limits, strict=True)]
         tokens = [
-            token for ids, row in zip(context.ids, drafts, strict=True) for token in (ids[-1], *row)
+            token for ids, row in zip(given.ids, drafts, strict=True) for token in (ids[-1], *row)
         ]
-        return Draft(tensor(tokens, device=context.newest.device), tuple(map(len, drafts)))
+        return Draft(tensor(tokens, device=given.newest.device), tuple(map(len, drafts)))
 
     def observe(self, row: Row, drafted: int, verified: list[int]) -> None:
         self.verdicts.setdefault(row, []).append((drafted, len(verified) - 1))

@@ -12,7 +12,7 @@ from layerskip_core.config.decoding import DecodingConfig, DraftProfile
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.decoding.drafters import DrafterSetup, drafter_for
-from layerskip_core.decoding.drafters.adaptive import bandit_of
+from layerskip_core.decoding.drafters.adaptive import new_bandit
 from layerskip_core.decoding.drafters.bandit import (
     Acceptance,
     Arm,
@@ -272,7 +272,8 @@ def knowing(backend, **profile):
     setup = DrafterSetup(
         backend, DecodingConfig("adaptive", exits=EXITS, profile=DraftProfile(**profile))
     )
-    drafter.bandit = bandit_of(setup, drafters, remembered=False)
+    drafter.bandit = new_bandit(setup, drafters)
+    drafter._bandit_for = lambda configs: drafter.bandit
     drafter._by_clock = False
     return drafter
 
@@ -410,11 +411,8 @@ def test_a_copy_at_an_exit_is_expected_to_be_right_nearly_as_often_as_the_exit()
         for name, drafter in adaptive(backend)._drafters.items()
         if name.startswith("int8")
     }
-    arms = bandit_of(
-        DrafterSetup(backend, DecodingConfig("adaptive", profile=profile)),
-        drafters,
-        remembered=False,
-    ).arms
+    setup = DrafterSetup(backend, DecodingConfig("adaptive", profile=profile))
+    arms = new_bandit(setup, drafters).arms
     found = {name: arm.acceptance.means()[0] for name, arm in arms.items()}
     assert found == {"int8": 0.95, "int8 exit 2": pytest.approx(0.38), "int8 exit 4": 0.7}
     assert {name: arm.calibration.power for name, arm in arms.items()} == {

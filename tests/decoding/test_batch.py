@@ -9,7 +9,7 @@ from decodings import WIDE, answer_of, letters, native_or_skip, prompt_of
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
-from layerskip_core.decoding import DecodingLoop, decode_batch
+from layerskip_core.decoding import DecodingLoop, Scheduler, decode_batch, new_row, without_failure
 from layerskip_core.errors import ConfigError
 from layerskip_core.model import NativeBackend, TorchBackend, TransformersBackend
 from layerskip_core.model.native.compiled import kernels
@@ -73,13 +73,14 @@ def test_a_row_draws_for_itself_while_an_older_one_reads_its_prompt():
     """
     backend = native_or_skip(tiny_model("llama", torch.float32, **WIDE))
     config = DecodingConfig("self-speculative", 3, 4, max_new_tokens=24, temperature=0.9)
-    loop = DecodingLoop(backend, [], config)
-    rows = [loop.row(prompt_of(length), config, frozenset(), length) for length in (100, 5)]
+    scheduler = Scheduler(backend, max_prefill_tokens=12)
+    rows = [new_row(backend, prompt_of(length), config, seed=length) for length in (100, 5)]
+    engine = scheduler.engine_for(rows[0])
     for row in rows:
-        loop.add(row)
-    rows[0].stop = 4
-    loop.piece = 12
-    list(loop)
+        engine.add(row)
+    rows[0].branch_point = 4
+    while not scheduler.is_idle:
+        without_failure(scheduler.step())
     alone = [
         DecodingLoop(backend, [prompt_of(length)], config, seeds=[length]) for length in (100, 5)
     ]

@@ -1,12 +1,14 @@
 """A copy that verifies guesses drafts what it drafts token by token, in fewer passes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from decodings import context_of, prompt_of
 from test_eagle3 import backend_of
 
 from layerskip_core.config.decoding import DecodingConfig
-from layerskip_core.decoding.drafters import DrafterSetup, cascade
+from layerskip_core.decoding.drafters import DrafterSetup, stepwise
 from layerskip_core.decoding.drafters.exit import ExitDrafter
 from layerskip_core.model import DraftEnds, Submodel
 from layerskip_core.model.cache import Places
@@ -19,9 +21,12 @@ def drafted(backend, texts, config, limits, ends, steps):
     drafter = ExitDrafter(setup, None, Submodel(6))
     cache = backend.new_cache(len(texts), 64)
     filled = [len(ids) - 1 for ids in texts]
-    layers = drafter._side.layers
+    part = drafter._part
+    if steps:
+        part = replace(part, guesses=None)
+    layers = part.side.layers
     newest = torch.tensor([ids[-1] for ids in texts])
-    context = context_of(texts, newest, cache, range(len(texts)), filled, config)
+    context = context_of(texts, newest, cache, range(len(texts)), filled, config, {9})
     run = layers.run_layers
     with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
         told = torch.tensor([token for ids in texts for token in ids[:-1]])
@@ -31,20 +36,18 @@ def drafted(backend, texts, config, limits, ends, steps):
             "run_layers",
             lambda *given: passes.append(given[1] == 0 < given[2]) or run(*given),
         )
-        made = (drafter._step_by_step if steps else drafter._cascade.draft)(context, limits, ends)
+        made = stepwise.StepwiseDraft(part, context, limits, ends).make()
     return made, sum(passes)
 
 
 @pytest.mark.parametrize("kind", ["generic", "native"])
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
-@pytest.mark.parametrize(
-    "ends", [DraftEnds(), DraftEnds(frozenset({9}), survival=0.05), DraftEnds(confidence=0.02)]
-)
+@pytest.mark.parametrize("ends", [DraftEnds(), DraftEnds(survival=0.05)])
 def test_the_drafts_are_those_of_single_steps(kind, temperature, ends, monkeypatch):
     """With guesses that are right, with some that are not, and where nothing is found: of rows of
     other lengths and limits.
     """
-    monkeypatch.setattr(cascade, "_GUESSES", 16)
+    monkeypatch.setattr(stepwise, "_GUESSES", 16)
     backend = backend_of(kind)
     config = DecodingConfig("self-speculative", 3, 8, temperature=temperature, seed=5)
     texts = [prompt_of(12, vocabulary=12), prompt_of(30, vocabulary=8), [*range(3, 20)]]
@@ -63,9 +66,7 @@ def test_right_guesses_save_passes(temperature, monkeypatch):
     drafts, steps = drafted(backend, [text], config, [8], DraftEnds(), True)
     answer = drafts.tokens.tolist()[1:]
     monkeypatch.setattr(
-        cascade.History,
-        "continuation",
-        lambda self, ids, most, own: (answer[len(own) :][:most], most),
+        stepwise.RowLookup, "guessed", lambda self, row, own, most: answer[len(own) :][:most]
     )
     made, passes = drafted(backend, [text], config, [8], DraftEnds(), False)
     assert made.tokens.tolist() == drafts.tokens.tolist() and (steps, passes) == (8, 2)

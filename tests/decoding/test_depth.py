@@ -146,7 +146,7 @@ def test_each_layer_runs_once_for_a_token_that_reaches_it(monkeypatch):
         prompt_of(9),
         DecodingConfig("early-exit", exits=(2, 4), exit_confidence=0.5, max_new_tokens=9),
     )
-    monkeypatch.setattr(decoding._target, "_leaving", scripted([2, 2, 4, 2, 2, 6, 2], model))
+    monkeypatch.setattr(decoding.engine.target, "_leaving", scripted([2, 2, 4, 2, 2, 6, 2], model))
     for _ in range(7):
         next(decoding)
     assert calls == [

@@ -15,12 +15,20 @@ from evaluating import tiny_loaded
 from test_loop import p_value_of
 
 from layerskip_core.config.decoding import DecodingConfig, DraftProfile
-from layerskip_core.decoding import DecodingLoop, Prefixes, decode, decode_batch
+from layerskip_core.decoding import (
+    DecodingLoop,
+    Prefixes,
+    Scheduler,
+    decode,
+    decode_batch,
+    new_row,
+    without_failure,
+)
 from layerskip_core.decoding.sampling import probabilities
 from layerskip_core.evaluation.measure import last_logits
 from layerskip_core.model import TorchBackend, TransformersBackend
 from layerskip_core.model.pages import PAGE
-from layerskip_core.serving import Request, Scheduler
+from layerskip_core.serving import Dispatcher, Request
 
 KINDS = ("generic", "packed", "native")
 DRAFTED = DecodingConfig("draft-model", num_draft_tokens=4, max_new_tokens=24)
@@ -124,7 +132,6 @@ def test_stop_strings_penalties_lookups_and_confidence_keep_the_output():
         {"stop": (stop,)},
         {"frequency_penalty": 0.8, "repetition_penalty": 1.3},
         {"lookup": 1},
-        {"draft_confidence": 0.1},
     ):
         config = replace(DRAFTED, **changes)
         expected, reason, _ = answer_of(backend, prompt, replace(plain, **changes))
@@ -166,15 +173,16 @@ def test_rows_that_join_a_loop_get_what_they_get_alone(kind, config):
     prompts = [prompt_of(length) for length in (9, 3, 40, 17)]
     if kind == "packed" and config.temperature:
         pytest.skip("PyTorch's kernels round otherwise among others")
-    loop = DecodingLoop(backend, [], config)
+    scheduler = Scheduler(backend)
     rows = []
     for number, prompt in enumerate(prompts):
-        rows.append(
-            loop.row(prompt, replace(config, max_new_tokens=30 - 6 * number), frozenset(), number)
-        )
-        loop.add(rows[-1])
-        next(loop), next(loop)
-    assert all(loop)
+        own = replace(config, max_new_tokens=30 - 6 * number, seed=number)
+        rows.append(new_row(backend, prompt, own))
+        scheduler.add(rows[-1])
+        for _ in range(2):
+            without_failure(scheduler.step())
+    while not scheduler.is_idle:
+        without_failure(scheduler.step())
     for number, prompt in enumerate(prompts):
         alone = DecodingLoop(
             backend, [prompt], replace(config, max_new_tokens=30 - 6 * number), seeds=[number]
@@ -318,7 +326,7 @@ def test_a_shortage_in_one_pool_drops_texts_of_that_pool_only():
     told = Told(prompt_of(300), plain)
     of_draft = [text for text in kept_by(prefixes) if text[0] is draft]
     backend._pool.most = 6
-    scheduler = Scheduler(replace(tiny_loaded(), backend=backend), 4, prefixes=prefixes)
+    scheduler = Dispatcher(replace(tiny_loaded(), backend=backend), 4, prefixes=prefixes)
     scheduler.add(told.request)
     while scheduler.held:
         scheduler.step()
@@ -372,14 +380,14 @@ def test_requests_are_answered_while_long_prompts_are_read(config, monkeypatch):
     clients = [Told(prompt_of(length, vocabulary=300), config) for length in lengths]
     expected = [decoder.detokenize(plainly(backend, client.request.ids, 50)) for client in clients]
     passes = passes_of(backend.draft_model, monkeypatch)
-    scheduler = Scheduler(decoder, 4, prefixes=Prefixes(1 << 30))
+    scheduler = Dispatcher(decoder, 4, prefixes=Prefixes(1 << 30))
     aside = 0
     backend.limit_memory(13 * (backend._pool.page_bytes + backend.draft_model._pool.page_bytes))
     for client in clients:
         scheduler.add(client.request)
     while scheduler.held:
         scheduler.step()
-        aside = max(aside, sum(request._row is not None for request in scheduler._waiting))
+        aside = max(aside, sum(bool(row.output) for row in scheduler._scheduler.waiting))
     assert [client.text for client in clients] == expected and aside
     assert all(sum(counts) <= 256 for counts in passes if len(counts) > 1)
     assert sum(client.request.stats.drafted for client in clients) > 100

@@ -7,11 +7,18 @@ from functools import cache
 
 import pytest
 import torch
-from decodings import WIDE, backend_on, ids_of, prompt_of
+from decodings import WIDE, backend_on, ids_of, prompt_of, stepwise
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
-from layerskip_core.decoding import DecodingLoop, decode, decode_batch
+from layerskip_core.decoding import (
+    DecodingLoop,
+    Scheduler,
+    decode,
+    decode_batch,
+    new_row,
+    without_failure,
+)
 from layerskip_core.decoding.drafters import Draft, DrafterSetup
 from layerskip_core.decoding.drafters.adaptive import AdaptiveDrafter
 from layerskip_core.decoding.drafters.exit import ExitDrafter
@@ -26,12 +33,6 @@ DRAFTING = {
             "num_draft_tokens": count,
         }
         for count in (1, 2, 3, 7)
-    },
-    "confident": {
-        "strategy": "self-speculative",
-        "exit_layer": 5,
-        "num_draft_tokens": 6,
-        "draft_confidence": 0.3,
     },
     "copy": {
         "strategy": "self-speculative",
@@ -116,20 +117,23 @@ def test_a_row_that_was_set_aside_goes_on_with_its_sample_in_another_loop(kind):
     backend = backend_of(kind)
     config = DecodingConfig(max_new_tokens=NEW, temperature=1.0, seed=3, **DRAFTING["adaptive"])
     expected = ids_of(decode(backend, prompt_of(9), replace(config, strategy="autoregressive")))
-    loop = DecodingLoop(backend, [prompt_of(9), prompt_of(5)], config, seeds=[3, 8])
-    row = loop.rows[0]
+    scheduler = Scheduler(backend)
+    row = new_row(backend, prompt_of(9), config)
+    scheduler.add(row)
+    scheduler.add(new_row(backend, prompt_of(5), replace(config, seed=8)))
     for _ in range(4):
-        next(loop)
+        without_failure(scheduler.step())
     for _ in range(3):
-        loop.set_aside(row)
+        scheduler.preempt(row)
         assert 0 < len(row.output) < NEW
-        other = DecodingLoop(backend, [prompt_of(7)], config, seeds=[1])
-        other.add(row)
+        scheduler.waiting.remove(row)
+        scheduler = Scheduler(backend)
+        scheduler.add(new_row(backend, prompt_of(7), replace(config, seed=1)))
+        scheduler.add(row)
         for _ in range(3):
-            next(other)
-        loop = other
-    for _ in loop:
-        pass
+            without_failure(scheduler.step())
+    while not scheduler.is_idle:
+        without_failure(scheduler.step())
     assert row.output == expected
 
 
@@ -193,11 +197,11 @@ def test_a_draft_in_one_call_is_that_of_single_steps(temperature, layers):
 
         def both(context, limits, drafter=drafter, made=made):
             ends = DraftEnds(survival=0.3)
-            for draft in (drafter.draft, drafter._step_by_step):
-                made.append(draft(context, limits, ends))
+            made.append(drafter.draft(context, limits, ends))
+            made.append(stepwise(drafter, context, limits, ends))
             return made[-1]
 
-        loop._drafter = type(
+        loop.engine.drafter = type(
             "Both", (), {"draft": staticmethod(both), "observe": lambda *_: None}
         )()
         ids_of(loop)
@@ -214,4 +218,7 @@ def test_sampled_adaptive_drafting_measures_times():
     config = DecodingConfig(max_new_tokens=NEW, temperature=0.7, **DRAFTING["adaptive"])
     loop = decode(backend_of("native"), prompt_of(9), config)
     ids_of(loop)
-    assert isinstance(loop._drafter, AdaptiveDrafter) and loop._drafter.bandit.passes.is_measured
+    assert (
+        isinstance(loop.engine.drafter, AdaptiveDrafter)
+        and loop.engine.drafter.bandit.passes.is_measured
+    )

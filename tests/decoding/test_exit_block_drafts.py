@@ -19,6 +19,7 @@ from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import DecodingLoop, decode
 from layerskip_core.decoding.drafters.adaptive import AdaptiveDrafter
 from layerskip_core.decoding.drafters.bandit import Plan
+from layerskip_core.decoding.sampling import Span, choose
 from layerskip_core.model import DraftEnds, TorchBackend, TransformersBackend
 from layerskip_core.model.exit_blocks import ExitBlock
 
@@ -56,7 +57,7 @@ def recorded(loop, backend):
     """Compares the first draft of every round by a block with the one from the whole text; returns
     how many there were.
     """
-    drafter = loop._drafter
+    drafter = loop.engine.drafter
     seen = []
     original = drafter.draft
 
@@ -69,9 +70,8 @@ def recorded(loop, backend):
                     logits = first_logits(
                         backend, list(context.ids[row]), int(made.source[-1])
                     ).double()
-                    noise = loop._sampler.noise([context.rows[row]], [0], [1])
-                    scores = loop._sampler.scores(logits[None], noise)
-                    assert int(made.tokens[first + row + 1]) == int(loop._sampler.best(scores))
+                    chosen, _ = choose(logits[None], [Span(context.rows[row])])
+                    assert int(made.tokens[first + row + 1]) == int(chosen)
                     seen.append(row)
         return made
 
@@ -125,9 +125,9 @@ def scheduled(backend, prompts, schedule, limit, eos_ids=frozenset()):
     """A loop in which arms of adaptive drafting take turns: 0 is none, 1 and 2 are the exits."""
     config = DecodingConfig("adaptive", max_new_tokens=limit, num_draft_tokens=6, exits=EXITS)
     loop = DecodingLoop(backend, prompts, config, eos_ids, None)
-    loop._drafter.__class__ = Scheduled
-    loop._drafter.schedule = list(schedule)
-    loop._drafter._by_clock = False  # by the clock some steps are plain, to be timed
+    loop.engine.drafter.__class__ = Scheduled
+    loop.engine.drafter.schedule = list(schedule)
+    loop.engine.drafter._by_clock = False  # by the clock some steps are plain, to be timed
     return loop
 
 
@@ -174,15 +174,16 @@ def test_a_block_that_does_not_draft_writes_nothing_and_catches_up_when_it_does(
     for _ in range(plain_steps):
         next(loop)
     for index, row in enumerate(loop.rows):
-        assert loop._cache.num_unwritten[index] == row.filled
+        assert loop.engine.cache.num_unwritten[index] == row.num_computed_tokens
         if kind != "native":  # whose new pages are not zeroed
-            assert not entries(loop._cache, index)[block.layer, ..., : row.filled, :].any()
-    before = [row.filled for row in loop.rows]
+            found = entries(loop.engine.cache, index)[block.layer]
+            assert not found[..., : row.num_computed_tokens, :].any()
+    before = [row.num_computed_tokens for row in loop.rows]
     steps = next(loop)
     assert all(step.counts.drafted == 3 for step in steps)
     for index, (row, filled) in enumerate(zip(loop.rows, before, strict=True)):
-        assert loop._cache.num_unwritten[index] == row.filled - filled
-        found = entries(loop._cache, index)[block.layer, ..., :filled, :]
+        assert loop.engine.cache.num_unwritten[index] == row.num_computed_tokens - filled
+        found = entries(loop.engine.cache, index)[block.layer, ..., :filled, :]
         cache = backend.new_cache(1)
         tokens = torch.tensor(row.ids[:filled])
         with torch.inference_mode():
@@ -201,9 +202,9 @@ def test_the_target_goes_on_from_the_exit_that_drafted(kind, monkeypatch):
     run_layers = backend.run_layers
     choose = backend.choose
 
-    def choice(step):
-        spans.extend((layer, len(step.tokens)) for layer in (step.start, *step.taps[:-1]))
-        return choose(step)
+    def choice(tokens, states, start, stop, kept, places, noise):
+        spans.extend((layer, len(tokens)) for layer in (start, *kept[:-1]))
+        return choose(tokens, states, start, stop, kept, places, noise)
 
     def record(hidden, start, stop, places):
         spans.append((start, len(hidden)))

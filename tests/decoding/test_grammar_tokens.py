@@ -12,7 +12,7 @@ from added_tokens import ADDED, few_letters, styled_tokenizer
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.errors import LayerSkipError
 from layerskip_core.language_model import LanguageModel
-from layerskip_core.serving import Request, Scheduler
+from layerskip_core.serving import Dispatcher, Request
 
 pytest.importorskip("llguidance", reason="needs the extra grammar")
 grammar = pytest.importorskip("layerskip_core.grammar")
@@ -143,7 +143,7 @@ def test_an_answer_that_no_token_can_continue_is_an_error(guided, tokens, drafti
         list(model.stream("abcd", **guided, **drafting, max_new_tokens=12).segments())
     # Of a batch only its own answer fails.
     options = [guided, {"regex": "[a-d]{3}"}, {}]
-    scheduler = Scheduler(model.decoder, 3)
+    scheduler = Dispatcher(model.decoder, 3)
     updates = [[], [], []]
     for received, own in zip(updates, options, strict=True):
         config = model.decoder.resolve({**own, **drafting, "max_new_tokens": 12})

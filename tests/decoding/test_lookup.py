@@ -7,7 +7,7 @@ from decodings import WIDE, context_of, ids_of, native_or_skip, plainly, prompt_
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
-from layerskip_core.decoding import DecodingLoop, decode, decode_batch
+from layerskip_core.decoding import Scheduler, decode, decode_batch, new_row, without_failure
 from layerskip_core.decoding.drafters import Draft, DrafterSetup, drafter_for
 from layerskip_core.decoding.drafters.lookup import EarlierAnswers, History, LookupDrafter
 from layerskip_core.model import TransformersBackend
@@ -61,11 +61,11 @@ class Scripted:
 
 def test_another_drafter_drafts_where_nothing_is_found():
     other = Scripted()
-    drafter = LookupDrafter(2, frozenset({4}), other)
+    drafter = LookupDrafter(2, other)
 
     def drafted(ids):
         draft = drafter.draft(
-            context_of([ids], torch.tensor(ids[-1:]), None, [0], [len(ids) - 1]), [8]
+            context_of([ids], torch.tensor(ids[-1:]), None, [0], [len(ids) - 1], eos_ids={4}), [8]
         )
         drafter.observe(0, 1, [draft.source])
         return draft.tokens.tolist(), draft.counts, draft.source
@@ -187,10 +187,11 @@ def test_rows_of_a_batch_are_remembered_as_they_finish(invariant):
     assert sum(answer.stats.accepted for answer in again) > sum(
         answer.stats.accepted for answer in first
     )
-    loop = DecodingLoop(invariant, [prompt_of(5)], config, earlier=EarlierAnswers())
-    next(loop)
-    loop.cancel(loop.rows[0])
-    assert list(loop) == [] and not loop._earlier  # an answer that was given up is none
+    scheduler = Scheduler(invariant, earlier=(given_up := EarlierAnswers()))
+    row = new_row(invariant, prompt_of(5), config)
+    scheduler.add(row)
+    without_failure(scheduler.step())
+    assert scheduler.remove(row) and scheduler.is_idle and not given_up
 
 
 @pytest.mark.parametrize("settings", STRATEGIES, ids=str)

@@ -118,11 +118,6 @@ def test_a_round_runs_the_first_layers_once_a_token_and_the_others_once(backend)
     )
     next(decoding)
     assert tokens_by_layer(backend, lambda: next(decoding)) == [[1, 1, 1, 4]] * 2 + [[4]] * 4
-    config = DecodingConfig(exit_layer=2, num_draft_tokens=3, draft_confidence=1 - 1e-12)
-    decoding = decode(backend, prompt_of(9), config)
-    next(decoding)
-    assert tokens_by_layer(backend, lambda: next(decoding)) == [[1]] * 6
-    assert (decoding.stats.rounds, decoding.stats.drafted) == (0, 0)
     config = DecodingConfig(strategy="early-exit", exit_layer=2, max_new_tokens=3)
     assert (
         tokens_by_layer(backend, lambda: list(decode(backend, prompt_of(9), config)))

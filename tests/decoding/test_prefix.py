@@ -15,7 +15,14 @@ from exit_block_models import random_blocks, random_eagle3
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
-from layerskip_core.decoding import DecodingLoop, Prefixes, decode
+from layerskip_core.decoding import (
+    DecodingLoop,
+    Prefixes,
+    Scheduler,
+    decode,
+    new_row,
+    without_failure,
+)
 from layerskip_core.model import ModelSpec, TorchBackend
 from layerskip_core.model.exit_blocks import NO_BLOCKS, ExitBlock
 
@@ -67,7 +74,7 @@ def conversation(backend, config, prefixes):
     last = None
     for turn in range(3):
         decoding = decode(backend, text, config, prefixes=prefixes)
-        last = decoding, decoding._cache  # a loop drops it at its end
+        last = decoding, decoding.engine.cache  # a loop drops it at its end
         outputs.append(ids_of(decoding))
         reused.append(decoding.reused_tokens)
         # A long one, so that tiled kernels run too
@@ -80,9 +87,9 @@ def keys_and_values(decoding, cache):
     different depths.
     """
     [row] = decoding.rows
-    if (blocks := decoding._target.exit_cache) is not None:
-        blocks.write(cache, [row.filled])
-    stop = len(row.ids) - 1 if decoding._target.decodes_like_prefill else row.prompt_tokens
+    if (blocks := decoding.engine.target.exit_cache) is not None:
+        blocks.write(cache, [row.num_computed_tokens])
+    stop = len(row.ids) - 1 if decoding.engine.target.decodes_like_prefill else row.prompt_tokens
     return entries(cache)[..., :stop, :]
 
 
@@ -146,7 +153,7 @@ def test_a_drafter_keeps_its_entry_of_the_token_that_is_rerun(kind, kept):
         first step.
         """
         loop = DecodingLoop(backend, [[*first[:65], 7, 8]], config, **known)
-        cache = loop._cache
+        cache = loop.engine.cache
         next(loop)
         return entries(cache)[6, ..., :64, :], loop.reused_tokens
 
@@ -200,19 +207,18 @@ def test_a_text_that_is_given_up_while_it_runs_again_is_not_kept():
     backend = native()
     config = settings_of("exit", 30)
     shared = Prefixes(1 << 30)
-    loop = decoded(backend, prompt_of(200), config, shared)
-    for _ in range(4):
-        next(loop)
-    text = [*loop.rows[0].ids, 5]
-    [row] = loop.rows
-    loop.set_aside(row)
+    scheduler = Scheduler(backend, max_prefill_tokens=70, prefixes=shared)
+    row = new_row(backend, prompt_of(200), config)
+    scheduler.add(row)
+    for _ in range(6):
+        without_failure(scheduler.step())
+    text = [*row.ids, 5]
+    assert row.output
+    scheduler.preempt(row)
     while shared.drop():
         pass
-    loop.add(row)
-    loop.piece = 70
-    next(loop)
-    loop.cancel(row)
-    assert not loop.active
+    without_failure(scheduler.step())
+    assert scheduler.remove(row) and scheduler.is_idle
     again = decoded(backend, text, settings_of("exit"), shared)
     assert again.reused_tokens == 0 and ids_of(again) == ids_of(
         decoded(backend, text, settings_of("exit"))
@@ -289,7 +295,7 @@ def test_texts_with_a_common_beginning_compute_it_once(strategy):
     for prompt in prompts:
         found = decoded(backend, prompt, config, shared)
         fresh = decoded(backend, prompt, config)
-        caches = found._cache, fresh._cache  # a loop drops its cache at its end
+        caches = found.engine.cache, fresh.engine.cache  # a loop drops its cache at its end
         assert ids_of(found) == ids_of(fresh)
         layers = 3 if strategy == "early exit" else None
         assert torch.equal(

@@ -17,9 +17,17 @@ from simulated_cuda import simulated_cuda
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
-from layerskip_core.decoding import DecodingLoop, Prefixes, decode, graphs
+from layerskip_core.decoding import (
+    DecodingLoop,
+    Prefixes,
+    Scheduler,
+    decode,
+    graphs,
+    new_row,
+    without_failure,
+)
 from layerskip_core.decoding.drafters import Draft
-from layerskip_core.decoding.graphs import Recorder
+from layerskip_core.decoding.graphs import GraphRecorder
 from layerskip_core.errors import ConfigError
 from layerskip_core.model import TorchBackend, row_cache
 from layerskip_core.model.cache import Places
@@ -46,14 +54,14 @@ def model(gpu):
 @pytest.fixture
 def recordings(monkeypatch):
     made = []
-    usual = Recorder._recorded
+    usual = GraphRecorder._recorded
 
     def noted(self, work, inputs):
         recording = usual(self, work, inputs)
         made.append(tuple(tuple(tensor.shape) for tensor in inputs))
         return recording
 
-    monkeypatch.setattr(Recorder, "_recorded", noted)
+    monkeypatch.setattr(GraphRecorder, "_recorded", noted)
     return made
 
 
@@ -99,10 +107,10 @@ def test_no_entries_of_a_block_wait_across_a_recorded_pass(gpu):
     model = TorchBackend.of(tiny.to("cuda"), PackingConfig(), exit_blocks=blocks)
     loop = DecodingLoop(model, [PROMPT], DRAFTED, drafter=Silent())
     next(loop)
-    assert loop._cache.num_unwritten == [len(PROMPT)]
+    assert loop.engine.cache.num_unwritten == [len(PROMPT)]
     for _ in range(4):
         next(loop)
-    assert loop.stats.replayed > 0 and loop._cache.num_unwritten == [0]
+    assert loop.stats.replayed > 0 and loop.engine.cache.num_unwritten == [0]
 
 
 def test_two_decodings_at_once_keep_apart(model):
@@ -136,8 +144,8 @@ def test_a_text_that_outgrows_the_cache_is_recorded_anew(
         seen = []
         found = list(next(loop)[0].ids)  # whose pass is not recorded
         for [step] in loop:
-            if loop.active:  # at its end a loop drops its cache
-                seen.append(loop._cache.capacity)
+            if loop.engine.rows:  # at its end a loop drops its cache
+                seen.append(loop.engine.cache.capacity)
             found += step.ids
         assert sorted({*seen}) == rooms and loop.stats.replayed > 0
         assert found == on_cpu(PROMPT, replace(PLAIN, max_new_tokens=settings.max_new_tokens))
@@ -156,8 +164,8 @@ def test_a_cache_has_room_for_the_text_and_not_for_all_that_may_come(gpu):
     ):
         loop = decode(model, prompt, replace(PLAIN, max_new_tokens=count))
         next(loop), next(loop)
-        assert loop._cache.capacity == room
-        loop._recorder.give_back(model)
+        assert loop.engine.cache.capacity == room
+        loop.engine.recorder.give_back(model)
 
 
 def test_only_what_was_replayed_is_counted(model):
@@ -200,7 +208,7 @@ def test_the_passes_of_a_batch_are_replayed(gpu, model, recordings, config):
     prompts = [PROMPT, OTHER, [3] * 9, [4, 5, 4, 5, 4]]
     loop = DecodingLoop(model, prompts, config)
     for row, room in zip(loop.rows, (24, 24, 7, 5), strict=True):
-        row.scanner.room = room
+        row.scanner.tokens_left = room
     for _ in loop:
         pass
     assert [row.output for row in loop.rows] == [
@@ -214,23 +222,24 @@ def test_the_passes_of_a_batch_are_replayed(gpu, model, recordings, config):
 
 def test_rows_join_and_leave_without_new_recordings(gpu, model, recordings):
     """Until there are more than slots: each has a place of its own, and the cache does not move."""
-    loop = DecodingLoop(model, JOINING[:4], DRAFTED)
-    rows = list(loop.rows)
-    later = [loop.row(prompt, DRAFTED, frozenset(), 0) for prompt in (*JOINING[4:], OTHER)]
-    for row, room in zip(rows, (5, 24, 9, 24), strict=True):
-        row.scanner.room = room
-    next(loop), next(loop)
-    storage = loop._cache.storage
-    for _ in loop:
-        assert not loop.active or loop._cache.storage is storage
-        if later and loop._cache.rows < 4:
-            rows.append(later.pop(0))
-            loop.add(rows[-1])
+    scheduler = Scheduler(model, max_rows=4)
+    limits = (5, 24, 9, 24, 24, 24)
+    rows = []
+    for prompt, limit in zip((*JOINING, OTHER), limits, strict=True):
+        rows.append(new_row(model, prompt, replace(DRAFTED, max_new_tokens=limit)))
+        scheduler.add(rows[-1])
+    engine = scheduler.engine_for(rows[0])
+    for _ in range(2):
+        without_failure(scheduler.step())
+    storage = engine.cache.storage
+    while not scheduler.is_idle:
+        without_failure(scheduler.step())
+        assert not engine.rows or engine.cache.storage is storage
     assert [row.output for row in rows] == [
         on_cpu(row.ids[: row.prompt_tokens])[: len(row.output)] for row in rows
     ]
-    assert [len(row.output) for row in rows] == [5, 24, 9, 24, 24, 24]
-    assert loop.stats.replayed > 10 and len({*recordings}) == len(recordings)
+    assert [len(row.output) for row in rows] == list(limits)
+    assert engine.seconds["replayed"] > 10 and len({*recordings}) == len(recordings)
 
 
 def test_where_recording_fails_decoding_goes_on(gpu, model, monkeypatch):
@@ -267,7 +276,7 @@ def test_what_the_environment_asks_for(gpu, monkeypatch):
 
 def test_recorded_passes_see_no_key_that_the_mask_hides(model):
     """Whatever the places after a text hold, such as an older text."""
-    recorder = Recorder(model.new_cache())
+    recorder = GraphRecorder(model.new_cache())
     with torch.inference_mode():
         model.run_layers(
             model.embed(torch.tensor(PROMPT).to("cuda")), 0, 3, recorder.cache.span(0, 5)

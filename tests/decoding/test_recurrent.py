@@ -19,14 +19,21 @@ from test_prefix import SHAPE, conversation, entries, of_turns
 from layerskip_core.checkpoint.sidecars import matrix_names
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
-from layerskip_core.decoding import DecodingLoop, Prefixes, decode, decode_batch
+from layerskip_core.decoding import (
+    Prefixes,
+    Scheduler,
+    decode,
+    decode_batch,
+    new_row,
+    without_failure,
+)
 from layerskip_core.decoding.dialogue import TextStream
 from layerskip_core.errors import LayerSkipError
 from layerskip_core.model import ModelSpec, NativeBackend
 from layerskip_core.model.exit_blocks import MTP, ExitBlock
 from layerskip_core.model.pages import PAGE
 from layerskip_core.model.weights import int4_of, stored
-from layerskip_core.serving import Request, Scheduler
+from layerskip_core.serving import Dispatcher, Request
 
 PRECISIONS = {
     "fp32": (torch.float32, PackingConfig(draft_weights=("int8", "int4"))),
@@ -134,18 +141,14 @@ def test_rows_join_leave_and_run_again_in_pieces(model_type, name):
     backend = backend_of(model_type)
     config = drafting(name)
     lengths = (20, 3, 50, 31)
-    loop = DecodingLoop(backend, [], config)
-    rows = [loop.row(prompt_of(length), config, frozenset(), 0) for length in lengths]
-    loop.piece = 7
+    scheduler = Scheduler(backend, max_prefill_tokens=7)
+    rows = [new_row(backend, prompt_of(length), config) for length in lengths]
     for turn in range(200):
         if turn in (0, 2, 5, 8):
-            loop.add(rows[(0, 2, 5, 8).index(turn)])
-        if turn == 7:
-            loop.set_aside(rows[1])
-        if turn == 10:
-            loop.add(rows[1])
-        if next(loop, None) is None:
-            break
+            scheduler.add(rows[(0, 2, 5, 8).index(turn)])
+        if turn == 7 and rows[1] in scheduler.running:
+            scheduler.preempt(rows[1])
+        without_failure(scheduler.step())
     assert [row.output for row in rows] == [
         plainly(model_type, "fp32", length) for length in lengths
     ]
@@ -232,9 +235,10 @@ def test_an_answer_ends_where_the_memory_does(model_type, drafts):
     try:
         loop = decode(backend, prompt_of(10), config)
         ids = ids_of(loop)
-        assert len(ids) == PAGE - 10 and loop.rows[0].scanner.room == 0
-        assert backend.context_length(drafts) == PAGE
-        assert backend.context_length() == backend.context_length(32)
+        assert len(ids) == PAGE - 10 and loop.rows[0].scanner.tokens_left == 0
+        assert backend.context_length(
+            drafts
+        ) == PAGE and backend.context_length() == backend.context_length(32)
     finally:
         pool.most = inf
     assert ids == ids_of(decode(backend, prompt_of(10), replace(config, max_new_tokens=PAGE - 10)))
@@ -292,7 +296,7 @@ def test_served_prompts_that_begin_alike_share_states(model_type, name):
 
     def reused(prompt):
         told = []
-        scheduler = Scheduler(decoder, 2, prefixes=prefixes)
+        scheduler = Dispatcher(decoder, 2, prefixes=prefixes)
         scheduler.add(request := Request(prompt, config, told.append))
         while scheduler.held:
             scheduler.step()
@@ -331,12 +335,12 @@ def test_a_full_pool_loses_nothing(model_type, name):
     prefixes = Prefixes(1 << 30)
     waited = 0
     pool.most = 4 * pool.pages_of_memory(14) + 12
-    scheduler = Scheduler(decoder, 8, prefixes=prefixes)
+    scheduler = Dispatcher(decoder, 8, prefixes=prefixes)
     for prompt, updates in zip(prompts, told, strict=True):
         scheduler.add(Request(prompt, config, updates.append))
     while scheduler.held:
         scheduler.step()
-        waited = max(waited, sum(request._row is not None for request in scheduler._waiting))
+        waited = max(waited, sum(bool(row.output) for row in scheduler._scheduler.waiting))
         assert pool.used <= pool.most
     assert waited and ["".join(update.text for update in updates) for updates in told] == expected
     while prefixes.drop():

@@ -9,17 +9,20 @@ from torch import tensor
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding import sampling
-from layerskip_core.decoding.sampling import Sampler, Scores, probabilities
+from layerskip_core.decoding.sampling import Scores, Span, best_of, choose, probabilities, verify
 from layerskip_core.model import noise as noises
 from layerskip_core.model.native import noise as native_noise
 from layerskip_core.model.native.noise import perturbed
 from layerskip_core.model.noise import Noise, key_of
 from layerskip_core.model.vocabulary import most_probable
 
+GREEDY = DecodingConfig()
 
-def drawing(seeds, ids=()):
-    """Rows that draw by these seeds."""
-    return [SimpleNamespace(seed=seed, processor=None, ids=ids) for seed in seeds]
+
+def drawing(seeds, config=GREEDY, ids=(), counts=None):
+    """Spans of rows that draw by these seeds, one token each or so many."""
+    rows = [SimpleNamespace(seed=seed, processor=None, ids=ids, config=config) for seed in seeds]
+    return [Span(row, count) for row, count in zip(rows, counts or [1] * len(rows), strict=True)]
 
 
 def p_value(counts: torch.Tensor, probs: torch.Tensor) -> float:
@@ -88,13 +91,10 @@ def test_top_p_among_equals_keeps_one_at_least(vocabulary):
     assert tied.tolist() == [0.5, 0.5, 0.0]
 
 
-def drawn(sampler, logits, draws, first=0):
+def drawn(config, logits, draws):
     """How often each token is chosen by so many seeds."""
-    rows = drawing(range(first, first + draws))
-    scores = sampler.scores(
-        logits.expand(draws, -1).clone(), sampler.noise(rows, [0] * draws, [1] * draws)
-    )
-    return sampler.best(scores).bincount(minlength=len(logits))
+    tokens, _ = choose(logits.expand(draws, -1).clone(), drawing(range(draws), config))
+    return tokens.bincount(minlength=len(logits))
 
 
 @pytest.fixture(params=["kernels", "torch"])
@@ -113,7 +113,7 @@ def test_choices_follow_their_probabilities_and_never_fall_on_zero(config, made_
     """
     draws = 20_000
     for logits in (LOGITS.clone(), tensor([0.3, -torch.inf, 1.0, 1.0, -torch.inf, -2.0])):
-        counts = drawn(Sampler(config), logits, draws)
+        counts = drawn(config, logits, draws)
         probs = probabilities(logits, config)
         has_mass = probs > 1e-12
         assert counts[~has_mass].sum() == 0
@@ -245,16 +245,11 @@ def test_the_same_noise_makes_likely_drafts():
     """
     generator = torch.Generator().manual_seed(2)
     draws = 4_000
-    sampler = Sampler(DecodingConfig(temperature=1.0))
-    rows = drawing(range(draws))
-    noise = sampler.noise(rows, [0] * draws, [1] * draws)
+    spans = drawing(range(draws), DecodingConfig(temperature=1.0))
     for spread in (0.2, 1.0, 3.0):
         target = torch.randn(50, generator=generator) * 2
         draft = target + spread * torch.randn(50, generator=generator)
-        choices = [
-            sampler.best(sampler.scores(one.expand(draws, -1).clone(), noise))
-            for one in (target, draft)
-        ]
+        choices = [choose(one.expand(draws, -1).clone(), spans)[0] for one in (target, draft)]
         agreement = float((choices[0] == choices[1]).double().mean())
         distance = float((target.softmax(-1) - draft.softmax(-1)).abs().sum()) / 2
         error = 4 * (0.25 / draws) ** 0.5  # four standard deviations
@@ -271,10 +266,12 @@ def test_greedy_keeps_each_row_s_drafts_that_the_target_would_choose():
     logits = one_hot(*chain(*choices))
     counts = list(map(len, choices))
     tokens = tensor([*chain(*([3, *own] for own in drafts))])
-    verified = Sampler(DecodingConfig()).verify(tokens, counts, logits, None, drawing(range(5)))
-    assert verified == [[7, 8, 9], [7, 5], [6], [7, 8], [7]]
-    assert Sampler(DecodingConfig()).verify(tokens[:3], [3], logits[3:6], None, drawing([0])) == [
-        [7, 5]
+    assert verify(tokens, drawing(range(5), counts=counts), logits) == [
+        [7, 8, 9],
+        [7, 5],
+        [6],
+        [7, 8],
+        [7],
     ]
 
 
@@ -285,37 +282,58 @@ def test_logits_are_copied_in_pieces_which_change_nothing(options, monkeypatch):
     """
     config = DecodingConfig(temperature=0.9, **options)
     vocabulary = 211
-    sampler = Sampler(config)
     counts = [4, 1, 6, 3]
-    rows = drawing([3, 4, 5, 3], ids=[1, 2, 3])
+    spans = drawing([3, 4, 5, 3], config, [1, 2, 3], counts)
     logits = torch.randn(sum(counts), vocabulary, generator=torch.Generator().manual_seed(3)) * 3
-    noise = sampler.noise(rows, [0] * 4, counts)
-    likely = sampler.best(sampler.scores(logits.clone(), noise))
+    likely, _ = choose(logits.clone(), spans)
     # Every draft is right, those of rows but the first begin after
     tokens = torch.cat((tensor([0]), likely[:-1]))
-    expected = sampler.verify(tokens, counts, logits.clone(), noise, rows)
+    expected = verify(tokens, spans, logits.clone())
     assert [len(own) for own in expected] == counts
     sizes = []
-    honest = Sampler.scores
+    honest = sampling.choose
 
-    def watched(self, part, own, ids=None):
+    def watched(part, spans):
         sizes.append(part.numel())
-        return honest(self, part, own, ids)
+        return honest(part, spans)
 
-    monkeypatch.setattr(Sampler, "scores", watched)
+    monkeypatch.setattr(sampling, "choose", watched)
     for positions in (1, 3, 5):
         monkeypatch.setattr(sampling, "_PIECE", positions * vocabulary)
         sizes.clear()
-        assert sampler.verify(tokens, counts, logits.clone(), noise, rows) == expected
+        assert verify(tokens, spans, logits.clone()) == expected
         assert max(sizes) == positions * vocabulary and sum(sizes) == logits.numel()
 
 
 def test_scores_of_columns_choose_their_token_ids():
     values = tensor([[0.0, 2.0, 1.0], [3.0, 2.0, 1.0]])
-    sampler = Sampler(DecodingConfig())
-    assert sampler.best(Scores(values)).tolist() == [1, 0]
-    assert sampler.best(Scores(values, tensor([7, 8, 9]))).tolist() == [8, 7]
-    assert sampler.best(Scores(values, tensor([[7, 8, 9], [4, 5, 6]]))).tolist() == [8, 4]
+    assert best_of(Scores(values)).tolist() == [1, 0]
+    assert best_of(Scores(values, tensor([7, 8, 9]))).tolist() == [8, 7]
+    assert best_of(Scores(values, tensor([[7, 8, 9], [4, 5, 6]]))).tolist() == [8, 4]
+
+
+@pytest.mark.parametrize("ids", [None, tensor([*range(100, 140)])])
+def test_rows_are_sampled_together_as_alone(ids):
+    """Greedy ones beside others of several temperatures and truncations."""
+    configs = [
+        GREEDY,
+        DecodingConfig(temperature=0.9),
+        DecodingConfig(temperature=2.0, top_k=3),
+        DecodingConfig(temperature=0.9),
+        DecodingConfig(temperature=2.0, min_p=0.1),
+        GREEDY,
+    ]
+    counts = [2, 1, 3, 2, 1, 1]
+    spans = [
+        drawing([seed], config, [1, 2], [count])[0]
+        for seed, (config, count) in enumerate(zip(configs, counts, strict=True))
+    ]
+    logits = torch.randn(sum(counts), 40, generator=torch.Generator().manual_seed(0))
+    found, probs = choose(logits.clone(), spans, ids, needs_probs=True)
+    parts = torch.split(logits.clone(), counts)
+    alone = [choose(part, [span], ids, True) for part, span in zip(parts, spans, strict=True)]
+    assert found.tolist() == torch.cat([tokens for tokens, _ in alone]).tolist()
+    torch.testing.assert_close(probs, torch.cat([probs for _, probs in alone]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -60,9 +60,9 @@ def test_the_layers_that_are_left(skip, exit_layer, beyond):
 
 def draft_of(model, config, reuse=True):
     """A draft after PROMPT, all of which but its last token is cached, and the cache."""
-    context = context_after(model, PROMPT)
+    context = context_after(model, PROMPT, config=config)
     with torch.inference_mode():
-        drafter = drafter_for(DrafterSetup(model, config, frozenset(), reuse))
+        drafter = drafter_for(DrafterSetup(model, config, reuse))
         return drafter.draft(context, [MOST]), context.cache
 
 
@@ -106,17 +106,13 @@ def test_drafts_are_those_of_a_pruned_model_on_the_same_cache(kind, skip):
     model = (
         TransformersBackend(tiny_model()) if kind == "generic" else TorchBackend.of(tiny_model())
     )
-    tokens, logits = pruned_drafts(skip)
+    tokens, _ = pruned_drafts(skip)
     draft, _ = draft_of(model, config_of(kind, skip))
     assert draft.tokens.tolist() == tokens
     assert (draft.counts, draft.source) == ((MOST,), f"{LAYERS - len(skip)} of 6 layers")
     # Step by step, and the same tokens
     sampled, _ = draft_of(model, config_of(kind, skip, temperature=1, top_k=1))
     assert sampled.tokens.tolist() == tokens
-    top = logits.softmax(-1).amax(-1).tolist()
-    sure = next(place for place in range(MOST) if top[place] == min(top))
-    ended, _ = draft_of(model, config_of(kind, skip, draft_confidence=min(top) + 1e-6))
-    assert ended.counts == (sure,)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -16,7 +16,7 @@ from layerskip_core.decoding import DecodingLoop, Prefixes, decode
 from layerskip_core.model import repacked
 from layerskip_core.model.exit_blocks import ExitBlock
 from layerskip_core.model.pages import PAGE, PagedCache, PagePool
-from layerskip_core.serving import Request, Scheduler
+from layerskip_core.serving import Dispatcher, Request
 
 # Pages: of the window, of a page more, at both of their ends, and for drafts
 WINDOW = 100
@@ -80,7 +80,7 @@ def test_a_long_prompt_in_pieces_takes_a_bounded_number_of_pages(most_used):
     told = []
     backend = sliding()
     request = Request(prompt_of(1500), replace(STRATEGIES["block"], max_new_tokens=60), told.append)
-    scheduler = Scheduler(replace(tiny_loaded(), backend=backend), 1)
+    scheduler = Dispatcher(replace(tiny_loaded(), backend=backend), 1)
     scheduler.add(request)
     while scheduler.held:
         scheduler.step()
@@ -104,7 +104,7 @@ def test_a_pass_in_several_calls_keeps_the_pages_of_its_first_tokens(monkeypatch
             replace(STRATEGIES["block"], max_new_tokens=20, ignore_eos=True),
         )
         next(loop)
-        last.append(loop._cache._pages[0][-1].content.clone())
+        last.append(loop.engine.cache._pages[0][-1].content.clone())
     assert torch.equal(*last)
 
 

@@ -396,11 +396,11 @@ def test_the_settings_of_a_sweep_and_how_drafts_were_stored_belong_to_the_policy
         policy_packing(fixed["exact"]) == PackingConfig(draft_vocab=500)
         and policy_packing(fixed["fast"]) == PackingConfig()
     )
-    generation = {"max_new_tokens": 9, "draft_confidence": 0.4, "lookup": 3}
+    generation = {"max_new_tokens": 9, "lookup": 3}
     found, _ = policies(
         row("self-speculative", 4, 6, speedup=1.8),
         row("early-exit", 2, speedup=2),
         generation=generation,
     )
-    assert (found["exact"]["draft_confidence"], found["exact"]["lookup"]) == (0.4, 3)
-    assert not found["fast"].keys() & {"draft_confidence", "lookup"}
+    assert found["exact"]["lookup"] == 3
+    assert "lookup" not in found["fast"]

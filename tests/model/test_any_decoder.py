@@ -20,7 +20,14 @@ from layerskip_core.checkpoint.loaded import Trainable
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.config.training import RecipeSettings
-from layerskip_core.decoding import DecodingLoop, Prefixes, decode
+from layerskip_core.decoding import (
+    DecodingLoop,
+    Prefixes,
+    Scheduler,
+    decode,
+    new_row,
+    without_failure,
+)
 from layerskip_core.errors import CheckpointError
 from layerskip_core.export.run import cut_to_exit
 from layerskip_core.model import TransformersBackend
@@ -244,11 +251,14 @@ def check_outputs(backend):
     plain = [plainly(backend, prompt, 8) for prompt in prompts]
     drafting = DecodingConfig(exit_layer=2, num_draft_tokens=3, max_new_tokens=8)
     assert ids_of(decode(backend, prompts[1], drafting)) == plain[1]
-    loop = DecodingLoop(backend, prompts[:2], drafting)
-    next(loop), next(loop)
-    loop.add(later := loop.row(prompts[2], drafting, frozenset(), 0))
-    assert all(loop)
-    assert [row.output for row in (*loop.rows, later)] == plain
+    scheduler = Scheduler(backend)
+    rows = [new_row(backend, prompt, drafting) for prompt in prompts]
+    for row in rows:
+        scheduler.add(row)
+        without_failure(scheduler.step())
+    while not scheduler.is_idle:
+        without_failure(scheduler.step())
+    assert [row.output for row in rows] == plain
 
 
 def check_propagation(backend, ids):

@@ -2,7 +2,6 @@
 
 from functools import cache
 from math import prod
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +10,8 @@ from decodings import draft_of, native_or_skip
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
-from layerskip_core.decoding.sampling import Sampler
+from layerskip_core.decoding.output import Row
+from layerskip_core.decoding.sampling import Span, choose
 from layerskip_core.model import Submodel, TorchBackend, TransformersBackend
 
 STOPS = (1, 3)
@@ -117,7 +117,7 @@ def test_a_draft_ends_after_an_end_token(kind, packing):
 
 @pytest.mark.parametrize(("kind", "packing"), [*CASES, ("gemma2 native", None)])
 def test_a_draft_ends_where_its_probabilities_are_low(kind, packing):
-    """Before a token below `confidence`, and after one that brings the product below `survival`."""
+    """After a token that brings their product below `survival`."""
     backend = backend_of(kind, packing)
     known, states = expected(backend)
     with torch.inference_mode():
@@ -126,13 +126,8 @@ def test_a_draft_ends_where_its_probabilities_are_low(kind, packing):
         )
     probs = logits.double().softmax(-1).amax(-1).tolist()
     rough = 1e-2 if kind == "packed" else 1e-5
-    full = drafted(backend, draft_confidence=1e-30)
+    full = drafted(backend, survival=1e-30)
     assert full.tokens.tolist() == known and full.confidence == pytest.approx(probs, rel=rough)
-    low = min(range(MOST), key=probs.__getitem__)
-    confident = drafted(backend, draft_confidence=probs[low] * (1 + 2 * rough))
-    # The last token's are there already
-    assert all(len(states) == low + 1 for states in confident.exit_states.values())
-    assert confident.tokens.tolist() == known[: low + 1] and len(confident.confidence) == low
     survival = [prod(probs[: place + 1]) for place in range(MOST)]
     for place in (0, 2):
         surviving = drafted(backend, survival=survival[place] * (1 + 10 * rough))
@@ -147,11 +142,8 @@ def test_sampled_drafts_are_chosen_by_the_noise_of_their_positions():
     sampling = {"temperature": 2.0, "top_k": 7}
     draft = drafted(backend, **sampling)
     ids = torch.cat([PROMPT[0, :-1], draft.tokens[:-1]])[None]
-    sampler = Sampler(DecodingConfig(**sampling))
-    row = SimpleNamespace(ids=PROMPT[0].tolist(), seed=0)
+    row = Row(PROMPT[0].tolist(), DecodingConfig(**sampling))
     with torch.no_grad():
         states = run_texts(backend, backend.embed(ids), 0, EXIT)
-        scores = sampler.scores(
-            backend.unembed(states[0, -MOST:]), sampler.noise([row], [0], [MOST])
-        )
-    assert draft.tokens[1:].tolist() == sampler.best(scores).tolist()
+        chosen, _ = choose(backend.unembed(states[0, -MOST:]), [Span(row, MOST)])
+    assert draft.tokens[1:].tolist() == chosen.tolist()

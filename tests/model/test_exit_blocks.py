@@ -107,7 +107,7 @@ def test_a_greedy_draft_carries_the_block_s_own_states(kind, packing, exit_layer
         weights = list(backend.draft_sides)[-1]
         following = torch.arange(last, last + most + 1)[None]
         draft = draft_of(
-            backend, weights, Submodel(exit_layer), ids, following, cache, draft_confidence=1e-30
+            backend, weights, Submodel(exit_layer), ids, following, cache, survival=1e-30
         )
         probs = []
         for _ in range(most):

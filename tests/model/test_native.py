@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 import torch
 from conftest import CHANGES, DENSE_MIXERS, MIXERS, OWN_LAYERS, at, ids_of, logits_of, tiny_model
-from decodings import context_after, draft_of, entries
+from decodings import context_after, draft_of, entries, stepwise
 from test_packed import BF16_ERROR, CASES, EACH_PART, assert_equal_spans, errors, pair, rms, spans  # noqa: F401  a fixture
 
 from layerskip_core.config.decoding import DecodingConfig
@@ -294,13 +294,13 @@ def test_a_draft_in_one_call_equals_a_draft_in_steps(variant, model_type, packin
 
     def drafted(ends, one_call):
         config = DecodingConfig("self-speculative", 4, 6, draft_weights=weights)
-        drafter = drafter_for(DrafterSetup(model, config, frozenset(ends)))
-        context = context_after(model, prompt)
+        drafter = drafter_for(DrafterSetup(model, config)).otherwise
+        context = context_after(model, prompt, eos_ids=ends)
         with torch.inference_mode():
             draft = (
                 drafter.draft(context, [6])
                 if one_call
-                else drafter._step_by_step(context, [6], DraftEnds(frozenset(ends)))
+                else stepwise(drafter, context, [6], DraftEnds())
             )
             return draft, target.verify(draft, context.places([len(draft.tokens)], [0])).logits
 

@@ -14,7 +14,7 @@ from layerskip_core import serving
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding import Prefixes
 from layerskip_core.model import TransformersBackend
-from layerskip_core.serving import Scheduler
+from layerskip_core.serving import Dispatcher
 
 
 @pytest.mark.parametrize("kind", ["native", "packed", "generic"])
@@ -30,7 +30,7 @@ def test_requests_with_a_common_beginning_get_their_own_answers(kind):
             for place in range(6)
         ]
         gone = Client([*system, 50], replace(config, max_new_tokens=40))
-        scheduler = Scheduler(decoder, 4, prefixes=Prefixes(1 << 30))
+        scheduler = Dispatcher(decoder, 4, prefixes=Prefixes(1 << 30))
         for client in (clients[0], gone):
             scheduler.add(client.request)
             scheduler.step()
@@ -47,16 +47,16 @@ def test_recurrent_rows_that_go_on_from_a_kept_text_join_others():
     config = DecodingConfig("lookup", 0, 3, 6, ignore_eos=True)
     decoder = replace(tiny_loaded(), backend=backend)
     text = decodings.prompt_of(20)
-    scheduler = Scheduler(decoder, 4, prefixes=Prefixes(1 << 30, least=4))
+    scheduler = Dispatcher(decoder, 4, prefixes=Prefixes(1 << 30, least=4))
     first = Client(text, replace(config, max_new_tokens=1))
     running = Client([5, 6, 7], replace(config, max_new_tokens=20))
     following = [Client([*text, *decodings.prompt_of(length)], config) for length in (4, 6, 5)]
     run(scheduler, [[first]])
     run(scheduler, [[running], [], following])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(serving, "_PREFILLED", 5)
+        patch.setattr(serving, "_PREFILL_TOKENS", 5)
         others = [Client(client.request.ids, config) for client in following]
-        run(Scheduler(decoder, 4, prefixes=scheduler._prefixes), [others])
+        run(Dispatcher(decoder, 4, prefixes=scheduler._scheduler._prefixes), [others])
     for client in (first, running, *following, *others):
         assert client.answer == alone(decoder, client.request.ids, client.request.config)[0]
     assert {client.request.reused for client in following} == {20}
@@ -69,7 +69,7 @@ def test_answers_to_one_prompt_read_it_once():
         Client(prompt_of(100), replace(SPECULATIVE, temperature=HOT, seed=seed))
         for seed in range(3)
     ]
-    scheduler = Scheduler(decoder, 8, prefixes=Prefixes(1 << 30))
+    scheduler = Dispatcher(decoder, 8, prefixes=Prefixes(1 << 30))
     other = Client(prompt_of(90, 3), SPECULATIVE)
     for client in (other, *clients):
         scheduler.add(client.request)

@@ -25,7 +25,7 @@ from layerskip_core.decoding.target import NO_PREFIXES, FixedTarget
 from layerskip_core.errors import ContextError
 from layerskip_core.model.exit_blocks import ExitBlock
 from layerskip_core.model.pages import PAGE
-from layerskip_core.serving import Embedding, Request, Scheduler
+from layerskip_core.serving import Dispatcher, Embedding, Request
 
 SHAPE = {**decodings.WIDE, "vocab_size": 300}
 SPECULATIVE = DecodingConfig("self-speculative", 2, 4)
@@ -98,7 +98,7 @@ def test_requests_that_come_at_any_time_get_their_own_answers(kind, config):
             text = alone(decoder, prompt_of(length), replace(own, max_new_tokens=25))[0][0]
             own = replace(own, max_new_tokens=25, stop=(text[8:10],))
         clients.append(Client(prompt_of(length), own))
-    scheduler = Scheduler(decoder, batch_size=4)
+    scheduler = Dispatcher(decoder, batch_size=4)
     finished = run(scheduler, [clients[:2], [], clients[2:3], clients[3:], []])
     assert sorted(map(id, finished)) == sorted(id(client.request) for client in clients)
     for client in clients:
@@ -134,7 +134,7 @@ def test_prompts_with_equal_settings_are_prefilled_together(monkeypatch, tempera
             "autoregressive", max_new_tokens=limit, temperature=temperature, seed=length
         )
         clients.append(Client(prompt_of(length), config, streams=length != 9))
-    scheduler = Scheduler(decoder, batch_size=9)
+    scheduler = Dispatcher(decoder, batch_size=9)
     assert len(run(scheduler, [clients])) == len(clients) and scheduler.held == 0
     # Of the others their newest tokens, too
     assert passes == [[3, 9, 5, 4, 100, 90, 2, 43], [1, 1, 1, 1, 1, 1, 1, 7, 8]]
@@ -146,7 +146,7 @@ def test_prompts_with_equal_settings_are_prefilled_together(monkeypatch, tempera
 
 @pytest.mark.parametrize("kind", ["generic", "native"])
 def test_an_embedding_has_one_short_pass_between_two_steps_of_answers(kind, monkeypatch):
-    monkeypatch.setattr(serving, "_PREFILLED", 32)
+    monkeypatch.setattr(serving, "_PREFILL_TOKENS", 32)
     backend = decoder_of(kind).backend
     ids = prompt_of(100)
     heard = []
@@ -154,7 +154,7 @@ def test_an_embedding_has_one_short_pass_between_two_steps_of_answers(kind, monk
         backend.embed(torch.tensor([ids])), 0, 3, at(torch.arange(100)[None], backend.new_cache())
     )
     mean = backend.normed(hidden)[0].float().mean(0)
-    scheduler = Scheduler(decoder_of(kind), batch_size=1)
+    scheduler = Dispatcher(decoder_of(kind), batch_size=1)
     running = Client(prompt_of(3), replace(SPECULATIVE, max_new_tokens=60))
     embeddings = [
         Embedding(text, 3, heard.append)
@@ -198,7 +198,7 @@ def test_those_that_leave_do_not_disturb_the_others_and_hear_no_more():
         [Client(prompt_of(length), config) for length in lengths]
         for lengths in ((3, 9, 6), (4, 11, 8))
     )
-    scheduler = Scheduler(decoder, batch_size=4)
+    scheduler = Dispatcher(decoder, batch_size=4)
     for client in [leaving[0], staying[0], leaving[1], staying[1], leaving[2], staying[2]]:
         scheduler.add(client.request)
     scheduler.step()
@@ -225,21 +225,22 @@ def test_settings_that_differ_take_turns():
         ),
         Client(prompt_of(4), replace(SPECULATIVE, max_new_tokens=3, temperature=HOT)),
     ]
-    scheduler = Scheduler(decoder, batch_size=8)
+    scheduler = Dispatcher(decoder, batch_size=8)
     finished = run(scheduler, [[slow, *others]])
     assert finished[-1] is slow.request and slow.request.stats.new_tokens == long
     for client in [slow, *others]:
         assert client.answer == alone(decoder, client.request.ids, client.request.config)[0]
 
 
-def test_rows_whose_logits_are_changed_share_a_loop_and_keep_their_own_changes():
-    """Those that need no logits have another loop."""
+def test_rows_share_a_pass_and_keep_their_own_sampling_and_changes_of_logits():
     decoder = decoder_of("native")
     options = [
         {"frequency_penalty": 1.5},
         {"logit_bias": ((5, 9.0),)},
         {"repetition_penalty": 1.5, "logprobs": 2},
-        {},
+        {"temperature": HOT},
+        {"temperature": 1.5, "top_k": 5, "seed": 7},
+        {"temperature": HOT, "seed": 3, "presence_penalty": 0.5},
         {},
     ]
     options.append(
@@ -256,12 +257,11 @@ def test_rows_whose_logits_are_changed_share_a_loop_and_keep_their_own_changes()
         Client(prompt_of(3 + place), config, streams=place % 2)
         for place, config in enumerate(configs)
     ]
-    scheduler = Scheduler(decoder, batch_size=8)
+    scheduler = Dispatcher(decoder, batch_size=8)
     for client in clients:
         scheduler.add(client.request)
     scheduler.step()
-    # With log probabilities, changed, plain
-    assert sorted(len(loop.active) for loop in scheduler._loops.values()) == [1, 2, 3]
+    assert [len(engine.rows) for engine in scheduler._scheduler._engines.values()] == [8]
     run(scheduler, [])
     for client in clients:
         expected, stats = alone(decoder, client.request.ids, client.request.config)
@@ -272,7 +272,7 @@ def test_rows_whose_logits_are_changed_share_a_loop_and_keep_their_own_changes()
 
 def test_a_pass_that_fails_ends_its_own_requests_only(monkeypatch):
     decoder = decoder_of("packed")
-    scheduler = Scheduler(decoder, batch_size=4)
+    scheduler = Dispatcher(decoder, batch_size=4)
     doomed = [
         Client(prompt_of(length), replace(SPECULATIVE, max_new_tokens=30)) for length in (4, 6)
     ]
@@ -282,8 +282,9 @@ def test_a_pass_that_fails_ends_its_own_requests_only(monkeypatch):
         scheduler.add(client.request)
     assert scheduler.step() == [too_long.request]
     assert "at most 127 tokens, got 200" in str(too_long.updates[-1].error)
-    loop = next(loop for loop in scheduler._loops.values() if len(loop.active) == 2)
-    monkeypatch.setattr(loop, "_target", None)
+    engines = scheduler._scheduler._engines.values()
+    engine = next(engine for engine in engines if len(engine.rows) == 2)
+    monkeypatch.setattr(engine, "target", None)
     finished = scheduler.step()
     assert finished == [client.request for client in doomed]
     assert all(isinstance(client.updates[-1].error, AttributeError) for client in doomed)
@@ -294,7 +295,7 @@ def test_a_pass_that_fails_ends_its_own_requests_only(monkeypatch):
 @pytest.mark.parametrize("kind", ["native", "packed", "generic"])
 def test_longer_and_longer_prompts_beside_a_long_answer_take_bounded_memory(kind):
     decoder = decoder_of(kind, max_position_embeddings=640)
-    scheduler = Scheduler(decoder, batch_size=3)
+    scheduler = Dispatcher(decoder, batch_size=3)
     held = []
     clients = [
         Client(prompt_of(length), replace(ADAPTIVE, max_new_tokens=3))
@@ -306,12 +307,12 @@ def test_longer_and_longer_prompts_beside_a_long_answer_take_bounded_memory(kind
         scheduler.add(client.request)
         for _ in range(2):
             scheduler.step()
-            [loop] = scheduler._loops.values()
-            held.append(sum(loop._cache.memory.values()) / loop._cache.rows)
+            [engine] = scheduler._scheduler._engines.values()
+            held.append(sum(engine.cache.memory.values()) / engine.cache.rows)
     longest = DecodingLoop(decoder.backend, [prompt_of(630)], ADAPTIVE)
     next(longest)
     slots = 1 if kind == "native" else 2  # for a row: PyTorch's caches double them
-    assert len(held) >= 18 and max(held) <= slots * sum(longest._cache.memory.values())
+    assert len(held) >= 18 and max(held) <= slots * sum(longest.engine.cache.memory.values())
     run(scheduler, [])
     for client in clients:
         assert client.answer == alone(decoder, client.request.ids, client.request.config)[0]
@@ -336,7 +337,7 @@ def test_a_long_prompt_runs_in_pieces_between_the_steps_of_others(kind, config):
         Client(prompt_of(length), replace(config, max_new_tokens=40, ignore_eos=True))
         for length in (5, 900, 1000)
     )
-    scheduler = Scheduler(decoder, batch_size=4)
+    scheduler = Dispatcher(decoder, batch_size=4)
     for client in (other, long, gone):
         scheduler.add(client.request)
         scheduler.step()
@@ -380,7 +381,7 @@ def test_a_pool_of_a_tenth_of_what_is_asked_for_loses_nothing(config):
     prefixes = Prefixes(1 << 30)
     waited = 0
     used = 0
-    scheduler = Scheduler(decoder, batch_size=24, prefixes=prefixes)
+    scheduler = Dispatcher(decoder, batch_size=24, prefixes=prefixes)
     decoder.backend.limit_memory(max(pages // 10, 12) * pool.page_bytes)
     try:
         embedding = []
@@ -394,7 +395,7 @@ def test_a_pool_of_a_tenth_of_what_is_asked_for_loses_nothing(config):
             if step < len(gone):
                 scheduler.cancel(clients[gone[step]].request)
             scheduler.step()
-            waited = max(waited, sum(request._row is not None for request in scheduler._waiting))
+            waited = max(waited, sum(bool(row.output) for row in scheduler._scheduler.waiting))
             used = max(used, pool.used)
         assert not scheduler.held and waited and used <= pool.most and embedding[0].vector
         for number, client in enumerate(clients):
@@ -427,14 +428,14 @@ def test_a_full_pool_keeps_no_text_and_an_embedding_gives_back_what_it_has():
     ]
     told = {"alone": [], "beside": []}
     whole, part = (Embedding(prompt_of(600), 6, told[name].append) for name in told)
-    run(Scheduler(decoder, 1), [[SimpleNamespace(request=whole)]])
+    run(Dispatcher(decoder, 1), [[SimpleNamespace(request=whole)]])
     try:
         backend.limit_memory(2 * backend._pool.page_bytes)
         prefixes = Prefixes(1 << 30)
-        run(Scheduler(decoder, 4, prefixes=prefixes), [[full]])
+        run(Dispatcher(decoder, 4, prefixes=prefixes), [[full]])
         assert full.answer == expected[0] and prefixes.bytes == 0
         backend.limit_memory(12 * backend._pool.page_bytes)
-        scheduler = Scheduler(decoder, 4)
+        scheduler = Dispatcher(decoder, 4)
         for request in (part, grown.request):
             scheduler.add(request)
         scheduler.step()
@@ -467,8 +468,8 @@ def memory_of(decoder, pages):
 
 @pytest.mark.parametrize("seed", range(12))
 def test_whoever_leaves_a_full_pool_nothing_live_fails(seed):
-    """Greedy and sampled requests have loops of their own, those that exit by confidence one each;
-    an embedding comes between.
+    """Greedy and sampled requests share an engine, those that exit by confidence have one each; an
+    embedding comes between.
 
     The pool has room for the longest text and little more.
     """
@@ -488,7 +489,7 @@ def test_whoever_leaves_a_full_pool_nothing_live_fails(seed):
     late = list(clients)
     prefixes = Prefixes(1 << 30) if seed % 2 else NO_PREFIXES
     with memory_of(decoder, 8) as pool:
-        scheduler = Scheduler(decoder, 6, prefixes=prefixes)
+        scheduler = Dispatcher(decoder, 6, prefixes=prefixes)
         scheduler.add(embedding)
         while late or scheduler.held:
             for _ in range(random.choice([0, 0, 0, 1, 3]) if late else 0):
@@ -521,7 +522,7 @@ def test_a_cancelled_row_and_a_finished_loop_give_back_their_pages_at_once():
         for client in (beside, short, hot)
     ]
     with memory_of(decoder, 4) as pool:
-        scheduler = Scheduler(decoder, 4)
+        scheduler = Dispatcher(decoder, 4)
         for client in (long, beside):
             scheduler.add(client.request)
         scheduler.step()
@@ -539,7 +540,7 @@ def test_a_pass_that_fails_gives_back_its_memory_though_its_clients_keep_the_err
     heard = []
     embedding = Embedding(prompt_of(400), 6, heard.append)
     with memory_of(decoder, 20) as pool:
-        scheduler = Scheduler(decoder, 4)
+        scheduler = Dispatcher(decoder, 4)
         for request in (embedding, client.request):
             scheduler.add(request)
         scheduler.step()

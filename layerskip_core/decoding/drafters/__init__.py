@@ -18,7 +18,7 @@ from ...config.model import EXACT_TOKENS
 from ...errors import require
 from ...model.backend import Backend
 from ...model.cache import KVCache, Places
-from ..graphs import Recorder
+from ..graphs import GraphRecorder
 from ..output import Row
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Context:
+class DraftInput:
     """The B rows of a batch that may get drafts, before a round.
 
     The newest token of each has no KV entries yet: the target's pass that verifies the drafts
@@ -38,10 +38,10 @@ class Context:
     newest: Tensor  # (B,), their newest tokens, on the model's device
     cache: KVCache  # the target's own
     indices: Sequence[int]  # by row, its index in the cache, which may hold other rows
-    filled: Sequence[int]  # by row of the cache: how many tokens have KV entries
+    num_computed_tokens: Sequence[int]  # by row of the cache: how many have KV entries
     seconds: float = 0.0  # that earlier steps took, without the caller's time between them
-    piece: float = inf  # most prefill tokens in a step
-    recorder: Recorder | None = None  # of this decoding's passes, if they are recorded
+    max_prefill_tokens: float = inf  # in a step
+    recorder: GraphRecorder | None = None  # of this decoding's passes, if they are recorded
     blocks: "ExitBlockCache | None" = None  # writes the KV entries of blocks that draft
     # While a draft is recorded: the positions (B, d+1) of its tokens, on the device
     recorded: Tensor | None = None
@@ -54,34 +54,30 @@ class Context:
     def write_blocks(self) -> None:
         """Writes the KV entries of blocks that the rows lack, before a block drafts."""
         if self.blocks is not None:
-            self.blocks.write(self.cache, self.filled)
+            self.blocks.write(self.cache, self.num_computed_tokens)
 
     def feature(self, block: int | str) -> Tensor | None:
         """(B, D): the features of the previous tokens that an exit's block, or a drafter, reads;
         None if it reads none.
         """
-        found = [
-            feature
-            for index in self.indices
-            if (feature := self.cache.features[index].get(block)) is not None
-        ]
-        return torch.stack(found) if found else None
+        found = [self.cache.features[index].get(block) for index in self.indices]
+        known = [feature for feature in found if feature is not None]
+        return torch.stack(known) if known else None
 
     def places(self, counts: Sequence[int], after: Sequence[int]) -> Places:
         """The places of `counts` tokens per row, the first of them `after` tokens past the row's
         newest (0: the newest).
         """
         if self.recorded is not None:
-            return Places(
-                self.cache, (), (), recorded=self.recorded[:, after[0] : after[0] + counts[0]]
-            )
-        starts = list(self.filled)
-        of_cache = [0] * len(self.filled)
+            of_pass = self.recorded[:, after[0] : after[0] + counts[0]]
+            return Places(self.cache, (), (), recorded=of_pass)
+        starts = list(self.num_computed_tokens)
+        of_cache = [0] * len(starts)
         for index, count, ahead in zip(self.indices, counts, after, strict=True):
             of_cache[index] = count
             starts[index] += ahead
         places = Places(self.cache, starts, of_cache)
-        places.origins = self.filled
+        places.origins = self.num_computed_tokens
         return places
 
     def forced(self, index: int, most: int) -> list[int]:
@@ -121,7 +117,6 @@ class DrafterSetup:
 
     model: Backend
     config: DecodingConfig
-    eos_ids: frozenset[int] = frozenset()
     # Whether the target may continue from the drafter's hidden states
     reuse_exit_states: bool = True
     earlier: "EarlierAnswers | None" = None  # that lookups search too
@@ -131,7 +126,7 @@ class DrafterSetup:
 class Drafter(Protocol):
     """Proposes tokens for the rows of a batch, and may learn from their acceptance."""
 
-    def draft(self, context: Context, limits: Sequence[int]) -> Draft:
+    def draft(self, given: DraftInput, limits: Sequence[int]) -> Draft:
         """Up to `limits[row]` drafts for each row; at least one of the limits is positive."""
 
     def observe(self, row: Row, drafted: int, verified: Sequence[int]) -> None:
@@ -145,18 +140,18 @@ class Drafter(Protocol):
 def drafter_for(setup: DrafterSetup) -> Drafter:
     """The drafter of the config's strategy.
 
-    With a `lookup` in the config it drafts only if the lookup finds nothing, with a grammar only if
-    this forces nothing; the strategies `lookup` and `adaptive` include both. Raises ConfigError if
-    it needs weights that were not loaded, and for drafts too long to be verified exactly.
+    With a `lookup` in the config it drafts only if the lookup finds nothing, with a grammar of a
+    row only if this forces nothing; the strategies `lookup` and `adaptive` include both. Raises
+    ConfigError if it needs weights that were not loaded, and for drafts too long to be verified
+    exactly.
     """
     config = setup.config
     fits = not setup.model.exact or config.num_draft_tokens < EXACT_TOKENS
     require(fits, "num_draft_tokens", f"below {EXACT_TOKENS} with `exact`", config.num_draft_tokens)
     drafter: Drafter = import_module(DRAFTERS[config.strategy]).drafter(setup)
-    if config.strategy in ("lookup", "adaptive") or not (config.lookup or config.guided):
+    if config.strategy in ("lookup", "adaptive"):
         return drafter
     lookup = import_module(DRAFTERS["lookup"]).LookupDrafter
-    found: Drafter = lookup(
-        config.lookup, setup.eos_ids, drafter, setup.earlier if config.lookup else None
-    )
+    earlier = setup.earlier if config.lookup else None
+    found: Drafter = lookup(config.lookup, drafter, earlier)
     return found

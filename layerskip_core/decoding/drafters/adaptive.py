@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from math import inf
 from weakref import WeakKeyDictionary
 
-from ...config.decoding import DraftProfile
-from ...model.backend import Backend, DraftBlock, DraftEnds, Submodel
+from ...config.decoding import DecodingConfig, DraftProfile
+from ...model.backend import Backend, DraftBlock, Submodel
 from ..output import Row
 from ..sampling import truncates
-from . import Context, Draft, DrafterSetup
+from . import Draft, DrafterSetup, DraftInput
 from .bandit import GUESS, Acceptance, Arm, Bandit, Calibration, PassTimes, Step
 from .exit import DRAFT_MODEL, ExitDrafter, ModelDrafter, drafter_name
 from .lookup import SHORTEST, LookupDrafter, copied
@@ -41,45 +41,49 @@ class AdaptiveDrafter:
 
     def __init__(self, setup: DrafterSetup, drafters: dict[str, Drafting]) -> None:
         """`drafters`: by name in reports."""
-        # Other devices run drafts asynchronously: reading their probabilities would wait.
+        self._setup = setup
         self._drafters = drafters
+        # Other devices run drafts asynchronously: reading their probabilities would wait
         self._reads_probs = setup.model.device.type == "cpu"
         self._by_clock = self._reads_probs and setup.model.batch_invariant
-        self.bandit = bandit_of(setup, drafters, remembered=self._by_clock)
-        self._lookup = LookupDrafter(
-            setup.config.lookup or SHORTEST, setup.eos_ids, earlier=setup.earlier
-        )
-        # By row, the lookups of this round, each with the acceptance rate of lookups with as much
-        # evidence.
+        # Times are learned for all texts of the model in this process. Otherwise every output
+        # starts from the profile, or from usual values where that has none
+        self._bandits = _REMEMBERED.setdefault(setup.model, {}) if self._by_clock else {}
+        self.bandit = self._bandit_for([setup.config])  # of the last step
+        shortest = setup.config.lookup or SHORTEST
+        self._lookup = LookupDrafter(shortest, earlier=setup.earlier)
+        # By row, the lookups of this step, each with the acceptance rate of lookups with as much
+        # evidence
         self._found: dict[Row, list[tuple[list[int], Acceptance]]] = {}
         self._source = "lookup"  # or grammar
-        # Of the last round
-        self._step = Step(0)
+        self._step = Step(0)  # the last, and its rows
         self._rows = list[Row]()
-        self._confidence: Sequence[float] = ()  # probabilities of its drafts
+        self._probs: Sequence[float] = ()  # of its drafts
         # Its start in the loop's seconds, without the caller's time; -inf: not timed
         self._begun = -inf
 
-    def draft(self, context: Context, limits: Sequence[int]) -> Draft:
-        rows = len(limits)
-        last = context.seconds - self._begun
-        if last < inf and context.rows[0] in self._rows:  # else other steps ran in between
+    def draft(self, given: DraftInput, limits: Sequence[int]) -> Draft:
+        last = given.seconds - self._begun
+        if last < inf and given.rows[0] in self._rows:  # else other steps ran in between
             self.bandit.observe(self._step, last)
         newly_committed = self._step.verified  # at most
-        step = self._step = self.bandit.next_step(rows) if self._by_clock else Step(rows)
-        self._rows = [*context.rows]
-        reads_prompts = rows < len(context.filled)
-        self._begun = context.seconds if self._by_clock and not reads_prompts else -inf
-        draft = Draft(context.newest, (0,) * rows)
+        self.bandit = self._bandit_for([row.config for row in given.rows])
+        count = len(limits)
+        step = self.bandit.next_step(count) if self._by_clock else Step(count)
+        self._step = step
+        self._rows = [*given.rows]
+        reads_prompts = count < len(given.num_computed_tokens)
+        self._begun = given.seconds if self._by_clock and not reads_prompts else -inf
+        draft = Draft(given.newest, (0,) * count)
         if step.looks:
-            self._find(context, limits)
-            waited = sum(context.cache.num_unwritten)
-            draft = self._best_draft(context, limits, step)
-            if waited - sum(context.cache.num_unwritten) > newly_committed:
+            self._find(given, limits)
+            waiting = sum(given.cache.num_unwritten)
+            draft = self._best_draft(given, limits, step)
+            if waiting - sum(given.cache.num_unwritten) > newly_committed:
                 # A block that was off wrote KV entries of earlier steps: later drafts will not
                 self._begun = -inf
         step.verified = len(draft.tokens)
-        self._confidence = draft.confidence
+        self._probs = draft.confidence
         return draft
 
     def observe(self, row: Row, drafted: int, verified: Sequence[int]) -> None:
@@ -89,53 +93,71 @@ class AdaptiveDrafter:
             return
         step.tokens += len(verified)
         for tokens, acceptance in self._found.pop(row, ()):  # judged even if not drafted
-            pairs = list(zip(tokens, verified, strict=False))
-            right = next(
-                (place for place, (token, chosen) in enumerate(pairs) if token != chosen),
-                len(pairs),
-            )
-            acceptance.observe(min(right + 1, len(pairs)), right)
+            known = min(len(tokens), len(verified))
+            right = 0
+            while right < known and tokens[right] == verified[right]:
+                right += 1
+            acceptance.observe(min(right + 1, known), right)
         if step.arm is not None:
             step.arm.acceptance.observe(drafted, len(verified) - 1)
             self._drafters[step.arm.name].observe(row, drafted, verified)
-            if self._confidence:
-                step.arm.calibration.observe(len(verified) - 1, self._confidence)
+            if self._probs:
+                step.arm.calibration.observe(len(verified) - 1, self._probs)
 
-    def _find(self, context: Context, limits: Sequence[int]) -> None:
+    def _bandit_for(self, configs: Sequence[DecodingConfig]) -> Bandit:
+        """The bandit for rows of these settings.
+
+        With changed logits, or some left out, a draft is no single call of a kernel, and has other
+        times; hot samples are harder to draft. Few temperatures, because clients may send any.
+        """
+        is_call = True
+        for config in configs:
+            if config.changes_logits or (config.temperature and truncates(config)):
+                is_call = False
+        hottest = max(config.temperature for config in configs)
+        names = ", ".join(self._drafters)
+        most = self._setup.config.num_draft_tokens
+        key = f"{is_call} {min(round(hottest, 1), 2.0)} {most} {names}"
+        if key not in self._bandits:
+            self._bandits[key] = new_bandit(self._setup, self._drafters)
+        return self._bandits[key]
+
+    def _find(self, given: DraftInput, limits: Sequence[int]) -> None:
         """Collects the tokens that a grammar forces, else lookups in the row's own text and in
         earlier answers.
         """
-        # For a single row the drafter adds forced tokens itself, and drafts on after them.
-        alone = len(limits) == 1 and self._reads_probs and bool(self._drafters)
-        forced = [
-            [] if alone else context.forced(index, limit) for index, limit in enumerate(limits)
-        ]
-        self._source = "grammar" if any(forced) else "lookup"
-        lookups = zip(
-            self._lookup.find(context, limits), self._lookup.recall(context, limits), strict=True
-        )
-        for row, must, found in zip(context.rows, forced, lookups, strict=True):
-            if must:
-                found = ([], 0), (must, _FORCED)  # in the place of earlier answers
-            acceptance = self.bandit.lookup_acceptance
-            self._found[row] = [
-                (ids, acceptance(kind > 0, evidence))
-                for kind, (ids, evidence) in enumerate(found)
-                if ids
-            ]
+        # For a single row the drafter adds forced tokens itself, and drafts on after them
+        drafter_forces = len(limits) == 1 and self._reads_probs and bool(self._drafters)
+        own = self._lookup.find(given, limits)
+        recalled = self._lookup.recall(given, limits)
+        self._source = "lookup"
+        for index, (row, limit) in enumerate(zip(given.rows, limits, strict=True)):
+            of_own, of_answers = own[index], recalled[index]
+            forced = [] if drafter_forces else given.forced(index, limit)
+            if forced:
+                self._source = "grammar"
+                of_own = [], 0
+                of_answers = forced, _FORCED  # counts as a very long match
+            found = self._found[row] = []
+            for is_recalled, (ids, evidence) in enumerate((of_own, of_answers)):
+                if ids:
+                    acceptance = self.bandit.lookup_acceptance(bool(is_recalled), evidence)
+                    found.append((ids, acceptance))
 
-    def _best_draft(self, context: Context, limits: Sequence[int], step: Step) -> Draft:
-        step.found = len(limits) == 1 and self._reads_probs and any(map(any, self._found.values()))
-        plan = self.bandit.plan(len(limits), min(map(len, context.ids)), step.found)
-        looked_up, rate = self._looked_up(context.rows, plan.rate)
+    def _best_draft(self, given: DraftInput, limits: Sequence[int], step: Step) -> Draft:
+        # A draft of one row can end at any token, by the probabilities of its tokens
+        ends_by_probs = len(limits) == 1 and self._reads_probs
+        step.found = ends_by_probs and any(self._found.values())
+        plan = self.bandit.plan(len(limits), min(map(len, given.ids)), step.found)
+        looked_up, rate = self._looked_up(given.rows, plan.rate)
         if plan.arm is None or rate > plan.rate:
-            return copied(context, looked_up, self._source)
+            return copied(given, looked_up, self._source)
         step.arm = plan.arm
-        by_ends = self._reads_probs and len(limits) == 1
-        limits = limits if by_ends else [min(plan.length, limit) for limit in limits]
-        draft = self._drafters[plan.arm.name].draft(
-            context, limits, plan.ends if by_ends else DraftEnds()
-        )
+        drafter = self._drafters[plan.arm.name]
+        if ends_by_probs:
+            draft = drafter.draft(given, limits, plan.ends)
+        else:
+            draft = drafter.draft(given, [min(plan.length, limit) for limit in limits])
         step.drafts = max(draft.counts)
         return draft
 
@@ -145,6 +167,7 @@ class AdaptiveDrafter:
         """
         passes = self.bandit.passes
         expected = float(len(rows))
+        num_drafts = 0
         drafts = list[list[int]]()
         least = rate * passes.slope(len(rows))  # least probability of a draft that pays
         for row in rows:
@@ -155,41 +178,31 @@ class AdaptiveDrafter:
                 count = 0
                 accepted = 0.0
                 while count < len(tokens) and probability > least:
-                    count = count + 1
-                    accepted = accepted + probability
-                    probability = probability * later
+                    count += 1
+                    accepted += probability
+                    probability *= later
                 if accepted > most:
                     draft = tokens[:count]
                     most = accepted
             drafts.append(draft)
             expected += most
-        return drafts, expected / passes.of(len(rows) + sum(map(len, drafts)))
+            num_drafts += len(draft)
+        return drafts, expected / passes.of(len(rows) + num_drafts)
 
 
+# By model, then by what else a bandit depends on
 _REMEMBERED: WeakKeyDictionary[Backend, dict[str, Bandit]] = WeakKeyDictionary()
 
 
-def bandit_of(setup: DrafterSetup, drafters: Mapping[str, Drafting], remembered: bool) -> Bandit:
-    """The bandit over these drafters, by name.
-
-    `remembered`: shared with earlier outputs of the model in this process. Otherwise every output
-    starts from the profile, or from usual values where that has none.
-    """
+def new_bandit(setup: DrafterSetup, drafters: Mapping[str, Drafting]) -> Bandit:
+    """A bandit over these drafters, by name, that knows the profile."""
     model = setup.model
-    config = setup.config
-    by_drafters = _REMEMBERED.setdefault(model, {}) if remembered else {}
-    # With changed logits, or some left out, a draft is no single call of a kernel, and has other
-    # times; hot samples are harder to draft. Few temperatures, because clients may send any.
-    is_call = not (config.changes_logits or (config.temperature and truncates(config)))
-    key = f"{is_call} {min(round(config.temperature, 1), 2.0)} {config.num_draft_tokens} {', '.join(drafters)}"
-    if key not in by_drafters:
-        known = config.profile.passes
-        passes = PassTimes.measured(known) if known else PassTimes.usual(model.row_cost, model.spec)
-        arms = {
-            name: _arm(name, each, model, config.profile, passes) for name, each in drafters.items()
-        }
-        by_drafters[key] = Bandit(passes, arms, config.num_draft_tokens)
-    return by_drafters[key]
+    profile = setup.config.profile
+    passes = PassTimes.usual(model.row_cost, model.spec)
+    if profile.passes:
+        passes = PassTimes.measured(profile.passes)
+    arms = {name: _arm(name, each, model, profile, passes) for name, each in drafters.items()}
+    return Bandit(passes, arms, setup.config.num_draft_tokens)
 
 
 def _arm(

@@ -7,12 +7,12 @@ tree.
 
 from array import array
 from collections.abc import Sequence
-
-from torch import tensor
+from weakref import WeakKeyDictionary
 
 from ...config.decoding import REMEMBERED
+from ...model.cache import on_device
 from ..output import Row
-from . import Context, Draft, Drafter, DrafterSetup
+from . import Draft, Drafter, DrafterSetup, DraftInput
 
 SHORTEST = 2  # tokens that must match, by default
 _LONGEST = 16  # most tokens of a match that are compared
@@ -25,6 +25,7 @@ _END = -1  # before each answer
 
 Found = list[tuple[list[int], int]]
 """By row: a draft, cut after an EOS, and its evidence, see `History.continuation`."""
+_NOTHING: tuple[list[int], int] = [], 0
 
 
 class History:
@@ -161,6 +162,31 @@ def _longest_match(
     return text, place, longest, longest - (others[0][0] if others else 0)
 
 
+class RowLookup:
+    """Looks up the end of each row in the row's own text."""
+
+    def __init__(self, shortest: int) -> None:
+        """`shortest`: how many tokens must match."""
+        self._shortest = shortest
+        self._histories: WeakKeyDictionary[Row, History] = WeakKeyDictionary()
+
+    def continuation(
+        self, row: Row, most: int, drafts: Sequence[int] = ()
+    ) -> tuple[list[int], int]:
+        """As `History.continuation`."""
+        history = self._histories.get(row)
+        if history is None:
+            history = self._histories[row] = History(self._shortest)
+        return history.continuation(row.ids, most, drafts)
+
+    def guessed(self, row: Row, drafts: Sequence[int], most: int) -> list[int]:
+        """At most `most` tokens that probably follow the row's drafts: as many as its evidence."""
+        if most <= 0:
+            return []
+        tokens, evidence = self.continuation(row, most, drafts)
+        return tokens[:evidence]
+
+
 class LookupDrafter:
     """Drafts what followed earlier occurrences of the last tokens.
 
@@ -170,7 +196,6 @@ class LookupDrafter:
     def __init__(
         self,
         shortest: int,
-        eos_ids: frozenset[int] = frozenset(),
         otherwise: Drafter | None = None,
         earlier: EarlierAnswers | None = None,
     ) -> None:
@@ -178,80 +203,68 @@ class LookupDrafter:
 
         `earlier`: answers that are searched too; the better match drafts.
         """
+        self.otherwise = otherwise
         self._shortest = shortest
-        self._eos_ids = eos_ids
-        self._otherwise = otherwise
+        self._own = RowLookup(shortest) if shortest else None
         self._earlier = earlier
-        self._histories: dict[Row, History] = {}
         self._drafted_last: Drafter | None = None  # `otherwise`, if it drafted last
 
-    def draft(self, context: Context, limits: Sequence[int]) -> Draft:
-        found = []
-        forced = [context.forced(index, limit) for index, limit in enumerate(limits)]
-        lookups = zip(forced, self.find(context, limits), self.recall(context, limits), strict=True)
+    def draft(self, given: DraftInput, limits: Sequence[int]) -> Draft:
+        forced = [given.forced(index, limit) for index, limit in enumerate(limits)]
+        found = list[list[int]]()
+        lookups = zip(forced, self.find(given, limits), self.recall(given, limits), strict=True)
         for must, (own, evidence), (answer, of_answer) in lookups:
             is_better = of_answer > evidence and of_answer >= max(self._shortest, _OF_ANSWERS)
             found.append(must or (answer if is_better else own))
-        self._drafted_last = None if any(found) else self._otherwise
+        self._drafted_last = None if any(found) else self.otherwise
         if self._drafted_last is not None:
-            return self._drafted_last.draft(context, limits)
-        return copied(context, found, "grammar" if any(forced) else "lookup")
+            return self._drafted_last.draft(given, limits)
+        return copied(given, found, "grammar" if any(forced) else "lookup")
 
-    def find(self, context: Context, limits: Sequence[int]) -> Found:
+    def find(self, given: DraftInput, limits: Sequence[int]) -> Found:
         """Looks up each row's own text."""
-        if len(self._histories) > len(context.rows):  # rows come and go
-            self._histories = {
-                row: self._histories[row] for row in context.rows if row in self._histories
-            }
-        if not self._shortest:
-            return [([], 0)] * len(limits)
+        if self._own is None:
+            return [_NOTHING] * len(limits)
         found = Found()
-        for index, (row, ids, limit) in enumerate(
-            zip(context.rows, context.ids, limits, strict=True)
-        ):
-            history = self._histories.setdefault(row, History(self._shortest))
-            found.append(self._ended(history.continuation(ids, limit), context, index))
+        for row, limit in zip(given.rows, limits, strict=True):
+            found.append(_ended(row, *self._own.continuation(row, limit)))
         return found
 
-    def recall(self, context: Context, limits: Sequence[int]) -> Found:
+    def recall(self, given: DraftInput, limits: Sequence[int]) -> Found:
         """Looks up earlier answers."""
-        if not (earlier := self._earlier):
-            return [([], 0)] * len(limits)
-        rows = enumerate(zip(context.ids, limits, strict=True))
-        return [
-            self._ended(earlier.continuation(ids, limit), context, index)
-            for index, (ids, limit) in rows
-        ]
-
-    def _ended(
-        self, found: tuple[list[int], int], context: Context, index: int
-    ) -> tuple[list[int], int]:
-        """Cuts a draft after an EOS, or before a token that the row's grammar forbids."""
-        tokens, evidence = found
-        if not self._eos_ids.isdisjoint(tokens):
-            tokens = tokens[
-                : next(
-                    count for count, token in enumerate(tokens, start=1) if token in self._eos_ids
-                )
-            ]
-        processor = context.rows[index].processor
-        return tokens if processor is None or not tokens else processor.permitted(tokens), evidence
+        if not self._earlier:
+            return [_NOTHING] * len(limits)
+        found = Found()
+        for row, limit in zip(given.rows, limits, strict=True):
+            found.append(_ended(row, *self._earlier.continuation(row.ids, limit)))
+        return found
 
     def observe(self, row: Row, drafted: int, verified: Sequence[int]) -> None:
         if self._drafted_last is not None:
             self._drafted_last.observe(row, drafted, verified)
 
 
-def copied(context: Context, drafts: Sequence[list[int]], source: str = "lookup") -> Draft:
+def _ended(row: Row, tokens: list[int], evidence: int) -> tuple[list[int], int]:
+    """Cuts a draft after an EOS, or before a token that the row's grammar forbids."""
+    for count, token in enumerate(tokens, start=1):
+        if token in row.eos_ids:
+            tokens = tokens[:count]
+            break
+    if row.processor is not None and tokens:
+        tokens = row.processor.permitted(tokens)
+    return tokens, evidence
+
+
+def copied(given: DraftInput, drafts: Sequence[list[int]], source: str = "lookup") -> Draft:
     """Token lists as a draft."""
     counts = tuple(map(len, drafts))
     if not any(counts):
-        return Draft(context.newest, counts, source=source)
-    tokens = [
-        token for ids, own in zip(context.ids, drafts, strict=True) for token in (ids[-1], *own)
-    ]
-    return Draft(tensor(tokens).to(context.newest.device, non_blocking=True), counts, source=source)
+        return Draft(given.newest, counts, source=source)
+    tokens = list[int]()
+    for row, own in zip(given.rows, drafts, strict=True):
+        tokens += [row.ids[-1], *own]
+    return Draft(on_device(tokens, given.newest), counts, source=source)
 
 
 def drafter(setup: DrafterSetup) -> LookupDrafter:
-    return LookupDrafter(setup.config.lookup or SHORTEST, setup.eos_ids, earlier=setup.earlier)
+    return LookupDrafter(setup.config.lookup or SHORTEST, earlier=setup.earlier)

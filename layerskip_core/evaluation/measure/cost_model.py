@@ -126,9 +126,7 @@ def pass_times(
 def _timed_steps(
     loaded: Decoder, part: Part, setting: DecodingConfig, most: int
 ) -> list[_TimedStep]:
-    greedy = replace(
-        setting, max_new_tokens=part.limit, stop=(), temperature=0.0, draft_confidence=0.0, lookup=0
-    )
+    greedy = replace(setting, max_new_tokens=part.limit, stop=(), temperature=0.0, lookup=0)
     # The answer's end is known, so EOS ids are not needed
     decoding = decode(loaded.backend, part.ids, greedy)
     steps = []

@@ -283,9 +283,8 @@ def policy_of(result: Result, plain: Result, quality_metric: str, config: SweepC
     depth.
     """
     settings = {name: getattr(result, name) for name in _COLUMNS}
-    for name in ("draft_confidence", "lookup"):
-        if result.strategy in used_by(name):
-            settings[name] = config.generation.get(name)
+    if result.strategy in used_by("lookup"):
+        settings["lookup"] = config.generation.get("lookup")
     # Exits by confidence are tested with the head of drafts too.
     if result.exit_confidence or result.strategy not in ("autoregressive", "lookup", "early-exit"):
         copies = config.packing.draft_weights if result.strategy == "adaptive" else ()

@@ -140,7 +140,7 @@ def _measurement_notes(record: RunRecord) -> Iterator[str]:
     if temperature:
         top = f"top-k {generation.get('top_k', 0)}, top-p {generation.get('top_p', 1):g}"
         yield f"Sampled at temperature {temperature:g}, {top}."
-    cuts_drafts = generation.get("draft_confidence") or generation.get("lookup")
+    cuts_drafts = generation.get("lookup")
     if "specs" in config and (cuts_drafts or temperature):
         yield "Predictions are for greedy decoding with whole drafts."
     if "llama_cpp" in machine:

@@ -122,7 +122,7 @@ def draft(
         power=call.ends.power,
         logits_scale=1 / spec.logits_divisor,
         logits_cap=spec.logits_cap or 0.0,
-        confidence=call.ends.confidence,
+        confidence=0.0,
         survival=call.ends.survival,
         doubt=call.ends.doubt,
         entry=_address(entry),

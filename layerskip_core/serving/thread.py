@@ -9,7 +9,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from ..checkpoint.loaded import Decoder
-from . import Embedding, QueueFull, Request, Scheduler, Stopped, Update
+from . import Dispatcher, Embedding, QueueFull, Request, Stopped, Update
 
 
 class Updates:
@@ -32,20 +32,20 @@ class Updates:
             yield number, update
 
 
-class Engine:
+class DecodingThread:
     """Decodes requests in a thread of its own. `submit`, `cancel` and `stop` are for any thread."""
 
     def __init__(self, decoder: Decoder, batch_size: int, queue_size: int, **kept: Any) -> None:
         """`batch_size`: most requests decoded together. `queue_size`: most requests that wait.
-        `kept`: as in Scheduler.
+        `kept`: as in Dispatcher.
         """
         self.held = self.running = 0  # requests waiting or being decoded; being decoded
         self.is_stopped = False  # or has failed: it takes no more requests
-        self._scheduler = Scheduler(decoder, batch_size, **kept)
-        self._most = batch_size + queue_size
+        self._dispatcher = Dispatcher(decoder, batch_size, **kept)
+        self._places = batch_size + queue_size
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self._run, name="layerskip-engine", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="layerskip-decoding", daemon=True)
         self._thread.start()
 
     def hold(self, requests: int) -> None:
@@ -55,9 +55,9 @@ class Engine:
         """
         with self._lock:
             self._require_running()
-            if self.held + requests > self._most:
+            if self.held + requests > self._places:
                 raise QueueFull(
-                    f"{self.held} requests wait or are being answered, and this server holds {self._most}"
+                    f"{self.held} requests wait or are being answered, and this server holds {self._places}"
                 )
             self.held += requests
 
@@ -71,11 +71,11 @@ class Engine:
         with self._lock:
             self._require_running()
             for request in requests:
-                self._commands.put(partial(self._scheduler.add, request))
+                self._commands.put(partial(self._dispatcher.add, request))
 
     def cancel(self, request: Request | Embedding) -> None:
         """Cancels a request after the current step; a finished one is left as it is."""
-        self._commands.put(lambda: self.release(int(self._scheduler.cancel(request))))
+        self._commands.put(lambda: self.release(int(self._dispatcher.cancel(request))))
 
     def stop(self) -> None:
         """Ends all requests with the error Stopped, and waits for the thread."""
@@ -85,24 +85,24 @@ class Engine:
         self._thread.join()
 
     def _run(self) -> None:
-        scheduler = self._scheduler
+        dispatcher = self._dispatcher
         reason = Stopped("the server is shutting down")
         try:
             while not self.is_stopped:
-                self._obey(wait=not scheduler.held)
-                self.release(len(scheduler.step()))
-                self.running = scheduler.running
-        except BaseException:  # a fault of the scheduler: no caller may wait forever
+                self._run_commands(wait=not dispatcher.held)
+                self.release(len(dispatcher.step()))
+                self.running = dispatcher.running
+        except BaseException:  # a fault of the dispatcher: no caller may wait forever
             reason = Stopped("the server has failed and must be started again")
             with self._lock:
                 self.is_stopped = True
             raise  # the traceback goes to stderr
         finally:
-            self._obey(wait=False)
-            self.release(len(scheduler.fail_all(reason)))
+            self._run_commands(wait=False)
+            self.release(len(dispatcher.fail_all(reason)))
             self.running = 0
 
-    def _obey(self, wait: bool) -> None:
+    def _run_commands(self, wait: bool) -> None:
         """Runs queued commands. `wait`: for a first one, because there is nothing to decode."""
         try:
             while True:

@@ -8,7 +8,7 @@ from evaluating import tiny_loaded
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding.dialogue import TextStream
 from layerskip_core.serving import Request, Stopped
-from layerskip_core.serving.engine import Engine
+from layerskip_core.serving.thread import DecodingThread
 
 CONFIG = DecodingConfig("self-speculative", 2, 4, max_new_tokens=12)
 LONG = DecodingConfig("autoregressive", max_new_tokens=100)
@@ -36,7 +36,7 @@ class Client:
 
 @pytest.fixture
 def engine():
-    engine = Engine(tiny_loaded(), batch_size=3, queue_size=5)
+    engine = DecodingThread(tiny_loaded(), batch_size=3, queue_size=5)
     yield engine
     engine.stop()
 
@@ -83,7 +83,7 @@ def test_what_is_given_up_makes_room_and_at_the_end_everyone_is_told(engine):
     wait_until_empty(engine)
     assert not any(client.done.is_set() for client in clients)
     assert submitted(engine, Client("play jazz")).text
-    engine = Engine(tiny_loaded(), batch_size=1, queue_size=5)
+    engine = DecodingThread(tiny_loaded(), batch_size=1, queue_size=5)
     clients = [submitted(engine, Client("set an alarm", LONG)) for _ in range(3)]
     assert clients[0].came.wait(60)
     engine.stop()
@@ -95,10 +95,10 @@ def test_what_is_given_up_makes_room_and_at_the_end_everyone_is_told(engine):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_fault_of_the_scheduler_leaves_nobody_waiting(monkeypatch):
-    engine = Engine(tiny_loaded(), batch_size=1, queue_size=5)
+    engine = DecodingThread(tiny_loaded(), batch_size=1, queue_size=5)
     clients = [submitted(engine, Client("set an alarm", LONG)) for _ in range(2)]
     assert clients[0].came.wait(60) and not engine.is_stopped
-    monkeypatch.setattr(engine._scheduler, "step", lambda: 1 / 0)
+    monkeypatch.setattr(engine._dispatcher, "step", lambda: 1 / 0)
     engine._thread.join(60)
     assert engine.is_stopped and engine.held == 0
     assert all(

@@ -1,0 +1,152 @@
+"""Decoding of given prompts: clients of the scheduler that wait for every step."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ..config.decoding import DecodingConfig
+from ..errors import require
+from ..model.backend import Backend, check_prompt
+from .drafters.lookup import EarlierAnswers
+from .engine import draft_length
+from .output import Answer, DecodeStats, Detokenize, Row, RowStep, StopReason
+from .scheduler import Scheduler, without_failure
+
+
+def new_row(
+    model: Backend,
+    prompt: list[int],
+    config: DecodingConfig,
+    eos_ids: frozenset[int] = frozenset(),
+    detokenize: Detokenize | None = None,
+    seed: int | None = None,
+) -> Row:
+    """A row for a scheduler. Raises ConfigError for a prompt that does not fit."""
+    drafts = draft_length(config)
+    check_prompt(prompt, model, num_draft_tokens=drafts)
+    return Row(
+        prompt,
+        config,
+        eos_ids=eos_ids,
+        seed=seed,
+        context_length=model.context_length(drafts),
+        detokenize=detokenize,
+    )
+
+
+def decode(
+    model: Backend,
+    prompt_ids: list[int],
+    config: DecodingConfig,
+    eos_ids: frozenset[int] = frozenset(),
+    detokenize: Detokenize | None = None,
+    **options: Any,
+) -> "DecodingLoop":
+    """Decode a prompt by the config's strategy: `[step.ids for [step] in decode(...)]` are the ids
+    of each step.
+
+    Every strategy that drafts gives the tokens of autoregressive decoding, sampled ones of equal
+    seeds too. `detokenize`: ids to text, for stop strings only. `options`: DecodingLoop's. Raises
+    ConfigError for a prompt that does not fit, and for draft weights that were not loaded.
+    """
+    return DecodingLoop(model, [prompt_ids], config, eos_ids, detokenize, **options)
+
+
+def decode_batch(
+    model: Backend,
+    prompts: Sequence[list[int]],
+    config: DecodingConfig,
+    eos_ids: frozenset[int] = frozenset(),
+    detokenize: Detokenize | None = None,
+    seeds: Sequence[int] | None = None,
+    earlier: EarlierAnswers | None = None,
+) -> Iterator[Answer]:
+    """Decode prompts together by the config's strategy; yield each answer when it is complete.
+
+    In fp32 and above a row's output equals that of `decode` for its prompt and seed alone,
+    near-ties excepted. Without `detokenize` answers have ids only. `seeds`: by row, for sampling;
+    None: the config's for all. Raises ConfigError as `decode`, and for several prompts with exact
+    weights or an `exit_confidence`, where rows leave at different exits.
+    """
+    single = len(prompts) == 1
+    require(single or not model.exact, "batch_size", "1 with `exact`", len(prompts))
+    require(
+        single or not config.exit_confidence, "batch_size", "1 with `exit_confidence`", len(prompts)
+    )
+    loop = DecodingLoop(model, prompts, config, eos_ids, detokenize, seeds=seeds, earlier=earlier)
+    for steps in loop:
+        for step in steps:
+            if step.finish_reason is not None:
+                row = step.row
+                yield Answer(
+                    row.text.add(row.output, finished=True),
+                    step.finish_reason,
+                    sum(row.steps, DecodeStats()),
+                    row.output,
+                    loop.rows.index(row),
+                    row.logprobs,
+                    row.prompt_logprobs,
+                )
+
+
+class DecodingLoop:
+    """Iterates over steps: the new tokens of the rows that are not finished yet.
+
+    A loop can be abandoned between any two steps. As in a generator, an exception in a step, such
+    as Ctrl-C, ends it. Loops of one model can be in different threads.
+    """
+
+    def __init__(
+        self,
+        model: Backend,
+        prompts: Sequence[list[int]],
+        config: DecodingConfig,
+        eos_ids: frozenset[int] = frozenset(),
+        detokenize: Detokenize | None = None,
+        *,
+        seeds: Sequence[int] | None = None,
+        **options: Any,
+    ) -> None:
+        """Arguments and errors as for `decode` and `decode_batch`; `options`: Scheduler's and
+        Engine's.
+        """
+        self.rows = []
+        for index, prompt in enumerate(prompts):
+            seed = None if seeds is None else seeds[index]
+            self.rows.append(new_row(model, prompt, config, eos_ids, detokenize, seed))
+        self._scheduler = Scheduler(model, **options)
+        # The one of all rows, also after their end, for its statistics
+        self.engine = self._scheduler.engine_for(self.rows[0])
+        for row in self.rows:
+            self._scheduler.add(row)
+        without_failure(self._scheduler.admit())
+        # Of the first prompt, from a kept prefix
+        self.reused_tokens = self.rows[0].num_cached_tokens
+
+    def __iter__(self) -> Iterator[list[RowStep]]:
+        return self
+
+    def __next__(self) -> list[RowStep]:
+        if self._scheduler.is_idle:
+            raise StopIteration
+        try:
+            return without_failure(self._scheduler.step())
+        except BaseException:
+            self._scheduler.clear()
+            raise
+
+    def leave(self) -> None:
+        """Adds the texts of all rows so far to the prefixes."""
+        self._scheduler.keep_texts()
+
+    @property
+    def stats(self) -> DecodeStats:
+        """Counts and seconds of all steps so far. Time between two steps is the caller's and not
+        counted.
+        """
+        counts = (step for row in self.rows for step in row.steps)
+        return sum(counts, DecodeStats(**self.engine.seconds))
+
+    @property
+    def finish_reason(self) -> StopReason | None:
+        """Why the first prompt's output ended, once it has."""
+        return self.rows[0].scanner.reason
