@@ -369,9 +369,6 @@ def configs(draw, model, known):
         draw(layers if drafts else st.integers(1, model.num_layers)),
         draw(st.integers(1, 9)),
         draw(st.sampled_from([12, 30, 5, 2, 1, 500])),
-        draw(st.sampled_from([0.0, 0.07, 0.12, 0.99]))
-        if strategy in ("self-speculative", "draft-and-verify")
-        else 0.0,
         tuple(letters(known[place : place + 2]) for place in places),
         draw(st.sampled_from(list(model.draft_sides)))
         if strategy in ("self-speculative", "draft-and-verify")
