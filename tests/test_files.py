@@ -13,6 +13,7 @@ import threading
 import pytest
 from command_line import fails, run
 
+from layerskip_core.checkpoint.save import _usual
 from layerskip_core.errors import DataError, LayerSkipError, LockedError
 from layerskip_core.files import (
     append_lines,
@@ -20,6 +21,7 @@ from layerskip_core.files import (
     hold,
     new_staging,
     parse_json,
+    read_json,
     remove_leftovers,
     whole_lines,
     write_file,
@@ -203,3 +205,21 @@ def test_a_failed_command_leaves_no_folder(tmp_path):
         "--output",
         str(tmp_path / "file"),
     )
+
+
+def test_half_a_file_is_not_taken_for_part_of_a_model(tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr(os, "replace", lambda *_: found.append((names(tmp_path), _usual(tmp_path))))
+    write_file(tmp_path / "int4.safetensors", b"new", LayerSkipError)
+    assert found == [([".layerskip-writing-int4.safetensors.part"], set())]
+
+
+def test_json_is_read_by_type(tmp_path):
+    with pytest.raises(DataError, match="absent: there is no such file"):
+        read_json(tmp_path / "absent", DataError)
+    (tmp_path / "list").write_text("[]")
+    with pytest.raises(DataError, match="list: not valid JSON: Expected `object`, got `array`"):
+        read_json(tmp_path / "list", DataError)
+    assert read_json(tmp_path / "list", DataError, list[int]) == []
+    assert parse_json('{"a": [1, "\\u00e9\\ud83d\\ude00"]}', "here", DataError) == {"a": [1, "é😀"]}
+    assert parse_json(b"\xef\xbb\xbf{}", "here", DataError) == {}

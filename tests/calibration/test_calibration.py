@@ -219,3 +219,43 @@ def test_a_model_without_int4_kernels_is_refused(checkpoint):
         "--model must be one whose layer widths 32 divides, got 48 in model.layers.0.mlp.down_proj.weight",
         "calibrate", "--model", checkpoint,
     )  # fmt: skip
+
+
+def test_an_interrupted_calibration_leaves_nothing(wide, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = state(wide)
+    monkeypatch.setattr("layerskip_core.calibration.quantize", interrupt)
+    assert run("calibrate", "--model", str(wide), *QUICK).code == 130
+    assert state(wide) == before
+
+
+def identities(folder):
+    return {path.name: (path.lstat().st_ino, path.lstat().st_mtime_ns) for path in folder.iterdir()}
+
+
+def test_another_file_of_that_name_is_not_replaced(wide):
+    (wide / INT4_FILE).write_bytes(b"mine")
+    before = identities(wide)
+    fails(
+        f"--model {wide}: in the way is {INT4_FILE}, which layerskip did not write; move it away, or give another folder",
+        "calibrate", "--model", str(wide), *QUICK,
+    )  # fmt: skip
+    assert identities(wide) == before
+
+
+def test_inputs_that_are_always_zero_do_no_harm():
+    given = inputs()
+    given[:, 7] = 0
+    made = gptq(weight(), square(given))
+    assert made.weight.isfinite().all() and output_error(made, given) < 0.25 * output_error(
+        int4_of(weight()), given
+    )
+
+
+@pytest.mark.parametrize("size", [1e-4, 1e4])
+def test_the_size_of_the_inputs_does_not_matter(size):
+    made = gptq(weight(), square(inputs()))
+    same = gptq(weight(), square(size * inputs()))
+    assert (made.levels == same.levels).float().mean() > 0.99

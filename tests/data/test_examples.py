@@ -25,6 +25,7 @@ from layerskip_core.data import (
     load_rows,
     stream_rows,
 )
+from layerskip_core.embedded import commands
 from layerskip_core.errors import ConfigError, DataError
 from layerskip_core.evaluation.tasks import load_task
 
@@ -408,3 +409,77 @@ def test_lines_of_any_text_come_through(folder, text):
     lines = [line.removesuffix("\r") for line in text.removeprefix("\ufeff").split("\n")]
     expected = [line.rstrip("\r") for line in lines if line.strip()]
     assert rows == ([Example("", line) for line in expected] if expected else None)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.csv.gz"])
+def test_a_file_that_cannot_be_read(tmp_path, name):
+    with pytest.raises(
+        DataError, match=rf"`validation` .*{name}.* (cannot be read|not readable|no such file)"
+    ):
+        load(str(tmp_path / name), setting="validation")
+    (tmp_path / name).mkdir()
+    with pytest.raises(DataError):
+        load(str(tmp_path / name))
+
+
+def test_columns_by_flag_and_without_a_prompt_column(tmp_path):
+    name = written(tmp_path, "a.jsonl", lines({"prompt": "x", "question": "q", "answer": "a"}))
+    assert load(name, prompt_column="question", completion_column="answer") == [("q", "a")]
+    name = written(tmp_path, "a.jsonl", lines({"text": "t", "source": "web"}))
+    assert load(name) == load(name, completion_column="text") == [("", "t")]
+    assert load(written(tmp_path, "a.csv", "completion\nc\n")) == [("", "c")]
+
+
+def test_commands_by_name():
+    rows = load_examples(DataConfig(limit=5, seed=1))
+    assert (
+        rows
+        == load_examples(DataConfig(limit=7, seed=1))[:5]
+        != load_examples(DataConfig(limit=5, seed=2))
+    )
+    with pytest.raises(
+        ConfigError,
+        match=r"`split` must be one of train, validation, .* sealed, got dev for commands",
+    ):
+        load("commands", split="dev")
+
+
+MALFORMED = {
+    "no list": {"messages": "hi"},
+    "no role": {"messages": [{"content": "hi"}]},
+    "no text": {"messages": [{"role": "user", "content": 5}]},
+    "no answer": {"messages": [{"role": "user", "content": "hi"}]},
+    "no messages": {"other": "hi"},
+    "turns of numbers": {"conversations": [{"from": "human", "value": 5}]},
+}
+
+
+@pytest.mark.parametrize("row", MALFORMED.values(), ids=MALFORMED.keys())
+def test_malformed_conversations_are_named_with_their_line(tmp_path, row):
+    with pytest.raises(DataError, match=r"a\.jsonl:2: .*(messages?|no column 'completion')"):
+        load_rows(DataConfig(name=written(tmp_path, "a.jsonl", lines(CHAT_ROW, row))))
+
+
+def test_topv2_by_name_comes_from_the_hub(monkeypatch):
+    asked = []
+
+    def hub(name, streaming, **keywords):
+        asked.append((name, keywords))
+        return Dataset.from_list(
+            [{"domain": "a", "utterance": "go", "semantic_parse": "[IN:A go ]"}]
+        )
+
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    assert load("topv2", split="validation") == [("go", "[IN:A go ]")]
+    assert asked == [("WillHeld/top_v2", {"split": "eval"})]
+    with pytest.raises(ConfigError, match="`split` must be one of"):
+        load("topv2", split="dev")
+
+
+def test_more_commands_than_there_are(monkeypatch):
+    tiny = commands.Grammar(
+        {"d": "== a root\n" + "\n".join(f"[IN:X {'w' * length} ]" for length in range(1, 30))}
+    )
+    monkeypatch.setattr(commands, "load_grammar", lambda: tiny)
+    with pytest.raises(DataError, match="`limit` 50: split train has fewer than 50 distinct rows"):
+        load("commands", limit=50)

@@ -2,12 +2,15 @@
 
 import hashlib
 import itertools
+import json
 import random
 import re
 
 import pytest
-from command_line import fails
+from command_line import fails, run
 
+from layerskip_core.config.model import DataConfig
+from layerskip_core.data import load_examples
 from layerskip_core.embedded import commands
 
 
@@ -122,3 +125,40 @@ def test_what_cannot_be_read(tmp_path):
     )
     message = f"{file} holds conversations (a column 'messages'); needed a prompt and a completion"
     fails(message, "data", "--data", str(file))
+
+
+def test_sealed_rows_draw_what_is_sealed_and_other_rows_what_is_not():
+    words = [f"w{number}" for number in range(50)]  # too short to be made up
+    grammar = commands.Grammar(
+        {
+            "d": "== a root\n[IN:X (do|) {b} {c} ]\n== b open\n" + "\n".join(words) + "\n== c\nold",
+            "sealed": "== a\n[IN:X (now|soon) {b} {c} ]\n== b\nnew {d}\n== d\none\ntwo",
+        }
+    )
+    drawn = {
+        split: {grammar.row(split, random.Random(index)).utterance for index in range(50)}
+        for split in ("train", "sealed")
+    }
+    assert drawn["sealed"] == {
+        f"{when} new {number} old" for when in ("now", "soon") for number in ("one", "two")
+    }
+    assert drawn["train"] <= {f"{do}{word} old" for do in ("", "do ") for word in words}
+
+
+def test_ten_test_rows_by_default_and_rows_of_a_file_as_they_are(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "né\\n", "completion": "日本 \\"🏠\\""}\n', encoding="utf-8")
+    result = run("data", "--data", str(file), encoding="ascii")
+    assert result.out == file.read_text(encoding="utf-8")
+    assert run("data") == run(
+        "data", "--data", "commands", "--split", "test", "--samples", "10", "--seed", "0"
+    )
+
+
+@pytest.mark.parametrize("split", ["test", "compositional", "sealed"])
+def test_rows_of_commands(split):
+    result = run("data", "--samples", "3", "--split", split, "--seed", "4")
+    expected = load_examples(DataConfig("commands", split, limit=3, seed=4))
+    assert (result.code, result.err) == (0, "")
+    rows = [(row["prompt"], row["completion"]) for row in map(json.loads, result.out.splitlines())]
+    assert rows == [(example.prompt, example.completion) for example in expected]

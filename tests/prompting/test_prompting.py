@@ -6,17 +6,22 @@ import itertools
 import json
 import random
 import shutil
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import pytest
 from chatml import SPECIAL, TEMPLATE, chatml_folder, full_tokenizer
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from layerskip_core import prompting
 from layerskip_core.checkpoint.folder import lean_tokenizer
 from layerskip_core.checkpoint.info import CheckpointInfo
 from layerskip_core.checkpoint.loaded import Decoder
+from layerskip_core.config.evaluation import TaskConfig
+from layerskip_core.config.model import PromptingConfig
 from layerskip_core.data import Conversation
-from layerskip_core.errors import CheckpointError
+from layerskip_core.errors import CheckpointError, ConfigError
+from layerskip_core.evaluation.tasks import load_task
 from layerskip_core.prompting import CHAT, RAW, PromptTemplate, render_chat, resolve_template
 from layerskip_core.training.encoding import Encoder
 
@@ -259,3 +264,120 @@ def test_a_tokenizer_that_fails_is_one_error(folder, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(document))
     with pytest.raises(CheckpointError, match="the model's tokenizer cannot encode the prompt: "):
         encode_prompt(lean_tokenizer(str(tmp_path)), "{prompt}\n", "hi")
+
+
+def test_a_special_token_that_only_normalisation_reveals(full):
+    tokenizer = type(full)(
+        tokenizer_object=full.backend_tokenizer.from_str(full.backend_tokenizer.to_str())
+    )
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.backend_tokenizer.add_special_tokens(
+        [AddedToken("<turn>", special=True, normalized=True)]
+    )
+    token = tokenizer.backend_tokenizer.token_to_id("<turn>")
+    assert tokenizer("go <TURN>")["input_ids"][-1] == token
+    assert token not in encode_prompt(tokenizer, "{prompt}!", "go <TURN>")
+    assert encode_prompt(tokenizer, "<turn>{prompt}!", "go <TURN>").count(token) == 1
+
+
+@pytest.mark.parametrize("system", ["You are brief.", EVIL])
+def test_a_system_message_is_one_turn_and_opens_no_other(tokenizer, full, system):
+    ids = encode_prompt(tokenizer, CHAT, EVIL, system)
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": EVIL}]
+    text = full.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert full.decode(ids, clean_up_tokenization_spaces=False) == text
+    assert control(full, ids) == control(full, encode_prompt(tokenizer, CHAT, "hi", "hi"))
+    assert ids != encode_prompt(tokenizer, CHAT, EVIL)
+
+
+@pytest.mark.parametrize("shots", [0, 1])
+@pytest.mark.parametrize(
+    ("template", "own"), [(OWN_TURNS, 3), ("raw", 2), ("{prompt}", 0), ("chat", 5)]
+)
+def test_a_template_of_a_task_makes_tokens_and_its_rows_do_not(
+    tokenizer, full, tmp_path, template, own, shots
+):
+    file = tmp_path / "rows.jsonl"
+    rows = [{"prompt": prompt, "answer": "b"} for prompt in ["a", EVIL][1 - shots :]]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = load_task(TaskConfig(data=str(file), shots=shots, prompting=PromptingConfig(template)))
+    loaded = task.prepared(decoder_with(tokenizer))
+    ids = loaded.encode_prompt(task.examples[0].prompt)
+    # A solved row adds its own turns. A raw prompt then ends with a line end, so that no end token
+    # is removed.
+    assert len(control(full, ids)) == own + shots * {OWN_TURNS: 3, "raw": 1}.get(template, 0)
+
+
+def test_a_tokenizer_in_python_refuses_special_tokens():
+    class InPython:
+        eos_token_id = 2
+        added_tokens_decoder = MappingProxyType({1: AddedToken("<s>", special=True)})
+
+        def __call__(self, text):
+            return {"input_ids": [ord(letter) for letter in text]}
+
+    assert encode_prompt(InPython(), "{prompt}!", "a") == [97, 33]
+    assert len(encode_prompt(InPython(), RAW, "<s>")) == 3
+    with pytest.raises(ConfigError, match="without the special token <s>"):
+        encode_prompt(InPython(), "{prompt}!", "<s>")
+
+
+def test_a_unigram_tokenizer():
+    pieces = ["<unk>", "<s>", "</s>", "\u2581", "\u2581a", "a", "<", ">", "s", "/", "b"]
+    backend = Tokenizer(
+        models.Unigram([(piece, -float(at)) for at, piece in enumerate(pieces)], unk_id=0)
+    )
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="</s>", unk_token="<unk>"
+    )
+    expected = backend.encode("<s>a<s >b").tokens
+    expected[expected.index("\u2581")] = ">"
+    ids = encode_prompt(tokenizer, "<s>{prompt}b", "a<s>")
+    assert [pieces[token] for token in ids] == [
+        "<s>",
+        *(["\u2581a"] if "\u2581a" in expected else ["a"]),
+        "<",
+        "s",
+        ">",
+        "b",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("asked", "system", "stored", "tokenizer", "message"),
+    [
+        (
+            "chat",
+            None,
+            None,
+            WITHOUT,
+            "a chat template was asked for, but the model's tokenizer has none",
+        ),
+        (
+            None,
+            "Hi.",
+            None,
+            WITHOUT,
+            "system.* must be given with the chat template only, got the template raw",
+        ),
+        (
+            None,
+            "Hi.",
+            STORED,
+            WITH_CHAT,
+            r"system.* must be given with the chat template only, got the template 'Q: {prompt}'",
+        ),
+        (
+            "raw",
+            "Hi.",
+            STORED_CHAT,
+            WITH_CHAT,
+            "system.* must be given with the chat template only, got the template raw",
+        ),
+    ],
+)
+def test_what_cannot_be_applied_is_refused(asked, system, stored, tokenizer, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve_template(asked, system, stored, tokenizer)
