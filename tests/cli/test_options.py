@@ -34,7 +34,7 @@ def test_every_command_that_decodes_has_the_flags_of_decoding(command):
 
 
 def test_flags_that_a_command_does_not_have():
-    assert "--dtype" not in names_of("verify") and "--seed" not in names_of("serve")
+    assert "--dtype" not in names_of("compare") and "--seed" not in names_of("serve")
     assert names_of("generate") - names_of("chat") >= {"--logprobs", "--prompt-logprobs"}
     assert not names_of("sweep-exits") & {
         "--exit",
@@ -75,7 +75,7 @@ def test_other_spellings_of_a_flag_set_it(spelling):
         ("finetune", "--model_name_or_path", "--model"),
         ("finetune", "--bf16", "--dtype bf16"),
         ("serve", "--num-speculative-tokens", "--spec"),
-        ("verify", "--bf16", None),  # which has no --dtype
+        ("compare", "--bf16", None),  # which has no --dtype
     ],
 )
 def test_flags_of_other_programs_are_answered_with_ours(command, typed, meant):
