@@ -202,9 +202,9 @@ def test_the_target_goes_on_from_the_exit_that_drafted(kind, monkeypatch):
     run_layers = backend.run_layers
     choose = backend.choose
 
-    def choice(tokens, states, start, stop, kept, places, noise):
-        spans.extend((layer, len(tokens)) for layer in (start, *kept[:-1]))
-        return choose(tokens, states, start, stop, kept, places, noise)
+    def choice(step):
+        spans.extend((layer, len(step.tokens)) for layer in (step.start, *step.taps[:-1]))
+        return choose(step)
 
     def record(hidden, start, stop, places):
         spans.append((start, len(hidden)))
