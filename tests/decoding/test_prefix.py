@@ -240,8 +240,8 @@ def test_an_interrupted_step_does_no_harm(monkeypatch):
         original(hidden, start, stop - 1, places)
         raise KeyboardInterrupt
 
-    def interrupted_choice(tokens, states, start, stop, kept, places, noise):
-        choose(tokens, states, start, stop - 1, kept, places, noise)
+    def interrupted_choice(step):
+        choose(replace(step, end=step.end - 1))
         raise KeyboardInterrupt
 
     for prompt, steps in ((second, 0), (first, 1)):
