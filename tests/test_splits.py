@@ -11,7 +11,7 @@ from training_runs import saved_base, settings_on
 from layerskip_core.checkpoint.info import read_info
 from layerskip_core.config.evaluation import BenchConfig, SweepConfig
 from layerskip_core.config.model import DataConfig
-from layerskip_core.config.training import RecipeSettings
+from layerskip_core.config.training import DrafterConfig, RecipeSettings
 from layerskip_core.evaluation.tasks import TaskConfig, load_task
 from layerskip_core.evaluation.tasks.texts import load_trained
 from layerskip_core.splits import (
@@ -318,3 +318,28 @@ def test_tasks_with_splits_of_their_own_and_tasks_without(tmp_path):
         for split in (VALIDATION, TEST)
     )
     assert not chosen & reported and len(chosen | reported) == 100
+
+
+def test_every_process_and_resumption_holds_out_the_same_rows(settings, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    write_rows(file, range(400))
+
+    def held_out(**changes):
+        plan = prepare(settings(data=DataConfig(str(file)), overwrite=True, **changes))
+        decode = plan.trainable.tokenizer.decode
+        return {decode(row["input_ids"]) for row in plan.held_out_data.rows}, plan.division
+
+    rows, division = held_out()
+    assert len(rows) == 25 and len({row.split()[1] for row in rows}) >= 6  # of eight domains
+    assert held_out(seed=5) == (rows, division)
+    write_rows(file, reversed(range(400)))
+    assert held_out() == (rows, division)
+    drafter = prepare(
+        settings(
+            DrafterConfig,
+            data=DataConfig(str(file)),
+            answers="data",
+            output=str(tmp_path / "drafter"),
+        )
+    )
+    assert (drafter.held_out, drafter.division) == (25, division)

@@ -21,6 +21,7 @@ from layerskip_core.checkpoint.shipped import ASSISTANT_FILES, STALE_ASSISTANT
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import decode, decode_batch
+from layerskip_core.decoding.drafters.exit import ExitDrafter
 
 SHAPE = {**WIDE, "max_position_embeddings": 256}
 PROMPT = prompt_of(20)
@@ -279,3 +280,30 @@ def test_without_kernels_a_note_says_that_it_is_not_used(pair, monkeypatch):
     monkeypatch.setenv("LAYERSKIP_KERNELS", "torch")
     loaded = for_decoding(str(pair[0]), "cpu", "fp32")
     assert not loaded.backend.drafters and "drafting without its assistant" in loaded.notes[-1]
+
+
+def test_drafts_of_every_round_are_those_of_transformers(pair, monkeypatch):
+    """The state is that of the last accepted token, also where several rows draft at their own
+    positions.
+    """
+    folder, target, assistant = pair
+    backend = for_decoding(str(folder), "cpu", "fp32", UnroundedDrafter()).backend
+    rounds = []
+    draft = ExitDrafter.draft
+
+    def recorded(drafter, context, limits, *ends):
+        found = draft(drafter, context, limits, *ends)
+        rounds.extend(
+            (list(ids), own[1:].tolist())
+            for ids, own in zip(context.ids, found.by_row(), strict=True)
+        )
+        return found
+
+    monkeypatch.setattr(ExitDrafter, "draft", recorded)
+    config = DecodingConfig("mtp", num_draft_tokens=2, max_new_tokens=6)
+    assert len([*decode_batch(backend, [prompt_of(9), PROMPT], config)]) == 2
+    assert len(rounds) > 6
+    for text, drafts in rounds:
+        assert drafts == [
+            int(logits.argmax()) for logits in reference(target, assistant, text, len(drafts))
+        ]

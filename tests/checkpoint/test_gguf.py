@@ -2,12 +2,13 @@
 
 import json
 import struct
+import sys
 
 import gguf
 import numpy as np
 import pytest
 import torch
-from command_line import run
+from command_line import fails, run
 from conftest import CHANGES, logits_of, random_rows, tiny_model
 from evaluating import tiny_loaded
 from safetensors.torch import load_file, save_file
@@ -370,3 +371,21 @@ def test_other_ropes_are_refused(values, tensors, why, tmp_path):
     path = rewritten(tmp_path / "model.gguf", values, tensors)
     with pytest.raises(CheckpointError, match=why):
         _ = GgufFile(path).spec
+
+
+def test_a_missing_library_is_named(tmp_path, monkeypatch):
+    written(tmp_path / "model.gguf")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    fails(
+        "a .gguf file needs the library gguf: pip install 'layerskip[gguf]'",
+        *("import", str(tmp_path / "model.gguf"), "--output", str(tmp_path / "imported")),
+    )
+
+
+def test_only_the_full_attention_of_gemma_3_is_scaled(tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf_file, "_check", lambda spec: None)
+    rope = {"full_attention": LINEAR, "sliding_attention": PLAIN}
+    model = written(tmp_path / "model.gguf", "gemma3_text", rope_parameters=rope)
+    config = GgufFile(tmp_path / "model.gguf").config
+    assert config.rope_parameters == rope
+    assert_same_ropes(config, model.config)

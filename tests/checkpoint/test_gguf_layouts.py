@@ -21,6 +21,7 @@ from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.export.gguf import add_tokenizer
 from layerskip_core.model import ModelSpec, TransformersBackend
+from layerskip_core.model.blocks import plain
 from layerskip_core.model.exit_blocks import MTP, MTP_LAYOUTS, NO_BLOCKS
 from layerskip_core.model.native.compiled import kernels
 from layerskip_core.model.weights import named_weights
@@ -383,3 +384,13 @@ def test_blocks_stay_as_they_are(model_type, kind, experts, changes, tmp_path):
     config = DecodingConfig("autoregressive", max_new_tokens=20, ignore_eos=True)
     ids = ids_of(decode(decoder.backend, prompt, config))
     assert ids == ids_of(decode(TransformersBackend(read.model), prompt, config))
+
+
+def test_experts_in_mxfp4_are_the_weights_that_the_library_reads(tmp_path):
+    written(path := tmp_path / "model.gguf", "gpt_oss", experts="MXFP4")
+    file = GgufFile(path)
+    for name in ("gate_up_proj", "down_proj"):
+        rows = file.rows(f"model.layers.0.mlp.experts.{name}")
+        assert torch.equal(
+            plain(rows).transpose(1, 2), file.weight(f"model.layers.0.mlp.experts.{name}")
+        )

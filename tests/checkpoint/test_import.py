@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+from typing import ClassVar
 
 import huggingface_hub
 import pytest
@@ -18,11 +19,14 @@ from safetensors.torch import load_file, save_file
 from layerskip_core.calibration import calibrate
 from layerskip_core.checkpoint.folder import EXIT_BLOCKS_FILE, INT4_FILE
 from layerskip_core.checkpoint.info import read_info
+from layerskip_core.checkpoint.locate import ModelRef
 from layerskip_core.checkpoint.open import for_decoding, for_training
+from layerskip_core.checkpoint.save import save_sidecar
 from layerskip_core.checkpoint.transformers_read import stored_dtype
 from layerskip_core.config.model import CalibrationConfig
 from layerskip_core.errors import CheckpointError
 from layerskip_core.model.exit_blocks import ExitBlock
+from layerskip_core.model.vocabulary import ORDER_FILE, token_order
 
 
 def test_a_folder_is_written_in_the_precision_asked_for(checkpoint, tmp_path):
@@ -245,3 +249,104 @@ def test_a_model_in_the_cache_of_the_hub_needs_no_network(snapshot, tmp_path, na
     command = [*COMMAND, "generate", "--model", name, "hello", "--max-new-tokens", "4", "--stats"]
     done = subprocess.run(command, env=offline, capture_output=True, text=True)
     assert done.returncode == 0 and f"prompt template: {TEMPLATE!r}" in done.stderr
+
+
+class Hub:
+    """Of huggingface_hub.HfApi what a push calls."""
+
+    uploads: ClassVar[list] = []
+    refused = False
+
+    def create_repo(self, repository, exist_ok):
+        if repository != "me/mine":
+            raise OSError("401 Client Error\nand more")
+
+    def upload_folder(self, repo_id, folder_path, allow_patterns):
+        if self.refused:
+            raise OSError("the network is down")
+        self.uploads.append((repo_id, folder_path, allow_patterns))
+
+
+def test_a_result_is_pushed_if_the_repository_is_ours(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    out = tmp_path / "out"
+    short = ("--steps", "1", "--batch-size", "2", "--samples", "2", "--threads", "1")
+    command = (
+        "finetune",
+        "--model",
+        checkpoint,
+        *short,
+        "--output",
+        str(out),
+        "--overwrite",
+        "--push-to-hub",
+    )
+    refused = run(*command, "other/theirs")
+    assert (
+        refused.code == 2
+        and refused.err.splitlines()[-1] == "error: --push-to-hub other/theirs: 401 Client Error"
+    )
+    assert not (out / "config.json").exists()
+    assert run(*command, "me/mine").code == 0
+    [(repository, folder, files)] = Hub.uploads
+    assert (repository, folder) == ("me/mine", str(out)) and {
+        "model.safetensors",
+        "exit_blocks.safetensors",
+    } <= set(files)
+    monkeypatch.setattr(Hub, "refused", True)
+    failed = run(*command, "me/mine")
+    assert failed.code == 1 and failed.err.endswith(
+        f"the network is down; it is saved; upload it by: hf upload me/mine {out}\n"
+    )
+    assert (out / "config.json").exists()
+
+
+def test_a_revision_is_asked_of_the_hub_and_safetensors_are_needed(snapshot, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda *name, **how: asked.append((*name, how["revision"])) or str(snapshot),
+    )
+    assert ModelRef.of("team/model@refs/pr/1").fetched().folder == str(snapshot)
+    assert ModelRef.of("team/model").fetched().folder == str(snapshot)
+    assert asked == [("team/model", "refs/pr/1"), ("team/model", None)]
+    wrong = run("generate", "x", "--model", "team/model", "--revision", "v2")
+    assert wrong.code == 2 and "--model ID@REVISION" in wrong.err
+    (snapshot / "model.safetensors").unlink()
+    assert ModelRef.of("team/model").fetched().folder is None
+
+
+def test_an_adapters_weights_are_not_those_of_the_blocks_of_its_base(with_blocks, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(with_blocks), config).save_pretrained(
+        tmp_path / "adapter"
+    )
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(with_blocks / name, tmp_path / "adapter")
+    done = run("import", str(tmp_path / "adapter"), "--output", str(tmp_path / "merged"))
+    assert done.err.startswith(
+        f"left out: {with_blocks / EXIT_BLOCKS_FILE} cannot be used: it was made from other weights"
+    )
+    assert done.code == 0 and not (tmp_path / "merged" / EXIT_BLOCKS_FILE).exists()
+
+
+def test_the_drafter_s_agreement_and_the_order_of_tokens_go_with_the_model(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "drafting")
+    output = tmp_path / "imported"
+    add_eagle3(folder)
+    save_sidecar(
+        str(folder),
+        ORDER_FILE,
+        b"[7,3]",
+        lambda info: info.with_exit_blocks({"eagle3": {"agreement": 0.75}}),
+    )
+    assert run("import", str(folder), "--output", str(output)).code == 0
+    assert read_info(output).details["exit_blocks"] == {"eagle3": {"agreement": 0.75}}
+    assert token_order(output, 300) == [7, 3] and ORDER_FILE in read_info(output).files
+    another = ("--drafter", str(folder / "eagle3"))
+    assert run("import", str(output), "--output", str(output), "--overwrite", *another).code == 0
+    assert "exit_blocks" not in read_info(output).details  # the agreement was another's

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from math import exp
 
 import pytest
 
@@ -134,3 +135,48 @@ def test_new_exit_blocks_leave_what_was_measured_without_them_only(tmp_path):
     measured = replace(after, profile=replace(profile, acceptance={"exit 2": 0.9}))
     # A sweep of the blocks knows better
     assert measured.draft_profile(24).acceptance == {"exit 2": 0.9, "exit 4": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("info", "advice"),
+    [
+        (CheckpointInfo(), ()),
+        (CheckpointInfo(exit_layer=3, num_draft_tokens=5), ("exit 3",)),
+        (CheckpointInfo(strategy="autoregressive"), ("autoregressive",)),
+    ],
+)
+def test_advice_of_older_versions_has_no_policies(info, advice):
+    assert info.advice == advice and info.with_exit_blocks({}).advice == ()
+
+
+def test_the_agreement_stored_with_int4_weights_is_a_prior_where_no_sweep_measured_them():
+    info = CheckpointInfo(
+        profile=replace(PROFILE, acceptance={"exit 4": 0.9, "int4": 0.5, "int4 exit 4": 0.25})
+    )
+    assert info.with_int4(0.75) == info and info.without_int4().profile == replace(
+        PROFILE, acceptance={"exit 4": 0.9}
+    )
+    assert info.without_int4().with_int4(0.75).profile.acceptance == {"exit 4": 0.9, "int4": 0.75}
+    assert CheckpointInfo().without_int4().with_int4(0.75).draft_profile(12) == DraftProfile(
+        {"int4": 0.75}
+    )
+    # Of other drafts than those that were measured
+    other = replace(info, profile=replace(PROFILE, draft_head="int4"))
+    assert other.with_int4(0.75) == other
+    guessed = {"trained_exits": [4, 8], "final_losses": {"4": 0.5, "8": 0.5, "12": 0.5}}
+    known = replace(info.without_int4().with_int4(0.75), details=guessed).draft_profile(12)
+    assert known.acceptance == {"exit 4": 0.9, "exit 8": 1.0, "int4": 0.75}
+
+
+def test_without_a_sweep_the_losses_say_how_often_drafts_are_accepted():
+    details = {"trained_exits": [4, 8], "final_losses": {"4": 0.75, "8": 0.5, "12": 0.25}}
+    profile = CheckpointInfo(details=details).draft_profile(12)
+    assert profile.acceptance == {
+        "exit 4": pytest.approx(exp(-0.25)),
+        "exit 8": pytest.approx(exp(-0.125)),
+    }
+    assert (
+        CheckpointInfo(details=details).draft_profile(24)
+        == CheckpointInfo().draft_profile(12)
+        == DraftProfile()
+    )

@@ -12,6 +12,7 @@ from test_gguf import written
 
 from layerskip_core import load
 from layerskip_core.checkpoint import load_cache, sidecars
+from layerskip_core.checkpoint.folder import WeightFile
 from layerskip_core.checkpoint.gguf_read import GgufFile
 from layerskip_core.checkpoint.load_cache import finish_writing
 from layerskip_core.checkpoint.open import for_decoding
@@ -229,3 +230,23 @@ def test_commands_and_python_use_the_cache_unless_told_otherwise(gguf_model, cac
     finish_writing()
     assert len(files(cache)) == 1 and {*texts} == {plain.out.removesuffix("\n")}
     assert "removed 1 files" in run("calibrate", "--clear").err and files(cache) == []
+
+
+def test_two_loads_at_once_leave_one_whole_file(gguf_model, cache):
+    for _ in range(2):
+        first, second = (
+            for_decoding(str(gguf_model), "cpu", packing=ADAPTIVE, cache=True) for _ in range(2)
+        )
+        assert outputs(first) == outputs(second)
+    finish_writing()
+    assert len(files(cache)) == 1
+    [path] = cache.iterdir()
+    assert WeightFile(path).metadata["format"] == "layerskip cache 1"
+
+
+def test_a_small_model_is_not_kept(wide, cache, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setenv(sidecars.CACHE, str(cache))
+    loaded(wide)
+    loaded("embedded")
+    assert files(cache) == []

@@ -8,13 +8,18 @@ import pytest
 import torch
 from command_line import run
 from conftest import edit_json, logits_of, tiny_model
+from decodings import ids_of
 from evaluating import tiny_loaded
+from exit_block_models import add_blocks
 from safetensors.torch import load_file, save_file
 
 from layerskip_core.checkpoint.info import CheckpointInfo
 from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.checkpoint.save import save_checkpoint
+from layerskip_core.config.decoding import DecodingConfig
+from layerskip_core.decoding import decode
 from layerskip_core.errors import CheckpointError
+from layerskip_core.model.exit_blocks import ExitBlock
 from layerskip_core.model.native.compiled import kernels
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
@@ -268,3 +273,18 @@ def test_a_part_of_a_projection_that_is_missing(missing, message, tmp_path):
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=message):
         for_decoding(path, "cpu", "fp32")
+
+
+def test_an_exit_block_beside_them_drafts(tmp_path):
+    """In the model's precision: the files have no levels of it."""
+    method, store, _ = FORMS["GPTQ"]
+    path = folder_of(
+        tiny_model("llama", torch.float32, vocab_size=300, **WIDE), tmp_path, method, store
+    )
+    add_blocks(tmp_path, ExitBlock(2))
+    backend = for_decoding(path, "cpu", "fp32").backend
+    found = []
+    for strategy in ("autoregressive", "self-speculative"):
+        config = DecodingConfig(strategy, exit_layer=2, num_draft_tokens=3, max_new_tokens=12)
+        found.append(ids_of(decode(backend, IDS[0].tolist(), config)))
+    assert found[0] == found[1] and [*backend.exit_blocks] == [2]

@@ -12,10 +12,10 @@ import torch
 from command_line import fails
 from conftest import tiny_model
 from evaluating import tiny_loaded
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from layerskip_core.checkpoint.info import CheckpointInfo, read_info
-from layerskip_core.checkpoint.loaded import decoder_of, end_ids, pick_device, pick_dtype
+from layerskip_core.checkpoint.loaded import Decoder, decoder_of, end_ids, pick_device, pick_dtype
 from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.checkpoint.save import (
     READY,
@@ -29,9 +29,10 @@ from layerskip_core.checkpoint.transformers_read import blank
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.config.resolution import Recommended
 from layerskip_core.errors import CheckpointError, ConfigError
-from layerskip_core.model import NativeBackend
+from layerskip_core.model import NativeBackend, TransformersBackend
 from layerskip_core.model import cache as caches
 from layerskip_core.model.cache import memory_budget
+from layerskip_core.prompting import PromptTemplate
 
 INFO = CheckpointInfo("{prompt} ->", 3, 5, {"rows": 7, "note": "naïve"})
 IDS = torch.tensor([[5, 9, 33, 7]])
@@ -330,3 +331,56 @@ def test_a_reader_sees_one_model_whatever_happens_meanwhile(tmp_path):
         return state(folder)
 
     assert read_whole(folder, slow_read) == NEW and seen == [OLD, NEW]
+
+
+def test_recommendations():
+    backend = TransformersBackend(model_of(num_hidden_layers=8))
+
+    def recommended(name, **info):
+        return Decoder(
+            name, backend, None, CheckpointInfo(**info), frozenset(), PromptTemplate()
+        ).recommended()
+
+    assert recommended("facebook/layerskip-llama2-7B") == Recommended(8, 12, exits=(8,))
+    assert recommended("some/model") == Recommended(2, 6)  # a quarter of 8 layers
+    assert recommended("some/model", exit_layer=5) == Recommended(5, 6, "self-speculative")
+    assert (
+        recommended(
+            "facebook/layerskip-llama2-7B", exit_layer=5, strategy="autoregressive"
+        ).strategy
+        == "autoregressive"
+    )
+
+
+def test_nothing_is_written_to_the_terminal(folder, tokenizer, capfd):
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {**weights, "unexpected": torch.zeros(1)},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    loaded = for_training(str(folder))
+    save_checkpoint(loaded.model, tokenizer, INFO, str(folder), torch.float32)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_template_of_layerskip_json_takes_precedence_over_the_chat_template(folder, tokenizer):
+    chat = "{% for m in messages %}<{{ m.content }}>{% endfor %}{% if add_generation_prompt %}!{% endif %}"
+    (folder / "chat_template.jinja").write_text(chat)
+
+    def ids(prompt, **info):
+        write_info(str(folder), CheckpointInfo(**info))
+        assert read_info(str(folder)) == CheckpointInfo(**info)
+        return decoder_of(for_training(str(folder), "cpu")).encode_prompt(prompt)
+
+    assert ids("go", prompt_template="a {prompt}") == tokenizer("a go")["input_ids"]
+    assert ids("go") == ids("go", prompt_template="chat") == tokenizer("<go>!")["input_ids"]
+    assert (
+        ids("go", prompt_template="chat", system="be brief")
+        == tokenizer("<be brief><go>!")["input_ids"]
+    )
+    assert ids("go", prompt_template="raw") == tokenizer("go")["input_ids"]
+    # No str.format
+    assert ids("{prompt}", prompt_template="{x} {prompt}") == tokenizer("{x} {prompt}")["input_ids"]
+    (folder / "chat_template.jinja").unlink()
+    assert ids("go") == tokenizer("go")["input_ids"]

@@ -96,3 +96,11 @@ def test_import_keeps_acceptance_but_no_times_of_the_low_bit_weights(model, tmp_
     assert (found.exit_layer, found.num_draft_tokens, found.policies) == (None, None, {})
     assert found.profile == DraftProfile({"exit 2": 0.5}) and found.details["note"] == "kept"
     assert info_of(ModelRef.of(str(model))) == replace(saved, files=())
+
+
+def test_a_cache_that_cannot_be_written_either_is_one_error(model, tmp_path, read_only):
+    (tmp_path / "cache").write_text("")
+    done = run("sweep-exits", "--model", str(model), *SWEEP)  # told before the measurement
+    assert (done.code, done.out, done.err.count("\n")) == (1, "", 1) and done.err.startswith(
+        "error: cannot write"
+    )

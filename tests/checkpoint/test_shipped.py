@@ -279,3 +279,10 @@ def test_adapters_draft_with_what_their_base_ships(shipped, tmp_path):
     assert drafted(adapter)[2] == (STALE,) and not (Path(adapter) / MTP_FILE).exists()
     assert not run("import", adapter, "--output", str(tmp_path / "merged")).code
     assert drafted(tmp_path / "merged")[2] == (STALE,)
+
+
+def test_without_kernels_it_drafts_too(shipped, monkeypatch):
+    expected = drafted(shipped)
+    monkeypatch.setenv("LAYERSKIP_KERNELS", "torch")
+    assert isinstance(for_decoding(str(shipped), "cpu", "fp32").backend, TransformersBackend)
+    assert drafted(shipped)[0] == expected[0] and drafted(shipped)[1][1] > 0

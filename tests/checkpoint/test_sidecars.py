@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import logits_of, older
+from conftest import logits_of, older, run_texts
 from exit_block_models import add_blocks, add_int4
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 
 from layerskip_core.checkpoint.convert import import_checkpoint
 from layerskip_core.checkpoint.folder import EXIT_BLOCKS_FILE, INT4_FILE
@@ -20,13 +20,24 @@ from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.checkpoint.save import refuse_overwrite, save_sidecar, write_info
 from layerskip_core.checkpoint.shipped import read_exit_blocks
 from layerskip_core.checkpoint.sidecars import (
+    content_of,
     exit_blocks_content,
     fingerprint,
     int4_content,
 )
-from layerskip_core.config.decoding import DraftProfile
-from layerskip_core.config.model import PackingConfig
+from layerskip_core.config.decoding import DecodingConfig, DraftProfile
+from layerskip_core.config.evaluation import BenchConfig, SweepConfig, TaskConfig
+from layerskip_core.config.model import DataConfig, PackingConfig
+from layerskip_core.data import load_examples
+from layerskip_core.decoding import decode
 from layerskip_core.errors import CheckpointError
+from layerskip_core.evaluation.inspection import inspect
+from layerskip_core.evaluation.measure.bench import bench
+from layerskip_core.evaluation.measure.cost_model import agreement
+from layerskip_core.evaluation.measure.sweep import sweep
+from layerskip_core.evaluation.metrics import reference_losses
+from layerskip_core.evaluation.results import RunRecord
+from layerskip_core.evaluation.tasks import load_task
 from layerskip_core.model.exit_blocks import NO_BLOCKS, ExitBlock
 from layerskip_core.model.native.compiled import kernels
 from layerskip_core.training.exit_blocks import FrozenExits
@@ -287,3 +298,95 @@ def test_exits_with_blocks_are_the_trained_ones(folder, checkpoint):
         folder, "cpu", "fp32", PackingConfig(draft_weights=("int8",), draft_layers=3)
     )
     assert list(copies.backend.draft_sides["int8"].exit_blocks) == [2]
+
+
+def test_adaptive_drafting_may_choose_the_blocks_of_a_copy(folder):
+    asked = PackingConfig(draft_weights=("int8",), adaptive=True)
+    loaded = for_decoding(folder, "cpu", "fp32", asked)
+    cheap = DraftProfile({"int8 exit 4": 1.0}, (10.0, 10.1), {"int8 exit 4": 0.01})
+    decoder = replace(loaded, info=replace(loaded.info, exit_layer=None, profile=cheap))
+    config = decoder.resolve({"max_new_tokens": 12}, asked)
+    assert (config.strategy, config.exits) == ("adaptive", (2, 4))
+    prompt = decoder.encode_prompt("wake me up")
+    decoding = decode(decoder.backend, prompt, config)
+    ids = [token for [step] in decoding for token in step.ids]
+    plain = decode(decoder.backend, prompt, DecodingConfig("autoregressive", max_new_tokens=12))
+    assert ids == [token for [step] in plain for token in step.ids]
+    assert decoding.stats.steps_by_drafter["int8 exit 4"] > 0
+
+
+def test_agreement_and_perplexity_are_those_of_the_blocks(folder, checkpoint):
+    decoder = for_decoding(folder, "cpu", "fp32")
+    model = decoder.backend
+    prompt = [5, 9, 33, 12]
+    output = [7, 8, 60, 23, 40]
+    tokens = torch.tensor([prompt + output])
+    with torch.inference_mode():
+        chosen = {}
+        scores = {}
+        for exit_layer, block in model.exit_blocks.items():
+            states = run_texts(model, model.embed(tokens), 0, exit_layer)
+            hidden = run_texts(model, states, block.layer, block.layer + 1)
+            scores[exit_layer] = block.head(hidden)[0]
+            chosen[exit_layer] = scores[exit_layer].argmax(-1)[3:-1].tolist()
+    assert agreement(decoder, prompt, output, (2, 4)) == chosen
+    row = load_examples(DataConfig("commands", "test", limit=1))[0]
+    _, losses = reference_losses(decoder, row, (2, 4, 6))
+    _, plain = reference_losses(for_decoding(checkpoint, "cpu", "fp32"), row, (6,))
+    assert losses.keys() == {2, 4, 6} and losses[6] == plain[6]
+
+
+def test_bench_and_sweep_measure_blocks(folder):
+    decoder = for_decoding(folder, "cpu", "fp32")
+    task = load_task(TaskConfig("commands", samples=2, max_new_tokens=8))
+    *_, record = bench(
+        decoder, task, BenchConfig(generation={"exit_layer": 4, "num_draft_tokens": 3}, repeats=1)
+    )
+    assert isinstance(record, RunRecord)
+    strategies = [result.strategy for result in record.results]
+    assert {"self-speculative", "early-exit"} <= set(strategies)
+    assert all(
+        result.identical_outputs == 1
+        for result in record.results
+        if result.strategy != "early-exit"
+    )
+    *_, record = sweep(decoder, task, SweepConfig(specs=(3,), exit_confidences=()))
+    assert isinstance(record, RunRecord)
+    by_confidence = BenchConfig(
+        generation={"exit_confidence": 0.5}, strategies=("autoregressive", "early-exit"), repeats=1
+    )
+    *_, benched = bench(
+        replace(decoder, info=replace(decoder.info, exit_layer=4)), task, by_confidence
+    )
+    assert isinstance(benched, RunRecord)
+    assert [(result.exits, result.failures) for result in benched.results] == [
+        ((), ()),
+        ((2, 4), ()),
+    ]
+    rows = {(result.strategy, result.exit_layer) for result in record.results}
+    assert {
+        (strategy, exit_layer)
+        for strategy in ("early-exit", "self-speculative")
+        for exit_layer in (2, 4)
+    } <= rows
+
+
+def test_inspect_shows_what_blocks_predict(folder):
+    decoder = for_decoding(folder, "cpu", "fp32")
+    found = inspect(decoder, "wake me up", 5)
+    prompt = decoder.encode_prompt("wake me up")
+    plain = DecodingConfig("autoregressive", max_new_tokens=5)
+    answer = [token for [step] in decode(decoder.backend, prompt, plain) for token in step.ids]
+    choices = agreement(decoder, prompt, answer, (2, 4))
+    for place, trace in enumerate(found.tokens):
+        for exit_layer in (2, 4):
+            assert trace.blocks[exit_layer].token == (
+                decoder.detokenize([choices[exit_layer][place]])
+                or decoder.tokenizer.convert_ids_to_tokens(choices[exit_layer][place])
+            )
+
+
+def test_weights_that_are_views_are_written():
+    """As the experts of gpt-oss are, read from GGUF."""
+    turned = torch.arange(6.0).view(2, 3).T
+    assert torch.equal(load(content_of({"a": turned}, "of a model", {}))["a"], turned)

@@ -204,3 +204,14 @@ def test_layers_of_small_models_are_different_ones():
         and default_layers(4) == (1, 2)
         and default_layers(2) == (1,)
     )
+
+
+def test_a_drafter_of_all_tokens_has_no_list_of_them(folder):
+    form = replace(folder[1].form, vocab=SPEC.vocab)
+    stored = replace(folder[1], form=form, tokens=torch.arange(SPEC.vocab))
+    stored.weights["lm_head.weight"] = torch.zeros(SPEC.vocab, SPEC.hidden)
+    content = eagle3_content(stored, SPEC, "the-target")
+    (folder[0] / "config.json").write_bytes(content["eagle3/config.json"])
+    (folder[0] / "model.safetensors").write_bytes(content["eagle3/model.safetensors"])
+    assert "d2t" not in load_file(folder[0] / "model.safetensors")
+    assert_same(read_eagle3(folder[0], SPEC), stored)

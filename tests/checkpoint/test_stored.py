@@ -11,8 +11,8 @@ from math import nan
 
 import pytest
 import torch
-from command_line import run
-from conftest import edit_json, logits_of, tiny_model
+from command_line import fails, run
+from conftest import OWN_LAYERS, edit_json, logits_of, tiny_model
 from evaluating import tiny_loaded
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
@@ -23,6 +23,7 @@ from layerskip_core.checkpoint.loaded import decoder_of
 from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.checkpoint.save import save_checkpoint
 from layerskip_core.checkpoint.transformers_read import blank as blank_model
+from layerskip_core.config.model import PackingConfig
 from layerskip_core.errors import CheckpointError, ConfigError
 from layerskip_core.model import TransformersBackend
 from layerskip_core.model.architectures import SUPPORTED
@@ -306,3 +307,68 @@ def test_files_that_only_transformers_reads_are_left_to_it(saved):
     assert lean_tokenizer(str(path)) is None
     (path / "model.safetensors").rename(path / "int4.safetensors")
     assert lean_spec(str(path)) is None
+
+
+@pytest.mark.parametrize(
+    "model", [{"type": "Unigram", "vocab": []}, {"type": "BPE", "vocab": {}, "merges": []}], ids=str
+)
+def test_a_tokenizer_without_a_vocabulary(folder, model):
+    edit_json(folder / "tokenizer.json", model=model)
+    with pytest.raises(
+        CheckpointError, match=f"cannot load model {folder}: the tokenizer has no vocabulary"
+    ):
+        for_training(str(folder), "cpu")
+    with pytest.raises(CheckpointError, match=f"cannot load model {folder}: "):
+        for_decoding(str(folder), "cpu")
+
+
+def test_a_wrong_value_of_sampling(folder):
+    edit_json(folder / "generation_config.json", do_sample=True, top_p=1.5)
+    message = f"generation_config.json of {folder}: --top-p must be a number in (0, 1], got 1.5"
+    fails(message, "chat", "--model", str(folder))
+    # Which is greedy
+    assert run("generate", "hello", "--model", str(folder), "--max-new-tokens", "4").code == 0
+
+
+def test_the_names_of_a_model_with_images(saved):
+    """As transformers writes the text part of a Qwen3.5 that it has read with images, and as
+    published files have it.
+    """
+    path = saved("qwen3_5_text")
+    before = logits_of(
+        for_decoding(str(path), "cpu", "fp32").backend, ids := torch.arange(3, 20)[None]
+    )
+    weights = load_file(path / "model.safetensors")
+    renamed = {
+        name.replace("model.", "model.language_model.", 1): weight
+        for name, weight in weights.items()
+    }
+    save_file(
+        {**renamed, "model.visual.other": torch.zeros(1)},
+        path / "model.safetensors",
+        {"format": "pt"},
+    )
+    assert lean_spec(str(path)) is not None
+    assert torch.equal(logits_of(for_decoding(str(path), "cpu", "fp32").backend, ids), before)
+    generic = logits_of(for_training(str(path), "cpu", "fp32").backend, ids).detach()
+    torch.testing.assert_close(generic, before, atol=1e-3 * float(before.std()), rtol=0)
+
+
+@pytest.mark.parametrize("model_type", OWN_LAYERS)
+def test_without_kernels_layers_of_other_kinds_are_those_of_transformers(
+    saved, model_type, monkeypatch
+):
+    path = str(saved(model_type))
+    ids = torch.arange(3, 20)[None]
+    expected = logits_of(for_decoding(path, "cpu", "fp32").backend, ids)
+    monkeypatch.setenv("LAYERSKIP_KERNELS", "torch")
+    loaded = for_decoding(path, "cpu", "fp32")
+    assert isinstance(loaded.backend, TransformersBackend)
+    torch.testing.assert_close(
+        logits_of(loaded.backend, ids), expected, atol=1e-3 * float(expected.std()), rtol=0
+    )
+    with pytest.raises(
+        ConfigError,
+        match=f"a model that can be repacked, got {model_type} with (recurrent|different sizes|attention sinks)",
+    ):
+        for_decoding(path, "cpu", "fp32", PackingConfig("int8"))

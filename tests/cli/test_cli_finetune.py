@@ -314,3 +314,10 @@ def test_blocks_beside_a_frozen_model(finetune, checkpoint):
         (("--draft-vocab", "9"), "--draft-vocab must be used with --layout eagle3, got 9"),
     ):
         fails(told, *arguments, "--overwrite", *wrong)
+
+
+@pytest.mark.parametrize("value", ['"many"', "1.5", "true"])
+def test_a_number_of_another_kind_in_a_config_file_is_wrong_usage(finetune, value):
+    Path("run.toml").write_text(f"steps = {value}\n")
+    result = run(*finetune("--config", "run.toml"))
+    assert (result.code, result.out) == (2, "") and "--steps" in result.err

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from command_line import run
+from command_line import fails, run
 from conftest import tiny_model
 from evaluating import NEW_TOKENS, own_answers, tiny_loaded
 
@@ -250,3 +250,17 @@ def test_llama_cpp_itself_gives_our_tokens(file, checkpoint):
         "--strategies", "autoregressive", "--baselines", "llama.cpp", "--gguf", file,
     )  # fmt: skip
     assert done.code == 0 and "llama.cpp: xllamacpp" in done.out
+
+
+def test_flags_and_the_package_are_asked_for(monkeypatch, file, checkpoint):
+    command = ("bench", "--model", checkpoint, "--samples", "1", "--baselines")
+    fails(
+        "--gguf must be given with the baseline llama.cpp, and only then, got none",
+        *command,
+        "llama.cpp",
+    )
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    message = (
+        "--baselines llama.cpp needs the package xllamacpp: pip install 'layerskip[llama-cpp]'"
+    )
+    fails(message, *command, "llama.cpp", "--gguf", file)

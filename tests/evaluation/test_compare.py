@@ -12,6 +12,7 @@ from command_line import fails, run
 from layerskip_core.errors import LayerSkipError
 from layerskip_core.evaluation.comparison import (
     Interval,
+    Setting,
     compare,
     interval_of,
     labelled,
@@ -321,3 +322,23 @@ def test_wrong_flags_are_one_line(tmp_path):
     ):  # fmt: skip
         result = run("compare", *arguments)
         assert result.code in (1, 2) and result.err.startswith(f"error: {named} must ")
+
+
+def test_a_path_may_have_a_comma_and_an_equals_sign(tmp_path):
+    (tmp_path / "a=1,b").mkdir()
+    assert labelled([str(tmp_path / "a=1,b")]) == {"a=1,b": [str(tmp_path / "a=1,b")]}
+
+
+def test_a_sweep_and_its_training_are_one_run(tmp_path):
+    sweep(tmp_path / "run", 0.8, 10.0)
+    figures = read_run(trained(tmp_path / "run", {2: 2.0, 4: 1.0})).figures
+    alone = Setting("exit 2 alone", 2)
+    assert figures["exact_match"] == {
+        Setting("autoregressive"): 0.8,
+        alone: 0.4,
+        Setting("exit 4 alone", 4): 0.4,
+    }
+    assert figures["acceptance_rate"] == {Setting("exit 2, 6 drafts", 2, "6 drafts"): 0.5}
+    assert figures["held_out_perplexity"] == pytest.approx(
+        {alone: math.exp(2), Setting("exit 4 alone", 4): math.exp(1)}
+    )

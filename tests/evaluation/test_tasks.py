@@ -496,3 +496,20 @@ def test_a_trained_model_is_measured_on_rows_of_its_data(tmp_path, monkeypatch):
         match=r"was trained for: `data` rows.jsonl: there is no such file; give `data` or `task`",
     ):
         loaded(rows)
+
+
+ANSWERED = {"prompt": "a", "answer": "b"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "named"),
+    [
+        ([ANSWERED, {"prompt": "a"}], "rows.jsonl:2: .*completion_column"),
+        ([{"prompt": "a"}, ANSWERED], "rows.jsonl:1: needed a reference"),
+        ([ANSWERED, {**ANSWERED, "category": 3}], "rows.jsonl:2: category"),
+        ([ANSWERED, {"prompt": "a", "answer": [1]}], "rows.jsonl:2: answer"),
+    ],
+)
+def test_bad_data_is_named(tmp_path, rows, named):
+    with pytest.raises(DataError, match=named):
+        load_task(TaskConfig(data=write_lines(tmp_path / "rows.jsonl", rows)))

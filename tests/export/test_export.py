@@ -2,10 +2,13 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
+from typing import get_args
 
 import pytest
 import torch
@@ -24,8 +27,9 @@ from layerskip_core.checkpoint.loaded import Trainable
 from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.checkpoint.save import save_checkpoint
 from layerskip_core.config.decoding import DecodingConfig
+from layerskip_core.config.model import Engine
 from layerskip_core.decoding import decode
-from layerskip_core.export.run import cut_to_exit
+from layerskip_core.export.run import cut_config, cut_to_exit, instructions
 from layerskip_core.model import TransformersBackend
 from layerskip_core.model.architectures import SUPPORTED
 from layerskip_core.model.exit_blocks import MTP, MTP_LAYOUTS, NO_BLOCKS, ExitBlock
@@ -390,3 +394,33 @@ def test_a_tied_head_stays_tied(tmp_path):
     assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("engine", get_args(Engine))
+def test_paths_are_quoted_for_the_language_of_the_instructions(engine):
+    text = instructions(engine, "/it's target", "/a draft", 5)
+    language, _, code = text.removeprefix("```").removesuffix("\n```\n").partition("\n")
+    if language == "python":
+        compile(code, engine, "exec")
+        assert '"/it\'s target"' in code and "'/a draft'" in code
+    else:
+        words = shlex.split(code.replace("\\\n", ""), comments=True)
+        told = set(re.findall(r"--[a-z][a-z-]*", code.replace("pip install --no-deps", "")))
+        assert told <= set(words)  # a comment praises no flag that no command has
+        assert "/it's target" in words and any("/a draft" in word for word in words)
+
+
+def test_values_by_layer_follow_the_layers_that_are_kept():
+    sliding = "sliding_attention"
+    full = "full_attention"
+    qwen = cut_config(tiny("qwen2", **WINDOWS).model.config, [0, 5])
+    assert (qwen.num_hidden_layers, qwen.layer_types, qwen.max_window_layers) == (
+        2,
+        [full, sliding],
+        1,
+    )
+    listed = {"no_rope_layers": [1, 0, 1, 1, 1, 0]}
+    smollm = cut_config(tiny("smollm3", **listed).model.config, [0, 1, 2, 5])
+    assert (smollm.no_rope_layers, len(smollm.layer_types)) == ([1, 0, 1, 0], 4)
+    gemma = cut_config(tiny("gemma3_text", layer_types=[sliding, full] * 3).model.config, [0, 1, 2])
+    assert gemma.layer_types == [sliding, full, sliding]

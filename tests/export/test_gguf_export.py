@@ -6,6 +6,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import gguf
 import numpy as np
@@ -18,12 +19,14 @@ from evaluating import tiny_loaded
 from exit_block_models import add_eagle3, random_eagle3
 from packaging.version import Version
 from text_bpe import TEXTS, text_bpe
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from layerskip_core.checkpoint.open import for_training
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.errors import CheckpointError
-from layerskip_core.export.gguf import write_eagle3, write_gguf
+from layerskip_core.export.gguf import SPLITS, add_tokenizer, write_eagle3, write_gguf
 from layerskip_core.model import TransformersBackend
 from layerskip_core.model.exit_blocks import ExitBlocks
 from layerskip_core.model.spec import ModelSpec
@@ -284,3 +287,37 @@ def test_llama_cpp_accepts_the_same_drafts(model_type, tmp_path):
     drafted = decode(backend, ids, DecodingConfig("eagle3", num_draft_tokens=4, max_new_tokens=40))
     assert found["tokens"] == [token for [step] in drafted for token in step.ids] == mine
     assert found["timings"]["draft_n_accepted"] == drafted.stats.accepted > 1
+
+
+def recorded(tokenizer, vocab=300):
+    """What a GGUFWriter gets of a tokenizer."""
+    writer = Mock()
+    add_tokenizer(writer, tokenizer, vocab)
+    return {name.removeprefix("add_"): value for name, (value,), _ in writer.method_calls}
+
+
+def byte_level(*before):
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [*before, pre_tokenizers.ByteLevel(False, use_regex=not before)]
+    )
+    tokenizer.train_from_iterator(
+        TEXTS, trainers.BpeTrainer(vocab_size=40, special_tokens=["<s>", "</s>"])
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def test_how_text_is_split_before_byte_level_bpe():
+    for (pattern, *_), name in SPLITS.items():
+        if name in ("llama-bpe", "qwen2"):
+            assert (
+                recorded(byte_level(pre_tokenizers.Split(Regex(pattern), "isolated")))[
+                    "tokenizer_pre"
+                ]
+                == name
+            )
+    assert recorded(tiny_loaded().tokenizer)["tokenizer_pre"] == "gpt-2"
+    with pytest.raises(
+        CheckpointError, match="must split text as one of gpt-2, smollm, llama-bpe, qwen2 does"
+    ):
+        recorded(byte_level(pre_tokenizers.Whitespace()))

@@ -3,6 +3,7 @@ at load.
 """
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -296,3 +297,30 @@ def test_damaged_and_foreign_files_are_one_error(packed, wide):
         whole,
         "int4.layers.0.up.weight must be ('U8', (8, 2, 4, 32, 4)), as config.json says, found ('U8', (6, 2, 4",
     )
+
+
+def test_an_interrupted_export_leaves_nothing(wide, tmp_path):
+    """Weights that are not finite are found while they are packed."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(wide / "model.safetensors")
+    weights["model.layers.4.mlp.down_proj.weight"][3, 3] = float("nan")
+    save_file(weights, wide / "model.safetensors", metadata={"format": "pt"})
+    output = tmp_path / "packed"
+    done = run("export", str(wide), "--format", "packed", "--output", str(output))
+    assert done.code == 1 and "the weight model.layers.4.mlp.down_proj.weight holds NaN" in done.err
+    assert done.err.count("\n") == 1 and not output.exists()
+
+
+def test_machines_without_kernels_are_told_so_and_a_folder_with_weights_is_not_packed(
+    wide, packed, tmp_path, monkeypatch
+):
+    both = shutil.copytree(wide, tmp_path / "both")
+    shutil.copy(packed / PACKED_FILE, both)
+    assert "int4" not in for_decoding(str(both), "cpu").backend.implementation
+    monkeypatch.setenv("LAYERSKIP_KERNELS", "torch")
+    export = ("export", str(wide), "--format", "packed", "--output", str(tmp_path / "other"))
+    for code, command in ((1, ("generate", "a", "--model", str(packed))), (2, export)):
+        failed = run(*command)
+        assert failed.code == code and "compiled kernels" in failed.err
+        assert "LAYERSKIP_KERNELS is torch\n" in failed.err

@@ -11,6 +11,7 @@ from command_line import run
 
 pytest.importorskip("lm_eval", reason="needs the extra lm-eval: pip install 'layerskip[lm-eval]'")
 
+from command_line import fails
 from evaluating import tiny_loaded
 from exit_block_models import add_blocks
 from lm_eval import simple_evaluate
@@ -317,3 +318,33 @@ def test_the_model_type_is_registered_and_its_arguments_are_checked(checkpoint):
             match=f"`{next(iter(wrong))}.*` must be .*, got {next(iter(wrong.values()))}",
         ):
             LayerSkipLM(checkpoint, **wrong)
+
+
+def test_errors_of_the_command_line(checkpoint, tasks, tmp_path):
+    ours = (
+        "sweep-exits",
+        "--model",
+        checkpoint,
+        "--include-path",
+        str(tasks),
+        "--task",
+        "lm-eval:choice",
+    )
+    fails("--exits must be in 1..6, got 9 (model has 6 layers)", *ours, "--exits", "9")
+    for flag, value in (("--specs", "3"), ("--metric", "rouge1")):
+        failed = run(*ours, flag, value)
+        assert failed.code == 2 and failed.err.startswith(
+            f"error: {flag} must be left out for --task lm-eval:..."
+        )
+    gone = tmp_path / "gone.yaml"
+    gone.write_text((tasks / "choice.yaml").read_text().replace("rows.jsonl", "no-rows.jsonl"))
+    failed = run("sweep-exits", "--task", f"lm-eval:{gone}")
+    assert (
+        failed.code == 1
+        and "cannot be loaded (without the hub, --include-path names a folder" in failed.err
+    )
+    odd = tmp_path / "odd"
+    shutil.copytree(tasks, odd)
+    (odd / "odd.yaml").write_text("task: 1\noutput_type: 2\n")
+    failed = run("sweep-exits", "--include-path", str(odd), "--task", "lm-eval:choice")
+    assert failed.code == 1 and failed.err.startswith("error: --task: task files cannot be read: ")

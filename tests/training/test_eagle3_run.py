@@ -174,3 +174,28 @@ def test_the_default_layout_is_one_that_engines_can_run(kind, suits):
     model.requires_grad_()  # tests share it
     assert suits_engines(TransformersBackend(model)) == suits
     assert all(weight.requires_grad for weight in model.parameters())  # a question changes nothing
+
+
+def test_a_drafter_of_a_model_with_another_rope_has_the_plain_one():
+    rope = {
+        "rope_type": "yarn",
+        "factor": 2.0,
+        "original_max_position_embeddings": 32,
+        "rope_theta": 5000.0,
+    }
+    backend = TransformersBackend(tiny_model(rope_parameters=rope))
+    assert FrozenEagle3(backend, SMALL).drafter.form.rope == {"rope_theta": 5000.0}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"layout": "exit"}, "`draft_vocab` must be used with `layout` eagle3"),
+        ({"layout": None, "exits": (2,)}, "`draft_vocab` must be used with `layout` eagle3"),
+        ({"exits": (2,)}, "`exits` must be used with `layout` exit"),
+        ({"answers": "data"}, "`answer_tokens` must be left out with `answers` data"),
+    ],
+)
+def test_settings_that_contradict_each_other(values, message):
+    with pytest.raises(ConfigError, match=message):
+        DrafterConfig(**{**EAGLE3, **values})

@@ -15,7 +15,7 @@ from layerskip_core.checkpoint.loaded import Trainable
 from layerskip_core.config.model import DataConfig, PromptingConfig
 from layerskip_core.config.training import FinetuneConfig
 from layerskip_core.data import PARSING_TEMPLATE, Conversation, Example, load_examples
-from layerskip_core.errors import DataError
+from layerskip_core.errors import ConfigError, DataError
 from layerskip_core.losses import IGNORED
 from layerskip_core.prompting import CHAT, RAW, PromptTemplate
 from layerskip_core.splits import HeldOut
@@ -318,3 +318,64 @@ def test_templates():
     assert template_of(
         rows=[CONVERSATION], stored=CheckpointInfo("Q: {prompt}"), chat="x"
     ) == PromptTemplate(CHAT)
+
+
+def test_a_split_is_none_of_the_files_that_have_its_name(settings, tmp_path, monkeypatch):
+    (tmp_path / "test").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert prepare(settings(validation="test", validation_samples=2)).plan.held_out == 2
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{% for %}"])
+def test_a_template_that_fails_is_an_error_of_the_row(chat_tokenizer, template):
+    chat_tokenizer.chat_template = template
+    with pytest.raises(DataError, match=r"^a\.jsonl:7.*") as error:
+        list(
+            Encoder(chat_tokenizer, PromptTemplate(), 128).rows([Conversation(TURNS, "a.jsonl:7")])
+        )
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["\0", "<|eos|>", "a" * 300_000])
+def test_any_text(text):
+    """The trainer takes a minute for a word of so many letters."""
+    assert 259 <= len(train_tokenizer([Example("", text)], 260)) < 300
+
+
+def test_conversations_that_cannot_be_encoded(tokenizer, chat_tokenizer):
+    # A turn depends on what follows
+    chat_tokenizer.chat_template = "{{ messages | length }}" + TURNS_TEMPLATE
+    with pytest.raises(DataError, match="rewrites earlier turns"):
+        list(Encoder(chat_tokenizer, PromptTemplate(), 128).rows([Conversation(TURNS)]))
+    tokenizer.chat_template = None
+    with pytest.raises(DataError, match="no chat template"):
+        list(Encoder(tokenizer, PromptTemplate(), 128).rows([Conversation(TURNS)]))
+
+
+EXAMPLE = Example("hi", "ho")
+
+
+@pytest.mark.parametrize(
+    ("prompting", "row", "message"),
+    [
+        (PromptingConfig("Q: {prompt}"), CONVERSATION, "`template` must be chat for conversations"),
+        (
+            PromptingConfig(system="Hi."),
+            CONVERSATION,
+            "`system` must be left out for conversations",
+        ),
+        (
+            PromptingConfig("chat"),
+            EXAMPLE,
+            "a chat template was asked for, but the model's tokenizer has none",
+        ),
+        (
+            PromptingConfig(system="Hi."),
+            EXAMPLE,
+            "`system` must be given with the chat template only",
+        ),
+    ],
+)
+def test_templates_that_cannot_be_used(prompting, row, message):
+    with pytest.raises(ConfigError, match=message):
+        template_of(prompting, rows=[row])

@@ -280,3 +280,30 @@ def test_further_arguments_of_transformers(settings):
         prepare(settings(training_arguments={"no_such_argument": 1}, overwrite=True))
     with pytest.raises(ConfigError, match="`training_arguments`: the run decides on max_steps, "):
         settings(training_arguments={"adam_beta2": 0.5, "max_steps": 2})
+
+
+@pytest.mark.parametrize("scheduler", ["linear", "constant"])
+def test_schedules_of_the_learning_rate(settings, scheduler):
+    rates = [
+        report.learning_rate
+        for report in train(settings(scheduler=scheduler, warmup=0.25, lr=1e-3))
+    ]
+    assert rates == pytest.approx(
+        [0, 1e-3, 2e-3 / 3, 1e-3 / 3] if scheduler == "linear" else [0, 1e-3, 1e-3, 1e-3]
+    )
+
+
+def test_the_exit_block_s_weight_in_the_loss_is_what_the_layers_below_feel_of_it():
+    """e_scale 0.2 gives an exit a sixth of the loss (0.2 / 1.2), and 0.02 a fiftieth: gradients in
+    proportion.
+    """
+    gradients = []
+    for scale in (0.2, 0.02):
+        module = recipe_module(
+            tiny_model(dtype=torch.float32), replace(READ, e_scale=scale)
+        ).train()
+        module(*batch(), MIDDLE)["loss"].backward()
+        gradients.append(module.exit_blocks["2"].layer.mlp.up_proj.weight.grad)
+    torch.testing.assert_close(
+        gradients[0] * (0.02 / 1.02) / (0.2 / 1.2), gradients[1], rtol=1e-3, atol=1e-6
+    )

@@ -4,7 +4,9 @@ use is one error.
 
 import hashlib
 import json
+import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,13 +16,15 @@ from safetensors.torch import load_file
 from training_runs import Interrupted, saved_base, stop_at
 
 from layerskip_core.checkpoint.info import read_info
-from layerskip_core.checkpoint.open import for_decoding
+from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.checkpoint.save import write_info
 from layerskip_core.config.decoding import DraftProfile
 from layerskip_core.config.model import DataConfig, PackingConfig
 from layerskip_core.config.training import DrafterConfig
+from layerskip_core.data import load_prompts
 from layerskip_core.decoding.drafters import DrafterSetup, drafter_for
-from layerskip_core.errors import CheckpointError, ConfigError, DataError
+from layerskip_core.errors import CheckpointError, ConfigError, DataError, TrainingInterrupted
+from layerskip_core.training.drafter_run import DrafterJob
 from layerskip_core.training.run import execute, prepare
 
 DATA = {"answers": "data", "answer_tokens": DrafterConfig.answer_tokens}
@@ -219,3 +223,71 @@ def test_models_that_cannot_be_copied_or_drafted_for_and_several_processes_are_r
         ConfigError, match="a drafter is trained in one process, not in 2 by torchrun"
     ):
         prepare(frozen())
+
+
+def test_a_run_that_was_killed_after_its_file_was_written_ends_by_resuming(
+    frozen, base, tmp_path, monkeypatch
+):
+    model = str(shutil.copytree(base, tmp_path / "model"))
+    config = frozen(model=model, output=model, save_steps=2)
+
+    def killed(job, *arguments, save=DrafterJob.save):
+        save(job, *arguments)
+        raise Interrupted
+
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        patched.setattr(DrafterJob, "save", killed)
+        execute(prepare(config))
+    written = hashes(model)
+    with pytest.raises(ConfigError, match="holds an unfinished run; give `resume` to go on"):
+        prepare(config)
+    train(replace(config, resume=True))
+    assert hashes(model) == written
+    assert left_by_a_run(model) == [".jsonl"]
+
+
+def test_a_signal_before_the_training_keeps_what_is_done(frozen):
+    job = prepare(frozen())
+
+    def interrupt(stage, done, total):
+        if done >= 32:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(
+        TrainingInterrupted, match=r"interrupted after 32 of 48 answers, which are kept"
+    ):
+        execute(job, lambda report: None, interrupt)
+    assert len(prepare(frozen(resume=True)).answers.known) == 32
+
+
+def test_answers_of_the_data_need_no_decoding(frozen, base):
+    config = frozen(**DATA, validation="validation", validation_samples=7)
+    job = prepare(config)
+    tokenizer = for_training(base).tokenizer
+    text = job.texts.training[0]
+    answer = [label for label in text["labels"] if label >= 0]
+    assert text["input_ids"][-len(answer) :] == answer and tokenizer.decode(answer).startswith(
+        "[IN:"
+    )
+    assert (job.plan.rows, job.plan.held_out) == (40, 7)
+    _, _, stages = train(config)
+    assert not stages
+
+
+def test_rows_with_an_empty_prompt_are_left_out_and_without_prompts_are_their_own_answers(
+    frozen, tmp_path
+):
+    rows = tmp_path / "rows.jsonl"
+    prompts = ["a b", "", None, " ", "c d"]
+    rows.write_text(
+        "".join(json.dumps({"prompt": prompt, "completion": "c"}) + "\n" for prompt in prompts)
+    )
+    data = DataConfig(name=str(rows))
+    assert [row.prompt for row in load_prompts(data)] == ["a b", "c d"]
+    assert prepare(frozen(data=data)).plan.rows == 2
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"completion": "wake me up at {row}"}}\n' for row in range(8)))
+    assert (
+        prepare(frozen(data=DataConfig(str(rows)), **{**DATA, "answers": None})).config.answers
+        == "data"
+    )

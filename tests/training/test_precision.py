@@ -67,3 +67,17 @@ def test_the_timed_product_is_the_widest_of_the_layers():
         32,
     )
     assert min(precision.product_seconds(48, 32)) > 0
+
+
+def test_a_small_model_trains_in_fp32_untimed(settings, monkeypatch):
+    """`embedded-base` has products twice as fast in bf16, and steps that take 1.5 times as long."""
+    monkeypatch.setattr(precision, "product_seconds", lambda *_: pytest.fail("timed"))
+    plan = prepare(settings(dtype="auto")).plan
+    assert not plan.precision.autocast and "below 50M parameters" in plan.precision.reason
+
+
+def test_processes_do_not_choose_differently(settings, monkeypatch):
+    timed(monkeypatch, 1.0, 0.25)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    plan = prepare(settings(dtype="auto")).plan
+    assert not plan.precision.autocast and "several processes" in plan.precision.reason

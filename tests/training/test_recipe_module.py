@@ -9,6 +9,7 @@ from training_runs import batch, recipe_module
 from layerskip_core import losses
 from layerskip_core.config.training import RecipeSettings
 from layerskip_core.losses import IGNORED
+from layerskip_core.training import module as recipe_modules
 from layerskip_core.training.data import collate
 from layerskip_core.training.encoding import packed
 from layerskip_core.training.module import use_fp32_attention
@@ -241,3 +242,54 @@ def test_attention_in_fp32_changes_nothing_but_rounding(kind, model_type):
         (found(in_fp32, True) - exact).norm() / exact.norm() for in_fp32 in (True, False)
     )
     assert 0 < ours < 1.1 * torchs < 0.2
+
+
+def test_dropout_is_off_in_evaluation_and_all_exits_are_on(llama):
+    ids, labels = batch()
+    module = recipe_module(llama, RecipeSettings("finetune", p_max=0.9)).eval()
+    with torch.no_grad():
+        first, second = (module(ids, labels, RunStep(step, 10)) for step in (0, 7))
+    assert first["exit_layers"] == (1, 2, 3, 4, 5, 6)
+    torch.testing.assert_close(first["per_exit"], second["per_exit"])
+
+
+@pytest.mark.parametrize(
+    ("curriculum", "step", "exits"),
+    [
+        ("rotational", 1, (2, 5, 6)),  # R = 3: layer indices 1 and 4, and the last
+        ("gradual", 2, (5, 6)),  # T = 12, L = 6: one more exit a step from t = 1 on
+        ("none", 3, (6,)),
+    ],
+)
+def test_the_curriculum_decides_which_exits_have_a_loss(llama, curriculum, step, exits):
+    ids, labels = batch(4)
+    rotation = 3 if curriculum == "rotational" else None
+    recipe = RecipeSettings(
+        "finetune", p_max=0, e_scale=0.2, curriculum=curriculum, rotation=rotation
+    )
+    output = run(llama, recipe, RunStep(step, 12), ids, labels)
+    assert output["exit_layers"] == exits
+    weights = torch.tensor(exit_weights(exits, 6, 0.2))
+    torch.testing.assert_close(output["loss"], (weights * output["per_exit"]).sum())
+
+
+def test_the_teacher_is_a_constant(llama, monkeypatch):
+    """With all of the loss on exit 3 and nothing but distillation, layers 4 to 6 get no gradient;
+    in chunks too.
+    """
+    ids, labels = batch()
+    for logits in (losses.CHUNK_LOGITS, 5 * 67):
+        monkeypatch.setattr(losses, "CHUNK_LOGITS", logits)
+        module = recipe_module(
+            llama, RecipeSettings("finetune", p_max=0, curriculum="all", distill=1.0)
+        ).train()
+        monkeypatch.setattr(
+            recipe_modules,
+            "exit_weights",
+            lambda exits, *_: [float(exit_layer == 3) for exit_layer in exits],
+        )
+        llama.zero_grad()
+        module(ids, labels, RunStep(0, 10))["loss"].backward()
+        seen = [layer.mlp.up_proj.weight.grad is not None for layer in llama.model.layers]
+        assert seen == [True] * 3 + [False] * 3
+    llama.zero_grad()

@@ -7,9 +7,10 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
-from training_runs import RECIPE, require_exact_resumption
+from training_runs import RECIPE, require_exact_resumption, train
 
-from layerskip_core.config.model import DataConfig
+from layerskip_core.checkpoint.open import for_decoding
+from layerskip_core.config.model import DataConfig, PromptingConfig
 from layerskip_core.config.training import RecipeSettings
 from layerskip_core.errors import TrainingInterrupted
 from layerskip_core.losses import IGNORED
@@ -157,3 +158,15 @@ def test_a_model_that_may_know_more_than_its_task_replays_by_default(
     ).plan.config.replay == changes.get("replay", 0.0)
     monkeypatch.setattr(running, "SMALL_MODEL", 1000)
     assert prepare(settings(**{"recipe": RecipeSettings(), **changes})).plan.config.replay == share
+
+
+def test_what_a_template_puts_before_a_prompt_begins_every_second_text(settings, tmp_path):
+    base = str(tmp_path / "templated")
+    train(settings(output=base, steps=1, prompting=PromptingConfig("Question: {prompt}")))
+    starts = prepare(settings(model=base, **QUARTER)).replay.prompts
+    templated = for_decoding(base).prompt_start()
+    assert (
+        len(templated) > 1
+        and starts[1::2] == [templated] * 2
+        and [len(start) for start in starts[0::2]] == [1, 1]
+    )

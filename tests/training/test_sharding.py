@@ -27,7 +27,7 @@ from layerskip_core.config.training import RecipeSettings
 from layerskip_core.errors import ConfigError
 from layerskip_core.training import data as running_data
 from layerskip_core.training import trainer
-from layerskip_core.training.run import execute, prepare
+from layerskip_core.training.run import execute, own_device, prepare
 
 WHOLE = {
     "batch_size": 2,
@@ -172,3 +172,18 @@ def test_sharded_and_whole_checkpoints_are_not_mixed(settings, monkeypatch):
         ConfigError, match="`resume`: fsdp was False in the run to go on with, and is True now"
     ):
         prepare(settings(save_steps=1, fsdp=True, resume=True))
+
+
+def test_each_process_takes_its_own_gpu(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert own_device(torch.device("cuda:0")) == torch.device("cuda")
+    assert taken == [1]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(
+        ConfigError,
+        match=r"`device` must be cuda with at least 3 GPUs here, one per process .*, got 2",
+    ):
+        own_device(torch.device("cuda"))

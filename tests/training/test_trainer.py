@@ -14,6 +14,8 @@ from layerskip_core.config.model import DataConfig
 from layerskip_core.config.training import DrafterConfig, RecipeSettings
 from layerskip_core.errors import ConfigError, TrainingError
 from layerskip_core.model.vocabulary import token_order
+from layerskip_core.training import run as running
+from layerskip_core.training import trainer
 from layerskip_core.training.data import run_order
 from layerskip_core.training.run import execute, prepare
 
@@ -286,3 +288,60 @@ def test_settings_that_contradict_each_other_are_refused(settings, asked, field)
     with pytest.raises(ConfigError) as refused:
         prepare(asked(settings))
     assert refused.value.field == field
+
+
+def test_one_process_takes_one_gpu(settings, monkeypatch):
+    """Where Trainer finds two it would split the batch of each between them, and double its
+    rows.
+    """
+    make = trainer.TrainingArguments
+
+    def finding_two(**keywords):
+        arguments = make(**keywords)
+        arguments._n_gpu = 2
+        return arguments
+
+    monkeypatch.setattr(trainer, "TrainingArguments", finding_two)
+    job = prepare(settings(steps=1))
+    batches = []
+
+    def count(module, args, keywords):
+        if module.training:  # not the held-out rows
+            batches.append(len(keywords["input_ids"]))
+
+    job.module.register_forward_pre_hook(count, with_kwargs=True)
+    execute(job)
+    assert batches == [4]
+    monkeypatch.setattr(running, "pick_device", lambda name: torch.device(name))
+    with pytest.raises(
+        ConfigError,
+        match=r"`device` must be cuda, of the GPUs that CUDA_VISIBLE_DEVICES=1 leaves, got cuda:1",
+    ):
+        prepare(settings(device="cuda:1", overwrite=True))
+
+
+def test_the_plan(settings, base):
+    job = prepare(settings(steps=None, epochs=2.0, batch_size=3, accumulation=2, max_length=100))
+    plan = job.plan
+    rows = job.data.training.rows
+    assert plan.rows == 32 and plan.tokens == sum(len(row["input_ids"]) for row in rows)
+    assert (
+        plan.truncated
+        == sum(len(row["input_ids"]) == 100 and row["input_ids"][-1] != 2 for row in rows)
+        > 0
+    )
+    assert plan.steps == 11  # 2 x 32 rows in steps of 6, rounded up
+    assert plan.parameters == sum(weight.numel() for weight in weights(base).values())
+    assert plan.num_layers == 4 and plan.recipe.rotation == 2
+    assert plan.exit_steps == {1: 6, 2: 5, 3: 6, 4: 11}
+    assert (plan.device, plan.precision.name) == ("cpu", "fp32")
+    plan = prepare(settings(data=DataConfig(), steps=5, batch_size=4, accumulation=2)).plan
+    assert (plan.rows, plan.steps) == (40, 5)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(settings):
+    job = prepare(settings())
+    head = job.trainable.model.lm_head.weight
+    head.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(TrainingError, match=r"the norm of the gradient of step 1 is (inf|nan)"):
+        execute(job)
