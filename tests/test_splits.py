@@ -325,9 +325,9 @@ def test_every_process_and_resumption_holds_out_the_same_rows(settings, tmp_path
     write_rows(file, range(400))
 
     def held_out(**changes):
-        plan = prepare(settings(data=DataConfig(str(file)), overwrite=True, **changes))
-        decode = plan.trainable.tokenizer.decode
-        return {decode(row["input_ids"]) for row in plan.held_out_data.rows}, plan.division
+        job = prepare(settings(data=DataConfig(str(file)), overwrite=True, **changes))
+        decode = job.trainable.tokenizer.decode
+        return {decode(row["input_ids"]) for row in job.data.held_out_rows}, job.data.division
 
     rows, division = held_out()
     assert len(rows) == 25 and len({row.split()[1] for row in rows}) >= 6  # of eight domains
@@ -342,4 +342,4 @@ def test_every_process_and_resumption_holds_out_the_same_rows(settings, tmp_path
             output=str(tmp_path / "drafter"),
         )
     )
-    assert (drafter.held_out, drafter.division) == (25, division)
+    assert (drafter.plan.held_out, drafter.plan.division) == (25, division)

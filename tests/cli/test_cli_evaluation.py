@@ -485,22 +485,3 @@ FIXED = (
     "--format",
     "json",
 )
-
-
-def test_bench_measures_with_the_flags_of_decoding(model, data):
-    arguments = ("bench", "--model", model, "--data", data, *FIXED)
-    plain = json.loads(run(*arguments).out)
-    unsure = json.loads(run(*arguments, "--draft-confidence", "0.999999").out)
-    assert unsure["config"]["generation"]["draft_confidence"] == 0.999999
-    drafted = [document["results"][2]["mean_accepted_tokens"] for document in (plain, unsure)]
-    assert drafted[0] > drafted[1]
-    hot = json.loads(
-        run(*arguments, "--temperature", "5", "--top-k", "9", "--top-p", "0.9", "--seed", "3").out
-    )
-    sampling = {"temperature": 5.0, "top_k": 9, "top_p": 0.9, "seed": 3}
-    assert hot["config"]["generation"].items() >= sampling.items()
-    assert (
-        plain["results"][0]["metrics"]["exact_match"],
-        hot["results"][0]["metrics"]["exact_match"],
-    ) == (1.0, 0.0)
-    assert [one["differences"] for one in hot["results"]] == [[]] * 3
