@@ -143,11 +143,11 @@ class Engine:
 
     def free_pages(self, plan: StepPlan) -> float:
         """Pages that a step would leave free; negative if it needs more."""
-        stops = []
+        ends = []
         for each in plan.rows:
-            stop = each.row.num_computed_tokens + each.num_tokens
-            stops.append(min(stop, self.cache.max_positions))
-        return self.cache.free_pages(stops)
+            end = each.row.num_computed_tokens + each.num_tokens
+            ends.append(min(end, self.cache.max_positions))
+        return self.cache.free_pages(ends)
 
     def run(self, plan: StepPlan) -> list[RowStep]:
         """Runs a step. As in a generator, an exception, such as Ctrl-C, ends all rows."""

@@ -72,6 +72,8 @@ def decode_batch(
     require(
         single or not config.exit_confidence, "batch_size", "1 with `exit_confidence`", len(prompts)
     )
+    if not prompts:
+        return
     loop = DecodingLoop(model, prompts, config, eos_ids, detokenize, seeds=seeds, earlier=earlier)
     for steps in loop:
         for step in steps:
@@ -106,8 +108,8 @@ class DecodingLoop:
         seeds: Sequence[int] | None = None,
         **options: Any,
     ) -> None:
-        """Arguments and errors as for `decode` and `decode_batch`; `options`: Scheduler's and
-        Engine's.
+        """Arguments and errors as for `decode` and `decode_batch`, at least one prompt; `options`:
+        Scheduler's and Engine's.
         """
         self.rows = []
         for index, prompt in enumerate(prompts):

@@ -89,6 +89,10 @@ def test_a_row_draws_for_itself_while_an_older_one_reads_its_prompt():
     ]
 
 
+def test_no_prompts_have_no_answers():
+    assert list(decode_batch(model_of("packed"), [], DecodingConfig("autoregressive"))) == []
+
+
 def test_what_cannot_be_batched_is_refused():
     exact = TorchBackend.of(tiny_model(), PackingConfig(exact=True))
     with pytest.raises(ConfigError, match="`batch_size` must be 1 with `exact`"):
