@@ -86,8 +86,8 @@ class RecipeModule(nn.Module):
         (B, T): see `WholeTexts`.
 
         Returns `loss`, the weighted sum over target tokens in nats, `per_exit` (exits,), the summed
-        cross-entropy of each of `exit_layers`, and in evaluation `agreeing` (exits,), the number of
-        targets where an exit's argmax is the last layer's.
+        cross-entropy of each of `exit_layers`, and in evaluation `agreeing` (exits - 1,), the number
+        of targets where an early exit's argmax is the last layer's.
         """
         layers = self.backend.num_layers
         recipe = self.recipe
@@ -122,7 +122,7 @@ class RecipeModule(nn.Module):
             "exit_layers": exits,
         }
         if not self.training:
-            output["agreeing"] = sums[:, 2]
+            output["agreeing"] = sums[:-1, 2]
         return output
 
     def _states(

@@ -282,9 +282,6 @@ class FinetuneJob:
             "recipe": asdict(recipe),
             "epochs": self.config.epochs or self.config.usual_epochs,
         }
-        agreement = {
-            layer: share for layer, share in history.agreement.items() if layer < plan.num_layers
-        }
         details = {
             "base_model": self.config.model,
             "config": json.loads(json.dumps(asdict(self.config) | resolved)),  # as it is read back
@@ -295,7 +292,7 @@ class FinetuneJob:
             "validation_rows": None if self.data.held_out is None else self.data.held_out.digest,
             "held_out": [asdict(division) for division in dict.fromkeys(divisions)],
             "trained_exits": list(trained_exits(recipe, plan.steps, plan.num_layers)),
-            "agreement": _by_name(agreement),
+            "agreement": _by_name(history.agreement),
             "precision": plan.precision.name,
             "versions": VERSIONS,
         }

@@ -269,7 +269,8 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
         means = [loss / count for loss in losses.tolist()]
         agreement = [right / count for right in agreeing.tolist()]
         loss_by_exit = dict(zip(exits, means, strict=True))
-        shares = dict(zip(exits, agreement, strict=True))
+        # The last layer, where it is trained too, has none
+        shares = dict(zip(exits, agreement, strict=False))
         self.history.add_validation(loss_by_exit, shares)
         metrics = {f"eval_exit_{layer}_loss": loss for layer, loss in loss_by_exit.items()}
         metrics |= {f"eval_exit_{layer}_agreement": share for layer, share in shares.items()}

@@ -212,6 +212,8 @@ def test_every_exit_is_measured_on_held_out_rows(settings):
     assert not held_out & own
     reports = []
     info = execute(job, reports.append).info
+    # The last layer drafts nothing
+    assert all(4 not in report.agreement for report in reports)
     assert [sorted(report.validation_losses) for report in reports] == [
         [],
         [],
