@@ -32,7 +32,14 @@ _EVENTS = (
     "os.chmod",
 )
 _SECONDS = 120  # a command that takes longer is ended by SIGALRM
-_LIBRARIES = ("datasets", "matplotlib.backends.backend_agg", "peft", "transformers.trainer")
+_LIBRARIES = (
+    "datasets",
+    "evaluate",
+    "matplotlib.backends.backend_agg",
+    "peft",
+    "rouge_score.rouge_scorer",
+    "transformers.trainer",
+)
 
 
 def import_once():
