@@ -26,9 +26,10 @@ from ..options import FLAGS, command
 if TYPE_CHECKING:
     from layerskip_core.checkpoint.info import Cost
     from layerskip_core.training.drafter_run import DrafterJob
+    from layerskip_core.training.finetune_run import FinetuneJob
     from layerskip_core.training.plan import RunPlan
     from layerskip_core.training.progress import StepReport
-    from layerskip_core.training.run import FinetuneJob, RunResult
+    from layerskip_core.training.run import RunResult
     from layerskip_core.training.verdict import AnsweredRow, Speedup, Verdict
 
 _PAYS = 1.05  # least speedup over plain decoding
@@ -179,7 +180,7 @@ def _command(name: str, config: TrainingConfig) -> str:
 
 
 def plan_text(job: "FinetuneJob | DrafterJob") -> str:
-    from layerskip_core.training.run import FinetuneJob
+    from layerskip_core.training.finetune_run import FinetuneJob
 
     plan = job.plan
     config = plan.config
