@@ -25,12 +25,13 @@ from ..options import FLAGS, command
 
 if TYPE_CHECKING:
     from layerskip_core.checkpoint.info import Cost
+    from layerskip_core.training.cost import AnsweredRow
     from layerskip_core.training.drafter_run import DrafterJob
     from layerskip_core.training.finetune_run import FinetuneJob
     from layerskip_core.training.plan import RunPlan
     from layerskip_core.training.progress import StepReport
     from layerskip_core.training.run import RunResult
-    from layerskip_core.training.verdict import AnsweredRow, Speedup, Verdict
+    from layerskip_core.training.speedup import Speedup, Verdict
 
 _PAYS = 1.05  # least speedup over plain decoding
 _LOST = 0.05  # share of changed next tokens above which advice follows
@@ -110,7 +111,7 @@ def run_training(settings: TrainingConfig, dry_run: bool, threads: int) -> None:
         free_threads = FreeThreads(threads)
         free_threads.start()
         from layerskip_core.training.run import prepare, run_lock
-        from layerskip_core.training.verdict import verdicts
+        from layerskip_core.training.speedup import verdicts
 
     with nullcontext() if dry_run else run_lock(settings.output):
         with waiting(reading):

@@ -29,7 +29,7 @@ from ..model.spec import ModelSpec
 from .exit_blocks import DrafterModule
 from .progress import copy_into
 from .recipe import RunStep
-from .verdict import SpeedEstimate, eagle3_speedup
+from .speedup import SpeedEstimate, eagle3_speedup
 
 DRAFTS = 3  # unrolled in training
 _ALIKE = 0.9  # a head with a greater mean cosine to the model's rows counts as the model's

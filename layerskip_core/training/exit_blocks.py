@@ -28,7 +28,7 @@ from ..model.exit_blocks import INPUT_NORMS, MTP, NO_BLOCKS, ExitBlock, ExitBloc
 from ..model.weights import block_weights
 from .progress import copy_into, restore
 from .recipe import RunStep
-from .verdict import SpeedEstimate, exit_speedup
+from .speedup import SpeedEstimate, exit_speedup
 
 MUON_LR = 0.02  # of Muon (Jordan et al., 2024), for the matrices of blocks and drafters
 _FILE = "drafter.safetensors"  # in a run's checkpoints

@@ -30,6 +30,7 @@ from ..model.vocabulary import ORDER_FILE
 from ..model.weights import cast_weights
 from . import data
 from .answers import Answers, plan_replay
+from .cost import Baseline
 from .encoding import train_tokenizer
 from .exit_blocks import new_exit_blocks
 from .module import RecipeModule, use_fp32_attention, with_lora
@@ -38,7 +39,6 @@ from .precision import Precision, choose_precision
 from .progress import LOSSES, LossHistory
 from .recipe import SMALL_MODEL, learning_rate, resolve_recipe, steps_on, trained_exits
 from .sharding import gather_whole, process_index
-from .verdict import Baseline
 
 _PACKED = "documents are packed into whole rows; attention stays within a document"
 _STREAMED = "streaming: `resume` reads past the rows already seen, and is exact only if they come in the same order again"

@@ -23,7 +23,7 @@ from ..model.weights import block_weights
 from .exit_blocks import MUON_LR, named_weights
 from .progress import require_same_names, restore
 from .recipe import Recipe, RunStep, dropout_rates, exit_weights, exits_on, kept_rows, time_scale
-from .verdict import SpeedEstimate, exit_speedup
+from .speedup import SpeedEstimate, exit_speedup
 
 _FP32_ATTENTION = "sdpa_fp32"
 _SHORT = 192  # tokens; longer rows are faster in bf16

@@ -22,11 +22,11 @@ from ..config.training import DrafterConfig, TrainingConfig
 from ..errors import TrainingInterrupted, require
 from ..files import hold
 from ..interruption import Interruption
+from .cost import AnsweredRow
 from .drafter_run import DrafterJob, prepare_drafter
 from .finetune_run import FinetuneJob, prepare_finetune
 from .progress import StepReport, checkpoints_folder, discard_after, resume_point
 from .sharding import check_sharding, process_index
-from .verdict import AnsweredRow
 
 # Options of glibc's mallopt
 _MMAP_MAX = -4
