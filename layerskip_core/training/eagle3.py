@@ -26,8 +26,8 @@ from ..model.eagle3 import (
 )
 from ..model.exit_blocks import ExitBlocks
 from ..model.spec import ModelSpec
+from ..model.weights import copy_into
 from .exit_blocks import DrafterModule
-from .progress import copy_into
 from .recipe import RunStep
 from .speedup import SpeedEstimate, eagle3_speedup
 

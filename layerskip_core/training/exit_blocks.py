@@ -25,8 +25,7 @@ from ..model import Backend, TransformersBackend
 from ..model.backend import states_at
 from ..model.cache import Places, available_memory
 from ..model.exit_blocks import INPUT_NORMS, MTP, NO_BLOCKS, ExitBlock, ExitBlocks
-from ..model.weights import block_weights
-from .progress import copy_into, restore
+from ..model.weights import block_weights, copy_into
 from .recipe import RunStep
 from .speedup import SpeedEstimate, exit_speedup
 
@@ -163,7 +162,7 @@ class DrafterModule(nn.Module):
 
     def load(self, folder: Path) -> None:
         """Reads the weights that `save` wrote."""
-        restore(self.weights(), load_file(folder / _FILE))
+        copy_into(self.weights(), load_file(folder / _FILE))
 
 
 class FrozenExits(DrafterModule):
