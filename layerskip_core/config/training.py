@@ -19,7 +19,6 @@ ExitReader = Literal["none", "block"]
 DropoutProfile = Literal["exponential", "constant"]
 DropoutSchedule = Literal["constant", "rising", "falling"]
 Scheduler = Literal["cosine", "linear", "constant"]
-OptimizerName = Literal["adamw", "muon"]
 Answers = Literal["model", "data"]
 BlockLayout = Literal["exit", "eagle3", "mtp"]
 _Weight = Annotated[float, Meta(ge=0, le=1_000_000)]
@@ -114,9 +113,6 @@ class TrainingSettings:
         str, Flag("Also log losses to tensorboard, wandb, ...; several with commas.")
     ] = ""
     overwrite: Annotated[bool, Flag("Replace a model in --output.")] = False
-    push_to_hub: Annotated[
-        Text | None, Flag("Upload the result to this repository, owner/name.")
-    ] = None
 
     def __post_init__(self) -> None:
         samples = self.validation_samples
@@ -204,11 +200,11 @@ class FinetuneConfig(TrainingSettings):
     """One training of a model, as requested."""
 
     recipe: RecipeSettings = field(default_factory=RecipeSettings)
-    optimizer: Annotated[
-        OptimizerName, Flag("muon: for the matrices of the layers.", panel="Optimisation")
-    ] = "adamw"
     gradient_checkpointing: Annotated[
-        bool, Flag("Recompute layers in the backward pass: less memory, more time.")
+        bool,
+        Flag(
+            "Recompute layers in the backward pass: less memory, more time.", panel="Optimisation"
+        ),
     ] = False
     replay: Annotated[
         Fraction | None, Flag(_REPLAY_HELP, None, "0.25 with auto and none, from 50M parameters on")

@@ -137,9 +137,9 @@ class DrafterModule(nn.Module):
         for row in range(rows):
             yield by_row[:, row].clone()
 
-    def muon(self, lr: float) -> Iterator[tuple[list[nn.Parameter], float, str]]:
-        """Yields matrices that Muon trains, their learning rate, and torch's `adjust_lr_fn`."""
-        yield [weight for weight in self.parameters() if weight.requires_grad], lr, "original"
+    def muon(self, lr: float) -> tuple[list[nn.Parameter], float]:
+        """The matrices that Muon trains, and their learning rate in a run with `lr`."""
+        return [weight for weight in self.parameters() if weight.requires_grad], lr
 
     def estimated_speedup(self, backend: Backend, exit_layer: int) -> SpeedEstimate:
         """Estimates the speedup by drafts of an exit, on the backend that decodes."""

@@ -304,7 +304,6 @@ def build_module(plan: RunPlan, trainable: Trainable, folder: str | None) -> Rec
         model = with_lora(model, config)
     module = RecipeModule(model, recipe, config.seed, config.gradient_checkpointing, blocks)
     module.tokenizer = trainable.tokenizer
-    module.by_muon = config.optimizer == "muon"
     return module
 
 

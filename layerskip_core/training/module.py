@@ -3,7 +3,7 @@
 Layers and loss run inside the module's own `forward`, because DDP and FSDP2 act there.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,6 @@ class RecipeModule(nn.Module):
         self.recipe = recipe
         self.seed = seed
         self.recompute = recompute
-        self.by_muon = False  # Muon trains the matrices of the layers
         self.tokenizer: Any = None  # saved with the model
         self.backend = TransformersBackend(
             model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -64,19 +63,9 @@ class RecipeModule(nn.Module):
         self.names = {layer: str(layer) for layer in early}
         self.exit_blocks = exit_blocks or nn.ModuleDict()
 
-    def muon(self, lr: float) -> Iterator[tuple[list[nn.Parameter], float, str]]:
-        """As `DrafterModule.muon`: the matrices of exit blocks, whatever their losses weigh, and
-        with `by_muon` those of the layers.
-        """
-        blocks = [weight for weight in self.exit_blocks.parameters() if weight.requires_grad]
-        if blocks:
-            yield blocks, MUON_LR, "original"
-        if self.by_muon:
-            trained = [
-                weight for weight in self.backend.layers.parameters() if weight.requires_grad
-            ]
-            matrices = [weight for weight in trained if weight.dim() == 2]
-            yield matrices, lr, "match_rms_adamw"
+    def muon(self, lr: float) -> tuple[list[nn.Parameter], float]:
+        """As `DrafterModule.muon`: the matrices of exit blocks, whatever their losses weigh."""
+        return [weight for weight in self.exit_blocks.parameters() if weight.requires_grad], MUON_LR
 
     def forward(
         self, input_ids: Tensor, labels: Tensor, step: RunStep, documents: Tensor | None = None

@@ -17,7 +17,6 @@ from ..checkpoint.folder import quiet_transformers
 from ..checkpoint.info import CheckpointInfo
 from ..checkpoint.loaded import pick_device
 from ..checkpoint.locate import EMBEDDED
-from ..checkpoint.save import claim_repository, push
 from ..config.training import DrafterConfig, TrainingConfig
 from ..errors import TrainingInterrupted, require
 from ..files import hold
@@ -84,8 +83,6 @@ def execute(
 
     config = job.plan.config
     is_first = process_index() == 0
-    if config.push_to_hub is not None and is_first:
-        claim_repository(config.push_to_hub)
     _keep_memory()
     with run_lock(config.output), Interruption() as interruption, quiet_transformers():
 
@@ -114,8 +111,6 @@ def execute(
         info = job.save(history, baseline)
         if is_first:
             discard_after(checkpoints_folder(config.output), None)
-            if config.push_to_hub is not None:
-                push(config.output, config.push_to_hub)
     return RunResult(info, None if baseline is None else baseline.example)
 
 
