@@ -202,7 +202,7 @@ def _rows_text(plan: "RunPlan") -> str:
 
 def _finetune_lines(plan: "RunPlan") -> list[str]:
     from layerskip_core.training.data import step_rows
-    from layerskip_core.training.recipe import SHORT
+    from layerskip_core.training.recipe import SHORT_RUN_STEPS
     from layerskip_core.training.sharding import world_size
 
     config = plan.config
@@ -215,7 +215,7 @@ def _finetune_lines(plan: "RunPlan") -> list[str]:
         shards = ", weights and optimizer sharded (FSDP2)" if config.fsdp else ""
         lines.append(f"{world_size()} processes{shards}")
     lines.append(_recipe_text(plan))
-    if recipe.preset == "auto" and recipe.p_max and plan.steps <= SHORT:
+    if recipe.preset == "auto" and recipe.p_max and plan.steps <= SHORT_RUN_STEPS:
         lines.append(_NO_GAIN)
     own, replayed = step_rows(config)
     if replayed:

@@ -1,7 +1,8 @@
 """The speedup by drafts on this machine, at an acceptance rate."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any, cast
@@ -112,27 +113,34 @@ def eagle3_speedup(backend: Backend, stored: Eagle3Weights) -> SpeedEstimate:
     Until the model is saved with the drafter, its KV entries have no layer of their own: they take
     the place of the last layer's, whose values do not matter for a time.
     """
-    drafters = cast(dict[str, DraftBlock], backend.drafters)
-    own = dict(drafters)
-    if "eagle3" not in own:
-        drafters["eagle3"] = backend.placed_eagle3(stored, backend.num_layers - 1, PackingConfig())
-    try:
+    with _lent_eagle3(backend, stored):
         return SpeedEstimate(_timed_turns(backend, replace(_PLAIN, strategy="eagle3")))
+
+
+@contextmanager
+def _lent_eagle3(backend: Backend, stored: Eagle3Weights) -> Iterator[None]:
+    """Gives a backend without an EAGLE-3 drafter this one for a while."""
+    drafters = cast(dict[str, DraftBlock], backend.drafters)
+    if "eagle3" in drafters:
+        yield
+        return
+    drafters["eagle3"] = backend.placed_eagle3(stored, backend.num_layers - 1, PackingConfig())
+    try:
+        yield
     finally:
-        drafters.clear()
-        drafters.update(own)
+        del drafters["eagle3"]
 
 
 def _timed_turns(backend: Backend, drafting: DecodingConfig) -> list[Turn]:
     """Steps and rounds take turns, so that a busy machine slows both."""
-    steps = _Rounds(backend, _PLAIN)
-    rounds = {
-        drafts: _Rounds(backend, replace(drafting, num_draft_tokens=drafts)) for drafts in _LENGTHS
-    }
+    steps = _round_seconds(backend, _PLAIN)
+    rounds = {}
+    for drafts in _LENGTHS:
+        rounds[drafts] = _round_seconds(backend, replace(drafting, num_draft_tokens=drafts))
     turns = []
     for _ in range(_TURNS):
-        step = steps.seconds()
-        turns.append(Turn(step, {drafts: each.seconds() for drafts, each in rounds.items()}))
+        step = next(steps)
+        turns.append(Turn(step, {drafts: next(seconds) for drafts, seconds in rounds.items()}))
     return turns
 
 
@@ -147,37 +155,23 @@ def _depth(backend: Backend, layers: int) -> float:
     return (1 - of_head) * layers / backend.num_layers
 
 
-class _Rounds:
-    """Rounds of decoding, one at a time; where an answer ends, another begins."""
-
-    def __init__(self, backend: Backend, config: DecodingConfig) -> None:
-        self._backend = backend
-        self._config = config
-        self._loop: DecodingLoop | None = None
-
-    def seconds(self) -> float:
-        """Seconds of the next round. A round with a prefill counts only where the context has no
-        room for another.
-        """
-        if self._loop is not None:
-            seconds = _time_of_step(self._loop)
-            if seconds is not None:
-                return seconds
-        self._loop = decode(self._backend, [0] * _PROMPT_TOKENS, self._config)
-        with_prefill = _time_of_step(self._loop)
-        assert with_prefill is not None  # an answer has at least one step
-        seconds = _time_of_step(self._loop)
-        if seconds is None:
-            self._loop = None
-            return with_prefill
-        return seconds
+def _round_seconds(backend: Backend, config: DecodingConfig) -> Iterator[float]:
+    """Seconds of rounds of decoding; where an answer ends, another begins. A round with a prefill
+    counts only where the context has no room for another.
+    """
+    while True:
+        rounds = _step_seconds(decode(backend, [0] * _PROMPT_TOKENS, config))
+        with_prefill = next(rounds)
+        yield next(rounds, with_prefill)
+        yield from rounds
 
 
-def _time_of_step(loop: DecodingLoop) -> float | None:
-    """Seconds of the loop's next step; None at its end."""
-    started = time.perf_counter()
-    done = next(loop, None)
-    return None if done is None else time.perf_counter() - started
+def _step_seconds(loop: DecodingLoop) -> Iterator[float]:
+    while True:
+        started = time.perf_counter()
+        if next(loop, None) is None:
+            return
+        yield time.perf_counter() - started
 
 
 @dataclass(frozen=True)
