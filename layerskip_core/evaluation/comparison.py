@@ -15,7 +15,7 @@ from ..checkpoint.info import read_info
 from ..errors import LayerSkipError, require
 from ..files import parse_json, read_bytes
 from .intervals import NO_LIMITS, Variance, t_interval
-from .metrics import MOST_NATS, is_share, lower_is_better
+from .metrics import MOST_NATS, metric_named
 from .results import Result, RunRecord, drafts_name, read_record, result_name
 
 RESULTS = "results.json"
@@ -304,12 +304,12 @@ def is_logarithmic(figure: str) -> bool:
     """True for perplexities, which are compared as logarithms, the losses: a shallow exit's would
     hide all others.
     """
-    return figure in (HELD_OUT, OWN_PERPLEXITY) or lower_is_better(figure)
+    return figure in (HELD_OUT, OWN_PERPLEXITY) or metric_named(figure).lower_is_better
 
 
 def is_percentage(figure: str) -> bool:
     """True for a figure or metric in 0..1, which is shown in percent."""
-    return is_share(figure) and figure not in _NO_SHARES
+    return metric_named(figure).is_share and figure not in _NO_SHARES
 
 
 def _lines(

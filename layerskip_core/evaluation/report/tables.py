@@ -8,13 +8,12 @@ from typing import Any, NamedTuple
 
 from ...config.evaluation import HARNESS
 from ...config.options import counts_text
-from ..metrics import frontier, is_share, lower_is_better
+from ..metrics import METRICS, frontier, metric_named
 from ..results import Result, RunRecord, result_name
 from .notes import notes_of, verdict_lines
 
 FEW_ROWS = "?"  # in place of an interval wider than its value
 _WIDE = 8  # the largest ratio of highest to lowest value for a linear axis
-_SHORT_NAMES = {"exact_match": "EM", "rouge1": "R1", "rouge2": "R2", "rougeL": "RL"}
 
 FlatRow = dict[str, Any]
 """A figure by its name, and the ends of its interval as `NAME_low` and `NAME_high`."""
@@ -39,7 +38,7 @@ _SETTING = (
     Column("spec", "num_draft_tokens"),
 )
 _FIGURES = (
-    Column("ppl", "perplexity", "ppl", "perplexity", 4),
+    Column(METRICS["perplexity"].short_name, "perplexity", "ppl", METRICS["perplexity"].legend, 4),
     Column("accept", "acceptance_rate", ".1%", "share of drafts accepted"),
     Column("mean", "mean_accepted_tokens", ".1f", "accepted drafts per round", 3),
     Column("tok/s", "tokens_per_second", ".0f"),
@@ -51,12 +50,6 @@ _FIGURES = (
     Column("MB", "peak_memory_mb", ".0f", "peak memory", 1),
     Column("", "front", "*"),
 )
-_METRIC_LEGENDS = {
-    "exact_match": "exact match",
-    "rouge1": "ROUGE-1",
-    "rouge2": "ROUGE-2",
-    "rougeL": "ROUGE-L",
-}
 
 
 class Cell(NamedTuple):
@@ -202,10 +195,11 @@ def _metric_columns(record: RunRecord) -> list[Column]:
     percent = "±.1%" if len(metrics) == 1 else "±.0%"  # two have no room for decimals
     columns = []
     for name in metrics:
-        form = ".4g" if lower_is_better(name) else percent
-        columns.append(Column(short_name(name), name, form, _METRIC_LEGENDS.get(name, "")))
+        metric = metric_named(name)
+        form = ".4g" if metric.lower_is_better else percent
+        columns.append(Column(metric.short_name, name, form, metric.legend))
     ranked = str(record.config.get("quality_metric"))
-    if is_share(ranked) and any(ranked in result.changes for result in results):
+    if metric_named(ranked).is_share and any(ranked in result.changes for result in results):
         columns.append(Column("change", f"{ranked}_change", "±.0%"))
     return columns
 
@@ -218,12 +212,8 @@ def _legend(columns: Sequence[Column]) -> str:
 def _change_of(record: RunRecord, columns: Sequence[Column]) -> str:
     """The metric whose change is shown, if there is one."""
     if any(column.header == "change" for column in columns):
-        return short_name(str(record.config["quality_metric"]))
+        return metric_named(str(record.config["quality_metric"])).short_name
     return ""
-
-
-def short_name(metric: str) -> str:
-    return _SHORT_NAMES.get(metric, metric.replace("pass@", "p@"))
 
 
 def has_scores(record: RunRecord) -> bool:
@@ -286,7 +276,7 @@ def _score(result: Result, name: str) -> str:
     if value is None:
         return "-"
     error = result.stderr.get(name)
-    if lower_is_better(name):
+    if metric_named(name).lower_is_better:
         return f"{value:.3g}" if error is None else f"{value:.3g}±{error:.2g}"
     return f"{value:.3f}" if error is None else f"{value:.3f}±{_bare(error, '.3f')}"
 
@@ -427,26 +417,27 @@ class Points:
 
 def points_of(record: RunRecord) -> Points | None:
     """None without quality or speed."""
-    metric = str(record.config.get("quality_metric"))
+    ranked = str(record.config.get("quality_metric"))
+    metric = metric_named(ranked)
     shown = []
     for result in record.results:
-        if metric in result.metrics and result.tokens_per_second is not None:
+        if ranked in result.metrics and result.tokens_per_second is not None:
             shown.append(result)
     if not shown:
         return None
-    label = f"Quality: {metric.replace('_', ' ')}"
+    label = f"Quality: {ranked.replace('_', ' ')}"
     scale = 1.0
-    if lower_is_better(metric):
+    if metric.lower_is_better:
         label += ", lower is better"
-    elif is_share(metric):
+    elif metric.is_share:
         label += " (%)"
         scale = 100.0
-    optimal = frontier(shown, metric)
+    optimal = frontier(shown, ranked)
     points = []
     for number, result in enumerate(shown):
         speed = result.tokens_per_second or 0.0
-        points.append(Point(result, speed, scale * result.metrics[metric], number in optimal))
-    return Points(points, lower_is_better(metric), label)
+        points.append(Point(result, speed, scale * result.metrics[ranked], number in optimal))
+    return Points(points, metric.lower_is_better, label)
 
 
 def is_wide(values: Sequence[float]) -> bool:
