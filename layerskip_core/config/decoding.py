@@ -30,29 +30,72 @@ from .options import (
 if TYPE_CHECKING:
     from ..grammar import Matcher
 
-# The strategies that draft, with the modules of their `drafter(setup)`.
-DRAFTERS = {
-    "adaptive": "layerskip_core.decoding.drafters.adaptive",
-    "self-speculative": "layerskip_core.decoding.drafters.exit",
-    "mtp": "layerskip_core.decoding.drafters.exit",
-    "eagle3": "layerskip_core.decoding.drafters.exit",
-    "lookup": "layerskip_core.decoding.drafters.lookup",
-    "draft-and-verify": "layerskip_core.decoding.drafters.exit",
-    "draft-model": "layerskip_core.decoding.drafters.exit",
+_EXIT_DRAFTS = "layerskip_core.decoding.drafters.exit"
+_OF_DRAFTERS = ("num_draft_tokens", "lookup")  # options that every drafter uses
+_BY_A_MODEL = (*_OF_DRAFTERS, "draft_vocab")  # and every drafter with a head
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """What options, benchmarks and sweeps know of a strategy. A new drafter is one of these, and
+    its module.
+    """
+
+    drafter: str | None = None  # the module of its `drafter(setup)`; None: it drafts nothing
+    # Its options, also of the packing, that some strategies do not use; others are used by all
+    options: tuple[str, ...] = ()
+    implied_by: tuple[str, ...] = ()  # options that choose it if none is named
+    # It is measured if the model or the options have one of these, see `suiting_strategies`
+    needs: tuple[str, ...] = ()
+    # Draft lengths that a sweep measures, or predicts; empty: it has no fixed one, or none at all
+    lengths: tuple[int, ...] = (4, 8, 16)
+
+    @property
+    def drafts(self) -> bool:
+        return self.drafter is not None
+
+    @property
+    def has_exit(self) -> bool:
+        return "exit_layer" in self.options
+
+
+STRATEGIES = {
+    "adaptive": Strategy(
+        "layerskip_core.decoding.drafters.adaptive",
+        (*_BY_A_MODEL, "draft_model", "exits"),
+        lengths=(),
+    ),
+    "self-speculative": Strategy(
+        _EXIT_DRAFTS,
+        (*_BY_A_MODEL, "exit_layer", "draft_weights"),
+        implied_by=("exit_layer", "num_draft_tokens"),
+        needs=("exits", "draft_weights"),
+        lengths=(2, 4, 6, 8, 12, 16, 24, 32),
+    ),
+    "mtp": Strategy(_EXIT_DRAFTS, _BY_A_MODEL, needs=("mtp",)),
+    "eagle3": Strategy(_EXIT_DRAFTS, _BY_A_MODEL, needs=("eagle3",)),
+    "lookup": Strategy("layerskip_core.decoding.drafters.lookup", _OF_DRAFTERS),
+    "draft-and-verify": Strategy(
+        _EXIT_DRAFTS,
+        (*_BY_A_MODEL, "skip", "draft_weights"),
+        implied_by=("skip",),
+        needs=("skip",),
+    ),
+    "draft-model": Strategy(
+        _EXIT_DRAFTS,
+        (*_BY_A_MODEL, "draft_model"),
+        needs=("draft_model",),
+        lengths=(),  # a policy could not name the model
+    ),
+    "early-exit": Strategy(
+        options=("exit_layer", "exit_confidence", "exits"),
+        implied_by=("exit_confidence",),
+        needs=("exits",),
+        lengths=(),
+    ),
+    "autoregressive": Strategy(lengths=()),
 }
-WITH_DRAFTER = "mtp", "eagle3"  # strategies with a drafter beside the model
-STRATEGIES = (*DRAFTERS, "early-exit", "autoregressive")
 KEY = "LAYERSKIP_API_KEY"  # environment variable of a server
-# The strategies that use an option; other options are used by all.
-_USERS: dict[str, Sequence[str]] = {
-    "exit_layer": ("self-speculative", "early-exit"),
-    "num_draft_tokens": tuple(DRAFTERS),
-    "draft_model": ("adaptive", "draft-model"),
-    "lookup": tuple(DRAFTERS),
-    "exit_confidence": ("early-exit",),
-    "skip": ("draft-and-verify",),
-    "exits": ("early-exit", "adaptive"),
-}
 GUIDES = ("schema", "regex", "grammar", "choice")
 MAX_NEW_TOKENS = 256
 UNLIMITED = 10_000_000  # new tokens: an answer may fill the context
@@ -315,7 +358,8 @@ def changed(options: DecodingOptions, changes: DecodingOptions) -> RequestOption
 
 def used_by(option: str) -> Sequence[str]:
     """The strategies that use an option."""
-    return _USERS.get(option, STRATEGIES)
+    users = tuple(name for name, strategy in STRATEGIES.items() if option in strategy.options)
+    return users or tuple(STRATEGIES)
 
 
 def normalized(options: Mapping[str, Any]) -> dict[str, Any]:
