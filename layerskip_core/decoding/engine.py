@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from ..config.decoding import DRAFTERS, DecodingConfig
+from ..config.decoding import STRATEGIES, DecodingConfig
 from ..model.backend import Backend
 from ..model.cache import Places, on_device
 from .drafters import Draft, Drafter, DrafterSetup, DraftInput, drafter_for
@@ -41,7 +41,7 @@ def lock_of(model: Backend) -> RLock:
 
 def draft_length(config: DecodingConfig) -> int:
     """The most drafts of a row in a step."""
-    return config.num_draft_tokens if config.strategy in DRAFTERS else 0
+    return config.num_draft_tokens if STRATEGIES[config.strategy].drafts else 0
 
 
 class Engine:
@@ -69,7 +69,7 @@ class Engine:
         """
         self.target = target_of(model, config)
         self.num_draft_tokens = draft_length(config)
-        if drafter is None and config.strategy in DRAFTERS:
+        if drafter is None and STRATEGIES[config.strategy].drafts:
             # Only on batch-invariant kernels: else remembered answers would change rounding
             searched = earlier if model.batch_invariant else None
             setup = DrafterSetup(model, config, reuse_exit_states, searched, prefixes)

@@ -1,6 +1,6 @@
 """The protocol of drafters, and the drafter of each strategy.
 
-A drafter is one module here, with a function `drafter(setup)`, and one line in `DRAFTERS` of
+A drafter is one module here, with a function `drafter(setup)`, and one entry of `STRATEGIES` in
 config/decoding.py.
 """
 
@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from math import inf
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ...config.decoding import DRAFTERS, DecodingConfig
+from ...config.decoding import STRATEGIES, DecodingConfig
 from ...config.model import EXACT_TOKENS
 from ...errors import require
 from ...model.backend import Backend
@@ -148,10 +148,14 @@ def drafter_for(setup: DrafterSetup) -> Drafter:
     config = setup.config
     fits = not setup.model.exact or config.num_draft_tokens < EXACT_TOKENS
     require(fits, "num_draft_tokens", f"below {EXACT_TOKENS} with `exact`", config.num_draft_tokens)
-    drafter: Drafter = import_module(DRAFTERS[config.strategy]).drafter(setup)
+    drafter: Drafter = _module_of(config.strategy).drafter(setup)
     if config.strategy in ("lookup", "adaptive"):
         return drafter
-    lookup = import_module(DRAFTERS["lookup"]).LookupDrafter
+    lookup = _module_of("lookup").LookupDrafter
     earlier = setup.earlier if config.lookup else None
     found: Drafter = lookup(config.lookup, drafter, earlier)
     return found
+
+
+def _module_of(strategy: str) -> Any:
+    return import_module(STRATEGIES[strategy].drafter or "")

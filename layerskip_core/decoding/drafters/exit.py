@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...config.decoding import WITH_DRAFTER, DecodingConfig
+from ...config.decoding import STRATEGIES, DecodingConfig
 from ...config.model import Quantization
 from ...errors import ConfigError, require
 from ...model.backend import DraftCall, DraftEnds, DraftKernel, Spans, Submodel
@@ -300,7 +300,8 @@ def drafter(setup: DrafterSetup) -> ExitDrafter | ModelDrafter:
     weights = setup.config.draft_weights
     if config.strategy == "draft-model":
         return ModelDrafter(setup)
-    if (name := config.strategy) in WITH_DRAFTER:
+    name = config.strategy
+    if name in STRATEGIES[name].needs:  # a drafter beside the model
         if name not in model.drafters:
             raise ConfigError(f"`strategy` {name}: {NO_DRAFTER.format(name)}", "strategy")
         return ExitDrafter(setup, None, Submodel(0, block=model.drafters[name]), name)
