@@ -103,11 +103,12 @@ class Engine:
                 self.cache = cache
                 self.rows = [row]
                 return
-            # If this fails, the others may be half changed
-            others = self.rows
-            self.rows = []
-            self.cache.join(cache)
-            self.rows = [*others, row]
+            try:
+                self.cache.join(cache)
+            except BaseException:  # the other rows may be half changed
+                self.close()
+                raise
+            self.rows = [*self.rows, row]
 
     def remove(self, row: Row) -> None:
         """Removes a row before its end and frees its KV entries at once. Its text so far is added
@@ -137,6 +138,7 @@ class Engine:
     def close(self) -> None:
         """Removes all rows and frees their KV entries at once."""
         self.rows = []
+        self.recorder = None  # its recordings hold the cache's addresses
         self.cache = self._model.new_cache(0)
 
     # --- a step ---
@@ -155,7 +157,6 @@ class Engine:
             with self._lock, torch.inference_mode():
                 return self._run(plan)
         except BaseException:  # rows may be half changed
-            self.recorder = None
             self.close()
             raise
 
@@ -358,10 +359,8 @@ class Engine:
         prefixes.keep(self._model, self.target, ids, self.cache, index)
 
     def _prefixes_of(self, row: Row) -> Prefixes:
-        """The prefixes that a row may start from and is kept in; none if it needs logits of its
-        whole prompt.
-        """
-        return NO_PREFIXES if row.config.prompt_logprobs else self._prefixes
+        """The prefixes that a row may start from and is kept in."""
+        return self._prefixes if row.uses_prefixes else NO_PREFIXES
 
     def _keep_rows(self, indices: list[int]) -> None:
         """Keeps only the rows of the batch at these indices."""
@@ -371,7 +370,6 @@ class Engine:
             return
         if self.recorder is not None:
             self.recorder.give_back(self._model)
-            self.recorder = None
         self.close()
 
 

@@ -352,6 +352,13 @@ class Row:
         return last - self.num_computed_tokens
 
     @property
+    def uses_prefixes(self) -> bool:
+        """Whether it may start from a kept prefix, and is kept as one; not if it needs logits of
+        its whole prompt.
+        """
+        return not self.config.prompt_logprobs
+
+    @property
     def output(self) -> list[int]:
         """The new tokens so far."""
         return self.ids[self.prompt_tokens :]

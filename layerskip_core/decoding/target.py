@@ -233,9 +233,8 @@ class CalmTarget:
         self._blocks = {stop: model.exit_blocks.get(stop) for _, stop in self._spans}
         self.writes: Hashable = self._spans
         self._begin = 0  # position of the first token after the prompt
-        self._left: list[Tensor] = []  # the states (1, D) with which tokens after the prompt left
-        # By span: how many of these tokens have KV entries there
-        self._written = [0] * len(self._spans)
+        self._left = list[Tensor]()  # the states (1, D) with which tokens after the prompt left
+        self._written = list[int]()  # by span: how many of these tokens have KV entries there
 
     def fill(
         self, tokens: Tensor, places: Places, scored: list[int], whole: bool = False
@@ -243,6 +242,9 @@ class CalmTarget:
         chosen = None
         hidden = self._model.embed(tokens)
         self._begin = places.end
+        # A row that was preempted is decoded once more, in a new cache
+        self._left = []
+        self._written = [0] * len(self._spans)
         for start, stop in self._spans:
             hidden = self._model.run_layers(hidden, start, stop, places)
             after = self._through_block(hidden, stop, places)
@@ -481,14 +483,16 @@ class Prefixes:
         common = max((_common(text.ids, prompt) for text in texts), default=0)
         return common if common - known >= self._least else 0
 
-    def would_share(self, ids: Sequence[int], others: Sequence[Sequence[int]]) -> bool:
+    def would_share(
+        self, model: Backend, ids: Sequence[int], others: Sequence[Sequence[int]]
+    ) -> bool:
         """True if one of `others`, once kept, will save this text at least `least` more tokens than
         the kept ones.
         """
-        known = max((_common(text.ids, ids) for text in self._texts), default=0) if others else 0
-        return self._most_bytes > 0 and any(
-            _common(other, ids) - known >= self._least for other in others
-        )
+        if not others or not self._keeps_texts_of(model):
+            return False
+        known = max((_common(text.ids, ids) for text in self._texts), default=0)
+        return any(_common(other, ids) - known >= self._least for other in others)
 
     def drop(self, model: Backend | None = None) -> bool:
         """Drops the least recently used text, of a `model` if given: only its texts have pages of
@@ -501,6 +505,9 @@ class Prefixes:
                 self._texts.remove(text)
                 return True
         return False
+
+    def _keeps_texts_of(self, model: Backend) -> bool:
+        return self._most_bytes > 0 and not model.exact
 
     def _has_room(self, model: Backend, cache: KVCache) -> bool:
         """Whether there is memory for a branch of a cache of `model`, after dropping its texts if
@@ -517,7 +524,7 @@ class Prefixes:
         """Keeps the KV entries of a text, from a row of a cache, if it adds `least` tokens to the
         kept ones.
         """
-        if not self._most_bytes or model.exact:
+        if not self._keeps_texts_of(model):
             return
         common = {
             text: _common(text.ids, ids)

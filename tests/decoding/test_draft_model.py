@@ -353,6 +353,19 @@ def test_a_full_pool_of_the_draft_model_costs_drafts_and_no_answer():
     assert len(held) == 3
 
 
+def test_one_row_that_drafts_does_not_stall_those_that_are_prefilled(monkeypatch):
+    """The draft model reads its prompt in chunks, too."""
+    backend = pair_of("native", max_position_embeddings=1024, context=1024)
+    passes = passes_of(backend.draft_model, monkeypatch)
+    scheduler = Scheduler(backend, max_prefill_tokens=64)
+    drafting, prefilled = (new_row(backend, prompt_of(length), DRAFTED) for length in (300, 900))
+    for row in (drafting, prefilled):
+        scheduler.add(row)
+    while not (prefilled.output or scheduler.is_idle):
+        without_failure(scheduler.step())
+    assert drafting.output and passes and max(sum(counts) for counts in passes) <= 64
+
+
 class Told:
     def __init__(self, ids, config):
         self.text = ""

@@ -79,3 +79,21 @@ def test_answers_to_one_prompt_read_it_once():
     assert [client.request.reused for client in (other, *clients)] == [0, 0, 99, 99]
     for client in (other, *clients):
         assert client.answer == alone(decoder, client.request.ids, client.request.config)[0]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (SPECULATIVE, DecodingConfig("autoregressive")),
+        (SPECULATIVE, replace(SPECULATIVE, logprobs=1, prompt_logprobs=True)),
+        (replace(SPECULATIVE, logprobs=1, prompt_logprobs=True), SPECULATIVE),
+    ],
+    ids=["strategy", "reports its prompt", "beside one that does"],
+)
+def test_no_request_waits_for_a_prefix_that_it_cannot_use(first, second):
+    decoder = decoder_of("native")
+    scheduler = Dispatcher(decoder, 8, prefixes=Prefixes(1 << 30))
+    for config in (first, second):
+        scheduler.add(Client(prompt_of(100), config).request)
+    scheduler.step()
+    assert scheduler.running == 2

@@ -211,7 +211,9 @@ class ModelDrafter:
         self._take_rows(given)
         counts = list[int]()
         allowed = list[int]()
-        left = given.max_prefill_tokens if len(limits) > 1 else inf
+        # A row without company stalls none
+        is_alone = len(given.num_computed_tokens) == 1
+        left = inf if is_alone else given.max_prefill_tokens
         for row, limit in zip(given.rows, limits, strict=True):
             limit = max(0, min(limit, self._max_tokens - len(row.ids)))
             lacking = len(row.ids) - 1 - self._num_computed[row] if limit else 0
