@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 # The strategies that draft, with the modules of their `drafter(setup)`.
 DRAFTERS = {
     "adaptive": "layerskip_core.decoding.drafters.adaptive",
-    "self-speculative": "layerskip_core.decoding.drafters.exit",
-    "mtp": "layerskip_core.decoding.drafters.exit",
-    "eagle3": "layerskip_core.decoding.drafters.exit",
-    "lookup": "layerskip_core.decoding.drafters.lookup",
-    "draft-and-verify": "layerskip_core.decoding.drafters.exit",
-    "draft-model": "layerskip_core.decoding.drafters.exit",
+    "self-speculative": "layerskip_core.decoding.drafters.submodel",
+    "mtp": "layerskip_core.decoding.drafters.submodel",
+    "eagle3": "layerskip_core.decoding.drafters.submodel",
+    "lookup": "layerskip_core.decoding.drafters.lookup_drafter",
+    "draft-and-verify": "layerskip_core.decoding.drafters.submodel",
+    "draft-model": "layerskip_core.decoding.drafters.draft_model",
 }
 WITH_DRAFTER = "mtp", "eagle3"  # strategies with a drafter beside the model
 STRATEGIES = (*DRAFTERS, "early-exit", "autoregressive")

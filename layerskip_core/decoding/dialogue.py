@@ -10,7 +10,7 @@ from ..model.backend import check_prompt
 from ..prompting import CHAT
 from .loop import decode
 from .output import Answer, DecodeStats, StopReason
-from .target import Prefixes
+from .prefixes import Prefixes
 
 
 class TextStream:

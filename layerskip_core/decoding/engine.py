@@ -20,10 +20,12 @@ from ..model.cache import Places, on_device
 from .drafters import Draft, Drafter, DrafterSetup, DraftInput, drafter_for
 from .drafters.lookup import EarlierAnswers
 from .graphs import GraphRecorder, instant, seconds_between
-from .output import Row, RowStep, logprobs_of
+from .output import logprobs_of
 from .plan import ScheduledRow, StepPlan
+from .prefixes import NO_PREFIXES, Prefixes
+from .row import Row, RowStep
 from .sampling import Span, accepted_choices, needs_logits, noise_of, verify
-from .target import NO_PREFIXES, FixedTarget, Prefixes, TargetOutput, target_of
+from .target import FixedTarget, TargetOutput, target_of
 
 _NO_DRAFTS = "plain"  # source of steps without room for drafts
 _LOCKS: WeakKeyDictionary[Backend, RLock] = WeakKeyDictionary()
@@ -232,7 +234,7 @@ class Engine:
                 parts.append(next(drafts))
         tokens = torch.cat(parts)
         reporting = [_reports_prompt(each.row) for each in plan.rows]
-        output = self.target.fill(tokens, places, plan.scored, any(reporting))
+        output = self.target.run_mixed(tokens, places, plan.scored, any(reporting))
         if output.states is not None:
             for index, reports in enumerate(reporting):
                 if reports:
@@ -250,7 +252,9 @@ class Engine:
         if self.recorder is not None and any(row.config.temperature > 0 for row in rows):
             reads_logits = True
         noise = None if reads_logits else noise_of(_spans(plan))
-        return self.target.verify(draft, places, self.recorder, noise, reads_logits)
+        return self.target.run_drafts(
+            draft.tokens, draft.exit_states, places, self.recorder, noise, reads_logits
+        )
 
     def _verify(self, plan: StepPlan, tokens: Tensor, output: TargetOutput) -> list[list[int]]:
         """By row that samples: the accepted drafts, and a token of the target's own."""

@@ -8,7 +8,8 @@ from ..errors import require
 from ..model.backend import Backend, check_prompt
 from .drafters.lookup import EarlierAnswers
 from .engine import draft_length
-from .output import Answer, DecodeStats, Detokenize, Row, RowStep, StopReason
+from .output import Answer, DecodeStats, Detokenize, StopReason
+from .row import Row, RowStep
 from .scheduler import Scheduler, without_failure
 
 

@@ -21,9 +21,10 @@ from typing import Any
 
 from ..model.backend import Backend
 from .engine import Engine
-from .output import DecodeStats, Row, RowStep
+from .output import DecodeStats
 from .plan import StepPlan, plan_step
-from .target import NO_PREFIXES, Prefixes
+from .prefixes import NO_PREFIXES, Prefixes
+from .row import Row, RowStep
 
 
 class Scheduler:

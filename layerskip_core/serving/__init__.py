@@ -17,7 +17,8 @@ from ..config.decoding import DecodingConfig
 from ..decoding import DecodeStats, Prefixes, Scheduler, StopReason, check_prompt, new_row
 from ..decoding.drafters.lookup import EarlierAnswers
 from ..decoding.engine import lock_of
-from ..decoding.output import Row, RowStep, TokenLogprobs
+from ..decoding.output import TokenLogprobs
+from ..decoding.row import Row, RowStep
 from ..errors import LayerSkipError
 from ..model import Backend, KVCache
 

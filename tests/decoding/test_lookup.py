@@ -9,7 +9,8 @@ from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import Scheduler, decode, decode_batch, new_row, without_failure
 from layerskip_core.decoding.drafters import Draft, DrafterSetup, drafter_for
-from layerskip_core.decoding.drafters.lookup import EarlierAnswers, History, LookupDrafter
+from layerskip_core.decoding.drafters.lookup import EarlierAnswers, History
+from layerskip_core.decoding.drafters.lookup_drafter import LookupDrafter
 from layerskip_core.model import TransformersBackend
 
 

@@ -13,7 +13,7 @@ from test_loop import NEW, VOCABULARY, TableModel, joint_of, p_value_of
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
-from layerskip_core.decoding import DecodingLoop, decode, decode_batch, sampling
+from layerskip_core.decoding import DecodingLoop, decode, decode_batch, processing
 from layerskip_core.decoding.sampling import probabilities
 
 PROMPT = prompt_of(9)
@@ -83,13 +83,13 @@ def test_greedy_drafts_change_nothing(kind, names):
 def test_biased_tokens_and_ends_become_tensors_once(monkeypatch):
     """Not at every pass: there may be a thousand of them, and other rows wait."""
     made = []
-    honest = sampling._tensor_on
+    honest = processing._tensor_on
 
     def counted(logits, values, *dtype):
         made.append(list(values))
         return honest(logits, values, *dtype)
 
-    monkeypatch.setattr(sampling, "_tensor_on", counted)
+    monkeypatch.setattr(processing, "_tensor_on", counted)
     options = {name: ALL[name] for name in ("logit_bias", "min_tokens")}
     decoding = decode(
         model_of("packed"), PROMPT, DecodingConfig(exit_layer=5, max_new_tokens=24, **options), {7}

@@ -21,7 +21,8 @@ from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import DecodingLoop, Prefixes
 from layerskip_core.decoding.dialogue import TextStream
-from layerskip_core.decoding.target import NO_PREFIXES, FixedTarget
+from layerskip_core.decoding.prefixes import NO_PREFIXES
+from layerskip_core.decoding.target import FixedTarget
 from layerskip_core.errors import ContextError
 from layerskip_core.model.exit_blocks import ExitBlock
 from layerskip_core.model.pages import PAGE
@@ -120,13 +121,13 @@ def test_prompts_with_equal_settings_are_prefilled_together(monkeypatch, tempera
     """But for what a step has no room for; one that does not fit is refused."""
     decoder = decoder_of("generic")
     passes = []
-    honest = FixedTarget.fill
+    honest = FixedTarget.run_mixed
 
-    def recorded(target, tokens, places, scored, whole):
+    def recorded(target, tokens, places, scored, needs_states):
         passes.append(list(places.counts))
-        return honest(target, tokens, places, scored, whole)
+        return honest(target, tokens, places, scored, needs_states)
 
-    monkeypatch.setattr(FixedTarget, "fill", recorded)
+    monkeypatch.setattr(FixedTarget, "run_mixed", recorded)
     clients = []
     for length in (3, 9, 999, 5, 4, 100, 90, 2, 50, 8):
         limit = 12 if length == 2 else 6
