@@ -219,7 +219,7 @@ class Service:
         jobs = []
         for number, prompt in enumerate(request.prompts):
             ids = self._encoder.raw_ids(prompt)
-            jobs.append(Embedding(ids, self._backend.num_layers, partial(deliver, number)))
+            jobs.append(Embedding(ids, partial(deliver, number)))
         return jobs
 
     def _jobs(self, request: AnswerRequest, deliver: Callable[[int, Update], None]) -> list[Job]:

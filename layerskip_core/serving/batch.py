@@ -9,7 +9,8 @@ from ..config.decoding import DecodingConfig
 from ..decoding import Answer, DecodeStats
 from ..decoding.drafters.lookup import EarlierAnswers
 from ..errors import LayerSkipError
-from . import Dispatcher, Request, Update
+from .dispatcher import Dispatcher
+from .requests import Request, Update
 
 PromptOrError = tuple[list[int], DecodingConfig] | LayerSkipError
 """A prompt's token ids and how to decode it, or why it cannot be decoded."""

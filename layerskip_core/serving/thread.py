@@ -9,7 +9,9 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from ..checkpoint.loaded import Decoder
-from . import Dispatcher, Embedding, QueueFull, Request, Stopped, Update
+from .dispatcher import Dispatcher
+from .embedding import Embedding
+from .requests import QueueFull, Request, Stopped, Update
 
 
 class Updates:
