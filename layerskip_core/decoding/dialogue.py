@@ -40,15 +40,7 @@ class TextStream:
         if self.finish_reason is None:
             raise RuntimeError("the answer is not finished: iterate over the stream first")
         [row] = self.decoding.rows
-        return Answer(
-            self.text,
-            self.finish_reason,
-            self.stats,
-            row.output,
-            0,
-            row.logprobs,
-            row.prompt_logprobs,
-        )
+        return row.answer(self.text, self.stats)
 
     @property
     def text(self) -> str:

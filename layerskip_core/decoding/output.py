@@ -131,7 +131,6 @@ class Answer:
     stats: DecodeStats  # counts; all seconds only if it was decoded alone
     # The new tokens, including those that ended the answer
     ids: list[int] = field(default_factory=list)
-    row: int = 0  # the index of its prompt in the batch
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # of `ids`
     # Of the prompt's tokens after the first
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..config.decoding import UNLIMITED, DecodingConfig
 from ..errors import LayerSkipError
 from .output import (
+    Answer,
     DecodeStats,
     Detokenize,
     OutputText,
@@ -107,6 +108,19 @@ class Row:
     def output(self) -> list[int]:
         """The new tokens so far."""
         return self.ids[self.prompt_tokens :]
+
+    def answer(self, text: str, stats: DecodeStats) -> Answer:
+        """The whole answer, once the output has ended."""
+        assert self.scanner.reason is not None
+        return Answer(
+            text,
+            self.scanner.reason,
+            stats,
+            self.output,
+            self.logprobs,
+            self.prompt_logprobs,
+            self.error,
+        )
 
     def commit(
         self,

@@ -183,7 +183,7 @@ def test_it_is_found_beside_the_model_and_changes_no_output(pair):
         backend, prompts, DecodingConfig("mtp", num_draft_tokens=3, max_new_tokens=12)
     )
     alone = [ids_of(decode(backend, prompt, plain)) for prompt in prompts]
-    assert [answer.ids for answer in sorted(together, key=lambda answer: answer.row)] == alone
+    assert [answer.ids for answer in together] == alone
     sampled = decoded(pair[0], temperature=1.0)
     assert len(sampled[0]) == 24 and sampled[1][1] > 0
 

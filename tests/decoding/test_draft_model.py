@@ -66,10 +66,7 @@ cached_pair = cache(pair_of)
 
 
 def together(backend, prompts, config, eos_ids=frozenset(), **options):
-    found = sorted(
-        decode_batch(backend, prompts, config, eos_ids, letters, **options),
-        key=lambda answer: answer.row,
-    )
+    found = decode_batch(backend, prompts, config, eos_ids, letters, **options)
     return [answer.ids for answer in found], [answer.stats for answer in found]
 
 

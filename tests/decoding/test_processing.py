@@ -76,8 +76,8 @@ def test_greedy_drafts_change_nothing(kind, names):
     assert accepted or kind == "generic"
     prompts = [PROMPT, PROMPT[:4], PROMPT]
     drafting = replace(config, strategy="self-speculative", exit_layer=5)
-    for answer in decode_batch(model, prompts, drafting, eos):
-        assert answer.ids == reference(model, prompts[answer.row], config, eos)
+    for prompt, answer in zip(prompts, decode_batch(model, prompts, drafting, eos), strict=True):
+        assert answer.ids == reference(model, prompt, config, eos)
 
 
 def test_biased_tokens_and_ends_become_tensors_once(monkeypatch):
@@ -155,6 +155,5 @@ def test_log_probabilities_are_the_model_s_own(kind):
         assert [token for token, _ in one.top] == scores[place].topk(3).indices.tolist()
     if model.batch_invariant:
         assert told["self-speculative"] == told["adaptive"] == told["autoregressive"]
-    for answer in decode_batch(model, [PROMPT, PROMPT[:5]], config):
-        if answer.row == 0:
-            assert [one.id for one in answer.prompt_logprobs + answer.logprobs] == ids[1:]
+    answer = decode_batch(model, [PROMPT, PROMPT[:5]], config)[0]
+    assert [one.id for one in answer.prompt_logprobs + answer.logprobs] == ids[1:]

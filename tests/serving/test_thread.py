@@ -43,10 +43,10 @@ def engine():
 
 def wait_until_empty(engine):
     for _ in range(3000):
-        if engine.held == 0:
+        if engine.num_reserved == 0:
             return
         engine._thread.join(0.02)
-    raise AssertionError(f"{engine.held} requests are left")
+    raise AssertionError(f"{engine.num_reserved} requests are left")
 
 
 def settle(engine):
@@ -71,7 +71,7 @@ def test_requests_of_several_threads_are_answered(engine):
         assert client.text == "".join(stream)
         assert client.request.stats.accepted == stream.stats.accepted
     settle(engine)
-    assert engine.held == engine.running == 0
+    assert engine.num_reserved == engine.running == 0
 
 
 def test_what_is_given_up_makes_room_and_at_the_end_everyone_is_told(engine):
@@ -88,7 +88,7 @@ def test_what_is_given_up_makes_room_and_at_the_end_everyone_is_told(engine):
     assert clients[0].came.wait(60)
     engine.stop()
     assert all(isinstance(client.updates[-1].error, Stopped) for client in clients)
-    assert engine.held == 0 and not engine._thread.is_alive()
+    assert engine.num_reserved == 0 and not engine._thread.is_alive()
     with pytest.raises(Stopped):
         engine.hold(1)
 
@@ -100,7 +100,7 @@ def test_a_fault_of_the_scheduler_leaves_nobody_waiting(monkeypatch):
     assert clients[0].came.wait(60) and not engine.is_stopped
     monkeypatch.setattr(engine._dispatcher, "step", lambda: 1 / 0)
     engine._thread.join(60)
-    assert engine.is_stopped and engine.held == 0
+    assert engine.is_stopped and engine.num_reserved == 0
     assert all(
         str(client.updates[-1].error) == "the server has failed and must be started again"
         for client in clients
