@@ -30,7 +30,7 @@ class BlockWriter:
         self.taps = tuple(sorted({tap for block in blocks.values() for tap in block.taps}))
         self._of_pass: States | None = None  # of all N tokens of the last pass
 
-    def record(self, states: Mapping[int, Tensor], finals: Tensor, places: Places) -> None:
+    def take(self, states: Mapping[int, Tensor], finals: Tensor, places: Places) -> None:
         """Takes the states of a pass: those after each of `taps`, and `finals` after the last
         layer, (N, D).
         """
@@ -42,12 +42,16 @@ class BlockWriter:
             self._of_pass = States(of_taps, finals)
 
     def commit(
-        self, cache: KVCache, bounds: Sequence[int], counts: Sequence[int], filled: Sequence[int]
+        self,
+        cache: KVCache,
+        bounds: Sequence[int],
+        counts: Sequence[int],
+        num_computed_tokens: Sequence[int],
     ) -> None:
         """Keeps the states of the first `counts[row]` tokens of each row in the last pass, where
         they begin at `bounds[row]`.
 
-        `filled`: by row, how many tokens have KV entries of the target, these included.
+        `num_computed_tokens`: by row, how many have KV entries of the target, these included.
         """
         if self._of_pass is None:
             return
@@ -56,15 +60,16 @@ class BlockWriter:
                 unwritten.append(self._of_pass.part(first, first + count))
         self._of_pass = None
         if max(cache.num_unwritten) >= _MOST_WAITING:
-            self.write(cache, filled)
+            self.write(cache, num_computed_tokens)
 
-    def write(self, cache: KVCache, filled: Sequence[int]) -> None:
-        """Writes the KV entries of all waiting tokens in one pass. `filled`: as for `commit`."""
+    def write(self, cache: KVCache, num_computed_tokens: Sequence[int]) -> None:
+        """Writes the KV entries of all waiting tokens in one pass. `num_computed_tokens`: as for
+        `commit`."""
         counts = cache.num_unwritten
         if not any(counts):
             return
         waiting = joined([part for unwritten in cache.unwritten for part in unwritten])
-        starts = [stop - count for stop, count in zip(filled, counts, strict=True)]
+        starts = [end - count for end, count in zip(num_computed_tokens, counts, strict=True)]
         places = Places(cache, starts, counts)
         self._write_all(waiting, places)
         for unwritten in cache.unwritten:

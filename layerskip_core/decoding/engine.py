@@ -184,7 +184,7 @@ class Engine:
         rows = [each.row for each in decoding]
         limits = [each.num_draft_tokens for each in decoding]
         newest = on_device([row.ids[-1] for row in rows], self._model)
-        if self.target.records and rows:
+        if self.target.can_record and rows:
             ends = [len(each.row.ids) + each.num_draft_tokens for each in decoding]
             self._make_recorder().reach(max(ends))
         if self.drafter is None or max(limits, default=0) <= 0:
@@ -198,7 +198,7 @@ class Engine:
             self.seconds["total_seconds"],
             plan.max_prefill_tokens,
             self.recorder,
-            self.target.exit_cache,
+            self.target.block_writer,
         )
         begun = instant(self._model.device)
         draft = self.drafter.draft(given, limits)
@@ -302,8 +302,8 @@ class Engine:
                 row.num_computed_tokens += each.num_tokens
             else:
                 row.num_computed_tokens = len(row.ids) - 1
-        if self.target.exit_cache is not None:
-            self.target.exit_cache.commit(
+        if self.target.block_writer is not None:
+            self.target.block_writer.commit(
                 self.cache, plan.bounds, committed, self._num_computed_tokens
             )
         self._drop_finished(plan)
@@ -357,8 +357,8 @@ class Engine:
 
     def _keep(self, index: int, ids: Sequence[int]) -> None:
         """Adds the KV entries of a row's first tokens to the prefixes."""
-        if self.target.exit_cache is not None and self._prefixes is not NO_PREFIXES:
-            self.target.exit_cache.write(self.cache, self._num_computed_tokens)
+        if self.target.block_writer is not None and self._prefixes is not NO_PREFIXES:
+            self.target.block_writer.write(self.cache, self._num_computed_tokens)
         prefixes = self._prefixes_of(self.rows[index])
         prefixes.keep(self._model, self.target, ids, self.cache, index)
 

@@ -47,7 +47,7 @@ class Prefixes:
         most = 0
         for text in self._texts:
             known = min(_common(text.ids, prompt), len(prompt) - 1) - target.rerun
-            if text.written_by == (model, target.writes) and known >= max(
+            if text.written_by == (model, target.kv_key) and known >= max(
                 text.first, self._least, most + 1
             ):
                 best = text
@@ -69,7 +69,7 @@ class Prefixes:
         """Length of the longest prefix shared with a kept text, if `least` tokens longer than the
         reusable `known`; else 0.
         """
-        texts = (text for text in self._texts if text.written_by == (model, target.writes))
+        texts = (text for text in self._texts if text.written_by == (model, target.kv_key))
         common = max((_common(text.ids, prompt) for text in texts), default=0)
         return common if common - known >= self._least else 0
 
@@ -119,7 +119,7 @@ class Prefixes:
         common = {
             text: _common(text.ids, ids)
             for text in self._texts
-            if text.written_by == (model, target.writes)
+            if text.written_by == (model, target.kv_key)
         }
         if (
             len(ids)
@@ -138,7 +138,7 @@ class Prefixes:
             for text in self._texts
             if common.get(text) != len(text.ids) or len(text.ids) < first
         ]
-        self._texts.append(_KeptText((model, target.writes), list(ids), branch, first))
+        self._texts.append(_KeptText((model, target.kv_key), list(ids), branch, first))
         while len(self._texts) > self._most_texts or self.bytes > self._most_bytes:
             self.drop()
 

@@ -46,72 +46,63 @@ class FixedTarget:
             self._block = model.exit_blocks.get(config.exit_layer)
         # Hidden states (..., D) to logits (..., V)
         self.head = model.unembed if self._block is None else self._block.head
-        exits: dict[str, Collection[int | None]] = {
+        drafting: dict[str, Collection[int | None]] = {
             "self-speculative": (config.exit_layer,),
             "adaptive": config.exits,
         }
-        drafting = exits.get(config.strategy, ())
-        known = model.exit_blocks.items()
-        blocks: dict[int | str, DraftBlock] = {
-            exit_layer: block for exit_layer, block in known if exit_layer in drafting
-        }
-        blocks |= {
-            name: block
-            for name, block in model.drafters.items()
-            if config.strategy in ("adaptive", name)
-        }
-        self.exit_cache = BlockWriter(model, blocks) if blocks else None  # of blocks that draft
-        # Which layers and blocks write KV entries; how many tokens of a cached prefix a prefill
-        # reruns.
-        self.writes: Hashable = self._layers, self._block is not None, tuple(blocks)
+        blocks = dict[int | str, DraftBlock]()
+        for exit_layer, exit_block in model.exit_blocks.items():
+            if exit_layer in drafting.get(config.strategy, ()):
+                blocks[exit_layer] = exit_block
+        for name, block in model.drafters.items():
+            if config.strategy in ("adaptive", name):
+                blocks[name] = block
+        self.block_writer = BlockWriter(model, blocks) if blocks else None
+        # Prefixes are shared by targets of equal keys: these layers and blocks write KV entries
+        self.kv_key: Hashable = self._layers, self._block is not None, tuple(blocks)
+        # How many tokens of a kept prefix a prefill runs again, for their features
         self.rerun = int(any(block.needs_feature for block in blocks.values()))
-        self.records = model.recordable and not self.rerun  # whether its passes can be recorded
-        # Layers that all tokens run; later ones write no KV entries
-        self._writing = self._layers
+        self.can_record = model.recordable and not self.rerun  # its passes, as CUDA graphs
+        # The layers that all tokens of a prompt run
+        self._kv_layers = self._layers
         spec = model.spec
-        if (
-            isinstance(spec, ModelSpec)
-            and spec.sizes
-            and not (any(block.taps for block in blocks.values()) or self._block)
-        ):
-            self._writing = spec.attending[-1] + 1
+        reads_states = self._block is not None or any(block.taps for block in blocks.values())
+        if isinstance(spec, ModelSpec) and spec.sizes and not reads_states:
+            # Gemma 3n and 4: layers after the last attending one read its KV entries and write none
+            self._kv_layers = spec.attending[-1] + 1
 
     def run_mixed(
         self, tokens: Tensor, places: Places, scored: list[int], needs_states: bool = False
     ) -> TargetOutput:
-        """A pass over N tokens, pieces of prompts among them: logits (S, V) after the tokens at the
+        """A pass over N tokens, chunks of prompts among them: logits (S, V) after the tokens at the
         indices `scored`.
 
         These are the last of their rows. `needs_states`: those of all tokens.
         """
-        if self._writing < self._layers and not needs_states:
-            hidden = self._model.embed(tokens)
-            writing = self._writing
-            logits = None
-            hidden = self._model.run_layers(hidden, 0, writing, places)
-            if scored:
-                counts = [
-                    sum(first <= place < end for place in scored)
-                    for first, end in pairwise(places.bounds)
-                ]
-                ends = places.moved(
-                    0, [count - own for count, own in zip(places.counts, counts, strict=True)]
-                )
-                index = on_device(scored, hidden)
-                hidden[index] = finals = self._model.run_layers(
-                    hidden[index], writing, self._layers, ends
-                )
-                logits = self.head(finals)
-            # Of blocks without KV entries, which read states of scored tokens only
-            if self.exit_cache is not None:
-                self.exit_cache.record({}, hidden, places)
-            return TargetOutput(logits, self._layers)
-        states, _ = self._run(tokens, {}, places, chooses=False)
-        return TargetOutput(
-            self.head(states[on_device(scored, states)]) if scored else None,
-            self._layers,
-            states=states,
-        )
+        if self._kv_layers < self._layers and not needs_states:
+            return self._run_kv_layers(tokens, places, scored)
+        states = self._run_states(tokens, {}, places)
+        logits = self.head(states[on_device(scored, states)]) if scored else None
+        return TargetOutput(logits, self._layers, states=states)
+
+    def _run_kv_layers(self, tokens: Tensor, places: Places, scored: list[int]) -> TargetOutput:
+        """As `run_mixed`; only scored tokens run the layers that write no KV entries."""
+        hidden = self._model.run_layers(self._model.embed(tokens), 0, self._kv_layers, places)
+        logits = None
+        if scored:
+            skipped = []
+            for start, end in pairwise(places.bounds):
+                num_scored = sum(start <= index < end for index in scored)
+                skipped.append(end - start - num_scored)
+            index = on_device(scored, hidden)
+            finals = self._model.run_layers(
+                hidden[index], self._kv_layers, self._layers, places.moved(0, skipped)
+            )
+            hidden[index] = finals
+            logits = self.head(finals)
+        # Blocks without taps write no KV entries. They read final states, of scored tokens only
+        self._take_states({}, hidden, places)
+        return TargetOutput(logits, self._layers)
 
     def run_drafts(
         self,
@@ -127,13 +118,14 @@ class FixedTarget:
 
         `recorder`: of such passes, if they are recorded. `noise`: of choices.
         """
+        # The model's own choice is by the head of all layers
         chooses = not needs_logits and self._block is None
         if recorder is None:
-            return self._pass(tokens, exit_states, places, chooses, noise)
+            return self._run_pass(tokens, exit_states, places, chooses, noise)
         # A recorded pass writes the entries of its own tokens, so no earlier ones may wait
-        if self.exit_cache is not None:
-            self.exit_cache.write(places.cache, places.starts)
-        stops = tuple(exit_states)
+        if self.block_writer is not None:
+            self.block_writer.write(places.cache, places.starts)
+        exits = tuple(exit_states)
         inputs = (tokens, *exit_states.values())
         positions, index, kept = places.padded(places.counts, recorder.slots)
         is_padded = index.numel() > len(tokens)
@@ -145,17 +137,18 @@ class FixedTarget:
 
         def work(positions: Tensor, tokens: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
             recorded = Places(places.cache, (), (), recorded=positions)
-            output = self._pass(tokens, dict(zip(stops, states, strict=True)), recorded, chooses)
+            own_states = dict(zip(exits, states, strict=True))
+            output = self._run_pass(tokens, own_states, recorded, chooses)
             return tuple(part for part in (output.logits, output.choices) if part is not None)
 
-        (found,) = recorder.run(("pass", self.writes, chooses, stops), work, positions, *inputs)
+        (result,) = recorder.run(("pass", self.kv_key, chooses, exits), work, positions, *inputs)
         if is_padded:
-            found = found[kept]
+            result = result[kept]
         if chooses:
-            return TargetOutput(None, self._layers, found)
-        return TargetOutput(found, self._layers)
+            return TargetOutput(None, self._layers, result)
+        return TargetOutput(result, self._layers)
 
-    def _pass(
+    def _run_pass(
         self,
         tokens: Tensor,
         states: Mapping[int, Tensor],
@@ -163,43 +156,58 @@ class FixedTarget:
         chooses: bool,
         noise: Noise | None = None,
     ) -> TargetOutput:
-        hidden, choices = self._run(tokens, states, places, chooses, noise)
-        return TargetOutput(self.head(hidden) if choices is None else None, self._layers, choices)
+        if chooses:
+            return TargetOutput(
+                None, self._layers, self._choose_tokens(tokens, states, places, noise)
+            )
+        return TargetOutput(self.head(self._run_states(tokens, states, places)), self._layers)
 
-    def _run(
+    def _choose_tokens(
         self,
         tokens: Tensor,
         states: Mapping[int, Tensor],
         places: Places,
-        chooses: bool,
-        noise: Noise | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Runs tokens (N,) from their highest exit states; returns what the head reads and, if it
-        `chooses`, tokens (N,).
-        """
-        start = max(states, default=0)
-        blocks = self.exit_cache
-        choices = None
-        kept = (
-            () if blocks is None else (*(tap for tap in blocks.taps if tap > start), self._layers)
-        )
-        if 0 not in states and (
-            (start == 0 and not chooses) or (blocks is not None and 0 in blocks.taps)
-        ):
+        noise: Noise | None,
+    ) -> Tensor:
+        """The model's choices after tokens (N,), from their highest states on."""
+        if self._needs_embeddings(states):
             states = {0: self._model.embed(tokens), **states}
-        if chooses:
-            step = TokenPass(tokens, places, self._layers, start, states.get(start), kept, noise)
-            choices, reached = self._model.choose(step)
-        else:
-            reached = states_at(self._model, states[start], kept or (self._layers,), places, start)
-        hidden = reached.get(self._layers, tokens)  # unused after a choice without blocks
-        if blocks is not None:
-            blocks.record({**states, **reached}, hidden, places)
+        start = max(states, default=0)
+        step = TokenPass(
+            tokens, places, self._layers, start, states.get(start), self._taps(start), noise
+        )
+        choices, reached = self._model.choose(step)
+        if self.block_writer is not None:
+            self._take_states({**states, **reached}, reached[self._layers], places)
+        return choices
+
+    def _run_states(self, tokens: Tensor, states: Mapping[int, Tensor], places: Places) -> Tensor:
+        """The states (N, D) that the head reads, from the highest of `states` on."""
+        if not states or self._needs_embeddings(states):
+            states = {0: self._model.embed(tokens), **states}
+        start = max(states)
+        ends = self._taps(start) or (self._layers,)
+        reached = states_at(self._model, states[start], ends, places, start)
+        hidden = reached[self._layers]
+        self._take_states({**states, **reached}, hidden, places)
         if self._block is not None:
-            hidden = self._model.run_layers(
-                hidden, self._block.layer, self._block.layer + 1, places
-            )
-        return hidden, choices
+            layer = self._block.layer
+            hidden = self._model.run_layers(hidden, layer, layer + 1, places)
+        return hidden
+
+    def _needs_embeddings(self, states: Mapping[int, Tensor]) -> bool:
+        """Whether a block that drafts reads embeddings, which a draft's states may lack."""
+        return self.block_writer is not None and 0 in self.block_writer.taps and 0 not in states
+
+    def _taps(self, start: int) -> tuple[int, ...]:
+        """The layers above `start` after which blocks that draft read states."""
+        if self.block_writer is None:
+            return ()
+        return (*(tap for tap in self.block_writer.taps if tap > start), self._layers)
+
+    def _take_states(self, states: Mapping[int, Tensor], finals: Tensor, places: Places) -> None:
+        if self.block_writer is not None:
+            self.block_writer.take(states, finals, places)
 
 
 class CalmTarget:
@@ -216,20 +224,21 @@ class CalmTarget:
     """
 
     decodes_like_prefill = False  # a prompt runs through all layers
-    exit_cache = None
-    records = False
+    block_writer = None
+    can_record = False
     rerun = 0
 
     def __init__(self, model: Backend, config: DecodingConfig) -> None:
         self._model = model
         self._draft_side = model.draft_sides[None]
         self._confidence = config.exit_confidence
-        self._spans = tuple(pairwise((0, *sorted(set(config.exits)), model.num_layers)))
-        self._blocks = {stop: model.exit_blocks.get(stop) for _, stop in self._spans}
-        self.writes: Hashable = self._spans
-        self._begin = 0  # position of the first token after the prompt
-        self._left = list[Tensor]()  # the states (1, D) with which tokens after the prompt left
-        self._written = list[int]()  # by span: how many of these tokens have KV entries there
+        self._stages = tuple(pairwise((0, *sorted(set(config.exits)), model.num_layers)))
+        self._blocks = {end: model.exit_blocks.get(end) for _, end in self._stages}
+        self.kv_key: Hashable = self._stages
+        self._prompt_end = 0
+        # The states (1, D) with which tokens after the prompt left
+        self._exit_states = list[Tensor]()
+        self._written = list[int]()  # by stage: how many of these tokens have KV entries there
 
     def run_mixed(
         self, tokens: Tensor, places: Places, scored: list[int], needs_states: bool = False
@@ -237,15 +246,15 @@ class CalmTarget:
         """A pass over the next tokens of the only row's prompt."""
         chosen = None
         hidden = self._model.embed(tokens)
-        self._begin = places.end
+        self._prompt_end = places.end
         # A row that was preempted is decoded once more, in a new cache
-        self._left = []
-        self._written = [0] * len(self._spans)
-        for start, stop in self._spans:
-            hidden = self._model.run_layers(hidden, start, stop, places)
-            after = self._through_block(hidden, stop, places)
-            if scored:
-                chosen = chosen or self._leaving(after[on_device(scored, after)], stop)
+        self._exit_states = []
+        self._written = [0] * len(self._stages)
+        for start, end in self._stages:
+            hidden = self._model.run_layers(hidden, start, end, places)
+            after = self._through_block(hidden, end, places)
+            if scored and chosen is None:
+                chosen = self._leaving(after[on_device(scored, after)], end)
         return chosen or TargetOutput(None, self._model.num_layers)
 
     def run_drafts(
@@ -258,33 +267,33 @@ class CalmTarget:
         needs_logits: bool = True,
     ) -> TargetOutput:
         """A pass over the newest token of the only row, which returns its logits."""
-        count = places.starts[0] - self._begin  # of the tokens between the prompt and this one
+        count = places.starts[0] - self._prompt_end  # of the tokens between the prompt and this one
         hidden = self._model.embed(tokens)
         chosen = None
-        for span, (start, stop) in enumerate(self._spans):
-            if (written := self._written[span]) < count:  # some tokens left below this span
-                left = torch.cat(self._left[written:count])
-                earlier = places.cache.span(self._begin + written, places.starts[0])
-                self._model.write_kv(left, start, stop, earlier)
-                if (block := self._blocks[stop]) is not None:
-                    self._model.write_kv(left, block.layer, block.layer + 1, earlier)
-            hidden = self._model.run_layers(hidden, start, stop, places)
-            self._written[span] = count + 1
-            chosen = self._leaving(self._through_block(hidden, stop, places), stop)
+        for stage, (start, end) in enumerate(self._stages):
+            written = self._written[stage]
+            if written < count:  # some tokens left below this stage
+                states = torch.cat(self._exit_states[written:count])
+                earlier = places.cache.span(self._prompt_end + written, places.starts[0])
+                self._model.write_kv(states, start, end, earlier)
+                block = self._blocks[end]
+                if block is not None:
+                    self._model.write_kv(states, block.layer, block.layer + 1, earlier)
+            hidden = self._model.run_layers(hidden, start, end, places)
+            self._written[stage] = count + 1
+            chosen = self._leaving(self._through_block(hidden, end, places), end)
             if chosen is not None:
                 break
         assert chosen is not None
-        self._left.append(hidden)
+        self._exit_states.append(hidden)
         return chosen
 
     def _through_block(self, hidden: Tensor, layers: int, places: Places) -> Tensor:
         """The states after `layers` layers, and after the block of that exit if it has one."""
         block = self._blocks[layers]
-        return (
-            hidden
-            if block is None
-            else self._model.run_layers(hidden, block.layer, block.layer + 1, places)
-        )
+        if block is None:
+            return hidden
+        return self._model.run_layers(hidden, block.layer, block.layer + 1, places)
 
     def _leaving(self, hidden: Tensor, layers: int) -> TargetOutput | None:
         """The output after `layers` layers (and the exit's block) if the token leaves there, else
@@ -292,16 +301,15 @@ class CalmTarget:
         """
         block = self._blocks[layers]
         if layers < self._model.num_layers:
-            head, few = self._draft_side.head(
-                Submodel(layers, block=block and self._draft_side.exit_blocks[layers])
-            )
-            if float((logits := head(hidden)).float().softmax(-1).amax()) <= self._confidence:
+            draft_block = block and self._draft_side.exit_blocks[layers]
+            head, vocabulary = self._draft_side.head(Submodel(layers, block=draft_block))
+            logits = head(hidden)
+            if float(logits.float().softmax(-1).amax()) <= self._confidence:
                 return None
-            if few is None:
+            if vocabulary is None:
                 return TargetOutput(logits, layers)
-        return TargetOutput(
-            self._model.unembed(hidden) if block is None else block.head(hidden), layers
-        )
+        full_head = self._model.unembed if block is None else block.head
+        return TargetOutput(full_head(hidden), layers)
 
 
 Target = FixedTarget | CalmTarget

@@ -34,7 +34,7 @@ class DraftInput:
     seconds: float = 0.0  # that earlier steps took, without the caller's time between them
     max_prefill_tokens: float = inf  # in a step
     recorder: GraphRecorder | None = None  # of this decoding's passes, if they are recorded
-    blocks: BlockWriter | None = None  # writes the KV entries of blocks that draft
+    block_writer: BlockWriter | None = None  # writes the KV entries of blocks that draft
     # While a draft is recorded: the positions (B, d+1) of its tokens, on the device
     recorded: Tensor | None = None
 
@@ -45,8 +45,8 @@ class DraftInput:
 
     def write_blocks(self) -> None:
         """Writes the KV entries of blocks that the rows lack, before a block drafts."""
-        if self.blocks is not None:
-            self.blocks.write(self.cache, self.num_computed_tokens)
+        if self.block_writer is not None:
+            self.block_writer.write(self.cache, self.num_computed_tokens)
 
     def feature(self, block: int | str) -> Tensor | None:
         """(B, D): the features of the previous tokens that an exit's block, or a drafter, reads;
