@@ -30,7 +30,7 @@ from .options import (
 if TYPE_CHECKING:
     from ..grammar import Matcher
 
-_EXIT_DRAFTS = "layerskip_core.decoding.drafters.exit"
+_DRAFTERS = "layerskip_core.decoding.drafters"
 _OF_DRAFTERS = ("num_draft_tokens", "lookup")  # options that every drafter uses
 _BY_A_MODEL = (*_OF_DRAFTERS, "draft_vocab")  # and every drafter with a head
 
@@ -61,28 +61,28 @@ class Strategy:
 
 STRATEGIES = {
     "adaptive": Strategy(
-        "layerskip_core.decoding.drafters.adaptive",
+        f"{_DRAFTERS}.adaptive",
         (*_BY_A_MODEL, "draft_model", "exits"),
         lengths=(),
     ),
     "self-speculative": Strategy(
-        _EXIT_DRAFTS,
+        f"{_DRAFTERS}.submodel",
         (*_BY_A_MODEL, "exit_layer", "draft_weights"),
         implied_by=("exit_layer", "num_draft_tokens"),
         needs=("exits", "draft_weights"),
         lengths=(2, 4, 6, 8, 12, 16, 24, 32),
     ),
-    "mtp": Strategy(_EXIT_DRAFTS, _BY_A_MODEL, needs=("mtp",)),
-    "eagle3": Strategy(_EXIT_DRAFTS, _BY_A_MODEL, needs=("eagle3",)),
-    "lookup": Strategy("layerskip_core.decoding.drafters.lookup", _OF_DRAFTERS),
+    "mtp": Strategy(f"{_DRAFTERS}.submodel", _BY_A_MODEL, needs=("mtp",)),
+    "eagle3": Strategy(f"{_DRAFTERS}.submodel", _BY_A_MODEL, needs=("eagle3",)),
+    "lookup": Strategy(f"{_DRAFTERS}.lookup_drafter", _OF_DRAFTERS),
     "draft-and-verify": Strategy(
-        _EXIT_DRAFTS,
+        f"{_DRAFTERS}.submodel",
         (*_BY_A_MODEL, "skip", "draft_weights"),
         implied_by=("skip",),
         needs=("skip",),
     ),
     "draft-model": Strategy(
-        _EXIT_DRAFTS,
+        f"{_DRAFTERS}.draft_model",
         (*_BY_A_MODEL, "draft_model"),
         needs=("draft_model",),
         lengths=(),  # a policy could not name the model

@@ -329,7 +329,7 @@ def _batched_outputs(
         loaded.backend, prompt_ids, setting, ends, loaded.detokenize, earlier=earlier
     )
     outputs = []
-    for answer in sorted(batch, key=lambda answer: answer.row):
+    for answer in batch:
         ids = tuple(answer.ids)
         outputs.append(Output(ids, stats=answer.stats, finish_reason=answer.finish_reason))
     return outputs
