@@ -190,25 +190,12 @@ def test_it_is_found_beside_the_model_and_changes_no_output(pair):
 
 def test_what_is_made_of_the_model_keeps_it(folder, tmp_path):
     expected = decoded(folder)
-    few = [
-        "--answers",
-        "data",
-        "--max-length",
-        "48",
-        "--samples",
-        "8",
-        "--batch-size",
-        "4",
-        "--steps",
-        "1",
-        "--threads",
-        "1",
-    ]
+    few = ["--answers data --max-length 48 --samples 8 --batch-size 4 --steps 1 --threads 1"]
     for name, arguments in {
-        "imported": ("import", str(folder)),
-        "exported": ("export", str(folder), "--exit", "6"),
-        "packed": ("export", str(folder), "--format", "packed", "--dtype", "fp32"),
-        "with-block": ("train-drafter", "--model", str(folder), "--exits", "2", *few),
+        "imported": (f"import {folder}",),
+        "exported": (f"export {folder} --exit 6",),
+        "packed": (f"export {folder} --format packed --dtype fp32",),
+        "with-block": (f"train-drafter --model {folder} --exits 2", *few),
     }.items():
         done = run(*arguments, "--output", str(tmp_path / name))
         assert not done.code, done.err
@@ -230,7 +217,7 @@ def test_what_is_made_of_the_model_keeps_it(folder, tmp_path):
     weights["model.layers.1.mlp.up_proj.weight"] *= 1.5
     save_file(weights, tmp_path / "imported" / "model.safetensors", {"format": "pt"})
     assert decoded(tmp_path / "imported")[2] == (STALE_ASSISTANT,)
-    assert not run("import", str(tmp_path / "imported"), "--output", str(tmp_path / "again")).code
+    assert not run(f"import {tmp_path}/imported --output {tmp_path}/again").code
     assert decoded(tmp_path / "again")[2] == (STALE_ASSISTANT,)
 
 
@@ -238,8 +225,8 @@ def test_import_gives_a_model_an_assistant_from_elsewhere(folder, tmp_path):
     expected = decoded(folder)
     (tmp_path / "hub-assistant").rename(tmp_path / "elsewhere")
     assert "mtp" not in for_decoding(str(folder), "cpu", "fp32").backend.drafters
-    given = ("--drafter", str(tmp_path / "elsewhere"))
-    assert not run("import", str(folder), *given, "--output", str(tmp_path / "imported")).code
+    given = f"--drafter {tmp_path}/elsewhere"
+    assert not run(f"import {folder}", given, f"--output {tmp_path}/imported").code
     assert decoded(tmp_path / "imported") == expected
 
 
@@ -261,7 +248,7 @@ def test_a_configuration_of_an_older_transformers_is_completed(folder):
 
 
 @pytest.mark.parametrize(
-    ("values", "reason"),
+    "values, reason",
     [
         ({"backbone_hidden_size": 128}, "`backbone_hidden_size` must be 64"),
         ({"vocab_size": 7}, "`vocab_size` must be"),

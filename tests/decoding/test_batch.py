@@ -30,8 +30,14 @@ def model_of(kind):
 
 
 COUNTS = (
-    *("sequences", "prompt_tokens", "new_tokens", "drafted", "accepted", "rounds"),
-    *("tested_by_position", "accepted_by_position"),
+    "sequences",
+    "prompt_tokens",
+    "new_tokens",
+    "drafted",
+    "accepted",
+    "rounds",
+    "tested_by_position",
+    "accepted_by_position",
 )
 
 

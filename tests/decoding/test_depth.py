@@ -169,17 +169,20 @@ def test_each_layer_runs_once_for_a_token_that_reaches_it(monkeypatch):
     for _ in range(7):
         next(decoding)
     assert calls == [
-        *[
-            ("run_layers", 0, 2, [*range(9)]),
-            ("run_layers", 2, 4, [*range(9)]),
-            ("run_layers", 4, 6, [*range(9)]),
-        ],
+        ("run_layers", 0, 2, [*range(9)]),
+        ("run_layers", 2, 4, [*range(9)]),
+        ("run_layers", 4, 6, [*range(9)]),
         ("run_layers", 0, 2, [9]),
-        *[("run_layers", 0, 2, [10]), ("write_kv", 2, 4, [9]), ("run_layers", 2, 4, [10])],
+        ("run_layers", 0, 2, [10]),
+        ("write_kv", 2, 4, [9]),
+        ("run_layers", 2, 4, [10]),
         ("run_layers", 0, 2, [11]),
         ("run_layers", 0, 2, [12]),
-        *[("run_layers", 0, 2, [13]), ("write_kv", 2, 4, [11, 12]), ("run_layers", 2, 4, [13])],
-        *[("write_kv", 4, 6, [9, 10, 11, 12]), ("run_layers", 4, 6, [13])],
+        ("run_layers", 0, 2, [13]),
+        ("write_kv", 2, 4, [11, 12]),
+        ("run_layers", 2, 4, [13]),
+        ("write_kv", 4, 6, [9, 10, 11, 12]),
+        ("run_layers", 4, 6, [13]),
         ("run_layers", 0, 2, [14]),
     ]
     assert decoding.stats.tokens_by_layers == (0, 5, 0, 1, 0, 1)

@@ -75,12 +75,12 @@ def backend_of(kind):
 @pytest.mark.parametrize("sampling", SAMPLING)
 def test_every_drafter_gives_the_sample_of_plain_decoding(kind, sampling):
     backend = backend_of(kind)
-    plain = DecodingConfig("autoregressive", max_new_tokens=NEW, **SAMPLING[sampling])
+    # The kernels draw in C; layers of transformers, which are slow, only have the loop in common
+    length, seeds = (NEW, (0, 1, 2**63)) if kind == "native" else (14, (0, 2**63))
+    plain = DecodingConfig("autoregressive", max_new_tokens=length, **SAMPLING[sampling])
     prompt = [*prompt_of(9), *prompt_of(9)]  # something to look up
-    expected = {
-        seed: ids_of(decode(backend, prompt, replace(plain, seed=seed))) for seed in (0, 1, 2**63)
-    }
-    assert len({*map(tuple, expected.values())}) == 3
+    expected = {seed: ids_of(decode(backend, prompt, replace(plain, seed=seed))) for seed in seeds}
+    assert len({*map(tuple, expected.values())}) == len(seeds)
     for name, drafting in DRAFTING.items():
         if kind == "generic" and "draft_weights" in drafting:
             continue  # has no copy

@@ -101,7 +101,7 @@ def reference(decoder, ids, asked, limit):
 
 
 @pytest.mark.parametrize(
-    ("kernels", "kind"), [("generic", "schema"), *(("native", kind) for kind in GUIDES)]
+    "kernels, kind", [("generic", "schema"), *(("native", kind) for kind in GUIDES)]
 )
 def test_greedy_drafts_change_nothing_and_no_forbidden_one_is_verified(kernels, kind, monkeypatch):
     decoder = model_of(kernels)
@@ -208,7 +208,7 @@ def test_sampled_output_follows_the_joint_distribution_of_what_the_grammar_permi
 
 
 @pytest.mark.parametrize(
-    ("options", "field", "message"),
+    "options, field, message",
     [
         ({"schema": {"type": "strange"}}, "schema", "cannot be compiled: "),
         ({"regex": "(a"}, "regex", "cannot be compiled: "),

@@ -20,7 +20,7 @@ def backend():
 
 
 @pytest.mark.parametrize(
-    ("shortest", "ids", "most", "expected"),
+    "shortest, ids, most, expected",
     [
         (2, [1, 2, 3, 4, 5, 1, 2], 3, ([3, 4, 5], 2)),
         (2, [1, 2, 3, 4, 5, 1, 2], 9, ([3, 4, 5, 1, 2, 3, 4, 5, 1], 2)),  # goes on with itself
@@ -97,7 +97,7 @@ def remembering(*answers, most=1000, prompt=(1, 2, 3)):
 
 
 @pytest.mark.parametrize(
-    ("answers", "ids", "expected"),
+    "answers, ids, expected",
     [
         ([[4, 5, 6, 7, 8]], [9, 4, 5, 6], ([7, 8], 3)),
         ([[4, 5, 6, 7, 8]], [9, 9, 5, 6], ([], 0)),  # two tokens are no match

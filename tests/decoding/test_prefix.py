@@ -165,7 +165,7 @@ def test_a_drafter_keeps_its_entry_of_the_token_that_is_rerun(kind, kept):
 
 
 @pytest.mark.parametrize(
-    ("prompt", "reused"),
+    "prompt, reused",
     [
         (lambda text: text, 19),  # known but for its last token, which gives the next
         (lambda text: text[:20], 19),

@@ -57,7 +57,7 @@ def reference(model, prompt, config, eos=()):
 
 
 @pytest.mark.parametrize(
-    ("kind", "names"), [("generic", ALL), ("native", ALL), *(("native", [name]) for name in ALL)]
+    "kind, names", [("generic", ALL), ("native", ALL), *(("native", [name]) for name in ALL)]
 )
 def test_greedy_drafts_change_nothing(kind, names):
     options = {name: ALL[name] for name in names}

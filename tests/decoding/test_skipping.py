@@ -44,7 +44,7 @@ def config_of(kind, skip, drafts=4, **changes):
 
 
 @pytest.mark.parametrize(
-    ("skip", "exit_layer", "beyond"),
+    "skip, exit_layer, beyond",
     [
         ((3,), 2, ((3, 6),)),
         ((1,), 0, ((1, 6),)),

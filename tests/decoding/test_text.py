@@ -54,7 +54,7 @@ def scripted(monkeypatch, chunks, reason, stop):
 
 
 @pytest.mark.parametrize(
-    ("chunks", "reason", "stop", "runs"),
+    "chunks, reason, stop, runs",
     [
         (
             [b"ab", b"c", [*b"de", EOS]],

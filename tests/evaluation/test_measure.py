@@ -149,7 +149,7 @@ def answers_of(measured):
     return [(row.output.ids, row.output.text, row.output.finish_reason) for row in measured.answers]
 
 
-@pytest.mark.parametrize(("dtype", "stop"), [(torch.float64, "of an answer"), (torch.float32, ())])
+@pytest.mark.parametrize("dtype, stop", [(torch.float64, "of an answer"), (torch.float32, ())])
 def test_every_setting_answers_in_a_batch_as_it_does_alone(dtype, stop):
     loaded = tiny_loaded(dtype)
     task = own_answers(5)

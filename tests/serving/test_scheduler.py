@@ -75,7 +75,7 @@ def run(scheduler, arrivals):
 
 
 @pytest.mark.parametrize(
-    ("kind", "config"),
+    "kind, config",
     [
         ("generic", SPECULATIVE),
         ("packed", ADAPTIVE),
