@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +25,16 @@ LISTING_MODULES = (sys.executable, "-c", _LISTING)
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}
 
 
+def words(arguments: Iterable[str]) -> list[str]:
+    """The words of a command line. Its first part, and each that begins with a flag, may hold
+    several words.
+    """
+    found = []
+    for number, part in enumerate(arguments):
+        found += part.split() if number == 0 or part.startswith("--") else [part]
+    return found
+
+
 @dataclass(frozen=True)
 class Result:
     code: int
@@ -38,7 +49,7 @@ def run(*arguments: str, stdin: str | bytes = b"", encoding: str = "utf-8") -> R
         TemporaryFile() as file,
         redirect_stdout(out),
         redirect_stderr(err),
-        patch("sys.argv", ["layerskip", *arguments]),
+        patch("sys.argv", ["layerskip", *words(arguments)]),
     ):
         file.write(stdin.encode() if isinstance(stdin, str) else stdin)
         file.seek(0)
@@ -76,7 +87,7 @@ def start(
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen(
-        [*command, *arguments],
+        [*command, *words(arguments)],
         text=True,
         preexec_fn=heed,
         **{"env": ENVIRONMENT, **pipes, **keywords},
@@ -92,7 +103,9 @@ def measure_little(patch: MonkeyPatch) -> None:
     """Sweeps time passes once, after a short warm-up: the figures do not matter here."""
     measure = "layerskip_core.evaluation.measure"
     for name, count in (
-        *(("_WARM_UP_TOKENS", 1), ("recommendation._FEWEST_TURNS", 2)),
-        *(("cost_model._MOST", 1), ("cost_model._TIMES", 1)),
+        ("_WARM_UP_TOKENS", 1),
+        ("recommendation._FEWEST_TURNS", 2),
+        ("cost_model._MOST", 1),
+        ("cost_model._TIMES", 1),
     ):
         patch.setattr(f"{measure}.{name}", count)

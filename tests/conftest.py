@@ -90,29 +90,24 @@ CHANGES = {  # what makes each architecture differ from Llama in every way that 
         "logits_scaling": 1.7,
     },
     "granitemoe": {
-        **{
-            "embedding_multiplier": 3.0,
-            "residual_multiplier": 0.4,
-            "attention_multiplier": 0.2,
-            "logits_scaling": 1.7,
-        },
-        **{"num_local_experts": 5, "num_experts_per_tok": 3},
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.4,
+        "attention_multiplier": 0.2,
+        "logits_scaling": 1.7,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 3,
     },
     "mixtral": {"sliding_window": 5, "num_local_experts": 4},
     "olmoe": {"num_experts": 8, "num_experts_per_tok": 3},
     "qwen3_moe": {
-        **{
-            "num_experts": 8,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 24,
-            "norm_topk_prob": True,
-        },
-        **{
-            "decoder_sparse_step": 2,
-            "mlp_only_layers": [3],
-            "use_sliding_window": True,
-            "sliding_window": 5,
-        },
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 2,
+        "mlp_only_layers": [3],
+        "use_sliding_window": True,
+        "sliding_window": 5,
     },
     "phi3": {
         "sliding_window": 5,
@@ -131,25 +126,24 @@ _MAMBA2 = {
     "mamba_d_state": 8,
 }
 _DELTA = {
-    **{"layer_types": "linear_attention", "linear_num_key_heads": 2, "linear_num_value_heads": 4},
-    **{"linear_key_head_dim": 8, "linear_value_head_dim": 16},
+    "layer_types": "linear_attention",
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 16,
 }
 _SHARED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 MIXERS = {  # types that TorchBackend lacks, whose layers are not all of full attention, and what the others are
     "lfm2": {"layer_types": "conv"},
     "gpt_oss": {
-        **{
-            "layer_types": "sliding_attention",
-            "sliding_window": 5,
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-        },
-        **{
-            "swiglu_alpha": 1.4,
-            "swiglu_limit": 2.0,
-            "rope_parameters": {**YARN, "truncate": False},
-            "intermediate_size": 64,
-        },
+        "layer_types": "sliding_attention",
+        "sliding_window": 5,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "swiglu_alpha": 1.4,
+        "swiglu_limit": 2.0,
+        "rope_parameters": {**YARN, "truncate": False},
+        "intermediate_size": 64,
     },
     "qwen3_5_text": _DELTA,
     "qwen3_5_moe_text": {**_DELTA, **_SHARED, "shared_expert_intermediate_size": 32},
@@ -161,17 +155,17 @@ MIXERS = {  # types that TorchBackend lacks, whose layers are not all of full at
     },
     "granitemoehybrid": {
         **{**_MAMBA2, **CHANGES["granite"], "num_local_experts": 0, "num_experts_per_tok": 0},
-        **{"shared_intermediate_size": 96, "mamba_proj_bias": True, "tie_word_embeddings": True},
+        "shared_intermediate_size": 96,
+        "mamba_proj_bias": True,
+        "tie_word_embeddings": True,
     },
     "bamba": {**_MAMBA2, "attn_layer_indices": [1, 4]},
     "nemotron_h": {
-        **{
-            "layer_types": "linear_attention",
-            "n_groups": 2,
-            "mamba_num_heads": 4,
-            "ssm_state_size": 8,
-            "mamba_head_dim": 16,
-        },
+        "layer_types": "linear_attention",
+        "n_groups": 2,
+        "mamba_num_heads": 4,
+        "ssm_state_size": 8,
+        "mamba_head_dim": 16,
         "time_step_min": 1e-9,  # transformers has no limit where it runs one token
     },
 }

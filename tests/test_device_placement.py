@@ -54,12 +54,7 @@ SETTINGS = {
         "min_tokens": 4,
     },
     "sampled": {**DRAFTED, **SAMPLED},
-    "sampled by top-p": {
-        **DRAFTED,
-        "temperature": 0.8,
-        "top_p": 0.9,
-        "seed": 3,
-    },
+    "sampled by top-p": {**DRAFTED, "temperature": 0.8, "top_p": 0.9, "seed": 3},
     "sampled plainly": {"strategy": "autoregressive", **SAMPLED},
     "to an end": DRAFTED,
 }
@@ -172,7 +167,7 @@ def test_norms_whose_weights_are_wider_than_the_states():
     torch.testing.assert_close(found, logits("cpu"), rtol=0.05, atol=0.5)
 
 
-@pytest.mark.parametrize(("device", "measured"), [("cpu", True), ("cuda", False)])
+@pytest.mark.parametrize("device, measured", [("cpu", True), ("cuda", False)])
 def test_adaptive_drafting_measures_no_work_that_the_host_only_starts(device, measured):
     with simulated_cuda():
         model = TorchBackend.of(tiny_model().to(device), PackingConfig(exact=True))

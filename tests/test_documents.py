@@ -163,7 +163,7 @@ def test_names_in_the_table_from_paper_to_code():
 
 
 @pytest.mark.parametrize(
-    ("heading", "module"),
+    "heading, module",
     [
         ("How to add an architecture", "layerskip_core/model/architectures.py"),
         ("How to add a task", "tests/toy_task.py"),

@@ -13,7 +13,7 @@ def naive(head, run, teacher):
     return (aim.exp() * (aim - found)).sum()
 
 
-@pytest.mark.parametrize(("rows", "cached"), [(1, 1), (3, 2), (100, 2), (100, 100)])
+@pytest.mark.parametrize("rows, cached", [(1, 1), (3, 2), (100, 2), (100, 100)])
 def test_divergences_and_their_gradients_do_not_depend_on_chunks(monkeypatch, rows, cached):
     monkeypatch.setattr(losses, "CHUNK_LOGITS", rows * VOCABULARY)
     monkeypatch.setattr(losses, "_CACHED_LOGITS", cached * VOCABULARY)
@@ -44,7 +44,7 @@ def test_divergences_and_their_gradients_do_not_depend_on_chunks(monkeypatch, ro
     assert torch.equal(value, loss) and not value.requires_grad
 
 
-@pytest.mark.parametrize(("rows", "cached"), [(1, 1), (3, 2), (100, 100)])
+@pytest.mark.parametrize("rows, cached", [(1, 1), (3, 2), (100, 100)])
 def test_losses_and_their_gradients_are_those_of_the_formulas(monkeypatch, rows, cached):
     """Exits of weights (CE, KL) (0, 0), (0.3, 0.6) and (0.5, 0) after a matrix that trains with the
     head, behind a cap.

@@ -14,15 +14,7 @@ from layerskip_core.config.model import DataConfig
 from layerskip_core.config.training import DrafterConfig, RecipeSettings
 from layerskip_core.evaluation.tasks import TaskConfig, load_task
 from layerskip_core.evaluation.tasks.texts import load_trained
-from layerskip_core.splits import (
-    TEST,
-    VALIDATION,
-    HeldOut,
-    hold_out,
-    key_of,
-    part_of,
-    side_of,
-)
+from layerskip_core.splits import TEST, VALIDATION, HeldOut, hold_out, key_of, part_of, side_of
 from layerskip_core.training.run import execute, prepare
 
 PROMPTS = ("prompt",)
@@ -63,7 +55,7 @@ def test_a_key_is_that_of_the_content_and_the_same_in_every_process():
 
 
 @pytest.mark.parametrize(
-    ("rows", "choose", "report"),
+    "rows, choose, report",
     [
         (0, 0, 0),
         (39, 0, 0),

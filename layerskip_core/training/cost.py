@@ -112,8 +112,8 @@ class Baseline:
                 decoder.eos_ids,
                 decoder.detokenize,
             )
-            for answer in answers:
-                texts[at + answer.row] = answer.text
+            for index, answer in enumerate(answers, start=at):
+                texts[index] = answer.text
         right = []
         for text, question in zip(texts, self._questions, strict=True):
             right.append(text.strip() == decoder.detokenize(question.reference).strip())

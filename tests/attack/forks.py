@@ -15,7 +15,7 @@ import sys
 from itertools import chain
 from pathlib import Path
 
-from command_line import Result
+from command_line import Result, words
 
 import cli
 import layerskip_core
@@ -33,6 +33,8 @@ _EVENTS = (
 )
 _SECONDS = 120  # a command that takes longer is ended by SIGALRM
 _LIBRARIES = (
+    "command_line",  # in every fork pytest imports it again, which takes half a second
+    "pytest",
     "datasets",
     "evaluate",
     "matplotlib.backends.backend_agg",
@@ -106,7 +108,7 @@ def _command(folder, arguments, moment, number):
     signal.alarm(_SECONDS)
     os.chdir(folder)
     os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
-    sys.argv = ["layerskip", *arguments]
+    sys.argv = ["layerskip", *words(arguments)]
     _watch(
         Path(folder) / "out",
         moment,

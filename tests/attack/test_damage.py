@@ -12,41 +12,42 @@ from command_line import run
 from hypothesis import given
 from hypothesis import strategies as st
 
-GENERATE = ("generate", "--max-new-tokens", "4", "call mom")
+GENERATE = ("generate --max-new-tokens 4", "call mom")
 COMMANDS = (
-    *(
-        (*GENERATE, "--model", "MODEL"),
-        (*GENERATE, "--strategy", "autoregressive", "--model", "MODEL"),
-    ),
-    *(
-        (*GENERATE, "--exit", "2", "--model", "MODEL"),
-        (*GENERATE, "--quantize", "int4", "--model", "MODEL"),
-    ),
-    ("import", "MODEL", "--output", "imported"),
+    (*GENERATE, "--model {model}"),
+    (*GENERATE, "--strategy autoregressive --model {model}"),
+    (*GENERATE, "--exit 2 --model {model}"),
+    (*GENERATE, "--quantize int4 --model {model}"),
+    ("import {model} --output {home}/imported",),
 )
 ODD = (  # no huge sizes: a model may waste its user's memory
-    *(
-        None,
-        True,
-        False,
-        0,
-        1,
-        -1,
-        2,
-        7,
-        300,
-        0.5,
-        -0.5,
-        1e-50,
-        1e308,
-        "",
-        "x",
-        "1",
-        "\u202e",
-        "a" * 5000,
-        "../../etc",
-    ),
-    *([], [1], [[]], ["x"], [None], {}, {"x": 1}, [1, 2, 3]),
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    2,
+    7,
+    300,
+    0.5,
+    -0.5,
+    1e-50,
+    1e308,
+    "",
+    "x",
+    "1",
+    "\u202e",
+    "a" * 5000,
+    "../../etc",
+    [],
+    [1],
+    [[]],
+    ["x"],
+    [None],
+    {},
+    {"x": 1},
+    [1, 2, 3],
 )
 
 
@@ -54,23 +55,17 @@ ODD = (  # no huge sizes: a model may waste its user's memory
 def models(tmp_path_factory, forks, wide_base):
     home = tmp_path_factory.mktemp("models") / "home"
     home.mkdir()
-    few = ("--samples", "2", "--steps", "1")
-    frozen = (
-        "train-drafter",
-        "--exits",
-        "2",
-        "--batch-size",
-        "2",
-        "--answer-tokens",
-        "4",
-        "--output",
-        "blocks",
-    )
+    few = "--samples 2 --steps 1"
     for command in (
-        (*frozen, *few, "--model", wide_base),
-        ("import", wide_base, "--output", "int4"),
-        ("calibrate", "--samples", "2", "--model", "int4"),
-        ("export", wide_base, "--exit", "4", "--format", "gguf", "--output", "gguf"),
+        (
+            "train-drafter --exits 2 --batch-size 2 --answer-tokens 4 --output blocks",
+            few,
+            "--model",
+            wide_base,
+        ),
+        ("import", wide_base, "--output int4"),
+        ("calibrate --samples 2 --model int4",),
+        ("export", wide_base, "--exit 4 --format gguf --output gguf"),
     ):
         assert (ended := forks.run(home, *command)).code == 0, ended.err
     return home
@@ -80,8 +75,12 @@ def damaged_bytes(draw, file):
     data = file.read_bytes()
     place = draw(st.integers(0, len(data)))
     damages = [
-        *(data[:place], b"", data + data[place:], data[:place] + b"\xff" * 8 + data[place + 8 :]),
-        *(data[:place] + bytes(64) + data[place:], data[:place] + data[place + 100 :]),
+        data[:place],
+        b"",
+        data + data[place:],
+        data[:place] + b"\xff" * 8 + data[place + 8 :],
+        data[:place] + bytes(64) + data[place:],
+        data[:place] + data[place + 100 :],
     ]
     file.write_bytes(draw(st.sampled_from(damages)))
 
@@ -156,7 +155,8 @@ def test_a_damaged_model_is_an_answer_or_one_clear_error(name, data, models, tmp
     damage(data.draw, files[0] if files else model)
     before = contents(model)
     target = str(files[0] if files else model)
-    command = [target if part == "MODEL" else part for part in data.draw(st.sampled_from(COMMANDS))]
-    command = [str(home / "imported") if part == "imported" else part for part in command]
+    command = [
+        part.format(model=target, home=home) for part in data.draw(st.sampled_from(COMMANDS))
+    ]
     require_sound(run(*command))
     assert contents(model) == before

@@ -290,25 +290,28 @@ STRATEGIES = (
     "draft-and-verify",
 )
 KINDS = (
-    *(
-        "generic",
-        "generic gemma3_text",
-        "packed",
-        "packed mistral",
-        "packed smollm3",
-        "packed qwen2",
-        "packed int8 drafts",
-    ),
-    *(
-        "packed int4 few drafts",
-        "native",
-        "native bf16",
-        "native int8",
-        "native int4",
-        "native int8 drafts",
-    ),
-    *("native few drafts", "native gemma2", "native gemma3_text", "native granite", "native olmo3"),
-    *("native phi3", "native starcoder2", "native qwen3", "native smollm3"),
+    "generic",
+    "generic gemma3_text",
+    "packed",
+    "packed mistral",
+    "packed smollm3",
+    "packed qwen2",
+    "packed int8 drafts",
+    "packed int4 few drafts",
+    "native",
+    "native bf16",
+    "native int8",
+    "native int4",
+    "native int8 drafts",
+    "native few drafts",
+    "native gemma2",
+    "native gemma3_text",
+    "native granite",
+    "native olmo3",
+    "native phi3",
+    "native starcoder2",
+    "native qwen3",
+    "native smollm3",
 )
 PACKING = {
     "int8": PackingConfig(quantize="int8"),
@@ -417,8 +420,8 @@ def test_drafts_batches_and_joins_change_no_tokens(kind, data):
     )
     # There, the longest row limits the drafts
     near_the_end = any(reason == "context" for _, reason, _ in single)
-    for output in decode_batch(model, prompts, config, ends, letters):
-        ids, reason, stats = single[output.row]
+    outputs = decode_batch(model, prompts, config, ends, letters)
+    for output, (ids, reason, stats) in zip(outputs, single, strict=True):
         assert (output.ids, output.finish_reason) == (ids, reason)
         for name in COUNTS if same_drafts and not near_the_end else ():
             assert getattr(output.stats, name) == getattr(stats, name), name

@@ -18,63 +18,15 @@ from attacking import contents, examples, require_sound
 from hypothesis import given
 from hypothesis import strategies as st
 
-RESUME = ("--resume",)
-OVERWRITE = ("--overwrite",)
-FEW = (
-    "--batch-size",
-    "2",
-    "--max-length",
-    "48",
-    "--samples",
-    "4",
-    "--steps",
-    "2",
-    "--save-steps",
-    "1",
-    "--dtype",
-    "fp32",
-)
-SHORT = ("--strategies", "autoregressive,early-exit")
-FROZEN = (
-    "train-drafter",
-    "--exits",
-    "2",
-    "--answer-tokens",
-    "4",
-    *FEW,
-    "--model",
-    "out",
-    "--output",
-    "out",
-)
-CALIBRATE = ("calibrate", "--samples", "2", "--model", "out")
-BENCH = (
-    "bench",
-    "--model",
-    "NEW",
-    "--samples",
-    "2",
-    "--repeats",
-    "1",
-    "--max-new-tokens",
-    "4",
-    "--output",
-    "out",
-    *SHORT,
-)
-SWEEP = (
-    "sweep-exits",
-    "--model",
-    "out",
-    "--samples",
-    "1",
-    "--exits",
-    "2",
-    "--specs",
-    "2",
-    "--save",
-)
-IMPORT = ("import", "NEW", "--output", "out", *OVERWRITE)
+RESUME = "--resume"
+OVERWRITE = "--overwrite"
+FEW = "--batch-size 2 --max-length 48 --samples 4 --steps 2 --save-steps 1 --dtype fp32"
+FROZEN = f"train-drafter --exits 2 --answer-tokens 4 {FEW} --model out --output out"
+CALIBRATE = "calibrate --samples 2 --model out"
+BENCH = """bench --model NEW --samples 2 --repeats 1 --max-new-tokens 4 --output out
+    --strategies autoregressive,early-exit"""
+SWEEP = "sweep-exits --model out --samples 1 --exits 2 --specs 2 --save"
+IMPORT = "import NEW --output out --overwrite"
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 BLOCKS = "exit_blocks.safetensors"
@@ -90,33 +42,33 @@ class Scenario:
     them in the end. `kept`: files that never change. `ask`: how the model is used.
     """
 
-    command: tuple[str, ...]
+    command: str
     over: str | None = "WIDE"
-    again: tuple[tuple[str, ...], ...] = ((), OVERWRITE)
+    again: tuple[str, ...] = ("", OVERWRITE)
     checked: tuple[str, ...] = (WEIGHTS,)
     kept: tuple[str, ...] = ()
-    ask: tuple[str, ...] = ()
+    ask: str = ""
 
 
 KEPT = (WEIGHTS, CONFIG)
-ALL = (RESUME, (), OVERWRITE)
+ALL = (RESUME, "", OVERWRITE)
 KILLED = {
     "import over a model": Scenario(IMPORT),
     "finetune over a model": Scenario(
-        ("finetune", "--model", "NEW", *FEW, "--output", "out", *OVERWRITE), again=ALL
+        f"finetune --model NEW {FEW} --output out --overwrite", again=ALL
     ),
     "bench": Scenario(BENCH, over=None, again=ALL, checked=()),
     "sweep --save": Scenario(SWEEP, kept=KEPT),
     "calibrate beside a model": Scenario(
-        CALIBRATE, checked=(WEIGHTS, INT4), kept=KEPT, ask=("--quantize", "int4")
+        CALIBRATE, checked=(WEIGHTS, INT4), kept=KEPT, ask="--quantize int4"
     ),
     "frozen beside a model": Scenario(
-        FROZEN, again=ALL, checked=(WEIGHTS, BLOCKS), kept=KEPT, ask=("--exit", "2")
+        FROZEN, again=ALL, checked=(WEIGHTS, BLOCKS), kept=KEPT, ask="--exit 2"
     ),
 }
 WRITERS = {  # `checked`: those that replace the model
     "import": Scenario(IMPORT, "OLD"),
-    "import another": Scenario(("import", "OLD", "--output", "out", *OVERWRITE), "OLD"),
+    "import another": Scenario("import OLD --output out --overwrite", "OLD"),
     "calibrate": Scenario(CALIBRATE, checked=()),
     "frozen beside": Scenario(FROZEN, "OLD", checked=()),
     "sweep": Scenario(SWEEP, "OLD", checked=()),
@@ -143,16 +95,16 @@ class World:
             shutil.copytree(self._models[scenario.over], home / "out")
         return home
 
-    def start(self, home, scenario, *more, strike=(0, 0)):
-        command = [self._models.get(part, part) for part in scenario.command]
-        return self.forks.start(home, *command, *more, strike=strike)
+    def start(self, home, scenario, more="", strike=(0, 0)):
+        command = [self._models.get(word, word) for word in scenario.command.split()]
+        return self.forks.start(home, *command, *more.split(), strike=strike)
 
-    def run(self, home, scenario, *more, **keywords):
-        return self.forks.wait(home, self.start(home, scenario, *more, **keywords))
+    def run(self, home, scenario, more="", **keywords):
+        return self.forks.wait(home, self.start(home, scenario, more, **keywords))
 
     def ask(self, home, scenario):
-        flags = ("--model", "out", "--max-new-tokens", "8", *scenario.ask)
-        return self.forks.run(home, "generate", *flags, stdin="remind me to call mom")
+        command = f"generate --model out --max-new-tokens 8 {scenario.ask}"
+        return self.forks.run(home, command, stdin="remind me to call mom")
 
     def _undisturbed(self, scenario):
         """The number of changes to the disk, the files before and after, and the answers before and
@@ -218,7 +170,7 @@ def test_a_killed_command_loses_nothing_and_can_be_given_again(name, world, data
         assert used.code == 0 and used.out in answers, used
     assert of(contents(out), scenario.kept) == of(before, scenario.kept)
     for more in scenario.again:
-        again = world.run(home, scenario, *more)
+        again = world.run(home, scenario, more)
         require_sound(again)
         if again.code == 0:
             break

@@ -120,7 +120,7 @@ def test_a_weight_without_an_error_stays_as_it_is():
     assert torch.equal(gptq(constant, torch.eye(64)).weight, constant)
 
 
-QUICK = ("--samples", "6")
+QUICK = "--samples 6"
 
 
 def state(folder):
@@ -137,8 +137,8 @@ def acceptance(model):
 
 def test_int4_weights_are_saved_beside_the_model_and_used(wide):
     before = state(wide)
-    rounded = run("generate", "wake me up", "--model", str(wide), "--quantize", "int4", "--stats")
-    done = run("calibrate", "--model", str(wide), *QUICK)
+    rounded = run("generate", "wake me up", f"--model {wide} --quantize int4 --stats")
+    done = run(f"calibrate --model {wide}", QUICK)
     assert done.code == 0 and done.out == "", done.err
     assert "texts 14/14" in done.err and "layers 7/7" in done.err
     assert f"saved int4 weights in {wide / INT4_FILE} after" in done.err
@@ -148,30 +148,20 @@ def test_int4_weights_are_saved_beside_the_model_and_used(wide):
         "layerskip.json",
     }
     assert 0.2 < acceptance(wide)["int4"] < 1
-    answer = run("generate", "wake me up", "--model", str(wide), "--quantize", "int4", "--stats")
+    answer = run("generate", "wake me up", f"--model {wide} --quantize int4 --stats")
     assert answer.code == 0 and "calibrated int4" in answer.err and "calibrated" not in rounded.err
-    drafted = run(
-        "generate",
-        "wake me up",
-        "--model",
-        str(wide),
-        "--draft-weights",
-        "int4",
-        "--exit",
-        "6",
-        "--stats",
-    )
+    drafted = run("generate", "wake me up", f"--model {wide} --draft-weights int4 --exit 6 --stats")
     assert drafted.code == 0 and "calibrated int4 drafts" in drafted.err
     assert (
         drafted.out
-        == run("generate", "wake me up", "--model", str(wide), "--strategy", "autoregressive").out
+        == run("generate", "wake me up", f"--model {wide} --strategy autoregressive").out
     )
 
 
 def test_the_same_settings_give_the_same_weights_and_another_seed_others(wide):
     contents = []
     for seed in ("1", "1", "2"):
-        assert run("calibrate", "--model", str(wide), "--seed", seed, *QUICK).code == 0
+        assert run(f"calibrate --model {wide} --seed {seed}", QUICK).code == 0
         contents.append({name: rows.tolist() for name, rows in load_file(wide / INT4_FILE).items()})
     assert contents[0] == contents[1] != contents[2]
     with safe_open(wide / INT4_FILE, "pt") as file:
@@ -192,32 +182,28 @@ def test_weights_of_a_model_that_cannot_be_written_are_cached_for_every_copy_of_
     before = state(wide)
     writable = os.access
     monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK and writable(path, mode))
-    done = run("calibrate", "--model", str(wide), *QUICK)
+    done = run(f"calibrate --model {wide}", QUICK)
     assert done.code == 0 and "saved int4 weights in" in done.err and state(wide) == before, (
         done.err
     )
     [file] = cache.glob("*.safetensors")
-    imported = run("import", str(wide), "--output", str(tmp_path / "imported"))
+    imported = run(f"import {wide} --output {tmp_path}/imported")
     assert imported.code == 0, imported.err
     for model in (wide, tmp_path / "imported"):
         assert 0.2 < acceptance(model)["int4"] < 1
-        answer = run(
-            "generate", "wake me up", "--model", str(model), "--quantize", "int4", "--stats"
-        )
+        answer = run("generate", "wake me up", f"--model {model} --quantize int4 --stats")
         assert answer.code == 0 and "calibrated int4" in answer.err
-    assert "removed 1 files" in run("calibrate", "--clear").err and not file.exists()
+    assert "removed 1 files" in run("calibrate --clear").err and not file.exists()
     assert (
         "calibrated"
-        not in run(
-            "generate", "wake me up", "--model", str(wide), "--quantize", "int4", "--stats"
-        ).err
+        not in run("generate", "wake me up", f"--model {wide} --quantize int4 --stats").err
     )
 
 
 def test_a_model_without_int4_kernels_is_refused(checkpoint):
     fails(
         "--model must be one whose layer widths 32 divides, got 48 in model.layers.0.mlp.down_proj.weight",
-        "calibrate", "--model", checkpoint,
+        f"calibrate --model {checkpoint}",
     )  # fmt: skip
 
 
@@ -227,7 +213,7 @@ def test_an_interrupted_calibration_leaves_nothing(wide, monkeypatch):
 
     before = state(wide)
     monkeypatch.setattr("layerskip_core.calibration.quantize", interrupt)
-    assert run("calibrate", "--model", str(wide), *QUICK).code == 130
+    assert run(f"calibrate --model {wide}", QUICK).code == 130
     assert state(wide) == before
 
 
@@ -240,7 +226,7 @@ def test_another_file_of_that_name_is_not_replaced(wide):
     before = identities(wide)
     fails(
         f"--model {wide}: in the way is {INT4_FILE}, which layerskip did not write; move it away, or give another folder",
-        "calibrate", "--model", str(wide), *QUICK,
+        f"calibrate --model {wide}", QUICK,
     )  # fmt: skip
     assert identities(wide) == before
 

@@ -21,7 +21,7 @@ from layerskip_core.checkpoint.shipped import ASSISTANT_FILES, STALE_ASSISTANT
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import decode, decode_batch
-from layerskip_core.decoding.drafters.exit import ExitDrafter
+from layerskip_core.decoding.drafters.submodel import SubmodelDrafter
 
 SHAPE = {**WIDE, "max_position_embeddings": 256}
 PROMPT = prompt_of(20)
@@ -183,32 +183,19 @@ def test_it_is_found_beside_the_model_and_changes_no_output(pair):
         backend, prompts, DecodingConfig("mtp", num_draft_tokens=3, max_new_tokens=12)
     )
     alone = [ids_of(decode(backend, prompt, plain)) for prompt in prompts]
-    assert [answer.ids for answer in sorted(together, key=lambda answer: answer.row)] == alone
+    assert [answer.ids for answer in together] == alone
     sampled = decoded(pair[0], temperature=1.0)
     assert len(sampled[0]) == 24 and sampled[1][1] > 0
 
 
 def test_what_is_made_of_the_model_keeps_it(folder, tmp_path):
     expected = decoded(folder)
-    few = [
-        "--answers",
-        "data",
-        "--max-length",
-        "48",
-        "--samples",
-        "8",
-        "--batch-size",
-        "4",
-        "--steps",
-        "1",
-        "--threads",
-        "1",
-    ]
+    few = ["--answers data --max-length 48 --samples 8 --batch-size 4 --steps 1 --threads 1"]
     for name, arguments in {
-        "imported": ("import", str(folder)),
-        "exported": ("export", str(folder), "--exit", "6"),
-        "packed": ("export", str(folder), "--format", "packed", "--dtype", "fp32"),
-        "with-block": ("train-drafter", "--model", str(folder), "--exits", "2", *few),
+        "imported": (f"import {folder}",),
+        "exported": (f"export {folder} --exit 6",),
+        "packed": (f"export {folder} --format packed --dtype fp32",),
+        "with-block": (f"train-drafter --model {folder} --exits 2", *few),
     }.items():
         done = run(*arguments, "--output", str(tmp_path / name))
         assert not done.code, done.err
@@ -230,7 +217,7 @@ def test_what_is_made_of_the_model_keeps_it(folder, tmp_path):
     weights["model.layers.1.mlp.up_proj.weight"] *= 1.5
     save_file(weights, tmp_path / "imported" / "model.safetensors", {"format": "pt"})
     assert decoded(tmp_path / "imported")[2] == (STALE_ASSISTANT,)
-    assert not run("import", str(tmp_path / "imported"), "--output", str(tmp_path / "again")).code
+    assert not run(f"import {tmp_path}/imported --output {tmp_path}/again").code
     assert decoded(tmp_path / "again")[2] == (STALE_ASSISTANT,)
 
 
@@ -238,8 +225,8 @@ def test_import_gives_a_model_an_assistant_from_elsewhere(folder, tmp_path):
     expected = decoded(folder)
     (tmp_path / "hub-assistant").rename(tmp_path / "elsewhere")
     assert "mtp" not in for_decoding(str(folder), "cpu", "fp32").backend.drafters
-    given = ("--drafter", str(tmp_path / "elsewhere"))
-    assert not run("import", str(folder), *given, "--output", str(tmp_path / "imported")).code
+    given = f"--drafter {tmp_path}/elsewhere"
+    assert not run(f"import {folder}", given, f"--output {tmp_path}/imported").code
     assert decoded(tmp_path / "imported") == expected
 
 
@@ -261,7 +248,7 @@ def test_a_configuration_of_an_older_transformers_is_completed(folder):
 
 
 @pytest.mark.parametrize(
-    ("values", "reason"),
+    "values, reason",
     [
         ({"backbone_hidden_size": 128}, "`backbone_hidden_size` must be 64"),
         ({"vocab_size": 7}, "`vocab_size` must be"),
@@ -289,7 +276,7 @@ def test_drafts_of_every_round_are_those_of_transformers(pair, monkeypatch):
     folder, target, assistant = pair
     backend = for_decoding(str(folder), "cpu", "fp32", UnroundedDrafter()).backend
     rounds = []
-    draft = ExitDrafter.draft
+    draft = SubmodelDrafter.draft
 
     def recorded(drafter, context, limits, *ends):
         found = draft(drafter, context, limits, *ends)
@@ -299,7 +286,7 @@ def test_drafts_of_every_round_are_those_of_transformers(pair, monkeypatch):
         )
         return found
 
-    monkeypatch.setattr(ExitDrafter, "draft", recorded)
+    monkeypatch.setattr(SubmodelDrafter, "draft", recorded)
     config = DecodingConfig("mtp", num_draft_tokens=2, max_new_tokens=6)
     assert len([*decode_batch(backend, [prompt_of(9), PROMPT], config)]) == 2
     assert len(rounds) > 6

@@ -15,9 +15,9 @@ from layerskip_core.checkpoint.open import for_training
 
 CONSENT = "y\nremind me\n"  # what transformers would take as the answer to its question
 COMMANDS = {
-    "generate": ("generate", "--lines", "--model"),
+    "generate": ("generate --lines --model",),
     "import": ("import",),
-    "scratch": ("finetune", "--recipe", "scratch", "--steps", "1", "--batch-size", "1", "--model"),
+    "scratch": ("finetune --recipe scratch --steps 1 --batch-size 1 --model",),
 }
 CODE = """
 from pathlib import Path
@@ -119,7 +119,7 @@ def test_no_module_that_an_adapter_names_is_imported(checkpoint, tmp_path, monke
     file.write_text(json.dumps(json.loads(file.read_text()) | named))
     (tmp_path / "evil.py").write_text(CODE.format(marker=str(marker)))
     monkeypatch.syspath_prepend(tmp_path)
-    result = run("import", str(folder))
+    result = run(f"import {folder}")
     assert result.code == 1 and "megatron_config" in result.err
     assert not marker.exists()
 
@@ -132,5 +132,5 @@ def test_a_library_that_reads_standard_input_gets_nothing(monkeypatch):
         raise ValueError("asked")
 
     monkeypatch.setattr("layerskip_core.checkpoint.source.lean_spec", ask)
-    result = run("generate", "--lines", stdin=CONSENT)
+    result = run("generate --lines", stdin=CONSENT)
     assert (result.code, answers) == (1, [""])

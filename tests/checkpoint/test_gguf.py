@@ -29,13 +29,11 @@ WRITTEN = {"gemma2": "gemma2", "phi3": "phi3", "starcoder2": "starcoder2"}
 SIZES = {"qwen3": {"head_dim": 128}, "gemma3_text": {"sliding_window": 5}}
 PLAIN = {"rope_type": "default", "rope_theta": 1e4}
 LLAMA3 = {
-    **{
-        "rope_type": "llama3",
-        "rope_theta": 1e4,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-    },
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
@@ -164,7 +162,7 @@ def test_every_kind_of_weight_has_the_values_that_transformers_reads(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "exact_in", "asked", "expected"),
+    "kind, exact_in, asked, expected",
     [
         ("f16", torch.bfloat16, "auto", torch.bfloat16),
         ("f16", torch.float16, "auto", torch.float16),
@@ -180,7 +178,7 @@ def test_the_precision_that_is_written(kind, exact_in, asked, expected, tmp_path
     output = tmp_path / "imported"
     write_gguf(model, tiny_loaded().tokenizer, ModelSpec.of(model.config), path, kind)
     (tmp_path / "eagle3").mkdir()  # beside the file, but not of its model
-    assert run("import", str(path), "--output", str(output), "--dtype", asked).code == 0
+    assert run(f"import {path} --output {output} --dtype {asked}").code == 0
     stored = load_file(output / "model.safetensors")
     read = GgufFile(path).weights()
     assert {weight.dtype for weight in stored.values()} == {expected}
@@ -211,7 +209,7 @@ def in_types(tensor, types):
 
 
 @pytest.mark.parametrize(
-    ("model_type", "kind", "types"),
+    "model_type, kind, types",
     [
         ("llama", "q8_0", ()),
         ("qwen2", "q4_0", ()),
@@ -240,14 +238,7 @@ def test_a_file_is_decoded_with_its_weights_as_they_are_stored(model_type, kind,
     command = (
         "generate",
         "wake me up",
-        "--model",
-        str(path),
-        "--dtype",
-        "fp32",
-        "--max-new-tokens",
-        "12",
-        "--raw",
-        "--stats",
+        f"--model {path} --dtype fp32 --max-new-tokens 12 --raw --stats",
     )
     stored = run(*command)
     with requesting("torch"):
@@ -281,7 +272,7 @@ KIND = 4 + 2 * 8  # after a matrix's name: its number of dimensions and these
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    "change, message",
     [
         (renamed("llama", "gpt-2"), "the GGUF architecture must be one of llama, qwen2, .*, found gpt-2"),
         (renamed("llama.block_count", "llama.block_kount"), r"\d+ weights are missing"),
@@ -353,7 +344,7 @@ def test_yarn_and_old_names_are_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("values", "tensors", "why"),
+    "values, tensors, why",
     [
         ({"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 4.0}, {}, "longrope"),
         ({}, {"rope_factors_long.weight": [1.0] * 4}, "found rope_factors_long.weight"),
@@ -378,7 +369,7 @@ def test_a_missing_library_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     fails(
         "a .gguf file needs the library gguf: pip install 'layerskip[gguf]'",
-        *("import", str(tmp_path / "model.gguf"), "--output", str(tmp_path / "imported")),
+        f"import {tmp_path}/model.gguf --output {tmp_path}/imported",
     )
 
 

@@ -45,11 +45,9 @@ SIZES = {  # what a file of the type cannot say otherwise
     "granite": CHANGES["granite"],
     "lfm2": {},
     "qwen3_5_text": {
-        **{
-            "layer_types": ["linear_attention", "full_attention"] * 3,
-            "linear_num_value_heads": 6,
-            "head_dim": 16,
-        },
+        "layer_types": ["linear_attention", "full_attention"] * 3,
+        "linear_num_value_heads": 6,
+        "head_dim": 16,
         "rope_parameters": {
             "rope_type": "default",
             "rope_theta": 1e4,
@@ -65,19 +63,22 @@ SIZES = {  # what a file of the type cannot say otherwise
     | {"decoder_sparse_step": 1, "mlp_only_layers": [], "use_sliding_window": False},
     "gemma4_text": {"vocab_size_per_layer_input": 300, "rope_parameters": _GEMMA4_ROPE},
     "gpt_oss": {
-        **{
-            "layer_types": ["sliding_attention", "full_attention"] * 3,
-            "swiglu_limit": 7.0,
-            "swiglu_alpha": 1.702,
-        },
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+        "swiglu_limit": 7.0,
+        "swiglu_alpha": 1.702,
         "rope_parameters": {
-            **{"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "truncate": False},
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "truncate": False,
             "original_max_position_embeddings": 32,
         },
     },
 }
 NEXTN = {
-    **{"input.weight": "eh_proj", "embedding_norm.weight": "enorm", "feature_norm.weight": "hnorm"},
+    "input.weight": "eh_proj",
+    "embedding_norm.weight": "enorm",
+    "feature_norm.weight": "hnorm",
     "norm.weight": "shared_head_norm",
 }
 # Which stay in fp32 whatever a file's type
@@ -93,24 +94,16 @@ def header(model):
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kv_heads = config.num_key_value_heads
     values = {
-        **{
-            "context_length": config.max_position_embeddings,
-            "embedding_length": config.hidden_size,
-        },
-        **{
-            "feed_forward_length": config.intermediate_size,
-            "block_count": config.num_hidden_layers,
-            "vocab_size": 300,
-        },
-        **{
-            "head_count": config.num_attention_heads,
-            "head_count_kv": kv_heads,
-            "rope_freq_base": rope["rope_theta"],
-        },
-        **{
-            "layer_norm_rms_eps": config.norm_eps if kind == "lfm2" else config.rms_norm_eps,
-            "rope_dimension_count": head_dim,
-        },
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "block_count": config.num_hidden_layers,
+        "vocab_size": 300,
+        "head_count": config.num_attention_heads,
+        "head_count_kv": kv_heads,
+        "rope_freq_base": rope["rope_theta"],
+        "layer_norm_rms_eps": config.norm_eps if kind == "lfm2" else config.rms_norm_eps,
+        "rope_dimension_count": head_dim,
     }
     if kind == "granite":
         values |= {
@@ -294,7 +287,7 @@ def written(path, model_type, kind="F32", experts="F32", fused=False, drafter=No
 
 
 @pytest.mark.parametrize(
-    ("model_type", "fused"), [*((model_type, False) for model_type in NAMES), ("qwen3_moe", True)]
+    "model_type, fused", [*((model_type, False) for model_type in NAMES), ("qwen3_moe", True)]
 )
 def test_a_file_is_read_as_the_model_that_it_was_made_of(model_type, fused, tmp_path):
     model = written(path := tmp_path / "model.gguf", model_type, fused=fused)
@@ -332,7 +325,7 @@ def test_the_drafter_in_the_layer_after_the_last(tmp_path):
         )
         == right
     )
-    assert not run("import", str(path), "--output", str(tmp_path / "imported")).code
+    assert not run(f"import {path} --output {tmp_path}/imported").code
     kept = load_file(tmp_path / "imported" / MTP_FILE)
     for name, weight in weights.items():
         torch.testing.assert_close(
@@ -341,7 +334,7 @@ def test_the_drafter_in_the_layer_after_the_last(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("model_type", "kind", "experts", "changes"),
+    "model_type, kind, experts, changes",
     [
         ("granite", "Q4_0", "F32", {"intermediate_size": 64, "hidden_size": 64, "head_dim": 16}),
         ("lfm2", "Q8_0", "F32", {"hidden_size": 64, "head_dim": 16}),

@@ -10,7 +10,7 @@ import subprocess
 import huggingface_hub
 import pytest
 import torch
-from command_line import COMMAND, fails, run
+from command_line import COMMAND, fails, run, words
 from conftest import edit_json
 from exit_block_models import add_blocks, add_eagle3
 from safetensors.torch import load_file, save_file
@@ -30,7 +30,7 @@ from layerskip_core.model.vocabulary import ORDER_FILE, token_order
 
 def test_a_folder_is_written_in_the_precision_asked_for(checkpoint, tmp_path):
     output = str(tmp_path / "half")
-    assert "in bfloat16" in run("import", checkpoint, "--output", output, "--dtype", "bf16").err
+    assert "in bfloat16" in run(f"import {checkpoint} --output {output} --dtype bf16").err
     original = for_training(checkpoint, "cpu", "fp32")
     imported = for_training(output, "cpu", "fp32")
     assert imported.info.prompt_template == original.info.prompt_template
@@ -38,7 +38,7 @@ def test_a_folder_is_written_in_the_precision_asked_for(checkpoint, tmp_path):
         assert torch.equal(imported.model.state_dict()[name], weight.bfloat16().float()), name
     fails(
         f"--output {output} already holds a model; give --overwrite to replace it, or another folder",
-        *("import", checkpoint, "--output", output),
+        f"import {checkpoint} --output {output}",
     )
 
 
@@ -52,7 +52,7 @@ def with_blocks(checkpoint, tmp_path):
 @pytest.mark.parametrize("dtype", ["auto", "bf16"])
 def test_exit_blocks_go_with_the_weights_that_they_were_trained_for(with_blocks, tmp_path, dtype):
     output = tmp_path / "imported"
-    done = run("import", str(with_blocks), "--output", str(output), "--dtype", dtype)
+    done = run(f"import {with_blocks} --output {output} --dtype {dtype}")
     assert done.code == 0 and "left out" not in done.err
     assert (output / EXIT_BLOCKS_FILE).read_bytes() == (with_blocks / EXIT_BLOCKS_FILE).read_bytes()
     assert EXIT_BLOCKS_FILE in read_info(output).files and read_info(output).details[
@@ -60,7 +60,7 @@ def test_exit_blocks_go_with_the_weights_that_they_were_trained_for(with_blocks,
     ] == {"2": {"agreement": 0.75}}
     assert list(for_decoding(str(output), "cpu").backend.exit_blocks) == [2]
     # Onto itself
-    assert run("import", str(output), "--output", str(output), "--overwrite").code == 0
+    assert run(f"import {output} --output {output} --overwrite").code == 0
     assert list(for_decoding(str(output), "cpu").backend.exit_blocks) == [2]
 
 
@@ -71,7 +71,7 @@ def retrained(folder):
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    "change, reason",
     [
         (retrained, "it was made from other weights than this model's"),
         (
@@ -83,7 +83,7 @@ def retrained(folder):
 def test_exit_blocks_that_cannot_be_kept_are_left_out_aloud(with_blocks, tmp_path, change, reason):
     change(with_blocks)
     output = tmp_path / "imported"
-    done = run("import", str(with_blocks), "--output", str(output))
+    done = run(f"import {with_blocks} --output {output}")
     told, wrote = done.err.splitlines()
     assert (
         told.startswith(f"left out: {with_blocks / EXIT_BLOCKS_FILE} cannot be used: ")
@@ -99,12 +99,12 @@ def test_exit_blocks_that_cannot_be_kept_are_left_out_aloud(with_blocks, tmp_pat
 def test_calibrated_int4_weights_go_with_the_weights_that_they_were_made_from(wide, tmp_path):
     calibrate(CalibrationConfig(str(wide), samples=2))
     output = tmp_path / "imported"
-    assert "left out" not in run("import", str(wide), "--output", str(output)).err
+    assert "left out" not in run(f"import {wide} --output {output}").err
     assert (output / INT4_FILE).read_bytes() == (wide / INT4_FILE).read_bytes()
     retrained(wide)
     assert (
         f"left out: {wide / INT4_FILE} cannot be used: "
-        in run("import", str(wide), "--output", str(output), "--overwrite").err
+        in run(f"import {wide} --output {output} --overwrite").err
     )
     assert (
         not (output / INT4_FILE).exists()
@@ -139,7 +139,7 @@ def test_a_circle_of_adapters(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    "content, message",
     [
         ("[" * 100_000, "not valid JSON"),
         ("{}", "base_model_name_or_path must be the name of a model, got None"),
@@ -226,26 +226,17 @@ def test_a_model_from_the_hub_has_what_lies_beside_its_weights(snapshot, tmp_pat
     assert decoder.name == "team/model" and decoder.template.text == TEMPLATE
     assert "eagle3" in decoder.backend.drafters and decoder.info.exit_layer == 1
     assert for_training("team/model", "cpu").info == decoder.info
-    told = run(
-        "export",
-        "team/model",
-        "--exit",
-        "1",
-        "--engine",
-        "vllm",
-        "--output",
-        str(tmp_path / "draft"),
-    )
+    told = run(f"export team/model --exit 1 --engine vllm --output {tmp_path}/draft")
     assert "vllm serve team/model " in told.out
     # Below the folder where it is given
-    assert run("import", "team/model", "--output", "team/model").code == 0
+    assert run("import", "team/model", "--output team/model").code == 0
     assert "eagle3" in for_decoding("./team/model", "cpu").backend.drafters
 
 
 @pytest.mark.parametrize("name", ["team/model", "team/model@v2"])
 def test_a_model_in_the_cache_of_the_hub_needs_no_network(snapshot, tmp_path, name):
     offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
-    command = [*COMMAND, "generate", "--model", name, "hello", "--max-new-tokens", "4", "--stats"]
+    command = [*COMMAND, *words(["generate --model", name, "hello", "--max-new-tokens 4 --stats"])]
     done = subprocess.run(command, env=offline, capture_output=True, text=True)
     assert done.returncode == 0 and f"prompt template: {TEMPLATE!r}" in done.stderr
 
@@ -260,7 +251,7 @@ def test_a_revision_is_asked_of_the_hub_and_safetensors_are_needed(snapshot, mon
     assert ModelRef.of("team/model@refs/pr/1").fetched().folder == str(snapshot)
     assert ModelRef.of("team/model").fetched().folder == str(snapshot)
     assert asked == [("team/model", "refs/pr/1"), ("team/model", None)]
-    wrong = run("generate", "x", "--model", "team/model", "--revision", "v2")
+    wrong = run("generate", "x", "--model team/model --revision v2")
     assert wrong.code == 2 and "--model ID@REVISION" in wrong.err
     (snapshot / "model.safetensors").unlink()
     assert ModelRef.of("team/model").fetched().folder is None
@@ -276,7 +267,7 @@ def test_an_adapters_weights_are_not_those_of_the_blocks_of_its_base(with_blocks
     )
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(with_blocks / name, tmp_path / "adapter")
-    done = run("import", str(tmp_path / "adapter"), "--output", str(tmp_path / "merged"))
+    done = run(f"import {tmp_path}/adapter --output {tmp_path}/merged")
     assert done.err.startswith(
         f"left out: {with_blocks / EXIT_BLOCKS_FILE} cannot be used: it was made from other weights"
     )
@@ -293,9 +284,9 @@ def test_the_drafter_s_agreement_and_the_order_of_tokens_go_with_the_model(check
         b"[7,3]",
         lambda info: info.with_exit_blocks({"eagle3": {"agreement": 0.75}}),
     )
-    assert run("import", str(folder), "--output", str(output)).code == 0
+    assert run(f"import {folder} --output {output}").code == 0
     assert read_info(output).details["exit_blocks"] == {"eagle3": {"agreement": 0.75}}
     assert token_order(output, 300) == [7, 3] and ORDER_FILE in read_info(output).files
-    another = ("--drafter", str(folder / "eagle3"))
-    assert run("import", str(output), "--output", str(output), "--overwrite", *another).code == 0
+    another = f"--drafter {folder}/eagle3"
+    assert run(f"import {output} --output {output} --overwrite", another).code == 0
     assert "exit_blocks" not in read_info(output).details  # the agreement was another's

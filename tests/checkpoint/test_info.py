@@ -138,7 +138,7 @@ def test_new_exit_blocks_leave_what_was_measured_without_them_only(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("info", "advice"),
+    "info, advice",
     [
         (CheckpointInfo(), ()),
         (CheckpointInfo(exit_layer=3, num_draft_tokens=5), ("exit 3",)),

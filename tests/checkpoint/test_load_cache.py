@@ -218,7 +218,7 @@ def test_the_cache_is_bounded_and_drops_what_was_not_used_for_longest(
 
 
 def test_commands_and_python_use_the_cache_unless_told_otherwise(gguf_model, cache):
-    ask = ("generate", "wake me up", "--model", str(gguf_model), "--max-new-tokens", "4")
+    ask = ("generate", "wake me up", f"--model {gguf_model} --max-new-tokens 4")
     plain = run(*ask, "--no-cache")
     assert plain.code == 0 and files(cache) == []
     texts = [load(str(gguf_model), cache=False).generate("wake me up", max_new_tokens=4).text]
@@ -229,7 +229,7 @@ def test_commands_and_python_use_the_cache_unless_told_otherwise(gguf_model, cac
         texts.append(load(str(gguf_model)).generate("wake me up", max_new_tokens=4).text)
     finish_writing()
     assert len(files(cache)) == 1 and {*texts} == {plain.out.removesuffix("\n")}
-    assert "removed 1 files" in run("calibrate", "--clear").err and files(cache) == []
+    assert "removed 1 files" in run("calibrate --clear").err and files(cache) == []
 
 
 def test_two_loads_at_once_leave_one_whole_file(gguf_model, cache):

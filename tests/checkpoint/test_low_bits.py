@@ -248,14 +248,12 @@ def test_gpt_oss_as_it_is_published(tmp_path):
     if kernels():
         types = [matrix.form.types[:1] for matrix in decoder.backend._layers.layers[0].matrices]
         assert types == [(), (), ("MXFP4",), ("MXFP4",)] and decoder.notes == ()
-    done = run(
-        "generate", "wake me up", "--model", str(tmp_path), "--max-new-tokens", "8", "--stats"
-    )
+    done = run("generate", "wake me up", f"--model {tmp_path} --max-new-tokens 8 --stats")
     assert done.code == 0 and ("as stored" in done.err or not kernels())
 
 
 @pytest.mark.parametrize(
-    ("missing", "message"),
+    "missing, message",
     [
         ("qweight", r"1 weights are missing, model\.layers\.2\.mlp\.up_proj\.weight the first"),
         (

@@ -178,21 +178,12 @@ def test_drafts_are_those_of_the_formula(family, tmp_path):
     for text, drafts in rounds:
         assert drafts == formula.drafts(text, len(drafts))[0]
     imported = tmp_path / "imported"
-    done = run("import", str(tmp_path / "hub"), "--output", str(imported))
+    done = run(f"import {tmp_path}/hub --output {imported}")
     assert not done.code, done.err
     again = for_decoding(str(imported), "cpu", "fp32", EXACT)
     assert rounds_of(again.backend, PROMPT, CONFIG) == (ids, rounds) and not again.notes
     if family == "mimo":
-        done = run(
-            "export",
-            str(imported),
-            "--exit",
-            str(LAYERS),
-            "--format",
-            "gguf",
-            "--output",
-            str(tmp_path / "gguf"),
-        )
+        done = run(f"export {imported} --exit {LAYERS} --format gguf --output {tmp_path}/gguf")
         assert not done.code and "(mtp) is left out: GGUF files are written without it" in done.err
     assert ids == ids_of(
         decode(again.backend, PROMPT, DecodingConfig("autoregressive", max_new_tokens=10))

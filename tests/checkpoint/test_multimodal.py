@@ -20,14 +20,13 @@ from layerskip_core.model.native.compiled import kernels
 from layerskip_core.training import answers
 
 TEXTS = {
-    **{
-        "gemma3": "gemma3_text",
-        "gemma4": "gemma4_text",
-        "lfm2_vl": "lfm2",
-        "llava": "llama",
-        "mistral3": "mistral",
-    },
-    **{"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"},
+    "gemma3": "gemma3_text",
+    "gemma4": "gemma4_text",
+    "lfm2_vl": "lfm2",
+    "llava": "llama",
+    "mistral3": "mistral",
+    "qwen3_5": "qwen3_5_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
 }
 WIDE = {"hidden_size": 64, "intermediate_size": 96}
 IDS = torch.arange(3, 20)[None]
@@ -112,50 +111,18 @@ def test_what_is_trained_on_the_folder_suits_it(written, model_type, tmp_path, m
     monkeypatch.setattr(answers, "OWN_TOKENS", 4)
     folder, _ = written(model_type)
     as_older(folder)
-    few = (
-        "--steps",
-        "1",
-        "--batch-size",
-        "1",
-        "--samples",
-        "2",
-        "--max-length",
-        "48",
-        "--threads",
-        "1",
-    )
+    few = "--steps 1 --batch-size 1 --samples 2 --max-length 48 --threads 1"
     attached = str(tmp_path / "attached")
     trained = str(tmp_path / "trained")
     for command in (
-        (
-            "train-drafter",
-            "--exits",
-            "2",
-            "--answer-tokens",
-            "4",
-            *few,
-            "--model",
-            str(folder),
-            "--output",
-            attached,
-        ),
-        ("finetune", "--pmax", "0.2", *few, "--model", str(folder), "--output", trained),
+        ("train-drafter --exits 2 --answer-tokens 4", few, f"--model {folder} --output {attached}"),
+        ("finetune --pmax 0.2", few, f"--model {folder} --output {trained}"),
     ):
         done = run(*command)
         assert done.code == 0, done.err
-    prompt = (
-        "generate",
-        "wake me up",
-        "--template",
-        "raw",
-        "--max-new-tokens",
-        "8",
-        "--threads",
-        "1",
-        "--model",
-    )
-    plain = run(*prompt, str(folder), "--strategy", "autoregressive")
-    drafted = run(*prompt, attached, "--exit", "2")
+    prompt = ("generate", "wake me up", "--template raw --max-new-tokens 8 --threads 1 --model")
+    plain = run(*prompt, str(folder), "--strategy autoregressive")
+    drafted = run(*prompt, attached, "--exit 2")
     assert drafted.code == 0 and drafted.out == plain.out
     assert for_decoding(trained, "cpu").backend.spec.model_type == TEXTS[model_type]
     assert run(*prompt, trained).code == 0

@@ -76,7 +76,7 @@ def test_a_model_is_read_and_written_as_transformers_reads_it(folder, tmp_path):
     assert any(name.endswith(_CORRECTION) for name in kept) and len(kept) < len(expected) / 2
     require_same(for_training(str(folder), "cpu", "bf16").model.state_dict(), expected)
     output = tmp_path / "bf16"
-    assert run("import", str(folder), "--output", str(output), "--dtype", "bf16").code == 0
+    assert run(f"import {folder} --output {output} --dtype bf16").code == 0
     require_same(by_transformers(output, "auto"), expected)
     stored = {
         name: weight

@@ -128,7 +128,7 @@ def test_a_blank_model_has_weights_of_its_seed_and_the_size_of_a_new_tokenizer(
     assert loaded.model.config.pad_token_id == 0
 
 
-@pytest.mark.parametrize(("dtype", "itemsize"), [("fp32", 4), ("bf16", 2)])
+@pytest.mark.parametrize("dtype, itemsize", [("fp32", 4), ("bf16", 2)])
 def test_a_copy_for_adaptive_drafting_is_made_where_memory_is_free_for_it(
     dtype, itemsize, monkeypatch
 ):
@@ -312,7 +312,7 @@ def test_every_command_finishes_an_interrupted_save(tmp_path, killed_at, monkeyp
     assert not (folder / "config.json").exists()
     fails(
         f"--output {folder} already holds a model; give --overwrite to replace it, or another folder",
-        "import", "no/model", "--output", str(folder),
+        f"import no/model --output {folder}",
     )  # fmt: skip
     assert (
         for_decoding(str(folder), "cpu", "fp32").backend.num_layers == 2

@@ -15,7 +15,7 @@ from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.checkpoint.settings import info_of, settings_file, write_settings
 from layerskip_core.config.decoding import DraftProfile
 
-SWEEP = ("--samples", "1", "--exits", "2", "--specs", "3", "--max-new-tokens", "4", "--save")
+SWEEP = "--samples 1 --exits 2 --specs 3 --max-new-tokens 4 --save"
 
 
 @pytest.fixture
@@ -37,14 +37,14 @@ def read_only(monkeypatch):
 
 
 def policy_of(model):
-    stats = run("generate", "wake me up", "--model", str(model), "--max-new-tokens", "4", "--stats")
+    stats = run("generate", "wake me up", "--model", str(model), "--max-new-tokens 4 --stats")
     assert stats.code == 0
     return "policy: exact" in stats.err
 
 
 def test_settings_are_saved_beside_a_gguf_file_and_used(model):
     assert not policy_of(model)
-    done = run("sweep-exits", "--model", str(model), *SWEEP)
+    done = run("sweep-exits --model", str(model), SWEEP)
     beside = model.with_name("tiny.Q8_0.layerskip.json")
     assert done.code == 0 and f"as the default of {model}, in {beside}" in done.err
     assert {path.name for path in model.parent.iterdir()} == {model.name, beside.name}
@@ -62,7 +62,7 @@ def test_settings_are_saved_beside_a_gguf_file_and_used(model):
 def test_settings_of_what_cannot_be_written_are_in_the_cache(model, wide, tmp_path, read_only):
     folder = wide.rename(model.parent / "wide")
     for name in (model, folder):
-        done = run("sweep-exits", "--model", str(name), *SWEEP)
+        done = run("sweep-exits --model", str(name), SWEEP)
         assert done.code == 0 and f", in {tmp_path / 'cache'}" in done.err, done.err
         assert policy_of(name)
     assert model.parent.joinpath("tiny.Q8_0.layerskip.json").exists() is False
@@ -76,7 +76,7 @@ def test_other_kinds_of_models_are_told_what_to_do():
     fails(
         "--save needs a --model that is a folder or a .gguf file, to save settings with it; got embedded: "
         "`layerskip import embedded` writes a folder",
-        "sweep-exits", "--save",
+        "sweep-exits --save",
     )  # fmt: skip
 
 
@@ -100,7 +100,7 @@ def test_import_keeps_acceptance_but_no_times_of_the_low_bit_weights(model, tmp_
 
 def test_a_cache_that_cannot_be_written_either_is_one_error(model, tmp_path, read_only):
     (tmp_path / "cache").write_text("")
-    done = run("sweep-exits", "--model", str(model), *SWEEP)  # told before the measurement
+    done = run("sweep-exits --model", str(model), SWEEP)  # told before the measurement
     assert (done.code, done.out, done.err.count("\n")) == (1, "", 1) and done.err.startswith(
         "error: cannot write"
     )

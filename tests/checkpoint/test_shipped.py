@@ -107,7 +107,7 @@ def drafted(folder):
 
 def whole(folder, output):
     """The same model alone, as transformers writes it: `mtp.*` is lost."""
-    assert not run("import", str(folder), "--output", str(output)).code
+    assert not run(f"import {folder} --output {output}").code
     (output / MTP_FILE).unlink()
     return output
 
@@ -200,53 +200,33 @@ def test_its_experts_are_stored_one_by_one_or_together(tmp_path, model_type):
 def test_what_is_made_of_the_model_keeps_it(shipped, tmp_path):
     expected = drafted(shipped)
     for name, arguments in {
-        "imported": ("import", str(shipped)),
-        "exported": ("export", str(shipped), "--exit", "6"),
-        "packed": ("export", str(shipped), "--format", "packed", "--dtype", "fp32"),
+        "imported": (f"import {shipped}",),
+        "exported": (f"export {shipped} --exit 6",),
+        "packed": (f"export {shipped} --format packed --dtype fp32",),
     }.items():
         done = run(*arguments, "--output", str(tmp_path / name))
         assert not done.code, done.err
         assert drafted(tmp_path / name) == expected, name
     first = drafted(tmp_path / "imported")
-    again = run(
-        "import", str(tmp_path / "imported"), "--output", str(tmp_path / "again"), "--dtype", "bf16"
-    )
+    again = run(f"import {tmp_path}/imported --output {tmp_path}/again --dtype bf16")
     assert not again.code and drafted(tmp_path / "again")[2] == first[2] == ()
 
 
 def test_a_finetune_keeps_it_and_training_it_on_ends_the_note(shipped, tmp_path):
     tuned = str(tmp_path / "tuned")
-    rows = ("--data", "commands", "--samples", "16", "--batch-size", "4", "--steps", "2")
-    small = (*rows, "--max-length", "48", "--threads", "1")
-    done = run(
-        "finetune",
-        "--model",
-        str(shipped),
-        "--output",
-        tuned,
-        "--recipe",
-        "none",
-        "--lr",
-        "0.01",
-        *small,
-    )
+    rows = "--data commands --samples 16 --batch-size 4 --steps 2"
+    small = (rows, "--max-length 48 --threads 1")
+    done = run(f"finetune --model {shipped} --output {tuned} --recipe none --lr 0.01", *small)
     assert not done.code, done.err
     assert "the drafter of its checkpoint (mtp) is saved as it is" in done.err
     assert drafted(tuned)[2] == (STALE,)
-    assert not run("export", tuned, "--output", str(tmp_path / "packed"), "--format", "packed").code
+    assert not run(f"export {tuned} --output {tmp_path}/packed --format packed").code
     assert drafted(tmp_path / "packed")[2] == (STALE,)
     before = load_file(Path(tuned) / MTP_FILE)
     assert before.keys() == NAMES
     done = run(
-        "train-drafter",
-        "--model",
-        tuned,
-        "--output",
-        tuned,
-        "--start-from",
-        "shipped",
-        "--answer-tokens",
-        "8",
+        f"train-drafter --model {tuned} --output {tuned} --start-from shipped",
+        "--answer-tokens 8",
         *small,
     )
     assert not done.code, done.err
@@ -262,22 +242,12 @@ def test_a_finetune_keeps_it_and_training_it_on_ends_the_note(shipped, tmp_path)
 
 def test_adapters_draft_with_what_their_base_ships(shipped, tmp_path):
     adapter = str(tmp_path / "adapter")
-    small = ("--samples", "8", "--batch-size", "4", "--steps", "1", "--threads", "1")
-    lora = (
-        "--lora-rank",
-        "2",
-        "--lora-keep",
-        "--recipe",
-        "none",
-        "--replay",
-        "0",
-        "--max-length",
-        "48",
-    )
-    done = run("finetune", "--model", str(shipped), "--output", adapter, *lora, *small)
+    small = "--samples 8 --batch-size 4 --steps 1 --threads 1"
+    lora = "--lora-rank 2 --lora-keep --recipe none --replay 0 --max-length 48"
+    done = run(f"finetune --model {shipped} --output {adapter}", lora, small)
     assert not done.code, done.err
     assert drafted(adapter)[2] == (STALE,) and not (Path(adapter) / MTP_FILE).exists()
-    assert not run("import", adapter, "--output", str(tmp_path / "merged")).code
+    assert not run(f"import {adapter} --output {tmp_path}/merged").code
     assert drafted(tmp_path / "merged")[2] == (STALE,)
 
 

@@ -82,7 +82,7 @@ def test_layerskip_json_lists_the_file_so_that_the_next_model_replaces_it(wide, 
 
 @pytest.mark.skipif(kernels() is None, reason="copies are of our kernels")
 @pytest.mark.parametrize(
-    ("agreement", "measured", "copy"),
+    "agreement, measured, copy",
     [
         (None, None, "int8"),
         ("0.95", None, "int4"),
@@ -122,7 +122,7 @@ def test_a_file_of_another_model_is_refused(wide, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("damage", "found"),
+    "damage, found",
     [
         (lambda rows: rows.pop("lm_head.weight"), "lm_head.weight must be U8"),
         (
@@ -194,7 +194,7 @@ def test_another_exit_is_added_and_the_same_one_replaced(loaded):
 
 
 @pytest.mark.parametrize(
-    ("change", "found"),
+    "change, found",
     [
         (
             lambda weights: weights.pop("exits.2.norm.weight"),

@@ -173,7 +173,7 @@ def test_other_trainers_folders_are_read(folder):
 
 
 @pytest.mark.parametrize(
-    ("config", "weights", "message"),
+    "config, weights, message",
     [
         ({"draft_vocab_size": 12}, {}, r"d2t must be I64 or I32 \[12\], found I64 \[11\]"),
         ({"eagle_aux_hidden_state_layer_ids": [1, 2, 9]}, {}, "layers below 9"),

@@ -62,7 +62,7 @@ CONFIGS = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "message"), CONFIGS, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize("changes, message", CONFIGS, ids=lambda value: str(value)[:40])
 def test_configurations(folder, changes, message):
     edit_json(folder / "config.json", **changes)
     refused(folder, message)
@@ -91,7 +91,7 @@ SAMPLING = {"temperature": 0.6, "top_k": 40, "top_p": 0.9, "min_p": 0.05, "repet
 
 
 @pytest.mark.parametrize(
-    ("stored", "followed"),
+    "stored, followed",
     [
         ({"do_sample": True, **SAMPLING}, SAMPLING),
         ({"do_sample": True, "top_k": 20}, {"temperature": 1.0, "top_k": 20}),
@@ -107,28 +107,17 @@ def test_sampling_is_that_of_generation_config(folder, stored, followed):
 
 def test_sampling_stays_with_a_model(wide, tmp_path):
     edit_json(wide / "generation_config.json", do_sample=True, **SAMPLING)
-    lora = ("--lora-rank", "2", "--lora-keep")
+    lora = "--lora-rank 2 --lora-keep"
     for number, command in enumerate(
         (
-            ("import", str(wide)),
-            ("export", str(wide), "--exit", "2"),
-            *([("export", str(wide), "--format", "packed")] if kernels() else []),
-            (
-                "finetune",
-                "--model",
-                str(wide),
-                "--steps",
-                "1",
-                "--samples",
-                "2",
-                "--batch-size",
-                "1",
-                *lora,
-            ),
+            (f"import {wide}",),
+            (f"export {wide} --exit 2",),
+            *([(f"export {wide} --format packed",)] if kernels() else []),
+            (f"finetune --model {wide} --steps 1 --samples 2 --batch-size 1", lora),
         )
     ):
         output = str(tmp_path / str(number))
-        done = run(*command, "--output", output)
+        done = run(*command, f"--output {output}")
         assert done.code == 0, done.err
         assert for_decoding(output, "cpu").own_sampling == SAMPLING, command
 
@@ -145,7 +134,7 @@ DOWN = "model.layers.4.mlp.down_proj.weight"
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "message"),
+    "name, change, message",
     [
         (NORM, lambda weight: weight[:-1], f"size mismatch of {NORM}: needed [32], found [31]"),
         (DOWN, lambda weight: weight.T.contiguous(), f"size mismatch of {DOWN}: needed [32, 48], found [48, 32]"),
@@ -325,9 +314,9 @@ def test_a_tokenizer_without_a_vocabulary(folder, model):
 def test_a_wrong_value_of_sampling(folder):
     edit_json(folder / "generation_config.json", do_sample=True, top_p=1.5)
     message = f"generation_config.json of {folder}: --top-p must be a number in (0, 1], got 1.5"
-    fails(message, "chat", "--model", str(folder))
+    fails(message, f"chat --model {folder}")
     # Which is greedy
-    assert run("generate", "hello", "--model", str(folder), "--max-new-tokens", "4").code == 0
+    assert run("generate", "hello", f"--model {folder} --max-new-tokens 4").code == 0
 
 
 def test_the_names_of_a_model_with_images(saved):

@@ -39,17 +39,7 @@ def loaded(model):
 @pytest.fixture
 def chat(model):
     def command(*arguments, **keywords):
-        return run(
-            "chat",
-            "--model",
-            model,
-            "--max-new-tokens",
-            "20",
-            "--dtype",
-            "fp32",
-            *arguments,
-            **keywords,
-        )
+        return run(f"chat --model {model} --max-new-tokens 20 --dtype fp32", *arguments, **keywords)
 
     return command
 
@@ -115,30 +105,21 @@ def test_it_samples_as_the_model_s_maker_says(loaded, tmp_path, model, conversat
         top_k=9,
         repetition_penalty=1.5,
     )
-    flags = (
-        "--model",
-        str(folder),
-        "--max-new-tokens",
-        "20",
-        "--dtype",
-        "fp32",
-        "--strategy",
-        "autoregressive",
-    )
+    flags = f"--model {folder} --max-new-tokens 20 --dtype fp32 --strategy autoregressive"
     ids = loaded.encode_prompt(MESSAGES[0])
     for more, changes in (
         ((), {"temperature": 2.0, "top_k": 9}),
-        (("--top-k", "3", "--seed", "4"), {"temperature": 2.0, "top_k": 3, "seed": 4}),
-        (("--temperature", "0"), {}),
+        (("--top-k 3 --seed 4",), {"temperature": 2.0, "top_k": 3, "seed": 4}),
+        (("--temperature 0",), {}),
     ):
-        said = run("chat", *flags, *more, stdin=lines(MESSAGES[0]))
+        said = run("chat", flags, *more, stdin=lines(MESSAGES[0]))
         sampled = TextStream(loaded, ids, replace(PLAIN, repetition_penalty=1.5, **changes))
         assert (said.out, said.err) == (
             lines(sampled.finish().text),
             "generation_config.json: temperature 2, repetition_penalty 1.5, top_k 9, "
             "unless a flag or a request says otherwise; --temperature 0 is greedy\n",
         )
-    assert run("generate", *flags, stdin=MESSAGES[0]) == Result(
+    assert run("generate", flags, stdin=MESSAGES[0]) == Result(
         0, conversation(MESSAGES[0])[0] + "\n", ""
     )
 
@@ -179,10 +160,10 @@ def test_stats_say_what_was_reused(chat, loaded, conversation):
 
 
 def test_without_a_chat_template_every_message_is_a_prompt_of_its_own(checkpoint):
-    flags = ("--model", checkpoint, "--max-new-tokens", "20", "--dtype", "fp32")
+    flags = f"--model {checkpoint} --max-new-tokens 20 --dtype fp32"
     stdin = lines("wake me up", "play jazz")
-    result = run("chat", *flags, stdin=stdin)
-    assert result.out == run("generate", "--lines", *flags, stdin=stdin).out
+    result = run("chat", flags, stdin=stdin)
+    assert result.out == run("generate --lines", flags, stdin=stdin).out
     assert (result.code, result.err) == (
         0,
         r"'{prompt}\n' is no chat template: every message is a prompt of its own" + "\n",
@@ -194,7 +175,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_left_out(model, chat, conve
     oldest turn is left out.
     """
     one, two, _ = MESSAGES
-    result = run("chat", "--model", model, "--dtype", "fp32", stdin=lines(one, two, "/reset", two))
+    result = run(f"chat --model {model} --dtype fp32", stdin=lines(one, two, "/reset", two))
     assert result.code == 1
     full, refused, reset, again = result.err.splitlines()
     room = "; /forget leaves out the oldest turn, /reset all turns"
@@ -219,19 +200,16 @@ def test_what_does_not_fit_is_refused_and_nothing_is_left_out(model, chat, conve
 def test_wrong_flags_are_one_error_before_the_first_answer(model, checkpoint):
     fails(
         "--exit must be in 1..5, got 9 (model has 6 layers)",
-        "chat",
-        "--model",
-        model,
-        "--exit",
-        "9",
+        f"chat --model {model} --exit 9",
         stdin="hi\n",
     )
     fails(
         r"--system must be given with the chat template only, got the template '{prompt}\n'",
-        *("chat", "--model", checkpoint, "--system", "Be brief."),
+        f"chat --model {checkpoint} --system",
+        "Be brief.",
         stdin="hi\n",
     )
-    refused = run("chat", "--model", model, stdin=b"\xff\n")
+    refused = run(f"chat --model {model}", stdin=b"\xff\n")
     assert refused == Result(
         1, "", "error: line 1: the prompt must be valid Unicode, got '\\udcff' in it\n"
     )
@@ -280,7 +258,7 @@ def test_ctrl_c_at_any_moment_leaves_a_working_conversation(
     monkeypatch.setattr(Dialogue, "ask", broken_off)
     monkeypatch.setattr(console, "is_terminal", lambda: True)
     monkeypatch.setattr(console, "typed_line", typed_line)
-    result = run("chat", "--model", model, "--max-new-tokens", "20", "--dtype", "fp32")
+    result = run(f"chat --model {model} --max-new-tokens 20 --dtype fp32")
     assert (result.code, result.out, asked) == (
         0,
         lines(*conversation(*MESSAGES[:2])),
@@ -331,9 +309,7 @@ class Terminal:
 def test_a_person_talks_stops_an_answer_and_leaves(tmp_path_factory, monkeypatch):
     """Of 100,000 tokens, so that Ctrl-C always comes in time."""
     model = talking_model(tmp_path_factory.mktemp("long"), 200_000)
-    terminal = Terminal(
-        "chat", "--model", model, "--show-drafts", "--max-new-tokens", "100000", "--threads", "1"
-    )
+    terminal = Terminal("chat --model", model, "--show-drafts --max-new-tokens 100000 --threads 1")
     greeting = terminal.read_until("> ")
     assert "accepted drafts are green\r\n" in greeting and "prompt template: chat\r\n" in greeting
     terminal.type("r\xe9veil\n")

@@ -32,14 +32,7 @@ def draft(tmp_path_factory):
 @pytest.fixture
 def plain(checkpoint):
     return run(
-        "generate",
-        PROMPT,
-        "--model",
-        checkpoint,
-        "--strategy",
-        "autoregressive",
-        "--max-new-tokens",
-        "30",
+        "generate", PROMPT, f"--model {checkpoint} --strategy autoregressive --max-new-tokens 30"
     ).out
 
 
@@ -47,22 +40,13 @@ def test_generate(checkpoint, draft, plain):
     """By itself with a flag about drafts, and as an arm of adaptive drafting, whatever the
     checkpoint recommends.
     """
-    common = (
-        "generate",
-        PROMPT,
-        "--model",
-        checkpoint,
-        "--max-new-tokens",
-        "30",
-        "--stats",
-        "--draft-model",
-    )
-    for flags in (("--spec", "3"), ("--strategy", "draft-model")):
+    common = ("generate", PROMPT, f"--model {checkpoint} --max-new-tokens 30 --stats --draft-model")
+    for flags in (("--spec 3",), ("--strategy draft-model",)):
         result = run(*common, draft, *flags)
         assert result.out == plain and "steps by draft model: " in result.err
     result = run(*common, checkpoint)  # itself
     assert result.out == plain and "steps by " in result.err
-    result = run(*common, checkpoint, "--strategy", "draft-model", "--draft-vocab", "300")
+    result = run(*common, checkpoint, "--strategy draft-model --draft-vocab 300")
     assert result.out == plain and "(100.0%) in " in result.err
 
 
@@ -72,12 +56,10 @@ def test_rows_of_generate_may_decode_otherwise(checkpoint, draft, plain):
         {"prompt": PROMPT, "strategy": "lookup"},
         {"prompt": PROMPT, "strategy": "draft-model"},
     ]
-    flags = ("--jsonl", "--batch-size", "2", "--max-new-tokens", "30", "--draft-model", draft)
+    flags = f"--jsonl --batch-size 2 --max-new-tokens 30 --draft-model {draft}"
     result = run(
-        "generate",
-        "--model",
-        checkpoint,
-        *flags,
+        f"generate --model {checkpoint}",
+        flags,
         stdin="".join(json.dumps(row) + "\n" for row in rows),
     )
     answers = [json.loads(line) for line in result.out.splitlines()]
@@ -95,21 +77,9 @@ def test_bench(checkpoint, draft, tmp_path):
         for example in own_answers().examples
     )
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    common = (
-        "bench",
-        "--model",
-        checkpoint,
-        "--data",
-        str(data),
-        "--repeats",
-        "1",
-        "--samples",
-        "2",
-        "--format",
-        "json",
-    )
-    arguments = (*common, "--max-new-tokens", "8", "--draft-model", draft)
-    document = json.loads(run(*arguments, "--baselines", "assistant-model").out)
+    common = f"bench --model {checkpoint} --data {data} --repeats 1 --samples 2 --format json"
+    arguments = (common, f"--max-new-tokens 8 --draft-model {draft}")
+    document = json.loads(run(*arguments, "--baselines assistant-model").out)
     results = {one["strategy"]: one for one in document["results"]}
     assert {"draft-model", "adaptive", "assistant-model"} <= results.keys() and "lookup" in results
     assert {one["identical_outputs"] for name, one in results.items() if name != "early-exit"} == {
@@ -125,23 +95,21 @@ def test_bench(checkpoint, draft, tmp_path):
     fails(
         f"--draft-model must be {needed}, got {draft}",
         *arguments,
-        "--strategies",
-        "autoregressive,lookup",
+        "--strategies autoregressive,lookup",
     )
-    fails(f"--draft-model must be {needed}, got none", *common, "--baselines", "assistant-model")
+    fails(f"--draft-model must be {needed}, got none", common, "--baselines assistant-model")
     # No such option: a policy cannot name a model
-    assert "--draft-model" in run("sweep-exits", "--draft-model", draft).err
+    assert "--draft-model" in run(f"sweep-exits --draft-model {draft}").err
 
 
 def test_what_is_wrong_is_one_error(checkpoint, draft, tmp_path):
-    common = ("generate", "hi", "--model", checkpoint)
+    common = ("generate", "hi", f"--model {checkpoint}")
     name = Path(checkpoint)
     needed = f"--draft-model must be a model with the tokenizer of {checkpoint} and its 300 tokens"
     refused(
         f"{needed}, got embedded-base with 1024 tokens, of which id ",
         *common,
-        "--draft-model",
-        "embedded-base",
+        "--draft-model embedded-base",
     )
     other = shutil.copytree(draft, tmp_path / "other")
     stored = json.loads((other / "tokenizer.json").read_text())
@@ -152,19 +120,17 @@ def test_what_is_wrong_is_one_error(checkpoint, draft, tmp_path):
     fails(
         f"{needed}, got {other} with 300 tokens, of which id {vocab[second]} differs",
         *common,
-        "--draft-model",
-        str(other),
+        f"--draft-model {other}",
     )
     used = "--draft-model must be used with --strategy adaptive or draft-model, got --strategy"
     for flags, strategy in (
-        (("--exit", "3"), "self-speculative"),
-        (("--strategy", "lookup"), "lookup"),
+        (("--exit 3",), "self-speculative"),
+        (("--strategy lookup",), "lookup"),
     ):
-        fails(f"{used} {strategy}", *common, "--draft-model", draft, *flags)
+        fails(f"{used} {strategy}", *common, f"--draft-model {draft}", *flags)
     fails(
         "--draft-model must be given for --strategy draft-model, got none",
         *common,
-        "--strategy",
-        "draft-model",
+        "--strategy draft-model",
     )
     assert f"{name.parent}/none" in run(*common, "--draft-model", f"{name.parent}/none").err

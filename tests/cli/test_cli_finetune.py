@@ -11,7 +11,7 @@ from command_line import fails, refused, run
 
 from layerskip_core.checkpoint.open import for_training
 
-SHORT = ("--batch-size", "2", "--max-length", "48", "--device", "cpu", "--dtype", "fp32")
+SHORT = "--batch-size 2 --max-length 48 --device cpu --dtype fp32"
 
 
 @pytest.fixture
@@ -27,17 +27,7 @@ def finetune(checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "here")
 
     def command(*arguments, name="finetune"):
-        return (
-            name,
-            "--model",
-            checkpoint,
-            "--data",
-            str(file),
-            "--output",
-            "out",
-            *SHORT,
-            *arguments,
-        )
+        return (name, f"--model {checkpoint} --data {file} --output out", SHORT, *arguments)
 
     return command
 
@@ -47,7 +37,7 @@ def files():
 
 
 def test_a_dry_run_tells_the_plan_and_writes_nothing(finetune, checkpoint):
-    flags = ["--steps", "7", "--pmax", "0.3", "--lr", "0.002", "--accumulation", "2", "--dry-run"]
+    flags = ["--steps 7 --pmax 0.3 --lr 0.002 --accumulation 2 --dry-run"]
     result = run(*finetune(*flags))
     assert (result.code, result.out) == (0, "")
     what, how, recipe, _ = result.err.splitlines()
@@ -61,7 +51,7 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(finetune, checkpoint):
 
 def test_the_papers_recipe_with_named_exits(finetune):
     """R is 1 of 2 exits in a small vocabulary; paper's weights."""
-    result = run(*finetune("--recipe", "finetune", "--steps", "2", "--exits", "2:4:2"))
+    result = run(*finetune("--recipe finetune --steps 2 --exits 2:4:2"))
     assert (result.code, result.out) == (0, "")
     expected = "dropout 0.2 in all steps, e_scale 1 paper, rotational R=1, exits 2 on 2, 4 on 2 of 2 steps\n"
     assert expected in result.err
@@ -74,7 +64,7 @@ def test_the_end_tells_what_the_exits_give_and_what_they_cost(finetune):
     Path("rows.jsonl").write_text(
         "".join(f'{{"prompt": "row {row}", "completion": "a {row}"}}\n' for row in range(340))
     )
-    result = run(*finetune("--data", "rows.jsonl", "--steps", "2", "--exits", "2"))
+    result = run(*finetune("--data rows.jsonl --steps 2 --exits 2"))
     assert (result.code, result.out) == (0, "")
     assert ": 309 rows and 31 held out, " in result.err
     verdict = re.search(
@@ -98,7 +88,7 @@ def test_the_end_tells_what_the_exits_give_and_what_they_cost(finetune):
 
 
 def test_a_replay_is_planned_written_and_found_again(finetune):
-    arguments = finetune("--replay", "0.5", "--steps", "3", "--lora-rank", "2")
+    arguments = finetune("--replay 0.5 --steps 3 --lora-rank 2")
     plan = run(*arguments, "--dry-run")
     assert "\nreplay: 1 of the 2 rows of a step\n" in plan.err
     assert re.search(
@@ -111,12 +101,12 @@ def test_a_replay_is_planned_written_and_found_again(finetune):
     assert (result.code, result.out) == (0, "")
     assert re.search(r"^replay texts 3/3 ", result.err, re.MULTILINE)
     assert json.loads(Path("out", "layerskip.json").read_text())["config"]["replay"] == 0.5
-    again = run(*arguments, "--overwrite", "--dry-run")
+    again = run(*arguments, "--overwrite --dry-run")
     assert "tokens; 3 exist already\n" in again.err
 
 
 def test_a_short_run_writes_a_checkpoint_and_names_the_next_command(finetune):
-    flags = ["--steps", "2", "--curriculum", "all", "--recipe", "finetune", "--output"]
+    flags = ["--steps 2 --curriculum all --recipe finetune --output"]
     result = run(*finetune(*flags, "my model"))
     assert (result.code, result.out) == (0, "")
     assert re.search(r"^training 2/2 loss [\d.]+ exits 2:[\d.]+ ", result.err, re.MULTILINE)
@@ -127,24 +117,22 @@ def test_a_short_run_writes_a_checkpoint_and_names_the_next_command(finetune):
     assert info.prompt_template == "{prompt}\n"
     config = info.details["config"]
     assert (config["steps"], config["batch_size"], config["recipe"]["curriculum"]) == (2, 2, "all")
-    assert run("generate", "row 1", "--model", "my model", "--max-new-tokens", "4").code == 0
+    assert run("generate", "row 1", "--model", "my model", "--max-new-tokens 4").code == 0
 
 
 def test_without_a_recipe_train_drafter_is_next(finetune):
-    result = run(*finetune("--recipe", "none", "--steps", "1"))
+    result = run(*finetune("--recipe none --steps 1"))
     assert (result.code, result.out) == (0, "")
     assert "\ntrained at full depth only, as in ordinary training\n" in result.err
     rows = str(Path("../rows.jsonl").resolve())
     following = f"train-drafter --model out --output out --data {rows}"
     assert result.err.endswith(f"saved out; next: layerskip {following}\n")
-    drafter = run(*following.split(), *SHORT, "--answers", "data", "--steps", "1")
+    drafter = run(*following.split(), SHORT, "--answers data --steps 1")
     assert drafter.code == 0 and re.search(
         r"^training 1/1 loss \d\.\d{3} exits 0:\d\.\d{3} lr ", drafter.err, re.MULTILINE
     )
     assert re.search(r"^divergence: eagle3: \d", drafter.err, re.MULTILINE)
-    measured = run(
-        "bench", "--model", "out", "--repeats", "1", "--max-new-tokens", "2", "--format", "json"
-    )
+    measured = run("bench --model out --repeats 1 --max-new-tokens 2 --format json")
     assert (
         json.loads(measured.out)["config"]["task"].items()
         >= {"data": rows, "prompt_column": "prompt"}.items()
@@ -153,19 +141,7 @@ def test_without_a_recipe_train_drafter_is_next(finetune):
         f"rows: among 4 of the 4 in {rows}, which the model was trained on; --data gives others\n"
         in measured.err
     )
-    adapter = run(
-        *finetune(
-            "--recipe",
-            "none",
-            "--steps",
-            "1",
-            "--lora-rank",
-            "2",
-            "--lora-keep",
-            "--output",
-            "adapter",
-        )
-    )
+    adapter = run(*finetune("--recipe none --steps 1 --lora-rank 2 --lora-keep --output adapter"))
     assert adapter.err.endswith("saved adapter; next: layerskip generate --model adapter\n")
 
 
@@ -174,18 +150,16 @@ def test_the_template_and_the_system_message_are_saved_and_used(checkpoint, fine
     Path("base", "chat_template.jinja").write_text(
         "{% for m in messages %}[{{ m.role }}: {{ m.content }}]{% endfor %}"
     )
-    asked = ("--template", "chat", "--system", "Be brief.")
-    assert run(*finetune("--model", "base", "--steps", "1", *asked)).code == 0
+    asked = ("--template chat --system", "Be brief.")
+    assert run(*finetune("--model base --steps 1", *asked)).code == 0
     saved = json.loads(Path("out", "layerskip.json").read_text())
     assert (saved["prompt_template"], saved["system"]) == ("chat", "Be brief.")
-    prompt = ("row 1", "--max-new-tokens", "4", "--device", "cpu", "--dtype", "fp32")
-    by_default = run("generate", *prompt, "--model", "out", "--stats")
+    prompt = ("row 1", "--max-new-tokens 4 --device cpu --dtype fp32")
+    by_default = run("generate", *prompt, "--model out --stats")
     assert "prompt template: chat with a system message" in by_default.err
-    whole = run(
-        "generate", "[system: Be brief.][user: row 1]", *prompt[1:], "--model", "out", "--raw"
-    )
+    whole = run("generate", "[system: Be brief.][user: row 1]", *prompt[1:], "--model out --raw")
     assert (by_default.code, by_default.out) == (0, whole.out)
-    assert run("generate", *prompt, "--model", "out", "--raw").out != whole.out
+    assert run("generate", *prompt, "--model out --raw").out != whole.out
 
 
 def plan_of(*arguments):
@@ -195,26 +169,26 @@ def plan_of(*arguments):
 
 
 def test_a_config_file_gives_defaults_and_flags_win(finetune, checkpoint):
-    data = finetune()[finetune().index("--data") + 1]
+    data = str(Path("../rows.jsonl").resolve())
     Path("run.toml").write_text(
         f"model = {json.dumps(checkpoint)}\ndata = {json.dumps(data)}\nsteps = 9\npmax = 0.4\nmax-length = 12\n"
         'curriculum = "gradual"\nbatch_size = 3\ndevice = "cpu"\n'
     )
-    plan = plan_of("finetune", "--config", "run.toml")
+    plan = plan_of("finetune --config run.toml")
     assert "4 rows" in plan and "4 rows are truncated at 12" in plan and "9 steps of 3 x 1" in plan
     assert (
         "recipe auto: dropout up to 0.4, ending after 1 step, e_scale 0.2 uniform, gradual, "
         in plan
     )
-    plan = plan_of("finetune", "--steps", "5", "--config", "run.toml", "--pmax", "0")
+    plan = plan_of("finetune --steps 5 --config run.toml --pmax 0")
     assert "truncated at 12" in plan and "5 steps of 3 x 1" in plan and "no dropout" in plan
     Path("run.toml").write_text("dry-run = true\n")
-    assert run(*finetune("--config", "run.toml")).code == 0  # a switch too
+    assert run(*finetune("--config run.toml")).code == 0  # a switch too
     assert not Path("out").exists()
 
 
 @pytest.mark.parametrize(
-    ("text", "named"),
+    "text, named",
     [
         ("learning-speed = 1\n", "'learning-speed' is no flag of finetune; known: accumulation, "),
         ('config = "other.toml"\n', "'config' is no flag of finetune"),
@@ -226,7 +200,7 @@ def test_a_config_file_gives_defaults_and_flags_win(finetune, checkpoint):
 def test_a_config_file_that_cannot_be(finetune, text, named):
     if text is not None:
         Path("run.toml").write_text(text)
-    refused(named, *finetune("--config", "run.toml"))
+    refused(named, *finetune("--config run.toml"))
     assert not Path("out").exists()
 
 
@@ -246,9 +220,9 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("flags", "message"), REFUSED.items())
+@pytest.mark.parametrize("flags, message", REFUSED.items())
 def test_settings_that_cannot_be(finetune, flags, message):
-    refused(f"error: {message}", *finetune("--threads", "1", *flags.split()))
+    refused(f"error: {message}", *finetune("--threads 1", *flags.split()))
     assert list(Path().iterdir()) == []
 
 
@@ -263,7 +237,7 @@ def test_a_malformed_row_is_named_and_nothing_written(finetune):
     Path("rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
     fails(
         "rows.jsonl:2: no column 'completion' (--completion-column); found prompt",
-        *finetune("--data", "rows.jsonl"),
+        *finetune("--data rows.jsonl"),
     )
     assert files() == ["rows.jsonl"]
 
@@ -279,14 +253,14 @@ def test_an_output_that_may_not_be_replaced(finetune):
     fails(f"--output out: {message}", *finetune("--overwrite"))
     assert (files(), Path("out", "config.json").read_text()) == (["out/config.json"], "{}")
     Path("out", "config.json").write_text('{"model_type": "llama"}')
-    assert run(*finetune("--overwrite", "--dry-run")).code == 0
+    assert run(*finetune("--overwrite --dry-run")).code == 0
     Path("file").write_text("mine")
-    assert "File exists" in run(*finetune("--output", "file")).err
+    assert "File exists" in run(*finetune("--output file")).err
 
 
 def test_blocks_beside_a_frozen_model(finetune, checkpoint):
-    flags = ("--exits", "2,4", "--steps", "2", "--answer-tokens", "4", "--lr", "0.01")
-    arguments = finetune(*flags, name="train-drafter")
+    flags = "--exits 2,4 --steps 2 --answer-tokens 4 --lr 0.01"
+    arguments = finetune(flags, name="train-drafter")
     planned = run(*arguments, "--dry-run")
     assert (planned.code, planned.out, list(Path().iterdir())) == (0, "", [])
     for part in (
@@ -310,8 +284,8 @@ def test_blocks_beside_a_frozen_model(finetune, checkpoint):
         files()
     )
     for wrong, told in (
-        (("--answers", "data"), "--answer-tokens must be left out with --answers data, got 4"),
-        (("--draft-vocab", "9"), "--draft-vocab must be used with --layout eagle3, got 9"),
+        (("--answers data",), "--answer-tokens must be left out with --answers data, got 4"),
+        (("--draft-vocab 9",), "--draft-vocab must be used with --layout eagle3, got 9"),
     ):
         fails(told, *arguments, "--overwrite", *wrong)
 
@@ -319,5 +293,5 @@ def test_blocks_beside_a_frozen_model(finetune, checkpoint):
 @pytest.mark.parametrize("value", ['"many"', "1.5", "true"])
 def test_a_number_of_another_kind_in_a_config_file_is_wrong_usage(finetune, value):
     Path("run.toml").write_text(f"steps = {value}\n")
-    result = run(*finetune("--config", "run.toml"))
+    result = run(*finetune("--config run.toml"))
     assert (result.code, result.out) == (2, "") and "--steps" in result.err

@@ -50,12 +50,7 @@ def generate(checkpoint):
         return run(
             "generate",
             *arguments,
-            "--model",
-            checkpoint,
-            "--max-new-tokens",
-            "20",
-            "--dtype",
-            "fp32",
+            f"--model {checkpoint} --max-new-tokens 20 --dtype fp32",
             **keywords,
         )
 
@@ -80,20 +75,20 @@ def test_the_prompt_as_an_argument_or_from_a_pipe(generate, expected):
 
 def test_every_strategy_and_the_text_of_plain_decoding(generate, expected):
     plain = expected() + "\n"
-    assert generate(PROMPT, "--strategy", "autoregressive").out == plain
+    assert generate(PROMPT, "--strategy autoregressive").out == plain
     for exit_layer, spec in ((1, 3), (4, 1), (5, 12)):
         assert generate(PROMPT, "--exit", str(exit_layer), "--spec", str(spec)).out == plain
-    assert generate(PROMPT, "--strategy", "early-exit", "--exit", "6").out == plain
+    assert generate(PROMPT, "--strategy early-exit --exit 6").out == plain
     early = expected(strategy="early-exit", exit_layer=3)
-    assert generate(PROMPT, "--strategy", "early-exit", "--exit", "3").out == early + "\n" != plain
+    assert generate(PROMPT, "--strategy early-exit --exit 3").out == early + "\n" != plain
 
 
 def test_a_depth_for_each_token(generate, expected):
     plain = expected() + "\n"
-    flags = ("--exits", "2,4", "--exit-confidence")
-    assert generate(PROMPT, *flags, "1").out == plain
+    flags = "--exits 2,4 --exit-confidence"
+    assert generate(PROMPT, flags, "1").out == plain
     early = expected(strategy="early-exit", exits=(2, 4), exit_confidence=0.03)
-    result = generate(PROMPT, *flags, "0.03", "--stats")
+    result = generate(PROMPT, flags, "0.03", "--stats")
     assert result.out == early + "\n" != plain
     told = re.search(
         r"tokens/s; ([\d.]+) layers per token \(exit 2: (\d+), exit 4: (\d+), exit 6: (\d+)\); ",
@@ -102,7 +97,7 @@ def test_a_depth_for_each_token(generate, expected):
     mean, first, second, last = map(float, told.groups())
     assert first + second + last == 20
     answer = json.loads(
-        generate("--jsonl", *flags, "0.03", stdin=json.dumps({"prompt": PROMPT})).out
+        generate("--jsonl", flags, "0.03", stdin=json.dumps({"prompt": PROMPT})).out
     )
     assert answer["text"] == early
     assert answer["mean_layers"] == pytest.approx(
@@ -112,7 +107,7 @@ def test_a_depth_for_each_token(generate, expected):
 
 
 def test_stats_are_on_stderr(generate, expected):
-    result = generate(PROMPT, "--exit", "4", "--spec", "5", "--stats")
+    result = generate(PROMPT, "--exit 4 --spec 5 --stats")
     assert (result.code, result.out) == (0, expected() + "\n")
     counts = re.fullmatch(
         r"plain decoding reads [\d.]+ MB per token at [\d.]+ GB/s(?:, \d+% of what a plain sum of as many bytes reaches)?\n"
@@ -135,14 +130,12 @@ def test_stats_are_on_stderr(generate, expected):
 def test_stats_warn_of_a_setting_that_loses_against_plain_decoding(generate, monkeypatch, speed):
     monkeypatch.setattr(cost_model, "speed_of", lambda *_: speed)
     warning = f"about {speed:.2f}x of plain decoding: --strategy adaptive chooses the fastest for every round"
-    assert (
-        warning in generate(PROMPT, "--exit", "2", "--spec", "3", "--stats").err.splitlines()
-    ) == (speed < 1)
+    assert (warning in generate(PROMPT, "--exit 2 --spec 3 --stats").err.splitlines()) == (
+        speed < 1
+    )
     if speed == 0.5:
-        for strategy in (("adaptive",), ("autoregressive",), ("early-exit", "--exit", "2")):
-            assert (
-                "of plain decoding" not in generate(PROMPT, "--stats", "--strategy", *strategy).err
-            )
+        for strategy in (("adaptive",), ("autoregressive",), ("early-exit", "--exit 2")):
+            assert "of plain decoding" not in generate(PROMPT, "--stats --strategy", *strategy).err
 
 
 def test_lines_are_prompts(generate, expected):
@@ -156,7 +149,7 @@ def test_lines_are_prompts(generate, expected):
 
 def test_jsonl_answers_have_their_counts(generate, loaded, expected):
     rows = [json.dumps({"prompt": PROMPT, "id": 7}), "", '{"prompt": "play jazz"}']
-    result = generate("--jsonl", "--exit", "4", "--spec", "5", stdin="\n".join(rows))
+    result = generate("--jsonl --exit 4 --spec 5", stdin="\n".join(rows))
     assert (result.code, result.err) == (0, "")
     first, last = map(json.loads, result.out.splitlines())
     assert (first["text"], last["text"], last["line"]) == (expected(), expected("play jazz"), 3)
@@ -167,7 +160,7 @@ def test_jsonl_answers_have_their_counts(generate, loaded, expected):
     assert first["steps_by_drafter"]["exit 4"] == first["rounds"]
 
 
-@pytest.mark.parametrize("batch", [(), ("--batch-size", "3")])
+@pytest.mark.parametrize("batch", [(), ("--batch-size 3",)])
 def test_each_bad_line_is_an_error_and_the_others_are_answered(generate, expected, batch):
     good = json.dumps({"prompt": PROMPT})
     deep = '{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}"
@@ -182,7 +175,7 @@ def test_each_bad_line_is_an_error_and_the_others_are_answered(generate, expecte
     ]
     rows += ['{"prompt": 3}', r'{"prompt": "\ud83c"}']
     stdin = "\n".join(rows).encode() + b'\n{"prompt": "\xff"}\n' + good.encode()
-    result = generate("--jsonl", "--raw", *batch, stdin=stdin)
+    result = generate("--jsonl --raw", *batch, stdin=stdin)
     found = [row.get("error", row.get("text")) for row in map(json.loads, result.out.splitlines())]
     answer = expected(raw=True)
     assert (result.code, result.err, len(found)) == (1, "", 11)
@@ -199,8 +192,7 @@ def test_each_bad_line_is_an_error_and_the_others_are_answered(generate, expecte
         "line 10: not valid JSON: "
     )
     lines = generate(
-        "--lines",
-        "--raw",
+        "--lines --raw",
         *batch,
         stdin=f"\n{PROMPT}\n{TOO_LONG}\n".encode() + b"\xff\n" + PROMPT.encode(),
     )
@@ -215,42 +207,41 @@ def test_each_bad_line_is_an_error_and_the_others_are_answered(generate, expecte
 
 def test_flags_that_cannot_be(checkpoint):
     for arguments, message in (
-        (["--exit", "6"], "in 1..5, got 6 (model has 6 layers)"),
-        (["--exit", "99", "--strategy", "early-exit"], "in 1..6, got 99 (model has 6 layers)"),
-        (["--top-p", "0"], "a number in (0, 1], got 0.0"),
+        ("--exit 6", "in 1..5, got 6 (model has 6 layers)"),
+        ("--exit 99 --strategy early-exit", "in 1..6, got 99 (model has 6 layers)"),
+        ("--top-p 0", "a number in (0, 1], got 0.0"),
         (
-            ["--strategy", "magic"],
+            "--strategy magic",
             "one of adaptive, self-speculative, mtp, eagle3, lookup, draft-and-verify, draft-model",
         ),
-        (["--skip", "2,7"], "in 1..6, got 7 (model has 6 layers)"),
-        (["--skip", "1:6"], "a list that leaves at least one layer, got all 6 layers"),
+        ("--skip 2,7", "in 1..6, got 7 (model has 6 layers)"),
+        ("--skip 1:6", "a list that leaves at least one layer, got all 6 layers"),
         (
-            ["--exit", "3", "--skip", "2"],
+            "--exit 3 --skip 2",
             "used with --strategy self-speculative or early-exit, got --strategy draft-and-verify",
         ),
         (
-            ["--exit-confidence", "0.9"],
+            "--exit-confidence 0.9",
             "used with a model whose exits were trained (`layerskip finetune`), or with --exits",
         ),
-        (["--draft-weights", "int3"], "a list, each one of int8, int4, got int3"),
-        (["--draft-head", "int8"], "used with --draft-weights, got int8"),
-        (["--device", "abacus"], "auto, cpu, cuda, cuda:N or mps, got abacus"),
+        ("--draft-weights int3", "a list, each one of int8, int4, got int3"),
+        ("--draft-head int8", "used with --draft-weights, got int8"),
+        ("--device abacus", "auto, cpu, cuda, cuda:N or mps, got abacus"),
     ):
         refused(
-            f"error: {arguments[0]} must be {message}",
+            f"error: {arguments.split()[0]} must be {message}",
             "generate",
             PROMPT,
-            "--model",
-            checkpoint,
-            *arguments,
+            f"--model {checkpoint}",
+            arguments,
         )
     # A wrong flag is no failure of a prompt: it is told once.
     told = "--exit must be in 1..5, got 9 (model has 6 layers)"
-    fails(told, "generate", "--lines", "--exit", "9", "--model", checkpoint, stdin="a\nb\n")
+    fails(told, f"generate --lines --exit 9 --model {checkpoint}", stdin="a\nb\n")
 
 
 @pytest.mark.parametrize(
-    "template", [(), ("--raw",), ("--template", "{prompt}:"), ("--template", "chat")]
+    "template", [(), ("--raw",), ("--template {prompt}:",), ("--template chat",)]
 )
 def test_an_empty_prompt_is_an_error_in_every_template(generate, copy, template):
     """A template alone would be answered. White space alone is a prompt in the raw template, where
@@ -258,7 +249,7 @@ def test_an_empty_prompt_is_an_error_in_every_template(generate, copy, template)
     """
     (copy / "chat_template.jinja").write_text("user: {{ messages[0].content }}\nassistant: ")
     empty = Result(1, "", "error: the prompt is empty\n")
-    command = ("generate", *template, "--model", str(copy))
+    command = ("generate", *template, f"--model {copy}")
     assert run(*command, "") == run(*command, stdin="") == run(*command, stdin="\n") == empty
     if template != ("--raw",):
         assert run(*command, stdin=" \n\t\n") == empty
@@ -268,26 +259,25 @@ def test_models_that_cannot_be(tmp_path):
     fails(
         "no model 'nonesuch': needed embedded, embedded-base, a folder, a .gguf file or a hub id such as "
         "owner/name or owner/name@revision",
-        "generate", PROMPT, "--model", "nonesuch",
+        "generate", PROMPT, "--model nonesuch",
     )  # fmt: skip
     fails(
         f"folder {tmp_path} holds no model: there is no config.json in it",
         "generate",
         PROMPT,
-        "--model",
-        str(tmp_path),
+        f"--model {tmp_path}",
     )
     refused(
-        "error: cannot load model nobody/nothing: ", "generate", PROMPT, "--model", "nobody/nothing"
+        "error: cannot load model nobody/nothing: ", "generate", PROMPT, "--model nobody/nothing"
     )
 
 
 @pytest.mark.parametrize(
-    ("arguments", "named"),
+    "arguments, named",
     [
         ([PROMPT, "--lines"], "--lines and --jsonl"),
-        (["--lines", "--jsonl"], "--lines or --jsonl"),
-        ([PROMPT, "--batch-size", "2"], "--lines or --jsonl"),
+        (["--lines --jsonl"], "--lines or --jsonl"),
+        ([PROMPT, "--batch-size 2"], "--lines or --jsonl"),
     ],
 )
 def test_flags_that_exclude_each_other(generate, arguments, named):
@@ -302,17 +292,17 @@ OF_EXITS = ("lookup", "exit 2", "exit 3")
 
 
 @pytest.mark.parametrize(
-    ("info", "flags", "drafters"),
+    "info, flags, drafters",
     [
         ({}, (), COPY),
-        ({}, ("--draft-weights", "int8", "--draft-vocab", "200"), COPY),
+        ({}, ("--draft-weights int8 --draft-vocab 200",), COPY),
         ({"details": EXITS}, (), OF_EXITS),
         ({"exit_layer": 3}, (), ("exit 3",)),
         ({"strategy": "autoregressive"}, (), NOTHING),
-        ({"strategy": "autoregressive"}, ("--exit", "3"), ("exit 3",)),
-        ({}, ("--strategy", "lookup"), ("lookup",)),
-        ({}, ("--strategy", "self-speculative"), ("exit 1",)),
-        ({}, ("--exit", "6", "--draft-weights", "int8"), ("int8",)),
+        ({"strategy": "autoregressive"}, ("--exit 3",), ("exit 3",)),
+        ({}, ("--strategy lookup",), ("lookup",)),
+        ({}, ("--strategy self-speculative",), ("exit 1",)),
+        ({}, ("--exit 6 --draft-weights int8",), ("int8",)),
     ],
     ids=str,
 )
@@ -321,18 +311,9 @@ def test_what_drafts(copy, expected, info, flags, drafters):
     for by lookups alone.
     """
     write_info(str(copy), CheckpointInfo("{prompt}\n", **info))
-    fixed = (
-        "generate",
-        "--jsonl",
-        "--model",
-        str(copy),
-        "--max-new-tokens",
-        "40",
-        "--dtype",
-        "fp32",
-    )
+    fixed = f"generate --jsonl --model {copy} --max-new-tokens 40 --dtype fp32"
     result = run(
-        *fixed, *flags, stdin=json.dumps({"prompt": PROMPT}) + '\n{"prompt": "play jazz"}\n'
+        fixed, *flags, stdin=json.dumps({"prompt": PROMPT}) + '\n{"prompt": "play jazz"}\n'
     )
     answers = [json.loads(line) for line in result.out.splitlines()]
     assert [answer["text"] for answer in answers] == [
@@ -356,7 +337,7 @@ def test_a_terminal_as_standard_input_gets_an_example():
     keyboard, terminal = pty.openpty()
     try:
         result = finish(start("generate", stdin=terminal))
-        lines = finish(start("generate", "--lines", stdin=terminal))
+        lines = finish(start("generate --lines", stdin=terminal))
     finally:
         os.close(keyboard)
         os.close(terminal)
@@ -381,8 +362,8 @@ def test_no_standard_input_at_all_is_wrong_usage():
 
 @pytest.mark.slow
 def test_generating_loads_nothing_of_training(checkpoint, expected):
-    arguments = ("generate", "--model", checkpoint, "--max-new-tokens", "20", "--dtype", "fp32")
-    result = finish(start(*arguments, command=LISTING_MODULES), stdin=PROMPT)
+    arguments = f"generate --model {checkpoint} --max-new-tokens 20 --dtype fp32"
+    result = finish(start(arguments, command=LISTING_MODULES), stdin=PROMPT)
     assert (result.code, result.out) == (0, expected() + "\n")
     modules = set(result.err.split())
     assert "torch" in modules
@@ -391,17 +372,7 @@ def test_generating_loads_nothing_of_training(checkpoint, expected):
 
 @pytest.mark.slow
 def test_a_closed_pipe_ends_quietly(checkpoint):
-    arguments = (
-        "generate",
-        "--lines",
-        "--raw",
-        "--stop",
-        "\n",
-        "--model",
-        checkpoint,
-        "--max-new-tokens",
-        "2",
-    )
+    arguments = ("generate --lines --raw --stop", "\n", f"--model {checkpoint} --max-new-tokens 2")
     process = start(*arguments)
     process.stdin.write(f"{PROMPT}\n")
     process.stdin.flush()
@@ -418,9 +389,7 @@ def test_ctrl_c_ends_cleanly(checkpoint, expected):
     """It comes while the second prompt is awaited: the first answer was shown as soon as it was
     there.
     """
-    process = start(
-        "generate", "--lines", "--model", checkpoint, "--max-new-tokens", "20", "--dtype", "fp32"
-    )
+    process = start(f"generate --lines --model {checkpoint} --max-new-tokens 20 --dtype fp32")
     process.stdin.write(f"{PROMPT}\n")
     process.stdin.flush()
     shown = "".join(process.stdout.readline() for _ in range(expected().count("\n") + 1))

@@ -52,7 +52,7 @@ def with_policies(folder, policies):
 @pytest.fixture
 def generate(model):
     def command(*arguments, **keywords):
-        return run("generate", *arguments, "--model", model, "--dtype", "fp32", **keywords)
+        return run("generate", *arguments, f"--model {model} --dtype fp32", **keywords)
 
     return command
 
@@ -61,9 +61,7 @@ def generate(model):
 def ask(generate):
     def answers(*rows, flags=(), code=0):
         result = generate(
-            "--jsonl",
-            "--max-new-tokens",
-            "20",
+            "--jsonl --max-new-tokens 20",
             *flags,
             stdin="".join(json.dumps(row) + "\n" for row in rows),
         )
@@ -81,14 +79,7 @@ def test_a_repeated_task_finds_its_earlier_answers(strategy, batch):
     answers = {}
     for remember in ("0", "10000"):
         result = run(
-            "generate",
-            "--jsonl",
-            "--strategy",
-            strategy,
-            "--batch-size",
-            batch,
-            "--remember",
-            remember,
+            f"generate --jsonl --strategy {strategy} --batch-size {batch} --remember {remember}",
             stdin=stdin,
         )
         answers[remember] = [json.loads(line) for line in result.out.splitlines()]
@@ -104,11 +95,10 @@ def test_a_repeated_task_finds_its_earlier_answers(strategy, batch):
 def test_logits_are_changed_and_log_probabilities_told(ask, batch):
     plain, biased, told = ask(
         {"prompt": PROMPT}, {"prompt": PROMPT, "logit_bias": {"50": 100}}, {"prompt": PROMPT, "logprobs": 2},
-        flags=("--batch-size", batch),
+        flags=(f"--batch-size {batch}",),
     )  # fmt: skip
     (by_flag,) = ask(
-        {"prompt": PROMPT},
-        flags=("--logit-bias", '{"50": 100}', "--prompt-logprobs", "--logprobs", "0"),
+        {"prompt": PROMPT}, flags=("--logit-bias", '{"50": 100}', "--prompt-logprobs --logprobs 0")
     )
     assert (
         plain["text"] == told["text"] != biased["text"] == by_flag["text"]
@@ -125,9 +115,7 @@ def test_logits_are_changed_and_log_probabilities_told(ask, batch):
     )
     (failed,) = ask({"prompt": PROMPT, "logit_bias": {"x": 1}}, code=1)
     assert "logit_bias must be an object of token ids" in failed["error"]
-    assert (
-        "--logprobs is for the answers of --jsonl" in run("generate", PROMPT, "--logprobs", "1").err
-    )
+    assert "--logprobs is for the answers of --jsonl" in run("generate", PROMPT, "--logprobs 1").err
 
 
 def test_answers_match_a_schema_a_regex_a_grammar_or_a_choice(ask, tmp_path):
@@ -142,55 +130,53 @@ def test_answers_match_a_schema_a_regex_a_grammar_or_a_choice(ask, tmp_path):
     (tmp_path / "text.lark").write_text('start: "wake " ("me" | "us")\n')
     row = {"prompt": PROMPT}
     for flags, found in (
-        (("--schema", str(tmp_path / "schema.json")), {'{"hour": 7}', '{"hour": 8}'}),
-        (("--grammar", str(tmp_path / "text.lark")), {"wake me", "wake us"}),
-        (("--regex", "a[bc]"), {"ab", "ac"}),
-        (("--choice", "play", "--choice", "stop"), {"play", "stop"}),
+        ((f"--schema {tmp_path}/schema.json",), {'{"hour": 7}', '{"hour": 8}'}),
+        ((f"--grammar {tmp_path}/text.lark",), {"wake me", "wake us"}),
+        (("--regex a[bc]",), {"ab", "ac"}),
+        (("--choice play --choice stop",), {"play", "stop"}),
     ):
         assert ask(row, flags=flags)[0]["text"] in found
         by_row, other = ask(
-            {**row, "schema": schema}, {**row, "choice": ["a"]}, flags=(*flags, "--batch-size", "2")
+            {**row, "schema": schema}, {**row, "choice": ["a"]}, flags=(*flags, "--batch-size 2")
         )
         assert json.loads(by_row["text"])["hour"] in (7, 8) and other["text"] == "a"
     (failed,) = ask({**row, "schema": 5}, code=1)
     assert "schema must be a JSON schema, an object" in failed["error"]
-    assert "there is no such file" in run("generate", PROMPT, "--schema", "nothing.json").err
+    assert "there is no such file" in run("generate", PROMPT, "--schema nothing.json").err
 
 
 def test_a_policy_is_its_settings_and_exact_is_the_default(ask, generate):
     row = {"prompt": PROMPT}
-    (early,) = ask(row, flags=("--policy", "fast"))
-    assert early == ask(row, flags=("--strategy", "early-exit", "--exit", "3"))[0] | {
-        "policy": "fast"
-    }
-    (exact,) = ask(row, flags=("--policy", "exact"))
-    assert exact == ask(row, flags=("--exit", "5", "--spec", "2"))[0] | {"policy": "exact"}
-    (confident,) = ask(row, flags=("--policy", "confident"))
-    assert confident == ask(row, flags=("--exit-confidence", "0.05", "--exits", "2,3"))[0] | {
+    (early,) = ask(row, flags=("--policy fast",))
+    assert early == ask(row, flags=("--strategy early-exit --exit 3",))[0] | {"policy": "fast"}
+    (exact,) = ask(row, flags=("--policy exact",))
+    assert exact == ask(row, flags=("--exit 5 --spec 2",))[0] | {"policy": "exact"}
+    (confident,) = ask(row, flags=("--policy confident",))
+    assert confident == ask(row, flags=("--exit-confidence 0.05 --exits 2,3",))[0] | {
         "policy": "confident"
     }
     assert len({answer["text"] for answer in (early, exact, confident)}) == 3
     row = {"prompt": PROMPT}
-    assert ask(row) == ask(row, flags=("--policy", "exact"))
+    assert ask(row) == ask(row, flags=("--policy exact",))
     for flags in (
-        ("--exit", "5"),
-        ("--spec", "2"),
-        ("--strategy", "autoregressive"),
-        ("--draft-vocab", "200"),
+        ("--exit 5",),
+        ("--spec 2",),
+        ("--strategy autoregressive",),
+        ("--draft-vocab 200",),
     ):
         assert ask(row, flags=flags)[0]["policy"] is None
     assert generate(PROMPT, "--stats").err.endswith("; policy: exact\n")
-    assert "policy" not in generate(PROMPT, "--stats", "--exit", "5").err
+    assert "policy" not in generate(PROMPT, "--stats --exit 5").err
 
 
 def test_low_bit_copies_of_a_policy_are_loaded_with_the_model(ask, generate):
-    plain = ask({"prompt": PROMPT}, flags=("--strategy", "autoregressive"))[0]["text"]
+    plain = ask({"prompt": PROMPT}, flags=("--strategy autoregressive",))[0]["text"]
     for found in (
         ask({"prompt": PROMPT, "policy": "copies"})[0],
-        ask({"prompt": PROMPT}, flags=("--policy", "copies"))[0],
+        ask({"prompt": PROMPT}, flags=("--policy copies",))[0],
     ):
         assert (found["text"], found["policy"]) == (plain, "copies") and found["drafted"] > 0
-    assert "int8 drafts" in generate(PROMPT, "--policy", "copies", "--stats").err
+    assert "int8 drafts" in generate(PROMPT, "--policy copies --stats").err
     assert "int8 drafts" not in generate(PROMPT, "--stats").err
 
 
@@ -227,15 +213,15 @@ def test_drafts_are_stored_as_the_policy_says(model):
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    "flags, message",
     [
-        (("--policy", "magic"), "--" + UNKNOWN),
+        (("--policy magic",), "--" + UNKNOWN),
         (
-            ("--policy", "fast", "--strategy", "lookup"),
+            ("--policy fast --strategy lookup",),
             "--policy must be given without --strategy, got --strategy lookup",
         ),
         (
-            ("--policy", "fast", "--skip", "3,5,6,7"),
+            ("--policy fast --skip 3,5,6,7",),
             "--policy must be given without --skip, got --skip 3,5:7",
         ),
         (
@@ -245,33 +231,22 @@ def test_drafts_are_stored_as_the_policy_says(model):
     ],
 )
 def test_policies_that_cannot_be(model, flags, message):
-    refused(f"error: {message}", "generate", PROMPT, *flags, "--model", model)
+    refused(f"error: {message}", "generate", PROMPT, *flags, f"--model {model}")
 
 
 # A row's own settings, and the flags that mean the same.
 OWN = [
     ({}, ()),
-    ({"policy": "fast"}, ("--policy", "fast")),
+    ({"policy": "fast"}, ("--policy fast",)),
     ({"policy": None, "stop": None, "id": 3}, ()),
-    ({"max_new_tokens": 3}, ("--max-new-tokens", "3")),
-    ({"stop": "e"}, ("--stop", "e")),
-    ({"stop": ["never there", "e"]}, ("--stop", "never there", "--stop", "e")),
-    ({"temperature": 0.9, "seed": 5}, ("--temperature", "0.9", "--seed", "5")),
-    ({"policy": "confident"}, ("--policy", "confident")),
+    ({"max_new_tokens": 3}, ("--max-new-tokens 3",)),
+    ({"stop": "e"}, ("--stop e",)),
+    ({"stop": ["never there", "e"]}, ("--stop", "never there", "--stop e")),
+    ({"temperature": 0.9, "seed": 5}, ("--temperature 0.9 --seed 5",)),
+    ({"policy": "confident"}, ("--policy confident",)),
     (
         {"temperature": 2, "top_k": 5, "top_p": 0.9, "policy": "fast", "max_new_tokens": 7},
-        (
-            "--temperature",
-            "2",
-            "--top-k",
-            "5",
-            "--top-p",
-            "0.9",
-            "--policy",
-            "fast",
-            "--max-new-tokens",
-            "7",
-        ),
+        ("--temperature 2 --top-k 5 --top-p 0.9 --policy fast --max-new-tokens 7",),
     ),
 ]
 
@@ -279,7 +254,7 @@ OWN = [
 def test_rows_are_answered_as_their_settings_say(ask, generate):
     found = ask(*({"prompt": PROMPT, **row} for row, _ in OWN))
     for answer, (row, flags) in zip(found, OWN, strict=True):
-        limit = () if "--max-new-tokens" in flags else ("--max-new-tokens", "20")
+        limit = () if "max_new_tokens" in row else ("--max-new-tokens 20",)
         alone = generate("--jsonl", *limit, *flags, stdin=json.dumps({"prompt": PROMPT}))
         answer.pop("id", None)
         assert answer | {"line": 1} == json.loads(alone.out), row
@@ -288,7 +263,7 @@ def test_rows_are_answered_as_their_settings_say(ask, generate):
 
 
 def test_rows_override_flags(ask):
-    flags = ("--exit", "4", "--lookup", "3", "--temperature", "0.9", "--stop", "e")
+    flags = ("--exit 4 --lookup 3 --temperature 0.9 --stop e",)
     own, flagged = ask(
         {"prompt": PROMPT, "policy": "fast", "temperature": 0, "stop": []},
         {"prompt": PROMPT},
@@ -300,7 +275,7 @@ def test_rows_override_flags(ask):
         and flagged["policy"] is None
     )
     (answer,) = ask(
-        {"prompt": PROMPT, "policy": "copies"}, flags=("--draft-weights", "int8", "--exit", "2")
+        {"prompt": PROMPT, "policy": "copies"}, flags=("--draft-weights int8 --exit 2",)
     )
     assert answer == ask({"prompt": PROMPT, "policy": "copies"})[0]
 
@@ -327,7 +302,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("batch", [(), ("--batch-size", "4")], ids=["singly", "together"])
+@pytest.mark.parametrize("batch", [(), ("--batch-size 4",)], ids=["singly", "together"])
 def test_bad_settings_are_errors_of_their_rows(ask, batch):
     rows = [{"prompt": PROMPT}, *({"prompt": PROMPT, **row} for row, _ in BAD), {"prompt": PROMPT}]
     first, *errors, last = ask(*rows, flags=batch, code=1)
@@ -376,7 +351,7 @@ def test_rows_with_equal_settings_are_decoded_together_and_answered_in_order(ask
         return steps
 
     monkeypatch.setattr(Engine, "_run", recorded)
-    together = ask(*rows, flags=("--batch-size", "6"))
+    together = ask(*rows, flags=("--batch-size 6",))
     assert max(sizes) == 3  # rows of one policy: exact is the default too
     assert len(sizes) < sum(answer["rounds"] + answer["new_tokens"] for answer in singly)
     for one, other in zip(singly, together, strict=True):
@@ -390,7 +365,7 @@ def test_whoever_waits_for_answers_gets_them(model):
     to one that is wrong.
     """
     with start(
-        "generate", "--model", model, "--dtype", "fp32", "--jsonl", "--batch-size", "3", stderr=None
+        f"generate --model {model} --dtype fp32 --jsonl --batch-size 3", stderr=None
     ) as process:
         for count in (1, 2, 5):
             rows = [{"prompt": PROMPT, "max_new_tokens": 3}] * (count - 1) + [{"prompt": 3}]

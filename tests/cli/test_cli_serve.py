@@ -23,23 +23,17 @@ def extras():
 
 
 @pytest.mark.parametrize(
-    ("number", "flags", "key", "source"),
+    "number, flags, key, source",
     [
         (signal.SIGINT, (), "secret", "LAYERSKIP_API_KEY"),
-        (signal.SIGTERM, ("--api-key", "secret"), "other", "--api-key"),
+        (signal.SIGTERM, ("--api-key secret",), "other", "--api-key"),
     ],
 )
 def test_it_answers_until_a_signal_and_finishes_what_it_began(extras, number, flags, key, source):
     import openai
 
     process = start(
-        "serve",
-        "--port",
-        "0",
-        "--threads",
-        "1",
-        *flags,
-        env={**ENVIRONMENT, "LAYERSKIP_API_KEY": key},
+        "serve --port 0 --threads 1", *flags, env={**ENVIRONMENT, "LAYERSKIP_API_KEY": key}
     )
     line = process.stderr.readline()
     assert line.startswith("embedded at http://127.0.0.1:") and line.endswith(
@@ -66,25 +60,22 @@ def test_an_address_that_cannot_be_used(extras):
         port = str(other.getsockname()[1])
         fails(
             f"--host 127.0.0.1 with --port {port} cannot be used: Address already in use",
-            "serve",
-            "--port",
-            port,
+            f"serve --port {port}",
         )
 
 
 def test_wrong_settings(extras, monkeypatch):
-    fails("--port must be a whole number in 0..65535, got 70000", "serve", "--port", "70000")
+    fails("--port must be a whole number in 0..65535, got 70000", "serve --port 70000")
     fails(
         "--api-key must be a text of valid Unicode that is not empty, got an empty one",
-        "serve",
-        "--api-key",
+        "serve --api-key",
         "",
     )
     monkeypatch.setenv("LAYERSKIP_API_KEY", "")
     fails("LAYERSKIP_API_KEY must be a text that is not empty, got an empty one", "serve")
 
 
-@pytest.mark.parametrize(("flags", "kept"), [((), 0), (("--remember", "100"), 21)])
+@pytest.mark.parametrize("flags, kept", [((), 0), (("--remember 100",), 21)])
 def test_answers_are_not_remembered_unless_asked(extras, monkeypatch, flags, kept):
     """Other clients could tell from the times of their own."""
 
@@ -94,18 +85,14 @@ def test_answers_are_not_remembered_unless_asked(extras, monkeypatch, flags, kep
         raise LayerSkipError("far enough")
 
     monkeypatch.setattr("layerskip_core.serving.thread.DecodingThread", engine)
-    fails("far enough", "serve", "--port", "0", *flags)
+    fails("far enough", "serve --port 0", *flags)
 
 
 def test_a_bound_on_memory_that_nothing_keeps_is_refused(extras, checkpoint, monkeypatch):
     monkeypatch.setattr("layerskip_core.checkpoint.plan.can_run_native", lambda *_: False)
-    given = ("--model", checkpoint, "--kv-memory", "100")
+    given = f"--model {checkpoint} --kv-memory 100"
     refused(
-        "--kv-memory must be left out: nothing bounds the KV entries of ",
-        "serve",
-        "--port",
-        "0",
-        *given,
+        "--kv-memory must be left out: nothing bounds the KV entries of ", "serve --port 0", given
     )
 
 
@@ -120,7 +107,7 @@ def test_requests_are_sampled_as_the_model_s_maker_says_unless_a_flag_does(
         raise LayerSkipError("far enough")
 
     monkeypatch.setattr("cli.server.app.Service", service)
-    said = run("serve", "--port", "0", "--model", str(folder), "--top-k", "3").err
+    said = run(f"serve --port 0 --model {folder} --top-k 3").err
     assert said.startswith("generation_config.json: temperature 0.6, top_k 40, ") and said.endswith(
         "error: far enough\n"
     )

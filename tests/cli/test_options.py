@@ -16,8 +16,8 @@ from layerskip_core.config.options import Panel
 
 COMMANDS = get_command(app).commands
 DECODING = {
-    "--temperature", "--top-k", "--top-p", "--stop", "--lookup", "--skip", "--max-new-tokens", "--seed",
-    "--template", "--prompt-template", "--system", "--raw", "--quantize", "--draft-weights", "--draft-head", "--draft-vocab",
+    "--temperature", "--top-k", "--top-p", "--stop", "--lookup", "--skip", "--max-new-tokens", "--seed", "--template",
+    "--prompt-template", "--system", "--raw", "--quantize", "--draft-weights", "--draft-head", "--draft-vocab",
     "--exact", "--device", "--dtype", "--threads", "--model",
 }  # fmt: skip
 
@@ -68,7 +68,7 @@ def test_other_spellings_of_a_flag_set_it(spelling):
 
 
 @pytest.mark.parametrize(
-    ("command", "typed", "meant"),
+    "command, typed, meant",
     [
         ("generate", "--max-tokens", "--max-new-tokens"),
         ("generate", "--max_length", "--max-new-tokens"),

@@ -33,7 +33,7 @@ def contents(folder):
 
 
 def imported(checkpoint, output, *arguments):
-    return run("import", checkpoint, "--output", str(output), *arguments)
+    return run(f"import {checkpoint} --output {output}", *arguments)
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def model(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "text"),
+    "name, text",
     [
         ("model.safetensors", "mine"),
         ("additional_chat_templates/tools.jinja", "mine"),
@@ -57,8 +57,8 @@ def test_files_of_others_are_in_the_way_before_any_work(tmp_path, name, text):
     file.parent.mkdir(parents=True)
     file.write_text(text)
     told = f"--output {tmp_path}/out: in the way is {name}, which layerskip did not write; move it away, or give another folder"
-    for command in (("import", "no/model"), ("finetune", "--threads", "1", "--model", "no/model")):
-        fails(told, *command, "--output", str(tmp_path / "out"), "--overwrite")
+    for command in (("import", "no/model"), ("finetune --threads 1 --model no/model",)):
+        fails(told, *command, f"--output {tmp_path}/out --overwrite")
     assert contents(tmp_path) == {f"out/{name}": text.encode()}
 
 
@@ -66,7 +66,7 @@ def test_finetune_asks_for_what_it_writes_too(tmp_path):
     for name in RUN_FILES:
         (tmp_path / name).write_text("mine")
         told = f"--output {tmp_path}: in the way is {name}, which layerskip did not write; move it away, or give another folder"
-        fails(told, "finetune", "--threads", "1", "--model", "no/model", "--output", str(tmp_path))
+        fails(told, f"finetune --threads 1 --model no/model --output {tmp_path}")
         assert contents(tmp_path) == {name: b"mine"}
         (tmp_path / name).unlink()
 
@@ -78,11 +78,7 @@ def test_a_folder_is_in_the_way_even_under_a_name_of_ours(model):
     told = f"--output {model}: in the way is model.safetensors, which layerskip did not write; "
     fails(
         f"{told}move it away, or give another folder",
-        "import",
-        "no/model",
-        "--output",
-        str(model),
-        "--overwrite",
+        f"import no/model --output {model} --overwrite",
     )
     assert (model / "model.safetensors").is_dir() and (model / "config.json").exists()
 
@@ -109,7 +105,7 @@ def test_layerskip_json_lists_what_is_replaced(checkpoint, model):
     assert set(read_info(model).files) == LISTED
     (model / "other.safetensors").write_text("mine")
     told = "in the way is other.safetensors, which layerskip did not write; move it away, or give another folder"
-    fails(f"--output {model}: {told}", "import", checkpoint, "--output", str(model), "--overwrite")
+    fails(f"--output {model}: {told}", f"import {checkpoint} --output {model} --overwrite")
     (model / "other.safetensors").unlink()
     assert imported(str(model), model, "--overwrite").code == 0  # from itself
     assert for_training(str(model), "cpu").backend.num_layers == 6
@@ -139,20 +135,7 @@ def test_a_folder_behind_a_link_is_written_through_it(checkpoint, tmp_path):
     assert (tmp_path / "link").is_symlink() and contents(tmp_path / "real").keys() == LISTED
 
 
-TRAINED = (
-    "--samples",
-    "4",
-    "--steps",
-    "1",
-    "--batch-size",
-    "2",
-    "--max-length",
-    "48",
-    "--device",
-    "cpu",
-    "--dtype",
-    "fp32",
-)
+TRAINED = "--samples 4 --steps 1 --batch-size 2 --max-length 48 --device cpu --dtype fp32"
 
 
 def test_an_adapter_does_not_replace_its_base(base, tmp_path):
@@ -160,13 +143,13 @@ def test_an_adapter_does_not_replace_its_base(base, tmp_path):
     assert imported(base, model).code == 0
     before = contents(model)
     told = f"--lora-keep: the adapter needs its base {model}, which --output {model} would replace"
-    lora = ("finetune", *TRAINED, "--lora-rank", "2", "--lora-keep", "--overwrite")
-    fails(told, *lora, "--model", str(model), "--output", str(model))
+    lora = ("finetune", TRAINED, "--lora-rank 2 --lora-keep --overwrite")
+    fails(told, *lora, f"--model {model} --output {model}")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "README.md").write_text("mine")
-    assert run(*lora, "--model", str(model), "--output", str(tmp_path / "out")).code == 0
+    assert run(*lora, f"--model {model} --output {tmp_path}/out").code == 0
     assert (tmp_path / "out" / "README.md").read_text() == "mine"
-    fails(told, *lora, "--model", str(tmp_path / "out"), "--output", str(model))
+    fails(told, *lora, f"--model {tmp_path}/out --output {model}")
     assert contents(model) == before
 
 
@@ -177,6 +160,6 @@ def test_checkpoints_of_others_are_in_the_way(base, tmp_path):
     (theirs / "model.safetensors").write_text("mine")
     (theirs.parent / "checkpoint-best-7").mkdir()  # whose name no checkpoint of ours can have
     told = f"--output: {theirs} is in the way: not written by layerskip; move it away, or give another folder"
-    for flag in ("--overwrite", "--resume"):
-        fails(told, "finetune", "--model", "no/model", "--output", str(tmp_path), flag)
+    for flag in ("--overwrite --resume",):
+        fails(told, f"finetune --model no/model --output {tmp_path}", flag)
     assert contents(tmp_path) == {"checkpoints/checkpoint-7/model.safetensors": b"mine"}

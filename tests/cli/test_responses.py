@@ -158,7 +158,7 @@ WRONG = {
     "top_logprobs": (21,),
     "temperature": (-1,), "tools": ([{"type": "web_search"}], "all"),
     "input": (
-        *(None, [], [{"type": "item_reference", "id": "msg_1"}]),
+        None, [], [{"type": "item_reference", "id": "msg_1"}],
         [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}],
         [{"type": "function_call", "call_id": "a", "name": "time", "arguments": "{"}],
     ),
@@ -167,7 +167,7 @@ STRANGE = {"type": "json_schema", "name": "a", "schema": {"type": "strange"}}
 
 
 @pytest.mark.parametrize(
-    ("changes", "param"),
+    "changes, param",
     [
         *(({param: value}, param) for param, values in WRONG.items() for value in values),
         ({"text": {"format": STRANGE}}, "text.format"),

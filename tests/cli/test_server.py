@@ -368,7 +368,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(
-    ("body", "param"),
+    "body, param",
     [
         *(({key: value}, key) for key, values in WRONG.items() for value in values),
         ({"prompt": [10**6]}, None),  # no token of the model
@@ -425,7 +425,7 @@ def test_texts_are_tokenized_and_embedded(api, client):
 
 
 @pytest.mark.parametrize(
-    ("messages", "message"),
+    "messages, message",
     [
         ([], "length >= 1"),
         ([{"role": "tool", "content": "x"}], "this model has no chat template"),
@@ -460,7 +460,7 @@ def test_what_is_no_request_at_all(api):
                 status,
                 "invalid_request_error",
             )
-        assert small.engine.held == 0
+        assert small.engine.num_reserved == 0
 
 
 def test_a_failure_is_an_error_and_not_the_end(api, client, monkeypatch, capsys):

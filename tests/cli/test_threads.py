@@ -44,7 +44,7 @@ def free_threads(monkeypatch, *loads, given=0, cores=4, seconds=1.0):
 
 
 @pytest.mark.parametrize(
-    ("given", "busy", "cores", "expected"),
+    "given, busy, cores, expected",
     [
         (0, 0.3, 4, 4),
         (0, 0.5, 4, 3),
@@ -69,7 +69,7 @@ def test_work_leaves_busy_cores_to_others_and_says_so(
 
 
 @pytest.mark.parametrize(
-    ("loads", "chosen"),
+    "loads, chosen",
     [
         # A process begins: it shares a core first, then has it alone
         ([0, 0, 0.5, 1, 1, 1, 1], [4, 4, 3, 3, 3, 3, 3]),
@@ -186,7 +186,7 @@ def test_a_training_looks_again_between_its_steps(monkeypatch, base):
         "fp32",
     )
     result = run(
-        "finetune", "--model", base, *data, "--device", "cpu", "--recipe", "none", "--output", "out"
+        f"finetune --model {base}", *data, "--device", "cpu", "--recipe", "none", "--output", "out"
     )
     assert result.code == 0, result.err
     assert (

@@ -54,7 +54,7 @@ LLAMA = '{"name": "weather", "parameters": {"city": "Rome"}}'
 
 
 @pytest.mark.parametrize(
-    ("form", "text", "said", "found"),
+    "form, text, said, found",
     [
         ("hermes", 'Well. <tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>', "Well.", ["weather"]),
         (
@@ -311,7 +311,7 @@ def test_tools_and_their_results_are_put_into_the_template(client, decoder):
 
 
 @pytest.mark.parametrize(
-    ("changes", "param"),
+    "changes, param",
     [
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"tools": [{**WEATHER, "function": {"name": "a b"}}]}, "tools"),
@@ -396,7 +396,7 @@ def test_a_conversation_with_tools_as_texts():
 
 
 @pytest.mark.parametrize(
-    ("text", "is_permitted"),
+    "text, is_permitted",
     [
         ("Well, a < b <tool_", True),
         (CALL, True),
@@ -423,7 +423,7 @@ def test_the_grammar_of_an_answer_that_may_call(folders, text, is_permitted):
     assert (permitted == len(ids)) == (is_permitted and text.count(CALL) < 2)
 
 
-@pytest.mark.parametrize(("template", "teller"), [(CHATML, "system"), (IN_TURN, "user")])
+@pytest.mark.parametrize("template, teller", [(CHATML, "system"), (IN_TURN, "user")])
 def test_a_template_that_knows_no_tools_gets_them_as_texts(folders, template, teller):
     pytest.importorskip("llguidance", reason="needs the extra grammar")
     decoder = conversing(folders("chatml") / "chatml", template)

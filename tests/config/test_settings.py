@@ -74,7 +74,7 @@ FLAGS = [
 ]
 
 
-@pytest.mark.parametrize(("command", "flag"), FLAGS)
+@pytest.mark.parametrize("command, flag", FLAGS)
 def test_hostile_numbers(command, flag, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fixed = (
@@ -142,7 +142,7 @@ LOW = {
 
 
 @pytest.mark.parametrize(
-    ("asked", "recommended", "strategy", "exit_layer", "drafts"),
+    "asked, recommended, strategy, exit_layer, drafts",
     [
         ({}, TRAINED, "self-speculative", 4, 12),
         ({}, UNKNOWN, "adaptive", None, 32),
@@ -178,7 +178,7 @@ def test_weights_for_drafts_imply_drafting():
 
 
 @pytest.mark.parametrize(
-    ("asked", "drafts"),
+    "asked, drafts",
     [({"skip": [2]}, 6), ({"strategy": "draft-and-verify", "skip": [2], "num_draft_tokens": 2}, 2)],
 )
 def test_layers_to_skip_imply_the_strategy(asked, drafts):
@@ -224,7 +224,7 @@ def test_early_exit_by_confidence_is_among_the_trained_exits():
 
 
 @pytest.mark.parametrize(
-    ("asked", "field", "message"),
+    "asked, field, message",
     [
         ({"strategy": "draft-and-verify"}, "skip", "given for `strategy` draft-and-verify"),
         ({**CONFIDENT, "exits": [2, 8]}, "exits", "in 1..7, got 8"),
@@ -246,7 +246,7 @@ def test_options_that_contradict_each_other_or_the_model(asked, field, message):
 
 
 @pytest.mark.parametrize(
-    ("field", "inside", "outside"),
+    "field, inside, outside",
     [
         ("num_draft_tokens", (1, 10_000), (0, 10_001, True, 2.5, "3", 2**70)),
         ("top_p", (1e-9, 1), (0, 1.001, float("nan"), float("inf"), "hot", False)),
@@ -301,11 +301,7 @@ def test_a_row_replaces_options_and_a_policy_all_that_it_sets():
     assert changed({"policy": "fast", "seed": 1}, {"exit_layer": 3}) == {"exit_layer": 3, "seed": 1}
     assert changed(flags, {"lookup": 0}) == flags | {"lookup": 0}
     assert choices({"max_new_tokens": 9, "stop": ["x"], "temperature": 0.5, "lookup": 0}) == {}
-    for said in (
-        {"policy": "fast"},
-        {"strategy": "autoregressive"},
-        {"exit_layer": 2},
-    ):
+    for said in ({"policy": "fast"}, {"strategy": "autoregressive"}, {"exit_layer": 2}):
         assert choices({**said, "seed": 1}) == said
 
 

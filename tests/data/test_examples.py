@@ -83,7 +83,7 @@ GOOD = {
 }
 
 
-@pytest.mark.parametrize(("name", "content"), GOOD.values(), ids=GOOD.keys())
+@pytest.mark.parametrize("name, content", GOOD.values(), ids=GOOD.keys())
 def test_good_files(tmp_path, name, content):
     assert load(written(tmp_path, name, content)) == [("p", "c"), ("q", "d")]
 
@@ -96,10 +96,7 @@ def test_parquet_and_text_a_completion_a_line(tmp_path):
     assert load(str(file)) == [("p", "c"), ("", "d")]
     assert load(
         written(tmp_path, "a.txt", b"\xef\xbb\xbf one\r\n\r\ntwo \xe2\x80\xa8 words\n")
-    ) == [
-        ("", " one"),
-        ("", "two \u2028 words"),
-    ]
+    ) == [("", " one"), ("", "two \u2028 words")]
 
 
 def test_texts_that_look_like_something_else_stay_as_they_are(tmp_path):
@@ -203,7 +200,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(("name", "content", "message"), BAD.values(), ids=BAD.keys())
+@pytest.mark.parametrize("name, content, message", BAD.values(), ids=BAD.keys())
 def test_bad_files_are_named_with_their_line(tmp_path, name, content, message):
     file = written(tmp_path, name, content)
     for read in (load_rows, stream_rows):

@@ -125,8 +125,7 @@ def bandit(passes=(1.0, 1.04), most=12, tries=0.0, **arms):
 
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize(
-    ("prior", "step", "share"),
-    [(0.9, 0.2, 1.0), (0.95, 0.1, 0.6), (0.8, 0.05, 0.5), (0.1, 0.3, 1.0)],
+    "prior, step, share", [(0.9, 0.2, 1.0), (0.95, 0.1, 0.6), (0.8, 0.05, 0.5), (0.1, 0.3, 1.0)]
 )
 def test_the_best_length_maximises_tokens_per_time(prior, step, share, rows):
     """Against every length: 1 + a + a^2 + ... tokens of each row, in steps of the drafter and a
@@ -243,7 +242,7 @@ def test_a_disturbance_does_not_end_drafting_for_good():
 
 
 @pytest.mark.parametrize(
-    ("gain", "least", "most"),
+    "gain, least, most",
     [(4.0, 0.98, 1.0), (1.5, 0.98, 1.0), (1.02, 0.9, 0.95), (0.9, 0.03, 0.08), (0.5, 0.0, 0.02)],
 )
 def test_steps_look_for_drafts_where_that_gains_and_else_rarely(gain, least, most):
@@ -291,7 +290,7 @@ REPEATED = [5, 6, 7, 8, 9, 10] * 4
 
 
 @pytest.mark.parametrize(
-    ("acceptance", "passes", "ids", "expected"),
+    "acceptance, passes, ids, expected",
     [
         ((0.5, 0.99), (1.0, 1.0), [5, 6, 7], "exit 4"),
         ((0.99, 0.99), (1.0, 1.0), [5, 6, 7], "exit 2"),

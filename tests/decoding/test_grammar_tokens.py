@@ -47,7 +47,7 @@ def spelled(tokenizer, text):
 LITERALS = [(style, text) for style, tokens in ADDED.items() for text in tokens]
 
 
-@pytest.mark.parametrize(("style", "literal"), LITERALS)
+@pytest.mark.parametrize("style, literal", LITERALS)
 @pytest.mark.parametrize("kind", ["grammar", "regex", "choice", "schema"])
 def test_an_answer_matches_a_literal_that_is_an_added_token(style, literal, kind):
     tokenizer = styled_tokenizer(style)
@@ -72,7 +72,7 @@ def test_an_answer_matches_a_literal_that_is_an_added_token(style, literal, kind
         assert (token in output) == (not ADDED[style][literal])
 
 
-@pytest.mark.parametrize(("style", "literal"), LITERALS)
+@pytest.mark.parametrize("style, literal", LITERALS)
 def test_a_literal_is_matched_as_token_and_as_text(style, literal):
     tokenizer = styled_tokenizer(style)
     matcher = guide_of(tokenizer, "grammar", f"start: {json.dumps(literal)} /x/")
@@ -84,9 +84,7 @@ def test_a_literal_is_matched_as_token_and_as_text(style, literal):
     assert matcher.permitted([], as_token) == (0 if ADDED[style][literal] else len(as_token))
 
 
-@pytest.mark.parametrize(
-    ("style", "literal"), [pair for pair in LITERALS if pair[1].startswith("<")]
-)
+@pytest.mark.parametrize("style, literal", [pair for pair in LITERALS if pair[1].startswith("<")])
 def test_a_name_in_angle_brackets_is_the_token_alone(style, literal):
     """llguidance's syntax for special tokens; strings, regular expressions and comments stay as
     they are.
@@ -128,7 +126,7 @@ DRAFTING = [
 ]
 
 
-@pytest.mark.parametrize(("guided", "tokens"), UNREACHABLE)
+@pytest.mark.parametrize("guided, tokens", UNREACHABLE)
 @pytest.mark.parametrize("drafting", [*DRAFTING, {"strategy": "lookup"}])
 def test_an_answer_that_no_token_can_continue_is_an_error(guided, tokens, drafting):
     model, [kind] = LanguageModel(few_letters(), PackingConfig()), guided

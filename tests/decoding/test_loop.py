@@ -17,7 +17,7 @@ from torch import tensor
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding import DecodingLoop, decode
 from layerskip_core.decoding.drafters import Draft
-from layerskip_core.decoding.output import Row
+from layerskip_core.decoding.row import Row
 from layerskip_core.decoding.sampling import probabilities
 from layerskip_core.errors import ConfigError
 from layerskip_core.model import TransformersBackend
@@ -306,8 +306,11 @@ ROUNDS = {
         "length",
     ),
     "sometimes accepted": (
-        *(first_only, {}, [[5], [-6, 7], [-8, 9], [-10, 11], [-12, 13]]),
-        *((4, 3 + 3 + 3 + 1, 4, (4, 3), (4,)), "length"),
+        first_only,
+        {},
+        [[5], [-6, 7], [-8, 9], [-10, 11], [-12, 13]],
+        (4, 3 + 3 + 3 + 1, 4, (4, 3), (4,)),
+        "length",
     ),
     "drafts behind an EOS": (
         always,
@@ -317,20 +320,17 @@ ROUNDS = {
         "eos",
     ),
     "a stop string inside drafts": (
-        *(
-            always,
-            {"stop": (letters([7, 8]), letters([40])), "max_new_tokens": 20},
-            [[5], [-6, -7, -8]],
-        ),
-        *((1, 3, 3, (1, 1, 1), (1, 1, 1)), "stop"),
+        always,
+        {"stop": (letters([7, 8]), letters([40])), "max_new_tokens": 20},
+        [[5], [-6, -7, -8]],
+        (1, 3, 3, (1, 1, 1), (1, 1, 1)),
+        "stop",
     ),
     "an EOS first": (always, {"eos_ids": [5]}, [[5]], (0, 0, 0, (), ()), "eos"),
 }
 
 
-@pytest.mark.parametrize(
-    ("choose", "settings", "rounds", "counted", "reason"), ROUNDS.values(), ids=ROUNDS
-)
+@pytest.mark.parametrize("choose, settings, rounds, counted, reason", ROUNDS.values(), ids=ROUNDS)
 def test_rounds_of_scripted_drafts(choose, settings, rounds, counted, reason):
     decoding = scripted_decoding(choose, **settings)
     assert written(decoding) == rounds and list(decoding) == []

@@ -147,8 +147,7 @@ def test_drafts_are_those_of_the_formula(kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "rounds", "most"),
-    [("generic", False, 1e-6), ("native", False, 1e-4), ("native", True, 0.1)],
+    "kind, rounds, most", [("generic", False, 1e-6), ("native", False, 1e-4), ("native", True, 0.1)]
 )
 def test_logits_are_those_of_the_formula(kind, rounds, most):
     """Of the first draft; with weights in int8 too. transformers norms in fp32."""

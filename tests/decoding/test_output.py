@@ -193,7 +193,7 @@ def characters(ids):
 
 
 @pytest.mark.parametrize(
-    ("text", "finished", "shown"),
+    "text, finished, shown",
     [
         ("call mom", False, "call mom"),
         ("call mom\n\nand", False, "call mom"),

@@ -54,7 +54,7 @@ DISTRIBUTIONS = [
 ]
 
 
-@pytest.mark.parametrize(("config", "expected"), DISTRIBUTIONS)
+@pytest.mark.parametrize("config, expected", DISTRIBUTIONS)
 def test_probabilities_after_temperature_top_k_and_top_p(config, expected):
     torch.testing.assert_close(probabilities(LOGITS, config), tensor(expected, dtype=torch.float32))
 

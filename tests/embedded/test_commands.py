@@ -117,14 +117,14 @@ def test_compositional_rows_nest_as_training_never_does(train):
 
 def test_what_cannot_be_read(tmp_path):
     file = tmp_path / "rows.jsonl"
-    fails("--data none.csv: there is no such file", "data", "--data", "none.csv")
+    fails("--data none.csv: there is no such file", "data --data none.csv")
     splits = "train, validation, test, compositional, sealed"
-    fails(f"--split must be one of {splits}, got dev for commands", "data", "--split", "dev")
+    fails(f"--split must be one of {splits}, got dev for commands", "data --split dev")
     file.write_text(
         '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
     )
     message = f"{file} holds conversations (a column 'messages'); needed a prompt and a completion"
-    fails(message, "data", "--data", str(file))
+    fails(message, f"data --data {file}")
 
 
 def test_sealed_rows_draw_what_is_sealed_and_other_rows_what_is_not():
@@ -148,16 +148,14 @@ def test_sealed_rows_draw_what_is_sealed_and_other_rows_what_is_not():
 def test_ten_test_rows_by_default_and_rows_of_a_file_as_they_are(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"prompt": "né\\n", "completion": "日本 \\"🏠\\""}\n', encoding="utf-8")
-    result = run("data", "--data", str(file), encoding="ascii")
+    result = run(f"data --data {file}", encoding="ascii")
     assert result.out == file.read_text(encoding="utf-8")
-    assert run("data") == run(
-        "data", "--data", "commands", "--split", "test", "--samples", "10", "--seed", "0"
-    )
+    assert run("data") == run("data --data commands --split test --samples 10 --seed 0")
 
 
 @pytest.mark.parametrize("split", ["test", "compositional", "sealed"])
 def test_rows_of_commands(split):
-    result = run("data", "--samples", "3", "--split", split, "--seed", "4")
+    result = run(f"data --samples 3 --split {split} --seed 4")
     expected = load_examples(DataConfig("commands", split, limit=3, seed=4))
     assert (result.code, result.err) == (0, "")
     rows = [(row["prompt"], row["completion"]) for row in map(json.loads, result.out.splitlines())]

@@ -201,10 +201,7 @@ def package(monkeypatch):
 @pytest.fixture(scope="module")
 def file(checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("gguf") / "model"
-    assert (
-        run("export", checkpoint, "--exit", "6", "--format", "gguf", "--output", str(folder)).code
-        == 0
-    )
+    assert run(f"export {checkpoint} --exit 6 --format gguf --output {folder}").code == 0
     return str(folder / "target.gguf")
 
 
@@ -246,21 +243,21 @@ def test_files_of_other_models_are_refused(package, file, tmp_path):
 def test_llama_cpp_itself_gives_our_tokens(file, checkpoint):
     pytest.importorskip("xllamacpp", reason="needs layerskip[llama-cpp]")
     done = run(
-        "bench", "--model", checkpoint, "--samples", "2", "--repeats", "1", "--max-new-tokens", "8", "--dtype", "fp32",
-        "--strategies", "autoregressive", "--baselines", "llama.cpp", "--gguf", file,
-    )  # fmt: skip
+        f"bench --model {checkpoint} --samples 2 --repeats 1 --max-new-tokens 8 --dtype fp32",
+        f"--strategies autoregressive --baselines llama.cpp --gguf {file}",
+    )
     assert done.code == 0 and "llama.cpp: xllamacpp" in done.out
 
 
 def test_flags_and_the_package_are_asked_for(monkeypatch, file, checkpoint):
-    command = ("bench", "--model", checkpoint, "--samples", "1", "--baselines")
+    command = f"bench --model {checkpoint} --samples 1 --baselines"
     fails(
         "--gguf must be given with the baseline llama.cpp, and only then, got none",
-        *command,
+        command,
         "llama.cpp",
     )
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
     message = (
         "--baselines llama.cpp needs the package xllamacpp: pip install 'layerskip[llama-cpp]'"
     )
-    fails(message, *command, "llama.cpp", "--gguf", file)
+    fails(message, command, "llama.cpp", f"--gguf {file}")

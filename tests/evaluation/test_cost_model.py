@@ -38,7 +38,7 @@ def counts(stats):
 
 
 @pytest.mark.parametrize(
-    ("new_tokens", "drafts"),
+    "new_tokens, drafts",
     [(1, 3), (2, 8), (5, 1), (NEW_TOKENS, 1), (NEW_TOKENS, 3), (NEW_TOKENS, 8)],
 )
 @pytest.mark.parametrize("exit_layer", [2, 5])
@@ -81,7 +81,7 @@ def test_pass_times_of_the_real_loop():
         assert list(timed_visits(loaded, [without_room], [setting])) == [{}]
 
 
-@pytest.mark.parametrize(("tokens", "start"), [(1, 0), (32, 0), (33, 0), (34, 1), (100, 34)])
+@pytest.mark.parametrize("tokens, start", [(1, 0), (32, 0), (33, 0), (34, 1), (100, 34)])
 def test_of_a_long_answer_the_middle_is_timed(tokens, start):
     part = timed_part(tiny_loaded(), [1, 2], list(range(10, 10 + tokens)))
     assert part == Part([1, 2, *range(10, 10 + start)], tokens - start + 1)

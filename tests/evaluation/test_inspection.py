@@ -23,7 +23,7 @@ from layerskip_core.evaluation.report import inspection_page
 
 
 @pytest.mark.parametrize(
-    ("chosen", "layer"),
+    "chosen, layer",
     [
         ([5], 1),
         ([5, 5, 5], 1),
@@ -98,9 +98,7 @@ def test_the_page_of_a_known_inspection():
 def test_the_command_at_80_columns(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     file = tmp_path / "out.html"
-    result = run(
-        "inspect", "hi", "--model", checkpoint, "--max-new-tokens", "3", "--output", str(file)
-    )
+    result = run("inspect", "hi", f"--model {checkpoint} --max-new-tokens 3 --output {file}")
     lines = result.out.splitlines()
     assert result.code == 0
     assert lines[0].split() == [
@@ -112,14 +110,14 @@ def test_the_command_at_80_columns(checkpoint, tmp_path, monkeypatch):
     assert re.search(r"A token needed \d\.\d of 6 layers", result.out)
     assert file.read_text().count("<tr>") == 2 + LAYERS
     narrow = run(
-        "inspect", "hi", "--model", checkpoint, "--max-new-tokens", "3", "--layers", "2,6"
+        "inspect", "hi", f"--model {checkpoint} --max-new-tokens 3 --layers 2,6"
     ).out.splitlines()[0]
     assert narrow.split() == ["token", "needed", "layer", "2", "layer", "6"]
 
 
 def test_json_from_standard_input_and_of_an_empty_prompt(checkpoint):
-    short = ("inspect", "--model", checkpoint, "--max-new-tokens", "2", "--format", "json")
-    document = json.loads(run(*short, stdin="hi\n").out)
+    short = f"inspect --model {checkpoint} --max-new-tokens 2 --format json"
+    document = json.loads(run(short, stdin="hi\n").out)
     assert (document["prompt"], document["num_layers"], len(document["tokens"])) == (
         "hi",
         LAYERS,
@@ -127,24 +125,18 @@ def test_json_from_standard_input_and_of_an_empty_prompt(checkpoint):
     )
     assert [len(one["predictions"]) for one in document["tokens"]] == [LAYERS] * 2
     assert document["mean_layers"] == sum(one["settled"] for one in document["tokens"]) / 2
-    fails("the prompt is empty", *short, "")
-    assert json.loads(run(*short).out)["prompt"] == "remind me to call mom at 5"
+    fails("the prompt is empty", short, "")
+    assert json.loads(run(short).out)["prompt"] == "remind me to call mom at 5"
 
 
 def test_bad_flags_and_a_page_that_would_replace_a_file_of_a_model(checkpoint, tmp_path):
     fails(
-        "--layers must be in 1..6, got 2,7",
-        "inspect",
-        "hi",
-        "--model",
-        checkpoint,
-        "--layers",
-        "2,7",
+        "--layers must be in 1..6, got 2,7", "inspect", "hi", f"--model {checkpoint} --layers 2,7"
     )
-    fails("--format must be one of table, json, got csv", "inspect", "hi", "--format", "csv")
+    fails("--format must be one of table, json, got csv", "inspect", "hi", "--format csv")
     file = tmp_path / "none" / "x.html"
     message = f"cannot write {file}: there is no folder {file.parent}"
-    fails(message, "inspect", "hi", "--model", checkpoint, "--output", str(file))
+    fails(message, "inspect", "hi", f"--model {checkpoint} --output {file}")
     folder = shutil.copytree(checkpoint, tmp_path / "model")
     (tmp_path / "link").symlink_to(folder / "config.json")
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
@@ -152,8 +144,6 @@ def test_bad_flags_and_a_page_that_would_replace_a_file_of_a_model(checkpoint, t
         message = (
             f"--output {output} must not be a file of the model in {folder}; give another name"
         )
-        fails(message, "inspect", "x", "--model", str(folder), "--output", str(output))
+        fails(message, "inspect", "x", f"--model {folder} --output {output}")
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
-    assert (
-        run("inspect", "x", "--model", str(folder), "--output", str(folder / "page.html")).code == 0
-    )
+    assert run("inspect", "x", f"--model {folder} --output {folder}/page.html").code == 0

@@ -44,7 +44,7 @@ def test_quantiles_of_student_are_those_of_published_tables():
 
 
 @pytest.mark.parametrize(
-    ("prompts", "repeats", "of_repeats"), [(12, 1, 0.0), (20, 3, 0.05), (12, 2, 0.03)]
+    "prompts, repeats, of_repeats", [(12, 1, 0.0), (20, 3, 0.05), (12, 2, 0.03)]
 )
 def test_intervals_cover_the_truth_as_often_as_they_say(prompts, repeats, of_repeats):
     """Also where a repeat is slower than another for one of the settings."""

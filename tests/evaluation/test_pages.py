@@ -9,12 +9,7 @@ import pytest
 from test_report import BENCH, PLAIN, SWEEP
 
 from layerskip_core.errors import LayerSkipError
-from layerskip_core.evaluation.report import (
-    answers_page,
-    report_page,
-    to_json,
-    to_jsonl,
-)
+from layerskip_core.evaluation.report import answers_page, report_page, to_json, to_jsonl
 from layerskip_core.evaluation.report.plots import figures, to_svg
 from layerskip_core.evaluation.results import Answered, Failure, Result, RunRecord, read_record
 
@@ -176,7 +171,7 @@ def test_each_answer_stands_once_with_all_that_gave_it():
 
 
 @pytest.mark.parametrize(
-    ("answer", "marked"),
+    "answer, marked",
     [("a x c", "a <mark>x</mark> c"), ("a c", "a <mark></mark>c"), ("", "<mark></mark>")],
 )
 def test_what_differs_from_the_first_answer_is_marked(answer, marked):

@@ -199,7 +199,7 @@ def test_the_table_of_a_benchmark_has_its_categories_and_ends_with_a_verdict():
 
 
 @pytest.mark.parametrize(
-    ("changes", "verdict"),
+    "changes, verdict",
     [
         (
             {"intervals": {"speedup": Bounds(0.98, 2.1)}},

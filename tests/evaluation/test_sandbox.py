@@ -71,7 +71,7 @@ def test_a_right_program_passes_and_a_wrong_one_fails(namespaces):
 
 
 @pytest.mark.parametrize(
-    ("program", "reason"),
+    "program, reason",
     [
         ("def f(x:\n", "SyntaxError"),
         ("class E(Exception):\n    def __str__(self): raise self\nraise E", "program.E"),
@@ -376,7 +376,7 @@ NO_NAMESPACES = "supervisor.enter_namespaces = fail"
 
 
 @pytest.mark.parametrize(
-    ("patch", "missing"),
+    "patch, missing",
     [
         (NO_NAMESPACES, {"file names", "processes"}),
         ("supervisor._enter_small_tree = fail", {"file names", "processes"}),
@@ -398,7 +398,7 @@ def test_a_layer_that_the_kernel_forbids_is_left_out_and_reported_missing(
 @needs("files")
 @needs("file names")
 @pytest.mark.parametrize(
-    ("patch", "protects"),
+    "patch, protects",
     [(NO_LANDLOCK, True), (NO_NAMESPACES, True), (f"{NO_LANDLOCK}; {NO_NAMESPACES}", False)],
 )
 def test_a_program_that_could_remove_files_is_not_run(monkeypatch, patch, protects):

@@ -23,7 +23,7 @@ CONFIDENCE = 0.03  # that the tiny model has in some tokens
 
 
 @pytest.mark.parametrize(
-    ("text", "counts", "written"),
+    "text, counts, written",
     [
         ("8, 3,3", (3, 8), "3,8"),
         ("2:8:3, 1, 5:6", (1, 2, 5, 6, 8), "1,2,5,6,8"),
@@ -36,7 +36,7 @@ def test_counts_and_their_text(text, counts, written):
 
 
 @pytest.mark.parametrize(
-    ("layers", "exits"), [(24, (3, 4, 6, 8, 12, 18)), (6, (1, 2, 3, 4)), (2, (1,))]
+    "layers, exits", [(24, (3, 4, 6, 8, 12, 18)), (6, (1, 2, 3, 4)), (2, (1,))]
 )
 def test_default_exits(layers, exits):
     assert default_exits(layers) == exits

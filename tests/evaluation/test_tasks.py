@@ -142,7 +142,7 @@ def test_rows_without_references_are_scored_against_given_answers(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("template", "prompt", "completion", "model_template"),
+    "template, prompt, completion, model_template",
     [
         (None, "one\nA\n\ntwo\nB\n\nthree", "C", None),
         ("chat", "one\nA\n\ntwo\nB\n\nthree", "C", "chat"),
@@ -203,7 +203,7 @@ PARQUET = {"revision": "refs/convert/parquet"}
 
 
 @pytest.mark.parametrize(
-    ("name", "source", "row", "example", "keywords", "answer"),
+    "name, source, row, example, keywords, answer",
     [
         ("cnn_dm", "abisee/cnn_dailymail", ARTICLE, Example(f"{SHOWN}Article: Rain fell.\nSummary:", " It rained . A lot ."),
          {"name": "3.0.0"}, " It rained . A lot .\nArticle: more"),
@@ -342,7 +342,7 @@ def test_the_tests_of_mbpp_have_a_setup_that_uses_the_answer_or_imports(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("column", "odd"), [("text", 5), ("code", ["a"]), ("test_list", "assert 1"), ("test_list", [5])]
+    "column, odd", [("text", 5), ("code", ["a"]), ("test_list", "assert 1"), ("test_list", [5])]
 )
 def test_rows_of_wrong_types_are_named(tmp_path, column, odd):
     file = write_lines(tmp_path / "rows.jsonl", [small(1), small(2, **{column: odd})])
@@ -369,7 +369,7 @@ def test_lm_takes_passages_of_a_text(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("keywords", "named"),
+    "keywords, named",
     [
         ({"task": "nothing-here"}, "`task` .*got nothing-here"),
         ({"task": "jsonl"}, "`data`"),
@@ -396,18 +396,10 @@ def test_a_module_and_a_line_are_a_task(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setitem(TASKS, "toy", "toy_task:TOY")
     folder = tmp_path / "out"
     arguments = (
-        "--model",
-        checkpoint,
-        "--task",
-        "toy",
-        "--samples",
-        "3",
-        "--format",
-        "markdown",
-        "--output",
-        str(folder),
+        f"--model {checkpoint} --task toy --samples 3 --format markdown",
+        f"--output {folder}",
     )
-    result = run("bench", *arguments, "--exit", "5", "--spec", "3", "--repeats", "1")
+    result = run("bench", *arguments, "--exit 5 --spec 3 --repeats 1")
     assert result.code == 0, result.err
     document = json.loads((folder / "results.json").read_text())
     assert (document["config"]["task"]["task"], document["config"]["quality_metric"]) == (
@@ -502,7 +494,7 @@ ANSWERED = {"prompt": "a", "answer": "b"}
 
 
 @pytest.mark.parametrize(
-    ("rows", "named"),
+    "rows, named",
     [
         ([ANSWERED, {"prompt": "a"}], "rows.jsonl:2: .*completion_column"),
         ([{"prompt": "a"}, ANSWERED], "rows.jsonl:1: needed a reference"),

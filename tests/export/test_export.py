@@ -65,7 +65,10 @@ def test_the_draft_is_a_plain_checkpoint(checkpoint, tmp_path):
     assert run("generate", text, "--model", str(output), "--max-new-tokens", "4").code == 0
     fails(
         f"--output {output} already holds a model; give --overwrite to replace it, or another folder",
-        *("export", checkpoint, "--output", str(output)),
+        "export",
+        checkpoint,
+        "--output",
+        str(output),
     )
 
 

@@ -32,13 +32,11 @@ from layerskip_core.model.exit_blocks import ExitBlocks
 from layerskip_core.model.spec import ModelSpec
 
 LLAMA3 = {
-    **{
-        "rope_type": "llama3",
-        "rope_theta": 1e4,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-    },
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
 KINDS = {
@@ -86,7 +84,7 @@ def test_a_model_and_its_drafter_in_the_eagle3_layout(checkpoint, tmp_path):
     folder = Path(shutil.copytree(checkpoint, tmp_path / "drafting"))
     output = tmp_path / "pair"
     add_eagle3(folder)
-    done = run("export", str(folder), "--output", str(output), "--engine", "llama.cpp")
+    done = run(f"export {folder} --output {output} --engine llama.cpp")
     assert f"--spec-type draft-eagle3 -md {output}/draft.gguf --spec-draft-n-max 4" in done.out
     assert f"wrote {folder} and its drafter in the EAGLE-3 layout to {output}" in done.err
     read = gguf.GGUFReader(output / "draft.gguf")
@@ -104,25 +102,12 @@ def test_a_model_and_its_drafter_in_the_eagle3_layout(checkpoint, tmp_path):
     ):
         assert np.array_equal(stored[place], drafter.weights[name].numpy())
     assert len(stored) == len(drafter.weights) + 1
-    assert (
-        run(
-            "export",
-            str(folder),
-            "--exit",
-            "2",
-            "--output",
-            str(output),
-            "--format",
-            "gguf",
-            "--overwrite",
-        ).code
-        == 0
-    )
+    assert run(f"export {folder} --exit 2 --output {output} --format gguf --overwrite").code == 0
     assert gguf.GGUFReader(output / "draft.gguf").get_field("llama.block_count").contents() == 2
 
 
 @pytest.mark.parametrize(
-    ("model_type", "form", "why"),
+    "model_type, form, why",
     [
         ("qwen2", {}, "a drafter of a llama, mistral or qwen3, found one of a qwen2"),
         ("llama", {"layers": (2, 5)}, r"must read the states after 3 layers, found \[2, 5\]"),
@@ -139,7 +124,7 @@ def test_drafters_that_llama_cpp_would_run_otherwise_are_refused(model_type, for
 
 def test_a_model_and_its_draft_for_llama_cpp(checkpoint, tmp_path):
     output = tmp_path / "pair"
-    done = run("export", checkpoint, "--output", str(output), "--engine", "llama.cpp")
+    done = run(f"export {checkpoint} --output {output} --engine llama.cpp")
     assert done.code == 0 and sorted(os.listdir(output)) == [
         "README.md",
         "draft.gguf",
@@ -158,18 +143,18 @@ def test_a_model_and_its_draft_for_llama_cpp(checkpoint, tmp_path):
             stored = original.model.get_parameter(name)
             expected = stored.half().float() if stored.dim() > 1 else stored
             torch.testing.assert_close(read.model.get_parameter(name), expected, rtol=0, atol=0)
-    again = ("export", checkpoint, "--output", str(output), "--format", "gguf")
+    again = f"export {checkpoint} --output {output} --format gguf"
     fails(
         f"--output {output} already holds target.gguf; give --overwrite to replace it, or another folder",
-        *again,
+        again,
     )
-    assert run(*again, "--exit", "6", "--overwrite", "--dtype", "q8_0").code == 0
+    assert run(again, "--exit", "6", "--overwrite", "--dtype", "q8_0").code == 0
     assert tensors(output / "target.gguf")["blk.5.ffn_up.weight"].tensor_type.name == "Q8_0"
     # The last layer needs no draft, and another's is gone
     assert sorted(os.listdir(output)) == ["README.md", "target.gguf"]
 
 
-@pytest.mark.parametrize(("kind", "steps"), [("q8_0", 127), ("q4_0", 7)])
+@pytest.mark.parametrize("kind, steps", [("q8_0", 127), ("q4_0", 7)])
 def test_low_bit_weights_are_near_the_stored_ones(kind, steps, tmp_path):
     """A row of 32 has one scale; the MLP's rows of 48 back to the hidden states cannot, and stay
     f16.
@@ -187,7 +172,7 @@ def test_low_bit_weights_are_near_the_stored_ones(kind, steps, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("model_type", "changes", "why"),
+    "model_type, changes, why",
     [
         (
             "qwen2",

@@ -165,7 +165,7 @@ def train_exits(folder):
 
 
 @pytest.mark.parametrize(
-    ("prepare", "exits"),
+    "prepare, exits",
     [(train_exits, [2, 4]), (lambda folder: add_blocks(folder, ExitBlock(3)), [3])],
 )
 def test_by_default_trained_exits_are_swept(checkpoint, tasks, tmp_path, prepare, exits):

@@ -32,14 +32,12 @@ def folder(request, tmp_path_factory):
 
 def test_commands(folder):
     """As they are started without any flags, and with an exit."""
-    fixed = ("--model", folder, "--max-new-tokens", "3")
-    plain = run("generate", "wake me up", "--strategy", "autoregressive", "--ignore-eos", *fixed)
-    for chosen in ((), ("--exit", "2", "--spec", "2")):
-        result = run("generate", "wake me up", *chosen, "--stats", "--ignore-eos", *fixed)
+    fixed = f"--model {folder} --max-new-tokens 3"
+    plain = run("generate", "wake me up", "--strategy autoregressive --ignore-eos", fixed)
+    for chosen in ((), ("--exit 2 --spec 2",)):
+        result = run("generate", "wake me up", *chosen, "--stats --ignore-eos", fixed)
         assert (result.code, result.out) == (0, plain.out) and "3 tokens" in result.err
-    result = run(
-        "bench", "--samples", "1", "--device", "cpu", "--format", "csv", *fixed, "--repeats", "1"
-    )
+    result = run("bench --samples 1 --device cpu --format csv", fixed, "--repeats 1")
     # Plain, lookup, adaptive
     assert result.code == 0 and len(result.out.splitlines()) == 4, result.err
 
@@ -98,27 +96,11 @@ def test_embedding_dropout_acts_in_training():
 )
 def test_finetune_and_sweep(folder, tmp_path):
     """Of types between which all kinds of weights, layers and caches are."""
-    settings = (
-        "--steps",
-        "1",
-        "--batch-size",
-        "2",
-        "--samples",
-        "4",
-        "--max-length",
-        "48",
-        "--dtype",
-        "fp32",
-    )
+    settings = "--steps 1 --batch-size 2 --samples 4 --max-length 48 --dtype fp32"
     output = str(tmp_path / "out")
-    result = run("finetune", "--model", folder, *settings, "--device", "cpu", "--output", output)
+    result = run(f"finetune --model {folder}", settings, f"--device cpu --output {output}")
     assert result.code == 0, result.err
-    assert (
-        run(
-            "generate", "wake me up", "--max-new-tokens", "3", "--exit", "2", "--model", output
-        ).code
-        == 0
-    )
-    few = ("--samples", "1", "--max-new-tokens", "3", "--device", "cpu", "--format", "csv")
-    result = run("sweep-exits", "--exits", "2", "--specs", "2", "--model", folder, *few)
+    assert run("generate", "wake me up", f"--max-new-tokens 3 --exit 2 --model {output}").code == 0
+    few = "--samples 1 --max-new-tokens 3 --device cpu --format csv"
+    result = run(f"sweep-exits --exits 2 --specs 2 --model {folder}", few)
     assert result.code == 0 and len(result.out.splitlines()) > 2, result.err

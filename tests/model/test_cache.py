@@ -172,7 +172,7 @@ def test_rows_keep_their_numbers(kind, seed):
 
 
 @pytest.mark.parametrize(
-    ("prompt", "end", "moves"), [(20, 270, 1), (1000, 1500, 1), (20, 3000, 6), (20, 131_072, 6)]
+    "prompt, end, moves", [(20, 270, 1), (1000, 1500, 1), (20, 3000, 6), (20, 131_072, 6)]
 )
 def test_a_text_that_grows_moves_seldom(monkeypatch, prompt, end, moves):
     """At once to an end that is near, else by half: to 320, 640, 1024, 1600, 2432 and 3712, or to
@@ -236,7 +236,7 @@ V2 = ("max", "current", "")
 
 
 @pytest.mark.parametrize(
-    ("listed", "folder", "names", "limit", "expected"),
+    "listed, folder, names, limit, expected",
     [
         (None, "", V2, 500, 1000),  # another system
         ("0::/user/run", "user/run", V2, 500, 340),

@@ -10,7 +10,7 @@ from decodings import draft_of, native_or_skip
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
-from layerskip_core.decoding.output import Row
+from layerskip_core.decoding.row import Row
 from layerskip_core.decoding.sampling import Span, choose
 from layerskip_core.model import Submodel, TorchBackend, TransformersBackend
 
@@ -90,7 +90,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "packing"), CASES)
+@pytest.mark.parametrize("kind, packing", CASES)
 def test_a_greedy_draft_is_the_most_probable_continuation(kind, packing):
     backend = backend_of(kind, packing)
     draft = drafted(backend)
@@ -104,7 +104,7 @@ def test_a_greedy_draft_is_the_most_probable_continuation(kind, packing):
         assert error < {"packed": 1e-2, "llama native": 1e-4}.get(kind, 1e-10)
 
 
-@pytest.mark.parametrize(("kind", "packing"), CASES)
+@pytest.mark.parametrize("kind, packing", CASES)
 def test_a_draft_ends_after_an_end_token(kind, packing):
     backend = backend_of(kind, packing)
     known, _ = expected(backend)
@@ -115,7 +115,7 @@ def test_a_draft_ends_after_an_end_token(kind, packing):
     assert all(len(states) == end + 1 for states in draft.exit_states.values())
 
 
-@pytest.mark.parametrize(("kind", "packing"), [*CASES, ("gemma2 native", None)])
+@pytest.mark.parametrize("kind, packing", [*CASES, ("gemma2 native", None)])
 def test_a_draft_ends_where_its_probabilities_are_low(kind, packing):
     """After a token that brings their product below `survival`."""
     backend = backend_of(kind, packing)

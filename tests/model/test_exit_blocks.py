@@ -83,7 +83,7 @@ PACKINGS = {
 
 
 @pytest.mark.parametrize(
-    ("kind", "packing"), [("generic", "plain"), *product(("native", "packed"), PACKINGS)]
+    "kind, packing", [("generic", "plain"), *product(("native", "packed"), PACKINGS)]
 )
 @pytest.mark.parametrize("exit_layer", [2, 4])
 def test_a_greedy_draft_carries_the_block_s_own_states(kind, packing, exit_layer):

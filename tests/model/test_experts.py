@@ -100,8 +100,7 @@ def test_a_pass_of_more_tokens_reads_more_experts():
 
 
 @pytest.mark.parametrize(
-    ("model_type", "needed"),
-    [("olmoe", "without experts"), ("gpt2", "that stores weights by outputs")],
+    "model_type, needed", [("olmoe", "without experts"), ("gpt2", "that stores weights by outputs")]
 )
 def test_calibration_refuses_experts_and_transposed_weights(tmp_path, model_type, needed):
     loaded = tiny_loaded(torch.float32)

@@ -47,7 +47,7 @@ def test_the_variants_of_each_processor_are_those_of_the_build():
 
 
 @pytest.mark.parametrize(
-    ("target", "processor"),
+    "target, processor",
     [
         ("linux-x86_64", "x86_64"),
         ("linux-aarch64", "aarch64"),
@@ -85,7 +85,7 @@ CPUINFO = Path(__file__).with_name("cpuinfo")
 
 
 @pytest.mark.parametrize(
-    ("machine", "processor", "best"),
+    "machine, processor, best",
     [
         ("sapphire_rapids", "x86_64", "amx"),
         ("sapphire_rapids_without_amx", "x86_64", "avx512_fma"),
@@ -222,11 +222,11 @@ def test_without_an_openmp_runtime_the_kernels_run_on_one_thread(
 
 @pytest.mark.parametrize(
     "command",
-    [("generate", "go"), ("bench", "--samples", "1", "--repeats", "1")],
+    [("generate", "go"), ("bench --samples 1 --repeats 1",)],
     ids=lambda command: command[0],
 )
 def test_commands_say_once_that_kernels_are_missing(absent, checkpoint, command):
-    command = (*command, "--max-new-tokens", "2", "--exit", "2", "--model", checkpoint)
+    command = (*command, f"--max-new-tokens 2 --exit 2 --model {checkpoint}")
     result = run(*command)
     assert (result.code, result.err.count(MISSING)) == (0, 1), result.err
     absent.setenv(compiled.SWITCH, "torch")

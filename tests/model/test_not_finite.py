@@ -72,7 +72,7 @@ def check(model):
 
 
 @pytest.mark.parametrize(
-    ("kind", "precision"),
+    "kind, precision",
     [(TransformersBackend, "fp32"), *((TorchBackend, precision) for precision in PRECISIONS)],
 )
 def test_the_next_row_of_a_slot_decodes_as_alone(kind, precision):

@@ -178,7 +178,7 @@ def test_the_original_weights_are_released_and_rotary_frequencies_stay_in_fp32(s
 
 
 @pytest.mark.parametrize(
-    ("change", "missing"),
+    "change, missing",
     [
         ({}, None),
         ({"hidden_act": "tanh"}, "the activation tanh"),
@@ -220,9 +220,7 @@ def saved(tmp_path, monkeypatch):
     return save
 
 
-@pytest.mark.parametrize(
-    ("activation", "implementation"), [("silu", "packed"), ("tanh", "generic")]
-)
+@pytest.mark.parametrize("activation, implementation", [("silu", "packed"), ("tanh", "generic")])
 def test_a_checkpoint_is_loaded_for_decoding(saved, monkeypatch, activation, implementation):
     folder = saved(hidden_act=activation)
     monkeypatch.setenv("LAYERSKIP_KERNELS", "torch")

@@ -58,7 +58,7 @@ def test_keys_and_values_are_those_of_the_layers(model_type):
 
 
 @pytest.mark.parametrize(
-    ("model_type", "precision"), [cell for cell in CELLS if cell[0] not in OWN_LAYERS]
+    "model_type, precision", [cell for cell in CELLS if cell[0] not in OWN_LAYERS]
 )
 def test_those_of_the_kernels_too(variant, model_type, precision):  # noqa: F811  a fixture
     assert_propagates(model_of(precision, model_type, **KINDS[model_type]), PLACES)

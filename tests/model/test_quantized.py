@@ -44,7 +44,7 @@ def plain(model, prompt, **config):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("kind", "levels"), [("int8", 255), ("int4", 16)])
+@pytest.mark.parametrize("kind, levels", [("int8", 255), ("int4", 16)])
 def test_a_weight_becomes_the_nearest_level(kind, levels, bias):
     """Unit vectors read the weights back. Rounding moves a weight by half a level at most, and bf16
     by 2^-8.
@@ -89,7 +89,7 @@ def test_unsupported_widths_devices_and_drafts_are_errors():
         output(packed(exact=True), prompt_of(3), exit_layer=3, num_draft_tokens=64)
 
 
-@pytest.mark.parametrize(("quantize", "tolerance"), [("int8", 0.1), ("int4", 0.7)])
+@pytest.mark.parametrize("quantize, tolerance", [("int8", 0.1), ("int4", 0.7)])
 @pytest.mark.parametrize("model_type", ["llama", *KINDS])
 def test_quantized_logits_are_near_the_original_ones(model_type, quantize, tolerance):
     ids = torch.tensor([prompt_of(12)])
@@ -239,7 +239,7 @@ def test_draft_vocab_follows_the_token_order_of_the_checkpoint(checkpoint, tmp_p
             found = backend.draft_sides[None].at_exits.unembed(hidden)
             torch.testing.assert_close(found, backend.unembed(hidden)[..., [299, 7]])
     (folder / "token_order.json").write_text("[300]")
-    refused = run("generate", "x", "--model", str(folder))
+    refused = run("generate", "x", f"--model {folder}")
     assert (
         refused.code == 1
         and "token_order.json must be a list of distinct token ids below 300" in refused.err
@@ -247,31 +247,22 @@ def test_draft_vocab_follows_the_token_order_of_the_checkpoint(checkpoint, tmp_p
 
 
 def test_weight_flags_on_the_command_line(tmp_path, checkpoint):
-    fixed = ("--model", checkpoint, "--max-new-tokens", "12", "--dtype", "fp32", "--exit", "4")
-    expected = run("generate", "wake me up", *fixed)
+    fixed = f"--model {checkpoint} --max-new-tokens 12 --dtype fp32 --exit 4"
+    expected = run("generate", "wake me up", fixed)
     drafted = run(
-        "generate",
-        "wake me up",
-        *fixed,
-        "--draft-weights",
-        "int8",
-        "--draft-vocab",
-        "200",
-        "--exact",
-        "--stats",
+        "generate", "wake me up", fixed, "--draft-weights int8 --draft-vocab 200 --exact --stats"
     )
     assert (drafted.code, drafted.out) == (0, expected.out)
-    eight = run("generate", "wake me up", *fixed, "--quantize", "int8", "--stats")
+    eight = run("generate", "wake me up", fixed, "--quantize int8 --stats")
     assert eight.code == 0 and "layers: packed (int8), float32 on cpu" in eight.err
     fails(
         "int4 weights need layer widths that the group size 32 divides, got 48",
-        "generate", "x", *fixed, "--quantize", "int4",
+        "generate", "x", fixed, "--quantize int4",
     )  # fmt: skip
     fails(
         "--draft-weights must be a list, each one of int8, int4, got fp8",
         "generate",
         "x",
-        *fixed,
-        "--draft-weights",
-        "fp8",
+        fixed,
+        "--draft-weights fp8",
     )

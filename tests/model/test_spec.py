@@ -67,17 +67,13 @@ def test_a_complete_configuration_gives_the_same_spec_without_transformers(model
 
 
 DELTA = {
-    **{
-        "model_type": "qwen3_5_text",
-        "layer_types": ["linear_attention", FULL] * 3,
-        "linear_conv_kernel_dim": 4,
-    },
-    **{
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-    },
+    "model_type": "qwen3_5_text",
+    "layer_types": ["linear_attention", FULL] * 3,
+    "linear_conv_kernel_dim": 4,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4}
 LONG = {"rope_theta": 1e4, "partial_rotary_factor": 0.4}
@@ -119,7 +115,7 @@ BAD = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("changes", "message"), BAD, ids=lambda value: str(value)[:60])
+@pytest.mark.parametrize("changes, message", BAD, ids=lambda value: str(value)[:60])
 def test_invalid_values_are_refused_by_name(changes, message):
     with pytest.raises(CheckpointError, match=message):
         spec_of(**changes)
@@ -166,12 +162,10 @@ def pack(implementation, change, model_type="llama", dtype=torch.float32, packin
 
 
 WEIGHTS = [
-    *(
-        "model.embed_tokens.weight",
-        "model.norm.weight",
-        "lm_head.weight",
-        "model.layers.3.input_layernorm.weight",
-    ),
+    "model.embed_tokens.weight",
+    "model.norm.weight",
+    "lm_head.weight",
+    "model.layers.3.input_layernorm.weight",
     *(
         f"model.layers.3.{name}.weight"
         for name in ("self_attn.k_norm", "self_attn.o_proj", "mlp.down_proj")

@@ -46,7 +46,7 @@ def run(program, emulator, cpu):
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize(("processor", "variant", "cpu"), CASES)
+@pytest.mark.parametrize("processor, variant, cpu", CASES)
 def test_the_kernels_compute_what_plain_c_does(processor, variant, cpu, tmp_path):
     program, emulator = built(processor, variant, tmp_path)
     done = run(program, emulator, cpu)

@@ -72,7 +72,7 @@ def test_the_text_equals_that_of_transformers(folder, own, template, prompt):
 
 
 @pytest.mark.parametrize(
-    ("template", "reason"),
+    "template, reason",
     [
         ("{{ raise_exception('roles must\nalternate') }}", "TemplateError: roles must"),
         ("{{ 1 / 0 }}", "ZeroDivisionError: "),
@@ -100,7 +100,7 @@ STORED_CHAT = PromptTemplate(CHAT, "Be brief.")
 
 
 @pytest.mark.parametrize(
-    ("asked", "system", "stored", "tokenizer", "expected"),
+    "asked, system, stored, tokenizer, expected",
     [
         (None, None, None, WITHOUT, PromptTemplate(RAW)),
         (None, None, STORED, WITH_CHAT, STORED),
@@ -150,8 +150,10 @@ def test_turns_are_those_of_the_template_and_special_tokens_in_them_are_text(tok
         )
 
     messages = [
-        *({"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}),
-        *({"role": "assistant", "content": "yes?"}, {"role": "user", "content": "start"}),
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "yes?"},
+        {"role": "user", "content": "start"},
     ]
     plain = full(
         full.apply_chat_template(messages, add_generation_prompt=True, tokenize=False),
@@ -292,7 +294,7 @@ def test_a_system_message_is_one_turn_and_opens_no_other(tokenizer, full, system
 
 @pytest.mark.parametrize("shots", [0, 1])
 @pytest.mark.parametrize(
-    ("template", "own"), [(OWN_TURNS, 3), ("raw", 2), ("{prompt}", 0), ("chat", 5)]
+    "template, own", [(OWN_TURNS, 3), ("raw", 2), ("{prompt}", 0), ("chat", 5)]
 )
 def test_a_template_of_a_task_makes_tokens_and_its_rows_do_not(
     tokenizer, full, tmp_path, template, own, shots
@@ -346,7 +348,7 @@ def test_a_unigram_tokenizer():
 
 
 @pytest.mark.parametrize(
-    ("asked", "system", "stored", "tokenizer", "message"),
+    "asked, system, stored, tokenizer, message",
     [
         (
             "chat",

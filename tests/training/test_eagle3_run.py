@@ -167,7 +167,7 @@ def test_the_folder_names_the_target(frozen):
 
 
 @pytest.mark.parametrize(
-    ("kind", "suits"), [("gpt_neox", True), ("zamba2", False), ("mamba", False), ("gemma2", False)]
+    "kind, suits", [("gpt_neox", True), ("zamba2", False), ("mamba", False), ("gemma2", False)]
 )
 def test_the_default_layout_is_one_that_engines_can_run(kind, suits):
     """Not of models without attention, or with an embedding of another kind, scales or caps."""
@@ -189,7 +189,7 @@ def test_a_drafter_of_a_model_with_another_rope_has_the_plain_one():
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    "values, message",
     [
         ({"layout": "exit"}, "`draft_vocab` must be used with `layout` eagle3"),
         ({"layout": None, "exits": (2,)}, "`draft_vocab` must be used with `layout` eagle3"),

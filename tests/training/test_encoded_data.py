@@ -361,7 +361,7 @@ EXAMPLE = Example("hi", "ho")
 
 
 @pytest.mark.parametrize(
-    ("prompting", "row", "message"),
+    "prompting, row, message",
     [
         (PromptingConfig("Q: {prompt}"), CONVERSATION, "`template` must be chat for conversations"),
         (

@@ -21,8 +21,7 @@ def timed(monkeypatch, fp32, bf16):
 
 
 @pytest.mark.parametrize(
-    ("bf16", "name", "attention"),
-    [(0.25, "bf16 autocast", "sdpa_fp32"), (0.80, "fp32", "sdpa")],
+    "bf16, name, attention", [(0.25, "bf16 autocast", "sdpa_fp32"), (0.80, "fp32", "sdpa")]
 )
 def test_auto_is_bf16_where_a_product_is_clearly_faster_in_it(
     settings, monkeypatch, bf16, name, attention
@@ -39,7 +38,7 @@ def test_auto_is_bf16_where_a_product_is_clearly_faster_in_it(
     assert json.loads(Path(config.output, "layerskip.json").read_text())["precision"] == name
 
 
-@pytest.mark.parametrize(("dtype", "name"), [("fp32", "fp32"), ("bf16", "bf16 autocast")])
+@pytest.mark.parametrize("dtype, name", [("fp32", "fp32"), ("bf16", "bf16 autocast")])
 @pytest.mark.parametrize("kind", [None, DrafterConfig])
 def test_a_requested_precision_is_taken_untimed(settings, monkeypatch, dtype, name, kind):
     monkeypatch.setattr(precision, "product_seconds", lambda *_: pytest.fail("timed"))

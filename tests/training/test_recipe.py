@@ -52,7 +52,7 @@ def test_the_curricula():
 
 
 @pytest.mark.parametrize(
-    ("curriculum", "expected"),
+    "curriculum, expected",
     [
         ("rotational", [(6, 15, 30), (8, 30), (10, 30), (6, 15, 30)]),
         ("gradual", [(30,), (30,), (15, 30), (6, 8, 10, 15, 30)]),
@@ -72,7 +72,7 @@ def test_named_exits_are_the_only_ones_besides_the_last(curriculum, expected):
 
 
 @pytest.mark.parametrize(
-    ("asked", "field"),
+    "asked, field",
     [
         ({"curriculum": "none", "exits": (6,)}, "exits"),
         ({"curriculum": "none", "distill": 0.5}, "distill"),
@@ -288,9 +288,7 @@ PAPER = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("preset", "parameters", "layers", "p_max", "e_scale", "rotation", "rate"), PAPER
-)
+@pytest.mark.parametrize("preset, parameters, layers, p_max, e_scale, rotation, rate", PAPER)
 def test_the_papers_values(preset, parameters, layers, p_max, e_scale, rotation, rate):
     recipe = resolve_recipe(RecipeSettings(preset), spec_of(layers, 32_000, int(parameters)), 100)
     assert (

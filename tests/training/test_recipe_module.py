@@ -53,9 +53,7 @@ def test_dropout_over_the_run():
 
 
 @pytest.mark.parametrize(
-    ("bf16", "lora"),
-    [(False, True), (True, False)],
-    ids=["fp64, LoRA", "bf16 autocast, all weights"],
+    "bf16, lora", [(False, True), (True, False)], ids=["fp64, LoRA", "bf16 autocast, all weights"]
 )
 def test_recomputing_layers_gives_the_same_gradients_bit_by_bit(monkeypatch, bf16, lora):
     """The backward pass runs layers again: dropping the same rows, with taps, in the same
@@ -222,7 +220,7 @@ def inputs(kind):
     return {"input_ids": ids, "labels": labels}
 
 
-@pytest.mark.parametrize(("kind", "model_type"), [("causal", "mistral"), ("packed", "llama")])
+@pytest.mark.parametrize("kind, model_type", [("causal", "mistral"), ("packed", "llama")])
 def test_attention_in_fp32_changes_nothing_but_rounding(kind, model_type):
     """In fp32 the same bits, whichever mask; under autocast no further from them than bf16
     attention is.
@@ -254,7 +252,7 @@ def test_dropout_is_off_in_evaluation_and_all_exits_are_on(llama):
 
 
 @pytest.mark.parametrize(
-    ("curriculum", "step", "exits"),
+    "curriculum, step, exits",
     [
         ("rotational", 1, (2, 5, 6)),  # R = 3: layer indices 1 and 4, and the last
         ("gradual", 2, (5, 6)),  # T = 12, L = 6: one more exit a step from t = 1 on

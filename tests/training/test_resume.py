@@ -47,7 +47,7 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize(("changes", "tied"), RESUMED.values(), ids=RESUMED)
+@pytest.mark.parametrize("changes, tied", RESUMED.values(), ids=RESUMED)
 def test_resuming_gives_the_same_weights_bit_by_bit(settings, tmp_path, changes, tied):
     base = saved_base(tmp_path / "base", tie_word_embeddings=tied)
     require_exact_resumption(settings, tmp_path, **changes, model=base)
@@ -70,8 +70,10 @@ def test_ctrl_c_saves_and_ends_with_130(base, tmp_path, monkeypatch):
     signal_in_step(monkeypatch, 3, signal.SIGINT)
     before = signal.getsignal(signal.SIGINT)
     output = str(tmp_path / "out")
-    result = run("finetune", "--model", base, "--samples", "16", "--steps", "6", "--batch-size", "4", "--max-length", "64",
-                 "--output", output)  # fmt: skip
+    result = run(
+        f"finetune --model {base} --samples 16 --steps 6 --batch-size 4",
+        f"--max-length 64 --output {output}",
+    )
     assert (result.code, result.out) == (130, "")
     assert "interrupted after step 3 of 6" in result.err and result.err.endswith(
         f"--output {output} --resume\n"
@@ -90,8 +92,7 @@ def test_a_run_that_replaces_a_model_is_resumed_by_the_command_it_prints(
     (output / "config.json").write_text('{"model_type": "llama"}')
     with monkeypatch.context() as context:
         signal_in_step(context, 2, signal.SIGTERM)
-        cut = run("finetune", "--model", base, "--samples", "8", "--steps", "3", "--batch-size", "4", "--output", str(output),
-                  "--overwrite")  # fmt: skip
+        cut = run(f"finetune --model {base} --samples 8 --steps 3 --batch-size 4 --output {output}", "--overwrite")  # fmt: skip
     assert cut.code == 143 and steps_saved(output) == [2]
     ended = run(*re.search("continue with: layerskip (.*)\n", cut.err)[1].split())
     assert ended.code == 0 and f"going on from {checkpoint(output, 2)}" in ended.err

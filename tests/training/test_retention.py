@@ -32,7 +32,7 @@ def rows_of(job):
 
 
 @pytest.mark.parametrize(
-    ("replayed", "per_step", "places"),
+    "replayed, per_step, places",
     [
         (1, 4, [3, 7, 11]),
         (2, 6, [2, 5, 8, 11, 14, 17]),  # in two micro-batches of 3, or on two processes: one each
@@ -141,7 +141,7 @@ def test_an_interrupted_run_goes_on_from_its_texts(settings, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("changes", "share"),
+    "changes, share",
     [
         ({}, 0.25),
         ({"recipe": RecipeSettings("none")}, 0.25),

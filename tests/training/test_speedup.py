@@ -20,7 +20,7 @@ def turns(step, rounds, slowness=(1,) * 9):
     ]
 
 
-@pytest.mark.parametrize(("accepted", "drafts"), [(0.3, 1), (0.8, 2), (0.99, 8)])
+@pytest.mark.parametrize("accepted, drafts", [(0.3, 1), (0.8, 2), (0.99, 8)])
 def test_the_best_number_of_drafts_depends_on_the_acceptance(accepted, drafts):
     """A plain step takes 10 seconds, a round with d drafts 3 d + 8. Later everything takes four
     times as long, as on a busy machine, which changes no ratio.

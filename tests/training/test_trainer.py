@@ -165,7 +165,7 @@ def spoiling(job, step, factor):
 
 
 @pytest.mark.parametrize(
-    ("factor", "save_steps", "message"),
+    "factor, save_steps, message",
     [
         (float("nan"), 1, r"the loss of step 3 is nan"),
         (1e4, 0, r"the loss exploded at step 3: \d+\.\d in the last layer, first 5\.\d"),
@@ -283,7 +283,7 @@ REFUSED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("asked", "field"), REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize("asked, field", REFUSED.values(), ids=REFUSED)
 def test_settings_that_contradict_each_other_are_refused(settings, asked, field):
     with pytest.raises(ConfigError) as refused:
         prepare(asked(settings))
