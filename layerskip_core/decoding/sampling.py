@@ -25,7 +25,7 @@ from .row import Row
 _PIECE = 1 << 21  # most logits that are copied at once: some six copies of 8 MB in fp32
 
 
-class Span(NamedTuple):
+class ChoiceRun(NamedTuple):
     """Consecutive tokens of a row that are chosen: so many, the first of them `ahead` tokens after
     the row's next one.
     """
@@ -42,7 +42,7 @@ class Scores(NamedTuple):
     ids: Tensor | None = None  # token ids of the columns, (C,) or by row (N, C); None for 0..C-1
 
 
-def noise_of(spans: Sequence[Span]) -> Noise | None:
+def noise_of(spans: Sequence[ChoiceRun]) -> Noise | None:
     """The noise of all choices, for rows that share a temperature. None if nothing is drawn.
 
     It depends on seed and position alone, so on neither the batch nor drafts.
@@ -57,7 +57,7 @@ def noise_of(spans: Sequence[Span]) -> Noise | None:
     return Noise(temperature, keys)
 
 
-def scores_of(logits: Tensor, spans: Sequence[Span], ids: Tensor | None = None) -> Scores:
+def scores_of(logits: Tensor, spans: Sequence[ChoiceRun], ids: Tensor | None = None) -> Scores:
     """The scores to choose by, for rows that share their sampling. `logits` (N, C) may be
     overwritten; `ids` (C,): None for 0..C-1.
     """
@@ -88,7 +88,7 @@ def best_of(scores: Scores, one_thread: bool = False) -> Tensor:
 
 
 def choose(
-    logits: Tensor, spans: Sequence[Span], ids: Tensor | None = None, needs_probs: bool = False
+    logits: Tensor, spans: Sequence[ChoiceRun], ids: Tensor | None = None, needs_probs: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """The tokens (N,) that rows choose by logits (N, C), which may be overwritten, each row by its
     own sampling; and their probabilities (N,), if needed.
@@ -125,7 +125,7 @@ def _sampling(config: DecodingConfig) -> tuple[float, ...]:
 
 
 def _chosen_alike(
-    logits: Tensor, spans: Sequence[Span], ids: Tensor | None, needs_probs: bool
+    logits: Tensor, spans: Sequence[ChoiceRun], ids: Tensor | None, needs_probs: bool
 ) -> tuple[Tensor, Tensor | None]:
     """As `choose`, for rows that share their sampling."""
     scores = scores_of(logits, spans, ids)
@@ -148,7 +148,9 @@ def needs_logits(rows: Sequence[Row]) -> bool:
     return False
 
 
-def processed(logits: Tensor, spans: Sequence[Span], drafts: Sequence[Sequence[int]]) -> Tensor:
+def processed(
+    logits: Tensor, spans: Sequence[ChoiceRun], drafts: Sequence[Sequence[int]]
+) -> Tensor:
     """Applies the options of rows to logits (N, V) of their spans, which may be overwritten.
 
     A span's last position follows the row's drafts, of which `drafts` has those so far.
@@ -161,7 +163,7 @@ def processed(logits: Tensor, spans: Sequence[Span], drafts: Sequence[Sequence[i
     return changed
 
 
-def verify(tokens: Tensor, spans: Sequence[Span], logits: Tensor) -> list[list[int]]:
+def verify(tokens: Tensor, spans: Sequence[ChoiceRun], logits: Tensor) -> list[list[int]]:
     """Verifies drafts by the target's logits (S, V) after tokens (S,): of each span a row's newest
     token, then its drafts.
 
@@ -181,13 +183,13 @@ def verify(tokens: Tensor, spans: Sequence[Span], logits: Tensor) -> list[list[i
     for start, stop in _pieces(len(logits), logits.shape[-1]):
         part = logits[start:stop]
         part = part.to(torch.promote_types(part.dtype, torch.float32), copy=is_reported)
-        of_part = list[Span]()
+        of_part = list[ChoiceRun]()
         drafts = list[list[int]]()
         for row, (first, end) in zip(rows, pairwise(bounds), strict=True):
             begin = max(first, start)
             last = min(end, stop)
             if begin < last:
-                of_part.append(Span(row, last - begin, begin - first))
+                of_part.append(ChoiceRun(row, last - begin, begin - first))
                 drafts.append(ids[first + 1 : last])
         if changes:
             part = processed(part, of_part, drafts)

@@ -300,7 +300,7 @@ def test_a_common_beginning_runs_once(kind, monkeypatch):
 
 def kept_by(prefixes):
     """The models whose texts are kept, and their lengths."""
-    return [(text.written_by[0], len(text.ids)) for text in prefixes._texts]
+    return [(text.model, len(text.ids)) for text in prefixes._texts]
 
 
 def test_a_shortage_in_one_pool_drops_texts_of_that_pool_only():

@@ -89,7 +89,9 @@ def keys_and_values(decoding, cache):
     [row] = decoding.rows
     if (blocks := decoding.engine.target.block_writer) is not None:
         blocks.write(cache, [row.num_computed_tokens])
-    stop = len(row.ids) - 1 if decoding.engine.target.decodes_like_prefill else row.prompt_tokens
+    stop = (
+        len(row.ids) - 1 if decoding.engine.target.decodes_like_prefill else row.num_prompt_tokens
+    )
     return entries(cache)[..., :stop, :]
 
 
@@ -195,7 +197,7 @@ def test_an_answer_that_is_left_is_kept_as_far_as_it_came():
     prefixes = of_turns()
     decoding = decode(backend, prompt_of(9), config, prefixes=prefixes)
     came = ids_of(islice(decoding, 3))
-    decoding.leave()
+    decoding.close()
     assert 3 <= len(came) < 30
     text = [*prompt_of(9), *came, 5, 6]
     going_on = decode(backend, text, config, prefixes=prefixes)

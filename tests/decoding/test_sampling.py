@@ -9,7 +9,14 @@ from torch import tensor
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding import sampling
-from layerskip_core.decoding.sampling import Scores, Span, best_of, choose, probabilities, verify
+from layerskip_core.decoding.sampling import (
+    ChoiceRun,
+    Scores,
+    best_of,
+    choose,
+    probabilities,
+    verify,
+)
 from layerskip_core.model import noise as noises
 from layerskip_core.model.native import noise as native_noise
 from layerskip_core.model.native.noise import perturbed
@@ -22,7 +29,9 @@ GREEDY = DecodingConfig()
 def drawing(seeds, config=GREEDY, ids=(), counts=None):
     """Spans of rows that draw by these seeds, one token each or so many."""
     rows = [SimpleNamespace(seed=seed, processor=None, ids=ids, config=config) for seed in seeds]
-    return [Span(row, count) for row, count in zip(rows, counts or [1] * len(rows), strict=True)]
+    return [
+        ChoiceRun(row, count) for row, count in zip(rows, counts or [1] * len(rows), strict=True)
+    ]
 
 
 def p_value(counts: torch.Tensor, probs: torch.Tensor) -> float:

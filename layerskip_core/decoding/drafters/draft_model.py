@@ -8,7 +8,6 @@ import torch
 
 from ...config.decoding import DecodingConfig
 from ...model.backend import DraftEnds, Submodel
-from ..prefixes import NO_PREFIXES
 from ..row import Row
 from ..target import FixedTarget
 from .protocol import Draft, DrafterSetup, DraftInput
@@ -27,7 +26,7 @@ class ModelDrafter:
     def __init__(self, setup: DrafterSetup) -> None:
         assert setup.model.draft_model is not None
         self.model = setup.model.draft_model
-        self._prefixes = setup.prefixes or NO_PREFIXES
+        self._prefixes = setup.prefixes
         # Whose KV entries the prefixes keep
         self._target = FixedTarget(self.model, DecodingConfig("autoregressive"))
         own = replace(setup, model=self.model, reuse_exit_states=False)
@@ -74,8 +73,7 @@ class ModelDrafter:
         """Frees memory for so many tokens and drafts: of kept prefixes, then the youngest rows give
         way, and get 0 in both lists.
         """
-        while self._free_pages(counts, limits) < 0 and self._prefixes.drop(self.model):
-            pass
+        self._prefixes.make_room(self.model, lambda: self._free_pages(counts, limits) >= 0)
         for index in reversed(range(len(counts))):
             if self._free_pages(counts, limits) < 0:
                 counts[index] = 0
@@ -121,7 +119,7 @@ class ModelDrafter:
         """Gives the cache the rows of the input, in their order."""
         for row in given.rows:
             if row not in self._num_computed:
-                cache, self._num_computed[row] = self._prefixes.begin(
+                cache, self._num_computed[row] = self._prefixes.start_cache(
                     self.model, self._target, row.ids, self._max_tokens
                 )
                 self._cache.join(cache)

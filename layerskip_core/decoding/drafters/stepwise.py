@@ -12,7 +12,7 @@ from torch import Tensor
 from ...model.backend import DraftEnds, DraftHead, DraftSide, Submodel, beyond_exit, states_at
 from ...model.cache import Places, on_device
 from ..row import Row
-from ..sampling import Span, choose, processed
+from ..sampling import ChoiceRun, choose, processed
 from .lookup import RowLookup
 from .protocol import Draft, DraftInput
 
@@ -168,7 +168,7 @@ class StepwiseDraft:
     def _choose(self, logits: Tensor) -> tuple[Tensor, list[float]]:
         """The tokens (S,) chosen by logits (S, N), and their probabilities, if they are needed."""
         going = self._going
-        spans = [Span(each.row, 1 + len(each.guesses), each.length) for each in going]
+        spans = [ChoiceRun(each.row, 1 + len(each.guesses), each.length) for each in going]
         vocabulary = self._part.head.vocabulary
         ids = None if vocabulary is None else vocabulary.ids_on(logits.device)
         if any(each.row.processor is not None for each in going):

@@ -22,7 +22,7 @@ from ...model.backend import DraftCall, DraftEnds, DraftKernel, Spans, Submodel
 from ...model.eagle3 import NO_DRAFTER
 from ..graphs import GraphRecorder
 from ..row import Row
-from ..sampling import Span, noise_of, truncates
+from ..sampling import ChoiceRun, noise_of, truncates
 from .lookup import SHORTEST, RowLookup
 from .protocol import Draft, DrafterSetup, DraftInput
 from .stepwise import DraftingPart, StepwiseDraft
@@ -116,7 +116,7 @@ class SubmodelDrafter:
             self.submodel,
             given.places([limit + 1], [0]),
             ends,
-            noise_of([Span(row, limit)]),
+            noise_of([ChoiceRun(row, limit)]),
             given.feature(self._feature_key),
             self._part.reuses_states,
         )
