@@ -10,7 +10,16 @@ import decoder_types
 import pytest
 import torch
 from conftest import tiny_model
-from decodings import WIDE, answer_of, ids_of, letters, native_or_skip, plainly, prompt_of
+from decodings import (
+    WIDE,
+    answer_of,
+    ids_of,
+    letters,
+    native_or_skip,
+    plainly,
+    probabilities,
+    prompt_of,
+)
 from evaluating import tiny_loaded
 from test_loop import p_value_of
 
@@ -24,7 +33,6 @@ from layerskip_core.decoding import (
     new_row,
     without_failure,
 )
-from layerskip_core.decoding.sampling import probabilities
 from layerskip_core.evaluation.measure import last_logits
 from layerskip_core.model import TorchBackend, TransformersBackend
 from layerskip_core.model.pages import PAGE

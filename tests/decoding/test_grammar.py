@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 import torch
 from conftest import run_texts, tiny_model
-from decodings import WIDE, native_or_skip
+from decodings import WIDE, native_or_skip, probabilities
 from evaluating import tiny_loaded
 from test_loop import NEW, VOCABULARY, TableModel, joint_of, p_value_of
 from tokenizers import Tokenizer, decoders, models
@@ -17,7 +17,6 @@ from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import DecodingLoop, decode
 from layerskip_core.decoding.drafters.lookup_drafter import LookupDrafter
-from layerskip_core.decoding.sampling import probabilities
 from layerskip_core.decoding.target import FixedTarget
 from layerskip_core.errors import ConfigError
 from layerskip_core.language_model import LanguageModel

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from decodings import probabilities
 from torch import tensor
 
 from layerskip_core.config.decoding import DecodingConfig
@@ -14,7 +15,6 @@ from layerskip_core.decoding.sampling import (
     Scores,
     best_of,
     choose,
-    probabilities,
     verify,
 )
 from layerskip_core.model import noise as noises
@@ -27,7 +27,7 @@ GREEDY = DecodingConfig()
 
 
 def drawing(seeds, config=GREEDY, ids=(), counts=None):
-    """Spans of rows that draw by these seeds, one token each or so many."""
+    """Runs of rows that draw by these seeds, one token each or so many."""
     rows = [SimpleNamespace(seed=seed, processor=None, ids=ids, config=config) for seed in seeds]
     return [
         ChoiceRun(row, count) for row, count in zip(rows, counts or [1] * len(rows), strict=True)
