@@ -68,11 +68,9 @@ def decode_batch(
     None: the config's for all. Raises ConfigError as `decode`, and for several prompts with exact
     weights or an `exit_confidence`, where rows leave at different exits.
     """
-    single = len(prompts) == 1
-    require(single or not model.exact, "batch_size", "1 with `exact`", len(prompts))
-    require(
-        single or not config.exit_confidence, "batch_size", "1 with `exit_confidence`", len(prompts)
-    )
+    for name, is_used in (("exact", model.exact), ("exit_confidence", config.exit_confidence)):
+        fits = not is_used or len(prompts) == 1
+        require(fits, "batch_size", f"1 with `{name}`", len(prompts))
     if not prompts:
         return []
     loop = DecodingLoop(model, prompts, config, eos_ids, detokenize, seeds=seeds, earlier=earlier)

@@ -321,30 +321,6 @@ def test_scores_of_columns_choose_their_token_ids():
     assert best_of(Scores(values, tensor([[7, 8, 9], [4, 5, 6]]))).tolist() == [8, 4]
 
 
-@pytest.mark.parametrize("ids", [None, tensor([*range(100, 140)])])
-def test_rows_are_sampled_together_as_alone(ids):
-    """Greedy ones beside others of several temperatures and truncations."""
-    configs = [
-        GREEDY,
-        DecodingConfig(temperature=0.9),
-        DecodingConfig(temperature=2.0, top_k=3),
-        DecodingConfig(temperature=0.9),
-        DecodingConfig(temperature=2.0, min_p=0.1),
-        GREEDY,
-    ]
-    counts = [2, 1, 3, 2, 1, 1]
-    spans = [
-        drawing([seed], config, [1, 2], [count])[0]
-        for seed, (config, count) in enumerate(zip(configs, counts, strict=True))
-    ]
-    logits = torch.randn(sum(counts), 40, generator=torch.Generator().manual_seed(0))
-    found, probs = choose(logits.clone(), spans, ids, needs_probs=True)
-    parts = torch.split(logits.clone(), counts)
-    alone = [choose(part, [span], ids, True) for part, span in zip(parts, spans, strict=True)]
-    assert found.tolist() == torch.cat([tokens for tokens, _ in alone]).tolist()
-    torch.testing.assert_close(probs, torch.cat([probs for _, probs in alone]))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocabulary", [1000, 8192, 8192 + 7, 3 * 8192])
 def test_the_most_probable_token_is_the_first_of_the_largest_logits(vocabulary, dtype):
