@@ -86,14 +86,17 @@ class TextStream:
             for count, token in enumerate(step.ids, start=1):
                 output.decode([token], finished and count == len(step.ids))
                 ends.append((len(output.decoded), count <= step.counts.accepted))
-            stop = start + len(output.show(finished))
+            shown_end = start + len(output.show(finished))
             segments: list[tuple[str, bool]] = []
             for end, from_draft in ends:
-                if (shown := min(end, stop)) > start:
-                    before = segments.pop()[0] if segments and segments[-1][1] == from_draft else ""
-                    segments.append((before + self.text[start:shown], from_draft))
-                    start = shown
-            ends = [(end, from_draft) for end, from_draft in ends if end > stop]
+                piece = self.text[start : min(end, shown_end)]
+                if not piece:
+                    continue
+                start += len(piece)
+                if segments and segments[-1][1] == from_draft:
+                    piece = segments.pop()[0] + piece
+                segments.append((piece, from_draft))
+            ends = [(end, from_draft) for end, from_draft in ends if end > shown_end]
             yield segments
             self._raise_error()
 

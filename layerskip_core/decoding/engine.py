@@ -263,11 +263,11 @@ class Engine:
         self, plan: StepPlan, tokens: Tensor, output: TargetOutput
     ) -> list[list[int]]:
         """By row that samples: the accepted drafts, and a token of the target's own."""
-        spans = _choice_runs(plan)
+        runs = _choice_runs(plan)
         if output.choices is not None:
-            return accepted_choices(tokens, [span.tokens for span in spans], output.choices)
+            return accepted_choices(tokens, [run.tokens for run in runs], output.choices)
         if output.logits is not None:
-            return verify(tokens, spans, output.logits)
+            return verify(tokens, runs, output.logits)
         return []
 
     def _add_prompt_logprobs(self, row: Row, states: Tensor) -> None:

@@ -170,19 +170,19 @@ class StepwiseDraft:
     def _choose(self, logits: Tensor) -> tuple[Tensor, list[float]]:
         """The tokens (S,) chosen by logits (S, N), and their probabilities, if they are needed."""
         going = self._going
-        spans = [ChoiceRun(each.row, 1 + len(each.guesses), each.length) for each in going]
+        runs = [ChoiceRun(each.row, 1 + len(each.guesses), each.length) for each in going]
         vocabulary = self._part.head.vocabulary
         ids = None if vocabulary is None else vocabulary.ids_on(logits.device)
         if any(each.row.processor is not None for each in going):
             ids = None
             if vocabulary is not None:
                 logits = vocabulary.spread(logits)
-            logits = processed(logits, spans, [each.ids for each in going])
+            logits = processed(logits, runs, [each.ids for each in going])
             if vocabulary is not None:  # it may lack all permitted tokens
                 for each, best in zip(going, logits.amax(-1).tolist(), strict=True):
                     if best == -torch.inf:
                         each.limit = each.length
-        tokens, probs = choose(logits, spans, ids, self._ends.needs_probs)
+        tokens, probs = choose(logits, runs, ids, self._ends.needs_probs)
         return tokens, [] if probs is None else probs.tolist()
 
     def _accept(self, chosen: list[int], probs: list[float]) -> None:

@@ -208,12 +208,10 @@ def kept_layers(skip: tuple[int, ...], num_layers: int) -> tuple[int, Spans]:
     `skip` numbers layers from 1.
     """
     ascending = sorted(set(skip))
-    spans = tuple(
-        (before, after - 1)
-        for before, after in pairwise([*ascending, num_layers + 1])
-        if before < after - 1
+    pairs = pairwise([*ascending, num_layers + 1])
+    return ascending[0] - 1, tuple(
+        (before, after - 1) for before, after in pairs if before < after - 1
     )
-    return ascending[0] - 1, spans
 
 
 def drafter_name(weights: Quantization | None, exit_layer: int, num_layers: int) -> str:
