@@ -11,14 +11,13 @@ from typing import ClassVar
 import pytest
 import torch
 from conftest import tiny_model
-from decodings import answer_of, ids_of, letters, prompt_of
+from decodings import answer_of, ids_of, letters, probabilities, prompt_of
 from torch import tensor
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding import DecodingLoop, decode
 from layerskip_core.decoding.drafters import Draft
 from layerskip_core.decoding.row import Row
-from layerskip_core.decoding.sampling import probabilities
 from layerskip_core.errors import ConfigError
 from layerskip_core.model import TransformersBackend
 from layerskip_core.model.backend import DraftHead, choose_by_head

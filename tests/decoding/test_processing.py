@@ -8,13 +8,12 @@ from functools import cache
 import pytest
 import torch
 from conftest import run_texts
-from decodings import WIDE, backend_on, ids_of, prompt_of
+from decodings import WIDE, backend_on, ids_of, probabilities, prompt_of
 from test_loop import NEW, VOCABULARY, TableModel, joint_of, p_value_of
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import DecodingLoop, decode, decode_batch, processing
-from layerskip_core.decoding.sampling import probabilities
 
 PROMPT = prompt_of(9)
 ALL = {
