@@ -19,7 +19,7 @@ from .loading import FreeThreads, load_model
 if TYPE_CHECKING:
     from layerskip_core.checkpoint.loaded import Decoder
     from layerskip_core.config.evaluation import MeasurementConfig
-    from layerskip_core.evaluation.measure import Progress
+    from layerskip_core.evaluation.measure.measuring import Progress
     from layerskip_core.evaluation.report.tables import Table
     from layerskip_core.evaluation.results import RunRecord
 
@@ -64,7 +64,7 @@ def watch(events: "Iterator[Progress | Found]", free_threads: FreeThreads | None
     `free_threads` may change between two events, when all settings have decoded a prompt: so each
     has the same share of them.
     """
-    from layerskip_core.evaluation.measure import Progress
+    from layerskip_core.evaluation.measure.measuring import Progress
 
     with stage_bars() as show:
         for event in events:
@@ -81,7 +81,7 @@ def deliver_report(record: "RunRecord", form: str, folder: Path | None, saved: s
     read from, if any.
     """
     from layerskip_core.evaluation.journal import OUTPUTS
-    from layerskip_core.evaluation.report import report_files, to_csv
+    from layerskip_core.evaluation.report.files import report_files, to_csv
     from layerskip_core.evaluation.report.tables import results_table
 
     _narrate_failures(record)
@@ -123,7 +123,7 @@ def deliver(
     """Writes `files` to the folder (None: removes one), with a `name` also the document, table and
     CSV; prints the table, CSV or JSON on stdout.
     """
-    from layerskip_core.evaluation.report import table_files, to_json
+    from layerskip_core.evaluation.report.files import table_files, to_json
     from layerskip_core.files import write_file
 
     texts = {"json": to_json(record), "markdown": table.markdown(), "csv": csv}

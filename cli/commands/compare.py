@@ -53,8 +53,8 @@ def compare(
     """
     from layerskip_core.evaluation.comparison import compare as compare_runs
     from layerskip_core.evaluation.comparison import figures_of, labelled, read_run
-    from layerskip_core.evaluation.report import output_folder, table_files
     from layerskip_core.evaluation.report.comparison import compare_table, plots, to_csv
+    from layerskip_core.evaluation.report.files import output_folder, table_files
 
     with output_folder(
         output, "layerskip compare", list(table_files("comparison")), overwrite

@@ -305,7 +305,8 @@ def _write(text: str) -> None:
 def _narrate_stats(
     loaded: "Decoder", config: DecodingConfig, total: "DecodeStats", batch_size: int
 ) -> None:
-    from layerskip_core.evaluation.measure.cost_model import bandwidth, plain_step, speed_of
+    from layerskip_core.evaluation.measure.bandwidth import bandwidth
+    from layerskip_core.evaluation.measure.passes import plain_step, speed_of
     from layerskip_core.evaluation.results import bandwidth_text
 
     narrate(bandwidth_text(bandwidth(loaded, plain_step(loaded))))

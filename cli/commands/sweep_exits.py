@@ -45,7 +45,7 @@ def sweep_exits(
     Example: layerskip sweep-exits --model layerskip-model --exits 4:12:2 --specs 4,8 --save
     """
     from layerskip_core.evaluation.measure.sweep import sweep
-    from layerskip_core.evaluation.report import REPORT, output_folder
+    from layerskip_core.evaluation.report.files import REPORT, output_folder
     from layerskip_core.evaluation.report.tables import has_scores
     from layerskip_core.evaluation.results import read_record
 

@@ -243,7 +243,7 @@ def drafts_name(result: Result) -> str:
 
 
 def bandwidth_text(read: Mapping[str, float]) -> str:
-    """The result of `cost_model.bandwidth` in words."""
+    """The result of `bandwidth.bandwidth` in words."""
     megabytes = read["bytes_per_token"] / 1e6
     speed = read["bytes_per_second"]
     text = f"plain decoding reads {megabytes:.3g} MB per token at {speed / 1e9:.1f} GB/s"

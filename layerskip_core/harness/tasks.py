@@ -27,12 +27,12 @@ from ..config.evaluation import HARNESS, BenchConfig, SweepConfig, TaskConfig
 from ..config.resolution import require_exit_layer
 from ..data import Example, quiet_datasets
 from ..errors import ConfigError, DataError, LayerSkipError, first_line, refused, require
-from ..evaluation.measure import Measured, Progress, depth_of, drafts_tokens, measure
 from ..evaluation.measure.bench import strategies_of
 from ..evaluation.measure.figures import environment, result_of, setting_of
+from ..evaluation.measure.measuring import Measured, Progress, depth_of, drafts_tokens, measure
 from ..evaluation.measure.sweep import usual_exits
 from ..evaluation.results import RunRecord
-from ..evaluation.tasks import Task
+from ..evaluation.tasks.task import Task
 from ..prompting import CHAT, RAW
 from . import require_harness
 

@@ -33,11 +33,11 @@ from layerskip_core.decoding import decode
 from layerskip_core.errors import CheckpointError
 from layerskip_core.evaluation.inspection import inspect
 from layerskip_core.evaluation.measure.bench import bench
-from layerskip_core.evaluation.measure.cost_model import agreement
+from layerskip_core.evaluation.measure.prediction import agreement
 from layerskip_core.evaluation.measure.sweep import sweep
 from layerskip_core.evaluation.metrics import reference_losses
 from layerskip_core.evaluation.results import RunRecord
-from layerskip_core.evaluation.tasks import load_task
+from layerskip_core.evaluation.tasks.task import load_task
 from layerskip_core.model.exit_blocks import NO_BLOCKS, ExitBlock
 from layerskip_core.model.native.compiled import kernels
 from layerskip_core.training.exit_blocks import FrozenExits

@@ -13,7 +13,7 @@ from command_line import run
 
 from cli import evaluation, loading
 from layerskip_core import processor
-from layerskip_core.evaluation.measure import Progress
+from layerskip_core.evaluation.measure.measuring import Progress
 
 
 @pytest.fixture(autouse=True)

@@ -25,7 +25,7 @@ from layerskip_core.decoding import (
     without_failure,
 )
 from layerskip_core.decoding.sampling import probabilities
-from layerskip_core.evaluation.measure import last_logits
+from layerskip_core.evaluation.measure.measuring import last_logits
 from layerskip_core.model import TorchBackend, TransformersBackend
 from layerskip_core.model.pages import PAGE
 from layerskip_core.serving import Dispatcher, Request

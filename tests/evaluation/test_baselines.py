@@ -16,13 +16,13 @@ from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.evaluation import BenchConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.errors import ConfigError, LayerSkipError
-from layerskip_core.evaluation.measure import answer_prompts, measure_prompt, own_output
 from layerskip_core.evaluation.measure.baselines import (
     llama_cpp,
     load_baselines,
     transformers_generate,
 )
 from layerskip_core.evaluation.measure.bench import bench
+from layerskip_core.evaluation.measure.measuring import answer_prompts, measure_prompt, own_output
 
 PLAIN = DecodingConfig("autoregressive", max_new_tokens=NEW_TOKENS)
 SPECULATIVE = DecodingConfig("self-speculative", 5, 3, NEW_TOKENS)

@@ -23,16 +23,16 @@ from layerskip_core.config.model import PackingConfig, PromptingConfig
 from layerskip_core.data import PARSING_TEMPLATE
 from layerskip_core.decoding import DecodeStats
 from layerskip_core.errors import LayerSkipError
-from layerskip_core.evaluation import measure as measurement
 from layerskip_core.evaluation.journal import JOURNAL
-from layerskip_core.evaluation.measure import Progress, measure_prompt
+from layerskip_core.evaluation.measure import measuring
 from layerskip_core.evaluation.measure.bench import bench, strategies_of
 from layerskip_core.evaluation.measure.figures import result_of
+from layerskip_core.evaluation.measure.measuring import Progress, measure_prompt
 from layerskip_core.evaluation.metrics import Scores
-from layerskip_core.evaluation.report import to_json
+from layerskip_core.evaluation.report.files import to_json
 from layerskip_core.evaluation.report.tables import results_table
 from layerskip_core.evaluation.results import Difference, Failure, Output, Result
-from layerskip_core.evaluation.tasks import load_task
+from layerskip_core.evaluation.tasks.task import load_task
 
 STRATEGIES = ("autoregressive", "early-exit", "self-speculative", "lookup")
 PLAIN = DecodingConfig("autoregressive", max_new_tokens=4)
@@ -298,13 +298,13 @@ def test_only_what_is_missing_is_measured(tmp_path, monkeypatch):
         json.loads(line).get("sample") for line in (tmp_path / JOURNAL).read_text().splitlines()
     ] == [None, 0, 1, 2, 0]
     calls = []
-    honest = measurement.answer_prompts
+    honest = measuring.answer_prompts
 
     def counted(loaded, prompts, *arguments):
         calls.extend(prompts)
         return honest(loaded, prompts, *arguments)
 
-    monkeypatch.setattr(measurement, "answer_prompts", counted)
+    monkeypatch.setattr(measuring, "answer_prompts", counted)
     *progress, resumed = bench(loaded, task, CONFIG, tmp_path, resume=True)
     prompts = [example.prompt for example in task.examples]
     # Warm-up, then two prompts in three ways

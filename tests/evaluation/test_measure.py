@@ -17,9 +17,14 @@ from layerskip_core.data import Example
 from layerskip_core.errors import LayerSkipError
 from layerskip_core.evaluation import metrics
 from layerskip_core.evaluation.intervals import metric
-from layerskip_core.evaluation.measure import Progress, differences, measure, measure_prompt
 from layerskip_core.evaluation.measure.baselines import load_baselines
 from layerskip_core.evaluation.measure.bench import bench
+from layerskip_core.evaluation.measure.measuring import (
+    Progress,
+    differences,
+    measure,
+    measure_prompt,
+)
 from layerskip_core.evaluation.metrics import (
     ROUGES,
     Losses,

@@ -9,7 +9,7 @@ import pytest
 from test_report import BENCH, PLAIN, SWEEP
 
 from layerskip_core.errors import LayerSkipError
-from layerskip_core.evaluation.report import (
+from layerskip_core.evaluation.report.files import (
     answers_page,
     report_page,
     to_json,

@@ -12,9 +12,10 @@ from layerskip_core.config.options import counts_text, parse_counts
 from layerskip_core.config.resolution import default_exits
 from layerskip_core.errors import ConfigError
 from layerskip_core.evaluation.intervals import metric
-from layerskip_core.evaluation.measure import Progress, cost_model
+from layerskip_core.evaluation.measure import passes
 from layerskip_core.evaluation.measure.bench import bench
-from layerskip_core.evaluation.measure.cost_model import PassTimes
+from layerskip_core.evaluation.measure.measuring import Progress
+from layerskip_core.evaluation.measure.passes import PassTimes
 from layerskip_core.evaluation.measure.sweep import sweep
 from layerskip_core.evaluation.metrics import reference_losses, scores_by_exit
 from layerskip_core.evaluation.report.tables import results_table
@@ -142,7 +143,7 @@ def test_the_default_grid_has_the_copy_of_adaptive_drafting_and_longer_drafts_wh
         draft = 0.1 if setting.draft_weights else 1.0
         return PassTimes(draft, verify=1.0, other=0.0, plain=1.0)
 
-    monkeypatch.setattr(cost_model, "pass_times", known_times)
+    monkeypatch.setattr(passes, "pass_times", known_times)
     # As adaptive drafting asks for
     trained = repacked(PackingConfig(draft_weights=("int8",)), info=TRAINED)
     task = own_answers(1)

@@ -22,7 +22,7 @@ from ...decoding.output import DecodeStats, StopScanner, step_counts
 from ...errors import ConfigError, LayerSkipError
 from ...model import TransformersBackend
 from ..results import Output, Step
-from . import Baseline, own_output
+from .measuring import Baseline, own_output
 
 _MOST_CONTEXT = 8192  # tokens of llama.cpp's KV cache: more would waste memory on every task here
 _DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}

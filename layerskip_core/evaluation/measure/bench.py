@@ -17,11 +17,11 @@ from ...processor import OtherLoad
 from ..journal import Journal
 from ..metrics import Scores, scores_by_exit
 from ..results import Result, RunRecord
-from ..tasks import Task
-from . import Measured, Progress, depth_of, measure
+from ..tasks.task import Task
+from .bandwidth import bandwidth
 from .baselines import describe_llama_cpp, load_baselines
-from .cost_model import bandwidth
 from .figures import environment, result_of, total_stats
+from .measuring import Measured, Progress, depth_of, measure
 
 
 def bench(

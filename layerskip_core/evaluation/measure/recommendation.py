@@ -20,7 +20,7 @@ from ...config.resolution import EXACT, FAST, Policy, policy_text
 from ...errors import plural
 from ..intervals import Estimate, Margin, margin, speed_ratio
 from ..results import Recommendation, Result
-from . import Measured, Progress, in_turn
+from .measuring import Measured, Progress, in_turn
 
 # Adaptive drafting is preferred to a fixed setting less than 5% faster: it adapts to other prompts
 _CLOSE = 1.05

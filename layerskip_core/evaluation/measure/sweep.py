@@ -17,11 +17,13 @@ from ...processor import OtherLoad
 from ..intervals import metric
 from ..metrics import Scores, frontier, scores_by_exit
 from ..results import NEAR_TIE, Result, RunRecord
-from ..tasks import Task
-from . import Measured, Progress, depth_of, drafts_tokens, measure, measure_prompt
+from ..tasks.task import Task
 from .bench import suiting_strategies
-from .cost_model import Predictions, draft_profile, predict, side_of
+from .draft_profile import draft_profile
 from .figures import environment, result_of
+from .measuring import Measured, Progress, depth_of, drafts_tokens, measure, measure_prompt
+from .passes import draft_layers
+from .prediction import Predictions, predict
 from .recommendation import Contest, contest, finalists, margins, recommend
 
 _PREDICTED = "self-speculative"  # whose draft lengths are chosen by prediction
@@ -190,10 +192,10 @@ def _with_best_lengths(
     speedups = predictions.speedups
     ranked = sorted(speedups, key=lambda setting: -speedups[setting])
     kept = set(ranked[:_BEST])
-    sides = set()
+    drafters = set()
     for setting in ranked:
-        if side_of(setting) not in sides:  # the best of a drafter
-            sides.add(side_of(setting))
+        if draft_layers(setting) not in drafters:  # the best of a drafter
+            drafters.add(draft_layers(setting))
             kept.add(setting)
     return [setting for setting in settings if setting in kept or setting not in speedups]
 
@@ -210,7 +212,7 @@ def _results(
         setting = each.setting
         result = result_of(each, measured[0])
         if setting.strategy == "early-exit" or setting.draft_weights:
-            result = replace(result, agreement=predictions.agreement.get(side_of(setting)))
+            result = replace(result, agreement=predictions.agreement.get(draft_layers(setting)))
         losses = perplexity.get(depth_of(setting, num_layers) or 0)
         if losses is not None and not drafts_tokens(setting):
             result = replace(result, perplexity=metric(losses).value)

@@ -34,7 +34,7 @@ from ...files import text_lines
 from ...prompting import CHAT, RAW
 from ...splits import TEST, VALIDATION, key_of
 from ..metrics import ROUGES, exact_match, text_scores
-from . import (
+from .task import (
     BARE,
     SHOT_END,
     Scorer,
