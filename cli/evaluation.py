@@ -1,6 +1,6 @@
 """Shared by the commands that measure: progress on stderr, results on stdout and in files."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -58,22 +58,24 @@ def load(config: "MeasurementConfig", log_samples: bool = False) -> "tuple[Decod
     return loaded, rows
 
 
-def watch(events: "Iterator[Progress | Found]", free_threads: FreeThreads | None = None) -> "Found":
-    """Shows a progress bar per phase and returns the record.
+def watch(
+    events: "Generator[Progress, None, Found]", free_threads: FreeThreads | None = None
+) -> "Found":
+    """Shows a progress bar per phase, and returns what the measurement returns: its record.
 
     `free_threads` may change between two events, when all settings have decoded a prompt: so each
     has the same share of them.
     """
-    from layerskip_core.evaluation.measure.measuring import Progress
-
     with stage_bars() as show:
-        for event in events:
-            if not isinstance(event, Progress):
-                return event
+        while True:
+            try:
+                event = next(events)
+            except StopIteration as end:
+                record: Found = end.value
+                return record
             show(event.phase, event.done, event.total, "")
             if free_threads is not None and not event.comparing:
                 free_threads.look()
-    raise AssertionError("a measurement ends with its record")
 
 
 def deliver_report(record: "RunRecord", form: str, folder: Path | None, saved: str | None) -> None:

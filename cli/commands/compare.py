@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from layerskip_core.evaluation.comparison import Run
 
 _EMBEDDED = ("embedded-base", "embedded")  # equally many steps without the recipe and with it
-# Of their sweeps
+# Without RUNS both are swept with these settings
 _SAMPLES = 12
 _EXITS = (6, 12, 18)
 _DRAFTS = 6

@@ -8,6 +8,7 @@ import pytest
 from evaluating import (
     NEW_TOKENS,
     TRAINED,
+    collect,
     early_exit_share,
     measured_of,
     outputs_of,
@@ -49,7 +50,7 @@ def figures(setting, repeats, baseline, scores=(), differing=()):
 
 
 def record_of(task, config):
-    *progress, record = bench(tiny_loaded(), task, config)
+    progress, record = collect(bench(tiny_loaded(), task, config))
     assert all(isinstance(event, Progress) for event in progress)
     return record
 
@@ -177,7 +178,7 @@ def test_every_low_bit_copy_drafts():
         "repeats": 1,
         "packing": packing,
     }
-    *_, record = bench(loaded, own_answers(2), BenchConfig("tiny", **settings))
+    _, record = collect(bench(loaded, own_answers(2), BenchConfig("tiny", **settings)))
     assert [(result.draft_weights, result.exit_layer) for result in record.results] == [
         (None, None),
         ("int8", 6),
@@ -289,7 +290,7 @@ def test_what_other_weights_kernels_versions_rows_or_settings_measured_is_not_re
 def test_only_what_is_missing_is_measured(tmp_path, monkeypatch):
     loaded = replace(tiny_loaded(), name="embedded")
     task = own_answers()
-    *_, whole = bench(loaded, task, CONFIG)
+    _, whole = collect(bench(loaded, task, CONFIG))
     running = bench(loaded, task, CONFIG, tmp_path)
     for _ in range(4):  # of 6: one repeat of 3 prompts, and the first of the other
         next(running)
@@ -305,7 +306,7 @@ def test_only_what_is_missing_is_measured(tmp_path, monkeypatch):
         return honest(loaded, prompts, *arguments)
 
     monkeypatch.setattr(measuring, "answer_prompts", counted)
-    *progress, resumed = bench(loaded, task, CONFIG, tmp_path, resume=True)
+    progress, resumed = collect(bench(loaded, task, CONFIG, tmp_path, resume=True))
     prompts = [example.prompt for example in task.examples]
     # Warm-up, then two prompts in three ways
     assert calls == [prompts[0]] * 3 + [prompts[1]] * 3 + [prompts[2]] * 3

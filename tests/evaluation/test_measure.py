@@ -194,9 +194,9 @@ def test_a_prompt_that_does_not_fit_fails_alone(config):
 
 def test_a_bench_with_batches_differs_in_speed_only():
     task = task_of(*own_answers(4).examples, TOO_LONG)
-    *_, alone = bench(tiny_loaded(), task, replace(CONFIG, batch_size=1, timed=None))
-    *_, batched = bench(tiny_loaded(), task, replace(CONFIG, timed=2))
-    *_, untimed = bench(tiny_loaded(), task, replace(CONFIG, timed=0))
+    _, alone = collect(bench(tiny_loaded(), task, replace(CONFIG, batch_size=1, timed=None)))
+    _, batched = collect(bench(tiny_loaded(), task, replace(CONFIG, timed=2)))
+    _, untimed = collect(bench(tiny_loaded(), task, replace(CONFIG, timed=0)))
     assert [failure.sample for failure in batched.results[0].failures] == [4]
     assert batched.results[0].metrics == {"exact_match": 0.8}
     for single, timed, quality in zip(alone.results, batched.results, untimed.results, strict=True):

@@ -9,9 +9,8 @@ from ...model import ModelSpec
 from ...model.configuration import LAYER_KINDS
 
 _STORED = {"int8": 1.0, "int4": 0.625}  # bytes per weight, with scales
-# Of the sum that the memory's bandwidth is compared with
-_SUMS = 5  # how many are timed
-_MOST_SUMMED = 1 << 30  # bytes
+_SUMS = 5  # timed sums of a tensor, the fastest of which shows the memory's bandwidth
+_MOST_SUMMED = 1 << 30  # bytes of this tensor
 
 
 def bandwidth(loaded: Decoder, step: float, positions: float = 0.0) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,8 @@ def bench(
     config: BenchConfig,
     folder: Path | None = None,
     resume: bool = False,
-) -> Iterator[Progress | RunRecord]:
-    """Yields progress, then the record. `resume` continues the journal in `folder` on the same
+) -> Generator[Progress, None, RunRecord]:
+    """Yields progress, returns the record. `resume` continues the journal in `folder` on the same
     files. Raises LayerSkipError.
     """
     task, generation = task.asked(config.generation)
@@ -73,7 +73,7 @@ def bench(
     named["has_references"] = task.against is None
     results = _results(task, measured)
     answered = task.answered([each.texts for each in measured])
-    yield RunRecord(named, machine, tuple(results), answered=answered)
+    return RunRecord(named, machine, tuple(results), answered=answered)
 
 
 def _digests(

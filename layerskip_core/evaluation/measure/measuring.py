@@ -26,7 +26,7 @@ from ..metrics import Scores
 from ..results import Difference, Output, Step, require_outputs
 from ..tasks.task import Task
 
-Baseline = Callable[[Decoder, list[int], DecodingConfig], Output]
+BaselineDecoder = Callable[[Decoder, list[int], DecodingConfig], Output]
 """Decodes the token ids of a prompt by another implementation. The setting's strategy is the baseline's name."""
 
 _WARM_UP_TOKENS = 16
@@ -183,7 +183,7 @@ def measure(
     settings: Sequence[DecodingConfig],
     config: BenchConfig | SweepConfig,
     repeats: int = 1,
-    baselines: Mapping[str, Baseline] | None = None,
+    baselines: Mapping[str, BaselineDecoder] | None = None,
     journal: Journal | None = None,
     perplexity: Mapping[int, Scores] | None = None,
     name: str = "",
@@ -215,39 +215,64 @@ def measure(
         for start in range(0, len(missing), phase.batch_size):
             batch = missing[start : start + phase.batch_size]
             prompts = [task.examples[sample].prompt for _, sample in batch]
-            repeat, sample = batch[0]
-            of_settings: list[list[Output]] = [[] for _ in settings]
-            for place in in_turn(repeat + sample, len(settings)):
-                setting = settings[place]
-                if setting.temperature:
-                    # So that sampled answers to one prompt differ
-                    setting = replace(setting, seed=(setting.seed + sample) % 2**32)
-                of_settings[place] = answer_prompts(
-                    loaded, prompts, setting, baselines, earlier[place, repeat]
-                )
-            for number, cell in enumerate(batch):
-                outputs[cell] = [own[number] for own in of_settings]
+            answers = _in_turn_answered(loaded, prompts, batch[0], settings, baselines, earlier)
+            for cell, own in zip(batch, answers, strict=True):
+                outputs[cell] = own
                 if journal is not None:
-                    journal.add(*cell, outputs[cell])
+                    journal.add(*cell, own)
             done = len(phase.cells) - len(missing) + start + len(batch)
             yield Progress(done, len(phase.cells), f"{name} {phase.name}".strip())
         require_outputs([outputs[cell][0] for cell in phase.cells])
 
-    tables: list[list[Measurement]] = [[] for _ in settings]
-    for phase in phases:
-        for repeat, sample in phase.cells:
-            prompt = sample // task.answers_per_prompt
-            own_repeat = None if repeat == _BATCHES else repeat
-            for table, output in zip(tables, outputs[repeat, sample], strict=True):
-                table.append(Measurement(sample, prompt, own_repeat, output))
+    cells = [cell for phase in phases for cell in phase.cells]
+    tables = [_table(task, place, cells, outputs) for place in range(len(settings))]
     return _scored(loaded, task, settings, tables, perplexity or {})
+
+
+def _in_turn_answered(
+    loaded: Decoder,
+    prompts: Sequence[str],
+    first: tuple[int, int],
+    settings: Sequence[DecodingConfig],
+    baselines: Mapping[str, BaselineDecoder] | None,
+    earlier: Mapping[tuple[int, int], EarlierAnswers],
+) -> list[tuple[Output, ...]]:
+    """For each prompt the outputs of all settings, which take turns. `first`: repeat and sample of
+    the first prompt.
+    """
+    repeat, sample = first
+    of_settings: list[list[Output]] = [[] for _ in settings]
+    for place in in_turn(repeat + sample, len(settings)):
+        setting = settings[place]
+        if setting.temperature:
+            # So that sampled answers to one prompt differ
+            setting = replace(setting, seed=(setting.seed + sample) % 2**32)
+        of_settings[place] = answer_prompts(
+            loaded, prompts, setting, baselines, earlier[place, repeat]
+        )
+    return list(zip(*of_settings, strict=True))
+
+
+def _table(
+    task: Task,
+    place: int,
+    cells: Sequence[tuple[int, int]],
+    outputs: Mapping[tuple[int, int], Sequence[Output]],
+) -> list[Measurement]:
+    """The answers of the setting at a place."""
+    table = []
+    for repeat, sample in cells:
+        own_repeat = None if repeat == _BATCHES else repeat
+        prompt = sample // task.answers_per_prompt
+        table.append(Measurement(sample, prompt, own_repeat, outputs[repeat, sample][place]))
+    return table
 
 
 def _warm_up(
     loaded: Decoder,
     prompt: str,
     settings: Sequence[DecodingConfig],
-    baselines: Mapping[str, Baseline] | None,
+    baselines: Mapping[str, BaselineDecoder] | None,
 ) -> None:
     for setting in settings:
         limit = min(_WARM_UP_TOKENS, setting.max_new_tokens)
@@ -262,11 +287,12 @@ def _scored(
     perplexity: Mapping[int, Scores],
 ) -> list[Measured]:
     """The settings with their tables, scores and differences from the first one."""
+    full = Measured(settings[0], tables[0])
+    task = task.referring_to(full.texts)  # the references of a task without its own
+    expected = [row.output for row in full.answers]
     measured: list[Measured] = []
     for setting, table in zip(settings, tables, strict=True):
         own = Measured(setting, table)
-        # A task without references takes the first setting's answers
-        task = task.referring_to(own.texts)
         depth = depth_of(setting, loaded.backend.num_layers)
         texts = [text or "" for text in own.texts]
         own = replace(own, scores=task.score(texts, perplexity.get(depth or 0)))
@@ -274,7 +300,6 @@ def _scored(
         promises_equal = setting.strategy != "early-exit" and not settings[0].temperature
         if promises_equal and measured:
             outputs = [row.output for row in own.answers]
-            expected = [row.output for row in measured[0].answers]
             found = differences(loaded, task.examples, outputs, expected)
             own = replace(own, differences=found)
         measured.append(own)
@@ -285,7 +310,7 @@ def answer_prompts(
     loaded: Decoder,
     prompts: Sequence[str],
     setting: DecodingConfig,
-    baselines: Mapping[str, Baseline] | None = None,
+    baselines: Mapping[str, BaselineDecoder] | None = None,
     earlier: EarlierAnswers | None = None,
 ) -> list[Output]:
     """One output per prompt, with an error if it exceeds context or memory. A single prompt is
@@ -293,16 +318,16 @@ def answer_prompts(
     """
     model = loaded.backend
     is_alone = len(prompts) == 1
-    baseline = (baselines or {}).get(setting.strategy)
-    if baseline is None and is_alone:
-        baseline = partial(own_output, earlier=earlier)
+    decode_one = (baselines or {}).get(setting.strategy)
+    if decode_one is None and is_alone:
+        decode_one = partial(own_output, earlier=earlier)
     has_peak = is_alone and _reset_peak(model.device)
     try:
         prompt_ids = [loaded.encode_prompt(prompt) for prompt in prompts]
         for ids in prompt_ids:
             check_prompt(ids, model)
-        if baseline is not None:
-            outputs = [baseline(loaded, ids, setting) for ids in prompt_ids]
+        if decode_one is not None:
+            outputs = [decode_one(loaded, ids, setting) for ids in prompt_ids]
         else:
             outputs = _batched_outputs(loaded, prompt_ids, setting, earlier)
     except (LayerSkipError, torch.OutOfMemoryError) as error:

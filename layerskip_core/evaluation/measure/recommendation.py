@@ -3,6 +3,8 @@
 Against the winner's curse a sweep times the best few settings once more, in turns with plain and
 adaptive decoding, on other prompts, and decides by the lower end of the speedup's interval. So it
 does with the fastest early exits that keep the quality.
+
+A `place` is the index of a setting's Result in the sweep's results; place 0 is plain decoding.
 """
 
 import time

@@ -3,7 +3,7 @@ decode with.
 """
 
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, replace
 
 from ...checkpoint.loaded import Decoder
@@ -33,8 +33,8 @@ _ONCE_MORE = 0.25  # time of the contest, as a share of the sweep's time before 
 _OTHERS = 256  # prompts of the contest, at most
 
 
-def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress | RunRecord]:
-    """Yields progress, then the record with a recommendation. Raises ConfigError, and
+def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Generator[Progress, None, RunRecord]:
+    """Yields progress, returns the record with a recommendation. Raises ConfigError, and
     LayerSkipError without answers.
     """
     started = time.perf_counter()
@@ -81,7 +81,7 @@ def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress
     advice = recommend(results, near_tie, name, config, measured, outcome)
     profile = draft_profile(loaded, results, config.packing, predictions.context)
     answered = task.answered([each.texts for each in measured])
-    yield RunRecord(named, machine, tuple(results), advice, profile, answered)
+    return RunRecord(named, machine, tuple(results), advice, profile, answered)
 
 
 def _once_more(
