@@ -155,7 +155,7 @@ class Dialogue:
             "the conversation with this message" if turns else "the prompt",
         )
         if self._asked is not None:
-            self._asked[1].decoding.close()
+            self._asked[1].decoding.keep_texts()
         stream = TextStream(self._loaded, ids, self._config, prefixes=self._prefixes)
         self._turns = turns
         self._asked = (message, stream)

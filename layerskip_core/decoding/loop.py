@@ -127,10 +127,9 @@ class DecodingLoop:
             self._scheduler.clear()
             raise
 
-    def close(self) -> None:
-        """Ends all rows. Their texts so far are added to the prefixes."""
-        for row in self.rows:
-            self._scheduler.remove(row)
+    def keep_texts(self) -> None:
+        """Adds the texts of all rows so far to the prefixes."""
+        self.engine.keep_texts()
 
     @property
     def stats(self) -> DecodeStats:
