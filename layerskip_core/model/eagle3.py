@@ -23,7 +23,11 @@ from .rope import llama3_factors
 Product = Callable[[Tensor], Tensor]
 ROPES = "default", "llama3"
 ROPE_VALUES = (
-    *("rope_type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor"),
+    "rope_type",
+    "rope_theta",
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
     "original_max_position_embeddings",
 )
 

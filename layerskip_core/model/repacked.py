@@ -389,7 +389,11 @@ class RepackedBackend(ABC):
         layers = self._layers_of([*[None] * place, layer], False)
         norm, *inputs = (norm_weights(own, name, self.spec) for name in ("norm", *INPUT_NORMS))
         return PlacedMtp(
-            *(MTP, place, matrix.with_norm(norm), head.vocabulary, self._draft_kernel(layers)),
+            MTP,
+            place,
+            matrix.with_norm(norm),
+            head.vocabulary,
+            self._draft_kernel(layers),
             norm=self._norm(norm),
             join=self._join(own, low_bits),
             input_norms=list(map(self._norm, inputs)),

@@ -18,16 +18,14 @@ from ...errors import LayerSkipError, require_choice
 # Of weights, in the numbering of the C code
 KINDS = ("fp32", "bf16", "int8", "int4", "widened", "stored")
 ACTIVATIONS = {  # in the numbering of the C code
-    **{
-        "silu": 0,
-        "gelu_pytorch_tanh": 1,
-        "gelu_new": 1,
-        "gelu": 2,
-        "relu": 3,
-        "relu2": 4,
-        "xielu": 5,
-        "swiglu_clamped": 6,
-    },
+    "silu": 0,
+    "gelu_pytorch_tanh": 1,
+    "gelu_new": 1,
+    "gelu": 2,
+    "relu": 3,
+    "relu2": 4,
+    "xielu": 5,
+    "swiglu_clamped": 6,
 }
 MOST_ROPES = 2  # rotary tables: one for each kind of layer
 _AVX2 = {"avx2", "fma", "f16c"}
