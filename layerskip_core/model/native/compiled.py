@@ -15,7 +15,7 @@ from typing import Any
 
 from ...errors import LayerSkipError, require_choice
 
-# Of weights, in the numbering of the C code
+# The layouts of weights, in the numbering of the C code
 KINDS = ("fp32", "bf16", "int8", "int4", "widened", "stored")
 ACTIVATIONS = {  # in the numbering of the C code
     "silu": 0,
