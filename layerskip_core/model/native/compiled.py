@@ -6,8 +6,7 @@ import ctypes
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -307,19 +306,6 @@ def kernels(variant: str | None = None) -> Kernels | None:
     Raises LayerSkipError if the built kernels are of another version, as after `git pull`.
     """
     return _load(variant or requested_variant())[0]
-
-
-@contextmanager
-def requesting(variant: str) -> Iterator[None]:
-    """Models loaded in this context run on this variant (or `torch`), as if the environment
-    requested it.
-    """
-    before = os.environ.get(SWITCH, "")  # empty means unset
-    os.environ[SWITCH] = variant
-    try:
-        yield
-    finally:
-        os.environ[SWITCH] = before
 
 
 @cache
