@@ -6,9 +6,8 @@ from typing import Any
 
 from ..checkpoint.loaded import Decoder
 from ..config.decoding import DecodingConfig
-from ..model.backend import check_prompt
 from ..prompting import CHAT
-from .loop import decode
+from .loop import check_prompt, decode
 from .output import Answer, DecodeStats, StopReason
 from .target import Prefixes
 
