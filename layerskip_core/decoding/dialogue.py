@@ -6,10 +6,9 @@ from typing import Unpack
 
 from ..checkpoint.loaded import Decoder
 from ..config.decoding import DecodingConfig
-from ..model.backend import check_prompt
 from ..prompting import CHAT
 from .engine import EngineOptions
-from .loop import decode
+from .loop import check_prompt, decode
 from .output import Answer, DecodeStats, StopReason
 from .prefixes import Prefixes
 
