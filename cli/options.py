@@ -15,6 +15,7 @@ from msgspec import Meta
 from typer.core import TyperCommand
 
 from layerskip_core.checkpoint.locate import require_model
+from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.evaluation import HARNESS
 from layerskip_core.config.options import (
     Flag,
@@ -346,11 +347,20 @@ def _parameter(setting: _Setting) -> inspect.Parameter:
         text = text.removesuffix(".") + more if more else text
         if _is_list(hint):
             default = ",".join(map(str, default or ())) or None
-    if flag.default and default is None:
-        text += f" [default: {flag.default}]"
+    shown_default = flag.default or _usual(name)
+    if shown_default and default is None:
+        text += f" [default: {shown_default}]"
     option = typer.Option(*spellings, help=text, rich_help_panel=setting.panel, metavar=metavar)
     annotation: Any = Annotated[kind if default is not None else kind | None, option]
     return inspect.Parameter(name, keyword, default=default, annotation=annotation)
+
+
+def _usual(option: str) -> str:
+    """The default of a decoding option that was not given, where it is a number or a switch."""
+    default = getattr(DecodingConfig, option, None)
+    if default is False:
+        return "no"
+    return f"{default:g}" if isinstance(default, int | float) else ""
 
 
 def _values_shown(hint: Any) -> tuple[str, str]:

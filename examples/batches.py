@@ -123,7 +123,7 @@ def generated(
         batch = decode_batch(
             loaded.backend, prompts[start : start + rows], config, loaded.eos_ids, loaded.detokenize
         )
-        for answer in sorted(batch, key=lambda answer: answer.row):
+        for answer in batch:
             outputs.append(list(answer.ids))
             stats += answer.stats
     return outputs, stats

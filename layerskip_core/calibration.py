@@ -143,7 +143,7 @@ def _answers(
     seeds: list[int] | None = None,
 ) -> list[list[int]]:
     answers = decode_batch(decoder.backend, prompts, config, seeds=seeds)
-    return [answer.ids for answer in sorted(answers, key=lambda answer: answer.row)]
+    return [answer.ids for answer in answers]
 
 
 def written_texts(

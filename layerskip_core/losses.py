@@ -46,11 +46,11 @@ def summed_losses(
     unembeds = unembed if isinstance(unembed, Sequence) else [unembed] * len(hidden)
     trains = [torch.is_grad_enabled() and any(pair) for pair in weights]
     sums = torch.zeros(len(hidden), 3, device=hidden[0].device)
-    gradients = {}  # of the hidden states
-    for states, trained in zip(hidden, trains, strict=True):
-        if trained:
-            gradients[states] = torch.zeros_like(states)
-    heads: dict[Tensor, Tensor] = {}  # gradients of the head's weights
+    gradients = {}  # of the hidden states, by index of the exit
+    for index, states in enumerate(hidden):
+        if trains[index]:
+            gradients[index] = torch.zeros_like(states)
+    head_gradients: dict[Tensor, Tensor] = {}  # by weight, summed over exits and chunks
     last = len(hidden) - 1
     distils = any(share for _, share in weights[:-1])
     for chunk in _chunks(len(hidden[0]), vocab_size):
@@ -69,22 +69,19 @@ def summed_losses(
             if reference is not None and not torch.is_grad_enabled():
                 sums[index, 2] += (detached.argmax(-1) == reference.argmax(-1)).sum()
             if slope is not None:
-                leaves = _leaves(logits)
-                with torch.autocast(detached.device.type, enabled=False):  # as a backward pass runs
-                    slopes = torch.autograd.grad(logits, leaves, slope)
-                for leaf, gradient in zip(leaves, slopes, strict=True):
-                    if leaf is part:
-                        gradients[hidden[index]][chunk] = gradient
-                        continue
-                    if leaf not in heads:
-                        heads[leaf] = torch.zeros_like(leaf)
-                    heads[leaf] += gradient
+                gradients[index][chunk], of_weights = _backward(logits, slope, part)
+                for weight, gradient in of_weights.items():
+                    if weight not in head_gradients:
+                        head_gradients[weight] = torch.zeros_like(weight)
+                    head_gradients[weight] += gradient
             if index == last and distils and teacher is None:
                 reference = detached
     loss = (sums[:, :2] * torch.tensor(weights, device=sums.device)).sum()
     if gradients:
         precomputed: Any = _Precomputed  # releases of PyTorch differ in whether `apply` is typed
-        loss = precomputed.apply(loss, list((gradients | heads).values()), *gradients, *heads)
+        values = [*gradients.values(), *head_gradients.values()]
+        inputs = [hidden[index] for index in gradients]
+        loss = precomputed.apply(loss, values, *inputs, *head_gradients)
     return loss, sums
 
 
@@ -136,6 +133,19 @@ def _losses(
                 slope.scatter_add_(1, wanted, slope.new_full(wanted.shape, -hard))
             gradient[block] = slope
     return sums, gradient
+
+
+def _backward(
+    logits: Tensor, gradient: Tensor, states: Tensor
+) -> tuple[Tensor, dict[Tensor, Tensor]]:
+    """From the gradient of a head's logits: that of the states that it read, and those of its
+    weights.
+    """
+    leaves = _leaves(logits)
+    with torch.autocast(logits.device.type, enabled=False):  # as a backward pass runs
+        found = torch.autograd.grad(logits, leaves, gradient)
+    by_leaf = dict(zip(leaves, found, strict=True))
+    return by_leaf.pop(states), by_leaf
 
 
 def _leaves(output: Tensor) -> list[Tensor]:

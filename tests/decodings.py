@@ -10,9 +10,9 @@ from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.decoding.drafters import DrafterSetup, DraftInput
-from layerskip_core.decoding.drafters.exit import ExitDrafter
 from layerskip_core.decoding.drafters.stepwise import StepwiseDraft
-from layerskip_core.decoding.output import Row
+from layerskip_core.decoding.drafters.submodel import SubmodelDrafter
+from layerskip_core.decoding.row import Row
 from layerskip_core.model import (
     DraftEnds,
     ModelSpec,
@@ -70,7 +70,7 @@ def context_of(texts, newest, cache, indices, filled, config=PLAIN, eos_ids=froz
 
 
 def stepwise(drafter, given, limits, ends):
-    """The draft of an ExitDrafter, pass by pass."""
+    """The draft of an SubmodelDrafter, pass by pass."""
     return StepwiseDraft(drafter._part, given, limits, ends).make()
 
 
@@ -106,7 +106,7 @@ def draft_of(
     start = int(positions[0, 0])
     context = context_of(ids.tolist(), ids[0, -1:], cache, [0], [start], config, eos_ids)
     with torch.inference_mode():
-        return ExitDrafter(setup, weights, submodel).draft(
+        return SubmodelDrafter(setup, weights, submodel).draft(
             context, [positions.shape[1] - 1], DraftEnds(survival=survival)
         )
 

@@ -38,9 +38,7 @@ def test_greedy_answers_in_fp32_are_those_of_the_cpu():
     found, expected = (for_decoding("embedded", device, "fp32") for device in ("cuda", "cpu"))
     assert answers(found, PLAIN) == answers(found, DRAFTED) == answers(expected, PLAIN)
     prompts = [found.encode_prompt(prompt) for prompt in PROMPTS]
-    batch = sorted(
-        decode_batch(found.backend, prompts, DRAFTED, found.eos_ids), key=lambda row: row.row
-    )
+    batch = decode_batch(found.backend, prompts, DRAFTED, found.eos_ids)
     assert [list(row.ids) for row in batch] == answers(expected, PLAIN)
 
 

@@ -29,7 +29,7 @@ from layerskip_core.evaluation.measure.bench import bench
 from layerskip_core.harness.likelihood import likelihoods
 from layerskip_core.model import ModelSpec, TorchBackend, TransformersBackend
 from layerskip_core.model.exit_blocks import MTP, NO_BLOCKS, ExitBlock
-from layerskip_core.training import run as running
+from layerskip_core.training import finetune_run as running
 
 PROMPTS = [[30, 31, 32, 30, 31, 32, 30], [7, 9]]
 SAMPLED = {"temperature": 0.8, "top_k": 20, "seed": 3}

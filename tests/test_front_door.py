@@ -102,7 +102,7 @@ def test_a_batch_of_many_prompts_is_decoded_in_bounded_steps(model, monkeypatch)
 
     monkeypatch.setattr(Engine, "_forward", recorded)
     answers = model.generate_batch(prompts, max_new_tokens=5)
-    assert [answer.row for answer in answers] == list(range(64))
+    assert len(answers) == 64
     for answer, alone in zip(answers[::9], expected, strict=True):
         assert (answer.text, answer.ids, answer.finish_reason) == (
             alone.text,

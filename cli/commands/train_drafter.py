@@ -3,7 +3,7 @@
 from layerskip_core.config.training import DrafterConfig
 
 from ..options import command
-from .finetune import ConfigFile, DryRun, TrainingThreads, run_training
+from ..training import ConfigFile, DryRun, TrainingThreads, run_training
 
 
 @command

@@ -94,7 +94,7 @@ class Metrics:
         running = gauge("layerskip_answers_running", "Answers being decoded")
         running.set_function(lambda: engine.running)
         waiting = gauge("layerskip_answers_waiting", "Answers that wait to be decoded")
-        waiting.set_function(lambda: max(engine.held - engine.running, 0))
+        waiting.set_function(lambda: max(engine.num_reserved - engine.running, 0))
 
     def count_tokens(self, stats: DecodeStats) -> None:
         """Counts an answer that ended or was cancelled."""
@@ -219,7 +219,7 @@ class Service:
         jobs = []
         for number, prompt in enumerate(request.prompts):
             ids = self._encoder.raw_ids(prompt)
-            jobs.append(Embedding(ids, self._backend.num_layers, partial(deliver, number)))
+            jobs.append(Embedding(ids, partial(deliver, number)))
         return jobs
 
     def _jobs(self, request: AnswerRequest, deliver: Callable[[int, Update], None]) -> list[Job]:

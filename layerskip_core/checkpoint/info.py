@@ -78,7 +78,7 @@ class CheckpointInfo:
     exit_layer: Layer | None = None  # recommended
     num_draft_tokens: Drafts | None = None
     details: dict[str, Any] = field(default_factory=dict)  # other keys
-    strategy: Literal[STRATEGIES] | None = None  # type: ignore[valid-type]  # "autoregressive": no exit pays
+    strategy: Literal[tuple(STRATEGIES)] | None = None  # type: ignore[valid-type]  # "autoregressive": no exit pays
     files: tuple[str, ...] = field(default=(), compare=False)  # of the model, relative
     system: str | None = None
     policies: dict[str, Policy] = field(default_factory=dict)  # by name

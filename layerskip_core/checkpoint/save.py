@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ..errors import CheckpointError, ConfigError, first_line, require_overwrite
+from ..errors import CheckpointError, ConfigError, require_overwrite
 from ..files import discard_folder, hold, new_staging, publish_folder, synchronise, write_file
 from ..model.vocabulary import ORDER_FILE
 from ..model.weights import cast_weights
@@ -221,35 +221,6 @@ def save_sidecar(
         )
         (Path(folder) / name).parent.mkdir(exist_ok=True)
         write_file(Path(folder) / name, content, CheckpointError)
-
-
-def claim_repository(repository: str) -> None:
-    """Creates a repository on the hub if there is none. Raises ConfigError if it is not ours to
-    write to.
-    """
-    from huggingface_hub import HfApi
-
-    try:
-        HfApi().create_repo(repository, exist_ok=True)
-    except Exception as error:  # of the network or the hub, or for an invalid name
-        raise ConfigError(
-            f"`push_to_hub` {repository}: {first_line(error)}", "push_to_hub"
-        ) from error
-
-
-def push(folder: str, repository: str) -> None:
-    """Uploads a folder's model. Raises CheckpointError."""
-    from huggingface_hub import HfApi
-
-    try:
-        HfApi().upload_folder(
-            repo_id=repository, folder_path=folder, allow_patterns=sorted(model_files(Path(folder)))
-        )
-    except Exception as error:
-        again = f"it is saved; upload it by: hf upload {repository} {folder}"
-        raise CheckpointError(
-            f"cannot push {folder} to {repository}: {first_line(error)}; {again}"
-        ) from error
 
 
 def settle(folder: str | Path) -> None:

@@ -30,29 +30,72 @@ from .options import (
 if TYPE_CHECKING:
     from ..grammar import Matcher
 
-# The strategies that draft, with the modules of their `drafter(setup)`.
-DRAFTERS = {
-    "adaptive": "layerskip_core.decoding.drafters.adaptive",
-    "self-speculative": "layerskip_core.decoding.drafters.exit",
-    "mtp": "layerskip_core.decoding.drafters.exit",
-    "eagle3": "layerskip_core.decoding.drafters.exit",
-    "lookup": "layerskip_core.decoding.drafters.lookup",
-    "draft-and-verify": "layerskip_core.decoding.drafters.exit",
-    "draft-model": "layerskip_core.decoding.drafters.exit",
+_DRAFTERS = "layerskip_core.decoding.drafters"
+_OF_DRAFTERS = ("num_draft_tokens", "lookup")  # options that every drafter uses
+_BY_A_MODEL = (*_OF_DRAFTERS, "draft_vocab")  # and every drafter with a head
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """What options, benchmarks and sweeps know of a strategy. A new drafter is one of these, and
+    its module.
+    """
+
+    drafter: str | None = None  # the module of its `drafter(setup)`; None: it drafts nothing
+    # Its options, also of the packing, that some strategies do not use; others are used by all
+    options: tuple[str, ...] = ()
+    implied_by: tuple[str, ...] = ()  # options that choose it if none is named
+    # It is measured if the model or the options have one of these, see `suiting_strategies`
+    needs: tuple[str, ...] = ()
+    # Draft lengths that a sweep measures, or predicts; empty: it has no fixed one, or none at all
+    lengths: tuple[int, ...] = (4, 8, 16)
+
+    @property
+    def drafts(self) -> bool:
+        return self.drafter is not None
+
+    @property
+    def has_exit(self) -> bool:
+        return "exit_layer" in self.options
+
+
+STRATEGIES = {
+    "adaptive": Strategy(
+        f"{_DRAFTERS}.adaptive",
+        (*_BY_A_MODEL, "draft_model", "exits"),
+        lengths=(),
+    ),
+    "self-speculative": Strategy(
+        f"{_DRAFTERS}.submodel",
+        (*_BY_A_MODEL, "exit_layer", "draft_weights"),
+        implied_by=("exit_layer", "num_draft_tokens"),
+        needs=("exits", "draft_weights"),
+        lengths=(2, 4, 6, 8, 12, 16, 24, 32),
+    ),
+    "mtp": Strategy(f"{_DRAFTERS}.submodel", _BY_A_MODEL, needs=("mtp",)),
+    "eagle3": Strategy(f"{_DRAFTERS}.submodel", _BY_A_MODEL, needs=("eagle3",)),
+    "lookup": Strategy(f"{_DRAFTERS}.lookup_drafter", _OF_DRAFTERS),
+    "draft-and-verify": Strategy(
+        f"{_DRAFTERS}.submodel",
+        (*_BY_A_MODEL, "skip", "draft_weights"),
+        implied_by=("skip",),
+        needs=("skip",),
+    ),
+    "draft-model": Strategy(
+        f"{_DRAFTERS}.draft_model",
+        (*_BY_A_MODEL, "draft_model"),
+        needs=("draft_model",),
+        lengths=(),  # a policy could not name the model
+    ),
+    "early-exit": Strategy(
+        options=("exit_layer", "exit_confidence", "exits"),
+        implied_by=("exit_confidence",),
+        needs=("exits",),
+        lengths=(),
+    ),
+    "autoregressive": Strategy(lengths=()),
 }
-WITH_DRAFTER = "mtp", "eagle3"  # strategies with a drafter beside the model
-STRATEGIES = (*DRAFTERS, "early-exit", "autoregressive")
 KEY = "LAYERSKIP_API_KEY"  # environment variable of a server
-# The strategies that use an option; other options are used by all.
-_USERS: dict[str, Sequence[str]] = {
-    "exit_layer": ("self-speculative", "early-exit"),
-    "num_draft_tokens": tuple(DRAFTERS),
-    "draft_model": ("adaptive", "draft-model"),
-    "lookup": tuple(DRAFTERS),
-    "exit_confidence": ("early-exit",),
-    "skip": ("draft-and-verify",),
-    "exits": ("early-exit", "adaptive"),
-}
 GUIDES = ("schema", "regex", "grammar", "choice")
 MAX_NEW_TOKENS = 256
 UNLIMITED = 10_000_000  # new tokens: an answer may fill the context
@@ -69,9 +112,11 @@ Remember = Annotated[
 ]
 
 
-class DecodingOptions(TypedDict, total=False):
-    """Requested decoding options; the checkpoint completes them. Layers are counts: exit E is after
-    E layers.
+class StrategyOptions(TypedDict, total=False):
+    """Which strategy, and how it drafts. Policies set these; rows that are decoded in one pass share
+    them. Layers are counts: exit E is after E layers.
+
+    Of an option without a `default` text --help shows the default of DecodingConfig.
     """
 
     strategy: Annotated[
@@ -85,19 +130,14 @@ class DecodingOptions(TypedDict, total=False):
     num_draft_tokens: Annotated[
         Drafts, Flag("Most draft tokens per round.", "--spec", "the checkpoint's")
     ]
-    max_new_tokens: Annotated[
-        Count,
-        Flag("Most tokens in an answer.", None, "256; in chat and serve all that fit the context"),
-    ]
-    stop: Annotated[Texts, Flag("End the answer before this text. Can be repeated.", repeated=True)]
     lookup: Annotated[
         int,
         Meta(ge=0, le=1_000),
-        Flag("First draft what followed the last N tokens before; 0: no.", None, "0"),
+        Flag("First draft what followed the last N tokens before; 0: no."),
     ]
     exit_confidence: Annotated[
         Ratio,
-        Flag("Each token leaves at the first exit with more than this probability.", None, "0"),
+        Flag("Each token leaves at the first exit with more than this probability."),
     ]
     skip: Annotated[
         Sequence[Layer],
@@ -115,6 +155,21 @@ class DecodingOptions(TypedDict, total=False):
         Sequence[Layer],
         Flag("Exits for --exit-confidence: 3,6,8 or A:B:STEP.", None, "the trained, at most six"),
     ]
+
+
+class DecodingOptions(StrategyOptions, total=False):
+    """Requested decoding options; the checkpoint completes them."""
+
+    max_new_tokens: Annotated[
+        Count,
+        Flag(
+            "Most tokens in an answer.",
+            None,
+            f"{MAX_NEW_TOKENS}; in chat and serve all that fit the context",
+            "Decoding",
+        ),
+    ]
+    stop: Annotated[Texts, Flag("End the answer before this text. Can be repeated.", repeated=True)]
     temperature: Annotated[
         Temperature,
         Flag(
@@ -124,14 +179,11 @@ class DecodingOptions(TypedDict, total=False):
             "Sampling",
         ),
     ]
-    top_k: Annotated[
-        CountOrNone, Flag("Sample from the k most probable tokens; 0: from all.", default="0")
-    ]
+    top_k: Annotated[CountOrNone, Flag("Sample from the k most probable tokens; 0: from all.")]
     top_p: Annotated[
-        Share,
-        Flag("Sample from the most probable tokens that add up to this probability.", default="1"),
+        Share, Flag("Sample from the most probable tokens that add up to this probability.")
     ]
-    seed: Annotated[Seed, Flag("Seed of sampling.", default="0")]
+    seed: Annotated[Seed, Flag("Seed of sampling.")]
 
 
 class RequestOptions(DecodingOptions, total=False):
@@ -139,33 +191,26 @@ class RequestOptions(DecodingOptions, total=False):
 
     min_p: Annotated[
         Ratio,
-        Flag(
-            "Sample from tokens with this share of the best one's probability.",
-            None,
-            "0",
-            "Sampling",
-        ),
+        Flag("Sample from tokens with this share of the best one's probability.", panel="Sampling"),
     ]
     frequency_penalty: Annotated[
-        Penalty, Flag("Subtract this from a token's logit per occurrence in the answer.", None, "0")
+        Penalty, Flag("Subtract this from a token's logit per occurrence in the answer.")
     ]
     presence_penalty: Annotated[
-        Penalty, Flag("Subtract this from the logits of tokens in the answer.", None, "0")
+        Penalty, Flag("Subtract this from the logits of tokens in the answer.")
     ]
     repetition_penalty: Annotated[
         float,
         Meta(gt=0, le=100),
-        Flag(
-            "Divide positive logits of earlier tokens by this, multiply negative ones.", None, "1"
-        ),
+        Flag("Divide positive logits of earlier tokens by this, multiply negative ones."),
     ]
     logit_bias: Annotated[
         dict[Annotated[int, Meta(ge=0)], Annotated[float, Meta(ge=-100, le=100)]],
         Meta(description="an object of token ids with numbers in [-100, 100]"),
         Flag('Add these numbers to the logits of tokens, such as {"15": -100}.'),
     ]
-    min_tokens: Annotated[CountOrNone, Flag("Least tokens in an answer.", None, "0", "Decoding")]
-    ignore_eos: Annotated[bool, Flag("Go on after the tokens that end an answer.", default="no")]
+    min_tokens: Annotated[CountOrNone, Flag("Least tokens in an answer.", panel="Decoding")]
+    ignore_eos: Annotated[bool, Flag("Go on after the tokens that end an answer.")]
     stop_token_ids: Annotated[
         Sequence[Annotated[int, Meta(ge=0)]], Flag("End the answer at these token ids, too: 5,17.")
     ]
@@ -188,12 +233,10 @@ class RequestOptions(DecodingOptions, total=False):
         Meta(ge=0, le=20),
         Flag("With --jsonl: log probabilities of tokens and of N alternatives."),
     ]
-    prompt_logprobs: Annotated[bool, Flag("The same of the prompt's tokens.", default="no")]
+    prompt_logprobs: Annotated[bool, Flag("The same of the prompt's tokens.")]
 
 
-# The options that no policy sets.
-_OF_A_REQUEST = RequestOptions.__annotations__.keys() - DecodingOptions.__annotations__.keys()
-_OF_A_REQUEST |= {"max_new_tokens", "stop", "temperature", "top_k", "top_p", "seed"}
+_OF_A_STRATEGY = StrategyOptions.__annotations__.keys()
 
 
 @dataclass(frozen=True)
@@ -258,21 +301,8 @@ class DecodingConfig:
     @property
     def engine_settings(self) -> "DecodingConfig":
         """The options that rows decoded in one pass share; all others have their defaults."""
-        shared = {name: getattr(self, name) for name in _OF_AN_ENGINE}
-        return DecodingConfig(**shared)
-
-
-_OF_AN_ENGINE = (
-    "strategy",
-    "exit_layer",
-    "num_draft_tokens",
-    "draft_weights",
-    "lookup",
-    "exits",
-    "exit_confidence",
-    "skip",
-    "profile",
-)
+        names = (_OF_A_STRATEGY - {"policy"}) | {"draft_weights", "profile"}
+        return DecodingConfig(**{name: getattr(self, name) for name in names})
 
 
 def decoding(
@@ -294,7 +324,7 @@ def choices(options: DecodingOptions) -> dict[str, Any]:
     return {
         name: value
         for name, value in normalized(options).items()
-        if value and name not in _OF_A_REQUEST
+        if value and name in _OF_A_STRATEGY
     }
 
 
@@ -304,7 +334,7 @@ def changed(options: DecodingOptions, changes: DecodingOptions) -> RequestOption
     """
     replaced = set() if changes.keys().isdisjoint(GUIDES) else set(GUIDES)
     if "policy" in changes:
-        replaced |= options.keys() - _OF_A_REQUEST
+        replaced |= options.keys() & _OF_A_STRATEGY
     elif choices(changes):
         replaced.add("policy")
     return cast(
@@ -315,7 +345,8 @@ def changed(options: DecodingOptions, changes: DecodingOptions) -> RequestOption
 
 def used_by(option: str) -> Sequence[str]:
     """The strategies that use an option."""
-    return _USERS.get(option, STRATEGIES)
+    users = tuple(name for name, strategy in STRATEGIES.items() if option in strategy.options)
+    return users or tuple(STRATEGIES)
 
 
 def normalized(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Tasks and measurements."""
 
+from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Annotated, Literal
 
@@ -7,7 +8,7 @@ from msgspec import Meta
 
 from ..errors import require
 from ..splits import VALIDATION, HeldOut
-from .decoding import REMEMBERED, STRATEGIES, DecodingOptions, Remember
+from .decoding import REMEMBERED, STRATEGIES, DecodingOptions, Remember, Strategy
 from .model import MachineConfig, PackingConfig, PromptingConfig
 from .options import (
     BatchSize,
@@ -36,13 +37,25 @@ TASKS = {
     "mbpp": "layerskip_core.evaluation.tasks.code:MBPP",
     "lm": "layerskip_core.evaluation.tasks.texts:LANGUAGE_MODELLING",
 }
-TRANSFORMERS_BASELINES = (
-    "transformers",
-    "assistant-early-exit",
-    "prompt-lookup",
-    "assistant-model",
-)
-BASELINES = (*TRANSFORMERS_BASELINES, "no-reuse", "llama.cpp")
+
+
+@dataclass(frozen=True)
+class BaselineKind:
+    """What reports know of a decoder that `bench` compares with; see Strategy."""
+
+    drafts: bool = False
+    has_exit: bool = False
+    by_transformers: bool = False
+
+
+BASELINES = {
+    "transformers": BaselineKind(by_transformers=True),
+    "assistant-early-exit": BaselineKind(drafts=True, has_exit=True, by_transformers=True),
+    "prompt-lookup": BaselineKind(drafts=True, by_transformers=True),
+    "assistant-model": BaselineKind(drafts=True, by_transformers=True),
+    "no-reuse": BaselineKind(drafts=True, has_exit=True),
+    "llama.cpp": BaselineKind(),
+}
 # Columns of `jsonl`; the first one present counts.
 PROMPT_NAMES = (
     "prompt",
@@ -71,6 +84,16 @@ HARNESS = "lm-eval:"  # prefix of lm-evaluation-harness's tasks
 
 _TIMED = 8  # prompts to time, with batches
 _OF_THE_TASK = ("max_new_tokens", "seed")  # options that TaskConfig has
+
+
+def kind_of(name: str) -> Strategy | BaselineKind:
+    """The strategy or baseline of this name."""
+    return STRATEGIES[name] if name in STRATEGIES else BASELINES[name]
+
+
+def with_transformers(names: Iterable[str]) -> bool:
+    """Whether one of these baselines is transformers' own."""
+    return any(BASELINES[name].by_transformers for name in names)
 
 
 @dataclass(frozen=True)

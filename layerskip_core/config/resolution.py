@@ -10,6 +10,7 @@ from typing import Any, TypedDict, cast
 from ..errors import plural, refused, require
 from .decoding import (
     GUIDES,
+    STRATEGIES,
     DecodingConfig,
     DecodingOptions,
     DraftProfile,
@@ -26,11 +27,6 @@ from .options import CountOrNone, counts_text
 EXACT = "exact"
 FAST = "fast"  # the policy with the fastest early exit that keeps a share of the quality
 MOST_DRAFTS = 32  # per round of adaptive drafting
-# The strategies that options imply; the first given option counts.
-_IMPLIED = {
-    **{"exit_confidence": "early-exit", "skip": "draft-and-verify"},
-    **dict.fromkeys(("exit_layer", "num_draft_tokens"), "self-speculative"),
-}
 
 
 class Measured(TypedDict):
@@ -71,9 +67,13 @@ class Recommended:
 
 def implied_strategy(options: DecodingOptions) -> str | None:
     """The named strategy, or the one that another option implies."""
-    return options.get("strategy") or next(
-        (strategy for name, strategy in _IMPLIED.items() if options.get(name)), None
-    )
+    if options.get("strategy"):
+        return options["strategy"]
+    # The more special ones come last: --skip 8 --spec 4 is draft-and-verify
+    for name, strategy in reversed(STRATEGIES.items()):
+        if any(options.get(option) for option in strategy.implied_by):
+            return name
+    return None
 
 
 def resolve(
@@ -141,7 +141,7 @@ def resolve_as(
         "num_draft_tokens": known.num_draft_tokens,
         "guided": _guided(asked),
     }
-    if strategy in ("self-speculative", "draft-and-verify") and packing.draft_weights:
+    if strategy in used_by("draft_weights") and packing.draft_weights:
         completed["draft_weights"] = packing.draft_weights[0]
     match strategy:
         case "early-exit" if asked.get("exit_confidence"):
@@ -152,7 +152,7 @@ def resolve_as(
             for exit_layer in asked.get("exits", ()):
                 require_exit_layer(exit_layer, num_layers, field="exits")
             completed["exits"] = spread_exits(known.exits, num_layers)
-        case "early-exit" | "self-speculative":
+        case _ if STRATEGIES[strategy].has_exit:
             of_copies = "draft_weights" in completed
             all_layers = of_copies and "exit_layer" not in asked and not known.exits
             completed["exit_layer"] = exit_layer = (

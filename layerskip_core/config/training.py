@@ -4,7 +4,7 @@ frozen model.
 
 import os
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta
 
@@ -19,7 +19,6 @@ ExitReader = Literal["none", "block"]
 DropoutProfile = Literal["exponential", "constant"]
 DropoutSchedule = Literal["constant", "rising", "falling"]
 Scheduler = Literal["cosine", "linear", "constant"]
-OptimizerName = Literal["adamw", "muon"]
 Answers = Literal["model", "data"]
 BlockLayout = Literal["exit", "eagle3", "mtp"]
 _Weight = Annotated[float, Meta(ge=0, le=1_000_000)]
@@ -32,7 +31,7 @@ _Vocabulary = Annotated[int, Meta(ge=260, le=10_000_000)]
 _BY_PRESET = "by --recipe"
 _REPLAY_HELP = "Share of a step's rows that the model itself wrote before the training, so that it keeps what it knew."
 SHIPPED = "shipped"  # the drafter that the model's checkpoint has
-_LAYOUTS: dict[str, BlockLayout] = {
+_LAYOUT_OF_SETTING: dict[str, BlockLayout] = {
     "exits": "exit",
     "draft_vocab": "eagle3",
     "start_from": "eagle3",
@@ -64,11 +63,8 @@ class TrainingSettings:
     ] = "embedded-base"
     data: DataConfig = field(default_factory=DataConfig)
     prompting: PromptingConfig = field(default_factory=PromptingConfig)
-    usual_epochs = 1.0
-    commands_steps = 300  # about three minutes on two cores
-    # Only FinetuneConfig has these as settings
-    streaming = False
-    fsdp = False
+    usual_epochs: ClassVar[float] = 1.0
+    commands_steps: ClassVar[int] = 300  # about three minutes on two cores
     steps: Annotated[
         _RunSteps | None,
         Flag("Steps; overrides --epochs.", None, "300 on `commands`", "Optimisation"),
@@ -114,9 +110,6 @@ class TrainingSettings:
         str, Flag("Also log losses to tensorboard, wandb, ...; several with commas.")
     ] = ""
     overwrite: Annotated[bool, Flag("Replace a model in --output.")] = False
-    push_to_hub: Annotated[
-        Text | None, Flag("Upload the result to this repository, owner/name.")
-    ] = None
 
     def __post_init__(self) -> None:
         samples = self.validation_samples
@@ -204,11 +197,11 @@ class FinetuneConfig(TrainingSettings):
     """One training of a model, as requested."""
 
     recipe: RecipeSettings = field(default_factory=RecipeSettings)
-    optimizer: Annotated[
-        OptimizerName, Flag("muon: for the matrices of the layers.", panel="Optimisation")
-    ] = "adamw"
     gradient_checkpointing: Annotated[
-        bool, Flag("Recompute layers in the backward pass: less memory, more time.")
+        bool,
+        Flag(
+            "Recompute layers in the backward pass: less memory, more time.", panel="Optimisation"
+        ),
     ] = False
     replay: Annotated[
         Fraction | None, Flag(_REPLAY_HELP, None, "0.25 with auto and none, from 50M parameters on")
@@ -296,12 +289,16 @@ class DrafterConfig(TrainingSettings):
         Flag("Steps; overrides --epochs.", None, "600 on `commands`", "Optimisation"),
     ] = None
     epochs: Annotated[_Epochs | None, Flag("Passes over the data.", default="2")] = None
-    usual_epochs = 2.0
-    commands_steps = 600
+    usual_epochs: ClassVar[float] = 2.0
+    commands_steps: ClassVar[int] = 600
+    # What only FinetuneConfig has as settings; the code of both runs reads them
+    streaming: ClassVar[bool] = False
+    fsdp: ClassVar[bool] = False
+    replay: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, layout in self._of_one_layout.items():
+        for name, layout in self._given_for_one_layout.items():
             needed = f"used with `layout` {layout}"
             require(layout == self.implied_layout, name, needed, getattr(self, name))
         if self.answers == "data":
@@ -311,12 +308,12 @@ class DrafterConfig(TrainingSettings):
     @property
     def implied_layout(self) -> BlockLayout | None:
         """The requested layout, or the one that other settings belong to."""
-        return self.layout or next(iter(self._of_one_layout.values()), None)
+        return self.layout or next(iter(self._given_for_one_layout.values()), None)
 
     @property
-    def _of_one_layout(self) -> dict[str, BlockLayout]:
+    def _given_for_one_layout(self) -> dict[str, BlockLayout]:
         """The given settings that only one layout has, with that layout."""
-        layouts = dict(_LAYOUTS)
+        layouts = dict(_LAYOUT_OF_SETTING)
         if self.start_from == SHIPPED:
             layouts["start_from"] = "mtp"
         return {name: layout for name, layout in layouts.items() if not self._is_usual(name)}

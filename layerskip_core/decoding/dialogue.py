@@ -10,7 +10,7 @@ from ..model.backend import check_prompt
 from ..prompting import CHAT
 from .loop import decode
 from .output import Answer, DecodeStats, StopReason
-from .target import Prefixes
+from .prefixes import Prefixes
 
 
 class TextStream:
@@ -40,15 +40,7 @@ class TextStream:
         if self.finish_reason is None:
             raise RuntimeError("the answer is not finished: iterate over the stream first")
         [row] = self.decoding.rows
-        return Answer(
-            self.text,
-            self.finish_reason,
-            self.stats,
-            row.output,
-            0,
-            row.logprobs,
-            row.prompt_logprobs,
-        )
+        return row.answer(self.text, self.stats)
 
     @property
     def text(self) -> str:

@@ -14,16 +14,18 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from ..config.decoding import DRAFTERS, DecodingConfig
+from ..config.decoding import STRATEGIES, DecodingConfig
 from ..model.backend import Backend
 from ..model.cache import Places, on_device
 from .drafters import Draft, Drafter, DrafterSetup, DraftInput, drafter_for
 from .drafters.lookup import EarlierAnswers
 from .graphs import GraphRecorder, instant, seconds_between
-from .output import Row, RowStep, logprobs_of
+from .output import logprobs_of
 from .plan import ScheduledRow, StepPlan
+from .prefixes import NO_PREFIXES, Prefixes
+from .row import Row, RowStep
 from .sampling import Span, accepted_choices, needs_logits, noise_of, verify
-from .target import NO_PREFIXES, FixedTarget, Prefixes, TargetOutput, target_of
+from .target import FixedTarget, TargetOutput, target_of
 
 _NO_DRAFTS = "plain"  # source of steps without room for drafts
 _LOCKS: WeakKeyDictionary[Backend, RLock] = WeakKeyDictionary()
@@ -41,7 +43,7 @@ def lock_of(model: Backend) -> RLock:
 
 def draft_length(config: DecodingConfig) -> int:
     """The most drafts of a row in a step."""
-    return config.num_draft_tokens if config.strategy in DRAFTERS else 0
+    return config.num_draft_tokens if STRATEGIES[config.strategy].drafts else 0
 
 
 class Engine:
@@ -69,7 +71,7 @@ class Engine:
         """
         self.target = target_of(model, config)
         self.num_draft_tokens = draft_length(config)
-        if drafter is None and config.strategy in DRAFTERS:
+        if drafter is None and STRATEGIES[config.strategy].drafts:
             # Only on batch-invariant kernels: else remembered answers would change rounding
             searched = earlier if model.batch_invariant else None
             setup = DrafterSetup(model, config, reuse_exit_states, searched, prefixes)
@@ -103,11 +105,12 @@ class Engine:
                 self.cache = cache
                 self.rows = [row]
                 return
-            # If this fails, the others may be half changed
-            others = self.rows
-            self.rows = []
-            self.cache.join(cache)
-            self.rows = [*others, row]
+            try:
+                self.cache.join(cache)
+            except BaseException:  # the other rows may be half changed
+                self.close()
+                raise
+            self.rows = [*self.rows, row]
 
     def remove(self, row: Row) -> None:
         """Removes a row before its end and frees its KV entries at once. Its text so far is added
@@ -137,6 +140,7 @@ class Engine:
     def close(self) -> None:
         """Removes all rows and frees their KV entries at once."""
         self.rows = []
+        self.recorder = None  # its recordings hold the cache's addresses
         self.cache = self._model.new_cache(0)
 
     # --- a step ---
@@ -155,7 +159,6 @@ class Engine:
             with self._lock, torch.inference_mode():
                 return self._run(plan)
         except BaseException:  # rows may be half changed
-            self.recorder = None
             self.close()
             raise
 
@@ -181,7 +184,7 @@ class Engine:
         rows = [each.row for each in decoding]
         limits = [each.num_draft_tokens for each in decoding]
         newest = on_device([row.ids[-1] for row in rows], self._model)
-        if self.target.records and rows:
+        if self.target.can_record and rows:
             ends = [len(each.row.ids) + each.num_draft_tokens for each in decoding]
             self._make_recorder().reach(max(ends))
         if self.drafter is None or max(limits, default=0) <= 0:
@@ -195,7 +198,7 @@ class Engine:
             self.seconds["total_seconds"],
             plan.max_prefill_tokens,
             self.recorder,
-            self.target.exit_cache,
+            self.target.block_writer,
         )
         begun = instant(self._model.device)
         draft = self.drafter.draft(given, limits)
@@ -231,7 +234,7 @@ class Engine:
                 parts.append(next(drafts))
         tokens = torch.cat(parts)
         reporting = [_reports_prompt(each.row) for each in plan.rows]
-        output = self.target.fill(tokens, places, plan.scored, any(reporting))
+        output = self.target.run_mixed(tokens, places, plan.scored, any(reporting))
         if output.states is not None:
             for index, reports in enumerate(reporting):
                 if reports:
@@ -249,7 +252,9 @@ class Engine:
         if self.recorder is not None and any(row.config.temperature > 0 for row in rows):
             reads_logits = True
         noise = None if reads_logits else noise_of(_spans(plan))
-        return self.target.verify(draft, places, self.recorder, noise, reads_logits)
+        return self.target.run_drafts(
+            draft.tokens, draft.exit_states, places, self.recorder, noise, reads_logits
+        )
 
     def _verify(self, plan: StepPlan, tokens: Tensor, output: TargetOutput) -> list[list[int]]:
         """By row that samples: the accepted drafts, and a token of the target's own."""
@@ -297,8 +302,8 @@ class Engine:
                 row.num_computed_tokens += each.num_tokens
             else:
                 row.num_computed_tokens = len(row.ids) - 1
-        if self.target.exit_cache is not None:
-            self.target.exit_cache.commit(
+        if self.target.block_writer is not None:
+            self.target.block_writer.commit(
                 self.cache, plan.bounds, committed, self._num_computed_tokens
             )
         self._drop_finished(plan)
@@ -352,16 +357,14 @@ class Engine:
 
     def _keep(self, index: int, ids: Sequence[int]) -> None:
         """Adds the KV entries of a row's first tokens to the prefixes."""
-        if self.target.exit_cache is not None and self._prefixes is not NO_PREFIXES:
-            self.target.exit_cache.write(self.cache, self._num_computed_tokens)
+        if self.target.block_writer is not None and self._prefixes is not NO_PREFIXES:
+            self.target.block_writer.write(self.cache, self._num_computed_tokens)
         prefixes = self._prefixes_of(self.rows[index])
         prefixes.keep(self._model, self.target, ids, self.cache, index)
 
     def _prefixes_of(self, row: Row) -> Prefixes:
-        """The prefixes that a row may start from and is kept in; none if it needs logits of its
-        whole prompt.
-        """
-        return NO_PREFIXES if row.config.prompt_logprobs else self._prefixes
+        """The prefixes that a row may start from and is kept in."""
+        return self._prefixes if row.uses_prefixes else NO_PREFIXES
 
     def _keep_rows(self, indices: list[int]) -> None:
         """Keeps only the rows of the batch at these indices."""
@@ -371,7 +374,6 @@ class Engine:
             return
         if self.recorder is not None:
             self.recorder.give_back(self._model)
-            self.recorder = None
         self.close()
 
 

@@ -8,7 +8,8 @@ from ..errors import require
 from ..model.backend import Backend, check_prompt
 from .drafters.lookup import EarlierAnswers
 from .engine import draft_length
-from .output import Answer, DecodeStats, Detokenize, Row, RowStep, StopReason
+from .output import Answer, DecodeStats, Detokenize, StopReason
+from .row import Row, RowStep
 from .scheduler import Scheduler, without_failure
 
 
@@ -59,8 +60,8 @@ def decode_batch(
     detokenize: Detokenize | None = None,
     seeds: Sequence[int] | None = None,
     earlier: EarlierAnswers | None = None,
-) -> Iterator[Answer]:
-    """Decode prompts together by the config's strategy; yield each answer when it is complete.
+) -> list[Answer]:
+    """Decode prompts together by the config's strategy; return their answers.
 
     In fp32 and above a row's output equals that of `decode` for its prompt and seed alone,
     near-ties excepted. Without `detokenize` answers have ids only. `seeds`: by row, for sampling;
@@ -73,21 +74,15 @@ def decode_batch(
         single or not config.exit_confidence, "batch_size", "1 with `exit_confidence`", len(prompts)
     )
     if not prompts:
-        return
+        return []
     loop = DecodingLoop(model, prompts, config, eos_ids, detokenize, seeds=seeds, earlier=earlier)
-    for steps in loop:
-        for step in steps:
-            if step.finish_reason is not None:
-                row = step.row
-                yield Answer(
-                    row.text.add(row.output, finished=True),
-                    step.finish_reason,
-                    sum(row.steps, DecodeStats()),
-                    row.output,
-                    loop.rows.index(row),
-                    row.logprobs,
-                    row.prompt_logprobs,
-                )
+    for _ in loop:
+        pass
+    answers = []
+    for row in loop.rows:
+        text = row.text.add(row.output, finished=True)
+        answers.append(row.answer(text, sum(row.steps, DecodeStats())))
+    return answers
 
 
 class DecodingLoop:

@@ -6,7 +6,7 @@ from functools import cached_property
 from itertools import accumulate
 from math import inf
 
-from .output import Row
+from .row import Row
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,10 @@ a sample of the most probable token (see model/noise.py), so drafts are verified
 with and without it: those are accepted that the target chooses.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,9 +20,7 @@ from ..model.cache import on_device
 from ..model.native.noise import perturbed
 from ..model.noise import Noise, key_of, least_temperature
 from ..model.vocabulary import most_probable
-
-if TYPE_CHECKING:
-    from .output import Row
+from .row import Row
 
 _PIECE = 1 << 21  # most logits that are copied at once: some six copies of 8 MB in fp32
 
@@ -33,7 +30,7 @@ class Span(NamedTuple):
     the row's next one.
     """
 
-    row: "Row"
+    row: Row
     tokens: int = 1
     ahead: int = 0
 
@@ -136,7 +133,7 @@ def _chosen_alike(
     return best_of(scores, any(span.row.processor for span in spans)), probs
 
 
-def needs_logits(rows: Sequence["Row"]) -> bool:
+def needs_logits(rows: Sequence[Row]) -> bool:
     """Whether a pass must return the logits of these rows: the model itself chooses tokens
     greedily, or with noise of one temperature.
     """
@@ -287,121 +284,3 @@ def _softmax(logits: Tensor, temperature: float) -> Tensor:
     return (
         (logits - logits.amax(-1, keepdim=True)) / least_temperature(temperature, logits.dtype)
     ).softmax(-1)
-
-
-class LogitsProcessor:
-    """Changes the logits of one row."""
-
-    def __init__(
-        self, config: DecodingConfig, ids: list[int], prompt_tokens: int, ends: Collection[int]
-    ) -> None:
-        """`ids`: the row's, which grow while it is decoded. `ends`: the tokens that end it."""
-        self._config = config
-        self._ids = ids
-        self._prompt_tokens = prompt_tokens
-        self._ends = ends
-        self._matcher = None if config.guide is None else config.guide.matcher()
-        # Token ids, and what their logits get; from the first call on
-        self._bias: tuple[Tensor, Tensor] | None = None
-        self._end_ids: Tensor | None = None  # those in the vocabulary
-        self._counted = prompt_tokens  # how many of `ids` are in `_counts`
-        # Occurrences in the output, by token; with a repetition penalty also the prompt's tokens,
-        # from 0.
-        self._counts = dict.fromkeys(
-            ids[:prompt_tokens] if config.repetition_penalty != 1 else (), 0
-        )
-
-    def process(self, logits: Tensor, drafts: Sequence[int]) -> None:
-        """Changes the logits (T, V) of the last T positions after the row's tokens and the drafts
-        that follow them.
-
-        In this order: bias, repetition penalty, frequency and presence penalty, forbidden tokens.
-        """
-        config = self._config
-        first = len(drafts) + 1 - len(logits)  # drafts before the first position
-        if config.logit_bias:
-            if self._bias is None:
-                ids, values = zip(*config.logit_bias, strict=True)
-                self._bias = _tensor_on(logits, ids), _tensor_on(logits, values, logits.dtype)
-            biased, bias = self._bias
-            logits[:, biased] += bias
-        if config.penalises:
-            self._penalise(logits, drafts, first)
-        early = config.min_tokens - (len(self._ids) - self._prompt_tokens) - first
-        if early > 0:
-            if self._end_ids is None:
-                self._end_ids = _tensor_on(
-                    logits, [token for token in self._ends if token < logits.shape[-1]]
-                )
-            logits[:early].index_fill_(1, self._end_ids, -torch.inf)
-        if self._matcher is not None:
-            for place, scores in enumerate(logits, start=first):
-                forbidden = self._matcher.forbidden(self._output, drafts[:place])
-                if forbidden is not None and scores.device.type == "cpu":
-                    # By one thread, see `best_of`
-                    np.copyto(scores.numpy(), -np.inf, where=forbidden[: len(scores)])
-                elif forbidden is not None:
-                    hidden = torch.from_numpy(forbidden[: len(scores)]).to(
-                        scores.device, non_blocking=True
-                    )
-                    scores.masked_fill_(hidden, -torch.inf)
-
-    def permitted(self, drafts: list[int]) -> list[int]:
-        """The drafts up to the first that the row's grammar forbids."""
-        return (
-            drafts
-            if self._matcher is None
-            else drafts[: self._matcher.permitted(self._output, drafts)]
-        )
-
-    def forced(self, drafts: Sequence[int] = ()) -> list[int]:
-        """The tokens that the row's grammar forces after the drafts."""
-        return [] if self._matcher is None else self._matcher.forced([*self._output, *drafts])
-
-    @property
-    def mismatch(self) -> str | None:
-        """Why the finished output does not match the row's grammar; None if it matches, or was
-        cut.
-        """
-        return None if self._matcher is None else self._matcher.mismatch(self._output)
-
-    @property
-    def _output(self) -> list[int]:
-        return self._ids[self._prompt_tokens :]
-
-    def _penalise(self, logits: Tensor, drafts: Sequence[int], first: int) -> None:
-        """As transformers (Keskar et al., 2019) and OpenAI's API define the penalties."""
-        config = self._config
-        for token in self._ids[self._counted :]:
-            self._counts[token] = self._counts.get(token, 0) + 1
-        self._counted = len(self._ids)
-        ids = [
-            *self._counts,
-            *(token for token in dict.fromkeys(drafts) if token not in self._counts),
-        ]
-        columns = {token: column for column, token in enumerate(ids)}
-        counts = torch.zeros(len(logits), len(ids), dtype=logits.dtype)
-        counts[:, : len(self._counts)] = torch.tensor(
-            list(self._counts.values()), dtype=logits.dtype
-        )
-        for place, token in enumerate(drafts):
-            counts[max(place + 1 - first, 0) :, columns[token]] += 1
-        counts = counts.to(logits.device, non_blocking=True)
-        places = _tensor_on(logits, ids)
-        found = counts > 0
-        scores = logits[:, places]
-        if config.repetition_penalty != 1:
-            seen = found.clone()
-            seen[:, : len(self._counts)] = True
-            penalised = torch.where(
-                scores > 0, scores / config.repetition_penalty, scores * config.repetition_penalty
-            )
-            scores = torch.where(seen, penalised, scores)
-        logits[:, places] = (
-            scores - config.frequency_penalty * counts - config.presence_penalty * found
-        )
-
-
-def _tensor_on(logits: Tensor, values: Sequence[float], dtype: torch.dtype = torch.long) -> Tensor:
-    """Numbers on the device of the logits, copied without waiting."""
-    return torch.tensor(values, dtype=dtype).to(logits.device, non_blocking=True)

@@ -21,9 +21,10 @@ from typing import Any
 
 from ..model.backend import Backend
 from .engine import Engine
-from .output import DecodeStats, Row, RowStep
+from .output import DecodeStats
 from .plan import StepPlan, plan_step
-from .target import NO_PREFIXES, Prefixes
+from .prefixes import NO_PREFIXES, Prefixes
+from .row import Row, RowStep
 
 
 class Scheduler:
@@ -138,15 +139,23 @@ class Scheduler:
         """Whether the batch has a place for a row, the next step has prefill tokens left, and
         memory suffices.
 
-        While a text with the same beginning is prefilled, the row waits to share its KV entries.
+        While a row of the same strategy and the same beginning is prefilled, the row waits to share
+        its KV entries.
         """
         running = self.running
         reading = [other for other in running if other.prefill_tokens]
         waiting_tokens = sum(other.prefill_tokens for other in reading)
         if len(running) >= self._max_rows or waiting_tokens >= self.max_prefill_tokens:
             return False
-        if self._prefixes.would_share(row.ids, [other.ids for other in reading]):
-            return False
+        if row.uses_prefixes:
+            strategy = row.config.engine_settings
+            others = [
+                other.ids
+                for other in reading
+                if other.uses_prefixes and other.config.engine_settings == strategy
+            ]
+            if self._prefixes.would_share(self._model, row.ids, others):
+                return False
         return self.has_free_pages(len(row.ids))
 
     def _start(self, row: Row) -> list[RowStep]:
@@ -158,7 +167,7 @@ class Scheduler:
             engine.add(row)
             return []
         except BaseException as error:
-            # An engine that lost its rows is over
+            # Those whose cache could not be joined have left the engine
             lost = others if engine is not None and not engine.rows else []
             self._forget_idle_engines()
             return _failed([*lost, row], error)

@@ -14,34 +14,21 @@ from typing import Any
 from ..checkpoint.info import read_info
 from ..errors import LayerSkipError, require
 from ..files import parse_json, read_bytes
-from .intervals import NO_LIMITS, Variance, t_interval
-from .metrics import MOST_NATS, is_share, lower_is_better
-from .results import Result, RunRecord, drafts_name, read_record, result_name
-
-RESULTS = "results.json"
-LOSSES = "losses.jsonl"
-HELD_OUT = "held_out_perplexity"
-# Of a training's Cost, see checkpoint.info.
-OWN_AGREEMENT = "own_text_agreement"
-OWN_PERPLEXITY = "own_text_perplexity"
-ANSWERED = "held_out_exact_match"
-# The order of what is shown after the metrics
-SHOWN = (
-    "perplexity",
-    "agreement",
-    "acceptance_rate",
-    "speedup",
-    HELD_OUT,
+from .columns import (
     ANSWERED,
+    COLUMNS,
+    HELD_OUT,
+    LOSSES,
     OWN_AGREEMENT,
     OWN_PERPLEXITY,
+    RESULTS,
+    column_named,
 )
-_IF_ASKED = ("mean_accepted_tokens", "tokens_per_second", "identical_outputs")
-_OF_DECODING = ("acceptance_rate", "speedup", *_IF_ASKED)
-_NO_SHARES = (HELD_OUT, OWN_PERPLEXITY, "mean_accepted_tokens", "speedup", "tokens_per_second")
+from .intervals import NO_LIMITS, Variance, t_interval
+from .metrics import MOST_NATS
+from .results import Result, RunRecord, drafts_name, read_record, result_name
+
 _MEASURED = {RESULTS: "metrics", LOSSES: "held-out losses"}  # in the files of a run
-_OF_HELD_OUT = (HELD_OUT, ANSWERED)
-_OF_OWN_TEXT = (OWN_AGREEMENT, OWN_PERPLEXITY)
 _SEED = re.compile(r"[-_./]?seed[-_]?\d+$")
 
 _FEWEST_RUNS = 3  # for an interval: with two it would be the mean ± 12.7 standard errors
@@ -166,16 +153,16 @@ def add_record(run: Run, record: RunRecord) -> Run:
     run.rows[RESULTS] = {name: value for name, value in task.items() if value is not None}
     for result in record.results:
         setting = _setting_of(result)
-        figures: dict[str, float | None] = {}
-        if result.acceptance_rate is None:
-            figures |= result.metrics
-            figures["agreement"] = result.agreement
-            if result.perplexity is not None:  # else it may be a metric
-                figures["perplexity"] = result.perplexity
-        figures |= {name: getattr(result, name) for name in _OF_DECODING}
+        drafts = result.acceptance_rate is not None
+        figures = {} if drafts else dict(result.metrics)
+        for column in COLUMNS:
+            is_of_results = column.compared != "never" and column.source == RESULTS
+            if is_of_results and not (drafts and column.is_quality):
+                value = getattr(result, column.figure)
+                if value is not None:  # perplexity may be a metric instead
+                    figures[column.figure] = value
         for name, value in figures.items():
-            if value is not None:
-                run.figures.setdefault(name, {}).setdefault(setting, value)
+            run.figures.setdefault(name, {}).setdefault(setting, value)
     return run
 
 
@@ -274,10 +261,8 @@ def compare(
     paired = not notes and len({len(runs) for runs in groups.values()}) == 1
     lines = list[Line]()
     for figure in only or _usual_figures(groups):
-        incomparable = set()
-        if figure not in _OF_OWN_TEXT:  # the text is each model's own
-            file = LOSSES if figure in _OF_HELD_OUT else RESULTS
-            incomparable = {label for own, label in differing if own == file}
+        source = column_named(figure).source
+        incomparable = {label for file, label in differing if file == source}
         lines += _lines(groups, figure, exits, paired, incomparable)
     paths = {}
     for label, runs in groups.items():
@@ -296,20 +281,10 @@ def figures_of(groups: Mapping[str, Sequence[Run]]) -> list[str]:
 
 def _usual_figures(groups: Mapping[str, Sequence[Run]]) -> list[str]:
     known = figures_of(groups)
-    metrics = [name for name in known if name not in (*_IF_ASKED, *SHOWN)]
-    return metrics + [name for name in SHOWN if name in known]
-
-
-def is_logarithmic(figure: str) -> bool:
-    """True for perplexities, which are compared as logarithms, the losses: a shallow exit's would
-    hide all others.
-    """
-    return figure in (HELD_OUT, OWN_PERPLEXITY) or lower_is_better(figure)
-
-
-def is_percentage(figure: str) -> bool:
-    """True for a figure or metric in 0..1, which is shown in percent."""
-    return is_share(figure) and figure not in _NO_SHARES
+    of_columns = [column.figure for column in COLUMNS]
+    metrics = [name for name in known if name not in of_columns]
+    usual = [column.figure for column in COLUMNS if column.compared == "always"]
+    return metrics + [name for name in usual if name in known]
 
 
 def _lines(
@@ -323,7 +298,7 @@ def _lines(
     difference.
     """
     first = next(iter(groups))
-    share = is_percentage(figure)
+    column = column_named(figure)
     for setting in _settings_of(groups, figure):
         if exits and setting.exit_layer not in (None, *exits):
             continue
@@ -331,13 +306,13 @@ def _lines(
         for label, runs in groups.items():
             if all(setting in run.figures.get(figure, {}) for run in runs):
                 values[label] = [run.figures[figure][setting] for run in runs]
-        logarithmic = is_logarithmic(figure) and all(min(own) > 0 for own in values.values())
+        logarithmic = column.is_logarithmic and all(min(own) > 0 for own in values.values())
         cells = []
         for label, own in values.items():
-            mean = interval_of(own, logarithmic=logarithmic, share=share)
+            mean = interval_of(own, logarithmic=logarithmic, share=column.is_share)
             difference = None
             if label != first and first in values and label not in incomparable:
-                difference = interval_of(own, values[first], paired, logarithmic, share)
+                difference = interval_of(own, values[first], paired, logarithmic, column.is_share)
             cells.append(Cell(label, tuple(own), mean, difference))
         if cells:
             yield Line(figure, setting, tuple(cells))

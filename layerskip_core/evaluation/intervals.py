@@ -15,7 +15,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from .metrics import MOST_NATS, Scores, lower_is_better
+from .metrics import MOST_NATS, Scores, metric_named
 from .results import Bounds
 
 SHARE = (0.0, 1.0)
@@ -180,7 +180,7 @@ def margin(
     """
     pairs = list(zip(scores.values, full_depth.values, strict=True))
     pseudo: list[float] = []
-    if lower_is_better(name):
+    if metric_named(name).lower_is_better:
         allowed = -math.log(share)  # more nats per token
         tokens = scores.tokens or (1,) * len(pairs)
         values = []

@@ -18,6 +18,7 @@ from ..prompting import PromptTemplate, encode_prompt
 from .results import Result
 
 ROUGES = ("rouge1", "rouge2", "rougeL")
+# Metrics of lm-evaluation-harness of which a lower value is better
 _HARNESS_LOWER = (
     "perplexity",
     "word_perplexity",
@@ -61,23 +62,9 @@ class Scores:
         return Scores(values, tuple(self.tokens[prompt] for prompt in prompts))
 
 
-def lower_is_better(name: str) -> bool:
-    """Whether a lower value is better. The metrics of lm-evaluation-harness are named `TASK
-    METRIC`.
-    """
-    return name == "perplexity" or any(f" {metric}" in name for metric in _HARNESS_LOWER)
-
-
-def is_share(name: str) -> bool:
-    """Whether a metric is in 0..1 and shown in percent. Metrics of lm-eval, `TASK METRIC`, have
-    scales of their own.
-    """
-    return not lower_is_better(name) and " " not in name
-
-
 def frontier(results: Sequence[Result], name: str) -> list[int]:
     """The indices of measured results on the Pareto frontier of quality and speed."""
-    sign = -1 if lower_is_better(name) else 1
+    sign = -1 if metric_named(name).lower_is_better else 1
     points: dict[int, tuple[float, float]] = {}
     for index, result in enumerate(results):
         if result.metrics:
@@ -111,7 +98,7 @@ def exact_match(
 
 
 def rouge(
-    predictions: Sequence[str], references: Sequence[Sequence[str]], kinds: Sequence[str] = ROUGES
+    predictions: Sequence[str], references: Sequence[Sequence[str]], kinds: Sequence[str]
 ) -> dict[str, list[float]]:
     """ROUGE F-measures of each prediction, with stemming (Lin, 2004); the best of several
     references, 0 without any.
@@ -180,6 +167,55 @@ def _metrics() -> dict[str, Callable[..., dict[str, list[float]]]]:
         "rouge": Rouge(keep_in_memory=True).compute,
         "pass_at_k": PassAtK(keep_in_memory=True).compute,
     }
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric of answers, and how reports show it. In 0..1 unless a lower value is better."""
+
+    short_name: str  # heads its column
+    legend: str = ""
+    # Takes predictions, the references of each, and the names of the metrics that are wanted of it.
+    # None: texts alone do not give it
+    score: Callable[..., dict[str, list[float]]] | None = None
+    lower_is_better: bool = False
+    is_share: bool = True  # shown in percent
+
+
+METRICS = {
+    "exact_match": Metric(
+        "EM",
+        "exact match",
+        lambda predictions, references, _: {"exact_match": exact_match(predictions, references)},
+    ),
+    "rouge1": Metric("R1", "ROUGE-1", rouge),
+    "rouge2": Metric("R2", "ROUGE-2", rouge),
+    "rougeL": Metric("RL", "ROUGE-L", rouge),
+    "perplexity": Metric("ppl", "perplexity", lower_is_better=True, is_share=False),
+}
+"""All that is said of a metric, by its name. `--metric` takes the names that config/evaluation.py lists."""
+
+
+def metric_named(name: str) -> Metric:
+    """One of METRICS, `pass@K`, or a metric of lm-evaluation-harness, `TASK METRIC`, with a scale of
+    its own.
+    """
+    if name in METRICS:
+        return METRICS[name]
+    is_lower = any(f" {metric}" in name for metric in _HARNESS_LOWER)
+    return Metric(name.replace("pass@", "p@"), lower_is_better=is_lower, is_share=" " not in name)
+
+
+def text_scores(
+    names: Sequence[str], references: Sequence[Sequence[str]], predictions: Sequence[str]
+) -> dict[str, list[float]]:
+    """These metrics of each prediction; the best of its references counts. ROUGEs share a pass."""
+    scores: dict[str, list[float]] = {}
+    for score in dict.fromkeys(METRICS[name].score for name in names):
+        if score is not None:
+            own = [name for name in names if METRICS[name].score is score]
+            scores |= score(predictions, references, own)
+    return scores
 
 
 class Losses(NamedTuple):

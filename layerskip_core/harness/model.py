@@ -197,9 +197,7 @@ class LayerSkipLM(LM):  # type: ignore[misc]
                 finished = decode_batch(
                     self.decoder.backend, prompts, config, ends, self.decoder.detokenize, seeds
                 )
-                for args, output in zip(
-                    batch, sorted(finished, key=lambda output: output.row), strict=True
-                ):
+                for args, output in zip(batch, finished, strict=True):
                     answers.append(self.answer(output.ids, config.stop))
                     self.cache_hook.add_partial("generate_until", args, answers[-1])
                     bar.update()

@@ -107,6 +107,13 @@ def named_weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: weight.detach() for name, weight in (*model.named_parameters(), *buffers)}
 
 
+@torch.no_grad()
+def copy_into(weights: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Overwrites the weights that have `values`, in place."""
+    for name, value in values.items():
+        weights[name].copy_(value)
+
+
 def cast_weights(model: Any, dtype: torch.dtype) -> None:
     """Gives a transformers model's weights the precision in which transformers loads them for
     `dtype`.

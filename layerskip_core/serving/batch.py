@@ -2,17 +2,31 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 from ..checkpoint.loaded import Decoder
 from ..config.decoding import DecodingConfig
 from ..decoding import Answer, DecodeStats
 from ..decoding.drafters.lookup import EarlierAnswers
 from ..errors import LayerSkipError
-from . import Dispatcher, Request, Update
+from .dispatcher import Dispatcher
+from .requests import Request, Update
 
 PromptOrError = tuple[list[int], DecodingConfig] | LayerSkipError
 """A prompt's token ids and how to decode it, or why it cannot be decoded."""
+
+
+@dataclass(eq=False)
+class _Pending:
+    """A prompt whose answer was not yielded yet."""
+
+    request: Request | None = None
+    end: Update | None = None  # its last update, which has all of the text
+
+    def hear(self, update: Update) -> None:
+        if update.is_last:
+            self.end = update
 
 
 def answers_to(
@@ -30,59 +44,45 @@ def answers_to(
     an answer are those of the steps since the answer before, so that those of all answers add up.
     """
     dispatcher = Dispatcher(decoder, batch_size, earlier)
-    unanswered = deque[tuple[Request | None, list[Update]]]()
-    heard = dict[Request, list[Update]]()
+    pending = deque[_Pending]()
     has_more = True
     seconds = 0.0
-    index = 0
-    while has_more or unanswered:
-        while has_more and dispatcher.held < batch_size and (not unanswered or is_ready()):
+    while has_more or pending:
+        while has_more and dispatcher.held < batch_size and (not pending or is_ready()):
             prompt = next(prompts, None)
             if prompt is None:
                 has_more = False
-                break
-            updates = list[Update]()
-            request = None
-            if isinstance(prompt, LayerSkipError):
-                updates.append(Update("", error=prompt))
             else:
-                ids, config = prompt
-                request = Request(ids, config, updates.append, streams=False)
-                heard[request] = updates
-                dispatcher.add(request)
-            unanswered.append((request, updates))
+                pending.append(_add(dispatcher, prompt))
         started = time.perf_counter()
         ended = dispatcher.step()
         seconds += time.perf_counter() - started
-        for each in ended:
-            assert isinstance(each, Request)
-            fault = heard.pop(each)[-1].error
-            if fault is not None and not isinstance(fault, LayerSkipError):
-                raise fault  # not of this prompt, such as Ctrl-C
-        while unanswered and unanswered[0][1] and unanswered[0][1][-1].is_last:
-            request, updates = unanswered.popleft()
-            end = updates[-1]
-            if isinstance(end.error, LayerSkipError) and end.finish_reason is None:
+        if ended:
+            _raise_others(pending)
+        while pending and (end := pending[0].end) is not None:
+            request = pending.popleft().request
+            if request is None or request.row is None or end.finish_reason is None:
+                assert isinstance(end.error, LayerSkipError)
                 yield end.error
             else:
-                assert request is not None
-                yield _answer(request, end, seconds, index)
+                stats = request.stats + DecodeStats(total_seconds=seconds)
+                yield request.row.answer(end.text, stats)
                 seconds = 0.0
-            index += 1
 
 
-def _answer(request: Request, end: Update, seconds: float, index: int) -> Answer:
-    """The whole answer. `end`: its last update, which has all of the text."""
-    row = request.row
-    assert row is not None and end.finish_reason is not None
-    stats = request.stats + DecodeStats(total_seconds=seconds)
-    return Answer(
-        end.text,
-        end.finish_reason,
-        stats,
-        row.output,
-        index,
-        row.logprobs,
-        row.prompt_logprobs,
-        row.error,
-    )
+def _add(dispatcher: Dispatcher, prompt: PromptOrError) -> _Pending:
+    if isinstance(prompt, LayerSkipError):
+        return _Pending(end=Update("", error=prompt))
+    ids, config = prompt
+    pending = _Pending()
+    pending.request = Request(ids, config, pending.hear, streams=False)
+    dispatcher.add(pending.request)
+    return pending
+
+
+def _raise_others(pending: Iterable[_Pending]) -> None:
+    """Raises an exception that is not of a prompt, such as Ctrl-C."""
+    for each in pending:
+        error = None if each.end is None else each.end.error
+        if error is not None and not isinstance(error, LayerSkipError):
+            raise error

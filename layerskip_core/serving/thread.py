@@ -9,7 +9,9 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from ..checkpoint.loaded import Decoder
-from . import Dispatcher, Embedding, QueueFull, Request, Stopped, Update
+from .dispatcher import Dispatcher
+from .embedding import Embedding
+from .requests import QueueFull, Request, Stopped, Update
 
 
 class Updates:
@@ -39,10 +41,11 @@ class DecodingThread:
         """`batch_size`: most requests decoded together. `queue_size`: most requests that wait.
         `kept`: as in Dispatcher.
         """
-        self.held = self.running = 0  # requests waiting or being decoded; being decoded
+        self.num_reserved = 0  # places of requests that wait or are being decoded
+        self.running = 0  # requests being decoded
         self.is_stopped = False  # or has failed: it takes no more requests
         self._dispatcher = Dispatcher(decoder, batch_size, **kept)
-        self._places = batch_size + queue_size
+        self._capacity = batch_size + queue_size
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="layerskip-decoding", daemon=True)
@@ -55,16 +58,16 @@ class DecodingThread:
         """
         with self._lock:
             self._require_running()
-            if self.held + requests > self._places:
+            if self.num_reserved + requests > self._capacity:
                 raise QueueFull(
-                    f"{self.held} requests wait or are being answered, and this server holds {self._places}"
+                    f"{self.num_reserved} requests wait or are being answered, and this server holds {self._capacity}"
                 )
-            self.held += requests
+            self.num_reserved += requests
 
     def release(self, requests: int) -> None:
         """Frees places of requests that have ended or will not be submitted."""
         with self._lock:
-            self.held -= requests
+            self.num_reserved -= requests
 
     def submit(self, *requests: Request | Embedding) -> None:
         """Takes requests whose places are reserved. After `stop` takes none, and raises Stopped."""
@@ -75,14 +78,18 @@ class DecodingThread:
 
     def cancel(self, request: Request | Embedding) -> None:
         """Cancels a request after the current step; a finished one is left as it is."""
-        self._commands.put(lambda: self.release(int(self._dispatcher.cancel(request))))
+        self._commands.put(partial(self._cancel, request))
 
     def stop(self) -> None:
         """Ends all requests with the error Stopped, and waits for the thread."""
         with self._lock:
             self.is_stopped = True
-        self._commands.put(lambda: None)
+        self._commands.put(lambda: None)  # wakes the thread
         self._thread.join()
+
+    def _cancel(self, request: Request | Embedding) -> None:
+        if self._dispatcher.cancel(request):
+            self.release(1)
 
     def _run(self) -> None:
         dispatcher = self._dispatcher

@@ -164,7 +164,7 @@ def own_texts(decoder: Decoder, seed: int) -> list[dict[str, Any]]:
     config = DecodingConfig("autoregressive", max_new_tokens=tokens, temperature=1.0)
     seeds = [(seed + row) % 2**32 for row in range(OWN_TEXTS)]
     outputs = decode_batch(decoder.backend, starts, config, frozenset(), seeds=seeds)
-    return [answered(starts[output.row], output.ids) for output in outputs]
+    return [answered(start, output.ids) for start, output in zip(starts, outputs, strict=True)]
 
 
 def own_prompts(decoder: Decoder, count: int, seed: int) -> Iterator[str]:
@@ -198,8 +198,8 @@ def own_prompts(decoder: Decoder, count: int, seed: int) -> Iterator[str]:
         outputs = decode_batch(
             decoder.backend, prompts, config, decoder.eos_ids, decoder.detokenize, seeds
         )
-        for answer in sorted(outputs, key=lambda answer: answer.row):
-            text = (openings[answer.row] + answer.text).strip()
+        for opening, answer in zip(openings, outputs, strict=True):
+            text = (opening + answer.text).strip()
             is_whole = answer.finish_reason == "eos" and answer.text.strip() != ""
             if is_whole and text not in known and len(known) < count:
                 known.add(text)

@@ -38,7 +38,7 @@ from ..losses import IGNORED
 from ..prompting import CHAT, RAW, PromptTemplate, resolve_template
 from ..splits import VALIDATION, HeldOut, hold_out, part_of, side_of, timely_rows
 from .encoding import Encoder
-from .recipe import TEXT_PRESETS
+from .recipe import TEXT_PRESETS, mixed_seed
 from .sharding import world_size
 
 # Tokens per row, of tasks and of plain text; the paper's table has none
@@ -56,7 +56,7 @@ def step_rows(config: TrainingConfig) -> tuple[int, int]:
     """(data rows, replayed rows) per optimizer step, over all processes. Raises ConfigError if
     `replay` leaves 0 of either.
     """
-    share = getattr(config, "replay", None) or 0.0
+    share = config.replay or 0.0
     rows = config.batch_size * config.accumulation * world_size()
     replayed = round(share * rows)
     needed = f"a share of the {rows} rows of a step that is one row at least, and not all"
@@ -334,7 +334,7 @@ class StreamedRows(IterableDataset):  # type: ignore[type-arg]
         return filter(has_target, self._encoder.rows(self._shuffled(number)))
 
     def _shuffled(self, number: int) -> Iterator[Row]:
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + number)
+        generator = torch.Generator().manual_seed(mixed_seed(self._seed, number))
         rows = self.unshuffled()
         while chunk := list(itertools.islice(rows, _SHUFFLED)):
             for at in torch.randperm(len(chunk), generator=generator).tolist():
@@ -376,7 +376,7 @@ def run_order(lengths: Sequence[int], rows_per_step: int, steps: int, seed: int)
     waiting: list[int] = []
     steps_left = steps
     for number in itertools.count():
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+        generator = torch.Generator().manual_seed(mixed_seed(seed, number))
         waiting += torch.randperm(len(lengths), generator=generator).tolist()
         # Rows too few for a step wait for the next pass
         whole = len(waiting) // rows_per_step * rows_per_step

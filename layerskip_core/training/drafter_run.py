@@ -35,7 +35,7 @@ from .plan import VERSIONS, RunPlan, fixed_settings, require_same_run
 from .precision import choose_precision
 from .progress import LossHistory, checkpoints_folder
 from .sharding import world_size
-from .verdict import SpeedEstimate
+from .speedup import SpeedEstimate
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,10 @@ from ..model.eagle3 import (
 )
 from ..model.exit_blocks import ExitBlocks
 from ..model.spec import ModelSpec
+from ..model.weights import copy_into
 from .exit_blocks import DrafterModule
-from .progress import copy_into
 from .recipe import RunStep
-from .verdict import SpeedEstimate, eagle3_speedup
+from .speedup import SpeedEstimate, eagle3_speedup
 
 DRAFTS = 3  # unrolled in training
 _ALIKE = 0.9  # a head with a greater mean cosine to the model's rows counts as the model's

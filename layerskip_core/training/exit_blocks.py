@@ -25,10 +25,9 @@ from ..model import Backend, TransformersBackend
 from ..model.backend import states_at
 from ..model.cache import Places, available_memory
 from ..model.exit_blocks import INPUT_NORMS, MTP, NO_BLOCKS, ExitBlock, ExitBlocks
-from ..model.weights import block_weights
-from .progress import copy_into, restore
+from ..model.weights import block_weights, copy_into
 from .recipe import RunStep
-from .verdict import SpeedEstimate, exit_speedup
+from .speedup import SpeedEstimate, exit_speedup
 
 MUON_LR = 0.02  # of Muon (Jordan et al., 2024), for the matrices of blocks and drafters
 _FILE = "drafter.safetensors"  # in a run's checkpoints
@@ -138,9 +137,9 @@ class DrafterModule(nn.Module):
         for row in range(rows):
             yield by_row[:, row].clone()
 
-    def muon(self, lr: float) -> Iterator[tuple[list[nn.Parameter], float, str]]:
-        """Yields matrices that Muon trains, their learning rate, and torch's `adjust_lr_fn`."""
-        yield [weight for weight in self.parameters() if weight.requires_grad], lr, "original"
+    def muon(self, lr: float) -> tuple[list[nn.Parameter], float]:
+        """The matrices that Muon trains, and their learning rate in a run with `lr`."""
+        return [weight for weight in self.parameters() if weight.requires_grad], lr
 
     def estimated_speedup(self, backend: Backend, exit_layer: int) -> SpeedEstimate:
         """Estimates the speedup by drafts of an exit, on the backend that decodes."""
@@ -163,7 +162,7 @@ class DrafterModule(nn.Module):
 
     def load(self, folder: Path) -> None:
         """Reads the weights that `save` wrote."""
-        restore(self.weights(), load_file(folder / _FILE))
+        copy_into(self.weights(), load_file(folder / _FILE))
 
 
 class FrozenExits(DrafterModule):

@@ -3,7 +3,7 @@
 Layers and loss run inside the module's own `forward`, because DDP and FSDP2 act there.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,10 @@ from ..errors import ConfigError, first_line
 from ..losses import summed_losses, target_rows
 from ..model import Backend, TransformersBackend
 from ..model.transformers_backend import DocumentRows
-from ..model.weights import block_weights
+from ..model.weights import block_weights, copy_into
 from .exit_blocks import MUON_LR, named_weights
-from .progress import require_same_names, restore
 from .recipe import Recipe, RunStep, dropout_rates, exit_weights, exits_on, kept_rows, time_scale
-from .verdict import SpeedEstimate, exit_speedup
+from .speedup import SpeedEstimate, exit_speedup
 
 _FP32_ATTENTION = "sdpa_fp32"
 _SHORT = 192  # tokens; longer rows are faster in bf16
@@ -51,7 +50,6 @@ class RecipeModule(nn.Module):
         self.recipe = recipe
         self.seed = seed
         self.recompute = recompute
-        self.by_muon = False  # Muon trains the matrices of the layers
         self.tokenizer: Any = None  # saved with the model
         self.backend = TransformersBackend(
             model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -65,19 +63,9 @@ class RecipeModule(nn.Module):
         self.names = {layer: str(layer) for layer in early}
         self.exit_blocks = exit_blocks or nn.ModuleDict()
 
-    def muon(self, lr: float) -> Iterator[tuple[list[nn.Parameter], float, str]]:
-        """As `DrafterModule.muon`: the matrices of exit blocks, whatever their losses weigh, and
-        with `by_muon` those of the layers.
-        """
-        blocks = [weight for weight in self.exit_blocks.parameters() if weight.requires_grad]
-        if blocks:
-            yield blocks, MUON_LR, "original"
-        if self.by_muon:
-            trained = [
-                weight for weight in self.backend.layers.parameters() if weight.requires_grad
-            ]
-            matrices = [weight for weight in trained if weight.dim() == 2]
-            yield matrices, lr, "match_rms_adamw"
+    def muon(self, lr: float) -> tuple[list[nn.Parameter], float]:
+        """As `DrafterModule.muon`: the matrices of exit blocks, whatever their losses weigh."""
+        return [weight for weight in self.exit_blocks.parameters() if weight.requires_grad], MUON_LR
 
     def forward(
         self, input_ids: Tensor, labels: Tensor, step: RunStep, documents: Tensor | None = None
@@ -187,33 +175,16 @@ class RecipeModule(nn.Module):
             self.tokenizer.save_pretrained(folder)
 
     def load(self, folder: Path) -> None:
-        """Reads the weights that `save` wrote. Raises ValueError unless it finds these and no
-        others.
-        """
+        """Reads the weights that `save` wrote."""
         stored = {name: file.mapped(name) for name, file in open_weights(folder).items()}
         if hasattr(self.model, "get_base_model"):
-            from peft import get_peft_model_state_dict, set_peft_model_state_dict
+            from peft import set_peft_model_state_dict
 
-            needed = get_peft_model_state_dict(self.model, save_embedding_layers=False)
-            require_same_names(stored, needed)
             set_peft_model_state_dict(self.model, stored)
         else:
-            restore(_written_weights(self.model, stored), stored)
+            copy_into(self.model.state_dict(keep_vars=True), stored)
         if self.exit_blocks:
-            restore(named_weights(self.exit_blocks), load_file(folder / EXIT_BLOCKS_FILE))
-
-
-def _written_weights(model: Any, stored: Collection[str]) -> dict[str, Tensor]:
-    """The weights that a checkpoint of a transformers model has: of tied ones those in `stored`."""
-    weights = model.state_dict(keep_vars=True)
-    for name in model._keys_to_ignore_on_save or ():  # transformers does not write these
-        weights.pop(name, None)
-    found = {id(weights[name]) for name in stored if name in weights}
-    return {
-        name: weight
-        for name, weight in weights.items()
-        if name in stored or id(weight) not in found
-    }
+            copy_into(named_weights(self.exit_blocks), load_file(folder / EXIT_BLOCKS_FILE))
 
 
 def with_gradient(states: Tensor, share: float) -> Tensor:

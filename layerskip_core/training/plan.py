@@ -24,7 +24,7 @@ _VALIDATIONS = 10  # per run, unless `eval_steps` is given
 
 # Settings that may differ between a run and its resumption.
 _FREE = (
-    "model data output resume overwrite save_steps report_to epochs device push_to_hub "
+    "model data output resume overwrite save_steps report_to epochs device "
     "validation validation_samples eval_steps"
 )
 

@@ -18,6 +18,7 @@ from .progress import SETTINGS_FILE
 from .recipe import SMALL_MODEL
 from .sharding import world_size
 
+_BF16 = "bf16 autocast"  # in run.json and layerskip.json
 _TOKENS = 512  # rows of the timed product
 _WIDEST = 2048  # its inputs and outputs at most, so that it takes milliseconds
 _TURNS = 5
@@ -36,7 +37,7 @@ class Precision:
 
     @property
     def name(self) -> str:
-        return "bf16 autocast" if self.autocast else "fp32"
+        return _BF16 if self.autocast else "fp32"
 
 
 def choose_precision(
@@ -55,7 +56,7 @@ def choose_precision(
         return Precision(dtype == torch.bfloat16)
     if checkpoint is not None:
         before = read_json(checkpoint / SETTINGS_FILE, CheckpointError).get("dtype")
-        return Precision(before == Precision(True).name, "as before the interruption")
+        return Precision(before == _BF16, "as before the interruption")
     if world_size() > 1:  # processes could choose differently
         return Precision(
             False, "several processes do not time a product; `dtype` bf16 may be faster"

@@ -23,19 +23,18 @@ from ..config.training import (
 from ..errors import ConfigError, require
 from ..model.spec import AnySpec
 
-_MIX = 1_000_003
 _LARGE_VOCABULARY = 8192
 SMALL_MODEL = 50_000_000  # parameters; the paper's learning rates are for models of 1B and more
 _LEARNING_RATES = {"continual": 3e-5, "scratch": 8e-4}  # else 1e-4
 _SMALL_LEARNING_RATES = {"continual": 2e-4, "scratch": 2e-3}  # else 5e-4
 TEXT_PRESETS: tuple[Preset, ...] = ("continual", "scratch", "code")  # for plain text, in long rows
-# Steps that an exit must be trained on to count as trained, or all steps of a shorter run
-TAUGHT = 100
-SHORT = 300  # steps; up to here dropout gained nothing where it was measured
-_LEAST_GRADIENT = 0.3  # of the exits' losses in short runs of `auto`
-# Steps; from here on they train all layers below, and dropout is a default: the last layer can win
-# back the cost
-LONG = 1000
+# An exit counts as trained after so many steps, or after all steps of a shorter run
+STEPS_TO_COUNT_AS_TRAINED = 100
+SHORT_RUN_STEPS = 300  # up to here dropout gained nothing where it was measured
+# From here on the last layer can win back what dropout and the exits' gradient cost: `auto` uses
+# dropout, and its exits train all layers below
+LONG_RUN_STEPS = 1000
+_LEAST_GRADIENT = 0.3  # share of the exits' gradient in short runs of `auto`
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def recipe_preset(
     if preset == "auto":
         return {
             # In shorter runs dropout costs exact match, and exits agree as often without
-            "p_max": 0.1 if steps >= LONG else 0.0,
+            "p_max": 0.1 if steps >= LONG_RUN_STEPS else 0.0,
             "dropout_schedule": "falling",
             "e_scale": 0.2,
             "exit_weights": "uniform",
@@ -106,11 +105,11 @@ def recipe_preset(
 
 
 def auto_exits(num_layers: int, steps: int) -> tuple[int, ...]:
-    """The exits of the preset auto: after a third of the layers and, in runs of `TAUGHT` steps, a
+    """The exits of the preset auto: after a third of the layers and, in runs that can train two, a
     fifth.
     """
     exits = {max(1, num_layers // 3)}
-    if steps >= TAUGHT:
+    if steps >= STEPS_TO_COUNT_AS_TRAINED:
         exits.add(max(1, num_layers // 5))
     return tuple(sorted(exits))
 
@@ -212,7 +211,7 @@ def exit_gradient(total_steps: int) -> float:
     exact match, 0.3 cost 1.3 and 1 cost 3.4; drafts of exit 8 gave 1.45, 1.53 and 1.57 times the
     speed.
     """
-    return min(1.0, max(_LEAST_GRADIENT, total_steps / LONG))
+    return min(1.0, max(_LEAST_GRADIENT, total_steps / LONG_RUN_STEPS))
 
 
 def dropout_steps(total_steps: int) -> int:
@@ -267,9 +266,17 @@ def kept_rows(
     """
     if rate == 0:
         return list(range(batch_size))
-    generator = torch.Generator().manual_seed(((seed * _MIX + step) * _MIX**2 + layer) % (1 << 63))
+    generator = torch.Generator().manual_seed(mixed_seed(seed, step, 0, layer))
     draws = torch.rand(first_row + batch_size, generator=generator).tolist()
     return [row for row, draw in enumerate(draws[first_row:]) if draw >= rate]
+
+
+def mixed_seed(*numbers: int) -> int:
+    """A generator's seed that other numbers hardly share."""
+    mixed = 0
+    for number in numbers:
+        mixed = mixed * 1_000_003 + number
+    return mixed % (1 << 63)
 
 
 def exit_scales(num_layers: int, e_scale: float, kind: ExitWeights = "paper") -> list[float]:
@@ -331,12 +338,12 @@ def steps_on(recipe: Recipe, total_steps: int, num_layers: int) -> dict[int, int
 
 
 def trained_exits(recipe: Recipe, total_steps: int, num_layers: int) -> tuple[int, ...]:
-    """The early exits whose loss has a weight on at least `TAUGHT` steps of a run, or on all steps
-    of a shorter one.
+    """The early exits whose loss has a weight on at least
+    STEPS_TO_COUNT_AS_TRAINED steps of a run, or on all steps of a shorter one.
     """
     scales = exit_scales(num_layers, recipe.e_scale, recipe.exit_weights)
     steps = steps_on(recipe, total_steps, num_layers)
-    needed = min(TAUGHT, total_steps)
+    needed = min(STEPS_TO_COUNT_AS_TRAINED, total_steps)
     return tuple(
         layer
         for layer, on in steps.items()

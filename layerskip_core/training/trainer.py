@@ -136,15 +136,12 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
         """Trainer's AdamW, and Muon for the matrices that the module gives it."""
         adamw = super().create_optimizer(model)
         config = self.plan.config
-        muons = list[Optimizer]()
-        by_muon = set[int]()
-        for weights, lr, adjustment in self.model.muon(config.lr):
-            muons.append(Muon(weights, lr, config.weight_decay, adjust_lr_fn=adjustment))
-            by_muon.update(map(id, weights))
-        if muons:
+        weights, lr = self.model.muon(config.lr)
+        if weights:
+            by_muon = set(map(id, weights))
             for group in adamw.param_groups:
                 group["params"] = [each for each in group["params"] if id(each) not in by_muon]
-            self.optimizer = Optimizers(adamw, *muons)
+            self.optimizer = Optimizers(adamw, Muon(weights, lr, config.weight_decay))
         return self.optimizer
 
     def compute_loss(

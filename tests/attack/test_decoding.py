@@ -420,8 +420,8 @@ def test_drafts_batches_and_joins_change_no_tokens(kind, data):
     )
     # There, the longest row limits the drafts
     near_the_end = any(reason == "context" for _, reason, _ in single)
-    for output in decode_batch(model, prompts, config, ends, letters):
-        ids, reason, stats = single[output.row]
+    outputs = decode_batch(model, prompts, config, ends, letters)
+    for output, (ids, reason, stats) in zip(outputs, single, strict=True):
         assert (output.ids, output.finish_reason) == (ids, reason)
         for name in COUNTS if same_drafts and not near_the_end else ():
             assert getattr(output.stats, name) == getattr(stats, name), name

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-from typing import ClassVar
 
 import huggingface_hub
 import pytest
@@ -240,47 +239,6 @@ def test_a_model_in_the_cache_of_the_hub_needs_no_network(snapshot, tmp_path, na
     command = [*COMMAND, *words(["generate --model", name, "hello", "--max-new-tokens 4 --stats"])]
     done = subprocess.run(command, env=offline, capture_output=True, text=True)
     assert done.returncode == 0 and f"prompt template: {TEMPLATE!r}" in done.stderr
-
-
-class Hub:
-    """Of huggingface_hub.HfApi what a push calls."""
-
-    uploads: ClassVar[list] = []
-    refused = False
-
-    def create_repo(self, repository, exist_ok):
-        if repository != "me/mine":
-            raise OSError("401 Client Error\nand more")
-
-    def upload_folder(self, repo_id, folder_path, allow_patterns):
-        if self.refused:
-            raise OSError("the network is down")
-        self.uploads.append((repo_id, folder_path, allow_patterns))
-
-
-def test_a_result_is_pushed_if_the_repository_is_ours(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
-    out = tmp_path / "out"
-    short = "--steps 1 --batch-size 2 --samples 2 --threads 1"
-    command = (f"finetune --model {checkpoint}", short, f"--output {out} --overwrite --push-to-hub")
-    refused = run(*command, "other/theirs")
-    assert (
-        refused.code == 2
-        and refused.err.splitlines()[-1] == "error: --push-to-hub other/theirs: 401 Client Error"
-    )
-    assert not (out / "config.json").exists()
-    assert run(*command, "me/mine").code == 0
-    [(repository, folder, files)] = Hub.uploads
-    assert (repository, folder) == ("me/mine", str(out)) and {
-        "model.safetensors",
-        "exit_blocks.safetensors",
-    } <= set(files)
-    monkeypatch.setattr(Hub, "refused", True)
-    failed = run(*command, "me/mine")
-    assert failed.code == 1 and failed.err.endswith(
-        f"the network is down; it is saved; upload it by: hf upload me/mine {out}\n"
-    )
-    assert (out / "config.json").exists()
 
 
 def test_a_revision_is_asked_of_the_hub_and_safetensors_are_needed(snapshot, monkeypatch):

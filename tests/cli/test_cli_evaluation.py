@@ -16,6 +16,7 @@ from layerskip_core import load
 from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.checkpoint.save import save_checkpoint
+from layerskip_core.config import decoding
 from layerskip_core.config.resolution import policy_text
 
 STRATEGIES = "autoregressive,early-exit,self-speculative"
@@ -94,7 +95,9 @@ def only(monkeypatch, strategy, pays=True):
     def chosen(result):
         return result.strategy == strategy and result.metrics
 
-    monkeypatch.setattr(f"{measure}.recommendation.DRAFTERS", (strategy,))
+    drafting = {name: decoding.Strategy() for name in decoding.STRATEGIES}
+    drafting[strategy] = decoding.STRATEGIES[strategy]
+    monkeypatch.setattr(f"{measure}.recommendation.STRATEGIES", drafting)
     low = 2.0 if pays else 0.5
     monkeypatch.setattr(f"{measure}.recommendation.Contest.lower_end", lambda *_: low)
     monkeypatch.setattr(

@@ -460,7 +460,7 @@ def test_what_is_no_request_at_all(api):
                 status,
                 "invalid_request_error",
             )
-        assert small.engine.held == 0
+        assert small.engine.num_reserved == 0
 
 
 def test_a_failure_is_an_error_and_not_the_end(api, client, monkeypatch, capsys):

@@ -109,7 +109,7 @@ def test_a_full_queue_refuses_before_any_work():
         for wrong in ({"prompt": "wake " * 200}, {"prompt": ["a", "b"]}, {}):
             assert httpx.post(f"{api.url}/tokenize", json=wrong).status_code == 400
         assert httpx.post(f"{api.url}/tokenize", json={"prompt": "a"}).status_code == 200
-        assert api.engine.held == 0
+        assert api.engine.num_reserved == 0
         with pytest.raises(
             openai.BadRequestError, match="input must ask for at most 2 answers or texts, got 3"
         ):
@@ -229,10 +229,10 @@ def test_a_crowd_of_whom_a_quarter_vanishes():
         assert all(text == alone[prompt] for prompt, text in answers.values())
         state = api.server.server_state
         for _ in range(3000):  # until the connections that were closed are noticed
-            if not (api.engine.held or state.tasks or state.connections):
+            if not (api.engine.num_reserved or state.tasks or state.connections):
                 break
             threading.Event().wait(0.02)
-        assert not (api.engine.held or state.tasks or state.connections)
+        assert not (api.engine.num_reserved or state.tasks or state.connections)
         counts = api.metrics()
         ended = {
             key: value

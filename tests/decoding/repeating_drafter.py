@@ -5,7 +5,7 @@ the newest token.
 from torch import tensor
 
 from layerskip_core.decoding.drafters import Draft, DrafterSetup, DraftInput
-from layerskip_core.decoding.output import Row
+from layerskip_core.decoding.row import Row
 
 
 class RepeatingDrafter:

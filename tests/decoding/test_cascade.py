@@ -9,7 +9,7 @@ from test_eagle3 import backend_of
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding.drafters import DrafterSetup, stepwise
-from layerskip_core.decoding.drafters.exit import ExitDrafter
+from layerskip_core.decoding.drafters.submodel import SubmodelDrafter
 from layerskip_core.model import DraftEnds, Submodel
 from layerskip_core.model.cache import Places
 
@@ -18,7 +18,7 @@ def drafted(backend, texts, config, limits, ends, steps):
     """The drafts of rows by the cascade, or in single steps, and how many passes they took."""
     setup = DrafterSetup(backend, config, reuse_exit_states=False)
     passes = []
-    drafter = ExitDrafter(setup, None, Submodel(6))
+    drafter = SubmodelDrafter(setup, None, Submodel(6))
     cache = backend.new_cache(len(texts), 64)
     filled = [len(ids) - 1 for ids in texts]
     part = drafter._part

@@ -3,6 +3,7 @@ fixed depths at its ends.
 """
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from exit_block_models import random_blocks
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
-from layerskip_core.decoding import DecodeStats, decode
+from layerskip_core.decoding import DecodeStats, Scheduler, decode, new_row, without_failure
 from layerskip_core.decoding.target import TargetOutput
 from layerskip_core.model import NativeBackend, TorchBackend, TransformersBackend
 from layerskip_core.model.exit_blocks import ExitBlock
@@ -108,6 +109,24 @@ def test_each_token_leaves_at_its_exit_and_is_seen_from_above(backend, model_typ
         assert stats.new_tokens == 24
         seen.update(exits)
     assert min(seen[layers] for layers in (*EXITS, LAYERS)) > 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_that_was_preempted_is_decoded_again(backend):
+    """Its new cache lacks the entries that its tokens had before."""
+    model = model_of(backend)
+    expected, stats = dynamic(model, prompt_of(2), CONFIDENCE)
+    assert len([count for count in stats.tokens_by_layers if count]) > 2
+    config = DecodingConfig("early-exit", exits=EXITS, exit_confidence=CONFIDENCE)
+    row = new_row(model, prompt_of(2), replace(config, max_new_tokens=24))
+    scheduler = Scheduler(model)
+    scheduler.add(row)
+    for _ in range(12):
+        without_failure(scheduler.step())
+    scheduler.preempt(row)
+    while not scheduler.is_idle:
+        without_failure(scheduler.step())
+    assert row.output == expected
 
 
 def test_exits_are_tested_with_the_head_that_drafts():

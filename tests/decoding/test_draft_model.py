@@ -66,10 +66,7 @@ cached_pair = cache(pair_of)
 
 
 def together(backend, prompts, config, eos_ids=frozenset(), **options):
-    found = sorted(
-        decode_batch(backend, prompts, config, eos_ids, letters, **options),
-        key=lambda answer: answer.row,
-    )
+    found = decode_batch(backend, prompts, config, eos_ids, letters, **options)
     return [answer.ids for answer in found], [answer.stats for answer in found]
 
 
@@ -351,6 +348,19 @@ def test_a_full_pool_of_the_draft_model_costs_drafts_and_no_answer():
         backend, following, 24
     )
     assert len(held) == 3
+
+
+def test_one_row_that_drafts_does_not_stall_those_that_are_prefilled(monkeypatch):
+    """The draft model reads its prompt in chunks, too."""
+    backend = pair_of("native", max_position_embeddings=1024, context=1024)
+    passes = passes_of(backend.draft_model, monkeypatch)
+    scheduler = Scheduler(backend, max_prefill_tokens=64)
+    drafting, prefilled = (new_row(backend, prompt_of(length), DRAFTED) for length in (300, 900))
+    for row in (drafting, prefilled):
+        scheduler.add(row)
+    while not (prefilled.output or scheduler.is_idle):
+        without_failure(scheduler.step())
+    assert drafting.output and passes and max(sum(counts) for counts in passes) <= 64
 
 
 class Told:

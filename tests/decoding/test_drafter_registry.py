@@ -7,7 +7,7 @@ from conftest import tiny_model
 from decodings import ids_of, plainly
 from repeating_drafter import RepeatingDrafter
 
-from layerskip_core.config.decoding import DRAFTERS, DecodingConfig
+from layerskip_core.config.decoding import STRATEGIES, DecodingConfig, Strategy
 from layerskip_core.decoding import DecodeStats, DecodingLoop, decode
 from layerskip_core.model import TransformersBackend
 
@@ -16,7 +16,7 @@ PROMPTS = [[5, 6, 7, 8, 5, 6], [9, 10, 9], [3]]
 
 @pytest.fixture
 def registered(monkeypatch):
-    monkeypatch.setitem(DRAFTERS, "repeating", "repeating_drafter")  # the line
+    monkeypatch.setitem(STRATEGIES, "repeating", Strategy("repeating_drafter"))  # the line
 
 
 @pytest.fixture(scope="module")

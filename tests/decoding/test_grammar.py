@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import DecodingLoop, decode
+from layerskip_core.decoding.drafters.lookup_drafter import LookupDrafter
 from layerskip_core.decoding.sampling import probabilities
 from layerskip_core.decoding.target import FixedTarget
 from layerskip_core.errors import ConfigError
@@ -117,13 +118,13 @@ def test_greedy_drafts_change_nothing_and_no_forbidden_one_is_verified(kernels, 
         own = asked if kind == "grammar" else "start: " + " | ".join(f'"{text}"' for text in asked)
     expected = reference(decoder, ids, own, 70)
     verified = []
-    honest = FixedTarget.verify
+    honest = FixedTarget.run_drafts
 
-    def watched(self, draft, places, *recorder):
-        verified.append(draft.tokens[1:].tolist())
-        return honest(self, draft, places, *recorder)
+    def watched(self, tokens, *inputs):
+        verified.append(tokens[1:].tolist())
+        return honest(self, tokens, *inputs)
 
-    monkeypatch.setattr(FixedTarget, "verify", watched)
+    monkeypatch.setattr(FixedTarget, "run_drafts", watched)
     for strategy, drafting in {"autoregressive": {}, **DRAFTING}.items():
         verified.clear()
         decoding = decode(
@@ -237,14 +238,15 @@ def test_lookups_draft_as_far_as_the_grammar_permits(options, monkeypatch):
         for token in step.ids
     ]
     looked_up = []
-    honest = FixedTarget.verify
+    honest = LookupDrafter.draft
 
-    def watched(self, draft, places, *recorder):
+    def watched(self, given, limits):
+        draft = honest(self, given, limits)
         if draft.source == "lookup":
             looked_up.append(draft.tokens[1:].tolist())
-        return honest(self, draft, places, *recorder)
+        return draft
 
-    monkeypatch.setattr(FixedTarget, "verify", watched)
+    monkeypatch.setattr(LookupDrafter, "draft", watched)
     found = []
     matcher = plain.guide.matcher()
     decoding = decode(

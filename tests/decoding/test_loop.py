@@ -17,7 +17,7 @@ from torch import tensor
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding import DecodingLoop, decode
 from layerskip_core.decoding.drafters import Draft
-from layerskip_core.decoding.output import Row
+from layerskip_core.decoding.row import Row
 from layerskip_core.decoding.sampling import probabilities
 from layerskip_core.errors import ConfigError
 from layerskip_core.model import TransformersBackend

@@ -87,7 +87,7 @@ def keys_and_values(decoding, cache):
     different depths.
     """
     [row] = decoding.rows
-    if (blocks := decoding.engine.target.exit_cache) is not None:
+    if (blocks := decoding.engine.target.block_writer) is not None:
         blocks.write(cache, [row.num_computed_tokens])
     stop = len(row.ids) - 1 if decoding.engine.target.decodes_like_prefill else row.prompt_tokens
     return entries(cache)[..., :stop, :]

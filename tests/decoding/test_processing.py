@@ -13,7 +13,7 @@ from test_loop import NEW, VOCABULARY, TableModel, joint_of, p_value_of
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
-from layerskip_core.decoding import DecodingLoop, decode, decode_batch, sampling
+from layerskip_core.decoding import DecodingLoop, decode, decode_batch, processing
 from layerskip_core.decoding.sampling import probabilities
 
 PROMPT = prompt_of(9)
@@ -76,20 +76,20 @@ def test_greedy_drafts_change_nothing(kind, names):
     assert accepted or kind == "generic"
     prompts = [PROMPT, PROMPT[:4], PROMPT]
     drafting = replace(config, strategy="self-speculative", exit_layer=5)
-    for answer in decode_batch(model, prompts, drafting, eos):
-        assert answer.ids == reference(model, prompts[answer.row], config, eos)
+    for prompt, answer in zip(prompts, decode_batch(model, prompts, drafting, eos), strict=True):
+        assert answer.ids == reference(model, prompt, config, eos)
 
 
 def test_biased_tokens_and_ends_become_tensors_once(monkeypatch):
     """Not at every pass: there may be a thousand of them, and other rows wait."""
     made = []
-    honest = sampling._tensor_on
+    honest = processing._tensor_on
 
     def counted(logits, values, *dtype):
         made.append(list(values))
         return honest(logits, values, *dtype)
 
-    monkeypatch.setattr(sampling, "_tensor_on", counted)
+    monkeypatch.setattr(processing, "_tensor_on", counted)
     options = {name: ALL[name] for name in ("logit_bias", "min_tokens")}
     decoding = decode(
         model_of("packed"), PROMPT, DecodingConfig(exit_layer=5, max_new_tokens=24, **options), {7}
@@ -155,6 +155,5 @@ def test_log_probabilities_are_the_model_s_own(kind):
         assert [token for token, _ in one.top] == scores[place].topk(3).indices.tolist()
     if model.batch_invariant:
         assert told["self-speculative"] == told["adaptive"] == told["autoregressive"]
-    for answer in decode_batch(model, [PROMPT, PROMPT[:5]], config):
-        if answer.row == 0:
-            assert [one.id for one in answer.prompt_logprobs + answer.logprobs] == ids[1:]
+    answer = decode_batch(model, [PROMPT, PROMPT[:5]], config)[0]
+    assert [one.id for one in answer.prompt_logprobs + answer.logprobs] == ids[1:]

@@ -242,6 +242,28 @@ def test_rows_join_and_leave_without_new_recordings(gpu, model, recordings):
     assert engine.seconds["replayed"] > 10 and len({*recordings}) == len(recordings)
 
 
+def test_a_row_that_cannot_join_ends_the_others_and_not_those_that_wait(model, monkeypatch):
+    """These get the same engine, and neither its cache nor its recordings."""
+    scheduler = Scheduler(model)
+    running, joining, waiting = (new_row(model, prompt, PLAIN) for prompt in JOINING[:3])
+    scheduler.add(running)
+    for _ in range(6):
+        without_failure(scheduler.step())
+
+    def failing(cache, other):
+        monkeypatch.undo()
+        raise MemoryError
+
+    monkeypatch.setattr(row_cache.RowCache, "join", failing)
+    scheduler.add(joining)
+    scheduler.add(waiting)
+    failed = [step.row for step in scheduler.step() if step.failure]
+    assert failed == [running, joining]
+    while not scheduler.is_idle:
+        without_failure(scheduler.step())
+    assert waiting.output == on_cpu(JOINING[2])
+
+
 def test_where_recording_fails_decoding_goes_on(gpu, model, monkeypatch):
     """A pass that waits for the device cannot be recorded."""
     usual = TorchBackend.unembed

@@ -86,10 +86,7 @@ def plainly(model_type, precision, length):
 
 
 def together(backend, prompts, config):
-    return [
-        answer.ids
-        for answer in sorted(decode_batch(backend, prompts, config), key=lambda answer: answer.row)
-    ]
+    return [answer.ids for answer in decode_batch(backend, prompts, config)]
 
 
 CELLS = [

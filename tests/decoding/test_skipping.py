@@ -11,7 +11,7 @@ from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.decoding.drafters import DrafterSetup, drafter_for
-from layerskip_core.decoding.drafters.exit import kept_layers
+from layerskip_core.decoding.drafters.submodel import kept_layers
 from layerskip_core.decoding.target import FixedTarget
 from layerskip_core.errors import ConfigError
 from layerskip_core.model import TorchBackend, TransformersBackend
@@ -128,7 +128,8 @@ def test_the_target_goes_on_from_the_states_before_the_first_skipped_layer(kind,
         last = len(PROMPT) - 1
         with torch.inference_mode():
             target = FixedTarget(model, DecodingConfig("autoregressive", logprobs=0))
-            logits = target.verify(draft, cache.span(last, last + MOST + 1)).logits
+            places = cache.span(last, last + MOST + 1)
+            logits = target.run_drafts(draft.tokens, draft.exit_states, places).logits
             # The next token sees all that was written.
             newest = torch.tensor([[7]])
             hidden = model.run_layers(

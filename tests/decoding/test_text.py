@@ -10,7 +10,8 @@ from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import dialogue
 from layerskip_core.decoding.dialogue import TextStream
-from layerskip_core.decoding.output import OutputText, RowStep, step_counts
+from layerskip_core.decoding.output import OutputText, step_counts
+from layerskip_core.decoding.row import RowStep
 from layerskip_core.language_model import LanguageModel
 
 EOS = 256

@@ -21,6 +21,7 @@ from layerskip_core.evaluation.measure import Progress, differences, measure, me
 from layerskip_core.evaluation.measure.baselines import load_baselines
 from layerskip_core.evaluation.measure.bench import bench
 from layerskip_core.evaluation.metrics import (
+    ROUGES,
     Losses,
     exact_match,
     pass_at_k,
@@ -41,7 +42,7 @@ def test_scores_of_known_texts():
     assert two == pytest.approx([0.8, 0.0])
     # Words: 3 of 3, of 4. The longest common subsequence of "sat the cat" is "the cat": 2 of 3, of
     # 4. The stem counts.
-    scores = rouge(["sat the cats"], [["the cat sat down"]])
+    scores = rouge(["sat the cats"], [["the cat sat down"]], ROUGES)
     found = [*scores["rouge1"], *scores["rouge2"], *scores["rougeL"]]
     assert found == pytest.approx([6 / 7, 0.4, 4 / 7])
     shares = pass_at_k([[True, False, True, False, False], [False] * 5, [True] * 5], [1, 2, 4])

@@ -10,7 +10,7 @@ from decodings import draft_of, native_or_skip
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
-from layerskip_core.decoding.output import Row
+from layerskip_core.decoding.row import Row
 from layerskip_core.decoding.sampling import Span, choose
 from layerskip_core.model import Submodel, TorchBackend, TransformersBackend
 

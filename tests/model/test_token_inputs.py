@@ -72,8 +72,10 @@ def test_tokens_that_are_not_scored_run_the_layers_that_keep_something(monkeypat
     target = FixedTarget(backend, DecodingConfig("autoregressive"))
     cache = backend.new_cache(2)
     with torch.inference_mode():
-        assert target.fill(torch.tensor(prompt[:150] * 2), cache.span(0, 150), []).logits is None
-        output = target.fill(torch.tensor(prompt[150:] * 2), cache.span(150, 300), [149, 299])
+        assert (
+            target.run_mixed(torch.tensor(prompt[:150] * 2), cache.span(0, 150), []).logits is None
+        )
+        output = target.run_mixed(torch.tensor(prompt[150:] * 2), cache.span(150, 300), [149, 299])
     assert seen == [(300, 0, 3), (300, 0, 3), (2, 3, 6)]
     assert torch.equal(output.logits[0], expected) and torch.equal(output.logits[1], expected)
     monkeypatch.undo()

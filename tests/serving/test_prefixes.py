@@ -10,7 +10,6 @@ import pytest
 from evaluating import tiny_loaded
 from test_scheduler import ADAPTIVE, HOT, SPECULATIVE, Client, alone, decoder_of, prompt_of, run
 
-from layerskip_core import serving
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding import Prefixes
 from layerskip_core.model import TransformersBackend
@@ -53,10 +52,9 @@ def test_recurrent_rows_that_go_on_from_a_kept_text_join_others():
     following = [Client([*text, *decodings.prompt_of(length)], config) for length in (4, 6, 5)]
     run(scheduler, [[first]])
     run(scheduler, [[running], [], following])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(serving, "_PREFILL_TOKENS", 5)
-        others = [Client(client.request.ids, config) for client in following]
-        run(Dispatcher(decoder, 4, prefixes=scheduler._scheduler._prefixes), [others])
+    others = [Client(client.request.ids, config) for client in following]
+    prefixes = scheduler._scheduler._prefixes
+    run(Dispatcher(decoder, 4, prefixes=prefixes, prefill_tokens=5), [others])
     for client in (first, running, *following, *others):
         assert client.answer == alone(decoder, client.request.ids, client.request.config)[0]
     assert {client.request.reused for client in following} == {20}
@@ -79,3 +77,21 @@ def test_answers_to_one_prompt_read_it_once():
     assert [client.request.reused for client in (other, *clients)] == [0, 0, 99, 99]
     for client in (other, *clients):
         assert client.answer == alone(decoder, client.request.ids, client.request.config)[0]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (SPECULATIVE, DecodingConfig("autoregressive")),
+        (SPECULATIVE, replace(SPECULATIVE, logprobs=1, prompt_logprobs=True)),
+        (replace(SPECULATIVE, logprobs=1, prompt_logprobs=True), SPECULATIVE),
+    ],
+    ids=["strategy", "reports its prompt", "beside one that does"],
+)
+def test_no_request_waits_for_a_prefix_that_it_cannot_use(first, second):
+    decoder = decoder_of("native")
+    scheduler = Dispatcher(decoder, 8, prefixes=Prefixes(1 << 30))
+    for config in (first, second):
+        scheduler.add(Client(prompt_of(100), config).request)
+    scheduler.step()
+    assert scheduler.running == 2

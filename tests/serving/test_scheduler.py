@@ -16,12 +16,12 @@ from conftest import at
 from evaluating import tiny_loaded
 from exit_block_models import random_blocks
 
-from layerskip_core import serving
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import DecodingLoop, Prefixes
 from layerskip_core.decoding.dialogue import TextStream
-from layerskip_core.decoding.target import NO_PREFIXES, FixedTarget
+from layerskip_core.decoding.prefixes import NO_PREFIXES
+from layerskip_core.decoding.target import FixedTarget
 from layerskip_core.errors import ContextError
 from layerskip_core.model.exit_blocks import ExitBlock
 from layerskip_core.model.pages import PAGE
@@ -120,13 +120,13 @@ def test_prompts_with_equal_settings_are_prefilled_together(monkeypatch, tempera
     """But for what a step has no room for; one that does not fit is refused."""
     decoder = decoder_of("generic")
     passes = []
-    honest = FixedTarget.fill
+    honest = FixedTarget.run_mixed
 
-    def recorded(target, tokens, places, scored, whole):
+    def recorded(target, tokens, places, scored, needs_states):
         passes.append(list(places.counts))
-        return honest(target, tokens, places, scored, whole)
+        return honest(target, tokens, places, scored, needs_states)
 
-    monkeypatch.setattr(FixedTarget, "fill", recorded)
+    monkeypatch.setattr(FixedTarget, "run_mixed", recorded)
     clients = []
     for length in (3, 9, 999, 5, 4, 100, 90, 2, 50, 8):
         limit = 12 if length == 2 else 6
@@ -146,49 +146,35 @@ def test_prompts_with_equal_settings_are_prefilled_together(monkeypatch, tempera
 
 @pytest.mark.parametrize("kind", ["generic", "native"])
 def test_an_embedding_has_one_short_pass_between_two_steps_of_answers(kind, monkeypatch):
-    monkeypatch.setattr(serving, "_PREFILL_TOKENS", 32)
     backend = decoder_of(kind).backend
     ids = prompt_of(100)
-    heard = []
-    hidden = backend.run_layers(
-        backend.embed(torch.tensor([ids])), 0, 3, at(torch.arange(100)[None], backend.new_cache())
-    )
+    positions = at(torch.arange(100)[None], backend.new_cache())
+    hidden = backend.run_layers(backend.embed(torch.tensor([ids])), 0, 6, positions)
     mean = backend.normed(hidden)[0].float().mean(0)
-    scheduler = Dispatcher(decoder_of(kind), batch_size=1)
+    scheduler = Dispatcher(decoder_of(kind), batch_size=1, prefill_tokens=32)
     running = Client(prompt_of(3), replace(SPECULATIVE, max_new_tokens=60))
-    embeddings = [
-        Embedding(text, 3, heard.append)
-        for text in (ids, ids[:40], ids[:999], prompt_of(999), ids[:5])
-    ]
+    heard = []
+    first, second, third, too_long, last = (
+        Embedding(text, heard.append) for text in (ids, ids[:40], ids, prompt_of(999), ids[:5])
+    )
     run_layers = backend.run_layers
     passes = []
     monkeypatch.setattr(
         backend, "run_layers", lambda *given: passes.append(len(given[0])) or run_layers(*given)
     )
-    scheduler.add(running.request)
-    for embedding in embeddings:
-        scheduler.add(embedding)
-    for step in range(1, 6):
+    for request in (running.request, first, second, third, too_long, last):
+        scheduler.add(request)
+    assert isinstance(heard.pop().error, ContextError)
+    for step, size in enumerate((32, 32, 32, 4, 32), start=1):
         passes.clear()
         scheduler.step()
-        assert passes[0] == (32, 32, 32, 4, 32)[step - 1]  # alone, and then a step of the answer
-        assert len(running.updates) == step and [len(update.vector) for update in heard] == [
-            len(mean)
-        ] * (step >= 4)
+        assert passes[0] == size  # alone, and then a step of the answer
+        assert len(running.updates) == step and len(heard) == (step >= 4)
     assert heard[0].vector == pytest.approx((mean / mean.norm()).tolist(), abs=1e-6)
-    assert (
-        scheduler.cancel(embeddings[1])
-        and scheduler.cancel(embeddings[2])
-        and not scheduler.cancel(embeddings[0])
-    )
-    done = run(scheduler, [])
-    assert [update.is_last for update in heard] == [True] * 3 and isinstance(
-        heard[1].error, ContextError
-    )
-    assert {*map(id, done)} == {
-        *map(id, (running.request, *embeddings[3:]))
-    } and scheduler.held == 0
-    assert [embedding._cache for embedding in embeddings[::4]] == [None, None]
+    assert scheduler.cancel(second) and scheduler.cancel(third) and not scheduler.cancel(first)
+    assert {*map(id, run(scheduler, []))} == {id(running.request), id(last)}
+    assert len(heard) == 2 and heard[1].vector and scheduler.held == 0
+    assert first._cache is last._cache is None
 
 
 def test_those_that_leave_do_not_disturb_the_others_and_hear_no_more():
@@ -385,7 +371,7 @@ def test_a_pool_of_a_tenth_of_what_is_asked_for_loses_nothing(config):
     decoder.backend.limit_memory(max(pages // 10, 12) * pool.page_bytes)
     try:
         embedding = []
-        scheduler.add(Embedding(prompt_of(300), 6, embedding.append))
+        scheduler.add(Embedding(prompt_of(300), embedding.append))
         for client in clients:
             scheduler.add(client.request)
         gone = random.sample(range(len(clients)), 6)
@@ -427,7 +413,7 @@ def test_a_full_pool_keeps_no_text_and_an_embedding_gives_back_what_it_has():
         alone(decoder, client.request.ids, client.request.config)[0] for client in (full, grown)
     ]
     told = {"alone": [], "beside": []}
-    whole, part = (Embedding(prompt_of(600), 6, told[name].append) for name in told)
+    whole, part = (Embedding(prompt_of(600), told[name].append) for name in told)
     run(Dispatcher(decoder, 1), [[SimpleNamespace(request=whole)]])
     try:
         backend.limit_memory(2 * backend._pool.page_bytes)
@@ -484,7 +470,7 @@ def test_whoever_leaves_a_full_pool_nothing_live_fails(seed):
         prompt = prompt_of(random.choice([2, 60, 64, 130, 250]), random.randrange(3))
         clients.append(Client(prompt, config, streams=random.random() < 0.7))
     expected = [alone(decoder, client.request.ids, client.request.config)[0] for client in clients]
-    embedding = Embedding(prompt_of(400), 6, heard.append)
+    embedding = Embedding(prompt_of(400), heard.append)
     gone = set()
     late = list(clients)
     prefixes = Prefixes(1 << 30) if seed % 2 else NO_PREFIXES
@@ -538,7 +524,7 @@ def test_a_pass_that_fails_gives_back_its_memory_though_its_clients_keep_the_err
     decoder = decoder_of("native", max_position_embeddings=705)
     client = Client(prompt_of(100), replace(SPECULATIVE, max_new_tokens=50))
     heard = []
-    embedding = Embedding(prompt_of(400), 6, heard.append)
+    embedding = Embedding(prompt_of(400), heard.append)
     with memory_of(decoder, 20) as pool:
         scheduler = Dispatcher(decoder, 4)
         for request in (embedding, client.request):

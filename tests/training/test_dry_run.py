@@ -2,9 +2,9 @@
 
 import pytest
 
-from cli.commands.finetune import plan_text
+from cli.training import plan_text
 from layerskip_core.config.training import RecipeSettings
-from layerskip_core.training import run as runs
+from layerskip_core.training import finetune_run as runs
 from layerskip_core.training.run import prepare
 
 KINDS = {

@@ -120,7 +120,7 @@ def test_states_are_those_of_each_text_alone(model_type):
 def test_muon_trains_the_matrices_alone(model_type):
     """Not the experts of a mixture, which are in one weight of three dimensions."""
     module = module_of(tiny_model(model_type, dtype=torch.float32), ExitBlock(2))
-    [(trained, _, _)] = module.muon(0.1)
+    trained, _ = module.muon(0.1)
     assert list(map(id, trained)) == [
         id(weight) for weight in module.parameters() if weight.dim() == 2 and weight.requires_grad
     ]

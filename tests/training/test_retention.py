@@ -15,7 +15,7 @@ from layerskip_core.config.training import RecipeSettings
 from layerskip_core.errors import TrainingInterrupted
 from layerskip_core.losses import IGNORED
 from layerskip_core.training import answers
-from layerskip_core.training import run as running
+from layerskip_core.training import finetune_run as running
 from layerskip_core.training.data import collate, with_replay
 from layerskip_core.training.run import execute, prepare
 

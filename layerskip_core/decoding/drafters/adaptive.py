@@ -12,14 +12,16 @@ from weakref import WeakKeyDictionary
 
 from ...config.decoding import DecodingConfig, DraftProfile
 from ...model.backend import Backend, DraftBlock, Submodel
-from ..output import Row
+from ..row import Row
 from ..sampling import truncates
-from . import Draft, DrafterSetup, DraftInput
 from .bandit import GUESS, Acceptance, Arm, Bandit, Calibration, PassTimes, Step
-from .exit import DRAFT_MODEL, ExitDrafter, ModelDrafter, drafter_name
-from .lookup import SHORTEST, LookupDrafter, copied
+from .draft_model import DRAFT_MODEL, ModelDrafter
+from .lookup import SHORTEST
+from .lookup_drafter import LookupDrafter, copied
+from .protocol import Draft, DrafterSetup, DraftInput
+from .submodel import SubmodelDrafter, drafter_name
 
-Drafting = ExitDrafter | ModelDrafter
+Drafting = SubmodelDrafter | ModelDrafter
 
 _FORCED = 64  # evidence of tokens that a grammar forces; others may spell the same text
 _STORED = 8.0  # drafts that a stored acceptance rate, measured on other texts, counts as
@@ -254,7 +256,7 @@ def drafter(setup: DrafterSetup) -> AdaptiveDrafter:
     ]
     for name, block in model.drafters.items():
         blocks.append(block)
-        drafters[name] = ExitDrafter(setup, None, Submodel(0, block=block), name)
+        drafters[name] = SubmodelDrafter(setup, None, Submodel(0, block=block), name)
     tapped = sorted({tap for block in blocks for tap in block.taps})
     for weights, side in model.draft_sides.items():
         exits = [
@@ -271,5 +273,5 @@ def drafter(setup: DrafterSetup) -> AdaptiveDrafter:
                 else ()
             )
             name = drafter_name(weights, exit_layer, model.num_layers)
-            drafters[name] = ExitDrafter(setup, weights, Submodel(exit_layer, taps=taps), name)
+            drafters[name] = SubmodelDrafter(setup, weights, Submodel(exit_layer, taps=taps), name)
     return AdaptiveDrafter(setup, drafters)

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ...model.backend import DraftEnds, DraftHead, DraftSide, Submodel, beyond_exit, states_at
 from ...model.cache import Places, on_device
-from ..output import Row
+from ..row import Row
 from ..sampling import Span, choose, processed
-from . import Draft, DraftInput
 from .lookup import RowLookup
+from .protocol import Draft, DraftInput
 
 _GUESSES = 4  # per pass, of all rows together
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...checkpoint.loaded import Decoder
 from ...config.decoding import STRATEGIES, DecodingConfig
-from ...config.evaluation import BenchConfig, SweepConfig
+from ...config.evaluation import BenchConfig, SweepConfig, kind_of
 from ...data import Example, spread
 from ...decoding import check_prompt, decode, decode_batch
 from ...decoding.drafters.lookup import EarlierAnswers
@@ -132,8 +132,8 @@ def sums_by_prompt(
 
 
 def drafts_tokens(setting: DecodingConfig) -> bool:
-    """True for strategies that draft tokens and verify them."""
-    return setting.strategy not in ("autoregressive", "early-exit", "transformers", "llama.cpp")
+    """True for strategies and baselines that draft tokens and verify them."""
+    return kind_of(setting.strategy).drafts
 
 
 def depth_of(setting: DecodingConfig, num_layers: int) -> int | None:
@@ -329,7 +329,7 @@ def _batched_outputs(
         loaded.backend, prompt_ids, setting, ends, loaded.detokenize, earlier=earlier
     )
     outputs = []
-    for answer in sorted(batch, key=lambda answer: answer.row):
+    for answer in batch:
         ids = tuple(answer.ids)
         outputs.append(Output(ids, stats=answer.stats, finish_reason=answer.finish_reason))
     return outputs

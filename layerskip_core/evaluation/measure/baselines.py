@@ -17,7 +17,7 @@ from ...checkpoint.gguf_read import GgufFile
 from ...checkpoint.loaded import Decoder, Trainable
 from ...checkpoint.open import for_training
 from ...config.decoding import DecodingConfig
-from ...config.evaluation import TRANSFORMERS_BASELINES, BenchConfig
+from ...config.evaluation import BenchConfig, with_transformers
 from ...decoding.output import DecodeStats, StopScanner, step_counts
 from ...errors import ConfigError, LayerSkipError
 from ...model import TransformersBackend
@@ -46,7 +46,7 @@ def load_baselines(
     if isinstance(backend, TransformersBackend):
         model = backend.model
         vocabulary = loaded.tokenizer.get_vocab()
-    elif set(config.baselines) & set(TRANSFORMERS_BASELINES):
+    elif with_transformers(config.baselines):
         # The weights once more: ours are repacked
         target = transformers_model(loaded.name)
         model = target.model

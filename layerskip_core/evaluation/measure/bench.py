@@ -9,10 +9,10 @@ from typing import Any
 
 from ...checkpoint.loaded import Decoder
 from ...checkpoint.locate import files_digest
-from ...config.decoding import DRAFTERS, WITH_DRAFTER, DecodingConfig
-from ...config.evaluation import BenchConfig
+from ...config.decoding import STRATEGIES, DecodingConfig
+from ...config.evaluation import BenchConfig, SweepConfig
 from ...config.resolution import Recommended, resolve_as
-from ...errors import require
+from ...errors import refused
 from ...processor import OtherLoad
 from ..journal import Journal
 from ..metrics import Scores, scores_by_exit
@@ -138,11 +138,12 @@ def strategies_of(
     chosen = set(config.strategies or suiting_strategies(loaded, config))
     if config.generation.get("skip"):
         chosen.add("draft-and-verify")
-    for name in chosen & set(WITH_DRAFTER) - loaded.backend.drafters.keys():
-        needed = f"a list without {name} for a model without such a drafter"
-        require(False, "strategies", needed, name)
+    for name in chosen - loaded.backend.drafters.keys():
+        if name in STRATEGIES[name].needs:
+            needed = f"a list without {name} for a model without such a drafter"
+            raise refused("strategies", needed, name)
     settings = []
-    for name in ("autoregressive", "early-exit", *DRAFTERS):
+    for name in dict.fromkeys(("autoregressive", "early-exit", *STRATEGIES)):
         if name not in chosen:
             continue
         setting = resolve_as(
@@ -156,16 +157,23 @@ def strategies_of(
     return settings
 
 
-def suiting_strategies(loaded: Decoder, config: BenchConfig) -> set[str]:
-    """The default strategies: exits if trained, recommended or asked for, and low-bit copies that
-    were asked for.
+def suiting_strategies(loaded: Decoder, config: BenchConfig | SweepConfig) -> set[str]:
+    """The strategies for which the model or the config has what they need: exits if trained,
+    recommended or asked for, low-bit copies and skipped layers that were asked for, and drafters.
     """
-    chosen = {"autoregressive", "lookup", "adaptive", *loaded.backend.drafters}
-    asked = config.generation.keys() & {"exit_layer", "exit_confidence"}
+    generation = config.generation
+    has: set[str] = {*loaded.backend.drafters}
+    asked = generation.keys() & {"exit_layer", "exit_confidence"}
     if loaded.recommended(config.packing).exits or loaded.info.exit_layer or asked:
-        chosen |= {"early-exit", "self-speculative"}
+        has.add("exits")
     if config.packing.draft_weights:
-        chosen.add("self-speculative")
+        has.add("draft_weights")
+    if generation.get("skip"):
+        has.add("skip")
     if loaded.backend.draft_model is not None:
-        chosen.add("draft-model")
-    return chosen
+        has.add("draft_model")
+    suiting = set()
+    for name, strategy in STRATEGIES.items():
+        if not strategy.needs or has & set(strategy.needs):
+            suiting.add(name)
+    return suiting

@@ -17,7 +17,7 @@ from ...config.decoding import DecodingConfig, DraftProfile
 from ...config.model import PackingConfig, Quantization
 from ...data import Example
 from ...decoding import DecodeStats, decode
-from ...decoding.drafters.exit import drafter_name
+from ...decoding.drafters.submodel import drafter_name
 from ...model import ModelSpec
 from ...model.backend import Submodel, beyond_exit, states_at
 from ...model.configuration import LAYER_KINDS

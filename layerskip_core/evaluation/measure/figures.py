@@ -13,12 +13,11 @@ import torch
 
 from ...checkpoint.loaded import Decoder
 from ...config.decoding import STRATEGIES, DecodingConfig
+from ...config.evaluation import kind_of
 from ...decoding import DecodeStats
 from ..intervals import SHARE, Estimate, change, estimate, finite, metric, speed_ratio
 from ..results import Failure, Result
 from . import Measured, Measurement, drafts_tokens, sums_by_prompt
-
-_WITH_EXIT = ("early-exit", "self-speculative", "no-reuse", "assistant-early-exit")
 
 
 def setting_of(setting: DecodingConfig) -> Result:
@@ -28,7 +27,7 @@ def setting_of(setting: DecodingConfig) -> Result:
         result = replace(result, draft_weights=setting.draft_weights)
     if setting.exit_confidence > 0:
         result = replace(result, exit_confidence=setting.exit_confidence, exits=setting.exits)
-    elif setting.strategy in _WITH_EXIT:
+    elif kind_of(setting.strategy).has_exit:
         result = replace(result, exit_layer=setting.exit_layer)
     # Adaptive decoding chooses the number of drafts itself
     if drafts_tokens(setting) and setting.strategy != "adaptive":

@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ...config.decoding import DRAFTERS, used_by
+from ...config.decoding import STRATEGIES, used_by
 from ...config.evaluation import SweepConfig
 from ...config.options import hints_of
 from ...config.resolution import EXACT, FAST, Policy, policy_text
@@ -89,7 +89,7 @@ def keeping_outputs(results: Sequence[Result], near_tie: float) -> list[int]:
     """Indices of drafting settings whose outputs equal plain decoding's, except at near-ties."""
     places = []
     for place, result in enumerate(results):
-        if result.strategy in DRAFTERS and result.keeps_outputs(results[0], near_tie):
+        if STRATEGIES[result.strategy].drafts and result.keeps_outputs(results[0], near_tie):
             places.append(place)
     return places
 
@@ -208,7 +208,7 @@ def recommend(
             policies[place]["measured"]["speedup"] = outcome.speed(place).value or 0.0
     advice = _advice(results, usable, policies, outcome)
     reasons = [advice.reason]
-    tried = sum(result.strategy in DRAFTERS for result in results)
+    tried = sum(STRATEGIES[result.strategy].drafts for result in results)
     if tried > len(usable):
         excluded = tried - len(usable)
         reasons.append(f"{excluded} of {tried} settings changed the output and were excluded")
@@ -286,7 +286,7 @@ def policy_of(result: Result, plain: Result, quality_metric: str, config: SweepC
     if result.strategy in used_by("lookup"):
         settings["lookup"] = config.generation.get("lookup")
     # Exits by confidence are tested with the head of drafts too.
-    if result.exit_confidence or result.strategy not in ("autoregressive", "lookup", "early-exit"):
+    if result.exit_confidence or result.strategy in used_by("draft_vocab"):
         copies = config.packing.draft_weights if result.strategy == "adaptive" else ()
         settings["draft_copies"] = copies
         settings["draft_vocab"] = config.packing.draft_vocab

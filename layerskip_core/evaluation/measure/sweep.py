@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 
 from ...checkpoint.loaded import Decoder
-from ...config.decoding import DecodingConfig, decoding
+from ...config.decoding import STRATEGIES, DecodingConfig, decoding
 from ...config.evaluation import SweepConfig
 from ...config.model import Quantization
 from ...config.resolution import default_exits, require_exit_layer, resolve_as, spread_exits
@@ -19,12 +19,12 @@ from ..metrics import Scores, frontier, scores_by_exit
 from ..results import NEAR_TIE, Result, RunRecord
 from ..tasks import Task
 from . import Measured, Progress, depth_of, drafts_tokens, measure, measure_prompt
+from .bench import suiting_strategies
 from .cost_model import Predictions, draft_profile, predict, side_of
 from .figures import environment, result_of
 from .recommendation import Contest, contest, finalists, margins, recommend
 
-_LENGTHS = (2, 4, 6, 8, 12, 16, 24, 32)  # draft lengths to predict if none are given
-_UNPREDICTED = (4, 8, 16)  # draft lengths to measure of drafters without predictions
+_PREDICTED = "self-speculative"  # whose draft lengths are chosen by prediction
 _BEST = 12  # how many of the best predicted settings are measured
 _CONFIDENCES = (0.8, 0.9, 0.95)
 _ONCE_MORE = 0.25  # time of the contest, as a share of the sweep's time before it
@@ -58,7 +58,7 @@ def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress
     perplexity = scores_by_exit(losses)
     plain = decoding("autoregressive", generation)
     settings = _settings(loaded, config, copies)
-    predictable = [setting for setting in settings if setting.strategy == "self-speculative"]
+    predictable = [setting for setting in settings if setting.strategy == _PREDICTED]
     timed = spread(task.examples, config.timed or 0)
     predictions = yield from predict(loaded, timed, predictable, plain)
     if not config.specs:
@@ -155,10 +155,10 @@ def _settings(
 
     def drafting(weights: Quantization | None, exit_layers: Sequence[int]) -> None:
         for exit_layer in exit_layers:
-            for drafts in config.specs or _LENGTHS:
+            for drafts in config.specs or STRATEGIES[_PREDICTED].lengths:
                 settings.append(
                     decoding(
-                        "self-speculative",
+                        _PREDICTED,
                         generation,
                         exit_layer=exit_layer,
                         num_draft_tokens=drafts,
@@ -171,15 +171,12 @@ def _settings(
         drafting(weights, config.exits)  # also at full depth
 
     known = loaded.recommended(config.packing)
-    unpredicted = [decoding("lookup", generation)]
-    unpredicted += [decoding(name, generation) for name in loaded.backend.drafters]
-    if generation.get("skip"):
-        unpredicted.append(
-            resolve_as("draft-and-verify", generation, known, layers, config.packing)
-        )
-    for setting in unpredicted:
-        for drafts in config.specs or _UNPREDICTED:
-            settings.append(replace(setting, num_draft_tokens=drafts))
+    suiting = suiting_strategies(loaded, config)
+    for name, strategy in STRATEGIES.items():
+        if name in suiting and name != _PREDICTED and strategy.lengths:
+            setting = resolve_as(name, generation, known, layers, config.packing)
+            for drafts in config.specs or strategy.lengths:
+                settings.append(replace(setting, num_draft_tokens=drafts))
     settings.append(resolve_as("adaptive", generation, known, layers, config.packing))
     return settings
 

@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 
 from ...errors import LayerSkipError, plural
 from ...files import read_json
-from ..comparison import Comparison, Interval, Line, is_logarithmic, is_percentage
+from ..columns import column_named
+from ..comparison import Comparison, Interval, Line
 from . import csv_text
 from .plots import MOST_LINES, draw_line, legend_above, logarithmic, new_figure, style, to_png
 from .tables import Table, text_cells
@@ -40,24 +41,17 @@ def compare_table(comparison: Comparison) -> Table:
 
 def _mean_text(figure: str, interval: Interval) -> str:
     """`50.0% (40.0% to 60.0%)`, mean and interval."""
-    form = "{:.2f}"
-    if is_logarithmic(figure):
-        form = "{:.3g}"
-    elif is_percentage(figure):
-        form = "{:.1%}"
-    elif figure == "tokens_per_second":
-        form = "{:.0f}"
-    return _with_ends(form, interval)
+    return _with_ends(f"{{:{column_named(figure).plain_form}}}", interval)
 
 
 def _change_text(figure: str, interval: Interval) -> str:
     """`+5.0 (-1.0 to +11.0)`, in points for percentages; of perplexities the ratio, `x0.5`."""
-    if is_logarithmic(figure):
+    column = column_named(figure)
+    if column.is_logarithmic:
         return _with_ends("x{:.3g}", interval)
-    if is_percentage(figure):
+    if column.is_share:
         return _with_ends("{:+.1f}", interval, 100.0)
-    form = "{:+.0f}" if figure == "tokens_per_second" else "{:+.2f}"
-    return _with_ends(form, interval)
+    return _with_ends(f"{{:+{column.plain_form}}}", interval)
 
 
 def _with_ends(form: str, interval: Interval, scale: float = 1.0) -> str:
@@ -138,9 +132,10 @@ def _by_exit(comparison: Comparison, name: str) -> Figure | None:
     xlabel = "exit layer"
     if len(shown) < len(kinds) or len(labels) < len(comparison.paths):
         xlabel += "\nthe first labels and draft lengths"
+    column = column_named(name)
     ylabel = name.replace("_", " ")
     scale = 1.0
-    if is_percentage(name):
+    if column.is_share:
         ylabel += " (%)"
         scale = 100.0
     figure, axes = new_figure(name.replace("_", " "), xlabel, ylabel)
@@ -162,7 +157,7 @@ def _by_exit(comparison: Comparison, name: str) -> Figure | None:
             bars = (below, above)
             draw_line(axes, number, text, points, bars, linewidth=1.2, linestyle=dashes)
     axes.set_xticks(range(len(ticks)), ticks)
-    if is_logarithmic(name):
+    if column.is_logarithmic:
         logarithmic(axes)
     legend_above(axes)
     return figure

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ...config.evaluation import TRANSFORMERS_BASELINES
+from ...config.evaluation import with_transformers
 from ...config.options import counts_text
 from ...config.resolution import EXACT, FAST, policy_text
 from ...errors import plural
@@ -145,9 +145,8 @@ def _measurement_notes(record: RunRecord) -> Iterator[str]:
         yield "Predictions are for greedy decoding with whole drafts."
     if "llama_cpp" in machine:
         yield f"llama.cpp: {machine['llama_cpp']}, on {config.get('gguf')}."
-    with_transformers = set(TRANSFORMERS_BASELINES) & set(config.get("baselines", ()))
     on_gpu = str(machine.get("device")).startswith("cuda")
-    if with_transformers and config.get("timed") != 0 and not on_gpu:
+    if with_transformers(config.get("baselines", ())) and config.get("timed") != 0 and not on_gpu:
         yield "MB: of the whole process, which also holds transformers' copy of the model."
     if machine.get("exit_blocks"):
         yield f"Exits with a block: {', '.join(map(str, machine['exit_blocks']))}."

@@ -17,7 +17,7 @@ from matplotlib.rcsetup import cycler
 from matplotlib.ticker import LogFormatter, LogLocator
 from matplotlib.transforms import Bbox
 
-from ..metrics import lower_is_better
+from ..metrics import metric_named
 from ..results import Result, RunRecord, drafts_name, result_name
 from .tables import Point, Points, has_scores, is_wide, points_of
 
@@ -203,7 +203,7 @@ def _scores_by_exit(record: RunRecord, title: str, lower: bool) -> Figure | None
             exits.append(result)
     names: dict[str, str] = {}  # by task
     for name in full:
-        if lower_is_better(name) == lower:
+        if metric_named(name).lower_is_better == lower:
             names.setdefault(name.split()[0], name)
     if not has_scores(record) or len(exits) < 2 or not names:
         return None

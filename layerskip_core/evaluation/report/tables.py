@@ -3,32 +3,21 @@ markdown and on the page; its rows as flat values, for CSV.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 from ...config.evaluation import HARNESS
 from ...config.options import counts_text
-from ..metrics import frontier, is_share, lower_is_better
+from ..columns import COLUMNS, Column, column_named
+from ..metrics import frontier, metric_named
 from ..results import Result, RunRecord, result_name
 from .notes import notes_of, verdict_lines
 
 FEW_ROWS = "?"  # in place of an interval wider than its value
 _WIDE = 8  # the largest ratio of highest to lowest value for a linear axis
-_SHORT_NAMES = {"exact_match": "EM", "rouge1": "R1", "rouge2": "R2", "rougeL": "RL"}
 
 FlatRow = dict[str, Any]
 """A figure by its name, and the ends of its interval as `NAME_low` and `NAME_high`."""
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of tables. `figure`: its name in a flat row; `form`: see `cell_text`."""
-
-    header: str
-    figure: str
-    form: str = ""
-    legend: str = ""
-    spare_rank: int = 0  # a narrow terminal leaves out column 1 first; 0: shown always
 
 
 # Not part of CSV files: the name of a setting, its exit or mean layers, a mark on the frontier
@@ -38,25 +27,6 @@ _SETTING = (
     Column("exit", "exit"),
     Column("spec", "num_draft_tokens"),
 )
-_FIGURES = (
-    Column("ppl", "perplexity", "ppl", "perplexity", 4),
-    Column("accept", "acceptance_rate", ".1%", "share of drafts accepted"),
-    Column("mean", "mean_accepted_tokens", ".1f", "accepted drafts per round", 3),
-    Column("tok/s", "tokens_per_second", ".0f"),
-    Column("speed", "speedup", "±.2f", "speedup over plain decoding"),
-    Column("vs hf", "speedup_over_transformers", ".2f"),
-    Column("pred", "predicted_speedup", ".2f", "", 5),
-    Column("same", "identical_outputs", ".0%", "share of outputs equal to plain decoding"),
-    Column("first", "ttft_ms", ".1f", "milliseconds to the first token", 2),
-    Column("MB", "peak_memory_mb", ".0f", "peak memory", 1),
-    Column("", "front", "*"),
-)
-_METRIC_LEGENDS = {
-    "exact_match": "exact match",
-    "rouge1": "ROUGE-1",
-    "rouge2": "ROUGE-2",
-    "rougeL": "ROUGE-L",
-}
 
 
 class Cell(NamedTuple):
@@ -183,10 +153,9 @@ def _page_table(rows: Sequence[FlatRow], columns: Sequence[Column], caption: str
 
 def columns_of(record: RunRecord, rows: Sequence[FlatRow]) -> list[Column]:
     """The columns that name a row, and those with a figure in any row."""
-    columns = [*_metric_columns(record), *_FIGURES]
     used = []
-    for column in columns:
-        if any(row.get(column.figure) not in (None, "") for row in rows):
+    for column in [*_metric_columns(record), *COLUMNS]:
+        if column.is_tabulated and any(row.get(column.figure) not in (None, "") for row in rows):
             used.append(column)
     return [*_SETTING, *used]
 
@@ -199,13 +168,11 @@ def _metric_columns(record: RunRecord) -> list[Column]:
     if record.config.get("has_references") is False and not has_exits:
         return []
     metrics = [name for name in results[0].metrics if name != "perplexity"]  # it has its own column
-    percent = "±.1%" if len(metrics) == 1 else "±.0%"  # two have no room for decimals
-    columns = []
-    for name in metrics:
-        form = ".4g" if lower_is_better(name) else percent
-        columns.append(Column(short_name(name), name, form, _METRIC_LEGENDS.get(name, "")))
+    columns = [column_named(name) for name in metrics]
+    if len(columns) > 1:  # two have no room for the decimals of shares without an interval
+        columns = [replace(each, form=each.form.replace("±.1%", "±.0%")) for each in columns]
     ranked = str(record.config.get("quality_metric"))
-    if is_share(ranked) and any(ranked in result.changes for result in results):
+    if metric_named(ranked).is_share and any(ranked in result.changes for result in results):
         columns.append(Column("change", f"{ranked}_change", "±.0%"))
     return columns
 
@@ -218,12 +185,8 @@ def _legend(columns: Sequence[Column]) -> str:
 def _change_of(record: RunRecord, columns: Sequence[Column]) -> str:
     """The metric whose change is shown, if there is one."""
     if any(column.header == "change" for column in columns):
-        return short_name(str(record.config["quality_metric"]))
+        return metric_named(str(record.config["quality_metric"])).short_name
     return ""
-
-
-def short_name(metric: str) -> str:
-    return _SHORT_NAMES.get(metric, metric.replace("pass@", "p@"))
 
 
 def has_scores(record: RunRecord) -> bool:
@@ -248,13 +211,10 @@ def score_table(record: RunRecord) -> Table:
         scores = [_score(result, name) for result in results]
         rows.append((task, metric, str(counts.get(task, "-")), *scores))
     flat = flat_rows(record)
-    for column, label in (
-        (Column("", "identical_outputs", ".1%"), "identical outputs"),
-        (Column("", "acceptance_rate", ".1%"), "acceptance rate"),
-        (Column("", "tokens_per_second", ".0f"), "tokens/s"),
-        (Column("", "speedup", ".2f"), "speedup"),
-    ):
-        texts = [cell_text(row, column) for row in flat]
+    for figure in ("identical_outputs", "acceptance_rate", "tokens_per_second", "speedup"):
+        label = figure.replace("_per_second", "/s").replace("_", " ")
+        column = column_named(figure)
+        texts = [cell_text(row, replace(column, form=column.plain_form)) for row in flat]
         if set(texts) != {"-"}:
             rows.append(("all answers", label, "", *texts))
     headers = ["task", "metric", "n"]
@@ -286,7 +246,7 @@ def _score(result: Result, name: str) -> str:
     if value is None:
         return "-"
     error = result.stderr.get(name)
-    if lower_is_better(name):
+    if metric_named(name).lower_is_better:
         return f"{value:.3g}" if error is None else f"{value:.3g}±{error:.2g}"
     return f"{value:.3f}" if error is None else f"{value:.3f}±{_bare(error, '.3f')}"
 
@@ -367,9 +327,7 @@ def _cells(row: FlatRow, columns: Sequence[Column]) -> tuple[Cell, ...]:
 
 
 def cell_text(row: FlatRow, column: Column) -> str:
-    """A figure in the column's form: a format; `±` before it adds the interval, `2.31±.12` or
-    `81±2%`; `ppl`: 1.2e4; `*`: a mark. `-` if not measured.
-    """
+    """A figure in the column's form, such as `2.31±.12`, `81±2%` or `1.2e4`; `-` if not measured."""
     value = row.get(column.figure)
     if column.form == "*":
         return str(value or "")
@@ -427,26 +385,27 @@ class Points:
 
 def points_of(record: RunRecord) -> Points | None:
     """None without quality or speed."""
-    metric = str(record.config.get("quality_metric"))
+    ranked = str(record.config.get("quality_metric"))
+    metric = metric_named(ranked)
     shown = []
     for result in record.results:
-        if metric in result.metrics and result.tokens_per_second is not None:
+        if ranked in result.metrics and result.tokens_per_second is not None:
             shown.append(result)
     if not shown:
         return None
-    label = f"Quality: {metric.replace('_', ' ')}"
+    label = f"Quality: {ranked.replace('_', ' ')}"
     scale = 1.0
-    if lower_is_better(metric):
+    if metric.lower_is_better:
         label += ", lower is better"
-    elif is_share(metric):
+    elif metric.is_share:
         label += " (%)"
         scale = 100.0
-    optimal = frontier(shown, metric)
+    optimal = frontier(shown, ranked)
     points = []
     for number, result in enumerate(shown):
         speed = result.tokens_per_second or 0.0
-        points.append(Point(result, speed, scale * result.metrics[metric], number in optimal))
-    return Points(points, lower_is_better(metric), label)
+        points.append(Point(result, speed, scale * result.metrics[ranked], number in optimal))
+    return Points(points, metric.lower_is_better, label)
 
 
 def is_wide(values: Sequence[float]) -> bool:

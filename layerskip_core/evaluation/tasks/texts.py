@@ -33,7 +33,7 @@ from ...errors import DataError, require
 from ...files import text_lines
 from ...prompting import CHAT, RAW
 from ...splits import TEST, VALIDATION, key_of
-from ..metrics import ROUGES, exact_match, rouge
+from ..metrics import ROUGES, exact_match, text_scores
 from . import (
     BARE,
     SHOT_END,
@@ -172,7 +172,10 @@ def parsing(config: TaskConfig) -> Task:
         # Evenly spaced, to cover all domains.
         shots = load_examples(replace(data, split="train", limit=config.shots))
     references = [[example.completion] for example in examples]
-    scorer = partial(text_scores, ("exact_match",), references, fold_whitespace=True)
+
+    def scorer(predictions: Sequence[str]) -> dict[str, list[float]]:
+        return {"exact_match": exact_match(predictions, references, fold_whitespace=True)}
+
     return replace(_few_shot(config, "exact_match", scorer, examples, shots), notes=notes)
 
 
@@ -193,8 +196,9 @@ def prompts(config: TaskConfig) -> Task:
     require(can_show, "shots", f"0 for {source}, which has no references", len(shots))
     metrics = _metrics_of(config, rows)
     scorer = partial(text_scores, metrics, [row.references for row in rows])
+    ranking = config.metric or metrics[0]
     task = _few_shot(
-        config, metrics[0], scorer, [row.example for row in rows], [row.example for row in shots]
+        config, ranking, scorer, [row.example for row in rows], [row.example for row in shots]
     )
     categories: dict[str, tuple[int, ...]] = {}
     for number, row in enumerate(rows):
@@ -209,9 +213,11 @@ def prompts(config: TaskConfig) -> Task:
 
 
 def _metrics_of(config: TaskConfig, rows: Sequence["_Pair"]) -> tuple[str, ...]:
-    """The metrics that suit the references; the first ranks settings."""
+    """The metrics that suit the references, the one that ranks settings first; or the given one, a
+    ROUGE among all of them.
+    """
     if config.metric in ROUGES:
-        return tuple(dict.fromkeys((config.metric, *ROUGES)))
+        return ROUGES
     if config.metric is not None:
         return (config.metric,)
     if not rows[0].references:
@@ -248,20 +254,6 @@ def _few_shot(
         (SHOT_END,) if shots else (),
         template,
     )
-
-
-def text_scores(
-    metrics: Sequence[str],
-    references: Sequence[Sequence[str]],
-    predictions: Sequence[str],
-    fold_whitespace: bool = False,
-) -> dict[str, list[float]]:
-    """Exact match and ROUGE, if among the `metrics`. The best of several references counts."""
-    kinds = [kind for kind in ROUGES if kind in metrics]
-    scores = rouge(predictions, references, kinds) if kinds else {}
-    if "exact_match" in metrics:
-        scores["exact_match"] = exact_match(predictions, references, fold_whitespace)
-    return scores
 
 
 class _Pair(NamedTuple):

@@ -4,10 +4,10 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from cli.commands import finetune
+from cli import training
 from layerskip_core.model import TransformersBackend
-from layerskip_core.training import verdict
-from layerskip_core.training.verdict import SpeedEstimate, Turn, exit_speedup
+from layerskip_core.training import speedup as speedups
+from layerskip_core.training.speedup import SpeedEstimate, Turn, exit_speedup
 
 LENGTHS = (1, 2, 4, 8)
 
@@ -56,9 +56,9 @@ def test_no_speedup_is_greater_than_arithmetic_allows():
 
 def test_only_what_certainly_does_not_pay_needs_more_training():
     """What is not known is measured by sweep-exits, which takes its time."""
-    assert finetune._pays(verdict.Speedup(1.2, 0.9, 1.5, 1, 1.6)) is None
-    assert finetune._pays(verdict.Speedup(1.0, 0.9, 1.04, 1, 1.04)) is False
-    assert finetune._pays(verdict.Speedup(1.2, 1.1, 1.25, 1, 1.6)) is True
+    assert training._pays(speedups.Speedup(1.2, 0.9, 1.5, 1, 1.6)) is None
+    assert training._pays(speedups.Speedup(1.0, 0.9, 1.04, 1, 1.04)) is False
+    assert training._pays(speedups.Speedup(1.2, 1.1, 1.25, 1, 1.6)) is True
 
 
 @pytest.mark.parametrize("context", [12, 128])

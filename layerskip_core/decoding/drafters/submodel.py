@@ -1,5 +1,4 @@
-"""Drafts by layers: a part of the model, a block beside it, or a smaller model (Leviathan et al.,
-ICML 2023).
+"""Drafts by layers: a part of the model, or a block beside it.
 
 Self-speculative decoding (Elhoushi et al., ACL 2024, section 4.3) drafts with the first layers,
 Draft & Verify (Zhang et al., ACL 2024) with all layers but some, and a drafter beside the model
@@ -11,31 +10,27 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
-from math import inf
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...config.decoding import WITH_DRAFTER, DecodingConfig
+from ...config.decoding import STRATEGIES
 from ...config.model import Quantization
 from ...errors import ConfigError, require
 from ...model.backend import DraftCall, DraftEnds, DraftKernel, Spans, Submodel
 from ...model.eagle3 import NO_DRAFTER
 from ..graphs import GraphRecorder
-from ..output import Row
+from ..row import Row
 from ..sampling import Span, noise_of, truncates
-from ..target import NO_PREFIXES, FixedTarget
-from . import Draft, DrafterSetup, DraftInput
 from .lookup import SHORTEST, RowLookup
+from .protocol import Draft, DrafterSetup, DraftInput
 from .stepwise import DraftingPart, StepwiseDraft
 
-DRAFT_MODEL = "draft model"  # in reports
-_KEPT = 32  # least length of a prefill whose KV entries are kept for later prompts
-_NO_ENDS = DraftEnds()
+NO_ENDS = DraftEnds()
 
 
-class ExitDrafter:
+class SubmodelDrafter:
     """Drafts with a part of the model, on the target's own cache."""
 
     def __init__(
@@ -91,7 +86,7 @@ class ExitDrafter:
         self._part = DraftingPart(side, submodel, head, source, reuses, reads, guesses)
         self._text: tuple[Row | None, array[int]] = None, array("q")
 
-    def draft(self, given: DraftInput, limits: Sequence[int], ends: DraftEnds = _NO_ENDS) -> Draft:
+    def draft(self, given: DraftInput, limits: Sequence[int], ends: DraftEnds = NO_ENDS) -> Draft:
         """Each row's draft stops after an EOS, and a draft of one row also by `ends.survival`."""
         if self.submodel.block is not None:
             given.write_blocks()
@@ -175,141 +170,24 @@ class ExitDrafter:
         """Ignores the outcome: every round drafts in the same way."""
 
 
-class ModelDrafter:
-    """Drafts with all layers of the draft model, whose cache has the rows of the last input.
-
-    A row drafts as far as the draft model's context and memory reach.
-    """
-
-    def __init__(self, setup: DrafterSetup) -> None:
-        assert setup.model.draft_model is not None
-        self.model = setup.model.draft_model
-        self._prefixes = setup.prefixes or NO_PREFIXES
-        # Whose KV entries the prefixes keep
-        self._target = FixedTarget(self.model, DecodingConfig("autoregressive"))
-        own = replace(setup, model=self.model, reuse_exit_states=False)
-        self._drafter = ExitDrafter(own, None, Submodel(self.model.num_layers), DRAFT_MODEL)
-        self._cache = self.model.new_cache(0)
-        self._cache.steps_back = setup.config.num_draft_tokens
-        self._max_tokens = self.model.context_length(setup.config.num_draft_tokens)  # of a text
-        # In the order of the cache's rows: how many tokens have KV entries
-        self._num_computed = dict[Row, int]()
-        self._ran = dict[Row, int]()  # how many more the last draft wrote
-
-    def draft(self, given: DraftInput, limits: Sequence[int], ends: DraftEnds = _NO_ENDS) -> Draft:
-        limits = self.prefill(given, limits)
-        if not any(limits):
-            return Draft(given.newest, (0,) * len(limits), source=DRAFT_MODEL)
-        draft = self._drafter.draft(self._own_input(given), limits, ends)
-        self._ran = dict(zip(given.rows, draft.ran, strict=True))
-        return draft
-
-    def prefill(self, given: DraftInput, limits: Sequence[int]) -> list[int]:
-        """Prefills each row that may draft, without its newest token. Returns the limits; 0 for a
-        row that cannot draft yet.
-        """
-        self._take_rows(given)
-        counts = list[int]()
-        allowed = list[int]()
-        left = given.max_prefill_tokens if len(limits) > 1 else inf
-        for row, limit in zip(given.rows, limits, strict=True):
-            limit = max(0, min(limit, self._max_tokens - len(row.ids)))
-            lacking = len(row.ids) - 1 - self._num_computed[row] if limit else 0
-            count = int(min(lacking, left))
-            left -= count
-            counts.append(count)
-            allowed.append(limit if count == lacking else 0)
-        self._free_pages_for(counts, allowed)
-        if any(counts):
-            self._run(given, counts)
-            self._keep(given, counts, allowed)
-        return allowed
-
-    def _free_pages_for(self, counts: list[int], limits: list[int]) -> None:
-        """Frees memory for so many tokens and drafts: of kept prefixes, then the youngest rows give
-        way, and get 0 in both lists.
-        """
-        while self._free_pages(counts, limits) < 0 and self._prefixes.drop(self.model):
-            pass
-        for index in reversed(range(len(counts))):
-            if self._free_pages(counts, limits) < 0:
-                counts[index] = 0
-                limits[index] = 0
-
-    def _run(self, given: DraftInput, counts: Sequence[int]) -> None:
-        """Prefills the next `counts` tokens of each row."""
-        places = self._own_input(given).places(counts, [0] * len(counts))
-        tokens = list[int]()
-        for row, count in zip(given.rows, counts, strict=True):
-            start = self._num_computed[row]
-            tokens += row.ids[start : start + count]
-            self._num_computed[row] += count
-        hidden = self.model.embed(torch.tensor(tokens).to(self.model.device, non_blocking=True))
-        self.model.run_layers(hidden, 0, self.model.num_layers, places)
-
-    def _keep(self, given: DraftInput, counts: Sequence[int], limits: Sequence[int]) -> None:
-        """Adds texts of which much was prefilled to the prefixes."""
-        for index, (row, count) in enumerate(zip(given.rows, counts, strict=True)):
-            if count >= _KEPT and self._free_pages([0] * len(counts), limits) >= 1:
-                ids = row.ids[: self._num_computed[row]]
-                self._prefixes.keep(self.model, self._target, ids, self._cache, index)
-
-    def _free_pages(self, counts: Sequence[int], limits: Sequence[int]) -> float:
-        """Pages left by these tokens and drafts of the rows; negative if they need more."""
-        stops = []
-        for computed, count, limit in zip(self._num_computed.values(), counts, limits, strict=True):
-            newest = 1 if limit else 0
-            stops.append(computed + count + newest + limit)
-        return self._cache.free_pages(stops)
-
-    def _own_input(self, given: DraftInput) -> DraftInput:
-        computed = list(self._num_computed.values())
-        return replace(
-            given,
-            cache=self._cache,
-            indices=range(len(computed)),
-            num_computed_tokens=computed,
-            recorder=None,
-        )
-
-    def _take_rows(self, given: DraftInput) -> None:
-        """Gives the cache the rows of the input, in their order."""
-        for row in given.rows:
-            if row not in self._num_computed:
-                cache, self._num_computed[row] = self._prefixes.begin(
-                    self.model, self._target, row.ids, self._max_tokens
-                )
-                self._cache.join(cache)
-        rows = list(self._num_computed)
-        order = [rows.index(row) for row in given.rows]
-        if order != list(range(len(rows))):
-            self._cache.keep_rows(order)
-            self._num_computed = {row: self._num_computed[row] for row in given.rows}
-
-    def observe(self, row: Row, drafted: int, verified: Sequence[int]) -> None:
-        # Of what ran, the accepted drafts and the newest token stay
-        self._num_computed[row] += min(self._ran.pop(row, 0), len(verified))
-
-
-def drafter(setup: DrafterSetup) -> ExitDrafter | ModelDrafter:
-    """Makes the strategy's drafter. Raises ConfigError as `ExitDrafter` does, and if the model
+def drafter(setup: DrafterSetup) -> SubmodelDrafter:
+    """Makes the strategy's drafter. Raises ConfigError as `SubmodelDrafter` does, and if the model
     lacks the drafter.
     """
     config = setup.config
     model = setup.model
     weights = setup.config.draft_weights
-    if config.strategy == "draft-model":
-        return ModelDrafter(setup)
-    if (name := config.strategy) in WITH_DRAFTER:
+    name = config.strategy
+    if name in STRATEGIES[name].needs:  # a drafter beside the model
         if name not in model.drafters:
             raise ConfigError(f"`strategy` {name}: {NO_DRAFTER.format(name)}", "strategy")
-        return ExitDrafter(setup, None, Submodel(0, block=model.drafters[name]), name)
+        return SubmodelDrafter(setup, None, Submodel(0, block=model.drafters[name]), name)
     if config.strategy == "draft-and-verify":
         kept = Submodel(*kept_layers(config.skip, model.num_layers))
         name = f"{weights or ''} {model.num_layers - len(set(config.skip))} of {model.num_layers} layers"
-        return ExitDrafter(setup, weights, kept, name.strip())
+        return SubmodelDrafter(setup, weights, kept, name.strip())
     assert config.exit_layer is not None
-    return ExitDrafter(
+    return SubmodelDrafter(
         setup,
         weights,
         Submodel(config.exit_layer),

@@ -1,0 +1,347 @@
+"""What a run of `finetune` reads, trains on and saves. Its course is that of run.py."""
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor
+from torch.utils.data import Subset
+
+from ..checkpoint.folder import EXIT_BLOCKS_FILE, MTP_FILE
+from ..checkpoint.info import EXIT_BLOCKS, CheckpointInfo
+from ..checkpoint.loaded import Trainable, decoder_of
+from ..checkpoint.locate import ModelRef, adapters_of
+from ..checkpoint.open import for_decoding, for_training, outline
+from ..checkpoint.save import RUN_FILES, refuse_overwrite, save_checkpoint
+from ..checkpoint.shipped import files_of_shipped, read_exit_blocks, shipped_by
+from ..checkpoint.sidecars import EAGLE3_FILES, EAGLE3_FOLDER, fingerprint
+from ..checkpoint.transformers_read import blank, stored_dtype
+from ..config.training import FinetuneConfig
+from ..errors import ConfigError
+from ..model.exit_blocks import NO_BLOCKS, ExitBlock
+from ..model.spec import AnySpec
+from ..model.vocabulary import ORDER_FILE
+from ..model.weights import cast_weights
+from . import data
+from .answers import Answers, plan_replay
+from .cost import Baseline
+from .encoding import train_tokenizer
+from .exit_blocks import new_exit_blocks
+from .module import RecipeModule, use_fp32_attention, with_lora
+from .plan import VERSIONS, RunPlan, fixed_settings, require_same_run
+from .precision import Precision, choose_precision
+from .progress import LOSSES, LossHistory
+from .recipe import SMALL_MODEL, learning_rate, resolve_recipe, steps_on, trained_exits
+from .sharding import gather_whole, process_index
+
+_PACKED = "documents are packed into whole rows; attention stays within a document"
+_STREAMED = "streaming: `resume` reads past the rows already seen, and is exact only if they come in the same order again"
+_SHALLOW = "a model of one layer has no place for exits or a drafter"
+_SHIPPED = "the drafter of its checkpoint (mtp) is saved as it is"
+_TRAINS_SHIPPED = f"{_SHIPPED}; `layerskip train-drafter --start-from shipped` trains it"
+_EAGLE3 = "its drafter (eagle3), made for the old weights, is not saved; `layerskip train-drafter --start-from {}` trains it on"
+_REPLAY = 0.25  # share of replayed rows in a step
+
+
+@dataclass(frozen=True)
+class FinetuneJob:
+    """A planned run of `finetune`, and what it works on."""
+
+    plan: RunPlan
+    fixed_settings: Mapping[str, Any]  # a resumed run must share them
+    trainable: Trainable
+    data: data.RunData
+    replay: Answers | None  # texts of the model, written before it is trained
+    shipped: Mapping[str, bytes]  # files of drafters that came with the model, saved as they are
+    dtype: torch.dtype  # of the saved weights
+    module: Any  # a RecipeModule; None in a dry run
+    token_order: Sequence[int]  # the most frequent targets first
+
+    @property
+    def config(self) -> FinetuneConfig:
+        assert isinstance(self.plan.config, FinetuneConfig)
+        return self.plan.config
+
+    @property
+    def from_scratch(self) -> bool:
+        return self.config.recipe.preset == "scratch"
+
+    def measure_before(self, report: Callable[..., None]) -> Baseline | None:
+        """What the model does before its training; in the first process only."""
+        if process_index() > 0 or self.from_scratch:
+            return None
+        report("measurements before the training", 1, 0)
+        held_out = self.data.held_out_rows
+        if self.config.fsdp:
+            # Rows would run on the CPU: minutes for a model that needs shards, while others wait
+            held_out = []
+        trained_rows = self.plan.steps * data.step_rows(self.config)[0]
+        return Baseline(self.trainable, held_out, self.config.seed, trained_rows)
+
+    def data_sets(self, report: Callable[..., None]) -> tuple[Any, Any]:
+        """(training rows in the run's order, held-out rows or None).
+
+        Batches have rows of similar length, replayed texts among them; a stream keeps its order.
+        """
+        rows: Any = self.data.training.rows
+        held_out = self.data.held_out_rows or None
+        if isinstance(rows, data.StreamedRows):
+            return rows, held_out
+        lengths = [len(row["input_ids"]) for row in rows]
+        texts = list[dict[str, Any]]()
+        if self.replay is not None:
+            texts = self._replayed(self.replay, report)
+        order = data.ordered(self.config, lengths, self.plan.steps, len(texts))
+        return Subset(rows + texts, order), held_out
+
+    def _replayed(self, replay: Answers, report: Callable[..., None]) -> list[dict[str, Any]]:
+        """Encoded texts, each with its prompt, and with a label on every token."""
+        written = replay.write(partial(report, "replay texts", len(replay.prompts)))
+        is_packed = "documents" in self.data.training.seen[0]
+        texts = []
+        for prompt, answer in zip(replay.prompts, written, strict=True):
+            ids = prompt + answer
+            text: dict[str, Any] = {"input_ids": ids, "labels": ids}
+            if is_packed:
+                text["documents"] = [0] * len(ids)
+            texts.append(text)
+        return texts
+
+    def save(self, history: LossHistory, baseline: Baseline | None) -> CheckpointInfo:
+        """Writes the model in the first process. The info has the last losses of every exit."""
+        is_first = process_index() == 0
+        if self.config.fsdp:
+            gather_whole(self.module, keep=is_first)
+        details = self._details(history)
+        if baseline is not None:
+            details["cost"] = msgspec.to_builtins(baseline.cost())
+        template = self.plan.template
+        info = CheckpointInfo(template.text, system=template.system, details=details)
+        if is_first:
+            self._write(history, info)
+        return info
+
+    def _details(self, history: LossHistory) -> dict[str, Any]:
+        """How the model was trained, for layerskip.json."""
+        plan = self.plan
+        recipe = plan.recipe
+        assert recipe is not None
+        earlier = () if self.from_scratch else self.trainable.info.held_out
+        divisions = earlier if plan.division is None else (plan.division, *earlier)
+        resolved = {
+            "recipe": asdict(recipe),
+            "epochs": self.config.epochs or self.config.usual_epochs,
+        }
+        details = {
+            "base_model": self.config.model,
+            "config": json.loads(json.dumps(asdict(self.config) | resolved)),  # as it is read back
+            "steps": plan.steps,
+            "rows": plan.rows,
+            "final_losses": _by_name(history.latest),
+            "validation_losses": _by_name(history.validated),
+            "validation_rows": None if self.data.held_out is None else self.data.held_out.digest,
+            "held_out": [asdict(division) for division in dict.fromkeys(divisions)],
+            "trained_exits": list(trained_exits(recipe, plan.steps, plan.num_layers)),
+            "agreement": _by_name(history.agreement),
+            "precision": plan.precision.name,
+            "versions": VERSIONS,
+        }
+        if self.module.exit_blocks:
+            details[EXIT_BLOCKS] = {str(layer): {} for layer in recipe.exits}
+        return details
+
+    def _write(self, history: LossHistory, info: CheckpointInfo) -> None:
+        model = self.module.model
+        if self.config.lora_rank and not self.config.lora_keep:
+            model = model.merge_and_unload()
+        files = {
+            LOSSES: history.to_jsonl(),
+            ORDER_FILE: json.dumps(self.token_order, separators=(",", ":")).encode(),
+            **self.shipped,
+        }
+        if self.module.exit_blocks:
+            cast_weights(
+                model, self.dtype
+            )  # the blocks' file has the fingerprint of the saved weights
+            files[EXIT_BLOCKS_FILE] = self.module.blocks_content(model, self.dtype)
+        tokenizer = self.trainable.tokenizer
+        save_checkpoint(model, tokenizer, info, self.config.output, self.dtype, files)
+
+
+def _by_name(losses: Mapping[int, float]) -> dict[str, float]:
+    return {str(layer): loss for layer, loss in losses.items()}
+
+
+def prepare_finetune(
+    config: FinetuneConfig, device: torch.device, checkpoint: Path | None, dry: bool
+) -> FinetuneJob:
+    """`dry`: without weights. This takes as long as reading the configuration and the data."""
+    refuse_overwrite(config.output, config.overwrite, RUN_FILES)
+    if config.lora_keep:
+        _refuse_own_base(config)
+    from_scratch = config.recipe.preset == "scratch"
+    if not from_scratch:
+        trainable, weight_of = _read_model(config.model, dry)
+        config = replace(config, replay=_replay_share(config, trainable.backend.spec))
+    rows = data.read_rows(config)
+    if from_scratch:
+        tokenizer = None
+        if config.vocab_size is not None:
+            tokenizer = train_tokenizer(rows.training, config.vocab_size)
+        trainable = blank(config.model, config.seed, tokenizer)
+        weight_of = trainable.model.get_parameter
+    spec = trainable.backend.spec
+    precision = choose_precision(config, device, trainable.backend, checkpoint)
+    if precision.autocast and device.type == "cpu":
+        use_fp32_attention(trainable.model)
+    encoded = data.encode(config, trainable, rows)
+
+    shipped = NO_BLOCKS
+    if not from_scratch and not config.lora_keep:
+        shipped = shipped_by(config.model, spec)
+    shipped_files = files_of_shipped(shipped, spec, weight_of)
+    folder = None if from_scratch else ModelRef.of(config.model).folder
+    notes = _drafter_notes(shipped_files, folder)
+    plan = resolve_finetune(config, spec, encoded, str(device), precision, checkpoint, notes)
+
+    model_digest = fingerprint(spec, weight_of)
+    digests = {
+        "tokens": plan.tokens,
+        "data_digest": encoded.training.digest,
+        "model_digest": model_digest,
+    }
+    replay = None
+    if config.replay:
+        decoder = (
+            decoder_of(trainable) if dry else for_decoding(config.model, str(device), config.dtype)
+        )
+        replay = plan_replay(config, model_digest, encoded, decoder, plan.steps)
+        digests["replayed"] = replay.journal.name
+    settings = fixed_settings(plan, digests)
+    require_same_run(checkpoint, settings)
+
+    module = None
+    order: Sequence[int] = ()
+    if not dry:
+        module = build_module(plan, trainable, None if from_scratch else folder)
+        if not config.fsdp:  # FSDP places shards itself
+            module.to(device)
+        order = data.token_order(encoded.training, spec.vocab)
+    elif config.lora_rank:
+        with_lora(trainable.model, config)  # peft may refuse the names of modules
+    dtype = stored_dtype(config.model)
+    return FinetuneJob(
+        plan, settings, trainable, encoded, replay, shipped_files, dtype, module, order
+    )
+
+
+def resolve_finetune(
+    config: FinetuneConfig,
+    spec: AnySpec,
+    encoded: data.RunData,
+    device: str,
+    precision: Precision,
+    checkpoint: Path | None,
+    drafter_notes: Sequence[str],
+) -> RunPlan:
+    """The plan of a run: the settings, completed by what the model and the rows decide."""
+    training = encoded.training
+    steps = data.run_steps(config, len(training.seen))
+    # An adapter is saved without exit blocks
+    recipe = resolve_recipe(config.recipe, spec, steps, has_blocks=not config.lora_keep)
+    usual_lr = learning_rate(config.recipe.preset, spec.parameters, config.lora_rank > 0)
+    notes = []
+    if encoded.encoder.pack:
+        notes.append(_PACKED)
+    if config.streaming:
+        notes.append(_STREAMED)
+    if spec.layers == 1:
+        notes.append(_SHALLOW)
+    notes += drafter_notes
+    if checkpoint is not None:
+        notes.append(f"going on from {checkpoint}")
+    return RunPlan(
+        config=replace(config, lr=config.lr or usual_lr, max_length=encoded.encoder.max_length),
+        device=device,
+        precision=precision,
+        parameters=spec.parameters,
+        num_layers=spec.layers,
+        template=encoded.encoder.template,
+        rows=None if config.streaming else len(training.seen),
+        held_out=len(encoded.held_out_rows),
+        left_out=training.left_out,
+        tokens=training.tokens,
+        division=encoded.division,
+        steps=steps,
+        checkpoint=checkpoint,
+        notes=tuple(notes),
+        truncated=sum(row["truncated"] for row in training.seen),
+        recipe=recipe,
+        exit_steps=steps_on(recipe, steps, spec.layers),
+    )
+
+
+def build_module(plan: RunPlan, trainable: Trainable, folder: str | None) -> RecipeModule:
+    """The module that is trained. Exit blocks in `folder`, if any, are trained on."""
+    config = plan.config
+    recipe = plan.recipe
+    assert isinstance(config, FinetuneConfig) and recipe is not None
+    model: Any = trainable.model
+    backend = trainable.backend
+    blocks = None
+    if recipe.exit_reader == "block":  # copied from layers before they get adapters
+        stored = NO_BLOCKS
+        if folder is not None:
+            stored = read_exit_blocks(folder, backend.spec, model.get_parameter)
+        blocks = new_exit_blocks(backend, [ExitBlock(layer) for layer in recipe.exits], stored)
+    if config.lora_rank:
+        model = with_lora(model, config)
+    module = RecipeModule(model, recipe, config.seed, config.gradient_checkpointing, blocks)
+    module.tokenizer = trainable.tokenizer
+    return module
+
+
+def _refuse_own_base(config: FinetuneConfig) -> None:
+    """Raises ConfigError if an adapter would replace the model that it needs."""
+    adapters, base = adapters_of(config.model)
+    if os.path.realpath(config.output) in map(os.path.realpath, (*adapters, base)):
+        raise ConfigError(
+            f"`lora_keep`: the adapter needs its base {config.output}, which `output` {config.output} would replace"
+        )
+
+
+def _read_model(name: str, dry: bool) -> tuple[Trainable, Callable[[str], Tensor]]:
+    """A model, and a reader of its weights by name."""
+    outlined = outline(name) if dry else None
+    if outlined is not None:
+        return outlined
+    trainable = for_training(name, "cpu", "fp32")
+    return trainable, trainable.model.get_parameter
+
+
+def _replay_share(config: FinetuneConfig, spec: AnySpec) -> float:
+    """By default models replay that are large enough to know more than the task of the rows."""
+    if config.replay is not None:
+        return config.replay
+    replays_by_default = config.recipe.preset in ("auto", "none") and not config.streaming
+    is_large = spec.parameters >= SMALL_MODEL
+    rows_per_step = sum(data.step_rows(config))
+    if replays_by_default and is_large and rows_per_step * _REPLAY >= 1:
+        return _REPLAY
+    return 0.0
+
+
+def _drafter_notes(shipped: Mapping[str, bytes], folder: str | None) -> list[str]:
+    """What becomes of drafters that were made for the model before its training."""
+    notes = []
+    if shipped:
+        notes.append(_TRAINS_SHIPPED if MTP_FILE in shipped else _SHIPPED)
+    if folder is not None and Path(folder, EAGLE3_FILES[0]).is_file():
+        notes.append(_EAGLE3.format(Path(folder, EAGLE3_FOLDER)))
+    return notes
