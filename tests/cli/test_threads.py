@@ -173,21 +173,8 @@ def test_a_training_looks_again_between_its_steps(monkeypatch, base):
     """A process begins to work after the first look."""
     monkeypatch.setattr(processor, "usable_cores", lambda: list(range(4)))
     monkeypatch.setattr(processor, "OtherLoad", lambda: Loads(0, 1))
-    data = (
-        "--samples",
-        "8",
-        "--steps",
-        "2",
-        "--batch-size",
-        "2",
-        "--max-length",
-        "64",
-        "--dtype",
-        "fp32",
-    )
-    result = run(
-        f"finetune --model {base}", *data, "--device", "cpu", "--recipe", "none", "--output", "out"
-    )
+    data = "--samples 8 --steps 2 --batch-size 2 --max-length 64 --dtype fp32"
+    result = run(f"finetune --model {base}", data, "--device cpu --recipe none --output out")
     assert result.code == 0, result.err
     assert (
         "3 of 4 CPU threads, because other processes keep 1 core busy; --threads sets another number"

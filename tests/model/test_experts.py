@@ -63,7 +63,7 @@ def test_a_weight_without_one_of_its_parts_is_missing(tmp_path):
     del weights["model.layers.2.mlp.experts.7.up_proj.weight"]
     save_file(weights, path, {"format": "pt"})
     missing = "1 weights are missing, model.layers.2.mlp.experts.gate_up_proj the first"
-    fails(f"cannot load model {folder}: {missing}", "generate", "a", "--model", folder)
+    fails(f"cannot load model {folder}: {missing}", "generate", "a", f"--model {folder}")
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
@@ -109,9 +109,7 @@ def test_calibration_refuses_experts_and_transposed_weights(tmp_path, model_type
     save_checkpoint(model, loaded.tokenizer, loaded.info, str(tmp_path / "model"), torch.float32)
     fails(
         f"calibration needs a --model {needed}, got {model_type}",
-        "calibrate",
-        "--model",
-        str(tmp_path / "model"),
+        f"calibrate --model {tmp_path}/model",
     )
 
 
