@@ -5,7 +5,7 @@ architecture.
 import pytest
 import torch
 from command_line import fails
-from conftest import CHANGES, ids_of, logits_of, tiny_model
+from conftest import CHANGES, ids_of, logits_of, require_near, tiny_model
 from decodings import native_or_skip
 from evaluating import tiny_loaded
 from safetensors.torch import load_file, save_file
@@ -137,7 +137,7 @@ def test_experts_beside_what_all_tokens_share(model_type, changes):
             expected = model(ids_of(2, 12)).logits
         backend = native_or_skip(model)
         whole = logits_of(backend, ids_of(2, 12))
-        torch.testing.assert_close(whole, expected, atol=1e-3 * float(expected.std()), rtol=0)
+        require_near(whole, expected, 1e-3)
         assert torch.equal(logits_of(backend, ids_of(2, 12), range(1, 12)), whole)
     spec = ModelSpec.of(tiny_model(model_type, torch.float32, **sizes, **{shared: 40}).config)
     assert missing_feature(spec) and not suits_kernels(
