@@ -247,6 +247,15 @@ ENVIRONMENT = {
 }
 
 
+def result_of(program, *arguments):
+    """What a Python program of another process tells after `RESULT`."""
+    command = [sys.executable, "-c", program, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    [told] = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    return json.loads(told.removeprefix("RESULT "))
+
+
 def qwen_with_mtp(folder):
     """A Qwen3.5 whose layers add little to the embedding, and its drafter. vLLM's recurrent layers
     take no fp32 on a CPU.
@@ -297,14 +306,7 @@ def test_a_drafter_accepts_as_often_as_here(method, tmp_path):
         [step.ids for [step] in decode(decoder.backend, prompt, setting, decoder.eos_ids)]
         for prompt in prompts
     ]
-    program = [sys.executable, "-c", DRAFTER, target, json.dumps(prompts), json.dumps(speculative)]
-    done = subprocess.run(program, capture_output=True, text=True, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stderr[-3000:]
-    theirs = json.loads(
-        next(line for line in done.stdout.splitlines() if line.startswith("RESULT ")).removeprefix(
-            "RESULT "
-        )
-    )
+    theirs = result_of(DRAFTER, target, json.dumps(prompts), json.dumps(speculative))
     assert [[*map(list, answer[:-1])] for answer in here] == [answer[:-1] for answer in theirs]
     assert sum(len(step) - 1 for answer in here for step in answer[1:-1]) > 0
 
@@ -321,21 +323,7 @@ def test_the_draft_is_part_of_the_target(tmp_path):
     run(f"export embedded --exit 5 --output {draft} --dtype fp32")
     info = json.loads((draft / "layerskip.json").read_text())
     (draft / "layerskip.json").write_text(json.dumps({**info, "exported_exit": 4}))
-    program = [
-        sys.executable,
-        "-c",
-        PROGRAM,
-        target,
-        str(draft),
-        json.dumps([f"{prompt}\n" for prompt in PROMPTS]),
-    ]
-    done = subprocess.run(program, capture_output=True, text=True, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads(
-        next(line for line in done.stdout.splitlines() if line.startswith("RESULT ")).removeprefix(
-            "RESULT "
-        )
-    )
+    result = result_of(PROGRAM, target, str(draft), json.dumps([f"{each}\n" for each in PROMPTS]))
     model = load("embedded", device="cpu")
     assert result["texts"] == [
         model.generate(prompt, strategy="autoregressive", max_new_tokens=64).text
