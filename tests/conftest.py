@@ -309,6 +309,11 @@ def logits_of(model, ids, edges=(), side=None):
     return torch.cat(pieces, dim=1)
 
 
+def require_near(found, expected, share):
+    """No number differs by more than this share of the expected ones' standard deviation."""
+    torch.testing.assert_close(found, expected, atol=share * float(expected.std()), rtol=0)
+
+
 def edit_json(file, **changes):
     """Changes entries of a JSON file; one that becomes "absent" goes."""
     document = {**json.loads(Path(file).read_text()), **changes}

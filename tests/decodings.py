@@ -148,6 +148,20 @@ def entries(cache, row=0):
     return torch.stack(found) if len({*cache._pool.sizes}) == 1 else torch.cat(found, dim=-1)[None]
 
 
+def first_draft(backend, prompt):
+    """Logits of the first draft of the backend's MTP drafter after a prompt."""
+    block = backend.drafters["mtp"]
+    cache = backend.new_cache(1)
+    last = len(prompt) - 1
+    with torch.inference_mode():
+        embedded = backend.embed(torch.tensor(prompt))
+        finals = backend.run_layers(embedded, 0, backend.num_layers, cache.span(0, len(prompt)))
+        features = block.features(backend, {0: embedded}, finals)
+        block.write(backend, {0: embedded[1:last]}, features[: last - 1], cache.span(1, last))
+        places = cache.span(last, len(prompt))
+        return block.head(block.run(backend, embedded[last:], features[last - 1 : last], places))[0]
+
+
 def plainly(backend, prompt, limit=40, eos_ids=frozenset()):
     return ids_of(
         decode(backend, prompt, DecodingConfig("autoregressive", max_new_tokens=limit), eos_ids)

@@ -20,7 +20,6 @@ DOCUMENTS = sorted(
     [*ROOT.glob("*.md"), *(path for folder in FOLDERS for path in folder.rglob("*.md"))]
 )
 SCRIPTS = sorted((ROOT / "examples").rglob("*.py"))
-CODE = (".py", ".c", ".h")
 COMMANDS = get_command(app).commands
 
 
@@ -131,35 +130,6 @@ def test_the_python_example_is_the_tested_one():
         r"^```python\n(.*?)^```$", text_of(ROOT / "README.md"), re.MULTILINE | re.DOTALL
     )[1]
     assert dedent(tested).strip() == shown.strip()
-
-
-def test_files_that_the_code_cites_are_there():
-    there = {
-        path.name
-        for folder in ("cli", "layerskip_core", "tests", "examples")
-        for path in (ROOT / folder).rglob("*.*")
-    }
-    sources = [
-        path
-        for folder in ("cli", "layerskip_core")
-        for path in (ROOT / folder).rglob("*.*")
-        if path.suffix in CODE
-    ]
-    cited = {
-        (path.name, name)
-        for path in sources
-        for name in re.findall(r"\b\w+\.(?:py|c)\b(?!\()", text_of(path))
-    }
-    assert {(name, file) for name, file in cited if file not in {*there, "setup.py"}} == set()
-
-
-def test_names_in_the_table_from_paper_to_code():
-    names = re.findall(
-        r"`((?:decoding|evaluation|losses|model|training)\.[\w.]+)`", text_of(CORE / "README.md")
-    )
-    assert len(names) > 15
-    for name in names:
-        resolve_name(f"layerskip_core.{name}")
 
 
 @pytest.mark.parametrize(

@@ -177,10 +177,10 @@ def test_every_command_that_writes_a_folder_takes_its_lock(holder, checkpoint, t
     process = holder(tmp_path / "out")
     for command in (
         ("import", "no/model"),
-        ("finetune", "--model", "no/model"),
-        ("bench", "--model", "no/model"),
+        ("finetune --model no/model",),
+        ("bench --model no/model",),
     ):
-        result = run(*command, "--output", str(tmp_path / "out"))
+        result = run(*command, f"--output {tmp_path}/out")
         assert result.code == 1 and result.err.startswith(
             f"error: {tmp_path}/out is being written by pid {process.pid} on "
         )
@@ -188,23 +188,17 @@ def test_every_command_that_writes_a_folder_takes_its_lock(holder, checkpoint, t
     assert names(tmp_path / "out") == [".layerskip.lock"]
     holder(tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text("{}")
-    saved = run("sweep-exits", "--model", str(tmp_path / "model"), "--save")
+    saved = run(f"sweep-exits --model {tmp_path}/model --save")
     assert saved.code == 1 and saved.err.startswith(
         f"error: {tmp_path}/model is being written by pid "
     )
 
 
 def test_a_failed_command_leaves_no_folder(tmp_path):
-    assert run("import", "here/none/such", "--output", str(tmp_path / "new" / "out")).code == 1
+    assert run(f"import here/none/such --output {tmp_path}/new/out").code == 1
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
-    fails(
-        f"cannot write to {tmp_path}/file: File exists",
-        "import",
-        "x/y",
-        "--output",
-        str(tmp_path / "file"),
-    )
+    fails(f"cannot write to {tmp_path}/file: File exists", f"import x/y --output {tmp_path}/file")
 
 
 def test_half_a_file_is_not_taken_for_part_of_a_model(tmp_path, monkeypatch):

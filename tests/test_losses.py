@@ -8,16 +8,21 @@ from layerskip_core import losses
 VOCABULARY = 11
 
 
+@pytest.fixture(params=[(1, 1), (3, 2), (100, 2), (100, 100)])
+def chunks(request, monkeypatch):
+    """Rows of a chunk, and those whose logits are kept."""
+    for name, rows in zip(("CHUNK_LOGITS", "_CACHED_LOGITS"), request.param, strict=True):
+        monkeypatch.setattr(losses, name, rows * VOCABULARY)
+    torch.manual_seed(0)
+
+
 def naive(head, run, teacher):
     aim, found = (head(states).log_softmax(-1) for states in (teacher, run))
     return (aim.exp() * (aim - found)).sum()
 
 
-@pytest.mark.parametrize("rows, cached", [(1, 1), (3, 2), (100, 2), (100, 100)])
-def test_divergences_and_their_gradients_do_not_depend_on_chunks(monkeypatch, rows, cached):
-    monkeypatch.setattr(losses, "CHUNK_LOGITS", rows * VOCABULARY)
-    monkeypatch.setattr(losses, "_CACHED_LOGITS", cached * VOCABULARY)
-    torch.manual_seed(0)
+@pytest.mark.usefixtures("chunks")
+def test_divergences_and_their_gradients_do_not_depend_on_chunks():
     weight = torch.randn(VOCABULARY, 5)
     taught, *inputs = torch.randn(3, 7, 5).unbind()
 
@@ -44,14 +49,11 @@ def test_divergences_and_their_gradients_do_not_depend_on_chunks(monkeypatch, ro
     assert torch.equal(value, loss) and not value.requires_grad
 
 
-@pytest.mark.parametrize("rows, cached", [(1, 1), (3, 2), (100, 100)])
-def test_losses_and_their_gradients_are_those_of_the_formulas(monkeypatch, rows, cached):
+@pytest.mark.usefixtures("chunks")
+def test_losses_and_their_gradients_are_those_of_the_formulas():
     """Exits of weights (CE, KL) (0, 0), (0.3, 0.6) and (0.5, 0) after a matrix that trains with the
     head, behind a cap.
     """
-    monkeypatch.setattr(losses, "CHUNK_LOGITS", rows * VOCABULARY)
-    monkeypatch.setattr(losses, "_CACHED_LOGITS", cached * VOCABULARY)
-    torch.manual_seed(0)
     weight = torch.randn(VOCABULARY, 5, requires_grad=True)
     matrix = torch.randn(5, 5, requires_grad=True)
     inputs = torch.randn(3, 7, 5).unbind()

@@ -9,6 +9,10 @@ import re
 from command_line import Result
 from hypothesis import HealthCheck, settings
 
+# Values that a field of JSON may have by fault or on purpose
+ODD = (
+    None, True, False, 0, 1, -1, 0.5, -0.5, 1e-50, 1e308, "", "x", "\u202e", [], [1], [[]], ["x"], [None], {}, {"x": 1},
+)  # fmt: skip
 _ERROR = re.compile(r"^error: \S.{9}", re.MULTILINE)
 
 

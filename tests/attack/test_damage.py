@@ -7,7 +7,7 @@ import shutil
 import struct
 
 import pytest
-from attacking import contents, examples, require_sound
+from attacking import ODD, contents, examples, require_sound
 from command_line import run
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,35 +20,8 @@ COMMANDS = (
     (*GENERATE, "--quantize int4 --model {model}"),
     ("import {model} --output {home}/imported",),
 )
-ODD = (  # no huge sizes: a model may waste its user's memory
-    None,
-    True,
-    False,
-    0,
-    1,
-    -1,
-    2,
-    7,
-    300,
-    0.5,
-    -0.5,
-    1e-50,
-    1e308,
-    "",
-    "x",
-    "1",
-    "\u202e",
-    "a" * 5000,
-    "../../etc",
-    [],
-    [1],
-    [[]],
-    ["x"],
-    [None],
-    {},
-    {"x": 1},
-    [1, 2, 3],
-)
+# No huge sizes: a model may waste its user's memory
+VALUES = (*ODD, 2, 7, 300, "1", "a" * 5000, "../../etc", [1, 2, 3])
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +69,7 @@ def damaged_json(draw, file):
         if not isinstance(holder[key], dict | list) or not holder[key] or draw(st.booleans()):
             break
         holder = holder[key]
-    holder[key] = draw(st.sampled_from(ODD))
+    holder[key] = draw(st.sampled_from(VALUES))
     file.write_text(json.dumps(document))
 
 

@@ -12,7 +12,7 @@ import time
 from contextlib import suppress
 
 import pytest
-from attacking import examples
+from attacking import ODD, examples
 from command_line import start
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,39 +22,8 @@ CHAT = "/v1/chat/completions"
 BODY_LIMIT = 65_536
 PATIENCE = 20.0
 REFUSALS = (400, 401, 404, 405, 408, 411, 413, 414, 415, 422, 426, 429, 431, 501, 503, 505)
-ODD = (
-    None,
-    True,
-    False,
-    0,
-    1,
-    -1,
-    3,
-    2**31,
-    2**63,
-    2**64,
-    10**30,
-    0.5,
-    -0.5,
-    1e-50,
-    1e308,
-    "",
-    "x",
-    "\u202e",
-    "\ud800",
-    [],
-    [1],
-    [[]],
-    ["x"],
-    [None],
-    {},
-    {"x": 1},
-    [5, 7],
-    ["a"] * 100,
-    [5, "a"],
-    "word " * 300,
-    "{prompt}",
-)
+NUMBERS = (3, 2**31, 2**63, 2**64, 10**30)
+VALUES = (*ODD, *NUMBERS, "\ud800", [5, 7], ["a"] * 100, [5, "a"], "word " * 300, "{prompt}")
 KEYS = (
     "model", "prompt", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "seed",
     "stop", "n", "stream", "stream_options", "logprobs", "echo", "best_of", "suffix", "tools", "response_format",
@@ -138,7 +107,7 @@ def requests(draw):
             else {"model": "tiny", "messages": [{"role": "user", "content": "a"}]}
         )
         body |= draw(
-            st.dictionaries(st.sampled_from(KEYS), st.sampled_from(ODD), min_size=1, max_size=3)
+            st.dictionaries(st.sampled_from(KEYS), st.sampled_from(VALUES), min_size=1, max_size=3)
         )
         return post(path, json.dumps(body).encode())
     if kind == "stream":

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import run
-from conftest import CHANGES, logits_of, random_rows, tiny_model
+from conftest import CHANGES, logits_of, random_rows, require_near, tiny_model
 from decodings import UnroundedDrafter, ids_of, rounds_of
 from evaluating import tiny_loaded
 from exit_block_models import random_blocks
@@ -302,9 +302,7 @@ def test_a_file_is_read_as_the_model_that_it_was_made_of(model_type, fused, tmp_
         for_decoding(str(path), "cpu", "fp32").backend,
         TransformersBackend(for_training(str(path), "cpu", "fp32").model),
     ):
-        torch.testing.assert_close(
-            logits_of(backend, ids), expected, atol=1e-3 * float(expected.std()), rtol=0
-        )
+        require_near(logits_of(backend, ids), expected, 1e-3)
     read = for_training(str(path), "cpu", "fp32").tokenizer
     text = "wake me up at 7"
     assert read(text)["input_ids"] == tiny_loaded().tokenizer(text)["input_ids"]

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from command_line import run
-from conftest import edit_json, logits_of, tiny_model
+from conftest import edit_json, logits_of, require_near, tiny_model
 from decodings import ids_of
 from evaluating import tiny_loaded
 from exit_block_models import add_blocks
@@ -24,6 +24,7 @@ from layerskip_core.model.native.compiled import kernels
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
 GROUP = 32
+IDS = torch.tensor([[5, 9, 33, 61, 2, 17, 40, 8, 12]])
 # AWQ: which of eight outputs a number's levels are of, from the lowest bits on
 NIBBLES = [0, 2, 4, 6, 1, 3, 5, 7]
 MXFP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
@@ -151,6 +152,18 @@ def folder_of(model, path, method, store):
     return str(path)
 
 
+def decoded_as(path, expected, kinds):
+    """The model of a folder, whose logits are near the expected ones and whose matrices are blocks
+    of these types.
+    """
+    decoder = for_decoding(path, "cpu", "fp32")
+    require_near(logits_of(decoder.backend, IDS), expected, 5e-3)
+    if kernels() is not None:
+        matrices = [matrix for layer in decoder.backend._layers.layers for matrix in layer.matrices]
+        assert {name for matrix in matrices for name in matrix.form.types} == kinds
+    return decoder
+
+
 @pytest.mark.parametrize("form", ["W4A16", "AWQ"])
 def test_experts_stored_one_by_one(form, tmp_path):
     method, store, kind = FORMS[form]
@@ -158,21 +171,8 @@ def test_experts_stored_one_by_one(form, tmp_path):
     path = folder_of(model, tmp_path, method, store)
     with torch.no_grad():
         expected = model(IDS).logits
-    decoder = for_decoding(path, "cpu", "fp32")
-    torch.testing.assert_close(
-        logits_of(decoder.backend, IDS), expected, atol=5e-3 * float(expected.std()), rtol=0
-    )
-    if kernels() is not None:
-        types = {
-            name
-            for layer in decoder.backend._layers.layers
-            for matrix in layer.matrices
-            for name in matrix.form.types
-        }
-        assert types == {kind} and not decoder.notes
-
-
-IDS = torch.tensor([[5, 9, 33, 61, 2, 17, 40, 8, 12]])
+    decoder = decoded_as(path, expected, {kind})
+    assert kernels() is None or not decoder.notes
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -188,21 +188,9 @@ def test_weights_are_those_that_are_stored(form, tmp_path):
             trainable.model.get_parameter(name), weight, atol=1e-7, rtol=1e-6
         )
     assert not hasattr(trainable.model.config, "quantization_config")
-    decoder = for_decoding(path, "cpu", "fp32")
-    torch.testing.assert_close(
-        logits_of(decoder.backend, IDS), expected, atol=5e-3 * float(expected.std()), rtol=0
-    )
-    if kernels() is None:
-        return
-    types = {
-        name
-        for layer in decoder.backend._layers.layers
-        for matrix in layer.matrices
-        for name in matrix.form.types
-    }
-    assert types == ({kind} if kind else set())
+    decoder = decoded_as(path, expected, {kind} - {None})
     note = f"{42} weights in {method} were dequantised: the kernels have no form for them"
-    assert decoder.notes == (() if kind else (note,))
+    assert kernels() is None or decoder.notes == (() if kind else (note,))
 
 
 def test_gpt_oss_as_it_is_published(tmp_path):
@@ -242,9 +230,7 @@ def test_gpt_oss_as_it_is_published(tmp_path):
     for name, weight in for_training(str(tmp_path), "cpu", "fp32").model.named_parameters():
         assert torch.equal(weight, model.get_parameter(name)), name
     decoder = for_decoding(str(tmp_path), "cpu", "fp32")
-    torch.testing.assert_close(
-        logits_of(decoder.backend, IDS), expected, atol=5e-3 * float(expected.std()), rtol=0
-    )
+    require_near(logits_of(decoder.backend, IDS), expected, 5e-3)
     if kernels():
         types = [matrix.form.types[:1] for matrix in decoder.backend._layers.layers[0].matrices]
         assert types == [(), (), ("MXFP4",), ("MXFP4",)] and decoder.notes == ()

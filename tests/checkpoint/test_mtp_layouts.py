@@ -10,7 +10,7 @@ import pytest
 import torch
 from command_line import run
 from conftest import tiny_model
-from decodings import WIDE, UnroundedDrafter, ids_of, rounds_of
+from decodings import WIDE, UnroundedDrafter, first_draft, ids_of, rounds_of
 from evaluating import tiny_loaded
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -158,19 +158,7 @@ def made(family, folder):
 def test_drafts_are_those_of_the_formula(family, tmp_path):
     formula = made(family, tmp_path / "hub")
     backend = for_decoding(str(tmp_path / "hub"), "cpu", "fp32", EXACT).backend
-    block = backend.drafters["mtp"]
-    cache = backend.new_cache(1)
-    last = len(PROMPT) - 1
-    with torch.inference_mode():
-        embedded = backend.embed(torch.tensor(PROMPT))
-        finals = backend.run_layers(embedded, 0, backend.num_layers, cache.span(0, len(PROMPT)))
-        features = block.features(backend, {0: embedded}, finals)
-        block.write(backend, {0: embedded[1:last]}, features[: last - 1], cache.span(1, last))
-        found = block.head(
-            block.run(
-                backend, embedded[last:], features[last - 1 : last], cache.span(last, len(PROMPT))
-            )
-        )[0]
+    found = first_draft(backend, PROMPT)
     right = formula.drafts(PROMPT, 1)[1][0]
     assert float((found - right).norm() / right.norm()) < 1e-4
     ids, rounds = rounds_of(backend, PROMPT, CONFIG)

@@ -12,7 +12,7 @@ from math import nan
 import pytest
 import torch
 from command_line import fails, run
-from conftest import OWN_LAYERS, edit_json, logits_of, tiny_model
+from conftest import OWN_LAYERS, edit_json, logits_of, require_near, tiny_model
 from evaluating import tiny_loaded
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
@@ -173,9 +173,7 @@ def test_the_window_of_qwen2_without_sliding_layers(tmp_path):
     ids = torch.randint(3, 300, (1, 9), generator=torch.Generator().manual_seed(1))
     expected = tiny_model("qwen2", torch.float32, vocab_size=len(tokenizer))(ids).logits.detach()
     assert not isinstance(loaded.backend, TransformersBackend)
-    torch.testing.assert_close(
-        logits_of(loaded.backend, ids), expected, atol=1e-4 * float(expected.std()), rtol=0
-    )
+    require_near(logits_of(loaded.backend, ids), expected, 1e-4)
 
 
 def test_a_tokenizer_larger_than_the_embedding(checkpoint, tmp_path):
@@ -235,9 +233,7 @@ def test_logits_and_ids_equal_transformers(saved, model_type):
     ids = torch.tensor([expected.encode_prompt("wake me up")])
     assert lean.encode_prompt("wake me up") == ids[0].tolist()
     wanted = trainable.model(ids).logits.detach()
-    torch.testing.assert_close(
-        logits_of(lean.backend, ids), wanted, atol=1e-4 * float(wanted.std()), rtol=0
-    )
+    require_near(logits_of(lean.backend, ids), wanted, 1e-4)
     assert (lean.eos_ids, lean.info, lean.backend.dtype) == (
         expected.eos_ids,
         expected.info,
@@ -340,7 +336,7 @@ def test_the_names_of_a_model_with_images(saved):
     assert lean_spec(str(path)) is not None
     assert torch.equal(logits_of(for_decoding(str(path), "cpu", "fp32").backend, ids), before)
     generic = logits_of(for_training(str(path), "cpu", "fp32").backend, ids).detach()
-    torch.testing.assert_close(generic, before, atol=1e-3 * float(before.std()), rtol=0)
+    require_near(generic, before, 1e-3)
 
 
 @pytest.mark.parametrize("model_type", OWN_LAYERS)
@@ -353,9 +349,7 @@ def test_without_kernels_layers_of_other_kinds_are_those_of_transformers(
     monkeypatch.setenv("LAYERSKIP_KERNELS", "torch")
     loaded = for_decoding(path, "cpu", "fp32")
     assert isinstance(loaded.backend, TransformersBackend)
-    torch.testing.assert_close(
-        logits_of(loaded.backend, ids), expected, atol=1e-3 * float(expected.std()), rtol=0
-    )
+    require_near(logits_of(loaded.backend, ids), expected, 1e-3)
     with pytest.raises(
         ConfigError,
         match=f"a model that can be repacked, got {model_type} with (recurrent|different sizes|attention sinks)",

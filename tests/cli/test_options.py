@@ -68,29 +68,30 @@ def test_other_spellings_of_a_flag_set_it(spelling):
 
 
 @pytest.mark.parametrize(
-    "command, typed, meant",
+    "typed, meant",
     [
-        ("generate", "--max-tokens", "--max-new-tokens"),
-        ("generate", "--max_length", "--max-new-tokens"),
-        ("finetune", "--model_name_or_path", "--model"),
-        ("finetune", "--bf16", "--dtype bf16"),
-        ("serve", "--num-speculative-tokens", "--spec"),
-        ("compare", "--bf16", None),  # which has no --dtype
+        ("generate --max-tokens", "--max-new-tokens"),
+        ("generate --max_length", "--max-new-tokens"),
+        ("finetune --model_name_or_path", "--model"),
+        ("finetune --bf16", "--dtype bf16"),
+        ("serve --num-speculative-tokens", "--spec"),
+        ("compare --bf16", None),  # which has no --dtype
     ],
 )
-def test_flags_of_other_programs_are_answered_with_ours(command, typed, meant):
-    last = run(command, typed, "8").err.splitlines()[-1]
-    assert last.startswith(f"error: no such option: {typed.replace('_', '-')}")
+def test_flags_of_other_programs_are_answered_with_ours(typed, meant):
+    last = run(typed, "8").err.splitlines()[-1]
+    command, flag = typed.split()
+    assert last.startswith(f"error: no such option: {flag.replace('_', '-')}")
     assert (f"; did you mean {meant}? (see layerskip {command} --help)" in last) == (
         meant is not None
     )
 
 
 def test_choices_are_in_the_help_and_precisions_have_their_names_of_torch_too(checkpoint):
-    text = " ".join(run("bench", "--help-all").out.replace("-\n", "-").split()).replace("- ", "-")
+    text = " ".join(run("bench --help-all").out.replace("-\n", "-").split()).replace("- ", "-")
     assert "--dtype <auto|fp32|bf16>" in text and "--draft-weights <int8|int4,...>" in text
     assert f"--baselines <str> Also these decoders: {', '.join(BASELINES)}." in text
-    flags = ("generate", "hi", "--model", checkpoint, "--max-new-tokens", "2", "--stats", "--dtype")
+    flags = ("generate", "hi", f"--model {checkpoint} --max-new-tokens 2 --stats --dtype")
     assert [f", {name} on cpu" in run(*flags, name).err for name in ("bfloat16", "float32")] == [
         True,
         True,
@@ -102,39 +103,23 @@ def test_a_flag_that_two_configs_share_reaches_both(tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "a", "reference": "b"}\n')
     fails(
-        "--seed must be a whole number in 0..4294967295, got 4294967296",
-        "bench",
-        "--seed",
-        "4294967296",
+        "--seed must be a whole number in 0..4294967295, got 4294967296", "bench --seed 4294967296"
     )
     fails(
         "--problem-samples must be at least 10, for --pass-k, got 2",
-        "bench",
-        "--pass-k",
-        "1,10",
-        "--problem-samples",
-        "2",
+        "bench --pass-k 1,10 --problem-samples 2",
     )
     fails(
-        "--raw must be given without --template, got --template chat",
-        "bench",
-        "--raw",
-        "--template",
-        "chat",
+        "--raw must be given without --template, got --template chat", "bench --raw --template chat"
     )
     fails(
         "--system must be given with a chat template, got a raw prompt",
         "inspect",
         "x",
-        "--raw",
-        "--system",
-        "s",
+        "--raw --system s",
     )
     fails(
-        "--draft-weights must be a name, or several with commas, got ','",
-        "bench",
-        "--draft-weights",
-        ",",
+        "--draft-weights must be a name, or several with commas, got ','", "bench --draft-weights ,"
     )
 
 
@@ -144,16 +129,14 @@ def test_the_template_that_was_applied_is_in_the_statistics(checkpoint, tmp_path
         "{% for m in messages %}{{ m['role'] + m['content'] }}\n{% endfor %}"
     )
     write_info(str(folder), CheckpointInfo())
-    fixed = ("--model", str(folder), "--max-new-tokens", "3", "--dtype", "fp32")
+    fixed = f"--model {folder} --max-new-tokens 3 --dtype fp32"
 
     def applied(*arguments):
-        result = run(
-            "generate", "hi", *fixed, *arguments, "--stats", "--strategy", "autoregressive"
-        )
+        result = run("generate", "hi", fixed, *arguments, "--stats --strategy autoregressive")
         assert result.code == 0, result.err
         return result.out, result.err.partition("; prompt template: ")[2].rstrip("\n")
 
-    flags = ((), ("--system", "Be short."), ("--raw",), ("--template", "{prompt}!"))
+    flags = ((), ("--system", "Be short."), ("--raw",), ("--template {prompt}!",))
     chat, system, raw, text = (applied(*arguments) for arguments in flags)
     assert [chat[1], system[1], raw[1], text[1]] == [
         "chat",
@@ -161,23 +144,12 @@ def test_the_template_that_was_applied_is_in_the_statistics(checkpoint, tmp_path
         "raw",
         "'{prompt}!'",
     ]
-    assert applied("--template", "raw") == raw != chat
+    assert applied("--template raw") == raw != chat
     assert (
         run(
-            "generate", "systemBe short.\nuserhi\n", "--raw", *fixed, "--strategy", "autoregressive"
+            "generate", "systemBe short.\nuserhi\n", "--raw", fixed, "--strategy autoregressive"
         ).out
         == system[0]
     )
-    benched = run(
-        "bench",
-        *fixed,
-        "--samples",
-        "1",
-        "--repeats",
-        "1",
-        "--format",
-        "json",
-        "--system",
-        "Be short.",
-    )
+    benched = run("bench", fixed, "--samples 1 --repeats 1 --format json --system", "Be short.")
     assert json.loads(benched.out)["config"]["prompt_template"] == "chat with a system message"

@@ -29,6 +29,7 @@ httpx, openai, uvicorn, pydantic = (
 )
 Service = pytest.importorskip("cli.server.app", reason=NEEDED).Service
 PROMPT = "wake me at 7"
+TALK = [{"role": "user", "content": PROMPT}]
 EXIT = 5  # whose drafts are sometimes right
 FLAGS = {
     "strategy": "self-speculative",
@@ -94,6 +95,14 @@ def client(api):
     return api.client()
 
 
+def complete(client, prompt=PROMPT, **options):
+    return client.completions.create(model="tiny", prompt=prompt, **options)
+
+
+def converse(client, messages=TALK, **options):
+    return client.chat.completions.create(model="tiny", messages=messages, **options)
+
+
 def expected(prompt, limit=12, decoder=None, **changes):
     stream = TextStream(
         decoder or tiny_loaded(),
@@ -112,7 +121,7 @@ def test_a_completion_is_the_model_s_answer_with_its_counts(client):
     assert [model.id for model in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").owned_by == "layerskip"
     text, stats = expected(PROMPT, 60)
-    answer = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=60)
+    answer = complete(client, max_tokens=60)
     assert (answer.choices[0].text, answer.choices[0].finish_reason) == (text, "length")
     usage = answer.usage
     details = answer.usage.completion_tokens_details
@@ -124,7 +133,7 @@ def test_a_completion_is_the_model_s_answer_with_its_counts(client):
 def test_a_common_beginning_is_computed_once(client):
     start = [7, 9, 11, 8] * 20
     for last, cached in ((5, 0), (6, 80)):
-        answer = client.completions.create(model="tiny", prompt=[*start, last], max_tokens=4)
+        answer = complete(client, [*start, last], max_tokens=4)
         assert answer.choices[0].text == expected_of_ids([*start, last])
         assert answer.usage.prompt_tokens_details.cached_tokens == cached
 
@@ -146,7 +155,7 @@ def test_a_stream_is_the_same_answer_in_pieces(client):
         [],
         stats.accepted,
     )
-    messages = [{"role": "user", "content": PROMPT}]
+    messages = TALK
     first, *rest, _ = client.chat.completions.create(messages=messages, **keywords)
     assert (first.choices[0].delta.role, {chunk.choices[0].delta.role for chunk in rest}) == (
         "assistant",
@@ -159,19 +168,15 @@ def test_stop_and_limits_end_an_answer(client):
     text = expected(PROMPT, 30)[0]
     stop = text[10:13]
     for stops in (stop, [stop, "never there"]):
-        choice = client.completions.create(
-            model="tiny", prompt=PROMPT, max_tokens=30, stop=stops
-        ).choices[0]
+        choice = complete(client, max_tokens=30, stop=stops).choices[0]
         assert (choice.text, choice.finish_reason) == (text[: text.index(stop)], "stop")
     messages = [{"role": "user", "content": [{"type": "text", "text": PROMPT}]}]
-    answer = client.chat.completions.create(
-        model="tiny", messages=messages, max_completion_tokens=3
-    )
+    answer = converse(client, messages, max_completion_tokens=3)
     assert (answer.choices[0].message.content, answer.usage.completion_tokens) == (
         expected(PROMPT, 3)[0],
         3,
     )
-    limited = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=9_999)
+    limited = complete(client, max_tokens=9_999)
     assert (limited.choices[0].text, limited.usage.completion_tokens) == (
         expected(PROMPT, 100)[0],
         100,
@@ -180,23 +185,19 @@ def test_stop_and_limits_end_an_answer(client):
 
 def test_a_request_s_sampling_wins_and_without_limits_answers_go_on_to_the_end_of_the_context():
     with serving(tiny_loaded(), decoding={**FLAGS, "temperature": 2.0, "top_k": 9}) as api:
-        greedy = api.client().completions.create(model="tiny", prompt=PROMPT, temperature=0)
-        cold = api.client().completions.create(model="tiny", prompt=PROMPT, temperature=1, seed=3)
+        greedy = complete(api.client(), temperature=0)
+        cold = complete(api.client(), temperature=1, seed=3)
     assert greedy.choices[0].text == expected(PROMPT)[0]
     assert cold.choices[0].text == expected(PROMPT, temperature=1, top_k=9, seed=3)[0]
     with serving(tiny_loaded(), token_limit=None, decoding={"strategy": "autoregressive"}) as api:
-        by_chat = api.client().chat.completions.create(
-            model="tiny", messages=[{"role": "user", "content": PROMPT}]
-        )
-        for answer in (api.client().completions.create(model="tiny", prompt=PROMPT), by_chat):
+        by_chat = converse(api.client())
+        for answer in (complete(api.client()), by_chat):
             assert (answer.usage.total_tokens, answer.choices[0].finish_reason) == (128, "length")
 
 
 def test_sampling_follows_its_seed(client):
     def sampled(**keywords):
-        answer = client.completions.create(
-            model="tiny", prompt=PROMPT, temperature=2, max_tokens=12, **keywords
-        )
+        answer = complete(client, temperature=2, max_tokens=12, **keywords)
         return [choice.text for choice in answer.choices]
 
     once = sampled(seed=7, n=2)
@@ -215,13 +216,10 @@ def test_several_prompts_as_texts_or_ids_have_numbered_answers(client):
     prompts = [PROMPT, "play jazz", "set an alarm"]
     ids = [tiny_loaded().encode_prompt(prompt) for prompt in prompts]
     for asked in (prompts, ids):
-        choices = client.completions.create(model="tiny", prompt=asked).choices
+        choices = complete(client, asked).choices
         assert [choice.index for choice in choices] == [0, 1, 2]
         assert [choice.text for choice in choices] == [expected(prompt)[0] for prompt in prompts]
-    assert (
-        client.completions.create(model="tiny", prompt=ids[1]).choices[0].text
-        == expected(prompts[1])[0]
-    )
+    assert complete(client, ids[1]).choices[0].text == expected(prompts[1])[0]
 
 
 def test_options_that_change_logits_are_those_of_decoding(client):
@@ -236,7 +234,7 @@ def test_options_that_change_logits_are_those_of_decoding(client):
     assert text != expected(PROMPT, 30)[0]
     asked = {"model": "tiny", "max_tokens": 30, "extra_body": more, **options}
     assert client.completions.create(prompt=PROMPT, **asked).choices[0].text == text
-    answer = client.chat.completions.create(messages=[{"role": "user", "content": PROMPT}], **asked)
+    answer = client.chat.completions.create(messages=TALK, **asked)
     assert answer.choices[0].message.content == text
 
 
@@ -244,12 +242,7 @@ def test_log_probabilities_of_a_conversation_whole_and_streamed(client):
     config = DecodingConfig("self-speculative", EXIT, 4, 12, logprobs=3)
     answer = TextStream(tiny_loaded(), PROMPT, config).finish()
     decoder = tiny_loaded()
-    asked = {
-        "model": "tiny",
-        "messages": [{"role": "user", "content": PROMPT}],
-        "logprobs": True,
-        "top_logprobs": 3,
-    }
+    asked = {"model": "tiny", "messages": TALK, "logprobs": True, "top_logprobs": 3}
     whole = client.chat.completions.create(**asked).choices[0].logprobs.content
     chunks = list(client.chat.completions.create(**asked, stream=True))
     streamed = [one for chunk in chunks for one in chunk.choices[0].logprobs.content]
@@ -282,7 +275,7 @@ class Alarm(pydantic.BaseModel):
 
 def test_structured_outputs_validate_whole_and_streamed(client):
     pytest.importorskip("llguidance", reason="needs the extra grammar")
-    asked = {"model": "tiny", "messages": [{"role": "user", "content": PROMPT}], "max_tokens": 90}
+    asked = {"model": "tiny", "messages": TALK, "max_tokens": 90}
     for temperature in (0, 1):
         choice = client.chat.completions.parse(
             **asked, response_format=Alarm, temperature=temperature
@@ -327,9 +320,7 @@ def test_echo_gives_the_prompt_s_log_probabilities(client):
     decoder = tiny_loaded()
     prompts = [PROMPT, "play"]
     ids = [decoder.encode_prompt(prompt) for prompt in prompts]
-    choices = client.completions.create(
-        model="tiny", prompt=ids, echo=True, logprobs=1, max_tokens=1
-    ).choices
+    choices = complete(client, ids, echo=True, logprobs=1, max_tokens=1).choices
     for prompt, choice in zip(ids, choices, strict=True):
         config = DecodingConfig(
             "autoregressive", max_new_tokens=1, logprobs=1, prompt_logprobs=True
@@ -344,9 +335,7 @@ def test_echo_gives_the_prompt_s_log_probabilities(client):
         assert told.tokens == [decoder.token_text(token) for token in [*prompt, *answer.ids]]
         assert told.text_offset[:2] == [0, len(told.tokens[0])]
         assert max(told.top_logprobs[-1].values()) == told.token_logprobs[-1]  # greedy
-    first, *rest = client.completions.create(
-        model="tiny", prompt=PROMPT, echo=True, logprobs=0, stream=True
-    )
+    first, *rest = complete(client, echo=True, logprobs=0, stream=True)
     assert first.choices[0].text.startswith(PROMPT) and len(first.choices[0].logprobs.tokens) > len(
         ids[0]
     )
@@ -395,7 +384,7 @@ def test_texts_are_tokenized_and_embedded(api, client):
     ids = [decoder.encode_prompt(text) for text in inputs]
     counted = httpx.post(f"{api.url}/tokenize", json={"model": "tiny", "prompt": PROMPT}).json()
     assert counted == {"tokens": ids[0], "count": len(ids[0]), "max_model_len": 128}
-    talk = {"messages": [{"role": "user", "content": PROMPT}]}
+    talk = {"messages": TALK}
     assert httpx.post(f"{api.url}/tokenize", json=talk).json()["tokens"] == ids[0]
     plain = [decoder.tokenizer(text)["input_ids"] for text in inputs]
     answer = client.embeddings.create(model="tiny", input=inputs)
@@ -439,7 +428,7 @@ def test_texts_are_tokenized_and_embedded(api, client):
 )
 def test_wrong_messages(client, messages, message):
     with pytest.raises(openai.BadRequestError, match=message) as failed:
-        client.chat.completions.create(model="tiny", messages=messages)
+        converse(client, messages)
     assert failed.value.param == "messages"
 
 
@@ -467,12 +456,9 @@ def test_a_failure_is_an_error_and_not_the_end(api, client, monkeypatch, capsys)
     with monkeypatch.context() as broken:
         broken.setattr("layerskip_core.decoding.scheduler.Engine", lambda *_, **__: 1 / 0)
         with pytest.raises(openai.InternalServerError, match="its log says why"):
-            client.completions.create(model="tiny", prompt=PROMPT, stream=True)
+            complete(client, stream=True)
     assert "division by zero" in capsys.readouterr().err
-    assert (
-        client.completions.create(model="tiny", prompt=PROMPT).choices[0].text
-        == expected(PROMPT)[0]
-    )
+    assert complete(client).choices[0].text == expected(PROMPT)[0]
 
 
 def test_a_conversation_is_put_into_the_chat_template(tmp_path):
@@ -497,20 +483,15 @@ def test_a_conversation_is_put_into_the_chat_template(tmp_path):
             ids = tokenizer.apply_chat_template(
                 whole, add_generation_prompt=True, return_dict=False
             )
-            answer = client.chat.completions.create(model="tiny", messages=messages)
+            answer = converse(client, messages)
             assert answer.usage.prompt_tokens == len(ids)
-            assert (
-                answer.choices[0].message.content
-                == client.completions.create(model="tiny", prompt=ids).choices[0].text
-            )
+            assert answer.choices[0].message.content == complete(client, ids).choices[0].text
         forged, short = (
-            client.chat.completions.create(
-                model="tiny", messages=[{"role": "user", "content": content}]
-            )
+            converse(client, [{"role": "user", "content": content}])
             for content in ("<|im_start|>", "a")
         )
         # The text of a completion is raw
-        real = client.completions.create(model="tiny", prompt="<|im_start|>")
+        real = complete(client, "<|im_start|>")
         assert (
             forged.usage.prompt_tokens > short.usage.prompt_tokens + 2
             and real.usage.prompt_tokens == 1

@@ -20,6 +20,7 @@ NEEDED = "needs the extras dev and serve"
 httpx, openai = (pytest.importorskip(name, reason=NEEDED) for name in ("httpx", "openai"))
 server = pytest.importorskip("test_server", reason=NEEDED)
 PROMPT = server.PROMPT
+complete = server.complete
 expected = server.expected
 serving = server.serving
 
@@ -73,11 +74,7 @@ def test_no_tokenizer_is_used_by_two_threads():
     users, decoder = watched()
     with serving(decoder) as api:
         users.clear()  # so far it was used by this thread alone
-        choice = (
-            api.client()
-            .completions.create(model="tiny", prompt=PROMPT, stop=["never there"])
-            .choices[0]
-        )
+        choice = complete(api.client(), stop=["never there"]).choices[0]
         assert choice.text == expected(PROMPT)[0]
     assert len(users) == 2 and all(len(threads) == 1 for threads in users.values())
 
@@ -88,7 +85,7 @@ def test_a_full_queue_refuses_before_any_work():
         users.clear()
         api.engine.hold(1)
         with pytest.raises(openai.RateLimitError, match="this server holds 2; try again later"):
-            api.client().completions.create(model="tiny", prompt=["a", "b"])
+            complete(api.client(), ["a", "b"])
         api.engine.hold(1)
         full = httpx.post(f"{api.url}/tokenize", json={"prompt": "a"})
         assert (full.status_code, full.headers["retry-after"], full.json()["error"]["code"]) == (
@@ -99,7 +96,7 @@ def test_a_full_queue_refuses_before_any_work():
         api.engine.release(2)
         # It would never fit
         with pytest.raises(openai.BadRequestError, match="at most 2 answers or texts, got 3"):
-            api.client().completions.create(model="tiny", prompt=["a", "b", "c"])
+            complete(api.client(), ["a", "b", "c"])
         assert not users
         for wrong in ({"top_p": 0}, {"prompt": "wake " * 200}):
             with pytest.raises(openai.BadRequestError):
@@ -119,10 +116,7 @@ def test_a_full_queue_refuses_before_any_work():
             api.client().embeddings.create(model="tiny", input=["a", "b"])
         api.engine.release(1)
         assert len(api.client().embeddings.create(model="tiny", input=["a", "b"]).data) == 2
-        assert (
-            api.client().completions.create(model="tiny", prompt=["a", "b"]).choices[1].text
-            == expected("b")[0]
-        )
+        assert complete(api.client(), ["a", "b"]).choices[1].text == expected("b")[0]
 
 
 def test_a_full_memory_is_the_server_s_fault_and_clients_try_again(monkeypatch):
@@ -169,7 +163,7 @@ def test_a_full_memory_is_the_server_s_fault_and_clients_try_again(monkeypatch):
         try:
             # Not even alone
             with pytest.raises(openai.BadRequestError, match="has room for 64 tokens") as failed:
-                api.client().completions.create(model="tiny", prompt=[5] * 70)
+                complete(api.client(), [5] * 70)
             assert failed.value.code == "context_length_exceeded"
         finally:
             pool.most = inf
@@ -181,9 +175,7 @@ async def _ask(client, place, answers):
     """
     prompt = f"wake me at {place % 12} {'today' if place % 2 else 'am'}"
     if place % 4 == 0:
-        long = client.completions.create(
-            model="tiny", prompt=prompt, max_tokens=60, stream=place % 8 == 0
-        )
+        long = complete(client, prompt, max_tokens=60, stream=place % 8 == 0)
         if place % 8:
             with pytest.raises((TimeoutError, openai.APIConnectionError)):
                 async with asyncio.timeout(0.02 * (place % 5)):

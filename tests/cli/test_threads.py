@@ -129,16 +129,19 @@ def test_a_real_busy_process_takes_a_thread_away(monkeypatch):
         process.wait()
 
 
-def test_busy_cores_are_those_that_this_process_may_use_without_its_own_share(monkeypatch):
-    """Cores 0 and 2 are busy for 10 + 30 of 40 seconds each, 20 of them by this process; niced
-    processes give way.
+class Times(NamedTuple):
+    user: float
+    nice: float
+    system: float
+
+
+@pytest.mark.parametrize("is_nice, busy", [(False, (80 - 20) / 40), (True, (80 + 40 - 20) / 40)])
+def test_busy_cores_are_those_that_this_process_may_use_without_its_own_share(
+    monkeypatch, is_nice, busy
+):
+    """Cores 0 and 2 are busy for 10 + 30 of 40 seconds each, 20 of them by this process. Niced
+    processes, 40 seconds on core 0, give way, but not to one that is niced itself.
     """
-
-    class Times(NamedTuple):
-        user: float
-        nice: float
-        system: float
-
     clock = iter([0.0, 40.0])
     own = iter([5.0, 25.0])
     cores = iter([[Times(0, 0, 0)] * 3, [Times(10, 40, 30), Times(99, 0, 0), Times(30, 0, 10)]])
@@ -146,48 +149,16 @@ def test_busy_cores_are_those_that_this_process_may_use_without_its_own_share(mo
     monkeypatch.setattr(processor.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(psutil, "cpu_times", lambda percpu: next(cores))
     monkeypatch.setattr(os, "times", lambda: os.times_result((next(own), 0, 0, 0, 0)))
-    monkeypatch.setattr(processor, "_is_nice", lambda: False)
-    assert processor.OtherLoad().busy_cores() == pytest.approx((80 - 20) / 40)
-
-
-def test_a_niced_process_counts_the_others_of_its_priority(monkeypatch):
-    class Times(NamedTuple):
-        user: float
-        nice: float
-        system: float
-
-    cores = iter([[Times(0, 0, 0)], [Times(1, 30, 1)]] * 2)
-    monkeypatch.setattr(processor, "usable_cores", lambda: [0])
-    monkeypatch.setattr(psutil, "cpu_times", lambda percpu: next(cores))
-    monkeypatch.setattr(os, "times", lambda: os.times_result((0, 0, 0, 0, 0)))
-    found = []
-    for nice in (False, True):
-        clock = iter([0.0, 32.0])
-        monkeypatch.setattr(processor.time, "monotonic", lambda clock=clock: next(clock))
-        monkeypatch.setattr(processor, "_is_nice", lambda nice=nice: nice)
-        found.append(processor.OtherLoad().busy_cores())
-    assert found == [pytest.approx(2 / 32), pytest.approx(1.0)]
+    monkeypatch.setattr(processor, "_is_nice", lambda: is_nice)
+    assert processor.OtherLoad().busy_cores() == pytest.approx(busy)
 
 
 def test_a_training_looks_again_between_its_steps(monkeypatch, base):
     """A process begins to work after the first look."""
     monkeypatch.setattr(processor, "usable_cores", lambda: list(range(4)))
     monkeypatch.setattr(processor, "OtherLoad", lambda: Loads(0, 1))
-    data = (
-        "--samples",
-        "8",
-        "--steps",
-        "2",
-        "--batch-size",
-        "2",
-        "--max-length",
-        "64",
-        "--dtype",
-        "fp32",
-    )
-    result = run(
-        f"finetune --model {base}", *data, "--device", "cpu", "--recipe", "none", "--output", "out"
-    )
+    data = "--samples 8 --steps 2 --batch-size 2 --max-length 64 --dtype fp32"
+    result = run(f"finetune --model {base}", data, "--device cpu --recipe none --output out")
     assert result.code == 0, result.err
     assert (
         "3 of 4 CPU threads, because other processes keep 1 core busy; --threads sets another number"

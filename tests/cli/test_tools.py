@@ -409,18 +409,16 @@ def test_a_conversation_with_tools_as_texts():
 def test_the_grammar_of_an_answer_that_may_call(folders, text, is_permitted):
     pytest.importorskip("llguidance", reason="needs the extra grammar")
     tokenizer = AutoTokenizer.from_pretrained(chatml_folder(folders("chatml") / "chatml"))
-    lark = tools.grammar("hermes", KNOWN, {})
     ends = frozenset({tokenizer.eos_token_id})
     ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    permitted = (
-        guide(("grammar", lark), tokenizer, len(tokenizer), ends).matcher().permitted([], ids)
-    )
-    assert (permitted == len(ids)) == is_permitted
-    alone = tools.grammar("hermes", replace(KNOWN, parallel=False), {})
-    permitted = (
-        guide(("grammar", alone), tokenizer, len(tokenizer), ends).matcher().permitted([], ids)
-    )
-    assert (permitted == len(ids)) == (is_permitted and text.count(CALL) < 2)
+    alone = replace(KNOWN, parallel=False)
+    for known, expected in (
+        (KNOWN, is_permitted),
+        (alone, is_permitted and text.count(CALL) < 2),
+    ):
+        lark = ("grammar", tools.grammar("hermes", known, {}))
+        matcher = guide(lark, tokenizer, len(tokenizer), ends).matcher()
+        assert (matcher.permitted([], ids) == len(ids)) == expected
 
 
 @pytest.mark.parametrize("template, teller", [(CHATML, "system"), (IN_TURN, "user")])

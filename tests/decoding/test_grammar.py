@@ -7,15 +7,15 @@ from functools import cache
 
 import pytest
 import torch
+from added_tokens import few_letters
 from conftest import run_texts, tiny_model
 from decodings import WIDE, native_or_skip
 from evaluating import tiny_loaded
-from test_loop import NEW, VOCABULARY, TableModel
-from tokenizers import Tokenizer, decoders, models
+from test_loop import NEW, VOCABULARY, TableModel, random_table
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
-from layerskip_core.decoding import DecodingLoop, decode
+from layerskip_core.decoding import decode
 from layerskip_core.decoding.drafters.lookup_drafter import LookupDrafter
 from layerskip_core.decoding.target import FixedTarget
 from layerskip_core.errors import ConfigError
@@ -168,18 +168,9 @@ def test_answers_of_a_batch_have_their_own_grammars_and_validate():
 
 def test_drafts_change_no_sample_of_what_the_grammar_permits():
     """With tokens that the grammar forbids among the drafts of an exit."""
-    words = Tokenizer(models.BPE({"a": 0, "b": 1, "c": 2, "d": 3, "</s>": 4}, []))
-    words.decoder = decoders.ByteLevel()
-    members = {
-        "backend_tokenizer": words,
-        "added_tokens_decoder": {},
-        "__len__": lambda self: VOCABULARY,
-    }
-    named = type("Named", (), members)()
+    named = few_letters().tokenizer
     guide = grammar.guide(("regex", "((ab|ba|c|aa)d?){9}"), named, VOCABULARY, frozenset({4}))
-    table = torch.randn(
-        3, 8, VOCABULARY, VOCABULARY, dtype=torch.double, generator=torch.Generator().manual_seed(2)
-    )
+    table = random_table(2)
     plain = DecodingConfig(
         "autoregressive", max_new_tokens=NEW, temperature=1.0, guided=("regex", ""), guide=guide
     )

@@ -425,23 +425,32 @@ COMBINATIONS = [
 ]
 
 
+def random_table(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(3, 8, VOCABULARY, VOCABULARY, generator=generator, dtype=torch.double)
+
+
+def drawn(table, config, joint, draws=1000):
+    """The p-value of as many answers under their exact joint distribution, and the loop that gave
+    them.
+    """
+    loop = DecodingLoop(TableModel(table), [[3]] * draws, config, seeds=range(draws))
+    list(loop)
+    return p_value_of([tuple(row.output) for row in loop.rows], joint), loop
+
+
 def sampled_table_p_value(config, draws=1000, num_draft_tokens=3):
     """Four tokens: one from the prefill, three from a round of up to two drafts and, after
     rejections, of fewer.
     """
-    table = torch.randn(
-        3, 8, VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(1), dtype=torch.double
-    )
+    table = random_table(1)
     config = replace(config, exit_layer=1, num_draft_tokens=num_draft_tokens, max_new_tokens=NEW)
-    loop = DecodingLoop(TableModel(table), [[3]] * draws, config, seeds=range(draws))
-    list(loop)
-    outputs = [tuple(row.output) for row in loop.rows]
     joint = joint_of(
         lambda ids: probabilities(table[2, len(ids), ids[-1] if ids else 3], config),
         NEW,
         VOCABULARY,
     )
-    return p_value_of(outputs, joint)
+    return drawn(table, config, joint, draws)[0]
 
 
 @pytest.mark.parametrize("config", COMBINATIONS, ids=["all", "top-k and top-p"])

@@ -9,7 +9,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_model
-from decodings import WIDE, UnroundedDrafter, backend_on, draft_of, ids_of, prompt_of, rounds_of
+from decodings import (
+    WIDE,
+    UnroundedDrafter,
+    backend_on,
+    draft_of,
+    first_draft,
+    ids_of,
+    prompt_of,
+    rounds_of,
+)
 from exit_block_models import random_blocks
 
 from layerskip_core.config.decoding import DecodingConfig
@@ -153,22 +162,8 @@ def test_logits_are_those_of_the_formula(kind, rounds, most):
     """Of the first draft; with weights in int8 too. transformers norms in fp32."""
     formula = Formula()
     backend = backend_of(kind, rounds)
-    ids = prompt_of(12)
-    block = backend.drafters["mtp"]
-    cache = backend.new_cache(1)
-    last = len(ids) - 1
-    with torch.inference_mode():
-        tokens = torch.tensor(ids)
-        embedded = backend.embed(tokens)
-        finals = backend.run_layers(embedded, 0, backend.num_layers, cache.span(0, len(ids)))
-        features = block.features(backend, {0: embedded}, finals)
-        block.write(backend, {0: embedded[1:last]}, features[: last - 1], cache.span(1, last))
-        found = block.head(
-            block.run(
-                backend, embedded[last:], features[last - 1 : last], cache.span(last, len(ids))
-            )
-        )[0]
-    right = formula.drafts(ids, 1)[1][0]
+    found = first_draft(backend, prompt_of(12))
+    right = formula.drafts(prompt_of(12), 1)[1][0]
     assert float((found - right).norm() / right.norm()) < most
 
 

@@ -39,21 +39,10 @@ def sweep(folder, match, perplexity, accepted=0.5, task=COMMANDS):
         "self-speculative", 2, 6, {"exact_match": match}, acceptance_rate=accepted, mean_accepted_tokens=3.0,
         tokens_per_second=150.0, speedup=1.5, identical_outputs=1.0,
     )  # fmt: skip
+    half = replace(plain, strategy="early-exit", metrics={"exact_match": match / 2})
     alone = [
-        replace(
-            plain,
-            strategy="early-exit",
-            exit_layer=2,
-            metrics={"exact_match": match / 2},
-            perplexity=perplexity,
-        ),
-        replace(
-            plain,
-            strategy="early-exit",
-            exit_layer=4,
-            metrics={"exact_match": match / 2},
-            perplexity=perplexity / 2,
-        ),
+        replace(half, exit_layer=2, perplexity=perplexity),
+        replace(half, exit_layer=4, perplexity=perplexity / 2),
     ]
     record = RunRecord({"model": "tiny", "task": dict(task)}, MACHINE, (plain, *alone, drafted))
     return saved(folder, "results.json", to_json(record))
@@ -79,6 +68,12 @@ def saved(folder, name, text):
     folder.mkdir(exist_ok=True)
     (folder / name).write_text(text)
     return str(folder)
+
+
+def cells_of(result):
+    """The cells of the rows of a Markdown table."""
+    rows = [line for line in result.out.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
 
 
 def groups_of(*folders, **labels):
@@ -170,11 +165,7 @@ def test_means_and_differences_over_seeds(tmp_path):
     result = run(
         "compare", *none, *both, "--only exact_match,perplexity --exits 2 --format markdown"
     )
-    rows = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in result.out.splitlines()
-        if line.startswith("|")
-    ]
+    rows = cells_of(result)
     assert rows[0] == ["figure", "setting", "none", "both", "both vs none"]
     assert rows[2] == [
         "exact match", "exit 2 alone", "30.0% (17.6% to 42.4%)", "35.5% (21.2% to 49.8%)", "+5.5 (+3.3 to +7.7)",
@@ -215,24 +206,12 @@ def test_what_a_training_cost_is_compared(tmp_path):
     """After the training, from layerskip.json: shares in points, perplexities by their ratio. Older
     ones lack some.
     """
+    known = {"tokens": 64, "before": 4.0}
     costs = {
-        "none": {
-            "tokens": 64,
-            "agreement": 0.9,
-            "before": 4.0,
-            "after": 5.0,
-            "exact_match": [0.0, 0.5],
-            "answered": 16,
-        },
-        "recipe": {
-            "tokens": 64,
-            "agreement": 0.8,
-            "before": 4.0,
-            "after": 10.0,
-            "exact_match": [0.0, 0.25],
-            "answered": 16,
-        },
-        "older": {"tokens": 64, "agreement": 0.7, "before": 4.0, "after": 20.0},
+        "none": known | {"agreement": 0.9, "after": 5.0, "exact_match": [0.0, 0.5], "answered": 16},
+        "recipe": known
+        | {"agreement": 0.8, "after": 10.0, "exact_match": [0.0, 0.25], "answered": 16},
+        "older": known | {"agreement": 0.7, "after": 20.0},
     }
     for name, cost in costs.items():
         trained(tmp_path / name, {4: 1.0})
@@ -240,11 +219,7 @@ def test_what_a_training_cost_is_compared(tmp_path):
             tmp_path / name, "layerskip.json", json.dumps({"validation_rows": "test", "cost": cost})
         )
     result = run("compare", *(str(tmp_path / name) for name in costs), "--format markdown")
-    rows = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in result.out.splitlines()
-        if "all layers" in line
-    ]
+    rows = [row for row in cells_of(result) if "all layers" in row]
     assert rows == [
         ["held out exact match", "all layers", "50.0%", "25.0%", "-", "-25.0", "-"],
         ["own text agreement", "all layers", "90.0%", "80.0%", "70.0%", "-10.0", "-20.0"],

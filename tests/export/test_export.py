@@ -45,7 +45,7 @@ def with_block(checkpoint, tmp_path):
 
 def test_the_draft_is_a_plain_checkpoint(checkpoint, tmp_path):
     output = tmp_path / "draft"
-    done = run("export", checkpoint, "--exit", "2", "--output", str(output))
+    done = run(f"export {checkpoint} --exit 2 --output {output}")
     assert (done.code, done.out) == (0, "")
     assert done.err == (
         f"exit 2 was not trained, so most of its drafts will be wrong\nwrote exit 2 of {checkpoint}, 2 layers, to {output}\n"
@@ -62,19 +62,16 @@ def test_the_draft_is_a_plain_checkpoint(checkpoint, tmp_path):
     info = read_info(output)
     assert info.prompt_template == whole.info.prompt_template and info.exit_layer is None
     assert info.details == {"exported_from": checkpoint, "exported_exit": 2}
-    assert run("generate", text, "--model", str(output), "--max-new-tokens", "4").code == 0
+    assert run("generate", text, f"--model {output} --max-new-tokens 4").code == 0
     fails(
         f"--output {output} already holds a model; give --overwrite to replace it, or another folder",
-        "export",
-        checkpoint,
-        "--output",
-        str(output),
+        f"export {checkpoint} --output {output}",
     )
 
 
 def test_the_exit_with_a_block_is_the_default_and_keeps_it(with_block, tmp_path):
     output = tmp_path / "draft"
-    done = run("export", str(with_block), "--output", str(output), "--engine", "vllm")
+    done = run(f"export {with_block} --output {output} --engine vllm")
     assert done.code == 0 and "was not trained" not in done.err
     assert json.loads((output / "config.json").read_text())["num_hidden_layers"] == 3
     assert not (output / EXIT_BLOCKS_FILE).exists()
@@ -83,7 +80,7 @@ def test_the_exit_with_a_block_is_the_default_and_keeps_it(with_block, tmp_path)
     target = tmp_path / "draft-target"
     assert f"layerskip export {with_block} --exit 6 --output {target}" in done.out
     assert f"vllm serve {target} " in done.out and f'"model": "{output}"' in done.out
-    assert run("export", str(with_block), "--exit", "6", "--output", str(target)).code == 0
+    assert run(f"export {with_block} --exit 6 --output {target}").code == 0
     assert not (target / EXIT_BLOCKS_FILE).exists()
     whole, written = (
         for_training(str(folder), "cpu", "fp32").model.state_dict()
@@ -97,53 +94,40 @@ def test_the_exit_with_a_block_is_the_default_and_keeps_it(with_block, tmp_path)
 def test_a_plain_folder_is_its_own_target_and_a_drafter_that_vllm_reads_needs_no_export(
     checkpoint, tmp_path
 ):
-    done = run("export", checkpoint, "--output", str(tmp_path / "draft"), "--engine", "vllm")
+    done = run(f"export {checkpoint} --output {tmp_path}/draft --engine vllm")
     assert f"vllm serve {checkpoint} " in done.out and "layerskip export" not in done.out
     assert '"num_speculative_tokens": 6' in done.out
     folder = shutil.copytree(checkpoint, tmp_path / "drafting")
     output = str(tmp_path / "other")
     add_eagle3(folder)
     told = f"--exit must be given: this model has a drafter that vLLM reads as it is, by `vllm serve {folder}/eagle3`, got none"
-    fails(told, "export", str(folder), "--output", output, "--engine", "vllm")
-    assert (
-        run("export", str(folder), "--output", output, "--engine", "vllm", "--exit", "2").code == 0
-    )
+    fails(told, f"export {folder} --output {output} --engine vllm")
+    assert run(f"export {folder} --output {output} --engine vllm --exit 2").code == 0
 
 
 def test_wrong_input_is_one_error(checkpoint, tmp_path):
     output = str(tmp_path / "draft")
-    exits = ("export", checkpoint, "--output", output, "--exit")
-    fails("--exit must be in 1..6, got 7 (model has 6 layers)", *exits, "7")
-    fails("--exit must be in 1..5, got 6 (model has 6 layers)", *exits, "6", "--engine", "vllm")
-    assert "--engine must be one of vllm, llama.cpp" in run(*exits, "1", "--engine", "onnx").err
+    exits = f"export {checkpoint} --output {output} --exit"
+    fails("--exit must be in 1..6, got 7 (model has 6 layers)", exits, "7")
+    fails("--exit must be in 1..5, got 6 (model has 6 layers)", exits, "6", "--engine vllm")
+    assert "--engine must be one of vllm, llama.cpp" in run(exits, "1", "--engine onnx").err
     fails(
         f"--output must be another folder than the model's, got {checkpoint}",
-        *exits[:2],
-        "--output",
-        checkpoint,
+        f"export {checkpoint} --output {checkpoint}",
     )
     (tmp_path / "draft").mkdir()
     (tmp_path / "draft" / "README.md").write_text("mine")
     assert (
         "in the way is README.md, which layerskip did not write"
-        in run(*exits, "1", "--engine", "vllm").err
+        in run(exits, "1", "--engine vllm").err
     )
-    assert run(*exits, "1").code == 0
+    assert run(exits, "1").code == 0
     assert (tmp_path / "draft" / "README.md").read_text() == "mine"
 
 
 def test_transformers_drafts_with_it_as_told(checkpoint, tmp_path, capsys):
     """The program of the README runs and gives the text of the model alone."""
-    done = run(
-        "export",
-        checkpoint,
-        "--exit",
-        "1",
-        "--output",
-        str(tmp_path / "draft"),
-        "--engine",
-        "transformers",
-    )
+    done = run(f"export {checkpoint} --exit 1 --output {tmp_path}/draft --engine transformers")
     code = (
         done.out.split("```python\n")[1]
         .removesuffix("```\n")
@@ -263,6 +247,15 @@ ENVIRONMENT = {
 }
 
 
+def result_of(program, *arguments):
+    """What a Python program of another process tells after `RESULT`."""
+    command = [sys.executable, "-c", program, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    [told] = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    return json.loads(told.removeprefix("RESULT "))
+
+
 def qwen_with_mtp(folder):
     """A Qwen3.5 whose layers add little to the embedding, and its drafter. vLLM's recurrent layers
     take no fp32 on a CPU.
@@ -300,20 +293,9 @@ def test_a_drafter_accepts_as_often_as_here(method, tmp_path):
     speculative = {"method": method, "num_speculative_tokens": 4}
     if method == "eagle3":
         speculative["model"] = f"{target}/eagle3"
-        flags = (
-            "--model",
-            "embedded-base",
-            "--answers",
-            "data",
-            "--samples",
-            "96",
-            "--steps",
-            "24",
-            "--draft-vocab",
-            "512",
-        )
+        flags = "--model embedded-base --answers data --samples 96 --steps 24 --draft-vocab 512"
         assert not run(
-            "train-drafter", "--layout", "eagle3", *flags, "--threads", "1", "--output", target
+            "train-drafter --layout eagle3", flags, f"--threads 1 --output {target}"
         ).code
     else:
         qwen_with_mtp(tmp_path / "target")
@@ -324,14 +306,7 @@ def test_a_drafter_accepts_as_often_as_here(method, tmp_path):
         [step.ids for [step] in decode(decoder.backend, prompt, setting, decoder.eos_ids)]
         for prompt in prompts
     ]
-    program = [sys.executable, "-c", DRAFTER, target, json.dumps(prompts), json.dumps(speculative)]
-    done = subprocess.run(program, capture_output=True, text=True, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stderr[-3000:]
-    theirs = json.loads(
-        next(line for line in done.stdout.splitlines() if line.startswith("RESULT ")).removeprefix(
-            "RESULT "
-        )
-    )
+    theirs = result_of(DRAFTER, target, json.dumps(prompts), json.dumps(speculative))
     assert [[*map(list, answer[:-1])] for answer in here] == [answer[:-1] for answer in theirs]
     assert sum(len(step) - 1 for answer in here for step in answer[1:-1]) > 0
 
@@ -344,25 +319,11 @@ def test_the_draft_is_part_of_the_target(tmp_path):
     """
     target = str(tmp_path / "target")
     draft = tmp_path / "draft"
-    run("export", "embedded", "--exit", "24", "--output", target, "--dtype", "fp32")
-    run("export", "embedded", "--exit", "5", "--output", str(draft), "--dtype", "fp32")
+    run(f"export embedded --exit 24 --output {target} --dtype fp32")
+    run(f"export embedded --exit 5 --output {draft} --dtype fp32")
     info = json.loads((draft / "layerskip.json").read_text())
     (draft / "layerskip.json").write_text(json.dumps({**info, "exported_exit": 4}))
-    program = [
-        sys.executable,
-        "-c",
-        PROGRAM,
-        target,
-        str(draft),
-        json.dumps([f"{prompt}\n" for prompt in PROMPTS]),
-    ]
-    done = subprocess.run(program, capture_output=True, text=True, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads(
-        next(line for line in done.stdout.splitlines() if line.startswith("RESULT ")).removeprefix(
-            "RESULT "
-        )
-    )
+    result = result_of(PROGRAM, target, str(draft), json.dumps([f"{each}\n" for each in PROMPTS]))
     model = load("embedded", device="cpu")
     assert result["texts"] == [
         model.generate(prompt, strategy="autoregressive", max_new_tokens=64).text

@@ -148,7 +148,7 @@ def test_a_model_and_its_draft_for_llama_cpp(checkpoint, tmp_path):
         f"--output {output} already holds target.gguf; give --overwrite to replace it, or another folder",
         again,
     )
-    assert run(again, "--exit", "6", "--overwrite", "--dtype", "q8_0").code == 0
+    assert run(again, "--exit 6 --overwrite --dtype q8_0").code == 0
     assert tensors(output / "target.gguf")["blk.5.ffn_up.weight"].tensor_type.name == "Q8_0"
     # The last layer needs no draft, and another's is gone
     assert sorted(os.listdir(output)) == ["README.md", "target.gguf"]

@@ -219,13 +219,13 @@ def test_what_saved_policies_draft_with_is_packed_too(wide, tmp_path):
 
 def test_commands_decode_with_it_and_training_refuses_it(checkpoint, tmp_path):
     output = str(tmp_path / "packed")
-    done = run("export", checkpoint, "--format", "packed", "--output", output)
+    done = run(f"export {checkpoint} --format packed --output {output}")
     size = (tmp_path / "packed" / PACKED_FILE).stat().st_size
     assert (done.code, done.out) == (0, "")
     assert done.err == f"wrote {checkpoint}, packed in fp32, to {output}: {size / 1e6:,.1f} MB\n"
-    prompt = ("set an alarm", "--max-new-tokens", "8")
-    assert run("generate", *prompt, "--model", output) == run(
-        "generate", *prompt, "--model", checkpoint
+    prompt = ("set an alarm", "--max-new-tokens 8")
+    assert run("generate", *prompt, f"--model {output}") == run(
+        "generate", *prompt, f"--model {checkpoint}"
     )
     info = read_info(output)
     assert (
@@ -237,10 +237,10 @@ def test_commands_decode_with_it_and_training_refuses_it(checkpoint, tmp_path):
         f"cannot load model {output}: needed the weights of a model, found {PACKED_FILE}, which only decoding can use: "
         "give the model that it was packed from"
     )
-    fails(refused, "finetune", "--model", output, "--output", str(tmp_path / "trained"))
-    fails(refused, "calibrate", "--model", output)
-    fails(refused, "export", output, "--format", "packed", "--output", str(tmp_path / "again"))
-    assert run("export", checkpoint, "--exit", "2", "--output", output, "--overwrite").code == 0
+    fails(refused, f"finetune --model {output} --output {tmp_path}/trained")
+    fails(refused, f"calibrate --model {output}")
+    fails(refused, f"export {output} --format packed --output {tmp_path}/again")
+    assert run(f"export {checkpoint} --exit 2 --output {output} --overwrite").code == 0
     assert not (tmp_path / "packed" / PACKED_FILE).exists()
 
 
@@ -251,15 +251,12 @@ def packed(wide, tmp_path):
 
 
 def test_what_was_not_packed_is_one_error(wide, packed, tmp_path):
-    generate = ("generate", "a", "--model", str(packed))
+    generate = ("generate", "a", f"--model {packed}")
     fails(
-        "--dtype must be auto or bf16, as the model was packed, got fp32",
-        *generate,
-        "--dtype",
-        "fp32",
+        "--dtype must be auto or bf16, as the model was packed, got fp32", *generate, "--dtype fp32"
     )
-    own = ("export", str(wide), "--format", "packed", "--output", str(wide), "--overwrite")
-    fails(f"--output must be another folder than the model's, got {shown(wide)}", *own)
+    own = f"export {wide} --format packed --output {wide} --overwrite"
+    fails(f"--output must be another folder than the model's, got {shown(wide)}", own)
 
 
 def test_the_kernels_variants_share_the_file(packed, wide, monkeypatch):
@@ -279,7 +276,7 @@ def test_damaged_and_foreign_files_are_one_error(packed, wide):
 
     def refused(content, reason):
         path.write_bytes(content)
-        done = run("generate", "a", "--model", str(packed))
+        done = run("generate", "a", f"--model {packed}")
         assert (done.code, done.out, done.err.count("\n")) == (1, "", 1)
         assert (
             done.err.startswith(f"error: cannot load model {packed}: {path} cannot be used: ")
@@ -307,7 +304,7 @@ def test_an_interrupted_export_leaves_nothing(wide, tmp_path):
     weights["model.layers.4.mlp.down_proj.weight"][3, 3] = float("nan")
     save_file(weights, wide / "model.safetensors", metadata={"format": "pt"})
     output = tmp_path / "packed"
-    done = run("export", str(wide), "--format", "packed", "--output", str(output))
+    done = run(f"export {wide} --format packed --output {output}")
     assert done.code == 1 and "the weight model.layers.4.mlp.down_proj.weight holds NaN" in done.err
     assert done.err.count("\n") == 1 and not output.exists()
 
@@ -319,8 +316,8 @@ def test_machines_without_kernels_are_told_so_and_a_folder_with_weights_is_not_p
     shutil.copy(packed / PACKED_FILE, both)
     assert "int4" not in for_decoding(str(both), "cpu").backend.implementation
     monkeypatch.setenv("LAYERSKIP_KERNELS", "torch")
-    export = ("export", str(wide), "--format", "packed", "--output", str(tmp_path / "other"))
-    for code, command in ((1, ("generate", "a", "--model", str(packed))), (2, export)):
+    export = (f"export {wide} --format packed --output {tmp_path}/other",)
+    for code, command in ((1, ("generate", "a", f"--model {packed}")), (2, export)):
         failed = run(*command)
         assert failed.code == code and "compiled kernels" in failed.err
         assert "LAYERSKIP_KERNELS is torch\n" in failed.err

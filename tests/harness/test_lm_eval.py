@@ -110,22 +110,15 @@ def test_full_depth_equals_hf_and_an_exit_equals_hf_on_its_exported_folder(
 def test_a_sweep_gives_the_scores_of_all_exits_in_one_run(checkpoint, tasks, tmp_path):
     """By lm-eval's own flags, with its records of the rows."""
     arguments = (
-        "--model",
-        checkpoint,
-        "--include-path",
-        str(tasks),
-        "--limit",
-        "0",
-        "--dtype",
-        "fp32",
-        "--batch-size",
-        "8",
+        f"--model {checkpoint} --include-path {tasks} --limit 0 --dtype fp32",
+        "--batch-size 8",
     )
     output = tmp_path / "out"
     done = run(
-        "sweep-exits", *arguments, "--task", "lm-eval:choice,shots,answer,text", "--exits", "2,5", "--timed", "2",
-        "--format", "json", "--output", str(output), "--log-samples",
-    )  # fmt: skip
+        "sweep-exits --task lm-eval:choice,shots,answer,text --exits 2,5 --timed 2",
+        *arguments,
+        f"--format json --output {output} --log-samples",
+    )
     assert done.code == 0, done.err
     document = json.loads(done.out)
     for result, exit_layer in zip(document["results"], (None, 2, 5), strict=True):
@@ -155,7 +148,7 @@ def test_a_sweep_gives_the_scores_of_all_exits_in_one_run(checkpoint, tasks, tmp
         rows = [row for row in logged if (row["result"], row["task"]) == (number, "choice")]
         assert sum(row["acc"] for row in rows) / 10 == result["metrics"]["choice acc"]
     assert len(logged) == 3 * 4 * 10
-    again = run("sweep-exits", "--from", str(output / "results.json"), "--format", "markdown")
+    again = run(f"sweep-exits --from {output}/results.json --format markdown")
     assert f"| answer | exact_match | 10 | {accuracy:.3f}±.133 |" in again.out
     assert "exit 2 | exit 5 |" in again.out.splitlines()[0]
 
@@ -171,39 +164,22 @@ def train_exits(folder):
 def test_by_default_trained_exits_are_swept(checkpoint, tasks, tmp_path, prepare, exits):
     folder = shutil.copytree(checkpoint, tmp_path / "model")
     prepare(folder)
-    arguments = (
-        "--include-path",
-        str(tasks),
-        "--samples",
-        "2",
-        "--task",
-        "lm-eval:choice",
-        "--format",
-        "json",
-    )
-    done = run("sweep-exits", "--model", str(folder), *arguments)
+    arguments = f"--include-path {tasks} --samples 2 --task lm-eval:choice --format json"
+    done = run(f"sweep-exits --model {folder}", arguments)
     assert done.code == 0, done.err
     assert [result["exit_layer"] for result in json.loads(done.out)["results"]] == [None, *exits]
 
 
 def test_bench_has_a_column_per_strategy_and_drafts_only_where_text_is_generated(checkpoint, tasks):
+    strategies = "autoregressive,early-exit,self-speculative"
     arguments = (
-        "bench",
-        "--model",
-        checkpoint,
-        "--include-path",
-        str(tasks),
-        "--dtype",
-        "fp32",
-        "--exit",
-        "2",
+        f"bench --model {checkpoint} --include-path {tasks} --dtype fp32 --exit 2",
+        f"--strategies {strategies} --format json --samples 4 --repeats 1",
     )
-    arguments += ("--format", "json", "--samples", "4", "--repeats", "1")
-    arguments += ("--strategies", "autoregressive,early-exit,self-speculative")
-    done = run(*arguments, "--task", "lm-eval:answer,choice", "--max-new-tokens", "6")
+    done = run(*arguments, "--task lm-eval:answer,choice --max-new-tokens 6")
     assert done.code == 0, done.err
     plain, early, drafted = json.loads(done.out)["results"]
-    assert [plain["strategy"], early["strategy"], drafted["strategy"]] == arguments[-1].split(",")
+    assert [plain["strategy"], early["strategy"], drafted["strategy"]] == strategies.split(",")
     assert (
         drafted["metrics"] == plain["metrics"]
         and drafted["identical_outputs"] == 1.0
@@ -211,14 +187,14 @@ def test_bench_has_a_column_per_strategy_and_drafts_only_where_text_is_generated
     )
     assert early["identical_outputs"] < 1 and plain["speedup"] == 1.0
     assert plain["samples"] == {"answer": 4, "choice": 4}
-    copies = ("--draft-weights", "int8", "--skip", "2,3", "--max-new-tokens", "6")
-    done = run(*arguments, "--task", "lm-eval:answer", *copies)
+    copies = "--draft-weights int8 --skip 2,3 --max-new-tokens 6"
+    done = run(*arguments, "--task lm-eval:answer", copies)
     assert done.code == 0, done.err
     drafting = json.loads(done.out)["results"]
     assert [(result["strategy"], result["draft_weights"], result["skip"]) for result in drafting[2:]] == [
         ("self-speculative", "int8", []), ("draft-and-verify", "int8", [2, 3]),
     ]  # fmt: skip
-    likely = json.loads(run(*arguments, "--task", "lm-eval:choice").out)["results"]
+    likely = json.loads(run(*arguments, "--task lm-eval:choice").out)["results"]
     assert [result["strategy"] for result in likely] == ["autoregressive", "early-exit"]
     assert (
         likely[0]["metrics"]["choice acc"] == plain["metrics"]["choice acc"]
@@ -321,24 +297,16 @@ def test_the_model_type_is_registered_and_its_arguments_are_checked(checkpoint):
 
 
 def test_errors_of_the_command_line(checkpoint, tasks, tmp_path):
-    ours = (
-        "sweep-exits",
-        "--model",
-        checkpoint,
-        "--include-path",
-        str(tasks),
-        "--task",
-        "lm-eval:choice",
-    )
-    fails("--exits must be in 1..6, got 9 (model has 6 layers)", *ours, "--exits", "9")
+    ours = f"sweep-exits --model {checkpoint} --include-path {tasks} --task lm-eval:choice"
+    fails("--exits must be in 1..6, got 9 (model has 6 layers)", ours, "--exits 9")
     for flag, value in (("--specs", "3"), ("--metric", "rouge1")):
-        failed = run(*ours, flag, value)
+        failed = run(ours, flag, value)
         assert failed.code == 2 and failed.err.startswith(
             f"error: {flag} must be left out for --task lm-eval:..."
         )
     gone = tmp_path / "gone.yaml"
     gone.write_text((tasks / "choice.yaml").read_text().replace("rows.jsonl", "no-rows.jsonl"))
-    failed = run("sweep-exits", "--task", f"lm-eval:{gone}")
+    failed = run("sweep-exits --task", f"lm-eval:{gone}")
     assert (
         failed.code == 1
         and "cannot be loaded (without the hub, --include-path names a folder" in failed.err
@@ -346,5 +314,5 @@ def test_errors_of_the_command_line(checkpoint, tasks, tmp_path):
     odd = tmp_path / "odd"
     shutil.copytree(tasks, odd)
     (odd / "odd.yaml").write_text("task: 1\noutput_type: 2\n")
-    failed = run("sweep-exits", "--include-path", str(odd), "--task", "lm-eval:choice")
+    failed = run(f"sweep-exits --include-path {odd} --task lm-eval:choice")
     assert failed.code == 1 and failed.err.startswith("error: --task: task files cannot be read: ")

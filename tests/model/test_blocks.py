@@ -4,7 +4,7 @@ import gguf
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import logits_of, random_rows, tiny_model
+from conftest import logits_of, random_rows, require_near, tiny_model
 from decodings import native_or_skip
 from test_native import BUILT
 
@@ -147,7 +147,7 @@ def test_products_are_those_of_the_weights_in_fp32(model_type, types):
         matrix.form.kind for matrix in (*kept._layers.layers[0].matrices, kept._head.matrix)
     } == {"stored"}
     found = logits_of(kept, IDS)
-    torch.testing.assert_close(found, expected, atol=5e-3 * float(expected.std()), rtol=0)
+    require_near(found, expected, 5e-3)
     # A token alone has the bits that it has here
     assert torch.equal(found, logits_of(kept, IDS, range(1, IDS.shape[1])))
 
@@ -164,9 +164,7 @@ def test_a_matrix_of_which_a_part_is_no_block_is_dequantised(missing):
         if missing == "k_proj"
         else ["stored", "stored", "fp32", "stored"]
     )
-    torch.testing.assert_close(
-        logits_of(kept, IDS), expected, atol=5e-3 * float(expected.std()), rtol=0
-    )
+    require_near(logits_of(kept, IDS), expected, 5e-3)
 
 
 def test_low_bits_that_were_asked_for_are_rounded_from_the_weights():

@@ -69,12 +69,12 @@ def test_a_weight_becomes_the_nearest_level(kind, levels, bias):
 
 
 def test_unsupported_widths_devices_and_drafts_are_errors():
-    with pytest.raises(
-        ConfigError, match="int4 weights need layer widths that the group size 32 divides, got 48"
+    for kind, columns, needed in (
+        ("int4", 48, "layer widths that the group size 32 divides, got 48"),
+        ("int8", 40, "layer widths that 16 divides, got 40"),
     ):
-        quantized(torch.zeros(32, 48), None, "int4")
-    with pytest.raises(ConfigError, match="int8 weights need layer widths that 16 divides, got 40"):
-        quantized(torch.zeros(32, 40), None, "int8")
+        with pytest.raises(ConfigError, match=f"{kind} weights need {needed}"):
+            quantized(torch.zeros(32, columns), None, kind)
     with pytest.raises(ConfigError, match="int8 weights need `device` cpu, got meta"):
         quantized(torch.zeros(32, 48, device="meta"), None, "int8")
     model = packed(draft_weights=("int8",), draft_layers=2)

@@ -8,7 +8,16 @@ import decoder_types
 import decodings
 import pytest
 from evaluating import tiny_loaded
-from test_scheduler import ADAPTIVE, HOT, SPECULATIVE, Client, alone, decoder_of, prompt_of, run
+from test_scheduler import (
+    ADAPTIVE,
+    HOT,
+    SPECULATIVE,
+    Client,
+    decoder_of,
+    prompt_of,
+    require_own_answers,
+    run,
+)
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding import Prefixes
@@ -35,8 +44,7 @@ def test_requests_with_a_common_beginning_get_their_own_answers(kind):
             scheduler.step()
         assert scheduler.cancel(gone.request)
         run(scheduler, [clients[1:3], clients[3:]])
-        for client in clients:
-            assert client.answer == alone(decoder, client.request.ids, client.request.config)[0]
+        require_own_answers(decoder, clients)
         assert [client.request.reused > 60 for client in clients] == [False] + [True] * 5
 
 
@@ -55,8 +63,7 @@ def test_recurrent_rows_that_go_on_from_a_kept_text_join_others():
     others = [Client(client.request.ids, config) for client in following]
     prefixes = scheduler._scheduler._prefixes
     run(Dispatcher(decoder, 4, prefixes=prefixes, prefill_tokens=5), [others])
-    for client in (first, running, *following, *others):
-        assert client.answer == alone(decoder, client.request.ids, client.request.config)[0]
+    require_own_answers(decoder, (first, running, *following, *others))
     assert {client.request.reused for client in following} == {20}
 
 
@@ -75,8 +82,7 @@ def test_answers_to_one_prompt_read_it_once():
     assert scheduler.running == 2
     run(scheduler, [])
     assert [client.request.reused for client in (other, *clients)] == [0, 0, 99, 99]
-    for client in (other, *clients):
-        assert client.answer == alone(decoder, client.request.ids, client.request.config)[0]
+    require_own_answers(decoder, (other, *clients))
 
 
 @pytest.mark.parametrize(

@@ -72,10 +72,11 @@ def test_two_processes_equal_one_with_accumulation_2_bit_for_bit(base, tmp_path)
     """The same batches of 2 rows, one of them written by the original, and sums of two numbers,
     which have no order.
     """
-    shared = ("finetune", "--model", base, "--samples", "12", "--steps", "4", "--batch-size", "2", "--max-length", "64",
-              "--pmax", "0.9", "--lr", "1e-3", "--gradient-checkpointing", "--device", "cpu", "--dtype", "fp32",
-              "--validation", "test", "--validation-samples", "5", "--save-steps", "3", "--threads", "1",
-              "--replay", "0.5")  # fmt: skip
+    shared = (
+        f"finetune --model {base} --samples 12 --steps 4 --batch-size 2 --max-length 64 --pmax 0.9",
+        "--lr 1e-3 --gradient-checkpointing --device cpu --dtype fp32 --validation test",
+        "--validation-samples 5 --save-steps 3 --threads 1 --replay 0.5",
+    )
     both = str(tmp_path / "both")
     single = str(tmp_path / "single")
     in_processes(train_by_command, 2, tmp_path, str(tmp_path), *shared, "--output", both)
@@ -83,7 +84,7 @@ def test_two_processes_equal_one_with_accumulation_2_bit_for_bit(base, tmp_path)
     assert [Path(tmp_path, f"said-{rank}").read_text() for rank in (0, 1)] == ["0 1", "0 0"]
     threads = torch.get_num_threads()
     try:
-        assert run(*shared, "--accumulation", "2", "--output", single).code == 0
+        assert run(*shared, f"--accumulation 2 --output {single}").code == 0
     finally:
         torch.set_num_threads(threads)
     for step, expected in zip(loss_rows(both), loss_rows(single), strict=True):

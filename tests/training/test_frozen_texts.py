@@ -114,19 +114,12 @@ def test_a_chat_model_writes_different_prompts_half_with_an_opening(tmp_path):
 
 def test_prompts_of_a_chat_model_as_json_lines(tmp_path):
     model = talking_model(tmp_path, 256)
-    [line] = run("data", "--model", model, "--samples", "1").out.splitlines()
+    [line] = run(f"data --model {model} --samples 1").out.splitlines()
     assert json.loads(line).keys() == {"prompt"}
     fails(
         "--model must be given without flags of a data set, got both",
-        "data",
-        "--model",
-        model,
-        "--split",
-        "train",
+        f"data --model {model} --split train",
     )
     fails(
-        "a chat template was asked for, but the model's tokenizer has none",
-        "data",
-        "--model",
-        "embedded",
+        "a chat template was asked for, but the model's tokenizer has none", "data --model embedded"
     )
