@@ -28,6 +28,7 @@ from ..model.exit_blocks import INPUT_NORMS, MTP, NO_BLOCKS, ExitBlock, ExitBloc
 from ..model.weights import block_weights, copy_into
 from ..processor import available_memory
 from .encoding import EncodedRow
+from .progress import restore
 from .recipe import RunStep
 from .speedup import SpeedEstimate, exit_speedup
 
@@ -165,7 +166,7 @@ class DrafterModule(nn.Module):
 
     def load(self, folder: Path) -> None:
         """Reads the weights that `save` wrote."""
-        copy_into(self.weights(), load_file(folder / _FILE))
+        restore(self.weights(), load_file(folder / _FILE))
 
 
 class FrozenExits(DrafterModule):

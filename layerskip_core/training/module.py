@@ -3,7 +3,7 @@
 Layers and loss run inside the module's own `forward`, because DDP and FSDP2 act there.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from ..errors import ConfigError, first_line
 from ..losses import summed_losses, target_rows
 from ..model import Backend, TransformersBackend
 from ..model.transformers_backend import DocumentRows
-from ..model.weights import block_weights, copy_into
+from ..model.weights import block_weights
 from .exit_blocks import MUON_LR, named_weights
+from .progress import require_same_names, restore
 from .recipe import Recipe, RunStep, dropout_rates, exit_weights, exits_on, kept_rows, time_scale
 from .speedup import SpeedEstimate, exit_speedup
 
@@ -178,16 +179,33 @@ class RecipeModule(nn.Module):
             self.tokenizer.save_pretrained(folder)
 
     def load(self, folder: Path) -> None:
-        """Reads the weights that `save` wrote."""
+        """Reads the weights that `save` wrote. Raises ValueError unless it finds these and no
+        others.
+        """
         stored = {name: file.mapped(name) for name, file in open_weights(folder).items()}
         if hasattr(self.model, "get_base_model"):
-            from peft import set_peft_model_state_dict
+            from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
+            needed = get_peft_model_state_dict(self.model, save_embedding_layers=False)
+            require_same_names(stored, needed)
             set_peft_model_state_dict(self.model, stored)
         else:
-            copy_into(self.model.state_dict(keep_vars=True), stored)
+            restore(_written_weights(self.model, stored), stored)
         if self.exit_blocks:
-            copy_into(named_weights(self.exit_blocks), load_file(folder / EXIT_BLOCKS_FILE))
+            restore(named_weights(self.exit_blocks), load_file(folder / EXIT_BLOCKS_FILE))
+
+
+def _written_weights(model: Any, stored: Collection[str]) -> dict[str, Tensor]:
+    """The weights that a checkpoint of a transformers model has: of tied ones those in `stored`."""
+    weights = model.state_dict(keep_vars=True)
+    for name in model._keys_to_ignore_on_save or ():  # transformers does not write these
+        weights.pop(name, None)
+    found = {id(weights[name]) for name in stored if name in weights}
+    return {
+        name: weight
+        for name, weight in weights.items()
+        if name in stored or id(weight) not in found
+    }
 
 
 def with_gradient(states: Tensor, share: float) -> Tensor:

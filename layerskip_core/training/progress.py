@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
+from torch import Tensor
 
 from ..config.training import TrainingConfig
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, plural
 from ..files import discard_folder, remove_leftovers
+from ..model.weights import copy_into
 
 LOSSES = "losses.jsonl"  # the history of a run, in each of its checkpoints
 KEPT_CHECKPOINTS = 2
@@ -204,6 +206,31 @@ def discard(folder: Path, checkpoints: Iterable[Path]) -> None:
     remove_leftovers(folder)  # of a killed process
     for checkpoint in checkpoints:
         discard_folder(checkpoint)
+
+
+def restore(weights: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
+    """Overwrites weights in place by the stored ones of a checkpoint. Raises ValueError unless it
+    has these and no others.
+    """
+    require_same_names(stored, weights)
+    for name, weight in weights.items():
+        if stored[name].shape != weight.shape:
+            raise ValueError(
+                f"{name} must have the shape {list(weight.shape)}, found {list(stored[name].shape)}"
+            )
+    copy_into(weights, stored)
+
+
+def require_same_names(stored: Iterable[str], needed: Iterable[str]) -> None:
+    """Raises ValueError if a checkpoint lacks weights that a run trains, or has others."""
+    missing = sorted({*needed} - {*stored})
+    others = sorted({*stored} - {*needed})
+    if missing:
+        raise ValueError(f"{plural(len(missing), 'weight')} missing in it, {missing[0]} the first")
+    if others:
+        raise ValueError(
+            f"{plural(len(others), 'weight')} in it unknown to this run, {others[0]} the first"
+        )
 
 
 def _step(checkpoint: Path) -> int:

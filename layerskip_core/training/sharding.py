@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ..config.training import FinetuneConfig
 from ..errors import require
-from ..model.weights import copy_into
+from .progress import restore
 
 _SHARD = "shard-{}.pt"
 
@@ -89,12 +89,15 @@ def write_shard(
     )
 
 
+@torch.no_grad()
 def read_shard(
     module: nn.Module, optimizer: Optimizer, scheduler: LRScheduler, folder: Path
 ) -> None:
-    """Loads what `write_shard` wrote, in a run of as many processes."""
+    """Loads what `write_shard` wrote, in a run of as many processes. Raises ValueError unless it
+    has the same weights.
+    """
     stored = torch.load(folder / _SHARD.format(process_index()), weights_only=True)
-    copy_into(dict(_trained(module)), stored["weights"])
+    restore(dict(_trained(module)), stored["weights"])
     optimizer.load_state_dict(stored["optimizer"])
     scheduler.load_state_dict(stored["scheduler"])
 

@@ -15,7 +15,7 @@ from test_loop import NEW, VOCABULARY, TableModel, random_table
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
-from layerskip_core.decoding import decode
+from layerskip_core.decoding import DecodingLoop, decode
 from layerskip_core.decoding.drafters.lookup_drafter import LookupDrafter
 from layerskip_core.decoding.target import FixedTarget
 from layerskip_core.errors import ConfigError

@@ -10,8 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from command_line import run
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from training_runs import (
     RECIPE,
     Interrupted,
@@ -25,6 +26,7 @@ from training_runs import (
 
 from layerskip_core import files
 from layerskip_core.config.model import DataConfig
+from layerskip_core.config.training import DrafterConfig, RecipeSettings
 from layerskip_core.errors import CheckpointError, ConfigError, TrainingInterrupted
 from layerskip_core.training import module
 from layerskip_core.training.run import execute, prepare
@@ -197,6 +199,67 @@ def test_another_model_of_the_same_shape_is_not_resumed_with(
     prepare(settings(model=str(moved), resume=True))
 
 
+def without_a_shard(folder):
+    """As transformers writes large models, without the second of two files."""
+    held = weights(folder)
+    names = sorted(held)
+    first = {name: held[name] for name in names[:9]}
+    save_file(first, folder / "model-00001-of-00002.safetensors", {"format": "pt"})
+    (folder / "model.safetensors").unlink()
+    return f"{len(names) - 9} weights missing in it, {names[9]} the first"
+
+
+def with_a_further_weight(folder):
+    save_file(
+        weights(folder) | {"more": torch.ones(2)}, folder / "model.safetensors", {"format": "pt"}
+    )
+    return "1 weight in it unknown to this run, more the first"
+
+
+def without_a_weight_of_an_exit_block(folder):
+    path = folder / "exit_blocks.safetensors"
+    held = load_file(path)
+    del held["exits.2.norm.weight"]
+    save_file(held, path)
+    return "1 weight missing in it, exits.2.norm.weight the first"
+
+
+def without_a_weight(folder):
+    held = weights(folder)
+    del held["model.norm.weight"]
+    save_file(held, folder / "model.safetensors", {"format": "pt"})
+    return "1 weight missing in it, model.norm.weight the first"
+
+
+def with_another_shape(folder):
+    save_file(
+        weights(folder) | {"model.norm.weight": torch.ones(1)},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
+    return r"model.norm.weight must have the shape \[32\], found \[1\]"
+
+
+DAMAGED = (
+    without_a_shard,
+    without_a_weight,
+    with_a_further_weight,
+    with_another_shape,
+    without_a_weight_of_an_exit_block,
+)
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_checkpoint_has_the_weights_of_the_run_and_no_others(settings, tmp_path, damage):
+    read = settings(save_steps=1, recipe=RecipeSettings(p_max=0.0, exits=(2,)))
+    with pytest.raises(Interrupted):
+        execute(prepare(read), stop_at(2))
+    folder = checkpoint(tmp_path / "out", 1)
+    reason = damage(folder)
+    with pytest.raises(CheckpointError, match=f"^cannot resume from {folder}: {reason}$"):
+        execute(prepare(replace(read, resume=True)))
+
+
 class Payload:
     """A pickle that creates a file where it is loaded."""
 
@@ -296,3 +359,32 @@ def test_a_checkpoint_that_was_removed_in_part_blocks_nothing(
     assert steps_saved(two_checkpoints) == [2, 3] and len(list(folder.iterdir())) == 4
     execute(prepare(settings(save_steps=1, resume=True)))
     assert list(folder.iterdir()) == [own.parent] and own.read_text() == "mine"
+
+
+def test_a_drafter_is_resumed_whole(settings, tmp_path):
+    blocks = settings(
+        DrafterConfig, save_steps=1, exits=(1, 2), answers="data", output=str(tmp_path / "out")
+    )
+    with pytest.raises(Interrupted):
+        execute(prepare(blocks), stop_at(2))
+    path = checkpoint(tmp_path / "out", 1) / "drafter.safetensors"
+    held = load_file(path)
+    del held["exits.2.norm.weight"]
+    save_file(held, path)
+    with pytest.raises(
+        CheckpointError, match=r"1 weight missing in it, exits\.2\.norm\.weight the first"
+    ):
+        execute(prepare(replace(blocks, resume=True)))
+
+
+def test_an_adapter_is_resumed_whole(settings, tmp_path):
+    lora = settings(save_steps=1, lora_rank=2)
+    with pytest.raises(Interrupted):
+        execute(prepare(lora), stop_at(2))
+    path = checkpoint(tmp_path / "out", 1) / "adapter_model.safetensors"
+    held = load_file(path)
+    lost = min(held)
+    del held[lost]
+    save_file(held, path, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"1 weight missing in it, {lost} the first"):
+        execute(prepare(replace(lora, resume=True)))
