@@ -28,9 +28,8 @@ if TYPE_CHECKING:
     from layerskip_core.training.cost import AnsweredRow
     from layerskip_core.training.drafter_run import DrafterJob
     from layerskip_core.training.finetune_run import FinetuneJob
-    from layerskip_core.training.plan import RunPlan
+    from layerskip_core.training.plan import RunPlan, RunResult
     from layerskip_core.training.progress import StepReport
-    from layerskip_core.training.run import RunResult
     from layerskip_core.training.speedup import Speedup, Verdict
 
 _PAYS = 1.05  # least speedup over plain decoding
@@ -92,6 +91,8 @@ def run_training(settings: TrainingConfig, dry_run: bool, threads: int) -> None:
         from layerskip_core.training.run import prepare, run_lock
         from layerskip_core.training.speedup import verdicts
 
+    # The lock is taken before the output is looked at; `execute`, which anybody may call, takes it
+    # again
     with nullcontext() if dry_run else run_lock(settings.output):
         with waiting(reading):
             job = prepare(settings, dry_run)
@@ -166,7 +167,7 @@ def plan_text(job: "FinetuneJob | DrafterJob") -> str:
     config = plan.config
     why = f" ({plan.precision.reason})" if plan.precision.reason else ""
     lines = [
-        f"{config.model} ({plan.parameters / 1e6:.1f}M parameters, {plan.num_layers} layers) "
+        f"{config.model} ({plan.spec.parameters / 1e6:.1f}M parameters, {plan.num_layers} layers) "
         f"on {config.data.name}: {_rows_text(plan)}",
         f"{plan.steps} steps of {config.batch_size} x {config.accumulation} rows, lr {config.lr:g}, "
         f"{plan.precision.name} on {plan.device}{why}",
@@ -185,6 +186,8 @@ def plan_text(job: "FinetuneJob | DrafterJob") -> str:
             f"{len(answers.known)} exist already"
         )
     lines += plan.notes
+    if plan.checkpoint is not None:
+        lines.append(f"going on from {plan.checkpoint}")
     return "\n".join(lines)
 
 

@@ -23,7 +23,7 @@ class Interruption:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Interruption":
-        # The only one where Python allows handlers
+        # Python allows handlers in the main thread alone
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in self._signals}
         return self

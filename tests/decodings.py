@@ -8,7 +8,7 @@ from conftest import tiny_model
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
-from layerskip_core.decoding import decode
+from layerskip_core.decoding import decode, sampling
 from layerskip_core.decoding.drafters import DrafterSetup, DraftInput
 from layerskip_core.decoding.drafters.stepwise import StepwiseDraft
 from layerskip_core.decoding.drafters.submodel import SubmodelDrafter
@@ -51,6 +51,15 @@ def rounds_of(backend, prompt, config):
 
     loop.engine.drafter.draft = recorded
     return ids_of(loop), rounds
+
+
+def probabilities(logits, config):
+    """The distribution (..., V) of a sampled token."""
+    if not sampling.truncates(config):
+        return sampling._softmax(logits, config.temperature)
+    kept, ids = sampling.candidates(logits, config)
+    probs = sampling._softmax(kept, config.temperature)
+    return torch.zeros(logits.shape, dtype=probs.dtype).scatter(-1, ids, probs)
 
 
 def letters(ids):

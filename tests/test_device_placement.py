@@ -24,6 +24,7 @@ from layerskip_core.config.model import PackingConfig
 from layerskip_core.config.training import DrafterConfig, RecipeSettings
 from layerskip_core.decoding import DecodingLoop, Prefixes, decode
 from layerskip_core.decoding.dialogue import TextStream
+from layerskip_core.decoding.prefixes import NO_PREFIXES
 from layerskip_core.errors import ConfigError
 from layerskip_core.evaluation.measure.bench import bench
 from layerskip_core.harness.likelihood import likelihoods
@@ -224,7 +225,7 @@ def test_benchmarks(on_gpu, checkpoint):
 def test_stats_say_what_ran(on_gpu):
     """`generate` replays passes, and so does `chat`, whose texts share keys and values."""
     config = DecodingConfig("autoregressive", max_new_tokens=12, ignore_eos=True)
-    for prefixes in (None, Prefixes(inf)):
+    for prefixes in (NO_PREFIXES, Prefixes(inf)):
         stats = TextStream(on_gpu, PROMPTS[0], config, prefixes=prefixes).finish().stats
         assert "; layers: packed, CUDA graphs, float32 on cuda:0; " in stats_text(
             stats, on_gpu, None

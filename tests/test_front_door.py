@@ -73,10 +73,10 @@ def test_asynchronous_answers_share_passes_and_are_given_up_by_closing(model):
             await text_of_deep()
         engine = model._engine
         for _ in range(500):
-            if not engine.held:
+            if not engine.num_reserved:
                 break
             await asyncio.sleep(0.01)
-        return found, engine.held
+        return found, engine.num_reserved
 
     async def text_of_deep():
         return [piece async for piece in model.astream(PROMPT, exit_layer=99)]

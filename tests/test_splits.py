@@ -230,7 +230,7 @@ def test_a_stream_leaves_out_what_its_first_rows_decide(settings, tmp_path):
     )
     decode = job.trainable.tokenizer.decode
     held = {decode(row["input_ids"]) for row in job.data.held_out.rows}
-    one_pass = [decode(row["input_ids"]) for row in job.data.training.rows.one_pass(0)]
+    one_pass = [decode(row["input_ids"]) for row in job.data.training.stream.one_pass(0)]
     assert len(one_pass) == len(set(one_pass)) == 400 - 25 - 12 and not held & set(one_pass)
 
 
@@ -319,7 +319,7 @@ def test_every_process_and_resumption_holds_out_the_same_rows(settings, tmp_path
     def held_out(**changes):
         job = prepare(settings(data=DataConfig(str(file)), overwrite=True, **changes))
         decode = job.trainable.tokenizer.decode
-        return {decode(row["input_ids"]) for row in job.data.held_out_rows}, job.data.division
+        return {decode(row["input_ids"]) for row in job.data.held_out_rows}, job.plan.division
 
     rows, division = held_out()
     assert len(rows) == 25 and len({row.split()[1] for row in rows}) >= 6  # of eight domains

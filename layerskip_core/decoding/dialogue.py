@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 from math import inf
-from typing import Any
+from typing import Unpack
 
 from ..checkpoint.loaded import Decoder
 from ..config.decoding import DecodingConfig
 from ..model.backend import check_prompt
 from ..prompting import CHAT
+from .engine import EngineOptions
 from .loop import decode
 from .output import Answer, DecodeStats, StopReason
 from .prefixes import Prefixes
@@ -21,17 +22,20 @@ class TextStream:
     """
 
     def __init__(
-        self, loaded: Decoder, prompt: str | list[int], config: DecodingConfig, **kept: Any
+        self,
+        loaded: Decoder,
+        prompt: str | list[int],
+        config: DecodingConfig,
+        **options: Unpack[EngineOptions],
     ) -> None:
-        """`prompt`: a text for the template, or token ids. `kept`: the DecodingLoop's `prefixes`
-        and `earlier`.
+        """`prompt`: a text for the template, or token ids. `options`: Engine's.
 
         Raises ConfigError for a prompt or exit that does not fit, CheckpointError for a chat
         template that fails.
         """
         ids = loaded.encode_prompt(prompt) if isinstance(prompt, str) else prompt
         ends = loaded.ends_of(config)
-        self.decoding = decode(loaded.backend, ids, config, ends, loaded.detokenize, **kept)
+        self.decoding = decode(loaded.backend, ids, config, ends, loaded.detokenize, **options)
         self._output = self.decoding.rows[0].text
 
     @property
@@ -62,7 +66,8 @@ class TextStream:
 
     def __iter__(self) -> Iterator[str]:
         for [step] in self.decoding:
-            if piece := self._output.add(step.ids, step.finish_reason is not None):
+            piece = self._output.add(step.ids, step.finish_reason is not None)
+            if piece:
                 yield piece
             self._raise_error()
 
@@ -81,20 +86,24 @@ class TextStream:
             for count, token in enumerate(step.ids, start=1):
                 output.decode([token], finished and count == len(step.ids))
                 ends.append((len(output.decoded), count <= step.counts.accepted))
-            stop = start + len(output.show(finished))
+            shown_end = start + len(output.show(finished))
             segments: list[tuple[str, bool]] = []
             for end, from_draft in ends:
-                if (shown := min(end, stop)) > start:
-                    before = segments.pop()[0] if segments and segments[-1][1] == from_draft else ""
-                    segments.append((before + self.text[start:shown], from_draft))
-                    start = shown
-            ends = [(end, from_draft) for end, from_draft in ends if end > stop]
+                piece = self.text[start : min(end, shown_end)]
+                if not piece:
+                    continue
+                start += len(piece)
+                if segments and segments[-1][1] == from_draft:
+                    piece = segments.pop()[0] + piece
+                segments.append((piece, from_draft))
+            ends = [(end, from_draft) for end, from_draft in ends if end > shown_end]
             yield segments
             self._raise_error()
 
     def _raise_error(self) -> None:
         """Raises LayerSkipError for an answer that ended without matching its grammar."""
-        if (error := self.decoding.rows[0].error) is not None:
+        error = self.decoding.rows[0].error
+        if error is not None:
             raise error
 
 
@@ -146,7 +155,7 @@ class Dialogue:
             "the conversation with this message" if turns else "the prompt",
         )
         if self._asked is not None:
-            self._asked[1].decoding.leave()
+            self._asked[1].decoding.close()
         stream = TextStream(self._loaded, ids, self._config, prefixes=self._prefixes)
         self._turns = turns
         self._asked = (message, stream)

@@ -5,10 +5,9 @@ one pass, verifies the drafts, and commits the tokens. Rows get the same tokens 
 """
 
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from threading import RLock
-from typing import Any
+from typing import Any, TypedDict
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,14 +19,13 @@ from ..model.cache import Places, on_device
 from .drafters import Draft, Drafter, DrafterSetup, DraftInput, drafter_for
 from .drafters.lookup import EarlierAnswers
 from .graphs import GraphRecorder, instant, seconds_between
-from .output import logprobs_of
+from .output import PLAIN, Timings, logprobs_of
 from .plan import ScheduledRow, StepPlan
 from .prefixes import NO_PREFIXES, Prefixes
 from .row import Row, RowStep
-from .sampling import Span, accepted_choices, needs_logits, noise_of, verify
+from .sampling import ChoiceRun, accepted_choices, needs_logits, noise_of, verify
 from .target import FixedTarget, TargetOutput, target_of
 
-_NO_DRAFTS = "plain"  # source of steps without room for drafts
 _LOCKS: WeakKeyDictionary[Backend, RLock] = WeakKeyDictionary()
 _SCORED = 64  # positions of a prompt whose logits are in memory at once
 
@@ -44,6 +42,15 @@ def lock_of(model: Backend) -> RLock:
 def draft_length(config: DecodingConfig) -> int:
     """The most drafts of a row in a step."""
     return config.num_draft_tokens if STRATEGIES[config.strategy].drafts else 0
+
+
+class EngineOptions(TypedDict, total=False):
+    """Options of an Engine, as its callers pass them on; see there."""
+
+    prefixes: Prefixes
+    earlier: EarlierAnswers | None
+    reuse_exit_states: bool
+    drafter: Drafter | None
 
 
 class Engine:
@@ -79,8 +86,8 @@ class Engine:
         self.drafter = drafter
         self.rows = list[Row]()  # unfinished, in the order of the cache
         self.cache = model.new_cache(0)
-        self.seconds = defaultdict[str, Any](int)  # by field of DecodeStats
-        # From the first decoding pass on, if passes can be recorded
+        self.timings = Timings()
+        # If passes can be recorded: from the first decoding pass on. Its cache is `cache`
         self.recorder: GraphRecorder | None = None
         self._model = model
         self._prefixes = prefixes
@@ -91,11 +98,13 @@ class Engine:
 
     def add(self, row: Row) -> None:
         """Adds a new row, or one that was preempted; it gets the same tokens as alone."""
-        known = self._prefixes_of(row)
-        end = len(row.ids) + row.scanner.tokens_left
+        prefixes = self._prefixes_of(row)
+        end = len(row.ids) + row.scanner.num_tokens_left
         with self._lock, torch.inference_mode():  # as in all writes to caches
-            cache, row.num_computed_tokens = known.begin(self._model, self.target, row.ids, end)
-            row.branch_point = known.branch_point(
+            cache, row.num_computed_tokens = prefixes.start_cache(
+                self._model, self.target, row.ids, end
+            )
+            row.branch_point = prefixes.branch_point(
                 self._model, self.target, row.ids, row.num_computed_tokens
             )
             if row.num_cached_tokens is None:  # else it was preempted
@@ -128,14 +137,8 @@ class Engine:
         self._keep_rows([index for index, other in enumerate(self.rows) if other is not row])
         if not self.target.decodes_like_prefill:
             row.restart()
-        elif not row.output:
+        elif not row.has_output:
             row.prompt_logprobs = []
-
-    def keep_texts(self) -> None:
-        """Adds the texts of all rows so far to the prefixes."""
-        with self._lock:
-            for index in range(len(self.rows)):
-                self._keep_text(index)
 
     def close(self) -> None:
         """Removes all rows and frees their KV entries at once."""
@@ -167,49 +170,49 @@ class Engine:
         draft, draft_instants = self._draft(plan)
         plan = plan.with_drafts(draft.counts)
         output, tokens = self._forward(plan, draft)
-        verified = self._verify(plan, tokens, output)
+        verified = self._verify_drafts(plan, tokens, output)
         draft_seconds = seconds_between(*draft_instants) if draft_instants else 0.0
         if not plan.num_prefill_tokens:
-            self.seconds["verify_seconds"] += time.perf_counter() - started - draft_seconds
-        self.seconds["draft_seconds"] += draft_seconds
+            self.timings.verify_seconds += time.perf_counter() - started - draft_seconds
+        self.timings.draft_seconds += draft_seconds
         steps = self._commit(plan, draft.source, output, verified)
-        self.seconds["total_seconds"] += time.perf_counter() - started
+        self.timings.total_seconds += time.perf_counter() - started
         return steps
 
     def _draft(self, plan: StepPlan) -> tuple[Draft, tuple[Any, Any] | None]:
         """A draft for the rows that decode, and the instants at which the drafter began and ended.
         No drafts where only the target's own token has room.
         """
-        decoding = [plan.rows[index] for index in plan.decoding]
+        decoding = [plan.rows[index] for index in plan.decoding_indices]
         rows = [each.row for each in decoding]
         limits = [each.num_draft_tokens for each in decoding]
         newest = on_device([row.ids[-1] for row in rows], self._model)
         if self.target.can_record and rows:
             ends = [len(each.row.ids) + each.num_draft_tokens for each in decoding]
-            self._make_recorder().reach(max(ends))
+            recorder = self.recorder or self._start_recording()
+            recorder.reach(max(ends))
         if self.drafter is None or max(limits, default=0) <= 0:
-            return Draft(newest, (0,) * len(rows), source=_NO_DRAFTS), None
+            return Draft(newest, (0,) * len(rows), source=None), None
         given = DraftInput(
             rows,
             newest,
             self.cache,
-            plan.decoding,
-            self._num_computed_tokens,
-            self.seconds["total_seconds"],
-            plan.max_prefill_tokens,
-            self.recorder,
-            self.target.block_writer,
+            indices=plan.decoding_indices,
+            num_computed_tokens=self._num_computed_tokens,
+            seconds=self.timings.total_seconds,
+            max_prefill_tokens=plan.max_prefill_tokens,
+            recorder=self.recorder,
+            block_writer=self.target.block_writer,
         )
         begun = instant(self._model.device)
         draft = self.drafter.draft(given, limits)
         instants = (begun, instant(self._model.device)) if any(draft.counts) else None
         return draft, instants
 
-    def _make_recorder(self) -> GraphRecorder:
-        if self.recorder is None:
-            self.recorder = GraphRecorder.of(self._model, self.cache)
-            self.recorder.counts = self.seconds
-            self.cache = self.recorder.cache
+    def _start_recording(self) -> GraphRecorder:
+        """The recorder's cache takes over the rows: recorded passes hold its addresses."""
+        self.recorder = GraphRecorder.of(self._model, self.cache, self.timings)
+        self.cache = self.recorder.cache
         return self.recorder
 
     def _forward(self, plan: StepPlan, draft: Draft) -> tuple[TargetOutput, Tensor]:
@@ -220,11 +223,11 @@ class Engine:
             self.cache,
             self._num_computed_tokens,
             [each.num_tokens for each in plan.rows],
-            no_rollback=not plan.decoding,
+            no_rollback=not plan.decoding_indices,
         )
         if not plan.num_prefill_tokens:
             return self._forward_drafts(plan, draft, places), draft.tokens
-        drafts = iter(draft.by_row() if plan.decoding else ())
+        drafts = iter(draft.by_row() if plan.decoding_indices else ())
         parts = []
         for each in plan.rows:
             start = each.row.num_computed_tokens
@@ -234,35 +237,37 @@ class Engine:
                 parts.append(next(drafts))
         tokens = torch.cat(parts)
         reporting = [_reports_prompt(each.row) for each in plan.rows]
-        output = self.target.run_mixed(tokens, places, plan.scored, any(reporting))
+        output = self.target.run_mixed(tokens, places, plan.scored_tokens, any(reporting))
         if output.states is not None:
             for index, reports in enumerate(reporting):
                 if reports:
                     states = output.states[plan.bounds[index] : plan.bounds[index + 1]]
                     self._add_prompt_logprobs(plan.rows[index].row, states)
-        return output, tokens[on_device(plan.scored, tokens)]
+        return output, tokens[on_device(plan.scored_tokens, tokens)]
 
     def _forward_drafts(self, plan: StepPlan, draft: Draft, places: Places) -> TargetOutput:
         """A pass without chunks of prompts. The model chooses the tokens itself, if nothing else
         needs their logits.
         """
-        rows = [each.row for each in plan.sampling]
-        reads_logits = needs_logits(rows)
+        rows = [each.row for each in plan.sampling_rows]
+        returns_logits = needs_logits(rows)
         # A recorded pass has no noise
         if self.recorder is not None and any(row.config.temperature > 0 for row in rows):
-            reads_logits = True
-        noise = None if reads_logits else noise_of(_spans(plan))
+            returns_logits = True
+        noise = None if returns_logits else noise_of(_choice_runs(plan))
         return self.target.run_drafts(
-            draft.tokens, draft.exit_states, places, self.recorder, noise, reads_logits
+            draft.tokens, draft.exit_states, places, self.recorder, noise, returns_logits
         )
 
-    def _verify(self, plan: StepPlan, tokens: Tensor, output: TargetOutput) -> list[list[int]]:
+    def _verify_drafts(
+        self, plan: StepPlan, tokens: Tensor, output: TargetOutput
+    ) -> list[list[int]]:
         """By row that samples: the accepted drafts, and a token of the target's own."""
-        spans = _spans(plan)
+        runs = _choice_runs(plan)
         if output.choices is not None:
-            return accepted_choices(tokens, [span.tokens for span in spans], output.choices)
+            return accepted_choices(tokens, [run.tokens for run in runs], output.choices)
         if output.logits is not None:
-            return verify(tokens, spans, output.logits)
+            return verify(tokens, runs, output.logits)
         return []
 
     def _add_prompt_logprobs(self, row: Row, states: Tensor) -> None:
@@ -278,7 +283,7 @@ class Engine:
             row.prompt_logprobs += logprobs_of(logits, ids, row.config.logprobs)
 
     def _commit(
-        self, plan: StepPlan, source: str, output: TargetOutput, verified: list[list[int]]
+        self, plan: StepPlan, source: str | None, output: TargetOutput, verified: list[list[int]]
     ) -> list[RowStep]:
         """Commits verified tokens and drops finished rows. Later tokens overwrite the KV entries of
         rejected drafts.
@@ -312,15 +317,19 @@ class Engine:
     def _commit_row(
         self,
         each: ScheduledRow,
-        source: str,
+        source: str | None,
         ids: list[int],
         layers: int,
         logits: Tensor | None,
     ) -> RowStep:
-        of_row = None if self.drafter is None or each.is_prefill else source
-        if self.drafter is not None and of_row not in (None, _NO_DRAFTS):
+        """`source`: of the drafts; None if no drafter was asked."""
+        if self.drafter is None or each.is_prefill:
+            source = None
+        elif source is None:
+            source = PLAIN
+        else:
             self.drafter.observe(each.row, each.num_draft_tokens, ids)
-        return each.row.commit(ids, each.num_draft_tokens, of_row, layers, logits)
+        return each.row.commit(ids, each.num_draft_tokens, source, layers, logits)
 
     def _drop_finished(self, plan: StepPlan) -> None:
         """Drops finished rows. Adds to the prefixes what others may continue from: whole prompts,
@@ -330,7 +339,7 @@ class Engine:
         for index, each in enumerate(plan.rows):
             row = each.row
             if each.is_prefill and each.samples:
-                self._keep(index, row.ids[: row.prompt_tokens])
+                self._keep(index, row.ids[: row.num_prompt_tokens])
             if each.num_tokens and row.num_computed_tokens == row.branch_point:
                 self._keep(index, row.ids[: row.branch_point])
             if row.scanner.reason is None:
@@ -338,7 +347,7 @@ class Engine:
                 continue
             self._keep_text(index)
             if self._earlier is not None:
-                self._earlier.add(row.ids, row.prompt_tokens)
+                self._earlier.add(row.ids, row.num_prompt_tokens)
         if len(unfinished) < len(plan.rows):
             self._keep_rows(unfinished)
 
@@ -352,12 +361,12 @@ class Engine:
     def _keep_text(self, index: int) -> None:
         """Adds a row's text so far to the prefixes, unless it waits for a prefill."""
         row = self.rows[index]
-        if row.output and not row.prefill_tokens and self.target.decodes_like_prefill:
+        if row.has_output and not row.num_uncomputed_tokens and self.target.decodes_like_prefill:
             self._keep(index, row.ids[:-1])
 
     def _keep(self, index: int, ids: Sequence[int]) -> None:
         """Adds the KV entries of a row's first tokens to the prefixes."""
-        if self.target.block_writer is not None and self._prefixes is not NO_PREFIXES:
+        if self.target.block_writer is not None and self._prefixes.keeps_any:
             self.target.block_writer.write(self.cache, self._num_computed_tokens)
         prefixes = self._prefixes_of(self.rows[index])
         prefixes.keep(self._model, self.target, ids, self.cache, index)
@@ -379,9 +388,9 @@ class Engine:
 
 def _reports_prompt(row: Row) -> bool:
     """Whether log probabilities of prompt tokens are wanted, and the prompt still runs."""
-    return row.config.prompt_logprobs and not row.output
+    return row.config.prompt_logprobs and not row.has_output
 
 
-def _spans(plan: StepPlan) -> list[Span]:
+def _choice_runs(plan: StepPlan) -> list[ChoiceRun]:
     """The choices of a step: a token after each draft and one after the newest."""
-    return [Span(each.row, 1 + each.num_draft_tokens) for each in plan.sampling]
+    return [ChoiceRun(each.row, 1 + each.num_draft_tokens) for each in plan.sampling_rows]

@@ -25,6 +25,7 @@ from ..errors import first_line
 from ..model.backend import Backend
 from ..model.cache import KVCache
 from ..model.row_cache import RowCache
+from .output import Timings
 
 # Runs of a pass before it is recorded, in which torch chooses kernels and allocates buffers
 _WARMUP_RUNS = 2
@@ -40,29 +41,30 @@ Tensors = tuple[Tensor, ...]
 class GraphRecorder:
     """Recorded passes of successive decodings, which share a cache."""
 
-    counts: dict[str, Any]  # of the current decoding, by field of DecodeStats
-
-    def __init__(self, cache: RowCache) -> None:
+    def __init__(self, cache: RowCache, timings: Timings) -> None:
+        """`timings`: of the current decoding."""
         self.cache = cache
+        self.timings = timings
         self._device = cache.storage.device
         self._storage: Tensor | None = None  # the cache's, when passes were recorded
         self._runs: Counter[Hashable] = Counter()
         # Inputs, replay, outputs
         self._recordings: dict[Hashable, tuple[Tensors, Callable[[], None], Tensors]] = {}
         self._pool: Any = None  # the memory that all recordings share
-        self._records = True
+        self._can_record = True
 
     @classmethod
-    def of(cls, model: Backend, cache: KVCache) -> "GraphRecorder":
+    def of(cls, model: Backend, cache: KVCache, timings: Timings) -> "GraphRecorder":
         """The recorder for a decoding that continues from a cache: that of the model's last
         decoding, whose cache takes over these rows, if it is idle and its cache not much too large;
         else a new one.
         """
         assert isinstance(cache, RowCache)
         recorder = _IDLE.pop(model, None)
-        places = 0 if recorder is None else recorder.cache.slots * recorder.cache.capacity
-        if recorder is None or places > max(_WORTH_KEEPING, 4 * cache.rows * cache.written):
-            return cls(cache)
+        capacity = 0 if recorder is None else recorder.cache.slots * recorder.cache.capacity
+        if recorder is None or capacity > max(_WORTH_KEEPING, 4 * cache.rows * cache.written):
+            return cls(cache, timings)
+        recorder.timings = timings
         recorder.cache.keep_rows(())
         recorder.cache.max_positions = 0
         recorder.cache.join(cache)
@@ -77,11 +79,11 @@ class GraphRecorder:
         """The number of cache slots in a pass."""
         return min(1 << (self.cache.rows - 1).bit_length(), self.cache.slots)
 
-    def reach(self, stop: int) -> None:
-        """Makes room for positions before `stop`. If the storage moves, recordings, which hold its
+    def reach(self, end: int) -> None:
+        """Makes room for positions before `end`. If the storage moves, recordings, which hold its
         addresses, are dropped.
         """
-        storage = self.cache.reach(stop)
+        storage = self.cache.reach(end)
         if storage is not self._storage:
             self._storage = storage
             self._pool = None
@@ -97,11 +99,11 @@ class GraphRecorder:
         """
         key = name, tuple(tensor.shape for tensor in inputs)
         self._runs[key] += 1
-        if self._records and key not in self._recordings and self._runs[key] > _WARMUP_RUNS:
+        if self._can_record and key not in self._recordings and self._runs[key] > _WARMUP_RUNS:
             try:
                 self._recordings[key] = self._recorded(work, inputs)
             except RuntimeError as error:
-                self._records = False
+                self._can_record = False
                 warnings.warn(
                     f"decoding goes on without CUDA graphs: {first_line(error)}",
                     RuntimeWarning,
@@ -113,7 +115,7 @@ class GraphRecorder:
         for tensor, given in zip(held, inputs, strict=True):
             tensor.copy_(given, non_blocking=True)
         replay()
-        self.counts["replayed"] += 1
+        self.timings.replayed += 1
         return tuple(output.clone() for output in outputs)  # the next replay may write there
 
     def _recorded(

@@ -1,13 +1,13 @@
 """Decoding of given prompts: clients of the scheduler that wait for every step."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Unpack
 
 from ..config.decoding import DecodingConfig
 from ..errors import require
 from ..model.backend import Backend, check_prompt
 from .drafters.lookup import EarlierAnswers
-from .engine import draft_length
+from .engine import EngineOptions, draft_length
 from .output import Answer, DecodeStats, Detokenize, StopReason
 from .row import Row, RowStep
 from .scheduler import Scheduler, without_failure
@@ -40,13 +40,13 @@ def decode(
     config: DecodingConfig,
     eos_ids: frozenset[int] = frozenset(),
     detokenize: Detokenize | None = None,
-    **options: Any,
+    **options: Unpack[EngineOptions],
 ) -> "DecodingLoop":
     """Decode a prompt by the config's strategy: `[step.ids for [step] in decode(...)]` are the ids
     of each step.
 
     Every strategy that drafts gives the tokens of autoregressive decoding, sampled ones of equal
-    seeds too. `detokenize`: ids to text, for stop strings only. `options`: DecodingLoop's. Raises
+    seeds too. `detokenize`: ids to text, for stop strings only. `options`: Engine's. Raises
     ConfigError for a prompt that does not fit, and for draft weights that were not loaded.
     """
     return DecodingLoop(model, [prompt_ids], config, eos_ids, detokenize, **options)
@@ -68,11 +68,9 @@ def decode_batch(
     None: the config's for all. Raises ConfigError as `decode`, and for several prompts with exact
     weights or an `exit_confidence`, where rows leave at different exits.
     """
-    single = len(prompts) == 1
-    require(single or not model.exact, "batch_size", "1 with `exact`", len(prompts))
-    require(
-        single or not config.exit_confidence, "batch_size", "1 with `exit_confidence`", len(prompts)
-    )
+    for name, is_used in (("exact", model.exact), ("exit_confidence", config.exit_confidence)):
+        fits = not is_used or len(prompts) == 1
+        require(fits, "batch_size", f"1 with `{name}`", len(prompts))
     if not prompts:
         return []
     loop = DecodingLoop(model, prompts, config, eos_ids, detokenize, seeds=seeds, earlier=earlier)
@@ -101,22 +99,20 @@ class DecodingLoop:
         detokenize: Detokenize | None = None,
         *,
         seeds: Sequence[int] | None = None,
-        **options: Any,
+        **options: Unpack[EngineOptions],
     ) -> None:
-        """Arguments and errors as for `decode` and `decode_batch`, at least one prompt; `options`:
-        Scheduler's and Engine's.
-        """
+        """Arguments and errors as for `decode` and `decode_batch`, at least one prompt."""
         self.rows = []
         for index, prompt in enumerate(prompts):
             seed = None if seeds is None else seeds[index]
             self.rows.append(new_row(model, prompt, config, eos_ids, detokenize, seed))
         self._scheduler = Scheduler(model, **options)
-        # The one of all rows, also after their end, for its statistics
+        # One engine has all rows. It is held after their end, too, for its statistics
         self.engine = self._scheduler.engine_for(self.rows[0])
         for row in self.rows:
             self._scheduler.add(row)
         without_failure(self._scheduler.admit())
-        # Of the first prompt, from a kept prefix
+        # How many tokens of the first prompt had KV entries in a kept prefix
         self.reused_tokens = self.rows[0].num_cached_tokens
 
     def __iter__(self) -> Iterator[list[RowStep]]:
@@ -131,9 +127,10 @@ class DecodingLoop:
             self._scheduler.clear()
             raise
 
-    def leave(self) -> None:
-        """Adds the texts of all rows so far to the prefixes."""
-        self._scheduler.keep_texts()
+    def close(self) -> None:
+        """Ends all rows. Their texts so far are added to the prefixes."""
+        for row in self.rows:
+            self._scheduler.remove(row)
 
     @property
     def stats(self) -> DecodeStats:
@@ -141,7 +138,7 @@ class DecodingLoop:
         counted.
         """
         counts = (step for row in self.rows for step in row.steps)
-        return sum(counts, DecodeStats(**self.engine.seconds))
+        return sum(counts, DecodeStats(**vars(self.engine.timings)))
 
     @property
     def finish_reason(self) -> StopReason | None:

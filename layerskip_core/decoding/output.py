@@ -16,6 +16,7 @@ from ..errors import LayerSkipError, require
 StopReason = Literal["eos", "stop", "length", "context", "error"]
 Detokenize = Callable[[list[int]], str]
 
+PLAIN = "plain"  # steps without drafts, in DecodeStats.steps_by_drafter
 _INCOMPLETE = "\ufffd"  # decoded from a character whose last bytes are missing
 
 
@@ -80,6 +81,16 @@ class DecodeStats:
         )
 
 
+@dataclass
+class Timings:
+    """What an engine adds up over its steps; the names are those of DecodeStats."""
+
+    draft_seconds: float = 0.0
+    verify_seconds: float = 0.0
+    total_seconds: float = 0.0
+    replayed: int = 0
+
+
 @lru_cache  # most steps are alike
 def step_counts(
     drafted: int,
@@ -103,7 +114,7 @@ def step_counts(
         tested_by_position=(1,) * min(drafted, new_tokens),
         accepted_by_position=(1,) * accepted,
         tokens_by_layers=() if layers is None else (0,) * (layers - 1) + (new_tokens,),
-        steps_by_drafter={} if drafter is None else {drafter if drafted else "plain": 1},
+        steps_by_drafter={} if drafter is None else {drafter if drafted else PLAIN: 1},
     )
 
 
@@ -170,9 +181,9 @@ class OutputText:
         ids = [token for token in ids if token not in self._eos_ids]
         if len(ids) > 1 and _INCOMPLETE not in self._detokenize([*self._ids, *ids]):
             self._take(ids)
-        # Some tokenizers turn a whole run of bytes into U+FFFD if one is wrong: those before it are
-        # settled first
         else:
+            # Some tokenizers turn a whole run of bytes into U+FFFD if one is wrong: those before it
+            # are settled first
             for token in ids:
                 self._take([token])
         if finished:
@@ -187,11 +198,12 @@ class OutputText:
         """
         visible = before_stop(self.decoded, self._stop)
         if not finished and len(visible) == len(self.decoded):
-            starts = (stop[:size] for stop in self._stop for size in range(1, len(stop)))
-            visible = visible[
-                : len(visible)
-                - max((len(start) for start in starts if visible.endswith(start)), default=0)
-            ]
+            held_back = 0
+            for stop in self._stop:
+                for size in range(1, len(stop)):
+                    if visible.endswith(stop[:size]):
+                        held_back = max(held_back, size)
+            visible = visible[: len(visible) - held_back]
         piece = visible[len(self.text) :]
         self.text = visible
         return piece
@@ -207,18 +219,15 @@ class OutputText:
         """The text of the ids that are not settled."""
         before = self._detokenize(self._ids[: self._settled]) if self._settled else ""
         now = self._detokenize(self._ids) if self._ids else ""
-        return (
-            now[len(before) :]
-            if now.startswith(before)
-            else self._detokenize(self._ids[self._settled :])
-        )
+        if now.startswith(before):
+            return now[len(before) :]
+        return self._detokenize(self._ids[self._settled :])
 
 
 def before_stop(text: str, stop: Sequence[str]) -> str:
     """The text before the first occurrence of a stop string."""
-    return text[
-        : min((start for string in stop if (start := text.find(string)) >= 0), default=len(text))
-    ]
+    found = [text.find(string) for string in stop if string in text]
+    return text[: min(found, default=len(text))]
 
 
 class StopScanner:
@@ -243,7 +252,7 @@ class StopScanner:
         self.eos_ids = eos_ids
         self._stop = stop
         self._text = OutputText(detokenize) if stop and detokenize is not None else None
-        self.tokens_left = min(max_new_tokens, context_left)
+        self.num_tokens_left = min(max_new_tokens, context_left)
         self._last: StopReason = "length" if max_new_tokens <= context_left else "context"
         self.reason: StopReason | None = None  # why the output ended, once it has
 
@@ -252,12 +261,12 @@ class StopScanner:
         reason if one did.
         """
         for count, token in enumerate(ids, start=1):
-            self.tokens_left -= 1
+            self.num_tokens_left -= 1
             if token in self.eos_ids:
                 self.reason = "eos"
             elif self._text is not None and self._completes_stop(self._text, token):
                 self.reason = "stop"
-            elif self.tokens_left <= 0:
+            elif self.num_tokens_left <= 0:
                 self.reason = self._last
             if self.reason is not None:
                 return count, self.reason

@@ -28,12 +28,12 @@ class StepPlan:
     max_prefill_tokens: float = inf  # that a draft model may run in this step, too
 
     @cached_property
-    def decoding(self) -> list[int]:
+    def decoding_indices(self) -> list[int]:
         """The indices of rows that may get drafts."""
         return [index for index, each in enumerate(self.rows) if not each.is_prefill]
 
     @cached_property
-    def sampling(self) -> list[ScheduledRow]:
+    def sampling_rows(self) -> list[ScheduledRow]:
         return [each for each in self.rows if each.samples]
 
     @property
@@ -50,7 +50,7 @@ class StepPlan:
         return [0, *accumulate(each.num_tokens for each in self.rows)]
 
     @cached_property
-    def scored(self) -> list[int]:
+    def scored_tokens(self) -> list[int]:
         """The indices in the pass of the tokens after which a token is chosen: of each row that
         samples the last, and drafts are the last of their row.
         """
@@ -63,29 +63,29 @@ class StepPlan:
     def with_drafts(self, counts: Sequence[int]) -> "StepPlan":
         """The plan with the drafts that were made, `counts` by decoding row."""
         rows = list(self.rows)
-        for index, drafts in zip(self.decoding, counts, strict=True):
+        for index, drafts in zip(self.decoding_indices, counts, strict=True):
             rows[index] = replace(rows[index], num_tokens=1 + drafts, num_draft_tokens=drafts)
         return replace(self, rows=tuple(rows))
 
 
 def plan_step(rows: Sequence[Row], num_draft_tokens: int, max_prefill_tokens: float) -> StepPlan:
-    """Plans a step: decoding rows get at most `num_draft_tokens` drafts each, and rows that lack KV
-    entries share the prefill tokens, the oldest first.
+    """Plans a step: decoding rows get at most `num_draft_tokens` drafts each; rows without the KV
+    entries of their text share the prefill tokens, in the order in which they joined.
     """
-    left = max_prefill_tokens
+    num_prefill_left = max_prefill_tokens
     scheduled = []
     for row in rows:
-        if row.prefill_tokens == 0:
+        if row.num_uncomputed_tokens == 0:
             # The last token of an output has no room for a draft
-            drafts = min(num_draft_tokens, row.scanner.tokens_left - 1)
+            drafts = min(num_draft_tokens, row.scanner.num_tokens_left - 1)
             scheduled.append(ScheduledRow(row, False, 1 + drafts, drafts, samples=True))
             continue
-        chunk = min(row.prefill_tokens, left)
+        chunk = min(row.num_uncomputed_tokens, num_prefill_left)
         if row.num_computed_tokens < row.branch_point and max_prefill_tokens < inf:
-            # Ends where other prompts part from this one, so that they can continue from there
+            # See Row.branch_point. An unlimited prefill is of given prompts, which come together
             chunk = min(chunk, row.branch_point - row.num_computed_tokens)
-        left -= chunk
+        num_prefill_left -= chunk
         # A row that was preempted has its next token already
-        samples = chunk == row.prefill_tokens and not row.output
+        samples = chunk == row.num_uncomputed_tokens and not row.has_output
         scheduled.append(ScheduledRow(row, True, int(chunk), 0, samples))
     return StepPlan(tuple(scheduled), max_prefill_tokens)

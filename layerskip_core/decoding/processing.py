@@ -13,23 +13,22 @@ class LogitsProcessor:
     """Changes the logits of one row."""
 
     def __init__(
-        self, config: DecodingConfig, ids: list[int], prompt_tokens: int, ends: Collection[int]
+        self, config: DecodingConfig, ids: list[int], num_prompt_tokens: int, ends: Collection[int]
     ) -> None:
         """`ids`: the row's, which grow while it is decoded. `ends`: the tokens that end it."""
         self._config = config
         self._ids = ids
-        self._prompt_tokens = prompt_tokens
+        self._num_prompt_tokens = num_prompt_tokens
         self._ends = ends
         self._matcher = None if config.guide is None else config.guide.matcher()
         # Token ids, and what their logits get; from the first call on
         self._bias: tuple[Tensor, Tensor] | None = None
         self._end_ids: Tensor | None = None  # those in the vocabulary
-        self._counted = prompt_tokens  # how many of `ids` are in `_counts`
-        # Occurrences in the output, by token; with a repetition penalty also the prompt's tokens,
-        # from 0.
-        self._counts = dict.fromkeys(
-            ids[:prompt_tokens] if config.repetition_penalty != 1 else (), 0
-        )
+        self._counted = num_prompt_tokens  # how many of `ids` are in `_counts`
+        # Occurrences in the output, by token. A repetition penalty is of the prompt's tokens, too
+        self._counts = dict[int, int]()
+        if config.repetition_penalty != 1:
+            self._counts = dict.fromkeys(ids[:num_prompt_tokens], 0)
 
     def process(self, logits: Tensor, drafts: Sequence[int]) -> None:
         """Changes the logits (T, V) of the last T positions after the row's tokens and the drafts
@@ -47,7 +46,7 @@ class LogitsProcessor:
             logits[:, biased] += bias
         if config.penalises:
             self._penalise(logits, drafts, first)
-        early = config.min_tokens - (len(self._ids) - self._prompt_tokens) - first
+        early = config.min_tokens - (len(self._ids) - self._num_prompt_tokens) - first
         if early > 0:
             if self._end_ids is None:
                 self._end_ids = _tensor_on(
@@ -55,8 +54,8 @@ class LogitsProcessor:
                 )
             logits[:early].index_fill_(1, self._end_ids, -torch.inf)
         if self._matcher is not None:
-            for place, scores in enumerate(logits, start=first):
-                forbidden = self._matcher.forbidden(self._output, drafts[:place])
+            for num_drafts, scores in enumerate(logits, start=first):
+                forbidden = self._matcher.forbidden(self._output, drafts[:num_drafts])
                 if forbidden is not None and scores.device.type == "cpu":
                     # By one thread, see `sampling.best_of`
                     np.copyto(scores.numpy(), -np.inf, where=forbidden[: len(scores)])
@@ -68,11 +67,9 @@ class LogitsProcessor:
 
     def permitted(self, drafts: list[int]) -> list[int]:
         """The drafts up to the first that the row's grammar forbids."""
-        return (
-            drafts
-            if self._matcher is None
-            else drafts[: self._matcher.permitted(self._output, drafts)]
-        )
+        if self._matcher is None:
+            return drafts
+        return drafts[: self._matcher.permitted(self._output, drafts)]
 
     def forced(self, drafts: Sequence[int] = ()) -> list[int]:
         """The tokens that the row's grammar forces after the drafts."""
@@ -87,7 +84,7 @@ class LogitsProcessor:
 
     @property
     def _output(self) -> list[int]:
-        return self._ids[self._prompt_tokens :]
+        return self._ids[self._num_prompt_tokens :]
 
     def _penalise(self, logits: Tensor, drafts: Sequence[int], first: int) -> None:
         """As transformers (Keskar et al., 2019) and OpenAI's API define the penalties."""
@@ -104,21 +101,21 @@ class LogitsProcessor:
         counts[:, : len(self._counts)] = torch.tensor(
             list(self._counts.values()), dtype=logits.dtype
         )
-        for place, token in enumerate(drafts):
-            counts[max(place + 1 - first, 0) :, columns[token]] += 1
+        for index, token in enumerate(drafts, start=1):
+            counts[max(index - first, 0) :, columns[token]] += 1
         counts = counts.to(logits.device, non_blocking=True)
-        places = _tensor_on(logits, ids)
-        found = counts > 0
-        scores = logits[:, places]
+        changed = _tensor_on(logits, ids)
+        is_counted = counts > 0
+        scores = logits[:, changed]
         if config.repetition_penalty != 1:
-            seen = found.clone()
+            seen = is_counted.clone()
             seen[:, : len(self._counts)] = True
             penalised = torch.where(
                 scores > 0, scores / config.repetition_penalty, scores * config.repetition_penalty
             )
             scores = torch.where(seen, penalised, scores)
-        logits[:, places] = (
-            scores - config.frequency_penalty * counts - config.presence_penalty * found
+        logits[:, changed] = (
+            scores - config.frequency_penalty * counts - config.presence_penalty * is_counted
         )
 
 

@@ -55,47 +55,53 @@ class Row:
         self.config = config
         self.seed = config.seed if seed is None else seed
         self.eos_ids = eos_ids
-        self.arrival = next(_arrivals)  # in this order rows are decoded, and the last is preempted
-        self.prompt_tokens = len(prompt)
+        self.arrival = next(_arrivals)  # the row that arrived last is preempted first
+        self.num_prompt_tokens = len(prompt)
         # How many of them had KV entries in a kept prefix; None until the row joins a batch
         self.num_cached_tokens: int | None = None
-        # The caller adds the output to it
+        # The caller adds the output, at its own pace; so the scanner of stop strings, which must see
+        # each token at once, has a text of its own
         self.text = OutputText(detokenize or (lambda ids: ""), eos_ids, config.stop)
         self._context_length = context_length
         self._detokenize = detokenize
-        self._begin(prompt)
+        self._reset(prompt)
 
-    def _begin(self, prompt: Sequence[int]) -> None:
+    def _reset(self, prompt: Sequence[int]) -> None:
         config = self.config
         self.ids = list(prompt)  # and the output
         # How many of its tokens have KV entries; the newest has none yet
         self.num_computed_tokens = 0
-        # Length of a prefix shared with kept texts; the prefill has a chunk that ends there
+        # Length of a prefix shared with kept texts. A chunk of the prefill ends there, and is kept:
+        # a cache of windows or recurrent states cannot be cut there later
         self.branch_point = 0
-        left = self._context_length - len(prompt)
+        context_left = self._context_length - len(prompt)
         self.scanner = StopScanner(
-            self.eos_ids, config.stop, config.max_new_tokens, left, self._detokenize
+            self.eos_ids, config.stop, config.max_new_tokens, context_left, self._detokenize
         )
         self.processor: LogitsProcessor | None = None
         if config.changes_logits:
             self.processor = LogitsProcessor(config, self.ids, len(prompt), self.eos_ids)
-        self.steps = [DecodeStats(sequences=1, prompt_tokens=len(prompt))]  # counts
-        # Of an output that ended without matching its grammar
-        self.error: LayerSkipError | None = None
+        # Counts by step; most are one shared object (`step_counts`), a sum per step would cost more
+        self.steps = [DecodeStats(sequences=1, prompt_tokens=len(prompt))]
+        self.error: LayerSkipError | None = None  # why the output does not match its grammar
         self.logprobs: list[TokenLogprobs] = []  # of the output, if they were asked for
         self.prompt_logprobs: list[TokenLogprobs] = []  # of the prompt's tokens after the first
 
     def restart(self) -> None:
         """Drops the output, which is decoded once more. `text` keeps what was shown."""
-        self._begin(self.ids[: self.prompt_tokens])
+        self._reset(self.ids[: self.num_prompt_tokens])
 
     @property
-    def prefill_tokens(self) -> int:
+    def num_uncomputed_tokens(self) -> int:
         """How many tokens are still to be prefilled: of the prompt, or of a row that was
         preempted. The newest token of an output is none of them: it runs with the drafts.
         """
-        last = len(self.ids) if len(self.ids) == self.prompt_tokens else len(self.ids) - 1
-        return last - self.num_computed_tokens
+        end = len(self.ids) - 1 if self.has_output else len(self.ids)
+        return end - self.num_computed_tokens
+
+    @property
+    def has_output(self) -> bool:
+        return len(self.ids) > self.num_prompt_tokens
 
     @property
     def uses_prefixes(self) -> bool:
@@ -107,7 +113,7 @@ class Row:
     @property
     def output(self) -> list[int]:
         """The new tokens so far."""
-        return self.ids[self.prompt_tokens :]
+        return self.ids[self.num_prompt_tokens :]
 
     def answer(self, text: str, stats: DecodeStats) -> Answer:
         """The whole answer, once the output has ended."""
@@ -137,9 +143,11 @@ class Row:
         """
         count, reason = self.scanner.cut(verified)
         self.ids += verified[:count]
-        if reason == "eos" and self.processor is not None and (mismatch := self.processor.mismatch):
-            self.error = LayerSkipError(mismatch)
-            reason = self.scanner.reason = "error"
+        if reason == "eos" and self.processor is not None:
+            mismatch = self.processor.mismatch
+            if mismatch is not None:
+                self.error = LayerSkipError(mismatch)
+                reason = self.scanner.reason = "error"
         step = step_counts(drafts, len(verified) - 1, count, source, layers)
         self.steps.append(step)
         if self.config.logprobs is not None and logits is not None:

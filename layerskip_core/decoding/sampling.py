@@ -9,7 +9,7 @@ with and without it: those are accepted that the target chooses.
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ from .row import Row
 _PIECE = 1 << 21  # most logits that are copied at once: some six copies of 8 MB in fp32
 
 
-class Span(NamedTuple):
+class ChoiceRun(NamedTuple):
     """Consecutive tokens of a row that are chosen: so many, the first of them `ahead` tokens after
     the row's next one.
     """
@@ -42,32 +42,32 @@ class Scores(NamedTuple):
     ids: Tensor | None = None  # token ids of the columns, (C,) or by row (N, C); None for 0..C-1
 
 
-def noise_of(spans: Sequence[Span]) -> Noise | None:
+def noise_of(runs: Sequence[ChoiceRun]) -> Noise | None:
     """The noise of all choices, for rows that share a temperature. None if nothing is drawn.
 
     It depends on seed and position alone, so on neither the batch nor drafts.
     """
-    temperature = spans[0].row.config.temperature if spans else 0.0
+    temperature = runs[0].row.config.temperature if runs else 0.0
     if temperature == 0:
         return None
     keys = []
-    for row, count, ahead in spans:
+    for row, count, ahead in runs:
         start = len(row.ids) + ahead
         keys += [key_of(row.seed, position) for position in range(start, start + count)]
     return Noise(temperature, keys)
 
 
-def scores_of(logits: Tensor, spans: Sequence[Span], ids: Tensor | None = None) -> Scores:
+def scores_of(logits: Tensor, runs: Sequence[ChoiceRun], ids: Tensor | None = None) -> Scores:
     """The scores to choose by, for rows that share their sampling. `logits` (N, C) may be
     overwritten; `ids` (C,): None for 0..C-1.
     """
-    noise = noise_of(spans)
+    noise = noise_of(runs)
     if noise is None:
         return Scores(logits, ids)
-    config = spans[0].row.config
+    config = runs[0].row.config
     if truncates(config):
-        logits, places = candidates(logits, config)
-        ids = places if ids is None else ids[places]
+        logits, columns = candidates(logits, config)
+        ids = columns if ids is None else ids[columns]
     return Scores(perturbed(logits, noise, ids), ids)
 
 
@@ -88,7 +88,7 @@ def best_of(scores: Scores, one_thread: bool = False) -> Tensor:
 
 
 def choose(
-    logits: Tensor, spans: Sequence[Span], ids: Tensor | None = None, needs_probs: bool = False
+    logits: Tensor, runs: Sequence[ChoiceRun], ids: Tensor | None = None, needs_probs: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """The tokens (N,) that rows choose by logits (N, C), which may be overwritten, each row by its
     own sampling; and their probabilities (N,), if needed.
@@ -97,19 +97,19 @@ def choose(
     of its score among all scores, noise included.
     """
     groups: dict[tuple[float, ...], list[int]] = {}
-    for member, span in enumerate(spans):
-        groups.setdefault(_sampling(span.row.config), []).append(member)
+    for member, run in enumerate(runs):
+        groups.setdefault(_sampling(run.row.config), []).append(member)
     if len(groups) == 1:
-        return _chosen_alike(logits, spans, ids, needs_probs)
+        return _chosen_alike(logits, runs, ids, needs_probs)
     tokens = torch.empty(len(logits), dtype=torch.long, device=logits.device)
     probs = torch.empty(len(logits), device=logits.device) if needs_probs else None
-    starts = [0, *accumulate(span.tokens for span in spans)]
+    starts = [0, *accumulate(run.tokens for run in runs)]
     for members in groups.values():
-        places = list[int]()
+        indices = list[int]()
         for member in members:
-            places += range(starts[member], starts[member + 1])
-        index = on_device(places, logits)
-        of_group = [spans[member] for member in members]
+            indices += range(starts[member], starts[member + 1])
+        index = on_device(indices, logits)
+        of_group = [runs[member] for member in members]
         own_tokens, own_probs = _chosen_alike(logits[index], of_group, ids, needs_probs)
         tokens[index] = own_tokens
         if probs is not None and own_probs is not None:
@@ -125,16 +125,16 @@ def _sampling(config: DecodingConfig) -> tuple[float, ...]:
 
 
 def _chosen_alike(
-    logits: Tensor, spans: Sequence[Span], ids: Tensor | None, needs_probs: bool
+    logits: Tensor, runs: Sequence[ChoiceRun], ids: Tensor | None, needs_probs: bool
 ) -> tuple[Tensor, Tensor | None]:
     """As `choose`, for rows that share their sampling."""
-    scores = scores_of(logits, spans, ids)
+    scores = scores_of(logits, runs, ids)
     probs = scores.values.float().softmax(-1).amax(-1) if needs_probs else None
-    return best_of(scores, any(span.row.processor for span in spans)), probs
+    return best_of(scores, any(run.row.processor for run in runs)), probs
 
 
 def needs_logits(rows: Sequence[Row]) -> bool:
-    """Whether a pass must return the logits of these rows: the model itself chooses tokens
+    """Whether a pass must return the logits of these rows. False if the model can choose by itself:
     greedily, or with noise of one temperature.
     """
     for row in rows:
@@ -148,55 +148,66 @@ def needs_logits(rows: Sequence[Row]) -> bool:
     return False
 
 
-def processed(logits: Tensor, spans: Sequence[Span], drafts: Sequence[Sequence[int]]) -> Tensor:
-    """Applies the options of rows to logits (N, V) of their spans, which may be overwritten.
+def processed(logits: Tensor, runs: Sequence[ChoiceRun], drafts: Sequence[Sequence[int]]) -> Tensor:
+    """Applies the options of rows to logits (N, V) of their runs, which may be overwritten.
 
-    A span's last position follows the row's drafts, of which `drafts` has those so far.
+    A run's last position follows the row's drafts, of which `drafts` has those so far.
     """
     changed = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    parts = torch.split(changed, [span.tokens for span in spans])
-    for span, own, part in zip(spans, drafts, parts, strict=True):
-        if span.row.processor is not None:
-            span.row.processor.process(part, own)
+    parts = torch.split(changed, [run.tokens for run in runs])
+    for run, own, part in zip(runs, drafts, parts, strict=True):
+        if run.row.processor is not None:
+            run.row.processor.process(part, own)
     return changed
 
 
-def verify(tokens: Tensor, spans: Sequence[Span], logits: Tensor) -> list[list[int]]:
-    """Verifies drafts by the target's logits (S, V) after tokens (S,): of each span a row's newest
+def verify(tokens: Tensor, runs: Sequence[ChoiceRun], logits: Tensor) -> list[list[int]]:
+    """Verifies drafts by the target's logits (S, V) after tokens (S,): of each run a row's newest
     token, then its drafts.
 
     Waits once for the device, with options of rows twice. The logits may be overwritten, unless log
     probabilities are reported. Returns, by row, the accepted drafts and the target's own token
     after them.
     """
-    counts = [span.tokens for span in spans]
-    rows = [span.row for span in spans]
+    counts = [run.tokens for run in runs]
+    rows = [run.row for run in runs]
     changes = any(row.processor is not None for row in rows)
     if not changes and all(row.config.temperature == 0 for row in rows):
         return accepted_choices(tokens, counts, most_probable(logits))
     is_reported = any(row.config.logprobs is not None for row in rows)
     ids = tokens.tolist() if changes else []
-    bounds = [0, *accumulate(counts)]
     choices = []
-    for start, stop in _pieces(len(logits), logits.shape[-1]):
-        part = logits[start:stop]
+    for start, end in _pieces(len(logits), logits.shape[-1]):
+        part = logits[start:end]
         part = part.to(torch.promote_types(part.dtype, torch.float32), copy=is_reported)
-        of_part = list[Span]()
-        drafts = list[list[int]]()
-        for row, (first, end) in zip(rows, pairwise(bounds), strict=True):
-            begin = max(first, start)
-            last = min(end, stop)
-            if begin < last:
-                of_part.append(Span(row, last - begin, begin - first))
-                drafts.append(ids[first + 1 : last])
+        of_part = _cut_runs(runs, start, end)
         if changes:
+            drafts = []
+            last = start
+            for run in of_part:
+                newest = last - run.ahead
+                last += run.tokens
+                drafts.append(ids[newest + 1 : last])
             part = processed(part, of_part, drafts)
         choices.append(choose(part, of_part)[0])
     return accepted_choices(tokens, counts, torch.cat(choices))
 
 
+def _cut_runs(runs: Sequence[ChoiceRun], start: int, end: int) -> list[ChoiceRun]:
+    """What runs have at the indices start..end-1 of all their tokens."""
+    parts = []
+    first = 0
+    for run in runs:
+        own_start = max(first, start)
+        own_end = min(first + run.tokens, end)
+        if own_start < own_end:
+            parts.append(ChoiceRun(run.row, own_end - own_start, own_start - first))
+        first += run.tokens
+    return parts
+
+
 def _pieces(rows: int, columns: int) -> Iterator[tuple[int, int]]:
-    """Spans of rows with at most `_PIECE` numbers each, at least one row."""
+    """Ranges of rows with at most `_PIECE` numbers each, at least one row."""
     most = max(1, _PIECE // columns)
     for start in range(0, rows, most):
         yield start, min(start + most, rows)
@@ -228,17 +239,6 @@ def truncates(config: DecodingConfig) -> bool:
     return bool(config.min_p or config.top_k) or config.top_p < 1
 
 
-def probabilities(logits: Tensor, config: DecodingConfig) -> Tensor:
-    """Distribution (..., V), in at least fp32, from logits (..., V): temperature, min-p, top-k,
-    then top-p, renormalised.
-    """
-    if not truncates(config):
-        return _softmax(logits, config.temperature)
-    kept, ids = candidates(logits, config)
-    probs = _softmax(kept, config.temperature)
-    return torch.zeros(logits.shape, dtype=probs.dtype, device=probs.device).scatter(-1, ids, probs)
-
-
 def candidates(logits: Tensor, config: DecodingConfig) -> tuple[Tensor, Tensor]:
     """The logits (..., C), in at least fp32, of the C most probable tokens, and their ids (..., C).
 
@@ -254,22 +254,17 @@ def candidates(logits: Tensor, config: DecodingConfig) -> tuple[Tensor, Tensor]:
         # A count saves the CPU a full sort. Other devices sort fast, and reading it would wait for
         # them. Tokens under (1 - top_p) / V have less than 1 - top_p together, so the others reach
         # top_p without them.
-        least = (
-            config.min_p * probs.amax(-1, keepdim=True)
-            if config.min_p
-            else (1 - config.top_p) / vocabulary
-        )
+        least: Tensor | float = (1 - config.top_p) / vocabulary
+        if config.min_p:
+            least = config.min_p * probs.amax(-1, keepdim=True)
         # 0 if all tokens are equally probable and rounded down
         count = max(1, int((probs >= least).sum(-1).max()))
     top_probs, ids = probs.topk(count)
     if config.min_p:
         top_probs = top_probs.masked_fill(top_probs < config.min_p * top_probs[..., :1], 0)
     if config.top_p < 1:
-        top_probs = (
-            top_probs / top_probs.sum(-1, keepdim=True)
-            if config.top_k or config.min_p
-            else top_probs
-        )
+        if config.top_k or config.min_p:
+            top_probs = top_probs / top_probs.sum(-1, keepdim=True)
         mass_before = top_probs.cumsum(-1) - top_probs
         # A smaller top-p would round to 0 and keep no token.
         top_probs = top_probs.masked_fill(

@@ -17,13 +17,13 @@ from collections import deque
 from collections.abc import Callable, Hashable
 from math import inf
 from traceback import clear_frames
-from typing import Any
+from typing import Unpack
 
 from ..model.backend import Backend
-from .engine import Engine
+from .engine import Engine, EngineOptions
 from .output import DecodeStats
 from .plan import StepPlan, plan_step
-from .prefixes import NO_PREFIXES, Prefixes
+from .prefixes import NO_PREFIXES
 from .row import Row, RowStep
 
 
@@ -36,18 +36,17 @@ class Scheduler:
         *,
         max_rows: float = inf,
         max_prefill_tokens: float = inf,
-        prefixes: Prefixes | None = None,
         free_elsewhere: Callable[[], bool] = lambda: False,
-        **engine_options: Any,
+        **engine_options: Unpack[EngineOptions],
     ) -> None:
         """`max_prefill_tokens`: prompt tokens of all rows per step. `free_elsewhere`: frees memory
-        of the caller's, and returns False if it had none. `prefixes` and `engine_options`: Engine's.
+        of the caller's, and returns False if it had none.
         """
         self.waiting: deque[Row] = deque()  # preempted ones first, the oldest first
-        self.max_prefill_tokens = max_prefill_tokens
+        self._max_prefill_tokens = max_prefill_tokens
         self._model = model
         self._max_rows = max_rows
-        self._prefixes = NO_PREFIXES if prefixes is None else prefixes
+        self._prefixes = engine_options.get("prefixes", NO_PREFIXES)
         self._free_elsewhere = free_elsewhere
         self._engine_options = engine_options
         self._engines: dict[Hashable, Engine] = {}  # by what their rows share
@@ -84,21 +83,16 @@ class Scheduler:
         self._engines.clear()
         self.waiting.clear()
 
-    def keep_texts(self) -> None:
-        """Adds the texts of all running rows so far to the prefixes."""
-        for engine in self._engines.values():
-            engine.keep_texts()
-
     def step(self, admits: bool = True) -> list[RowStep]:
         """A step of all rows. An exception ends the rows of its engine, which get it as their
         step's `failure`, and no others.
         """
         steps = self.admit() if admits else []
-        left = self.max_prefill_tokens
+        num_prefill_left = self._max_prefill_tokens
         for engine in list(self._engines.values()):
-            plan = self._plan(engine, left)
+            plan = self._plan(engine, num_prefill_left)
             if plan.num_tokens:
-                left -= plan.num_prefill_tokens
+                num_prefill_left -= plan.num_prefill_tokens
                 steps += self._run(engine, plan)
         self._forget_idle_engines()
         return steps
@@ -116,9 +110,10 @@ class Scheduler:
         """
         reserve = len(self.running)
         cache = self._model.new_cache()
-        while cache.free_pages([tokens + 1]) < reserve and self._prefixes.drop(self._model):
-            pass
-        return not reserve or cache.free_pages([tokens + 1]) >= reserve
+        has_room = self._prefixes.make_room(
+            self._model, lambda: cache.free_pages([tokens + 1]) >= reserve
+        )
+        return has_room or not reserve
 
     def preempt(self, row: Row) -> None:
         """Takes the memory of a running row, which goes on when there is room."""
@@ -131,8 +126,7 @@ class Scheduler:
         """The engine in which a row runs, or will run."""
         key = self._key_of(row)
         if key not in self._engines:
-            options = {"prefixes": self._prefixes, **self._engine_options}
-            self._engines[key] = Engine(self._model, row.config, **options)
+            self._engines[key] = Engine(self._model, row.config, **self._engine_options)
         return self._engines[key]
 
     def _can_admit(self, row: Row) -> bool:
@@ -143,15 +137,15 @@ class Scheduler:
         its KV entries.
         """
         running = self.running
-        reading = [other for other in running if other.prefill_tokens]
-        waiting_tokens = sum(other.prefill_tokens for other in reading)
-        if len(running) >= self._max_rows or waiting_tokens >= self.max_prefill_tokens:
+        prefilled = [other for other in running if other.num_uncomputed_tokens]
+        num_planned = sum(other.num_uncomputed_tokens for other in prefilled)
+        if len(running) >= self._max_rows or num_planned >= self._max_prefill_tokens:
             return False
         if row.uses_prefixes:
             strategy = row.config.engine_settings
             others = [
                 other.ids
-                for other in reading
+                for other in prefilled
                 if other.uses_prefixes and other.config.engine_settings == strategy
             ]
             if self._prefixes.would_share(self._model, row.ids, others):

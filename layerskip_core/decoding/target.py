@@ -258,15 +258,9 @@ class CalmTarget:
         return chosen or TargetOutput(None, self._model.num_layers)
 
     def run_drafts(
-        self,
-        tokens: Tensor,
-        exit_states: Mapping[int, Tensor],
-        places: Places,
-        recorder: GraphRecorder | None = None,
-        noise: Noise | None = None,
-        needs_logits: bool = True,
+        self, tokens: Tensor, exit_states: Mapping[int, Tensor], places: Places, *_: object
     ) -> TargetOutput:
-        """A pass over the newest token of the only row, which returns its logits."""
+        """A pass over the newest token of the only row, without drafts; returns its logits."""
         count = places.starts[0] - self._prompt_end  # of the tokens between the prompt and this one
         hidden = self._model.embed(tokens)
         chosen = None

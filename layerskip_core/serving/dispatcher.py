@@ -7,6 +7,7 @@ from traceback import clear_frames
 from ..checkpoint.loaded import Decoder
 from ..decoding import Prefixes, Scheduler, check_prompt, new_row
 from ..decoding.drafters.lookup import EarlierAnswers
+from ..decoding.prefixes import NO_PREFIXES
 from ..decoding.row import Row, RowStep
 from .embedding import Embedding
 from .requests import Request, Update
@@ -24,7 +25,7 @@ class Dispatcher:
         decoder: Decoder,
         batch_size: int,
         earlier: EarlierAnswers | None = None,
-        prefixes: Prefixes | None = None,
+        prefixes: Prefixes = NO_PREFIXES,
         prefill_tokens: int = 256,
     ) -> None:
         """`earlier`: answers for the lookups of all requests; each new answer is added.

@@ -65,13 +65,13 @@ class Request:
         row = step.row
         delivered = self._delivered
         finished = step.finish_reason is not None
-        count = len(row.ids) - row.prompt_tokens
+        count = len(row.ids) - row.num_prompt_tokens
         # Fewer than delivered: it is decoded once more, after it was preempted
         if count <= delivered or not (self.streams or finished):
             return Update("")
         self._delivered = count
         return Update(
-            row.text.add(row.ids[row.prompt_tokens + delivered :], finished),
+            row.text.add(row.ids[row.num_prompt_tokens + delivered :], finished),
             step.finish_reason,
             row.error,
             row.logprobs[delivered:],

@@ -6,9 +6,11 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import Any
 
 from ..checkpoint.loaded import Decoder
+from ..decoding import Prefixes
+from ..decoding.drafters.lookup import EarlierAnswers
+from ..decoding.prefixes import NO_PREFIXES
 from .dispatcher import Dispatcher
 from .embedding import Embedding
 from .requests import QueueFull, Request, Stopped, Update
@@ -37,14 +39,21 @@ class Updates:
 class DecodingThread:
     """Decodes requests in a thread of its own. `submit`, `cancel` and `stop` are for any thread."""
 
-    def __init__(self, decoder: Decoder, batch_size: int, queue_size: int, **kept: Any) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        batch_size: int,
+        queue_size: int,
+        earlier: EarlierAnswers | None = None,
+        prefixes: Prefixes = NO_PREFIXES,
+    ) -> None:
         """`batch_size`: most requests decoded together. `queue_size`: most requests that wait.
-        `kept`: as in Dispatcher.
+        `earlier` and `prefixes`: as in Dispatcher.
         """
         self.num_reserved = 0  # places of requests that wait or are being decoded
         self.running = 0  # requests being decoded
         self.is_stopped = False  # or has failed: it takes no more requests
-        self._dispatcher = Dispatcher(decoder, batch_size, **kept)
+        self._dispatcher = Dispatcher(decoder, batch_size, earlier, prefixes)
         self._capacity = batch_size + queue_size
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._lock = threading.Lock()

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,19 +20,18 @@ from ..errors import CheckpointError, ConfigError, require
 from ..files import append_lines, whole_lines, write_file
 from ..losses import IGNORED
 from .data import RunData, step_rows
-from .progress import checkpoints_folder
+from .encoding import EncodedRow, encoded_row
+from .progress import WorkReport, checkpoints_folder
 from .sharding import process_index
 
 BATCH = 32  # prompts decoded together
 _APART = 1 << 31  # flips a bit of the seed: `own_texts` and replayed texts differ
-# Texts of the original, and tokens of each, to measure a training's cost on
-OWN_TEXTS = 32
-OWN_TOKENS = 64
-# Texts; longer runs repeat them, because writing a text takes longer than training on it
+OWN_TEXTS = 32  # of the original, to measure a training's cost on
+OWN_TOKENS = 64  # of each
+# Longer runs repeat these texts, because writing a text takes longer than training on it
 MOST_REPLAYED = 4096
-# Most tokens of a prompt of the model's own; tries for each, because many do not end
-_PROMPT_TOKENS = 64
-_TRIES = 8
+_PROMPT_TOKENS = 64  # of a prompt of the model's own, at most
+_TRIES = 8  # for each of these prompts, because many do not end
 # First words of prompts, for more kinds of them (examples/LOG.md).
 _OPENINGS = (
     "Write a,Write a short,Explain,What is,How do I,How can I,Translate,Summarize,Rewrite,List,"
@@ -74,14 +72,11 @@ class Answers:
         self._decoder: Decoder | None = decoder
         self.known = self._read()
 
-    def write(self, report: Callable[[int, int], None]) -> list[list[int]]:
-        """The answers with their EOS. The first process decodes, others wait.
-
-        `report` gets how many are kept, and how many more are written as far as the tokens of the
-        present batch say. It may raise, which loses this batch.
-        """
+    def write(self, stage: str, report: WorkReport) -> list[list[int]]:
+        """The answers with their EOS. The first process decodes, others wait."""
         known = self._read()
-        if process_index() == 0 and len(known) < len(self.prompts):
+        total = len(self.prompts)
+        if process_index() == 0 and len(known) < total:
             decoder = self._decoder
             assert decoder is not None
             if self.journal.exists():  # a killed process may have left a part of a line
@@ -94,23 +89,24 @@ class Answers:
                 missing = sum(row not in known for row in batch)
                 if missing == 0:
                     continue
-                written = self._write_batch(decoder, batch, missing, partial(report, len(known)))
+                tell = partial(report, stage, len(known), total)
+                written = self._write_batch(decoder, batch, missing, tell)
                 lines_of = [{"row": row, "ids": ids} for row, ids in written.items()]
                 append_lines(self.journal, lines_of, CheckpointError)
                 known |= written
         self._decoder = None  # frees its weights
-        while len(known) < len(self.prompts):
-            report(len(known), 0)
+        while len(known) < total:
+            report(stage, len(known), total)
             time.sleep(_WAIT)
             known = self._read()
-        report(len(known), 0)
-        return [known[row] for row in range(len(self.prompts))]
+        report(stage, total, total)
+        return [known[row] for row in range(total)]
 
     def _write_batch(
         self, decoder: Decoder, batch: Sequence[int], missing: int, report: Callable[[int], None]
     ) -> dict[int, list[int]]:
         """The answers to the prompts of these rows. `report` gets after each step how many of the
-        `missing` its tokens make.
+        `missing` answers its tokens are worth.
         """
         how = self.how
         prompts = [self.prompts[row] for row in batch]
@@ -148,7 +144,7 @@ def plan_replay(
     """
     endless = replace(decoder, eos_ids=frozenset())  # texts run past EOS
     count = min(steps * step_rows(config)[1], MOST_REPLAYED)
-    mean_tokens = round(data.training.tokens / len(data.training.seen))
+    mean_tokens = round(data.training.tokens / len(data.training.rows))
     max_length = data.encoder.max_length
     how = Writing(min(mean_tokens, max_length - 1), max_length, 1.0, config.seed)
     starts = _starts(decoder, count, config.seed, max_length - 1)
@@ -156,8 +152,8 @@ def plan_replay(
     return Answers(endless, starts, how, checkpoints_folder(config.output) / journal)
 
 
-def own_texts(decoder: Decoder, seed: int) -> list[dict[str, Any]]:
-    """Short texts sampled from a model, as encoded rows. Their seeds are not those of a replay."""
+def own_texts(decoder: Decoder, seed: int) -> list[EncodedRow]:
+    """Short texts sampled from a model. Their seeds are not those of a replay."""
     seed ^= _APART
     tokens = min(OWN_TOKENS, decoder.backend.spec.context - 1)
     starts = _starts(decoder, OWN_TEXTS, seed, decoder.backend.spec.context - tokens)
@@ -211,9 +207,9 @@ def own_prompts(decoder: Decoder, count: int, seed: int) -> Iterator[str]:
     )
 
 
-def answered(prompt: list[int], answer: list[int]) -> dict[str, Any]:
-    """An encoded row with labels on the answer only."""
-    return {"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer}
+def answered(prompt: list[int], answer: list[int]) -> EncodedRow:
+    """A row with labels on the answer only."""
+    return encoded_row(prompt + answer, [IGNORED] * len(prompt) + answer)
 
 
 def _starts(decoder: Decoder, count: int, seed: int, longest: int) -> list[list[int]]:

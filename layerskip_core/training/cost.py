@@ -2,11 +2,11 @@
 held-out rows.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from ..losses import target_rows
 from ..splits import timely_rows
 from .answers import BATCH, own_texts
 from .data import with_whole_answers
+from .encoding import EncodedRow
 
 _ANSWER = 64  # tokens of an answer at most
 
@@ -30,7 +31,7 @@ class Baseline:
     """
 
     def __init__(
-        self, trainable: Trainable, held_out: Sequence[Any], seed: int, trained_rows: int
+        self, trainable: Trainable, held_out: Sequence[EncodedRow], seed: int, trained_rows: int
     ) -> None:
         """`trained_rows`: of the whole run. Shorter runs read and answer fewer held-out rows."""
         self._model = trainable.model.eval()
@@ -43,23 +44,23 @@ class Baseline:
             _Question.of(row, start) for row, start in few if _is_answerable(row, start)
         ]
         self._before = self._measure()
-        # The first of the questions, after the training
-        self.example: AnsweredRow | None = None
 
-    def cost(self) -> Cost:
+    def cost(self) -> "tuple[Cost, AnsweredRow | None]":
+        """The cost of the training since, and the first of the questions with the answer now."""
         self._model.eval()
         before = self._before
         after = self._measure()
         exact_match = None
+        example = None
         if self._questions:
             exact_match = (fmean(before.right), fmean(after.right))
             first = self._questions[0]
-            self.example = AnsweredRow(
+            example = AnsweredRow(
                 self._decoder.detokenize(first.prompt),
                 self._decoder.detokenize(first.reference),
                 after.first_answer,
             )
-        return Cost(
+        cost = Cost(
             tokens=len(before.best),
             agreement=float((before.best == after.best).float().mean()),
             before=exp(before.own_loss),
@@ -68,6 +69,7 @@ class Baseline:
             exact_match=exact_match,
             answered=len(self._questions),
         )
+        return cost, example
 
     @torch.no_grad()
     def _measure(self) -> "_Measured":
@@ -76,7 +78,7 @@ class Baseline:
         right, first_answer = self._answer()
         return _Measured(best, own_loss, loss, right, first_answer)
 
-    def _read(self, rows: Sequence[Mapping[str, Any]]) -> tuple[Tensor, float]:
+    def _read(self, rows: Sequence[EncodedRow]) -> tuple[Tensor, float]:
         """(argmax tokens (N,), mean loss) over the targets."""
         backend = self._backend
         best = list[Tensor]()
@@ -134,7 +136,7 @@ class _Measured(NamedTuple):
     first_answer: str
 
 
-def _is_answerable(row: Mapping[str, Any], start: int) -> bool:
+def _is_answerable(row: EncodedRow, start: int) -> bool:
     """Whether a row has a prompt, more than BOS, and a whole answer that is short."""
     return start > 1 and len(row["input_ids"]) - start <= _ANSWER and not row["truncated"]
 
@@ -147,7 +149,7 @@ class _Question:
     reference: list[int]
 
     @classmethod
-    def of(cls, row: Mapping[str, Any], start: int) -> "_Question":
+    def of(cls, row: EncodedRow, start: int) -> "_Question":
         """`start`: index of the reference's first token."""
         ids = row["input_ids"].tolist()
         return cls(ids[:start], ids[start:])

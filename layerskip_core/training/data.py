@@ -37,7 +37,7 @@ from ..errors import ConfigError, DataError, require
 from ..losses import IGNORED
 from ..prompting import CHAT, RAW, PromptTemplate, resolve_template
 from ..splits import VALIDATION, HeldOut, hold_out, part_of, side_of, timely_rows
-from .encoding import Encoder
+from .encoding import EncodedRow, Encoder, has_target
 from .recipe import TEXT_PRESETS, mixed_seed
 from .sharding import world_size
 
@@ -78,9 +78,9 @@ def run_steps(config: TrainingConfig, rows: int) -> int:
 
 @dataclass(frozen=True)
 class RunRows:
-    """The rows of a run; of a stream, `training` has the first one only."""
+    """The rows of a run."""
 
-    training: list[Row]
+    training: list[Row]  # of a stream the first one, which decides on template and packing
     held_out: list[Row]  # those that choose, see splits.py
     division: HeldOut | None  # what `data` holds out; None if it has a split for that
 
@@ -191,16 +191,16 @@ def _template(config: TrainingConfig, trainable: Trainable, rows: Sequence[Row])
 
 @dataclass(frozen=True)
 class EncodedData:
-    """Encoded rows with a target: input_ids, labels, truncated, and documents of packed rows."""
+    """Encoded rows with a target."""
 
-    rows: "list[dict[str, Any]] | StreamedRows"
-    seen: list[dict[str, Any]]  # all rows, or a stream's first
+    rows: list[EncodedRow]  # all, or a stream's first
     left_out: int  # rows whose prompts leave no room for a target
-    digest: str | None = None  # of all tokens and labels; None for a stream
+    digest: str | None  # of all tokens and labels; None for a stream
+    stream: "StreamedRows | None" = None
 
     @property
     def tokens(self) -> int:
-        return sum(len(row["input_ids"]) for row in self.seen)
+        return sum(len(row["input_ids"]) for row in self.rows)
 
 
 @dataclass(frozen=True)
@@ -209,12 +209,11 @@ class RunData:
 
     training: EncodedData
     held_out: EncodedData | None
-    division: HeldOut | None  # what `data` holds out; None if it has a split for that
     encoder: Encoder
 
     @property
-    def held_out_rows(self) -> list[dict[str, Any]]:
-        return [] if self.held_out is None else self.held_out.seen
+    def held_out_rows(self) -> list[EncodedRow]:
+        return [] if self.held_out is None else self.held_out.rows
 
 
 def encode(config: FinetuneConfig, trainable: Trainable, rows: RunRows) -> RunData:
@@ -228,30 +227,25 @@ def encode(config: FinetuneConfig, trainable: Trainable, rows: RunRows) -> RunDa
     held_out = None
     if rows.held_out:
         held_out = encode_rows(rows.held_out, encoder, required=config.validation is not None)
-        if not held_out.seen:
+        if not held_out.rows:
             held_out = None
-    return RunData(training, held_out, rows.division, encoder)
+    return RunData(training, held_out, encoder)
 
 
 def encode_rows(
     rows: Iterable[Row], encoder: Encoder, most: int | None = None, required: bool = True
 ) -> EncodedData:
-    """All rows, or the first `most`, in memory as int32. Raises DataError if a target within the
-    maximum length is `required` and none has one.
+    """All rows, or the first `most`. Raises DataError if a target within the maximum length is
+    `required` and none has one.
     """
-    encoded = [_as_arrays(row) for row in itertools.islice(encoder.rows(rows), most)]
+    encoded = list(itertools.islice(encoder.rows(rows), most))
     usable = list(filter(has_target, encoded))
     if not usable and required:
         raise no_room(encoder)
     digest = hashlib.sha256()
     for row in usable:
         digest.update(row["input_ids"].tobytes() + row["labels"].tobytes())
-    return EncodedData(usable, usable, len(encoded) - len(usable), digest.hexdigest()[:16])
-
-
-def _as_arrays(row: dict[str, Any]) -> dict[str, Any]:
-    lists = {name: value for name, value in row.items() if isinstance(value, list)}
-    return row | {name: np.array(value, np.int32) for name, value in lists.items()}
+    return EncodedData(usable, len(encoded) - len(usable), digest.hexdigest()[:16])
 
 
 def encode_stream(
@@ -262,7 +256,7 @@ def encode_stream(
     """
     stream = StreamedRows(config, encoder, seed, division)
     first = encode_rows(stream.unshuffled(), encoder, _SAMPLED)
-    return replace(first, rows=stream, digest=None)
+    return replace(first, digest=None, stream=stream)
 
 
 def no_room(encoder: Encoder) -> DataError:
@@ -271,12 +265,7 @@ def no_room(encoder: Encoder) -> DataError:
     )
 
 
-def has_target(row: dict[str, Any]) -> bool:
-    # Nothing predicts the first token
-    return bool((np.asarray(row["labels"])[1:] != IGNORED).any())
-
-
-def with_whole_answers(rows: Sequence[Any]) -> list[tuple[dict[str, Any], int]]:
+def with_whole_answers(rows: Sequence[EncodedRow]) -> list[tuple[EncodedRow, int]]:
     """The rows that end with one uninterrupted answer, and the index of its first token; no packed
     rows.
     """
@@ -286,7 +275,7 @@ def with_whole_answers(rows: Sequence[Any]) -> list[tuple[dict[str, Any], int]]:
             continue
         is_target = row["labels"] != IGNORED
         start = int(is_target.argmax())
-        if is_target[max(1, start) :].all():  # nothing predicts the very first token
+        if is_target[start:].all():
             found.append((row, start))
     return found
 
@@ -295,8 +284,8 @@ def token_order(data: EncodedData, vocab_size: int) -> list[int]:
     """All token ids 0..V-1, the most frequent targets of the training rows first; unseen ids follow
     in ascending order.
     """
-    if isinstance(data.rows, StreamedRows):
-        counted = list(itertools.islice(data.rows.one_pass(0), _COUNTED))
+    if data.stream is not None:
+        counted = list(itertools.islice(data.stream.one_pass(0), _COUNTED))
     else:
         counted = data.rows[:: math.ceil(len(data.rows) / _COUNTED)]
     labels = np.concatenate([row["labels"] for row in counted])
@@ -306,8 +295,8 @@ def token_order(data: EncodedData, vocab_size: int) -> list[int]:
 
 
 class StreamedRows(IterableDataset):  # type: ignore[type-arg]
-    """Endless encoded rows of a file or hub data set, shuffled in chunks of 10,000. Every process
-    reads all.
+    """Endless encoded rows of a file or hub data set, shuffled in chunks of `_SHUFFLED`. Every
+    process reads all.
     """
 
     def __init__(self, config: DataConfig, encoder: Encoder, seed: int, division: HeldOut) -> None:
@@ -320,7 +309,7 @@ class StreamedRows(IterableDataset):  # type: ignore[type-arg]
         """One pass over the rows that are not held out."""
         return (row for row in stream_rows(self._config) if not self._division.holds(row.key))
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[EncodedRow]:
         for number in itertools.count():
             rows = self.one_pass(number)
             first = next(rows, None)
@@ -329,7 +318,7 @@ class StreamedRows(IterableDataset):  # type: ignore[type-arg]
             yield first
             yield from rows
 
-    def one_pass(self, number: int) -> Iterator[dict[str, Any]]:
+    def one_pass(self, number: int) -> Iterator[EncodedRow]:
         """The rows of pass `number` over the data."""
         return filter(has_target, self._encoder.rows(self._shuffled(number)))
 
@@ -391,18 +380,16 @@ def run_order(lengths: Sequence[int], rows_per_step: int, steps: int, seed: int)
         waiting = waiting[whole:]
 
 
-def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+def collate(rows: list[EncodedRow]) -> dict[str, Tensor]:
     """`input_ids`, `labels` (B, T), padded at the right; `lengths` (B,); for packed rows
     `documents` (B, T), padded by -1.
     """
 
     def padded(name: str, filler: int) -> Tensor:
-        values = [torch.as_tensor(row[name]) for row in rows]
+        values = [torch.as_tensor(row[name]) for row in rows]  # type: ignore[literal-required]
         return pad_sequence(values, batch_first=True, padding_value=filler).long()
 
     batch = {"input_ids": padded("input_ids", 0), "labels": padded("labels", IGNORED)}
-    # Nothing predicts a row's first token; it must not count as a target either
-    batch["labels"][:, 0] = IGNORED
     batch["lengths"] = torch.tensor([len(row["input_ids"]) for row in rows])
     if "documents" in rows[0]:
         batch["documents"] = padded("documents", -1)

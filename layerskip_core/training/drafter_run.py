@@ -3,11 +3,11 @@ stays as it is.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.utils.data import Subset
@@ -19,36 +19,39 @@ from ..checkpoint.locate import ModelRef
 from ..checkpoint.open import for_decoding, for_training
 from ..checkpoint.save import copy_checkpoint, refuse_overwrite, save_sidecar
 from ..checkpoint.shipped import files_of_shipped, read_exit_blocks
-from ..checkpoint.sidecars import EAGLE3_FILES, fingerprint
+from ..checkpoint.sidecars import EAGLE3_FILES, eagle3_content, fingerprint
 from ..checkpoint.transformers_read import stored_dtype
 from ..config.training import DrafterConfig
-from ..data import has_prompts
+from ..data import Row, has_prompts
 from ..errors import CheckpointError, ConfigError, DataError, require
 from ..losses import IGNORED
 from ..model.exit_blocks import ExitBlocks
 from . import data
 from .answers import Answers, Writing, answered, digest
 from .eagle3 import FrozenEagle3, suits_engines
-from .encoding import Encoder
+from .encoding import EncodedRow, Encoder, has_target
 from .exit_blocks import MUON_LR, FrozenExits
-from .plan import VERSIONS, RunPlan, fixed_settings, require_same_run
+from .plan import VERSIONS, RunPlan, RunResult, fixed_settings, require_same_run
 from .precision import choose_precision
-from .progress import LossHistory, checkpoints_folder
+from .progress import LossHistory, WorkReport, checkpoints_folder
 from .sharding import world_size
 from .speedup import SpeedEstimate
 
 
 @dataclass(frozen=True)
 class DrafterTexts:
-    """What a drafter learns from: encoded rows, or prompts that the model answers."""
+    """What a drafter learns from: rows with answers, or prompts that the model answers. One of both
+    is empty.
+    """
 
-    training: list[Any]
-    held_out: list[Any]
-    left_out: int  # rows without room for an answer, or too short
+    rows: list[EncodedRow]
+    prompts: list[list[int]]
+    trained: int  # the first ones; the others are held out
+    left_out: int  # without room for an answer, or too short
 
     @property
-    def all(self) -> list[Any]:
-        return [*self.training, *self.held_out]
+    def held_out(self) -> int:
+        return len(self.rows) + len(self.prompts) - self.trained
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,8 @@ class DrafterJob:
     module: FrozenExits | FrozenEagle3
     decoder: Decoder  # the model, for answers and states
     texts: DrafterTexts
-    answers: Answers  # to the prompts; none where the rows have answers
-    present: ExitBlocks  # blocks and drafters that the model already has
+    answers: Answers  # to the prompts of `texts`
+    existing: ExitBlocks  # blocks and drafters that the model already has
     model_digest: str
 
     @property
@@ -75,39 +78,45 @@ class DrafterJob:
         """The estimate for the first exit or drafter, timed on this machine."""
         return self.module.estimated_speedup(self.decoder.backend, min(self.module.names))
 
-    def measure_before(self, report: Callable[..., None]) -> None:
+    def measure_before(self, report: WorkReport) -> None:
         """Nothing: the model does not change."""
 
-    def data_sets(self, report: Callable[..., None]) -> tuple[Any, Any]:
-        """(training rows in the run's order, held-out rows or None)."""
-        texts = self.texts.all
-        if prompts := self.answers.prompts:
-            answers = self.answers.write(partial(report, "answers", len(prompts)))
-            texts = list(map(answered, prompts, answers))
-        trained = len(self.texts.training)
-        training = texts[:trained]
+    def data_sets(self, report: WorkReport) -> tuple[Any, Any]:
+        """As in Job."""
+        rows = self.texts.rows
+        prompts = self.texts.prompts
+        if prompts:
+            rows = list(map(answered, prompts, self.answers.write("answers", report)))
+        trained = self.texts.trained
+        training: Any = rows[:trained]
         self.module.begin(training)
-        lengths = [len(text["input_ids"]) for text in training]
+        lengths = [len(row["input_ids"]) for row in training]
         order = data.ordered(self.config, lengths, self.plan.steps)
-        rows: Any = Subset(cast(Any, training), order)
-        return rows, texts[trained:] or None
+        return Subset(training, order), rows[trained:] or None
 
-    def save(self, history: LossHistory, _: object) -> CheckpointInfo:
+    def save(self, history: LossHistory, baseline: object) -> RunResult:
         """Adds the drafter or exit blocks, and how they were trained, to the model's own folder or
         to a copy of it.
         """
         config = self.config
         trained = self._details(history)
-        verifier = config.model  # a hub id
-        if ModelRef.of(config.model).folder is not None:
-            verifier = str(Path(config.output).resolve())
-        dtype = stored_dtype(config.model)
-        files = self.module.files(dtype, self.present, self.model_digest, verifier)
+        files = self._files()
         if config.in_place:
             self._write_in_place(files, trained)
         else:
             self._write_copy(files, trained)
-        return self.trainable.info.with_exit_blocks(trained)
+        return RunResult(self.trainable.info.with_exit_blocks(trained))
+
+    def _files(self) -> dict[str, bytes]:
+        """Files of the drafter or of all exit blocks, by name."""
+        model = self.config.model
+        dtype = stored_dtype(model)
+        if not isinstance(self.module, FrozenEagle3):
+            return self.module.files(dtype, self.existing, self.model_digest)
+        verifier = model  # a hub id
+        if ModelRef.of(model).folder is not None:
+            verifier = str(Path(self.config.output).resolve())
+        return eagle3_content(self.module.stored(dtype), self.plan.spec, verifier)
 
     def _details(self, history: LossHistory) -> dict[str, dict[str, Any]]:
         """By block or drafter, how it was trained, for layerskip.json."""
@@ -144,7 +153,7 @@ class DrafterJob:
         if chosen and info.prompt_template is None:
             info = replace(info, prompt_template=template.text, system=template.system)
         # An assistant (a drafter of Gemma 4) may be outside the model's folder
-        assistant = replace(self.present, mtp=None)
+        assistant = replace(self.existing, mtp=None)
         model = self.trainable.model
         beside = files_of_shipped(assistant, self.trainable.backend.spec, model.get_parameter)
         source = ModelRef.of(config.model).whole_folder()
@@ -167,80 +176,93 @@ def prepare_drafter(
     refuse_overwrite(config.output, config.overwrite or config.in_place)
     if config.answers is None:
         config = replace(config, answers="model" if has_prompts(config.data) else "data")
+
     trainable = for_training(config.model, str(device), config.dtype)
     backend = trainable.backend
     require(backend.num_layers > 1, "model", "a model of at least 2 layers", backend.num_layers)
     precision = choose_precision(config, device, backend, checkpoint)
     layout = config.implied_layout or ("eagle3" if suits_engines(backend) else "exit")
-    kind = FrozenEagle3 if layout == "eagle3" else FrozenExits
-    module = kind.of(backend, replace(config, layout=layout))
-    present = read_exit_blocks(source, backend.spec, trainable.model.get_parameter)
+    config = replace(config, layout=layout)
+    module = (FrozenEagle3 if layout == "eagle3" else FrozenExits).of(backend, config)
+    existing = read_exit_blocks(source, backend.spec, trainable.model.get_parameter)
     if config.in_place and not config.overwrite and checkpoint is None:
-        _refuse_present(config, module.names.values(), present)
-
+        _refuse_to_replace(existing, config, module.names.values())
     decoder = for_decoding(config.model, str(device), config.dtype)
     module.decoder = decoder.backend
+
     rows = data.read_rows(config)
     encoder = data.make_encoder(config, trainable, rows.training)
-    config = replace(
-        config,
-        lr=config.lr or MUON_LR,
-        layout=layout,
-        exits=module.layers if layout == "exit" else None,
-        max_length=encoder.max_length,
-    )
     texts = _texts(config, rows, encoder, module.first_target)
-    writes = config.answers == "model"
-    prompts = texts.all if writes else []
     model_digest = fingerprint(backend.spec, trainable.model.get_parameter)
-    how = Writing(config.answer_tokens, encoder.max_length)
-    journal = f"answers-{digest(model_digest, prompts, how, config.dtype)}.jsonl"
-    answers = Answers(decoder, prompts, how, checkpoints_folder(config.output) / journal)
+    answers = _answers(config, decoder, texts, encoder.max_length, model_digest)
 
-    encoded = [] if writes else texts.all
-    tokens = sum(len(text["input_ids"]) for text in encoded)
-    tokens += sum(len(prompt) + how.room(len(prompt)) for prompt in prompts)
-    notes = []
-    if advice := ", ".join(trainable.info.advice):  # which `with_exit_blocks` removes
-        notes.append(
-            f"saved settings that will be left out: {advice}; they were chosen without these "
-            "blocks, which `layerskip sweep-exits --save` includes"
-        )
-    if checkpoint is not None:
-        notes.append(f"going on from {checkpoint}")
     plan = RunPlan(
-        config=config,
+        config=replace(
+            config,
+            lr=config.lr or MUON_LR,
+            exits=module.layers if layout == "exit" else None,
+            max_length=encoder.max_length,
+        ),
         device=str(device),
         precision=precision,
-        parameters=backend.spec.parameters,
-        num_layers=backend.num_layers,
+        spec=backend.spec,
         template=encoder.template,
-        rows=len(texts.training),
-        held_out=len(texts.held_out),
+        rows=texts.trained,
+        held_out=texts.held_out,
         left_out=texts.left_out,
-        tokens=tokens,
+        tokens=_most_tokens(texts, answers.how),
         division=rows.division,
-        steps=data.run_steps(config, len(texts.training)),
+        steps=data.run_steps(config, texts.trained),
         checkpoint=checkpoint,
-        notes=tuple(notes),
+        notes=_notes(trainable.info),
     )
-    labelled = [(text["input_ids"], text["labels"]) for text in encoded]
-    digests = {"model_digest": model_digest, "texts": digest(journal, labelled)}
+    labelled = [(row["input_ids"].tolist(), row["labels"].tolist()) for row in texts.rows]
+    digests = {
+        "model_digest": model_digest,
+        "texts": digest(answers.journal.name, labelled),
+    }
     settings = fixed_settings(plan, digests)
     require_same_run(checkpoint, settings)
     return DrafterJob(
-        plan, settings, trainable, module, decoder, texts, answers, present, model_digest
+        plan, settings, trainable, module, decoder, texts, answers, existing, model_digest
     )
 
 
-def _refuse_present(config: DrafterConfig, names: Any, present: ExitBlocks) -> None:
+def _answers(
+    config: DrafterConfig,
+    decoder: Decoder,
+    texts: DrafterTexts,
+    max_length: int,
+    model_digest: str,
+) -> Answers:
+    how = Writing(config.answer_tokens, max_length)
+    journal = f"answers-{digest(model_digest, texts.prompts, how, config.dtype)}.jsonl"
+    return Answers(decoder, texts.prompts, how, checkpoints_folder(config.output) / journal)
+
+
+def _most_tokens(texts: DrafterTexts, how: Writing) -> int:
+    tokens = sum(len(row["input_ids"]) for row in texts.rows)
+    return tokens + sum(len(prompt) + how.room(len(prompt)) for prompt in texts.prompts)
+
+
+def _notes(info: CheckpointInfo) -> tuple[str, ...]:
+    advice = ", ".join(info.advice)
+    if not advice:
+        return ()
+    return (  # which `with_exit_blocks` removes
+        f"saved settings that will be left out: {advice}; they were chosen without these "
+        "blocks, which `layerskip sweep-exits --save` includes",
+    )
+
+
+def _refuse_to_replace(existing: ExitBlocks, config: DrafterConfig, names: Collection[str]) -> None:
     """Raises ConfigError if the model's own folder has a block or drafter of these names."""
     held = {
-        str(block.exit_layer): f"a block at exit {block.exit_layer}" for block in present.blocks
+        str(block.exit_layer): f"a block at exit {block.exit_layer}" for block in existing.blocks
     }
-    if present.eagle3 is not None:
+    if existing.eagle3 is not None:
         held["eagle3"] = "a drafter"
-    if present.mtp is not None and config.start_from is None:
+    if existing.mtp is not None and config.start_from is None:
         held["mtp"] = "a drafter"
     for name in names:
         if name in held:
@@ -252,28 +274,37 @@ def _refuse_present(config: DrafterConfig, names: Any, present: ExitBlocks) -> N
 def _texts(
     config: DrafterConfig, rows: data.RunRows, encoder: Encoder, first_target: int
 ) -> DrafterTexts:
-    """The rows with at least `first_target` tokens before an answer, and with room for it."""
-    find = _own_answers if config.answers == "data" else _prompts
-    training = find(rows.training, encoder, first_target)
-    held_out = find(rows.held_out, encoder, first_target)
-    if not training:
+    """The rows or prompts with at least `first_target` tokens before an answer, and with room for
+    it.
+    """
+    encoded = list[EncodedRow]()
+    prompts = list[list[int]]()
+    if config.answers == "data":
+        encoded = _own_answers(rows.training, encoder, first_target)
+        trained = len(encoded)
+        encoded += _own_answers(rows.held_out, encoder, first_target)
+    else:
+        prompts = _prompts(rows.training, encoder, first_target)
+        trained = len(prompts)
+        prompts += _prompts(rows.held_out, encoder, first_target)
+    if not trained:
         raise DataError(
             f"no row has at least {first_target} tokens before an answer, and room for it within "
             f"`max_length` {encoder.max_length}"
         )
     given = len(rows.training) + len(rows.held_out)
-    return DrafterTexts(training, held_out, given - len(training) - len(held_out))
+    left_out = given - len(encoded) - len(prompts)
+    return DrafterTexts(encoded, prompts, trained, left_out)
 
 
-def _own_answers(rows: Any, encoder: Encoder, first_target: int) -> list[dict[str, Any]]:
+def _own_answers(rows: Sequence[Row], encoder: Encoder, first_target: int) -> list[EncodedRow]:
     """Encoded rows, without labels before `first_target`."""
-    texts = list(encoder.rows(rows))
-    for text in texts:
-        unread = min(first_target, len(text["labels"]))
-        text["labels"] = [IGNORED] * unread + text["labels"][unread:]
-    return list(filter(data.has_target, texts))
+    encoded = list(encoder.rows(rows))
+    for row in encoded:
+        row["labels"][:first_target] = IGNORED
+    return list(filter(has_target, encoded))
 
 
-def _prompts(rows: Any, encoder: Encoder, first_target: int) -> list[list[int]]:
+def _prompts(rows: Sequence[Row], encoder: Encoder, first_target: int) -> list[list[int]]:
     prompts = encoder.prompts(rows)
     return [ids for ids in prompts if first_target <= len(ids) < encoder.max_length]

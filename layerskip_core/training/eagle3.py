@@ -2,15 +2,14 @@
 Li et al., 2025).
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..checkpoint.locate import fetched_folder
-from ..checkpoint.sidecars import default_layers, eagle3_content, read_eagle3
+from ..checkpoint.sidecars import default_layers, read_eagle3
 from ..config.training import DrafterConfig
 from ..errors import require
 from ..losses import IGNORED
@@ -24,9 +23,9 @@ from ..model.eagle3 import (
     Eagle3Layer,
     Eagle3Weights,
 )
-from ..model.exit_blocks import ExitBlocks
 from ..model.spec import ModelSpec
 from ..model.weights import copy_into
+from .encoding import EncodedRow
 from .exit_blocks import DrafterModule
 from .recipe import RunStep
 from .speedup import SpeedEstimate, eagle3_speedup
@@ -93,11 +92,6 @@ class FrozenEagle3(DrafterModule):
     def weights(self) -> dict[str, Tensor]:
         return {name: self.drafter.weight(name) for name in self.drafter.form.shapes}
 
-    def files(
-        self, dtype: torch.dtype, kept: ExitBlocks, model_fingerprint: str, verifier: str
-    ) -> dict[str, bytes]:
-        return eagle3_content(self.stored(dtype), self.backend.spec, verifier)
-
     def estimated_speedup(self, backend: Backend, exit_layer: int) -> SpeedEstimate:
         return eagle3_speedup(backend, self.stored(backend.dtype))
 
@@ -107,8 +101,8 @@ class FrozenEagle3(DrafterModule):
         weight: Tensor = self.backend.model.get_output_embeddings().weight.detach()
         return weight
 
-    def begin(self, texts: Sequence[Mapping[str, Any]]) -> None:
-        """Sets the draft vocabulary to the most frequent answer tokens of encoded rows, and the
+    def begin(self, rows: Sequence[EncodedRow]) -> None:
+        """Sets the draft vocabulary to the most frequent answer tokens of the rows, and the
         head to the model's for these.
 
         If they are too few, tokens of the present vocabulary fill it up. A drafter with a head of
@@ -116,10 +110,9 @@ class FrozenEagle3(DrafterModule):
         """
         if self._has_own_head:
             return
-        answers = list[int]()
-        for text in texts:
-            answers += [label for label in text["labels"] if label != IGNORED]
-        scores = torch.tensor(answers).bincount(minlength=self.backend.spec.vocab).float()
+        labels = torch.cat([torch.from_numpy(row["labels"]) for row in rows])
+        answers = labels[labels != IGNORED]
+        scores = answers.bincount(minlength=self.backend.spec.vocab).float()
         own = self.drafter.tokens.cpu()
         scores.index_add_(0, own, torch.full((len(own),), 0.5))
         tokens = scores.argsort(descending=True, stable=True)[: len(own)].sort().values

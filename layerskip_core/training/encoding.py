@@ -7,7 +7,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, NotRequired, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ..data import Conversation, Example, Row
 from ..errors import DataError, LayerSkipError, first_line
@@ -17,6 +20,23 @@ from ..prompting import RAW, PromptTemplate, encode_prompt, render_chat, special
 _LONGEST_WORD = 1000  # characters
 _ENDLESS = re.compile(rf"\S{{{_LONGEST_WORD + 1}}}|\s{{{_LONGEST_WORD + 1}}}")
 _SPECIAL = ["<|pad|>", "<|bos|>", "<|eos|>"]
+
+
+class EncodedRow(TypedDict):
+    """A row of T tokens, in memory as int32."""
+
+    input_ids: NDArray[np.int32]  # (T,)
+    labels: NDArray[np.int32]  # (T,), IGNORED without a target; nothing predicts the first token
+    truncated: bool
+    documents: NotRequired[NDArray[np.int32]]  # (T,), of a packed row: by token, 0, 1, ...
+
+
+def encoded_row(ids: list[int], labels: list[int], truncated: bool = False) -> EncodedRow:
+    row = EncodedRow(
+        input_ids=np.array(ids, np.int32), labels=np.array(labels, np.int32), truncated=truncated
+    )
+    row["labels"][:1] = IGNORED
+    return row
 
 
 @dataclass(frozen=True)
@@ -30,22 +50,15 @@ class Encoder:
     max_length: int
     pack: bool = False
 
-    def rows(self, rows: Iterable[Row]) -> Iterator[dict[str, Any]]:
-        """Rows of input_ids, labels (IGNORED without a target) and `truncated`, at most
-        `max_length` tokens each.
-        """
+    def rows(self, rows: Iterable[Row]) -> Iterator[EncodedRow]:
+        """Encodes rows, to at most `max_length` tokens each."""
+        most = self.max_length
         encoded = map(self._encoded, rows)
         if self.pack:
-            documents = (ids for ids, _ in encoded)
-            for row in packed(documents, self.max_length):
-                yield row | {"truncated": False}
+            yield from packed((ids for ids, _ in encoded), most)
             return
         for ids, labels in encoded:
-            yield {
-                "input_ids": ids[: self.max_length],
-                "labels": labels[: self.max_length],
-                "truncated": len(ids) > self.max_length,
-            }
+            yield encoded_row(ids[:most], labels[:most], truncated=len(ids) > most)
 
     def prompts(self, rows: Iterable[Row]) -> Iterator[list[int]]:
         """Token ids of the examples' prompts; conversations are left out."""
@@ -132,7 +145,11 @@ def _naming(row: Row) -> Iterator[None]:
         raise DataError(f"{row.where or 'a row'} cannot be encoded: {first_line(error)}") from error
 
 
-def packed(documents: Iterable[list[int]], length: int) -> Iterator[dict[str, Any]]:
+def has_target(row: EncodedRow) -> bool:
+    return bool((row["labels"] != IGNORED).any())
+
+
+def packed(documents: Iterable[list[int]], length: int) -> Iterator[EncodedRow]:
     """Documents joined and cut into rows of `length` tokens (the last may be shorter); each row
     numbers its `documents`.
     """
@@ -143,14 +160,13 @@ def packed(documents: Iterable[list[int]], length: int) -> Iterator[dict[str, An
     )
     while row := list(islice(tokens, length)):
         ids = [token for _, token in row]
-        numbers = [number - row[0][0] for number, _ in row]
-        labels = list(ids)
-        for at in range(len(ids)):
-            # Nothing predicts the first token of a document.
-            if at == 0 or numbers[at - 1] != numbers[at]:
-                labels[at] = IGNORED
-        if len(ids) == length or set(labels) != {IGNORED}:
-            yield {"input_ids": ids, "labels": labels, "documents": numbers}
+        encoded = encoded_row(ids, ids)
+        numbers = np.array([number - row[0][0] for number, _ in row], np.int32)
+        encoded["documents"] = numbers
+        # Nothing predicts the first token of a document
+        encoded["labels"][1:][numbers[1:] != numbers[:-1]] = IGNORED
+        if len(ids) == length or has_target(encoded):
+            yield encoded
 
 
 def train_tokenizer(rows: Sequence[Row], vocab_size: int) -> Any:

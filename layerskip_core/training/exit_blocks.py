@@ -2,7 +2,7 @@
 them.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from ..model.backend import states_at
 from ..model.cache import Places, available_memory
 from ..model.exit_blocks import INPUT_NORMS, MTP, NO_BLOCKS, ExitBlock, ExitBlocks
 from ..model.weights import block_weights, copy_into
+from .encoding import EncodedRow
 from .recipe import RunStep
 from .speedup import SpeedEstimate, exit_speedup
 
@@ -72,8 +73,7 @@ class Block(nn.Module):
 
 
 class DrafterModule(nn.Module):
-    """A frozen model's drafter in training. Subclasses define `of`, its construction by a config,
-    and `files`, to be saved.
+    """A frozen model's drafter in training. Subclasses define `of`, its construction by a config.
 
     `forward` is like that of `RecipeModule`, with KL divergences from full depth as losses.
     """
@@ -99,7 +99,9 @@ class DrafterModule(nn.Module):
 
         States of texts seen before come from a cache, in a quarter of the free memory.
         """
-        # Without padding, which no token sees
+        # The key is the text without its padding by id 0, which no token sees. A text that ends
+        # with an id 0 of its own may get the states of one without it: 0 for its last token, whose
+        # states predict nothing.
         texts = [row.numpy().tobytes().rstrip(b"\0") for row in ids.cpu()]
         fresh = [row for row, text in enumerate(texts) if text not in self._cached]
         computed = {}
@@ -145,7 +147,7 @@ class DrafterModule(nn.Module):
         """Estimates the speedup by drafts of an exit, on the backend that decodes."""
         return exit_speedup(backend, exit_layer, True)
 
-    def begin(self, texts: Sequence[Mapping[str, Any]]) -> None:
+    def begin(self, rows: Sequence[EncodedRow]) -> None:
         """Called before the training, with its encoded rows."""
 
     def weights(self) -> dict[str, Tensor]:
@@ -207,18 +209,16 @@ class FrozenExits(DrafterModule):
         return named_weights(self.exits)
 
     def files(
-        self, dtype: torch.dtype, kept: ExitBlocks, model_fingerprint: str, verifier: str
+        self, dtype: torch.dtype, existing: ExitBlocks, model_fingerprint: str
     ) -> dict[str, bytes]:
-        """Files to save with the model, by name. `kept`: its present blocks. `verifier`: the
-        model's folder or hub id.
-        """
+        """Files to save with the model, by name. `existing`: blocks that it has and that stay."""
         weights = block_weights(self.backend.model, self.weights(), dtype)
         spec = self.backend.spec
         if MTP.exit_layer in self.layers:
             known = self.shipped if self.shipped.blocks else replace(NO_BLOCKS, blocks=(MTP,))
             mtp = replace(known, take=weights.get, model_fingerprint=model_fingerprint)
             return {MTP_FILE: mtp_content(spec, mtp, weights.__getitem__)}
-        return {EXIT_BLOCKS_FILE: exit_blocks_content(spec, weights, model_fingerprint, kept)}
+        return {EXIT_BLOCKS_FILE: exit_blocks_content(spec, weights, model_fingerprint, existing)}
 
     def forward(
         self, input_ids: Tensor, labels: Tensor, step: RunStep | None = None

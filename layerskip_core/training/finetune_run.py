@@ -3,12 +3,12 @@
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Subset
@@ -23,20 +23,22 @@ from ..checkpoint.shipped import files_of_shipped, read_exit_blocks, shipped_by
 from ..checkpoint.sidecars import EAGLE3_FILES, EAGLE3_FOLDER, fingerprint
 from ..checkpoint.transformers_read import blank, stored_dtype
 from ..config.training import FinetuneConfig
+from ..data import Row
 from ..errors import ConfigError
 from ..model.exit_blocks import NO_BLOCKS, ExitBlock
 from ..model.spec import AnySpec
 from ..model.vocabulary import ORDER_FILE
 from ..model.weights import cast_weights
+from ..splits import HeldOut
 from . import data
 from .answers import Answers, plan_replay
 from .cost import Baseline
-from .encoding import train_tokenizer
+from .encoding import EncodedRow, encoded_row, train_tokenizer
 from .exit_blocks import new_exit_blocks
 from .module import RecipeModule, use_fp32_attention, with_lora
-from .plan import VERSIONS, RunPlan, fixed_settings, require_same_run
+from .plan import VERSIONS, RunPlan, RunResult, fixed_settings, require_same_run
 from .precision import Precision, choose_precision
-from .progress import LOSSES, LossHistory
+from .progress import LOSSES, LossHistory, WorkReport
 from .recipe import SMALL_MODEL, learning_rate, resolve_recipe, steps_on, trained_exits
 from .sharding import gather_whole, process_index
 
@@ -72,11 +74,11 @@ class FinetuneJob:
     def from_scratch(self) -> bool:
         return self.config.recipe.preset == "scratch"
 
-    def measure_before(self, report: Callable[..., None]) -> Baseline | None:
+    def measure_before(self, report: WorkReport) -> Baseline | None:
         """What the model does before its training; in the first process only."""
         if process_index() > 0 or self.from_scratch:
             return None
-        report("measurements before the training", 1, 0)
+        report("measurements before the training", 0, 1)
         held_out = self.data.held_out_rows
         if self.config.fsdp:
             # Rows would run on the CPU: minutes for a model that needs shards, while others wait
@@ -84,48 +86,49 @@ class FinetuneJob:
         trained_rows = self.plan.steps * data.step_rows(self.config)[0]
         return Baseline(self.trainable, held_out, self.config.seed, trained_rows)
 
-    def data_sets(self, report: Callable[..., None]) -> tuple[Any, Any]:
-        """(training rows in the run's order, held-out rows or None).
-
-        Batches have rows of similar length, replayed texts among them; a stream keeps its order.
-        """
-        rows: Any = self.data.training.rows
+    def data_sets(self, report: WorkReport) -> tuple[Any, Any]:
+        """As in Job. Batches have rows of similar length, replayed texts among them; a stream keeps its order."""
+        training = self.data.training
         held_out = self.data.held_out_rows or None
-        if isinstance(rows, data.StreamedRows):
-            return rows, held_out
-        lengths = [len(row["input_ids"]) for row in rows]
-        texts = list[dict[str, Any]]()
+        if training.stream is not None:
+            return training.stream, held_out
+        lengths = [len(row["input_ids"]) for row in training.rows]
+        texts = list[EncodedRow]()
         if self.replay is not None:
             texts = self._replayed(self.replay, report)
         order = data.ordered(self.config, lengths, self.plan.steps, len(texts))
-        return Subset(rows + texts, order), held_out
+        rows: Any = [*training.rows, *texts]
+        return Subset(rows, order), held_out
 
-    def _replayed(self, replay: Answers, report: Callable[..., None]) -> list[dict[str, Any]]:
-        """Encoded texts, each with its prompt, and with a label on every token."""
-        written = replay.write(partial(report, "replay texts", len(replay.prompts)))
-        is_packed = "documents" in self.data.training.seen[0]
+    def _replayed(self, replay: Answers, report: WorkReport) -> list[EncodedRow]:
+        """Texts, each with its prompt, and with a label on every token."""
+        is_packed = "documents" in self.data.training.rows[0]
         texts = []
-        for prompt, answer in zip(replay.prompts, written, strict=True):
+        for prompt, answer in zip(
+            replay.prompts, replay.write("replay texts", report), strict=True
+        ):
             ids = prompt + answer
-            text: dict[str, Any] = {"input_ids": ids, "labels": ids}
+            text = encoded_row(ids, ids)
             if is_packed:
-                text["documents"] = [0] * len(ids)
+                text["documents"] = np.zeros_like(text["input_ids"])
             texts.append(text)
         return texts
 
-    def save(self, history: LossHistory, baseline: Baseline | None) -> CheckpointInfo:
+    def save(self, history: LossHistory, baseline: Baseline | None) -> RunResult:
         """Writes the model in the first process. The info has the last losses of every exit."""
         is_first = process_index() == 0
         if self.config.fsdp:
             gather_whole(self.module, keep=is_first)
         details = self._details(history)
+        example = None
         if baseline is not None:
-            details["cost"] = msgspec.to_builtins(baseline.cost())
+            cost, example = baseline.cost()
+            details["cost"] = msgspec.to_builtins(cost)
         template = self.plan.template
         info = CheckpointInfo(template.text, system=template.system, details=details)
         if is_first:
             self._write(history, info)
-        return info
+        return RunResult(info, example)
 
     def _details(self, history: LossHistory) -> dict[str, Any]:
         """How the model was trained, for layerskip.json."""
@@ -166,9 +169,8 @@ class FinetuneJob:
             **self.shipped,
         }
         if self.module.exit_blocks:
-            cast_weights(
-                model, self.dtype
-            )  # the blocks' file has the fingerprint of the saved weights
+            # Now, as the blocks' file has the fingerprint of the weights as they are saved
+            cast_weights(model, self.dtype)
             files[EXIT_BLOCKS_FILE] = self.module.blocks_content(model, self.dtype)
         tokenizer = self.trainable.tokenizer
         save_checkpoint(model, tokenizer, info, self.config.output, self.dtype, files)
@@ -178,6 +180,20 @@ def _by_name(losses: Mapping[int, float]) -> dict[str, float]:
     return {str(layer): loss for layer, loss in losses.items()}
 
 
+@dataclass(frozen=True)
+class _Model:
+    """The model before its training."""
+
+    trainable: Trainable
+    weight: Callable[[str], Tensor]  # by name; in a dry run from the files
+    folder: str | None = None  # None: not trained before
+    shipped: Mapping[str, bytes] = field(default_factory=dict)  # files of its drafters
+
+    @property
+    def spec(self) -> AnySpec:
+        return self.trainable.backend.spec
+
+
 def prepare_finetune(
     config: FinetuneConfig, device: torch.device, checkpoint: Path | None, dry: bool
 ) -> FinetuneJob:
@@ -185,32 +201,22 @@ def prepare_finetune(
     refuse_overwrite(config.output, config.overwrite, RUN_FILES)
     if config.lora_keep:
         _refuse_own_base(config)
-    from_scratch = config.recipe.preset == "scratch"
-    if not from_scratch:
-        trainable, weight_of = _read_model(config.model, dry)
-        config = replace(config, replay=_replay_share(config, trainable.backend.spec))
-    rows = data.read_rows(config)
-    if from_scratch:
-        tokenizer = None
-        if config.vocab_size is not None:
-            tokenizer = train_tokenizer(rows.training, config.vocab_size)
-        trainable = blank(config.model, config.seed, tokenizer)
-        weight_of = trainable.model.get_parameter
-    spec = trainable.backend.spec
+    if config.recipe.preset == "scratch":
+        rows = data.read_rows(config)
+        model = _fresh_model(config, rows.training)
+    else:
+        model = _read_model(config, dry)
+        # The rows of `commands` are as many as the replayed ones leave
+        config = replace(config, replay=_replay_share(config, model.spec))
+        rows = data.read_rows(config)
+    trainable = model.trainable
     precision = choose_precision(config, device, trainable.backend, checkpoint)
     if precision.autocast and device.type == "cpu":
         use_fp32_attention(trainable.model)
     encoded = data.encode(config, trainable, rows)
+    plan = _resolve(config, model, encoded, rows.division, str(device), precision, checkpoint)
 
-    shipped = NO_BLOCKS
-    if not from_scratch and not config.lora_keep:
-        shipped = shipped_by(config.model, spec)
-    shipped_files = files_of_shipped(shipped, spec, weight_of)
-    folder = None if from_scratch else ModelRef.of(config.model).folder
-    notes = _drafter_notes(shipped_files, folder)
-    plan = resolve_finetune(config, spec, encoded, str(device), precision, checkpoint, notes)
-
-    model_digest = fingerprint(spec, weight_of)
+    model_digest = fingerprint(model.spec, model.weight)
     digests = {
         "tokens": plan.tokens,
         "data_digest": encoded.training.digest,
@@ -218,9 +224,9 @@ def prepare_finetune(
     }
     replay = None
     if config.replay:
-        decoder = (
-            decoder_of(trainable) if dry else for_decoding(config.model, str(device), config.dtype)
-        )
+        decoder = decoder_of(trainable)
+        if not dry:
+            decoder = for_decoding(config.model, str(device), config.dtype)
         replay = plan_replay(config, model_digest, encoded, decoder, plan.steps)
         digests["replayed"] = replay.journal.name
     settings = fixed_settings(plan, digests)
@@ -229,30 +235,53 @@ def prepare_finetune(
     module = None
     order: Sequence[int] = ()
     if not dry:
-        module = build_module(plan, trainable, None if from_scratch else folder)
+        module = _build_module(plan, trainable, model.folder)
         if not config.fsdp:  # FSDP places shards itself
             module.to(device)
-        order = data.token_order(encoded.training, spec.vocab)
+        order = data.token_order(encoded.training, model.spec.vocab)
     elif config.lora_rank:
         with_lora(trainable.model, config)  # peft may refuse the names of modules
     dtype = stored_dtype(config.model)
     return FinetuneJob(
-        plan, settings, trainable, encoded, replay, shipped_files, dtype, module, order
+        plan, settings, trainable, encoded, replay, model.shipped, dtype, module, order
     )
 
 
-def resolve_finetune(
+def _fresh_model(config: FinetuneConfig, rows: Sequence[Row]) -> _Model:
+    tokenizer = None
+    if config.vocab_size is not None:
+        tokenizer = train_tokenizer(rows, config.vocab_size)
+    trainable = blank(config.model, config.seed, tokenizer)
+    return _Model(trainable, trainable.model.get_parameter)
+
+
+def _read_model(config: FinetuneConfig, dry: bool) -> _Model:
+    outlined = outline(config.model) if dry else None
+    if outlined is None:
+        trainable = for_training(config.model, "cpu", "fp32")
+        weight = trainable.model.get_parameter
+    else:
+        trainable, weight = outlined
+    shipped: Mapping[str, bytes] = {}
+    if not config.lora_keep:  # an adapter stands beside the folder that has them
+        spec = trainable.backend.spec
+        shipped = files_of_shipped(shipped_by(config.model, spec), spec, weight)
+    return _Model(trainable, weight, ModelRef.of(config.model).folder, shipped)
+
+
+def _resolve(
     config: FinetuneConfig,
-    spec: AnySpec,
+    model: _Model,
     encoded: data.RunData,
+    division: HeldOut | None,
     device: str,
     precision: Precision,
     checkpoint: Path | None,
-    drafter_notes: Sequence[str],
 ) -> RunPlan:
     """The plan of a run: the settings, completed by what the model and the rows decide."""
+    spec = model.spec
     training = encoded.training
-    steps = data.run_steps(config, len(training.seen))
+    steps = data.run_steps(config, len(training.rows))
     # An adapter is saved without exit blocks
     recipe = resolve_recipe(config.recipe, spec, steps, has_blocks=not config.lora_keep)
     usual_lr = learning_rate(config.recipe.preset, spec.parameters, config.lora_rank > 0)
@@ -263,31 +292,27 @@ def resolve_finetune(
         notes.append(_STREAMED)
     if spec.layers == 1:
         notes.append(_SHALLOW)
-    notes += drafter_notes
-    if checkpoint is not None:
-        notes.append(f"going on from {checkpoint}")
     return RunPlan(
         config=replace(config, lr=config.lr or usual_lr, max_length=encoded.encoder.max_length),
         device=device,
         precision=precision,
-        parameters=spec.parameters,
-        num_layers=spec.layers,
+        spec=spec,
         template=encoded.encoder.template,
-        rows=None if config.streaming else len(training.seen),
+        rows=None if config.streaming else len(training.rows),
         held_out=len(encoded.held_out_rows),
         left_out=training.left_out,
         tokens=training.tokens,
-        division=encoded.division,
+        division=division,
         steps=steps,
         checkpoint=checkpoint,
-        notes=tuple(notes),
-        truncated=sum(row["truncated"] for row in training.seen),
+        notes=(*notes, *_drafter_notes(model)),
+        truncated=sum(row["truncated"] for row in training.rows),
         recipe=recipe,
         exit_steps=steps_on(recipe, steps, spec.layers),
     )
 
 
-def build_module(plan: RunPlan, trainable: Trainable, folder: str | None) -> RecipeModule:
+def _build_module(plan: RunPlan, trainable: Trainable, folder: str | None) -> RecipeModule:
     """The module that is trained. Exit blocks in `folder`, if any, are trained on."""
     config = plan.config
     recipe = plan.recipe
@@ -302,9 +327,9 @@ def build_module(plan: RunPlan, trainable: Trainable, folder: str | None) -> Rec
         blocks = new_exit_blocks(backend, [ExitBlock(layer) for layer in recipe.exits], stored)
     if config.lora_rank:
         model = with_lora(model, config)
-    module = RecipeModule(model, recipe, config.seed, config.gradient_checkpointing, blocks)
-    module.tokenizer = trainable.tokenizer
-    return module
+    return RecipeModule(
+        model, recipe, config.seed, config.gradient_checkpointing, blocks, trainable.tokenizer
+    )
 
 
 def _refuse_own_base(config: FinetuneConfig) -> None:
@@ -314,15 +339,6 @@ def _refuse_own_base(config: FinetuneConfig) -> None:
         raise ConfigError(
             f"`lora_keep`: the adapter needs its base {config.output}, which `output` {config.output} would replace"
         )
-
-
-def _read_model(name: str, dry: bool) -> tuple[Trainable, Callable[[str], Tensor]]:
-    """A model, and a reader of its weights by name."""
-    outlined = outline(name) if dry else None
-    if outlined is not None:
-        return outlined
-    trainable = for_training(name, "cpu", "fp32")
-    return trainable, trainable.model.get_parameter
 
 
 def _replay_share(config: FinetuneConfig, spec: AnySpec) -> float:
@@ -337,11 +353,11 @@ def _replay_share(config: FinetuneConfig, spec: AnySpec) -> float:
     return 0.0
 
 
-def _drafter_notes(shipped: Mapping[str, bytes], folder: str | None) -> list[str]:
+def _drafter_notes(model: _Model) -> list[str]:
     """What becomes of drafters that were made for the model before its training."""
     notes = []
-    if shipped:
-        notes.append(_TRAINS_SHIPPED if MTP_FILE in shipped else _SHIPPED)
-    if folder is not None and Path(folder, EAGLE3_FILES[0]).is_file():
-        notes.append(_EAGLE3.format(Path(folder, EAGLE3_FOLDER)))
+    if model.shipped:
+        notes.append(_TRAINS_SHIPPED if MTP_FILE in model.shipped else _SHIPPED)
+    if model.folder is not None and Path(model.folder, EAGLE3_FILES[0]).is_file():
+        notes.append(_EAGLE3.format(Path(model.folder, EAGLE3_FOLDER)))
     return notes

@@ -40,26 +40,28 @@ class RecipeModule(nn.Module):
         seed: int = 0,
         recompute: bool = False,
         exit_blocks: nn.ModuleDict | None = None,
+        tokenizer: Any = None,
     ) -> None:
         """`model`: of transformers or peft. `recompute`: gradient checkpointing. `exit_blocks`: see
-        `new_exit_blocks`.
+        `new_exit_blocks`. `tokenizer`: saved with the model.
         """
         super().__init__()
         self.model = model
-        self.config = model.config
+        self.config = model.config  # for Trainer and its trackers
         self.recipe = recipe
         self.seed = seed
         self.recompute = recompute
-        self.tokenizer: Any = None  # saved with the model
+        self.tokenizer = tokenizer
         self.backend = TransformersBackend(
             model.get_base_model() if hasattr(model, "get_base_model") else model
         )
-        # Tried now, before a row is dropped or FSDP shards the model
+        # Made now: it tries the model, before a row is dropped or FSDP shards the model
         self.texts = self.backend.texts
         layers = self.backend.num_layers
         early: Iterable[int] = ()
         if recipe.curriculum != "none":
             early = recipe.exits or range(1, layers)
+        # The early exits that are measured, with their names in layerskip.json
         self.names = {layer: str(layer) for layer in early}
         self.exit_blocks = exit_blocks or nn.ModuleDict()
 

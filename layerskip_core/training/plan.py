@@ -1,5 +1,5 @@
 """RunPlan: what a run of training will do, with every default resolved and before anything is
-written.
+written. Job: a plan, and what it works on.
 """
 
 import json
@@ -7,15 +7,19 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from ..checkpoint.info import CheckpointInfo
+from ..checkpoint.loaded import Trainable
 from ..config.training import DrafterConfig, TrainingConfig
 from ..errors import CheckpointError, ConfigError
 from ..files import read_json
+from ..model.spec import AnySpec
 from ..prompting import PromptTemplate
 from ..splits import HeldOut
+from .cost import AnsweredRow, Baseline
 from .precision import Precision
-from .progress import SETTINGS_FILE
+from .progress import SETTINGS_FILE, LossHistory, WorkReport
 from .recipe import Recipe
 from .sharding import world_size
 
@@ -39,8 +43,7 @@ class RunPlan:
     config: TrainingConfig  # with what the model and the data decide
     device: str
     precision: Precision
-    parameters: int
-    num_layers: int
+    spec: AnySpec  # of the model
     template: PromptTemplate
     rows: int | None  # None: a stream
     held_out: int  # rows
@@ -56,6 +59,10 @@ class RunPlan:
     exit_steps: Mapping[int, int] = field(default_factory=dict)
 
     @property
+    def num_layers(self) -> int:
+        return self.spec.layers
+
+    @property
     def eval_steps(self) -> int:
         """Steps between validations; 0: none."""
         if not self.held_out:
@@ -65,6 +72,41 @@ class RunPlan:
         if self.recipe is not None and self.config.validation is None:
             return self.steps
         return max(1, self.steps // _VALIDATIONS)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run gives, besides the files in `output`."""
+
+    info: CheckpointInfo
+    example: AnsweredRow | None = None  # a held-out row with the trained model's answer
+
+
+class Job(Protocol):
+    """A planned run, and what it works on. `execute` calls the methods in this order, and trains
+    `module` before `save`.
+    """
+
+    @property
+    def plan(self) -> RunPlan: ...
+    @property
+    def fixed_settings(self) -> Mapping[str, Any]:
+        """What a resumed run must share."""
+
+    @property
+    def trainable(self) -> Trainable: ...
+    @property
+    def module(self) -> Any:
+        """A RecipeModule or a DrafterModule."""
+
+    def measure_before(self, report: WorkReport) -> Baseline | None:
+        """Measures the model before its training, if that changes it."""
+
+    def data_sets(self, report: WorkReport) -> tuple[Any, Any]:
+        """(training rows in the run's order, held-out rows or None)."""
+
+    def save(self, history: LossHistory, baseline: Baseline | None) -> RunResult:
+        """Writes the result to the config's `output`; all processes call it."""
 
 
 def fixed_settings(plan: RunPlan, digests: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,8 +137,9 @@ def require_same_run(checkpoint: Path | None, settings: Mapping[str, Any]) -> No
         return
     before = read_json(checkpoint / SETTINGS_FILE, CheckpointError)
     for name, now in settings.items():
-        if before.get(name, now) != now:
+        then = before.get(name)
+        if then != now:
             raise ConfigError(
-                f"`resume`: {name} was {before[name]} in the run to go on with, and is {now} now; "
+                f"`resume`: {name} was {then} in the run to go on with, and is {now} now; "
                 "a run is resumed with the same settings on the same data"
             )

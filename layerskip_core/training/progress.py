@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -25,10 +25,21 @@ _PREFIX = "checkpoint-"
 _NAME = re.compile(f"{_PREFIX}[0-9]{{1,18}}")
 
 
+class WorkReport(Protocol):
+    """Called during work before the training, such as "answers". An interruption now keeps `done`
+    of the `total`, and loses what more is `begun`, an estimate. May raise.
+    """
+
+    def __call__(self, stage: str, done: int, total: int, begun: int = 0) -> None: ...
+
+
 @dataclass(frozen=True)
 class StepReport:
-    """One optimizer step. Losses are means over target tokens, in nats; `exit_losses` holds the
-    latest loss of every exit.
+    """One optimizer step. Losses are means over target tokens, in nats, by exit.
+
+    `exit_losses` are the latest of every exit. `validation_losses` are those of the last
+    validation, empty before the first; so is `agreement`, the share of first drafts of early exits
+    that the last layer accepts.
     """
 
     step: int
@@ -37,9 +48,7 @@ class StepReport:
     exit_losses: dict[int, float]
     learning_rate: float
     tokens_per_second: float
-    # Of every exit at the last validation; empty before the first
     validation_losses: dict[int, float]
-    # Of early exits there: share of first drafts accepted
     agreement: dict[int, float] = field(default_factory=dict)
 
 
@@ -145,6 +154,7 @@ def resume_point(config: TrainingConfig) -> Path | None:
     there = newest_first(folder)
     if config.resume and there:
         return there[0]
+    # Before its first checkpoint a run has the journal of its answers to go on with
     if config.resume and not any(folder.glob("*.jsonl")):
         again = "a run with `save_steps` N has them until it ends"
         raise CheckpointError(f"`resume`: there is no checkpoint in {folder}; {again}")

@@ -9,35 +9,25 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
 import torch
 
 from ..checkpoint.folder import quiet_transformers
-from ..checkpoint.info import CheckpointInfo
 from ..checkpoint.loaded import pick_device
 from ..checkpoint.locate import EMBEDDED
 from ..config.training import DrafterConfig, TrainingConfig
 from ..errors import TrainingInterrupted, require
 from ..files import hold
 from ..interruption import Interruption
-from .cost import AnsweredRow
 from .drafter_run import DrafterJob, prepare_drafter
 from .finetune_run import FinetuneJob, prepare_finetune
+from .plan import Job, RunResult
 from .progress import StepReport, checkpoints_folder, discard_after, resume_point
 from .sharding import check_sharding, process_index
 
 # Options of glibc's mallopt
 _MMAP_MAX = -4
 _TRIM_THRESHOLD = -1
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What a run gives, besides the files in `output`."""
-
-    info: CheckpointInfo
-    example: AnsweredRow | None  # a held-out row with the trained model's answer
 
 
 def prepare(config: TrainingConfig, dry: bool = False) -> FinetuneJob | DrafterJob:
@@ -64,12 +54,12 @@ def prepare(config: TrainingConfig, dry: bool = False) -> FinetuneJob | DrafterJ
     if config.training_arguments:
         from .trainer import training_arguments
 
-        training_arguments(job.plan, job.trainable)
+        training_arguments(job)
     return job
 
 
 def execute(
-    job: FinetuneJob | DrafterJob,
+    job: Job,
     on_step: Callable[[StepReport], None] = lambda _: None,
     on_progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> RunResult:
@@ -77,16 +67,15 @@ def execute(
 
     `on_progress` gets (stage, done, total) of work before the training, such as "answers". Raises
     CheckpointError, TrainingError for a loss that is not finite or explodes, TrainingInterrupted,
-    and LockedError.
+    and LockedError; a caller may hold the lock already.
     """
     from .trainer import RunTrainer  # imports transformers' Trainer, which a plan does not need
 
     config = job.plan.config
-    is_first = process_index() == 0
     _keep_memory()
     with run_lock(config.output), Interruption() as interruption, quiet_transformers():
 
-        def report(stage: str, total: int, done: int, begun: int = 0) -> None:
+        def report(stage: str, done: int, total: int, begun: int = 0) -> None:
             if interruption.signal is not None:
                 raise TrainingInterrupted(
                     f"interrupted after {done} of {total} {stage}, which are kept",
@@ -97,21 +86,11 @@ def execute(
 
         baseline = job.measure_before(report)
         rows, held_out = job.data_sets(report)
-        trainer = RunTrainer(
-            job.plan,
-            job.module,
-            job.trainable,
-            job.fixed_settings,
-            rows,
-            held_out,
-            on_step,
-            interruption,
-        )
-        history = trainer.run()
-        info = job.save(history, baseline)
-        if is_first:
+        history = RunTrainer(job, rows, held_out, on_step, interruption).run()
+        result = job.save(history, baseline)
+        if process_index() == 0:
             discard_after(checkpoints_folder(config.output), None)
-    return RunResult(info, None if baseline is None else baseline.example)
+    return result
 
 
 def run_lock(output: str) -> AbstractContextManager[None]:

@@ -107,7 +107,7 @@ def gather_whole(module: nn.Module, keep: bool) -> None:
     gathered: dict[Tensor, nn.Parameter] = {}
     for owner in list(module.modules()):
         if isinstance(owner, FSDPModule):
-            # Fully_shard has derived a class from FSDPModule and the module's own
+            # torch's fully_shard has derived a class from FSDPModule and the module's own
             owner.__class__ = type(owner).__bases__[1]
             owner._forward_pre_hooks.clear()  # these hooks gather weights
             owner._forward_hooks.clear()

@@ -6,7 +6,7 @@ transformers changes these, tests/training/test_resume.py fails.
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -35,8 +35,7 @@ from .recipe import RunStep
 from .sharding import process_index, read_shard, use_fsdp, write_shard
 
 if TYPE_CHECKING:
-    from ..checkpoint.loaded import Trainable
-    from .plan import RunPlan
+    from .plan import Job, RunPlan
 
 _BETAS = (0.9, 0.95)
 _EXPLODED = 2.0  # times the greater of ln V (a uniform guess) and the run's first loss
@@ -45,9 +44,10 @@ _EXPLODED = 2.0  # times the greater of ln V (a uniform guess) and the run's fir
 class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
     """Trains a module through a run, as its own callback.
 
-    After the optimizer's step Trainer calls, in this order: `on_step_end`, which sums up the step
-    over all processes and decides what follows it; `log`, which checks and reports it; `evaluate`
-    and `save_model`, if they were decided on.
+    Its hooks as a callback are those named `on_...`; the others override Trainer's methods. After
+    the optimizer's step Trainer calls, in this order: `on_step_end`, which sums up the step over
+    all processes and decides what follows it; `log`, which checks and reports it; `evaluate` and
+    `save_model`, if they were decided on.
     """
 
     control: Any
@@ -55,23 +55,20 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
 
     def __init__(
         self,
-        plan: "RunPlan",
-        module: Any,
-        trainable: "Trainable",
-        fixed_settings: Mapping[str, Any],
+        job: "Job",
         rows: Any,
         held_out: Any,
         on_step: Callable[[progress.StepReport], None],
         interruption: Interruption,
     ) -> None:
         """`rows`: a data set in the order of the run."""
-        self.plan = plan
-        self.module = module
-        self.fixed_settings = fixed_settings
+        self.plan = job.plan
+        self.module = job.module
+        self.fixed_settings = job.fixed_settings
         self.on_step = on_step
         self.interruption = interruption
         self.history = progress.LossHistory()
-        self.checkpoints = progress.checkpoints_folder(plan.config.output)
+        self.checkpoints = progress.checkpoints_folder(job.plan.config.output)
         self.phase: Literal["loading", "training", "saving"] = "loading"  # to explain errors
         self.sums: Any = None  # a step's tokens and summed exit losses, on the device
         self.micro_batches = 0
@@ -82,12 +79,13 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
         self.started = 0.0
         super().__init__(
             self.module,
-            training_arguments(plan, trainable),
+            training_arguments(job),
             collate,
             train_dataset=rows,
             eval_dataset=held_out,
         )
-        # Trainer's own removal leaves a partial checkpoint when it is killed.
+        # How many to keep: the user's `training_arguments` may say. `on_save` removes the others,
+        # as Trainer's own removal leaves a partial checkpoint when it is killed.
         self.most_checkpoints = self.args.save_total_limit
         self.args.save_total_limit = None
         self.remove_callback(PrinterCallback)  # it writes to stdout
@@ -136,6 +134,7 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
         """Trainer's AdamW, and Muon for the matrices that the module gives it."""
         adamw = super().create_optimizer(model)
         config = self.plan.config
+        # `self.model` is not what DDP wraps around it; FSDP2 has sharded its weights in place by now
         weights, lr = self.model.muon(config.lr)
         if weights:
             by_muon = set(map(id, weights))
@@ -151,6 +150,9 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
+        """The loss of a micro-batch, over all targets of the step: `num_items_in_batch`, which
+        Trainer counts for modules with `accepts_loss_kwargs`.
+        """
         # Processes take the batches of a step in turns.
         number = self.micro_batches * self.args.world_size + self.args.process_index
         first_row = number * self.args.train_batch_size
@@ -162,11 +164,8 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
         self.micro_batches = self.micro_batches + 1
         self.exit_layers = output["exit_layers"]
         self.targets = num_items_in_batch
-        if num_items_in_batch is None:
-            self.targets = (inputs["labels"] != IGNORED).sum()
         # DDP averages gradients over processes, while `targets` counts the tokens of all of them.
-        scaled = output["loss"] / self.targets * self.accelerator.num_processes
-        return (scaled, output) if return_outputs else scaled
+        return output["loss"] / self.targets * self.accelerator.num_processes
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         # A checkpoint's state has the value of the run that wrote it
@@ -266,7 +265,7 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
         means = [loss / count for loss in losses.tolist()]
         agreement = [right / count for right in agreeing.tolist()]
         loss_by_exit = dict(zip(exits, means, strict=True))
-        # The last layer, where it is trained too, has none
+        # Without the last layer, which agrees with itself
         shares = dict(zip(exits, agreement, strict=False))
         self.history.add_validation(loss_by_exit, shares)
         metrics = {f"eval_exit_{layer}_loss": loss for layer, loss in loss_by_exit.items()}
@@ -315,7 +314,10 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
 
 
 class Optimizers(Optimizer):
-    """Optimizers of different parameters as one."""
+    """Optimizers of different parameters as one, which is what Trainer schedules, saves and loads.
+
+    The parts share its groups and its state, so that `state_dict` has the state of all of them.
+    """
 
     def __init__(self, *parts: Optimizer) -> None:
         super().__init__([group for part in parts for group in part.param_groups], {})
@@ -352,10 +354,11 @@ def trackers(report_to: str) -> list[str]:
     return names
 
 
-def training_arguments(plan: "RunPlan", trainable: "Trainable") -> TrainingArguments:
+def training_arguments(job: "Job") -> TrainingArguments:
     """Trainer's arguments for a run. Raises ConfigError for `training_arguments` that transformers
     refuses.
     """
+    plan = job.plan
     config = plan.config
     schedulers = {"constant": "constant_with_warmup"}
     given: dict[str, Any] = dict(
@@ -375,7 +378,7 @@ def training_arguments(plan: "RunPlan", trainable: "Trainable") -> TrainingArgum
         num_train_epochs=1,  # the rows contain all epochs
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
-        ddp_find_unused_parameters=_may_leave_out_weights(plan, trainable),
+        ddp_find_unused_parameters=_may_leave_out_weights(plan),
         dataloader_pin_memory=plan.device.startswith("cuda"),
         save_strategy="steps" if config.save_steps else "no",
         save_steps=config.save_steps or 500,
@@ -395,18 +398,18 @@ def training_arguments(plan: "RunPlan", trainable: "Trainable") -> TrainingArgum
         arguments = TrainingArguments(**given | (config.training_arguments or {}))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"`training_arguments`: {first_line(error)}") from None
-    # Else Trainer splits each batch over all GPUs by DataParallel; torchrun starts a process per
-    # GPU
+    # With several GPUs in one process Trainer would split each batch by DataParallel. Ours are
+    # started by torchrun, one process per GPU.
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1
     return arguments
 
 
-def _may_leave_out_weights(plan: "RunPlan", trainable: "Trainable") -> bool:
+def _may_leave_out_weights(plan: "RunPlan") -> bool:
     """True if a backward pass may not reach all weights: exit blocks of exits that are off, or
     experts that no token chose. (A layer without rows and an exit that is off leave none out.)
     """
-    if not isinstance(trainable.backend.spec, ModelSpec):
+    if not isinstance(plan.spec, ModelSpec):
         return True
     recipe = plan.recipe
     return recipe is not None and recipe.exit_reader != "none" and recipe.curriculum != "all"

@@ -119,7 +119,7 @@ def test_a_training_keeps_what_no_step_changes(folder, tmp_path):
 def test_a_block_keeps_its_router(model_type):
     model = routed_model(model_type)
     module = FrozenExits(TransformersBackend(model), [ExitBlock(2)])
-    stored = load(module.files(torch.bfloat16, NO_BLOCKS, "", "")[EXIT_BLOCKS_FILE])
+    stored = load(module.files(torch.bfloat16, NO_BLOCKS, "")[EXIT_BLOCKS_FILE])
     assert [block.exit_layer for block in blocks_named(stored, model.config.num_hidden_layers)] == [
         2
     ]

@@ -55,7 +55,7 @@ def test_a_seed_gives_the_same_sample_however_long_passes_take(kind, monkeypatch
 
 
 def test_acceptance_moves_from_its_prior_to_what_was_seen_and_back():
-    acceptance = Acceptance(0.5, 0.5)
+    acceptance = Acceptance(0.5)
     acceptance.observe(drafted=4, accepted=1)  # the second was wrong, the others were not tested
     # The prior counts as four observations
     assert acceptance.means() == (pytest.approx(3 / 5), pytest.approx(2 / 5))
@@ -72,7 +72,7 @@ def test_the_upper_end_is_that_of_wilson_s_interval():
     """At 90 of 100 and a standard deviation: (0.9 + 1/200 + sqrt(0.09/100 + 1/40000)) / (1 +
     1/100).
     """
-    acceptance = Acceptance(0.9, 0.9, strength=100.0)
+    acceptance = Acceptance(0.9, strength=100.0)
     assert acceptance.means(at_best=True)[0] == pytest.approx(
         (0.905 + (0.0009 + 0.000025) ** 0.5) / 1.01
     )
@@ -92,22 +92,22 @@ def test_times_follow_the_machine_where_they_are_measured_and_keep_their_shape_e
         return 2.0 * max(1.0, 0.4 + 0.1 * n)  # few tokens wait for memory
 
     passes = PassTimes.measured((1.0, 1.05))
-    assert passes.of(5) == pytest.approx(1.2)
+    assert passes.time_of(5) == pytest.approx(1.2)
     for n in (1, 2, 4, 8, 16, 3, 12, 6) * 60:
         passes.observe(n, machine(n))
-    assert [passes.of(n) for n in (1, 2, 4, 8, 16)] == pytest.approx(
+    assert [passes.time_of(n) for n in (1, 2, 4, 8, 16)] == pytest.approx(
         [machine(n) for n in (1, 2, 4, 8, 16)], rel=0.08
     )
-    before = passes.of(8)
+    before = passes.time_of(8)
     passes.observe(8, 1000.0)  # a disturbance counts as twice the time at most
-    assert passes.of(8) <= 1.11 * before
+    assert passes.time_of(8) <= 1.11 * before
     for n, time in ((16, 0.1), (2, 3.0), (32, 0.5)) * 20:
         passes.observe(n, time)
-    times = [passes.of(n) for n in range(1, 100)]
+    times = [passes.time_of(n) for n in range(1, 100)]
     assert times == sorted(times)  # more tokens never take less time
     one = PassTimes.measured((1.0, 1.1, 1.2, 1.3))
     one.observe(4, 3.9)  # the first sets the unit
-    assert [one.of(n) for n in (1, 4, 8)] == pytest.approx([3.0, 3.9, 5.1])
+    assert [one.time_of(n) for n in (1, 4, 8)] == pytest.approx([3.0, 3.9, 5.1])
 
 
 def bandit(passes=(1.0, 1.04), most=12, tries=0.0, **arms):
@@ -115,9 +115,7 @@ def bandit(passes=(1.0, 1.04), most=12, tries=0.0, **arms):
     pass that verifies.
     """
     by_name = {
-        name: Arm(
-            name, Acceptance(prior, prior), step, 0.1, share, Calibration(1.0, 1), tries=tries
-        )
+        name: Arm(name, Acceptance(prior), step, 0.1, share, Calibration(1.0, 1), tries=tries)
         for name, (prior, step, share) in arms.items()
     }
     return Bandit(PassTimes.measured(passes), by_name, most)
@@ -136,9 +134,9 @@ def test_the_best_length_maximises_tokens_per_time(prior, step, share, rows):
     rates = {}
     for length in range(1, 17):
         drafting = (length + (share < 1)) * (
-            step + 0.1 * (known.passes.of(rows) - known.passes.of(1))
+            step + 0.1 * (known.passes.time_of(rows) - known.passes.time_of(1))
         )
-        seconds = drafting + share * known.passes.of(rows * (length + 1))
+        seconds = drafting + share * known.passes.time_of(rows * (length + 1))
         rates[length] = rows * sum(prior**place for place in range(length + 1)) / seconds
     rate, best = known.best_length(arm, rows)
     assert rate == pytest.approx(rates[best], rel=0.01) and rate > 0.99 * max(rates.values())
@@ -161,12 +159,14 @@ def drafted(known, rounds, right, seconds, rows=1, seed=1, slowness=1.0):
                 (place for place in range(length) if seen.random() > right[arm.name]), length
             )
             arm.acceptance.observe(length, accepted)
-            drafting = slowness * (length + (arm.share < 1)) * seconds[arm.name]
+            drafting = slowness * (length + (arm.target_share < 1)) * seconds[arm.name]
             step.arm = arm
             step.drafts = length
         step.verified = rows * (length + 1)
         step.tokens = rows * (1 + (accepted if arm else 0))
-        known.observe(step, drafting + (1 + 0.04 * step.verified) * (arm.share if arm else 1))
+        known.observe(
+            step, drafting + (1 + 0.04 * step.verified) * (arm.target_share if arm else 1)
+        )
         chosen.append(arm.name if arm else None)
     return chosen
 
@@ -201,20 +201,22 @@ def test_times_of_drafts_are_those_of_each_drafter_and_number_of_rows():
     for rows, step in {1: 0.1, 8: 0.2}.items():
         times = known.times(a, rows, found=False)
         expected = [0.5 + drafts * step for drafts in (2, 4, 9)]
-        assert [times.of(1 + drafts) for drafts in (2, 4, 9)] == pytest.approx(expected, rel=0.2)
-    assert known.times(b, 1, found=False).of(5) == pytest.approx(9.0, rel=0.1)
+        assert [times.time_of(1 + drafts) for drafts in (2, 4, 9)] == pytest.approx(
+            expected, rel=0.2
+        )
+    assert known.times(b, 1, found=False).time_of(5) == pytest.approx(9.0, rel=0.1)
 
 
 def test_a_slow_first_draft_is_not_measured():
     known = bandit(a=(0.5, 0.2, 0.8))
     for seconds in (400.0, 4.0):
         known.observe(Step(1, arm=known.arms["a"], drafts=1), seconds)
-    assert known.times(known.arms["a"], 1, found=False).of(2) <= 4.0
+    assert known.times(known.arms["a"], 1, found=False).time_of(2) <= 4.0
 
 
 def test_a_copy_has_other_times_where_it_looks_up_what_may_be_right():
     known = bandit(a=(0.9, 0.5, 1.0))
-    known.arms["a"].guesses = True
+    known.arms["a"].verifies_lookups = True
     for found, seconds in ((True, 1.0), (False, 3.0)) * 20:
         known.observe(Step(1, found=found, arm=known.arms["a"], drafts=4), seconds)
     found, alone = (known.plan(1, 0, found) for found in (True, False))
@@ -313,7 +315,7 @@ def test_a_profile_may_hold_exits_that_are_never_right_and_passes_whose_rows_are
     backend = backend_of("generic")
     known = knowing(backend, acceptance={"exit 2": 0.0, "exit 4": 0.5}, passes=(1.0, 0.9)).bandit
     assert known._ends(known.arms["exit 2"], False, 1.0, 4).survival == 1.0
-    assert known.passes.of(10_000) == known.passes.of(1) == pytest.approx(1.0)
+    assert known.passes.time_of(10_000) == known.passes.time_of(1) == pytest.approx(1.0)
 
 
 def test_it_turns_away_from_what_is_rejected():

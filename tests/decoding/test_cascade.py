@@ -66,7 +66,7 @@ def test_right_guesses_save_passes(temperature, monkeypatch):
     drafts, steps = drafted(backend, [text], config, [8], DraftEnds(), True)
     answer = drafts.tokens.tolist()[1:]
     monkeypatch.setattr(
-        stepwise.RowLookup, "guessed", lambda self, row, own, most: answer[len(own) :][:most]
+        stepwise.RowLookup, "guessed", lambda self, row, most, own: answer[len(own) :][:most]
     )
     made, passes = drafted(backend, [text], config, [8], DraftEnds(), False)
     assert made.tokens.tolist() == drafts.tokens.tolist() and (steps, passes) == (8, 2)

@@ -10,9 +10,16 @@ import decoder_types
 import pytest
 import torch
 from conftest import tiny_model
-from decodings import WIDE, answer_of, ids_of, letters, native_or_skip, plainly, prompt_of
+from decodings import (
+    WIDE,
+    answer_of,
+    ids_of,
+    letters,
+    native_or_skip,
+    plainly,
+    prompt_of,
+)
 from evaluating import tiny_loaded
-from test_loop import p_value_of
 
 from layerskip_core.config.decoding import DecodingConfig, DraftProfile
 from layerskip_core.decoding import (
@@ -24,8 +31,6 @@ from layerskip_core.decoding import (
     new_row,
     without_failure,
 )
-from layerskip_core.decoding.sampling import probabilities
-from layerskip_core.evaluation.measure import last_logits
 from layerskip_core.model import TorchBackend, TransformersBackend
 from layerskip_core.model.pages import PAGE
 from layerskip_core.serving import Dispatcher, Request
@@ -129,6 +134,7 @@ def test_stop_strings_penalties_lookups_and_confidence_keep_the_output():
         {"stop": (stop,)},
         {"frequency_penalty": 0.8, "repetition_penalty": 1.3},
         {"lookup": 1},
+        {"temperature": 0.8},
     ):
         config = replace(DRAFTED, **changes)
         expected, reason, _ = answer_of(backend, prompt, replace(plain, **changes))
@@ -157,55 +163,6 @@ def test_no_token_of_a_text_runs_twice(kind, monkeypatch):
     assert whole and loop.stats.rounds - whole > 2
     ran = len(passes) - 1 - (drafts if counted else 0)
     assert whole - 1 <= ran <= whole  # not after the last round
-
-
-@pytest.mark.parametrize("kind", ["packed", "native"])
-@pytest.mark.parametrize(
-    "config",
-    [DRAFTED, ADAPTIVE, replace(DRAFTED, temperature=0.8)],
-    ids=["greedy", "adaptive", "sampled"],
-)
-def test_rows_that_join_a_loop_get_what_they_get_alone(kind, config):
-    backend = cached_pair(kind)
-    prompts = [prompt_of(length) for length in (9, 3, 40, 17)]
-    if kind == "packed" and config.temperature:
-        pytest.skip("PyTorch's kernels round otherwise among others")
-    scheduler = Scheduler(backend)
-    rows = []
-    for number, prompt in enumerate(prompts):
-        own = replace(config, max_new_tokens=30 - 6 * number, seed=number)
-        rows.append(new_row(backend, prompt, own))
-        scheduler.add(rows[-1])
-        for _ in range(2):
-            without_failure(scheduler.step())
-    while not scheduler.is_idle:
-        without_failure(scheduler.step())
-    for number, prompt in enumerate(prompts):
-        alone = DecodingLoop(
-            backend, [prompt], replace(config, max_new_tokens=30 - 6 * number), seeds=[number]
-        )
-        assert rows[number].output == ids_of(alone)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_sampled_output_follows_the_target_s_distribution(kind):
-    vocabulary = 5
-    prompt = [3, 1, 4]
-    draws = 400
-    config = replace(DRAFTED, temperature=3.0, top_k=3, num_draft_tokens=2, max_new_tokens=4)
-    backend = pair_of(kind, vocab_size=vocabulary, eos_token_id=None)
-    loop = DecodingLoop(backend, [prompt] * draws, config, seeds=range(draws))
-    list(loop)
-    joint = {(): 1.0}
-    for _ in range(4):
-        longer = {}
-        for ids, mass in joint.items():
-            probs = probabilities(last_logits(backend, [*prompt, *ids]), config)
-            for token in probs.nonzero()[:, 0].tolist():
-                longer[*ids, token] = mass * float(probs[token])
-        joint = longer
-    assert 0.2 < loop.stats.acceptance_rate < 0.95
-    assert p_value_of([tuple(row.output) for row in loop.rows], joint) > 1e-3
 
 
 @pytest.mark.parametrize("model_type", ["lfm2", "mamba2"])
@@ -300,7 +257,7 @@ def test_a_common_beginning_runs_once(kind, monkeypatch):
 
 def kept_by(prefixes):
     """The models whose texts are kept, and their lengths."""
-    return [(text.written_by[0], len(text.ids)) for text in prefixes._texts]
+    return [(text.model, len(text.ids)) for text in prefixes._texts]
 
 
 def test_a_shortage_in_one_pool_drops_texts_of_that_pool_only():

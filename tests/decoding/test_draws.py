@@ -13,11 +13,8 @@ from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import (
     DecodingLoop,
-    Scheduler,
     decode,
     decode_batch,
-    new_row,
-    without_failure,
 )
 from layerskip_core.decoding.drafters import Draft, DrafterSetup
 from layerskip_core.decoding.drafters.adaptive import AdaptiveDrafter
@@ -109,32 +106,6 @@ def test_rows_of_a_batch_get_their_own_samples(kind, strategy):
     found = decode_batch(backend, prompts, config, seeds=seeds)
     assert [answer.ids for answer in found] == expected
     assert expected[0] == expected[2] != expected[1]
-
-
-@pytest.mark.parametrize("kind", ["generic", "native"])
-def test_a_row_that_was_set_aside_goes_on_with_its_sample_in_another_loop(kind):
-    """With a new drafter, which has learned nothing, and other rows beside it."""
-    backend = backend_of(kind)
-    config = DecodingConfig(max_new_tokens=NEW, temperature=1.0, seed=3, **DRAFTING["adaptive"])
-    expected = ids_of(decode(backend, prompt_of(9), replace(config, strategy="autoregressive")))
-    scheduler = Scheduler(backend)
-    row = new_row(backend, prompt_of(9), config)
-    scheduler.add(row)
-    scheduler.add(new_row(backend, prompt_of(5), replace(config, seed=8)))
-    for _ in range(4):
-        without_failure(scheduler.step())
-    for _ in range(3):
-        scheduler.preempt(row)
-        assert 0 < len(row.output) < NEW
-        scheduler.waiting.remove(row)
-        scheduler = Scheduler(backend)
-        scheduler.add(new_row(backend, prompt_of(7), replace(config, seed=1)))
-        scheduler.add(row)
-        for _ in range(3):
-            without_failure(scheduler.step())
-    while not scheduler.is_idle:
-        without_failure(scheduler.step())
-    assert row.output == expected
 
 
 def test_the_rest_of_an_answer_is_the_sample_of_its_beginning_as_a_prompt():

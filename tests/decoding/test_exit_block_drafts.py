@@ -19,7 +19,7 @@ from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import DecodingLoop, decode
 from layerskip_core.decoding.drafters.adaptive import AdaptiveDrafter
 from layerskip_core.decoding.drafters.bandit import Plan
-from layerskip_core.decoding.sampling import Span, choose
+from layerskip_core.decoding.sampling import ChoiceRun, choose
 from layerskip_core.model import DraftEnds, TorchBackend, TransformersBackend
 from layerskip_core.model.exit_blocks import ExitBlock
 
@@ -70,7 +70,7 @@ def recorded(loop, backend):
                     logits = first_logits(
                         backend, list(context.ids[row]), int(made.source[-1])
                     ).double()
-                    chosen, _ = choose(logits[None], [Span(context.rows[row])])
+                    chosen, _ = choose(logits[None], [ChoiceRun(context.rows[row])])
                     assert int(made.tokens[first + row + 1]) == int(chosen)
                     seen.append(row)
         return made

@@ -11,14 +11,13 @@ from typing import ClassVar
 import pytest
 import torch
 from conftest import tiny_model
-from decodings import answer_of, ids_of, letters, prompt_of
+from decodings import answer_of, ids_of, letters, probabilities, prompt_of
 from torch import tensor
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding import DecodingLoop, decode
 from layerskip_core.decoding.drafters import Draft
 from layerskip_core.decoding.row import Row
-from layerskip_core.decoding.sampling import probabilities
 from layerskip_core.errors import ConfigError
 from layerskip_core.model import TransformersBackend
 from layerskip_core.model.backend import DraftHead, choose_by_head
@@ -431,13 +430,11 @@ def random_table(seed):
     return torch.randn(3, 8, VOCABULARY, VOCABULARY, generator=generator, dtype=torch.double)
 
 
-def drawn(table, config, joint, draws=1000):
-    """The p-value of as many answers under their exact joint distribution, and the loop that gave
-    them.
-    """
+def p_value_on(table, config, joint, draws=1000):
+    """The p-value of as many answers under their exact joint distribution."""
     loop = DecodingLoop(TableModel(table), [[3]] * draws, config, seeds=range(draws))
     list(loop)
-    return p_value_of([tuple(row.output) for row in loop.rows], joint), loop
+    return p_value_of([tuple(row.output) for row in loop.rows], joint)
 
 
 def sampled_table_p_value(config, draws=1000, num_draft_tokens=3):
@@ -451,7 +448,7 @@ def sampled_table_p_value(config, draws=1000, num_draft_tokens=3):
         NEW,
         VOCABULARY,
     )
-    return drawn(table, config, joint, draws)[0]
+    return p_value_on(table, config, joint, draws)
 
 
 @pytest.mark.parametrize("config", COMBINATIONS, ids=["all", "top-k and top-p"])

@@ -23,6 +23,7 @@ from layerskip_core.decoding import (
     new_row,
     without_failure,
 )
+from layerskip_core.decoding.prefixes import NO_PREFIXES
 from layerskip_core.model import ModelSpec, TorchBackend
 from layerskip_core.model.exit_blocks import NO_BLOCKS, ExitBlock
 
@@ -89,13 +90,15 @@ def keys_and_values(decoding, cache):
     [row] = decoding.rows
     if (blocks := decoding.engine.target.block_writer) is not None:
         blocks.write(cache, [row.num_computed_tokens])
-    stop = len(row.ids) - 1 if decoding.engine.target.decodes_like_prefill else row.prompt_tokens
+    stop = (
+        len(row.ids) - 1 if decoding.engine.target.decodes_like_prefill else row.num_prompt_tokens
+    )
     return entries(cache)[..., :stop, :]
 
 
 def assert_same_bits(backend, config, layers=None):
     outputs, reused, last = conversation(backend, config, of_turns())
-    expected, none, fresh = conversation(backend, config, None)
+    expected, none, fresh = conversation(backend, config, NO_PREFIXES)
     assert outputs == expected and none == [0, 0, 0]
     assert reused[0] == 0 and 0 < reused[1] < reused[2]
     assert torch.equal(keys_and_values(*last)[:layers], keys_and_values(*fresh)[:layers])
@@ -195,7 +198,7 @@ def test_an_answer_that_is_left_is_kept_as_far_as_it_came():
     prefixes = of_turns()
     decoding = decode(backend, prompt_of(9), config, prefixes=prefixes)
     came = ids_of(islice(decoding, 3))
-    decoding.leave()
+    decoding.close()
     assert 3 <= len(came) < 30
     text = [*prompt_of(9), *came, 5, 6]
     going_on = decode(backend, text, config, prefixes=prefixes)
@@ -278,7 +281,7 @@ def test_other_settings_begin_afresh():
     assert decode(native("bf16"), prompt, sampled, prefixes=prefixes).reused_tokens == 0
 
 
-def decoded(backend, prompt, config, shared=None):
+def decoded(backend, prompt, config, shared=NO_PREFIXES):
     return DecodingLoop(backend, [prompt], config, prefixes=shared)
 
 
@@ -336,7 +339,7 @@ def test_exact_weights_reuse_and_share_nothing():
     )
     config = settings_of("exit")
     outputs, reused, _ = conversation(backend, config, of_turns())
-    assert outputs == conversation(backend, config, None)[0] and reused == [0, 0, 0]
+    assert outputs == conversation(backend, config, NO_PREFIXES)[0] and reused == [0, 0, 0]
     shared = Prefixes(1 << 30)
     for _ in range(2):
         decoding = decoded(backend, prompt_of(80), config, shared)

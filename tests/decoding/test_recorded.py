@@ -28,6 +28,8 @@ from layerskip_core.decoding import (
 )
 from layerskip_core.decoding.drafters import Draft
 from layerskip_core.decoding.graphs import GraphRecorder
+from layerskip_core.decoding.output import Timings
+from layerskip_core.decoding.prefixes import NO_PREFIXES
 from layerskip_core.errors import ConfigError
 from layerskip_core.model import TorchBackend, row_cache
 from layerskip_core.model.cache import Places
@@ -170,7 +172,11 @@ def test_a_cache_has_room_for_the_text_and_not_for_all_that_may_come(gpu):
 
 def test_only_what_was_replayed_is_counted(model):
     passes = 24 - 1  # after the prefill
-    for prefixes, replayed in ((None, passes - 2), (None, passes), (Prefixes(inf), passes)):
+    for prefixes, replayed in (
+        (NO_PREFIXES, passes - 2),
+        (NO_PREFIXES, passes),
+        (Prefixes(inf), passes),
+    ):
         assert answer_of(model, PROMPT, PLAIN, prefixes=prefixes)[2].replayed == replayed
 
 
@@ -208,11 +214,11 @@ def test_the_passes_of_a_batch_are_replayed(gpu, model, recordings, config):
     prompts = [PROMPT, OTHER, [3] * 9, [4, 5, 4, 5, 4]]
     loop = DecodingLoop(model, prompts, config)
     for row, room in zip(loop.rows, (24, 24, 7, 5), strict=True):
-        row.scanner.tokens_left = room
+        row.scanner.num_tokens_left = room
     for _ in loop:
         pass
     assert [row.output for row in loop.rows] == [
-        on_cpu(row.ids[: row.prompt_tokens])[: len(row.output)] for row in loop.rows
+        on_cpu(row.ids[: row.num_prompt_tokens])[: len(row.output)] for row in loop.rows
     ]
     assert [len(row.output) for row in loop.rows] == [24, 24, 7, 5] and loop.stats.replayed > 0
     # Of the positions
@@ -236,10 +242,10 @@ def test_rows_join_and_leave_without_new_recordings(gpu, model, recordings):
         without_failure(scheduler.step())
         assert not engine.rows or engine.cache.storage is storage
     assert [row.output for row in rows] == [
-        on_cpu(row.ids[: row.prompt_tokens])[: len(row.output)] for row in rows
+        on_cpu(row.ids[: row.num_prompt_tokens])[: len(row.output)] for row in rows
     ]
     assert [len(row.output) for row in rows] == list(limits)
-    assert engine.seconds["replayed"] > 10 and len({*recordings}) == len(recordings)
+    assert engine.timings.replayed > 10 and len({*recordings}) == len(recordings)
 
 
 def test_a_row_that_cannot_join_ends_the_others_and_not_those_that_wait(model, monkeypatch):
@@ -298,7 +304,7 @@ def test_what_the_environment_asks_for(gpu, monkeypatch):
 
 def test_recorded_passes_see_no_key_that_the_mask_hides(model):
     """Whatever the places after a text hold, such as an older text."""
-    recorder = GraphRecorder(model.new_cache())
+    recorder = GraphRecorder(model.new_cache(), Timings())
     with torch.inference_mode():
         model.run_layers(
             model.embed(torch.tensor(PROMPT).to("cuda")), 0, 3, recorder.cache.span(0, 5)

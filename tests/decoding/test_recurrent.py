@@ -232,7 +232,7 @@ def test_an_answer_ends_where_the_memory_does(model_type, drafts):
     try:
         loop = decode(backend, prompt_of(10), config)
         ids = ids_of(loop)
-        assert len(ids) == PAGE - 10 and loop.rows[0].scanner.tokens_left == 0
+        assert len(ids) == PAGE - 10 and loop.rows[0].scanner.num_tokens_left == 0
         assert backend.context_length(
             drafts
         ) == PAGE and backend.context_length() == backend.context_length(32)

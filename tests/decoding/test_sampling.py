@@ -5,11 +5,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from decodings import probabilities
 from torch import tensor
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding import sampling
-from layerskip_core.decoding.sampling import Scores, Span, best_of, choose, probabilities, verify
+from layerskip_core.decoding.sampling import (
+    ChoiceRun,
+    Scores,
+    best_of,
+    choose,
+    verify,
+)
 from layerskip_core.model import noise as noises
 from layerskip_core.model.native import noise as native_noise
 from layerskip_core.model.native.noise import perturbed
@@ -20,9 +27,11 @@ GREEDY = DecodingConfig()
 
 
 def drawing(seeds, config=GREEDY, ids=(), counts=None):
-    """Spans of rows that draw by these seeds, one token each or so many."""
+    """Runs of rows that draw by these seeds, one token each or so many."""
     rows = [SimpleNamespace(seed=seed, processor=None, ids=ids, config=config) for seed in seeds]
-    return [Span(row, count) for row, count in zip(rows, counts or [1] * len(rows), strict=True)]
+    return [
+        ChoiceRun(row, count) for row, count in zip(rows, counts or [1] * len(rows), strict=True)
+    ]
 
 
 def p_value(counts: torch.Tensor, probs: torch.Tensor) -> float:
@@ -310,30 +319,6 @@ def test_scores_of_columns_choose_their_token_ids():
     assert best_of(Scores(values)).tolist() == [1, 0]
     assert best_of(Scores(values, tensor([7, 8, 9]))).tolist() == [8, 7]
     assert best_of(Scores(values, tensor([[7, 8, 9], [4, 5, 6]]))).tolist() == [8, 4]
-
-
-@pytest.mark.parametrize("ids", [None, tensor([*range(100, 140)])])
-def test_rows_are_sampled_together_as_alone(ids):
-    """Greedy ones beside others of several temperatures and truncations."""
-    configs = [
-        GREEDY,
-        DecodingConfig(temperature=0.9),
-        DecodingConfig(temperature=2.0, top_k=3),
-        DecodingConfig(temperature=0.9),
-        DecodingConfig(temperature=2.0, min_p=0.1),
-        GREEDY,
-    ]
-    counts = [2, 1, 3, 2, 1, 1]
-    spans = [
-        drawing([seed], config, [1, 2], [count])[0]
-        for seed, (config, count) in enumerate(zip(configs, counts, strict=True))
-    ]
-    logits = torch.randn(sum(counts), 40, generator=torch.Generator().manual_seed(0))
-    found, probs = choose(logits.clone(), spans, ids, needs_probs=True)
-    parts = torch.split(logits.clone(), counts)
-    alone = [choose(part, [span], ids, True) for part, span in zip(parts, spans, strict=True)]
-    assert found.tolist() == torch.cat([tokens for tokens, _ in alone]).tolist()
-    torch.testing.assert_close(probs, torch.cat([probs for _, probs in alone]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -11,7 +11,7 @@ from decodings import draft_of, native_or_skip
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding.row import Row
-from layerskip_core.decoding.sampling import Span, choose
+from layerskip_core.decoding.sampling import ChoiceRun, choose
 from layerskip_core.model import Submodel, TorchBackend, TransformersBackend
 
 STOPS = (1, 3)
@@ -145,5 +145,5 @@ def test_sampled_drafts_are_chosen_by_the_noise_of_their_positions():
     row = Row(PROMPT[0].tolist(), DecodingConfig(**sampling))
     with torch.no_grad():
         states = run_texts(backend, backend.embed(ids), 0, EXIT)
-        chosen, _ = choose(backend.unembed(states[0, -MOST:]), [Span(row, MOST)])
+        chosen, _ = choose(backend.unembed(states[0, -MOST:]), [ChoiceRun(row, MOST)])
     assert draft.tokens[1:].tolist() == chosen.tolist()

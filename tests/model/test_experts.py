@@ -95,8 +95,8 @@ def test_a_pass_of_more_tokens_reads_more_experts():
     assert dense.weights_read(1) == dense.weights_read(9) == dense.parameters - 67 * 32
     ours = PassTimes.usual(0.1, spec)
     theirs = PassTimes.usual(0.1, dense)
-    assert ours.of(1) == theirs.of(1) == 1 and ours.of(2) > 1.3 > theirs.of(2)
-    assert all(ours.of(n) > theirs.of(n) for n in range(2, 41))
+    assert ours.time_of(1) == theirs.time_of(1) == 1 and ours.time_of(2) > 1.3 > theirs.time_of(2)
+    assert all(ours.time_of(n) > theirs.time_of(n) for n in range(2, 41))
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_the_next_text_of_a_prefix_decodes_as_alone(kind):
             run(model, cache, [[5, 5]], 0)
             run(model, cache, [[5] * 39], 2, nan)
             prefixes.keep(model, target, [5] * 41, cache, 0)
-            cache, count = prefixes.begin(model, target, [5, 5, 6, 7], 100)
+            cache, count = prefixes.start_cache(model, target, [5, 5, 6, 7], 100)
             assert count == 2
             logits.append(run(model, cache, [[6, 7]], 2))
     assert bool(logits[0].isfinite().all()) and torch.equal(*logits)

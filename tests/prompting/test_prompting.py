@@ -235,7 +235,7 @@ def test_raw_prompts_and_added_tokens_keep_their_tokens(tokenizer, full):
 def test_a_turn_of_a_conversation_opens_no_other(full):
     turns = (("user", "hi"), ("assistant", EVIL), ("user", EVIL), ("assistant", "bye"))
     (row,) = Encoder(full, PromptTemplate(), 1000).rows([Conversation(turns)])
-    assert control(full, row["input_ids"]) == SPECIAL[1:] * 5
+    assert control(full, row["input_ids"].tolist()) == SPECIAL[1:] * 5
     said = full.decode(
         [token for token in row["labels"] if token != -100], clean_up_tokenization_spaces=False
     )
@@ -247,7 +247,7 @@ def test_a_turn_of_a_conversation_opens_no_other(full):
     text = full.apply_chat_template(
         [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "bye"}], tokenize=False
     )
-    assert row["input_ids"] == full(text, add_special_tokens=False)["input_ids"]
+    assert row["input_ids"].tolist() == full(text, add_special_tokens=False)["input_ids"]
 
 
 def test_a_tokenizer_that_fails_is_one_error(folder, tmp_path):

@@ -181,26 +181,6 @@ def test_an_embedding_has_one_short_pass_between_two_steps_of_answers(kind, monk
     assert first._cache is last._cache is None
 
 
-def test_those_that_leave_do_not_disturb_the_others_and_hear_no_more():
-    decoder = decoder_of("packed")
-    config = replace(ADAPTIVE, max_new_tokens=30)
-    staying, leaving = (
-        [Client(prompt_of(length), config) for length in lengths]
-        for lengths in ((3, 9, 6), (4, 11, 8))
-    )
-    scheduler = Dispatcher(decoder, batch_size=4)
-    for client in [leaving[0], staying[0], leaving[1], staying[1], leaving[2], staying[2]]:
-        scheduler.add(client.request)
-    scheduler.step()
-    heard = [len(client.updates) for client in leaving]
-    assert heard[2] == 0  # it still waits
-    assert all(scheduler.cancel(client.request) for client in leaving)
-    run(scheduler, [])
-    assert [len(client.updates) for client in leaving] == heard
-    assert not any(scheduler.cancel(client.request) for client in [*leaving, *staying])
-    require_own_answers(decoder, staying)
-
-
 def test_settings_that_differ_take_turns():
     """None waits for the end of another's answer."""
     decoder = decoder_of("packed")

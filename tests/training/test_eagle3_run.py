@@ -21,6 +21,7 @@ from layerskip_core.errors import CheckpointError, ConfigError
 from layerskip_core.losses import IGNORED
 from layerskip_core.model import TransformersBackend
 from layerskip_core.training.eagle3 import FrozenEagle3, suits_engines
+from layerskip_core.training.encoding import encoded_row
 from layerskip_core.training.run import execute, prepare
 
 SMALL = DrafterConfig(draft_vocab=8)
@@ -105,7 +106,7 @@ def test_what_is_predicted_has_two_tokens_before_it(frozen, tmp_path, answers):
     job = prepare(frozen(data=data, prompting=raw, batch_size=2, steps=2, **asked))
     assert job.plan.rows + job.plan.held_out == 8 and job.plan.left_out == 16
     rows, _ = job.data_sets(lambda *_: None)
-    assert all(text["labels"][:2] == [IGNORED] * 2 for text in rows.dataset)
+    assert all(row["labels"][:2].tolist() == [IGNORED] * 2 for row in rows.dataset)
 
 
 def test_a_drafter_is_trained_further(frozen, tmp_path):
@@ -131,9 +132,9 @@ def test_a_drafter_is_trained_further(frozen, tmp_path):
 def test_tokens_are_chosen_anew_unless_the_head_is_the_drafters_own():
     backend = TransformersBackend(tiny_model(dtype=torch.float32))
     first = FrozenEagle3(backend, SMALL)
-    first.begin([{"labels": [IGNORED, 50, 51, 52]}])
+    first.begin([encoded_row([3, 50, 51, 52], [IGNORED, 50, 51, 52])])
     known = first.stored(torch.float32)
-    rows = [{"labels": [IGNORED, 30, 30, 31]}]
+    rows = [encoded_row([3, 30, 30, 31], [IGNORED, 30, 30, 31])]
     assert known.tokens.tolist() == [0, 1, 2, 3, 4, 50, 51, 52]
     again = FrozenEagle3(backend, SMALL, known)
     again.begin(rows)

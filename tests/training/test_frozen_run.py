@@ -264,11 +264,11 @@ def test_answers_of_the_data_need_no_decoding(frozen, base):
     config = frozen(**DATA, validation="validation", validation_samples=7)
     job = prepare(config)
     tokenizer = for_training(base).tokenizer
-    text = job.texts.training[0]
-    answer = [label for label in text["labels"] if label >= 0]
-    assert text["input_ids"][-len(answer) :] == answer and tokenizer.decode(answer).startswith(
-        "[IN:"
-    )
+    row = job.texts.rows[0]
+    answer = [label for label in row["labels"].tolist() if label >= 0]
+    assert row["input_ids"][-len(answer) :].tolist() == answer and tokenizer.decode(
+        answer
+    ).startswith("[IN:")
     assert (job.plan.rows, job.plan.held_out) == (40, 7)
     _, _, stages = train(config)
     assert not stages

@@ -67,7 +67,7 @@ def sharded_runs(rank, base, folder):
     running_data._COUNTED = 8  # rows of a stream, for the order of the tokens
     seen = []
     trainer.collate = lambda rows: (
-        seen.extend(row["input_ids"] for row in rows) or running_data.collate(rows)
+        seen.extend(row["input_ids"].tolist() for row in rows) or running_data.collate(rows)
     )
     streamed = {
         "data": DataConfig(name=f"{folder}/rows.jsonl"),

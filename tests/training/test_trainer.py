@@ -331,7 +331,7 @@ def test_the_plan(settings, base):
         > 0
     )
     assert plan.steps == 11  # 2 x 32 rows in steps of 6, rounded up
-    assert plan.parameters == sum(weight.numel() for weight in weights(base).values())
+    assert plan.spec.parameters == sum(weight.numel() for weight in weights(base).values())
     assert plan.num_layers == 4 and plan.recipe.rotation == 2
     assert plan.exit_steps == {1: 6, 2: 5, 3: 6, 4: 11}
     assert (plan.device, plan.precision.name) == ("cpu", "fp32")

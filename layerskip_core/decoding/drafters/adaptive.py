@@ -6,7 +6,7 @@ al., 2024) ends a draft that will probably be rejected. We compare measured step
 layers. Acceptance rates come from verified drafts: nothing is computed for the choice alone.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from math import inf
 from weakref import WeakKeyDictionary
 
@@ -22,6 +22,7 @@ from .protocol import Draft, DrafterSetup, DraftInput
 from .submodel import SubmodelDrafter, drafter_name
 
 Drafting = SubmodelDrafter | ModelDrafter
+Bandits = dict[Hashable, Bandit]
 
 _FORCED = 64  # evidence of tokens that a grammar forces; others may spell the same text
 _STORED = 8.0  # drafts that a stored acceptance rate, measured on other texts, counts as
@@ -50,7 +51,7 @@ class AdaptiveDrafter:
         self._by_clock = self._reads_probs and setup.model.batch_invariant
         # Times are learned for all texts of the model in this process. Otherwise every output
         # starts from the profile, or from usual values where that has none
-        self._bandits = _REMEMBERED.setdefault(setup.model, {}) if self._by_clock else {}
+        self._bandits: Bandits = _REMEMBERED.setdefault(setup.model, {}) if self._by_clock else {}
         self.bandit = self._bandit_for([setup.config])  # of the last step
         shortest = setup.config.lookup or SHORTEST
         self._lookup = LookupDrafter(shortest, earlier=setup.earlier)
@@ -61,21 +62,21 @@ class AdaptiveDrafter:
         self._step = Step(0)  # the last, and its rows
         self._rows = list[Row]()
         self._probs: Sequence[float] = ()  # of its drafts
-        # Its start in the loop's seconds, without the caller's time; -inf: not timed
-        self._begun = -inf
+        # When it began, in the loop's seconds, without the caller's time; None: it is not timed
+        self._begun: float | None = None
 
     def draft(self, given: DraftInput, limits: Sequence[int]) -> Draft:
-        last = given.seconds - self._begun
-        if last < inf and given.rows[0] in self._rows:  # else other steps ran in between
-            self.bandit.observe(self._step, last)
+        # Without one of its rows other steps ran in between
+        if self._begun is not None and given.rows[0] in self._rows:
+            self.bandit.observe(self._step, given.seconds - self._begun)
         newly_committed = self._step.verified  # at most
         self.bandit = self._bandit_for([row.config for row in given.rows])
         count = len(limits)
         step = self.bandit.next_step(count) if self._by_clock else Step(count)
         self._step = step
         self._rows = [*given.rows]
-        reads_prompts = count < len(given.num_computed_tokens)
-        self._begun = given.seconds if self._by_clock and not reads_prompts else -inf
+        has_prefill = count < len(given.num_computed_tokens)
+        self._begun = given.seconds if self._by_clock and not has_prefill else None
         draft = Draft(given.newest, (0,) * count)
         if step.looks:
             self._find(given, limits)
@@ -83,7 +84,7 @@ class AdaptiveDrafter:
             draft = self._best_draft(given, limits, step)
             if waiting - sum(given.cache.num_unwritten) > newly_committed:
                 # A block that was off wrote KV entries of earlier steps: later drafts will not
-                self._begun = -inf
+                self._begun = None
         step.verified = len(draft.tokens)
         self._probs = draft.confidence
         return draft
@@ -95,11 +96,11 @@ class AdaptiveDrafter:
             return
         step.tokens += len(verified)
         for tokens, acceptance in self._found.pop(row, ()):  # judged even if not drafted
-            known = min(len(tokens), len(verified))
+            tested = min(len(tokens), len(verified))
             right = 0
-            while right < known and tokens[right] == verified[right]:
+            while right < tested and tokens[right] == verified[right]:
                 right += 1
-            acceptance.observe(min(right + 1, known), right)
+            acceptance.observe(min(right + 1, tested), right)
         if step.arm is not None:
             step.arm.acceptance.observe(drafted, len(verified) - 1)
             self._drafters[step.arm.name].observe(row, drafted, verified)
@@ -117,9 +118,8 @@ class AdaptiveDrafter:
             if config.changes_logits or (config.temperature and truncates(config)):
                 is_call = False
         hottest = max(config.temperature for config in configs)
-        names = ", ".join(self._drafters)
         most = self._setup.config.num_draft_tokens
-        key = f"{is_call} {min(round(hottest, 1), 2.0)} {most} {names}"
+        key = is_call, min(round(hottest, 1), 2.0), most, *self._drafters
         if key not in self._bandits:
             self._bandits[key] = new_bandit(self._setup, self._drafters)
         return self._bandits[key]
@@ -189,11 +189,11 @@ class AdaptiveDrafter:
             drafts.append(draft)
             expected += most
             num_drafts += len(draft)
-        return drafts, expected / passes.of(len(rows) + num_drafts)
+        return drafts, expected / passes.time_of(len(rows) + num_drafts)
 
 
 # By model, then by what else a bandit depends on
-_REMEMBERED: WeakKeyDictionary[Backend, dict[str, Bandit]] = WeakKeyDictionary()
+_REMEMBERED: WeakKeyDictionary[Backend, Bandits] = WeakKeyDictionary()
 
 
 def new_bandit(setup: DrafterSetup, drafters: Mapping[str, Drafting]) -> Bandit:
@@ -218,28 +218,31 @@ def _arm(
     if isinstance(drafter, ModelDrafter):
         kind = DRAFT_MODEL
         exit_layer = spec.layers
-        reach = float(drafter.model.context_length())
-        part = drafter.model.spec.weights_read(1) / spec.weights_read(1)
+        max_text = float(drafter.model.context_length())
+        row_cost = drafter.model.spec.weights_read(1) / spec.weights_read(1)
     else:
         kind = drafter.weights or ""
         exit_layer = drafter.submodel.exit_layer
-        reach = inf
+        max_text = inf
         scored = 1.0 if drafter.vocabulary is None else drafter.vocabulary.count / spec.vocab
-        part = (exit_layer + (drafter.submodel.block is not None)) * layer + head * scored
+        row_cost = (exit_layer + (drafter.submodel.block is not None)) * layer + head * scored
     is_exit = exit_layer < spec.layers
-    known = profile.drafts if profile.passes else {}  # times of drafts and passes need one unit
-    step = known.get(name, part * passes.of(1) * _COPY_COST.get(kind, 1.0))
+    # Times of drafts and passes need one unit
+    measured = profile.drafts if profile.passes else {}
+    step = measured.get(name, row_cost * passes.time_of(1) * _COPY_COST.get(kind, 1.0))
     prior = profile.acceptance.get(name)
     strength = _STORED
     if prior is None:
-        of_exit = profile.acceptance.get(f"exit {exit_layer}", _EXIT_ACCEPTANCE) if is_exit else 1.0
-        prior = of_exit * _COPY_ACCEPTANCE.get(kind, 1.0)
+        prior = 1.0
+        if is_exit:
+            prior = profile.acceptance.get(f"exit {exit_layer}", _EXIT_ACCEPTANCE)
+        prior *= _COPY_ACCEPTANCE.get(kind, 1.0)
         strength = GUESS
-    share = 1.0 if kind else 1 - exit_layer * layer  # the target continues from the exit
+    # The target continues from the exit of its own weights
+    target_share = 1.0 if kind else 1 - exit_layer * layer
     calibration = Calibration(*_CALIBRATIONS["" if is_exit else kind])
-    return Arm(
-        name, Acceptance(prior, prior, strength), step, part, share, calibration, reach, not is_exit
-    )
+    acceptance = Acceptance(prior, strength)
+    return Arm(name, acceptance, step, row_cost, target_share, calibration, max_text, not is_exit)
 
 
 def drafter(setup: DrafterSetup) -> AdaptiveDrafter:

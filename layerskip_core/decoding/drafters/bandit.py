@@ -45,8 +45,8 @@ class Acceptance:
     Exponentially weighted, with a prior that counts as `strength` drafts.
     """
 
-    def __init__(self, first: float, later: float, strength: float = GUESS) -> None:
-        self._priors = (first, later)
+    def __init__(self, prior: float, strength: float = GUESS) -> None:
+        self._prior = prior
         self._strength = strength
         self._tested = [0.0, 0.0]
         self._accepted = [0.0, 0.0]
@@ -55,28 +55,29 @@ class Acceptance:
         """The rates of first and later drafts; `at_best`: upper ends of intervals of a standard
         deviation (Wilson, 1927).
         """
-        found = []
-        for tested, accepted, prior in zip(self._tested, self._accepted, self._priors, strict=True):
+        rates = []
+        for tested, accepted in zip(self._tested, self._accepted, strict=True):
             count = tested + self._strength
-            right = accepted + self._strength * prior
-            mean = right / count
-            found.append(
-                (right + 0.5 + sqrt(right * (1 - mean) + 0.25)) / (count + 1) if at_best else mean
-            )
-        return found[0], found[1]
+            right = accepted + self._strength * self._prior
+            rate = right / count
+            if at_best:
+                rate = (right + 0.5 + sqrt(right * (1 - rate) + 0.25)) / (count + 1)
+            rates.append(rate)
+        return rates[0], rates[1]
 
     def observe(self, drafted: int, accepted: int) -> None:
         """Counts a draft of `drafted` tokens: the first `accepted` were right, the next, if any,
         was wrong.
         """
         tested = min(accepted + 1, drafted)
-        for place, (new, right) in enumerate(
-            ((min(tested, 1), min(accepted, 1)), (tested - 1, accepted - 1))
-        ):
-            if new > 0:
-                kept = _MEMORY**new
-                self._tested[place] = kept * self._tested[place] + new
-                self._accepted[place] = kept * self._accepted[place] + right
+        self._add(0, min(tested, 1), min(accepted, 1))
+        self._add(1, tested - 1, accepted - 1)
+
+    def _add(self, index: int, tested: int, accepted: int) -> None:
+        if tested > 0:
+            decay = _MEMORY**tested
+            self._tested[index] = decay * self._tested[index] + tested
+            self._accepted[index] = decay * self._accepted[index] + accepted
 
     def fade(self, kept: float) -> None:
         """Moves the rates towards the priors."""
@@ -119,7 +120,7 @@ class PassTimes:
         one = hypot(1.0, row_cost)
         return cls(lambda n: hypot(spec.weights_read(n) / spec.weights_read(1), row_cost * n) / one)
 
-    def of(self, n: int) -> float:
+    def time_of(self, n: int) -> float:
         below = min((n - 1).bit_length() - 1 if n > 1 else 0, _POWERS - 2)
         low = self._times[below]
         start = 1 << below
@@ -127,29 +128,28 @@ class PassTimes:
 
     def slope(self, n: int) -> float:
         """The time of one more token."""
-        return (self.of(n + _AHEAD) - self.of(n)) / _AHEAD
+        return (self.time_of(n + _AHEAD) - self.time_of(n)) / _AHEAD
 
     @property
-    def pace(self) -> float:
-        """The measured time of one token over its prior."""
+    def measured_over_prior(self) -> float:
+        """Of the time of one token."""
         return self._times[0] / self._prior[0]
 
     def observe(self, n: int, seconds: float, usual: float = inf) -> None:
         """`usual`: the expected unit, if known."""
         if not self.is_measured:
-            unit = min(seconds / self.of(n), _OUTLIER_FACTOR * usual)
+            unit = min(seconds / self.time_of(n), _OUTLIER_FACTOR * usual)
             self._times = [unit * time for time in self._prior]
             self.is_measured = True
-        error = min(seconds / self.of(n), _OUTLIER_FACTOR) - 1
+        error = min(seconds / self.time_of(n), _OUTLIER_FACTOR) - 1
         longest = 0.0
-        for place, near in enumerate(_nearness(n)):
-            self._times[place] = longest = max(
-                longest, self._times[place] * (1 + error * _NEW * near)
-            )
+        for power, weight in enumerate(_weights(n)):
+            longest = max(longest, self._times[power] * (1 + error * _NEW * weight))
+            self._times[power] = longest
 
 
 @lru_cache(256)
-def _nearness(n: int) -> list[float]:
+def _weights(n: int) -> list[float]:
     """The weight of a measurement of n tokens at each power of 2."""
     return [2.0 ** (-abs(log2(n) - power) / 2) for power in range(_POWERS)]
 
@@ -184,13 +184,13 @@ class Arm:
     name: str
     acceptance: Acceptance
     step: float  # prior time of a draft of one row
-    part: float  # cost of more rows, over their cost in the target
-    share: float  # of the target's pass that is left to verify its drafts
+    row_cost: float  # of more rows, over their cost in the target
+    target_share: float  # of the target's pass that is left to verify its drafts
     calibration: Calibration
-    reach: float = inf  # tokens of a text below which it can draft
-    guesses: bool = False  # verifies lookups while it drafts for one row
+    max_text: float = inf  # tokens of a text below which it can draft
+    verifies_lookups: bool = False  # while it drafts for one row
     tries: float = 0.0  # decayed
-    pace: float = 1.0  # measured over prior times, relative to the target's
+    measured_over_prior: float = 1.0  # its times, relative to the target's
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ class Plan:
     length: int
     ends: DraftEnds
     rate: float  # expected tokens per second, at best
-    made: int  # index of the choice
+    chosen_at: int  # index of the choice
 
 
 @dataclass
@@ -242,7 +242,7 @@ class Bandit:
         self.passes = passes
         self.arms = arms
         self._lookups = [
-            [Acceptance(prior, prior, _LOOKUP_STRENGTH) for prior in priors] for priors in _LOOKUPS
+            [Acceptance(prior, _LOOKUP_STRENGTH) for prior in priors] for priors in _LOOKUPS
         ]
         self._lengths = (*(length for length in _LENGTHS if length < most), most)
         # By bit length of the number of rows, and whether steps look for drafts.
@@ -250,8 +250,8 @@ class Bandit:
         self._times: dict[tuple[Arm, int], PassTimes] = {}  # see `times`
         # By rows, and whether a single row has lookups
         self._plans: dict[tuple[int, bool], Plan] = {}
-        # Of steps, plain ones included, and at the last comparison
-        self._choices = self._compared = 0
+        self._choices = 0  # steps so far, plain ones included
+        self._compared = 0  # the same at the last comparison
 
     def lookup_acceptance(self, recalled: bool, evidence: int) -> Acceptance:
         """Of lookups with about so much evidence, see `History.continuation`, in the row's text or
@@ -264,52 +264,59 @@ class Bandit:
         """Its step times by drafts per row plus one; in units of the target's prior until
         measured.
         """
-        guesses = found and arm.guesses
-        key = arm, 0 if guesses else rows.bit_length()
-        if (known := self._times.get(key)) is None:
+        verifies = found and arm.verifies_lookups
+        key = arm, 0 if verifies else rows.bit_length()
+        times = self._times.get(key)
+        if times is None:
             passes = self.passes
-            pace = self.passes.pace
-            ahead = int(arm.share < 1)
-            step = (arm.step + arm.part * (passes.of(rows) - passes.of(1)) / pace) * (
-                _GUESSED if guesses else 1.0
+            scale = passes.measured_over_prior
+            num_extra = int(arm.target_share < 1)
+            step = arm.step + arm.row_cost * (passes.time_of(rows) - passes.time_of(1)) / scale
+            if verifies:
+                step *= _GUESSED
+            times = PassTimes(
+                lambda n: (
+                    (n - 1 + num_extra) * step + arm.target_share * passes.time_of(rows * n) / scale
+                )
             )
-            known = self._times[key] = PassTimes(
-                lambda n: (n - 1 + ahead) * step + arm.share * passes.of(rows * n) / pace
-            )
-        return known
+            self._times[key] = times
+        return times
 
     def unit(self, arm: Arm, times: PassTimes) -> float:
-        return 1.0 if times.is_measured else arm.pace * self.passes.pace
+        return (
+            1.0 if times.is_measured else arm.measured_over_prior * self.passes.measured_over_prior
+        )
 
     def next_step(self, rows: int) -> Step:
         """A plain step or one that looks for drafts: the faster kind, and now and then the other to
         compare.
         """
-        looking, plain = (self._speeds[rows.bit_length(), looks] for looks in (True, False))
+        looking = self._speeds[rows.bit_length(), True]
+        plain = self._speeds[rows.bit_length(), False]
         looks = plain.steps > 0  # the first step is plain: it sets the unit of times
         if looks and looking.steps >= _FEW:
-            gain = looking.tokens * plain.seconds / (looking.seconds * plain.tokens)
-            slower = looking if gain < 1 else plain
-            every = (max(gain, 1 / gain) - 1) / _EXPLORED
+            ratio = looking.tokens * plain.seconds / (looking.seconds * plain.tokens)
+            slower = looking if ratio < 1 else plain
+            every = (max(ratio, 1 / ratio) - 1) / _EXPLORED
             slower.since = (slower.since + 1) % ceil(min(max(every, 16), 256))  # texts change
-            looks = (gain < 1) == (slower.since == 0)
-        self._choices += not looks
+            looks = (ratio < 1) == (slower.since == 0)
+        if not looks:
+            self._choices += 1
         return Step(rows, looks)
 
     def observe(self, step: Step, seconds: float) -> None:
         """Records the time of a step."""
-        arm, looking, plain = (
-            step.arm,
-            *(self._speeds[step.rows.bit_length(), looks] for looks in (True, False)),
-        )
+        arm = step.arm
+        looking = self._speeds[step.rows.bit_length(), True]
+        plain = self._speeds[step.rows.bit_length(), False]
         if arm is None:
             self.passes.observe(step.verified, seconds)
         else:
             if arm.tries:  # the first draft may be slow
                 times = self.times(arm, step.rows, step.found)
-                pace = self.passes.pace
-                times.observe(step.drafts + 1, seconds, arm.pace * pace)
-                arm.pace = times.pace / pace
+                scale = self.passes.measured_over_prior
+                times.observe(step.drafts + 1, seconds, arm.measured_over_prior * scale)
+                arm.measured_over_prior = times.measured_over_prior / scale
             arm.tries = min(arm.tries + 1, _FEW)
         if not step.looks:
             plain.add(step.rows, seconds)
@@ -324,21 +331,22 @@ class Bandit:
         """
         self._choices += 1
         plan = self._plans.get((rows, found))
-        due = plan is None or self._choices - plan.made >= min(_COMPARED, plan.made // _COMPARED)
-        if plan is None or due or (plan.arm is not None and shortest >= plan.arm.reach):
+        due = plan is None or self._choices - plan.chosen_at >= min(
+            _COMPARED, plan.chosen_at // _COMPARED
+        )
+        if plan is None or due or (plan.arm is not None and shortest >= plan.arm.max_text):
             plan = self._plans[rows, found] = self._best_plan(rows, shortest, found)
         return plan
 
     def _best_plan(self, rows: int, shortest: int, found: bool) -> Plan:
         best = None
-        rate = rows / self.passes.of(rows)
+        rate = rows / self.passes.time_of(rows)
         for arm in self.arms.values():
-            if (
-                shortest < arm.reach
-                and (bound := self.best_length(arm, rows, found, at_best=True)[0]) > rate
-            ):
-                best = arm
-                rate = bound
+            if shortest < arm.max_text:
+                bound, _ = self.best_length(arm, rows, found, at_best=True)
+                if bound > rate:
+                    best = arm
+                    rate = bound
         kept = _UNUSED ** (self._choices - self._compared)
         self._compared = self._choices
         for arm in self.arms.values():  # older statistics are of other text, or disturbed times
@@ -347,7 +355,7 @@ class Bandit:
                 arm.tries *= kept
                 if 0 < arm.tries < _FORGOTTEN:
                     arm.tries = 0.0
-                    arm.pace = 1.0
+                    arm.measured_over_prior = 1.0
                     self._times = {
                         key: times for key, times in self._times.items() if key[0] is not arm
                     }
@@ -367,7 +375,7 @@ class Bandit:
         best = 0.0
         length = 0
         for drafts in self._lengths:
-            rate = rows * (1 + expected_accepted(means, drafts)) / times.of(drafts + 1)
+            rate = rows * (1 + expected_accepted(means, drafts)) / times.time_of(drafts + 1)
             if rate <= best:
                 break
             best = rate
@@ -383,10 +391,9 @@ class Bandit:
         """
         times = self.times(arm, 1, found)
         shorter = max((other for other in self._lengths if other < length), default=0)
-        seconds = (times.of(length + 1) - times.of(shorter + 1)) / (length - shorter)
-        survival = min(
-            rate * self.unit(arm, times) * seconds / max(arm.acceptance.means()[1], 1e-9), 1.0
-        )
+        seconds = (times.time_of(length + 1) - times.time_of(shorter + 1)) / (length - shorter)
+        cost = rate * self.unit(arm, times) * seconds
+        survival = min(cost / max(arm.acceptance.means()[1], 1e-9), 1.0)
         return DraftEnds(
             survival=survival, doubt=arm.calibration.doubt, power=arm.calibration.power
         )

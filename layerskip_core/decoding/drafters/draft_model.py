@@ -8,7 +8,6 @@ import torch
 
 from ...config.decoding import DecodingConfig
 from ...model.backend import DraftEnds, Submodel
-from ..prefixes import NO_PREFIXES
 from ..row import Row
 from ..target import FixedTarget
 from .protocol import Draft, DrafterSetup, DraftInput
@@ -27,8 +26,8 @@ class ModelDrafter:
     def __init__(self, setup: DrafterSetup) -> None:
         assert setup.model.draft_model is not None
         self.model = setup.model.draft_model
-        self._prefixes = setup.prefixes or NO_PREFIXES
-        # Whose KV entries the prefixes keep
+        self._prefixes = setup.prefixes
+        # Prefixes keep KV entries by the target that wrote them
         self._target = FixedTarget(self.model, DecodingConfig("autoregressive"))
         own = replace(setup, model=self.model, reuse_exit_states=False)
         self._drafter = SubmodelDrafter(own, None, Submodel(self.model.num_layers), DRAFT_MODEL)
@@ -56,14 +55,14 @@ class ModelDrafter:
         allowed = list[int]()
         # A row without company stalls none
         is_alone = len(given.num_computed_tokens) == 1
-        left = inf if is_alone else given.max_prefill_tokens
+        num_prefill_left = inf if is_alone else given.max_prefill_tokens
         for row, limit in zip(given.rows, limits, strict=True):
             limit = max(0, min(limit, self._max_tokens - len(row.ids)))
-            lacking = len(row.ids) - 1 - self._num_computed[row] if limit else 0
-            count = int(min(lacking, left))
-            left -= count
+            num_uncomputed = len(row.ids) - 1 - self._num_computed[row] if limit else 0
+            count = int(min(num_uncomputed, num_prefill_left))
+            num_prefill_left -= count
             counts.append(count)
-            allowed.append(limit if count == lacking else 0)
+            allowed.append(limit if count == num_uncomputed else 0)
         self._free_pages_for(counts, allowed)
         if any(counts):
             self._run(given, counts)
@@ -74,8 +73,7 @@ class ModelDrafter:
         """Frees memory for so many tokens and drafts: of kept prefixes, then the youngest rows give
         way, and get 0 in both lists.
         """
-        while self._free_pages(counts, limits) < 0 and self._prefixes.drop(self.model):
-            pass
+        self._prefixes.make_room(self.model, lambda: self._free_pages(counts, limits) >= 0)
         for index in reversed(range(len(counts))):
             if self._free_pages(counts, limits) < 0:
                 counts[index] = 0
@@ -101,11 +99,11 @@ class ModelDrafter:
 
     def _free_pages(self, counts: Sequence[int], limits: Sequence[int]) -> float:
         """Pages left by these tokens and drafts of the rows; negative if they need more."""
-        stops = []
+        ends = []
         for computed, count, limit in zip(self._num_computed.values(), counts, limits, strict=True):
             newest = 1 if limit else 0
-            stops.append(computed + count + newest + limit)
-        return self._cache.free_pages(stops)
+            ends.append(computed + count + newest + limit)
+        return self._cache.free_pages(ends)
 
     def _own_input(self, given: DraftInput) -> DraftInput:
         computed = list(self._num_computed.values())
@@ -121,7 +119,7 @@ class ModelDrafter:
         """Gives the cache the rows of the input, in their order."""
         for row in given.rows:
             if row not in self._num_computed:
-                cache, self._num_computed[row] = self._prefixes.begin(
+                cache, self._num_computed[row] = self._prefixes.start_cache(
                     self.model, self._target, row.ids, self._max_tokens
                 )
                 self._cache.join(cache)
@@ -136,5 +134,4 @@ class ModelDrafter:
         self._num_computed[row] += min(self._ran.pop(row, 0), len(verified))
 
 
-def drafter(setup: DrafterSetup) -> ModelDrafter:
-    return ModelDrafter(setup)
+drafter = ModelDrafter

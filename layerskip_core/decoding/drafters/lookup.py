@@ -84,10 +84,10 @@ class EarlierAnswers:
         At most twice as many tokens as match, because after short matches texts soon differ; as in
         suffix decoding.
         """
-        places = self._newer.after(ids, _CANDIDATES_OF_ANSWERS)
-        places += self._older.after(ids, _CANDIDATES_OF_ANSWERS - len(places))
+        candidates = self._newer.after(ids, _CANDIDATES_OF_ANSWERS)
+        candidates += self._older.after(ids, _CANDIDATES_OF_ANSWERS - len(candidates))
         text, start, longest, evidence = _longest_match(
-            ids, places, _OF_ANSWERS, _LONGEST_OF_ANSWERS
+            ids, candidates, _OF_ANSWERS, _LONGEST_OF_ANSWERS
         )
         tokens = list(text[start : start + min(2 * longest, most)])
         return tokens[: tokens.index(_END)] if _END in tokens else tokens, evidence
@@ -114,19 +114,19 @@ class _NgramIndex:
             *(ids[first - size + index : len(ids) - size + index] for index in range(size)),
             strict=False,
         )
-        for place, ngram in enumerate(map(hash, ngrams), first):
-            self._before[place] = self._latest.get(ngram, -1)
-            self._latest[ngram] = place
+        for end, ngram in enumerate(map(hash, ngrams), first):
+            self._before[end] = self._latest.get(ngram, -1)
+            self._latest[ngram] = end
 
     def after(self, ids: Sequence[int], count: int) -> list[tuple[Sequence[int], int]]:
         """The latest `count` positions after the last n-gram of a text, each with the tokens that
         it indexes.
         """
         found: list[tuple[Sequence[int], int]] = []
-        place = self._latest.get(hash(tuple(ids[-self._size :])), -1)
-        while place >= 0 and len(found) < count:
-            found.append((self.ids, place))
-            place = self._before[place]
+        end = self._latest.get(hash(tuple(ids[-self._size :])), -1)
+        while end >= 0 and len(found) < count:
+            found.append((self.ids, end))
+            end = self._before[end]
         return found
 
 
@@ -140,20 +140,20 @@ def _longest_match(
     """
     last = ids[: -most - 1 : -1]
     found: dict[int, tuple[int, Sequence[int], int]] = {}  # by the token after a match, the longest
-    for text, place in candidates:
+    for text, end in candidates:
         match = 0
-        for token in last[:place]:
-            if text[place - match - 1] != token:
+        for token in last[:end]:
+            if text[end - match - 1] != token:
                 break
             match += 1
-        following = text[place]
+        following = text[end]
         if match >= least and (following not in found or match > found[following][0]):
             found.pop(following, None)  # of equally long matches the latest stays first
-            found[following] = match, text, place
+            found[following] = match, text, end
     if not found:
         return (), 0, 0, 0
-    (longest, text, place), *others = sorted(found.values(), key=lambda match: -match[0])
-    return text, place, longest, longest - (others[0][0] if others else 0)
+    (longest, text, end), *others = sorted(found.values(), key=lambda match: -match[0])
+    return text, end, longest, longest - (others[0][0] if others else 0)
 
 
 class RowLookup:
@@ -173,7 +173,7 @@ class RowLookup:
             history = self._histories[row] = History(self._shortest)
         return history.continuation(row.ids, most, drafts)
 
-    def guessed(self, row: Row, drafts: Sequence[int], most: int) -> list[int]:
+    def guessed(self, row: Row, most: int, drafts: Sequence[int]) -> list[int]:
         """At most `most` tokens that probably follow the row's drafts: as many as its evidence."""
         if most <= 0:
             return []

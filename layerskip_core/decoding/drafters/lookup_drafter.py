@@ -48,21 +48,19 @@ class LookupDrafter:
 
     def find(self, given: DraftInput, limits: Sequence[int]) -> Found:
         """Looks up each row's own text."""
-        if self._own is None:
+        own = self._own
+        if own is None:
             return [_NOTHING] * len(limits)
-        found = Found()
-        for row, limit in zip(given.rows, limits, strict=True):
-            found.append(_ended(row, *self._own.continuation(row, limit)))
-        return found
+        rows = zip(given.rows, limits, strict=True)
+        return [_ended(row, *own.continuation(row, limit)) for row, limit in rows]
 
     def recall(self, given: DraftInput, limits: Sequence[int]) -> Found:
         """Looks up earlier answers."""
-        if not self._earlier:
+        earlier = self._earlier
+        if not earlier:
             return [_NOTHING] * len(limits)
-        found = Found()
-        for row, limit in zip(given.rows, limits, strict=True):
-            found.append(_ended(row, *self._earlier.continuation(row.ids, limit)))
-        return found
+        rows = zip(given.rows, limits, strict=True)
+        return [_ended(row, *earlier.continuation(row.ids, limit)) for row, limit in rows]
 
     def observe(self, row: Row, drafted: int, verified: Sequence[int]) -> None:
         if self._drafted_last is not None:

@@ -13,7 +13,7 @@ from ...model.backend import Backend
 from ...model.cache import KVCache, Places
 from ..block_writer import BlockWriter
 from ..graphs import GraphRecorder
-from ..prefixes import Prefixes
+from ..prefixes import NO_PREFIXES, Prefixes
 from ..row import Row
 from .lookup import EarlierAnswers
 
@@ -92,7 +92,7 @@ class Draft:
     tokens: Tensor  # (N,), each row's newest token first
     counts: tuple[int, ...]  # by row: how many drafts
     exit_states: Mapping[int, Tensor] = field(default_factory=dict)  # (N, D)
-    source: str = "drafts"
+    source: str | None = "drafts"  # in reports; None: no drafter was asked
     # The probabilities of a draft of one row, see DraftEnds, if they were needed
     confidence: Sequence[float] = ()
     # By row, how many of its tokens the drafter's layers ran (have KV entries)
@@ -112,7 +112,7 @@ class DrafterSetup:
     # Whether the target may continue from the drafter's hidden states
     reuse_exit_states: bool = True
     earlier: EarlierAnswers | None = None  # that lookups search too
-    prefixes: Prefixes | None = None  # from which prompts may start
+    prefixes: Prefixes = NO_PREFIXES  # from which prompts may start
 
 
 class Drafter(Protocol):

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...model.backend import DraftEnds, DraftHead, DraftSide, Submodel, beyond_exit, states_at
 from ...model.cache import Places, on_device
 from ..row import Row
-from ..sampling import Span, choose, processed
+from ..sampling import ChoiceRun, choose, processed
 from .lookup import RowLookup
 from .protocol import Draft, DraftInput
 
@@ -28,7 +28,7 @@ class DraftingPart:
     head: DraftHead
     source: str  # in reports
     reuses_states: bool  # the target continues from the hidden states
-    reads: bool  # drafts are read token by token; on other devices that would wait
+    reads_each_draft: bool  # on the CPU; on other devices that would wait
     guesses: RowLookup | None = None  # that passes verify
 
 
@@ -77,7 +77,9 @@ class StepwiseDraft:
         self._part = part
         self._given = given
         self._ends = ends
-        self._reads = part.reads or any(row.processor is not None for row in given.rows)
+        self._reads_each_draft = part.reads_each_draft or any(
+            row.processor is not None for row in given.rows
+        )
         rows = zip(given.rows, limits, strict=True)
         self._rows = [_RowDraft(row, index, limit) for index, (row, limit) in enumerate(rows)]
         self._going = self._rows  # the G rows of the next pass
@@ -94,7 +96,7 @@ class StepwiseDraft:
             if not self._add_expected():
                 continue
             tokens, probs = self._choose(self._logits())
-            if self._reads:
+            if self._reads_each_draft:
                 self._accept(tokens.tolist(), probs)
             else:
                 self._add_unread(tokens)
@@ -102,13 +104,13 @@ class StepwiseDraft:
 
     def _drop_finished(self) -> bool:
         """Drops rows that are complete. Returns whether others are left."""
-        places = [place for place, each in enumerate(self._going) if each.length < each.limit]
-        if 0 < len(places) < len(self._going):
-            self._going = [self._going[place] for place in places]
-            index = on_device(places, self._last)
+        unfinished = [at for at, each in enumerate(self._going) if each.length < each.limit]
+        if 0 < len(unfinished) < len(self._going):
+            self._going = [self._going[at] for at in unfinished]
+            index = on_device(unfinished, self._last)
             self._last = self._last[index]
             self._feature = None if self._feature is None else self._feature[index]
-        return bool(places)
+        return bool(unfinished)
 
     def _add_expected(self) -> bool:
         """Adds tokens that a grammar forces, if one row drafts, and guesses for the next pass.
@@ -118,7 +120,7 @@ class StepwiseDraft:
         guesses = self._part.guesses
         first = self._going[0]
         if first.row.processor is not None:
-            alone = len(self._rows) == 1 and self._part.reads
+            alone = len(self._rows) == 1 and self._part.reads_each_draft
             if alone and self._part.submodel.block is None:
                 forced = first.row.processor.forced(first.ids)[: first.limit - first.length]
                 first.add(forced)
@@ -128,13 +130,13 @@ class StepwiseDraft:
             for each in self._going:
                 # A pass adds one token more than it has guesses
                 count = min(most, each.limit - each.length - 1)
-                each.guesses = guesses.guessed(each.row, each.ids, count)
+                each.guesses = guesses.guessed(each.row, count, each.ids)
         return any(each.length < each.limit for each in self._going)
 
     def _logits(self) -> Tensor:
         """Runs a pass. The logits after the last token of each row and after each guess."""
         tokens = self._last
-        if self._reads:
+        if self._reads_each_draft:
             ids = list[int]()
             for each in self._going:
                 ids += [*each.text[each.ran :], *each.guesses]
@@ -161,26 +163,26 @@ class StepwiseDraft:
         layers = part.side.layers
         reached = states_at(layers, layers.embed(tokens), part.submodel.state_layers, places)
         if part.reuses_states:
-            for stop, states in reached.items():
-                self._states[stop].add(states, indices)
+            for end, states in reached.items():
+                self._states[end].add(states, indices)
         return reached[part.submodel.exit_layer], places
 
     def _choose(self, logits: Tensor) -> tuple[Tensor, list[float]]:
         """The tokens (S,) chosen by logits (S, N), and their probabilities, if they are needed."""
         going = self._going
-        spans = [Span(each.row, 1 + len(each.guesses), each.length) for each in going]
+        runs = [ChoiceRun(each.row, 1 + len(each.guesses), each.length) for each in going]
         vocabulary = self._part.head.vocabulary
         ids = None if vocabulary is None else vocabulary.ids_on(logits.device)
         if any(each.row.processor is not None for each in going):
             ids = None
             if vocabulary is not None:
                 logits = vocabulary.spread(logits)
-            logits = processed(logits, spans, [each.ids for each in going])
+            logits = processed(logits, runs, [each.ids for each in going])
             if vocabulary is not None:  # it may lack all permitted tokens
                 for each, best in zip(going, logits.amax(-1).tolist(), strict=True):
                     if best == -torch.inf:
                         each.limit = each.length
-        tokens, probs = choose(logits, spans, ids, self._ends.needs_probs)
+        tokens, probs = choose(logits, runs, ids, self._ends.needs_probs)
         return tokens, [] if probs is None else probs.tolist()
 
     def _accept(self, chosen: list[int], probs: list[float]) -> None:
@@ -189,14 +191,14 @@ class StepwiseDraft:
         for each in self._going:
             count = 1 + len(each.guesses)
             each.ran += each.num_unrun
-            for place, guess in enumerate([*each.guesses, None], start=first):
+            for index, guess in enumerate([*each.guesses, None], start=first):
                 if each.length >= each.limit:
                     break
-                each.add(chosen[place : place + 1])
+                each.add(chosen[index : index + 1])
                 if probs:
-                    each.probs.append(probs[place])
+                    each.probs.append(probs[index])
                     each.limit = self._ends.length(each.probs, each.limit)
-                if chosen[place] != guess or each.length >= each.limit:
+                if chosen[index] != guess or each.length >= each.limit:
                     break
                 each.ran += 1
             each.guesses = []
@@ -212,7 +214,7 @@ class StepwiseDraft:
 
     def _finished(self) -> Draft:
         counts = [1 + each.length for each in self._rows]
-        if self._reads:
+        if self._reads_each_draft:
             ids = list[int]()
             for each in self._rows:
                 ids += each.text
@@ -222,8 +224,8 @@ class StepwiseDraft:
         exit_states = {}
         if self._states:
             self._run_rest(tokens)
-            for stop, states in self._states.items():
-                exit_states[stop] = states.by_row(counts)
+            for end, states in self._states.items():
+                exit_states[end] = states.by_row(counts)
         return Draft(
             tokens,
             tuple(each.length for each in self._rows),
@@ -263,10 +265,10 @@ class ByRow:
         if is_grid and {*counts} == {len(self._parts)}:
             return torch.stack(self._parts, 1).flatten(0, 1)
         values = self._parts[0] if len(self._parts) == 1 else torch.cat(self._parts)
-        places = [list[int]() for _ in counts]
-        for place, row in enumerate(self._rows):
-            places[row].append(place)
+        indices = [list[int]() for _ in counts]
+        for index, row in enumerate(self._rows):
+            indices[row].append(index)
         order = list[int]()
-        for own, count in zip(places, counts, strict=True):
+        for own, count in zip(indices, counts, strict=True):
             order += own[:count]
         return values if order == list(range(len(values))) else values[on_device(order, values)]

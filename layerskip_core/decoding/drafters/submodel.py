@@ -22,7 +22,7 @@ from ...model.backend import DraftCall, DraftEnds, DraftKernel, Spans, Submodel
 from ...model.eagle3 import NO_DRAFTER
 from ..graphs import GraphRecorder
 from ..row import Row
-from ..sampling import Span, noise_of, truncates
+from ..sampling import ChoiceRun, noise_of, truncates
 from .lookup import SHORTEST, RowLookup
 from .protocol import Draft, DrafterSetup, DraftInput
 from .stepwise import DraftingPart, StepwiseDraft
@@ -71,7 +71,7 @@ class SubmodelDrafter:
         self.submodel = submodel
         self._feature_key = submodel.exit_layer or source
         # Reading a draft from another device waits for it, which costs more than surplus drafts
-        reads = side.layers.device.type == "cpu"
+        reads_each_draft = side.layers.device.type == "cpu"
         # Layers with other weights give other states than the target's
         reuses = setup.reuse_exit_states and side.shares_states and runs_layers
         # A block that reads embeddings has a kernel of its own
@@ -81,9 +81,9 @@ class SubmodelDrafter:
         # A whole copy or draft model verifies guesses while it drafts. Our kernels search the row's
         # text themselves for a draft of one row
         guesses = None
-        if reads and not reuses and submodel == Submodel(side.num_layers):
+        if reads_each_draft and not reuses and submodel == Submodel(side.num_layers):
             guesses = RowLookup(SHORTEST)
-        self._part = DraftingPart(side, submodel, head, source, reuses, reads, guesses)
+        self._part = DraftingPart(side, submodel, head, source, reuses, reads_each_draft, guesses)
         self._text: tuple[Row | None, array[int]] = None, array("q")
 
     def draft(self, given: DraftInput, limits: Sequence[int], ends: DraftEnds = NO_ENDS) -> Draft:
@@ -93,22 +93,29 @@ class SubmodelDrafter:
         config = given.rows[0].config
         is_changed = any(row.processor is not None for row in given.rows)
         is_truncated = config.temperature > 0 and truncates(config)
+        # A kernel drafts for one row, and chooses by the logits as they are
         if self._kernel and len(limits) == 1 and not (is_changed or is_truncated):
             return self._by_kernel(self._kernel, given, limits[0], ends)
-        # A recording has one length for all rows of the cache, and no noise
-        is_even = len({*limits}) == 1 and len(limits) == len(given.num_computed_tokens)
-        is_greedy = all(row.config.temperature == 0 for row in given.rows)
-        is_plain = is_even and is_greedy and not (is_changed or ends.needs_probs)
-        if given.recorder and is_plain and given.feature(self._feature_key) is None:
+        if given.recorder and not is_changed and self._can_record(given, limits, ends):
             return self._by_recording(given.recorder, given, limits, ends)
         return StepwiseDraft(self._part, given, limits, ends).make()
+
+    def _can_record(self, given: DraftInput, limits: Sequence[int], ends: DraftEnds) -> bool:
+        """A recording has one length for all rows of the cache, no noise, and no ends."""
+        return (
+            len({*limits}) == 1
+            and len(limits) == len(given.num_computed_tokens)
+            and all(row.config.temperature == 0 for row in given.rows)
+            and not ends.needs_probs
+            and given.feature(self._feature_key) is None
+        )
 
     def _by_kernel(
         self, kernel: DraftKernel, given: DraftInput, limit: int, ends: DraftEnds
     ) -> Draft:
         """A draft of one row, in one call."""
         [row] = given.rows
-        if self._part.reads:
+        if self._part.reads_each_draft:
             ends = ends._replace(ids=row.eos_ids)
         call = DraftCall(
             self._part.head,
@@ -116,7 +123,7 @@ class SubmodelDrafter:
             self.submodel,
             given.places([limit + 1], [0]),
             ends,
-            noise_of([Span(row, limit)]),
+            noise_of([ChoiceRun(row, limit)]),
             given.feature(self._feature_key),
             self._part.reuses_states,
         )
@@ -202,12 +209,10 @@ def kept_layers(skip: tuple[int, ...], num_layers: int) -> tuple[int, Spans]:
     `skip` numbers layers from 1.
     """
     ascending = sorted(set(skip))
-    spans = tuple(
-        (before, after - 1)
-        for before, after in pairwise([*ascending, num_layers + 1])
-        if before < after - 1
+    pairs = pairwise([*ascending, num_layers + 1])
+    return ascending[0] - 1, tuple(
+        (before, after - 1) for before, after in pairs if before < after - 1
     )
-    return ascending[0] - 1, spans
 
 
 def drafter_name(weights: Quantization | None, exit_layer: int, num_layers: int) -> str:

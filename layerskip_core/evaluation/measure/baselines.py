@@ -101,7 +101,7 @@ def transformers_generate(
         scanner = StopScanner(ends, setting.stop, setting.max_new_tokens, most, loaded.detokenize)
         config = GenerationConfig(
             do_sample=False,
-            max_new_tokens=scanner.tokens_left,
+            max_new_tokens=scanner.num_tokens_left,
             eos_token_id=sorted(ends) or None,
             pad_token_id=min(loaded.eos_ids, default=0),
             num_assistant_tokens=setting.num_draft_tokens,
@@ -237,7 +237,7 @@ def llama_cpp(loaded: Decoder, gguf: str) -> Baseline:
         scanner = StopScanner(ends, setting.stop, setting.max_new_tokens, most, loaded.detokenize)
         request = {
             "prompt": prompt_ids,
-            "max_tokens": scanner.tokens_left,
+            "max_tokens": scanner.num_tokens_left,
             "temperature": 0,
             "samplers": ["temperature"],
             "stop": list(setting.stop),
