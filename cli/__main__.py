@@ -1,4 +1,4 @@
-"""`python -m layerskip_cli`, which torchrun needs."""
+"""`python -m layerskip_cli`, which torchrun needs: pyproject.toml installs this folder under that name."""
 
 from .main import main
 

@@ -1,6 +1,6 @@
 """Shared by the commands that measure: progress on stderr, results on stdout and in files."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -19,7 +19,7 @@ from .loading import FreeThreads, load_model
 if TYPE_CHECKING:
     from layerskip_core.checkpoint.loaded import Decoder
     from layerskip_core.config.evaluation import MeasurementConfig
-    from layerskip_core.evaluation.measure import Progress
+    from layerskip_core.evaluation.measure.measuring import Progress
     from layerskip_core.evaluation.report.tables import Table
     from layerskip_core.evaluation.results import RunRecord
 
@@ -58,22 +58,24 @@ def load(config: "MeasurementConfig", log_samples: bool = False) -> "tuple[Decod
     return loaded, rows
 
 
-def watch(events: "Iterator[Progress | Found]", free_threads: FreeThreads | None = None) -> "Found":
-    """Shows a progress bar per phase and returns the record.
+def watch(
+    events: "Generator[Progress, None, Found]", free_threads: FreeThreads | None = None
+) -> "Found":
+    """Shows a progress bar per phase, and returns what the measurement returns: its record.
 
     `free_threads` may change between two events, when all settings have decoded a prompt: so each
     has the same share of them.
     """
-    from layerskip_core.evaluation.measure import Progress
-
     with stage_bars() as show:
-        for event in events:
-            if not isinstance(event, Progress):
-                return event
+        while True:
+            try:
+                event = next(events)
+            except StopIteration as end:
+                record: Found = end.value
+                return record
             show(event.phase, event.done, event.total, "")
             if free_threads is not None and not event.comparing:
                 free_threads.look()
-    raise AssertionError("a measurement ends with its record")
 
 
 def deliver_report(record: "RunRecord", form: str, folder: Path | None, saved: str | None) -> None:
@@ -81,7 +83,7 @@ def deliver_report(record: "RunRecord", form: str, folder: Path | None, saved: s
     read from, if any.
     """
     from layerskip_core.evaluation.journal import OUTPUTS
-    from layerskip_core.evaluation.report import report_files, to_csv
+    from layerskip_core.evaluation.report.files import report_files, to_csv
     from layerskip_core.evaluation.report.tables import results_table
 
     _narrate_failures(record)
@@ -123,7 +125,7 @@ def deliver(
     """Writes `files` to the folder (None: removes one), with a `name` also the document, table and
     CSV; prints the table, CSV or JSON on stdout.
     """
-    from layerskip_core.evaluation.report import table_files, to_json
+    from layerskip_core.evaluation.report.files import table_files, to_json
     from layerskip_core.files import write_file
 
     texts = {"json": to_json(record), "markdown": table.markdown(), "csv": csv}

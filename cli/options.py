@@ -17,6 +17,7 @@ from typer.core import TyperCommand
 from layerskip_core.checkpoint.locate import require_model
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.evaluation import HARNESS
+from layerskip_core.config.model import DTYPE_NAMES
 from layerskip_core.config.options import (
     Flag,
     Panel,
@@ -58,7 +59,6 @@ _COMMON = {
     "sweep-exits": "model task data samples exits specs batch_size output save",
 }
 _WIDEST = 40  # characters of the choices next to a flag; longer ones go into its help
-_DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
 _ALL = "layerskip.all_flags"  # in Typer's context: --help-all was given
 
 Format = Annotated[
@@ -99,6 +99,15 @@ class _Setting:
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """Decorator: parameters with a Flag, and groups of settings, become flags; equal names share
     one.
+
+        @command
+        def inspect(prompt: Prompt = None, machine: MachineConfig = MachineConfig()) -> None: ...
+
+    gives Typer a function with the argument PROMPT and the flags --device, --dtype, ... of
+    MachineConfig's fields. It makes a MachineConfig of what Typer parsed, checks every value by its
+    annotation, and calls `inspect(prompt, machine)`. The name of each flag goes into FLAGS, because
+    errors of the core name settings: `device` is shown as --device. All commands are imported for
+    every command line (cli/main.py), so FLAGS is whole before any of them runs.
     """
     hints = get_type_hints(function, include_extras=True)
     defaults = {}
@@ -289,7 +298,7 @@ def _value(name: str, hint: Any, value: Any) -> Any:
     if flag.reads == "file":
         value = "".join(text_lines(Path(value), name))
     if name == "dtype":
-        value = _DTYPES.get(value, value)
+        value = DTYPE_NAMES.get(value, value)
     if flag.optional:
         value = value or True
     elif isinstance(value, str):

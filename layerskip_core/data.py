@@ -21,6 +21,7 @@ from .files import parse_json, text_lines
 from .splits import key_of
 
 MESSAGES = "messages"  # the column of a conversation
+_PARSING_SETS = ("commands", "topv2")
 # Columns that make a row's key
 _CONTENT = frozenset((*PROMPT_NAMES, *REFERENCE_NAMES, *PROMPT_COLUMNS, *COMPLETION_COLUMNS))
 _ROLES = {"human": "user", "gpt": "assistant"}  # as ShareGPT names them
@@ -232,7 +233,7 @@ def _parquet(path: Path, setting: str) -> Iterator[Record]:
             for fields in batch.to_pylist():
                 number += 1
                 yield Record(f"{path}:{number}", fields)
-    # Pyarrow raises many kinds; each means a damaged file or unusual types
+    # PyArrow raises many kinds; each means a damaged file or unusual types
     except Exception as error:
         place = f" after row {number}" if number else ""
         raise DataError(
@@ -373,8 +374,8 @@ def stream_rows(config: DataConfig) -> Iterator[Row]:
 
 
 def is_parsing(config: DataConfig) -> bool:
-    """Whether the data is for semantic parsing (PARSING_TEMPLATE), by its name or layout."""
-    return config.name in ("commands", "topv2") or os.path.isdir(config.name)
+    """Whether the data is for semantic parsing (PARSING_TEMPLATE). A folder is: other data are files."""
+    return config.name in _PARSING_SETS or os.path.isdir(config.name)
 
 
 def own_splits(config: DataConfig) -> tuple[str, ...]:
@@ -410,7 +411,7 @@ def load_records(config: DataConfig, streaming: bool = False) -> Iterator[Record
 def require_data(name: str, setting: str = "data") -> None:
     """Raises DataError for a missing file, and for a name that no data can have. Reads nothing."""
     path = Path(name)
-    if name in ("commands", "topv2") or os.path.exists(path):
+    if name in _PARSING_SETS or os.path.exists(path):
         return
     if file_ending(path) in FILE_ENDINGS:
         raise DataError(f"`{setting}` {path}: there is no such file")
@@ -421,12 +422,7 @@ def require_data(name: str, setting: str = "data") -> None:
 
 def is_data(name: str) -> bool:
     """Whether a value of `validation` or `task` names data, and not a split or a task."""
-    named = (
-        name in ("commands", "topv2")
-        or "/" in name
-        or Path(name).exists()
-        or Path(name).suffix != ""
-    )
+    named = name in _PARSING_SETS or "/" in name or Path(name).exists() or Path(name).suffix != ""
     return named and name not in commands.SPLITS
 
 

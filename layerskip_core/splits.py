@@ -3,19 +3,18 @@
 Rows that choose: losses on held-out rows, the verdict of a training, and a sweep. Rows that report:
 `bench`.
 
-| data | train | choose | report |
-|---|---|---|---|
-| `commands`, TOPv2 | split train | split validation | split test |
-| a file or a hub data set's split, of its model | those not held out | held out, side validation |
-held out, side test |
-| the same with `validation` FILE | all rows | FILE, side validation | FILE, side test |
-| the same as a stream | divided as its first 4,096 rows are | as above | as above |
-| a file that the model was not trained on | | side validation | side test |
-| a hub data set, cnn_dm, xsum, scitldr, mbpp, WikiText-2 | | split validation | split test |
-| humaneval; a named task on a file | | side validation | side test |
-| a plain text for `lm` | lines that are not held out | as a file, else its pieces | as a file, else
-its pieces |
-| tasks of lm-eval | | nothing is chosen on them | lm-eval's own rows |
+Of each kind of data: rows that train; rows that choose; rows that report.
+
+- `commands`, TOPv2: the splits train; validation; test.
+- A file, or a split of a hub data set, of the model's training: the rows not held out; of those
+  held out, the side validation; and the side test. With `validation` FILE: all rows; the two sides
+  of FILE. As a stream: divided as its first 4,096 rows are.
+- A file that the model was not trained on: the side validation; the side test.
+- A hub data set, cnn_dm, xsum, scitldr, mbpp, WikiText-2: the splits validation; test.
+- humaneval, and a named task on a file: the side validation; the side test.
+- A plain text for `lm`: lines that are not held out; the two sides of its lines if the model was
+  trained on it, else of its pieces.
+- Tasks of lm-eval: nothing is chosen on them; lm-eval's own rows report.
 
 Conversations and packed documents are rows like others. A model trained on a hub data set reports
 on the set's own split `test` if there is one, else on held-out rows. `samples` 0 takes both sides.

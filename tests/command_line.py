@@ -103,9 +103,9 @@ def measure_little(patch: MonkeyPatch) -> None:
     """Sweeps time passes once, after a short warm-up: the figures do not matter here."""
     measure = "layerskip_core.evaluation.measure"
     for name, count in (
-        ("_WARM_UP_TOKENS", 1),
+        ("measuring._WARM_UP_TOKENS", 1),
         ("recommendation._FEWEST_TURNS", 2),
-        ("cost_model._MOST", 1),
-        ("cost_model._TIMES", 1),
+        ("prediction._MOST", 1),
+        ("draft_profile._TIMES", 1),
     ):
         patch.setattr(f"{measure}.{name}", count)

@@ -15,10 +15,10 @@ from layerskip_core.config.model import DataConfig, PackingConfig
 from layerskip_core.data import PARSING_TEMPLATE, Example, load_examples
 from layerskip_core.decoding import DecodeStats
 from layerskip_core.evaluation.intervals import metric
-from layerskip_core.evaluation.measure import Measured, Measurement, measure_prompt
+from layerskip_core.evaluation.measure.measuring import Measured, Measurement, measure_prompt
 from layerskip_core.evaluation.metrics import exact_match
 from layerskip_core.evaluation.results import Output, Step
-from layerskip_core.evaluation.tasks import Task
+from layerskip_core.evaluation.tasks.task import Task
 from layerskip_core.model import TorchBackend, TransformersBackend
 from layerskip_core.training.encoding import train_tokenizer
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import run_texts, tiny_model
 from decodings import ids_of
-from evaluating import own_answers
+from evaluating import collect, own_answers
 from exit_block_models import random_blocks, random_eagle3
 from simulated_cuda import simulated_cuda
 from training_runs import RECIPE, settings_on, train
@@ -214,7 +214,7 @@ def test_benchmarks(on_gpu, checkpoint):
         repeats=1,
         baselines=baselines,
     )
-    *_, record = bench(on_gpu, own_answers(1), config)
+    _, record = collect(bench(on_gpu, own_answers(1), config))
     assert {result.strategy for result in record.results} >= {*strategies, "transformers"}
     assert (
         record.environment["device_name"] == "simulated"

@@ -12,7 +12,7 @@ from layerskip_core.checkpoint.info import read_info
 from layerskip_core.config.evaluation import BenchConfig, SweepConfig
 from layerskip_core.config.model import DataConfig
 from layerskip_core.config.training import DrafterConfig, RecipeSettings
-from layerskip_core.evaluation.tasks import TaskConfig, load_task
+from layerskip_core.evaluation.tasks.task import TaskConfig, load_task
 from layerskip_core.evaluation.tasks.texts import load_trained
 from layerskip_core.splits import TEST, VALIDATION, HeldOut, hold_out, key_of, part_of, side_of
 from layerskip_core.training.run import execute, prepare

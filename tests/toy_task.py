@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from layerskip_core.config.evaluation import TaskConfig
 from layerskip_core.data import Example
-from layerskip_core.evaluation.tasks import Task, TaskLoader
+from layerskip_core.evaluation.tasks.task import Task, TaskLoader
 
 
 def load(config: TaskConfig) -> Task:

@@ -42,7 +42,7 @@ def bench(
     from layerskip_core.evaluation.journal import JOURNAL, OUTPUTS
     from layerskip_core.evaluation.measure.bench import bench as run_bench
     from layerskip_core.evaluation.measure.bench import suiting_strategies
-    from layerskip_core.evaluation.report import REPORT, output_folder
+    from layerskip_core.evaluation.report.files import REPORT, output_folder
     from layerskip_core.evaluation.results import read_record
 
     with output_folder(output, "layerskip bench", REPORT, overwrite, resume) as folder:

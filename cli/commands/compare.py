@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from layerskip_core.evaluation.comparison import Run
 
 _EMBEDDED = ("embedded-base", "embedded")  # equally many steps without the recipe and with it
-# Of their sweeps
+# Without RUNS both are swept with these settings
 _SAMPLES = 12
 _EXITS = (6, 12, 18)
 _DRAFTS = 6
@@ -53,8 +53,8 @@ def compare(
     """
     from layerskip_core.evaluation.comparison import compare as compare_runs
     from layerskip_core.evaluation.comparison import figures_of, labelled, read_run
-    from layerskip_core.evaluation.report import output_folder, table_files
     from layerskip_core.evaluation.report.comparison import compare_table, plots, to_csv
+    from layerskip_core.evaluation.report.files import output_folder, table_files
 
     with output_folder(
         output, "layerskip compare", list(table_files("comparison")), overwrite

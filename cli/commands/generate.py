@@ -145,7 +145,7 @@ class Request:
     id: Any = None  # as given in its row
 
 
-Answers = Iterator[tuple[Request, "Answer | TextStream | LayerSkipError"]]
+AnswerStream = Iterator[tuple[Request, "Answer | TextStream | LayerSkipError"]]
 
 
 def _rows(
@@ -173,8 +173,8 @@ def _rows(
 
 def _one_by_one(
     loaded: "Decoder", requests: Iterator[Request], earlier: "EarlierAnswers"
-) -> Answers:
-    """Answers that are decoded as they are read."""
+) -> AnswerStream:
+    """AnswerStream that are decoded as they are read."""
     from layerskip_core.decoding.dialogue import TextStream
 
     for request in requests:
@@ -194,7 +194,7 @@ def _together(
     earlier: "EarlierAnswers",
     batch_size: int,
     is_ready: Callable[[], bool],
-) -> Answers:
+) -> AnswerStream:
     """Decodes up to `batch_size` requests at once. `is_ready`: whether the next can be read without
     waiting.
     """
@@ -305,7 +305,8 @@ def _write(text: str) -> None:
 def _narrate_stats(
     loaded: "Decoder", config: DecodingConfig, total: "DecodeStats", batch_size: int
 ) -> None:
-    from layerskip_core.evaluation.measure.cost_model import bandwidth, plain_step, speed_of
+    from layerskip_core.evaluation.measure.bandwidth import bandwidth
+    from layerskip_core.evaluation.measure.passes import plain_step, speed_of
     from layerskip_core.evaluation.results import bandwidth_text
 
     narrate(bandwidth_text(bandwidth(loaded, plain_step(loaded))))

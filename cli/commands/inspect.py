@@ -47,7 +47,7 @@ def inspect(
     """
     from layerskip_core.checkpoint.save import model_files
     from layerskip_core.evaluation.inspection import inspect as run_inspect
-    from layerskip_core.evaluation.report import inspection_page, to_json
+    from layerskip_core.evaluation.report.files import inspection_page, to_json
     from layerskip_core.files import require_writable, write_file
 
     if output is not None:

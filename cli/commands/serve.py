@@ -46,7 +46,7 @@ def serve(
     from layerskip_core.decoding import Prefixes
     from layerskip_core.decoding.drafters.lookup import EarlierAnswers
     from layerskip_core.model import NativeBackend
-    from layerskip_core.model.cache import memory_budget
+    from layerskip_core.processor import memory_budget
     from layerskip_core.serving.thread import DecodingThread
 
     with _bound(serving.host, serving.port) as listener:

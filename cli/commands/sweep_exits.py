@@ -45,7 +45,7 @@ def sweep_exits(
     Example: layerskip sweep-exits --model layerskip-model --exits 4:12:2 --specs 4,8 --save
     """
     from layerskip_core.evaluation.measure.sweep import sweep
-    from layerskip_core.evaluation.report import REPORT, output_folder
+    from layerskip_core.evaluation.report.files import REPORT, output_folder
     from layerskip_core.evaluation.report.tables import has_scores
     from layerskip_core.evaluation.results import read_record
 
@@ -122,7 +122,7 @@ def _save(model: str, settings: Path, record: "RunRecord") -> None:
         write_settings(settings, info)
         return
     exact = advice.policies[EXACT]
-    # A default exit, for versions without policies, if the policy is one
+    # The exit of requests that leave the policy, such as --spec 4, and of `export`
     info = replace(info, exit_layer=None, num_draft_tokens=None, strategy="autoregressive")
     if exact["strategy"] == "self-speculative" and exact.keys() <= _BY_EXIT:
         info = replace(

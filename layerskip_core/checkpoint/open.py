@@ -7,22 +7,24 @@ A load has three steps: `open_source` chooses a reader (source.py), `resolve` pl
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from math import inf
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..config.model import PLAIN, PackingConfig
-from ..errors import refused
+from ..errors import CheckpointError, refused
+from ..files import read_json
 from ..model.architectures import MULTIMODAL
 from ..model.backend import Backend
-from ..model.cache import memory_budget
 from ..model.exit_blocks import NO_BLOCKS
 from ..model.native import NativeBackend
 from ..model.native.compiled import requested_variant
 from ..model.torch_backend import TorchBackend
 from ..model.transformers_backend import TransformersBackend
-from ..model.vocabulary import token_order
+from ..model.vocabulary import ORDER_FILE
 from ..model.weights import named_int4, named_weights
+from ..processor import memory_budget
 from .folder import CONFIG_FILE, is_packed, read_settings
 from .load_cache import NO_CACHE, LoadCache
 from .loaded import Decoder, Trainable, decoder, pick_device
@@ -131,6 +133,21 @@ def _backend(plan: LoadPlan) -> Backend:
     backend = NativeBackend(*arguments, file.embedding(spec), pack=file.matrix)
     backend.implementation = named_int4(backend.implementation, file.content.calibrated)
     return backend
+
+
+def token_order(folder: str | Path, vocab_size: int) -> list[int] | None:
+    """A checkpoint's ORDER_FILE, if any: distinct token ids, the most frequent of its training data
+    first.
+
+    Raises CheckpointError for any other content.
+    """
+    path = Path(folder) / ORDER_FILE
+    if not path.is_file():
+        return None
+    order: list[int] = read_json(path, CheckpointError, list[int])
+    if len(set(order)) < len(order) or not all(0 <= token < vocab_size for token in order):
+        raise CheckpointError(f"{path} must be a list of distinct token ids below {vocab_size}")
+    return order
 
 
 def plan_packing(folder: str, dtype: str, packing: PackingConfig) -> LoadPlan:

@@ -29,8 +29,12 @@ from .sidecars import naming, open_formed
 _FORM = {"format": "layerskip packed 1", "layout": str(LAYOUT)}
 _CONTENT = "content"  # key of the header
 NAMES = {  # in safetensors
-    **{torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"},
-    **{torch.uint8: "U8", torch.int8: "I8", torch.int32: "I32"},
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int32: "I32",
 }
 _ADVICE = "export the model again with `--format packed`"
 _PAGE = 4096

@@ -10,9 +10,10 @@ from .options import Count, CountOrNone, Flag, ModelName, Seed, Text, Threads
 
 DType = Literal["auto", "fp32", "bf16"]
 Engine = Literal["vllm", "llama.cpp", "transformers"]
-Format = Literal["transformers", "gguf", "packed"]
+ExportFormat = Literal["transformers", "gguf", "packed"]
 Quantization = Literal["int8", "int4"]
 DTYPES: tuple[str, ...] = get_args(DType)
+DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16"}  # ours, by torch's and the hub's
 GGUF_DTYPES = ("auto", "f16", "q8_0", "q4_0")
 # The usual names; the first one present counts
 PROMPT_COLUMNS = ("prompt", "instruction", "question", "input")
@@ -200,7 +201,7 @@ class ExportConfig:
     ] = None
     output: Annotated[Text, Flag("Folder for the draft model.")] = "draft-model"
     format: Annotated[
-        Format | None, Flag("Of the files.", None, "gguf for llama.cpp, else transformers")
+        ExportFormat | None, Flag("Of the files.", None, "gguf for llama.cpp, else transformers")
     ] = None
     engine: Annotated[Engine | None, Flag("Also print how it drafts in this engine.")] = None
     dtype: Annotated[

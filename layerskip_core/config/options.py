@@ -21,7 +21,7 @@ from msgspec import Meta
 from ..errors import refused, require, shown
 
 Panel = Literal[
-    "Input", "Model", "Server", "Recipe", "Retention", "Drafter", "Optimisation", "Task", "Data", "Decoding", "Sampling",
+    "Input", "Model", "Server", "Recipe", "Drafter", "Optimisation", "Task", "Data", "Decoding", "Sampling",
     "Prompting", "Adapters", "Run", "Measurement", "Weights", "Machine", "Output",
 ]  # the headings of --help, in their order  # fmt: skip
 _MOST_COUNTS = 10_000  # in a list of counts
@@ -41,7 +41,8 @@ class Flag:
     help: str
     flag: str | None = None  # its spellings, with slashes between them; None: the field's name
     default: str | None = None  # in --help
-    panel: Panel | None = None  # heading of --help; None: that of the field before
+    # Heading of --help. None: that of the field declared before, so a field that moves may need one
+    panel: Panel | None = None
     repeated: bool = False
     optional: str | None = None  # a value that may follow; without it the field is True
     # Its existence is checked before torch is imported
@@ -103,7 +104,7 @@ def check(field: str, hint: Any, value: Any) -> Any:
     """
     try:
         return msgspec.convert(_plain(value), hint, str_keys=True)
-    # The latter for lone surrogates among choices
+    # UnicodeEncodeError: lone surrogates among choices
     except (msgspec.ValidationError, UnicodeEncodeError) as error:
         wrong_type = ", got `" in str(error)
         listed = isinstance(value, list | tuple) and not wrong_type

@@ -29,7 +29,7 @@ FAST = "fast"  # the policy with the fastest early exit that keeps a share of th
 MOST_DRAFTS = 32  # per round of adaptive drafting
 
 
-class Measured(TypedDict):
+class PolicyMeasurement(TypedDict):
     """A sweep's measurement of a policy: the task's metric, also at full depth, and the speedup
     over plain decoding.
     """
@@ -51,7 +51,7 @@ class Policy(DecodingOptions, total=False):
     draft_copies: Sequence[Quantization]
     draft_head: Quantization  # as in PackingConfig
     draft_vocab: CountOrNone
-    measured: Measured
+    measured: PolicyMeasurement
 
 
 @dataclass(frozen=True)

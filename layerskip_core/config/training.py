@@ -19,7 +19,7 @@ ExitReader = Literal["none", "block"]
 DropoutProfile = Literal["exponential", "constant"]
 DropoutSchedule = Literal["constant", "rising", "falling"]
 Scheduler = Literal["cosine", "linear", "constant"]
-Answers = Literal["model", "data"]
+AnswerSource = Literal["model", "data"]
 BlockLayout = Literal["exit", "eagle3", "mtp"]
 _Weight = Annotated[float, Meta(ge=0, le=1_000_000)]
 _Rate = Annotated[float, Meta(gt=0, le=100)]
@@ -279,7 +279,8 @@ class DrafterConfig(TrainingSettings):
         Text | None, Flag("Drafter to go on from: a folder of the layout eagle3, or `shipped`.")
     ] = None
     answers: Annotated[
-        Answers | None, Flag("Who writes answers to prompts.", None, "model, if --data has prompts")
+        AnswerSource | None,
+        Flag("Who writes answers to prompts.", None, "model, if --data has prompts"),
     ] = None
     answer_tokens: Annotated[Count, Flag("Maximum number of tokens in an answer of the model.")] = (
         128

@@ -2,8 +2,7 @@
 implementation runs.
 """
 
-from ..model.backend import check_prompt
-from .loop import DecodingLoop, decode, decode_batch, new_row
+from .loop import DecodingLoop, check_prompt, decode, decode_batch, new_row
 from .output import Answer, DecodeStats, StopReason
 from .prefixes import Prefixes
 from .scheduler import Scheduler, without_failure

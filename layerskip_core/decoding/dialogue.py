@@ -6,10 +6,9 @@ from typing import Unpack
 
 from ..checkpoint.loaded import Decoder
 from ..config.decoding import DecodingConfig
-from ..model.backend import check_prompt
 from ..prompting import CHAT
 from .engine import EngineOptions
-from .loop import decode
+from .loop import check_prompt, decode
 from .output import Answer, DecodeStats, StopReason
 from .prefixes import Prefixes
 
@@ -155,7 +154,7 @@ class Dialogue:
             "the conversation with this message" if turns else "the prompt",
         )
         if self._asked is not None:
-            self._asked[1].decoding.close()
+            self._asked[1].decoding.keep_texts()
         stream = TextStream(self._loaded, ids, self._config, prefixes=self._prefixes)
         self._turns = turns
         self._asked = (message, stream)

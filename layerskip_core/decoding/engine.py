@@ -140,6 +140,12 @@ class Engine:
         elif not row.has_output:
             row.prompt_logprobs = []
 
+    def keep_texts(self) -> None:
+        """Adds the texts of all rows so far to the prefixes."""
+        with self._lock:
+            for index in range(len(self.rows)):
+                self._keep_text(index)
+
     def close(self) -> None:
         """Removes all rows and frees their KV entries at once."""
         self.rows = []

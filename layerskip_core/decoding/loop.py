@@ -4,13 +4,38 @@ from collections.abc import Iterator, Sequence
 from typing import Unpack
 
 from ..config.decoding import DecodingConfig
-from ..errors import require
-from ..model.backend import Backend, check_prompt
+from ..errors import ConfigError, ContextError, require
+from ..model.backend import Backend
+from ..model.cache import KVCache
 from .drafters.lookup import EarlierAnswers
 from .engine import EngineOptions, draft_length
 from .output import Answer, DecodeStats, Detokenize, StopReason
 from .row import Row, RowStep
 from .scheduler import Scheduler, without_failure
+
+
+def check_prompt(
+    prompt_ids: list[int],
+    model: Backend,
+    what: str = "the prompt",
+    num_draft_tokens: int = KVCache.steps_back,
+) -> None:
+    """Raises ConfigError for an empty prompt, ContextError if the context or the memory does not
+    hold another token after it.
+
+    `what`: the prompt's name in the error. `num_draft_tokens`: the most per round.
+    """
+    if not prompt_ids:
+        raise ConfigError(f"{what} is empty")
+    limit = model.context_length(num_draft_tokens)
+    if len(prompt_ids) < limit:
+        return
+    why = "the memory for keys and values has room for"
+    if limit == model.spec.context:
+        why = "the model's context is"
+    raise ContextError(
+        f"{what} must be at most {limit - 1} tokens, got {len(prompt_ids)} ({why} {limit} tokens)"
+    )
 
 
 def new_row(
@@ -127,10 +152,9 @@ class DecodingLoop:
             self._scheduler.clear()
             raise
 
-    def close(self) -> None:
-        """Ends all rows. Their texts so far are added to the prefixes."""
-        for row in self.rows:
-            self._scheduler.remove(row)
+    def keep_texts(self) -> None:
+        """Adds the texts of all rows so far to the prefixes."""
+        self.engine.keep_texts()
 
     @property
     def stats(self) -> DecodeStats:

@@ -130,7 +130,7 @@ class Result:
     differences: tuple[Difference, ...] = ()
     failures: tuple[Failure, ...] = ()
 
-    # More of the setting. The copy whose first `exit_layer` layers draft; None: the model's own
+    # The copy whose first `exit_layer` layers draft; None: the model's own
     draft_weights: Quantization | None = None
     steps_by_drafter: dict[str, int] = field(default_factory=dict)  # `plain`: steps without drafts
     # Each token leaves at the first of `exits` with this confidence, after `mean_layers` on average
@@ -147,9 +147,9 @@ class Result:
     rows_to_halve: int | None = None
     categories: dict[str, "Result"] = field(default_factory=dict)
 
-    # Of lm-evaluation-harness: standard errors of its metrics, by name
+    # Standard errors of the metrics of lm-evaluation-harness, by name
     stderr: dict[str, float] = field(default_factory=dict)
-    # Row count: of a category, or by task of lm-evaluation-harness
+    # Rows of a category; of a result of lm-evaluation-harness, rows by task
     samples: int | dict[str, int] = field(default_factory=dict)
 
     def keeps_outputs(self, plain: "Result", near_tie: float) -> bool:
@@ -171,7 +171,7 @@ class Recommendation:
     reason: str
     fast_reason: str  # why there is a policy `fast`, or why not
     policies: dict[str, Policy]  # the recommendation as `exact`, and `fast` if there is one
-    # Of the speedup's 95% interval, on prompts that did not choose the setting
+    # The lower end of the speedup's 95% interval, on prompts that did not choose the setting
     lower_end: float | None = None
 
     @property
@@ -243,7 +243,7 @@ def drafts_name(result: Result) -> str:
 
 
 def bandwidth_text(read: Mapping[str, float]) -> str:
-    """The result of `cost_model.bandwidth` in words."""
+    """The result of `bandwidth.bandwidth` in words."""
     megabytes = read["bytes_per_token"] / 1e6
     speed = read["bytes_per_second"]
     text = f"plain decoding reads {megabytes:.3g} MB per token at {speed / 1e9:.1f} GB/s"

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ..checkpoint.loaded import Decoder
 from ..checkpoint.open import for_decoding
 from ..config.decoding import MAX_NEW_TOKENS, DecodingConfig, DecodingOptions
-from ..config.model import DTYPES, PackingConfig, Quantization
+from ..config.model import DTYPE_NAMES, DTYPES, PackingConfig, Quantization
 from ..config.options import checked
 from ..decoding import check_prompt, decode_batch
 from ..decoding.output import before_stop
@@ -28,7 +28,6 @@ from ..prompting import encoded, render_chat
 from .likelihood import Pair, likelihoods
 
 _AUTO_BATCH = 16
-_DTYPES = {"float32": "fp32", "bfloat16": "bf16"}  # lm-eval's usual names
 _NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0, "num_return_sequences": 1}
 
 
@@ -58,11 +57,11 @@ class LayerSkipLM(LM):  # type: ignore[misc]
         Raises ConfigError and CheckpointError.
         """
         super().__init__()
-        dtype = _DTYPES.get(str(dtype).removeprefix("torch."), str(dtype))
+        dtype = DTYPE_NAMES.get(str(dtype).removeprefix("torch."), str(dtype))
         require(dtype in DTYPES, "dtype", f"one of {', '.join(DTYPES)}", dtype)
         if threads:
             torch.set_num_threads(int(threads))
-        # Lm-eval's default is cuda:0
+        # The default of lm-eval is cuda:0, also on machines without a GPU
         if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
             device = "auto"
         packing = PackingConfig(**checked(PackingConfig, {"quantize": quantize}))
@@ -151,7 +150,7 @@ class LayerSkipLM(LM):  # type: ignore[misc]
             pairs += own
             owners += [place] * len(own)
         missing = Counter(owners)
-        # Of a whole text, in nats, by depth
+        # By request: the summed log-likelihood of its text at each depth, in nats
         totals: dict[int, dict[int, float]] = {}
         scored = likelihoods(self.decoder.backend, pairs, depths, self.batch_size)
         for number, by_depth in scored:

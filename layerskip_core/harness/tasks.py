@@ -27,12 +27,12 @@ from ..config.evaluation import HARNESS, BenchConfig, SweepConfig, TaskConfig
 from ..config.resolution import require_exit_layer
 from ..data import Example, quiet_datasets
 from ..errors import ConfigError, DataError, LayerSkipError, first_line, refused, require
-from ..evaluation.measure import Measured, Progress, depth_of, drafts_tokens, measure
 from ..evaluation.measure.bench import strategies_of
 from ..evaluation.measure.figures import environment, result_of, setting_of
+from ..evaluation.measure.measuring import Measured, Progress, depth_of, drafts_tokens, measure
 from ..evaluation.measure.sweep import usual_exits
 from ..evaluation.results import RunRecord
-from ..evaluation.tasks import Task
+from ..evaluation.tasks.task import Task
 from ..prompting import CHAT, RAW
 from . import require_harness
 
@@ -251,8 +251,8 @@ def _unknown_task(name: str, known: Sequence[str]) -> ConfigError:
 
 def sweep_scores(
     loaded: Decoder, tasks: HarnessTasks, config: SweepConfig
-) -> Iterator[Progress | RunRecord]:
-    """Yields progress, then the record: full depth and each exit alone. Raises ConfigError,
+) -> Generator[Progress, None, RunRecord]:
+    """Yields progress, returns the record: full depth and each exit alone. Raises ConfigError,
     LayerSkipError.
     """
     usual = SweepConfig()
@@ -265,13 +265,13 @@ def sweep_scores(
     methods = [decoding("autoregressive", config.generation)]
     for exit_layer in exits:
         methods.append(decoding("early-exit", config.generation, exit_layer=exit_layer))
-    yield from _run(loaded, tasks, methods, replace(config, exits=exits), repeats=1)
+    return (yield from _run(loaded, tasks, methods, replace(config, exits=exits), repeats=1))
 
 
 def bench_scores(
     loaded: Decoder, tasks: HarnessTasks, config: BenchConfig
-) -> Iterator[Progress | RunRecord]:
-    """Yields progress, then the record of the strategies; drafters run on tasks that generate.
+) -> Generator[Progress, None, RunRecord]:
+    """Yields progress, returns the record of the strategies; drafters run on tasks that generate.
     Raises likewise.
     """
     require(
@@ -282,7 +282,7 @@ def bench_scores(
     )
     methods = strategies_of(loaded, config, loaded.recommended(config.packing))
     config = replace(config, strategies=tuple(dict.fromkeys(method.strategy for method in methods)))
-    yield from _run(loaded, tasks, methods, config, config.repeats)
+    return (yield from _run(loaded, tasks, methods, config, config.repeats))
 
 
 def _run(
@@ -291,7 +291,7 @@ def _run(
     methods: list[DecodingConfig],
     config: SweepConfig | BenchConfig,
     repeats: int,
-) -> Iterator[Progress | RunRecord]:
+) -> Generator[Progress, None, RunRecord]:
     temperature = config.generation.get("temperature")
     require(not temperature, "temperature", f"{_HERE}, whose tasks say how to sample", temperature)
     require(not config.packing.exact, "exact", _HERE, config.packing.exact)
@@ -324,7 +324,7 @@ def _run(
     named = asdict(config)
     named["quality_metric"] = next(iter(results[0].metrics), None)
     named["prompt_template"] = config.task.prompting.asked or "raw"
-    yield RunRecord(named, machine, tuple(results), samples=tuple(logged))
+    return RunRecord(named, machine, tuple(results), samples=tuple(logged))
 
 
 def _log_likelihoods(

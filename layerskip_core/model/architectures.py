@@ -12,8 +12,10 @@ from .variants import EXPERT_COUNTS, Architecture, Biases, Experts, Mixer, Names
 _ONE: Norms = ("input_layernorm", None, "input_layernorm", None)
 _AFTER: Norms = (None, "post_attention_layernorm", None, "post_feedforward_layernorm")
 _AROUND: Norms = (
-    *("input_layernorm", "post_attention_layernorm"),
-    *("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
 )
 _NOWHERE: Biases = (False, False, False)
 _EVERYWHERE: Biases = ("attention_bias", "attention_bias", "mlp_bias")
@@ -92,8 +94,11 @@ def _mamba2(
 
 
 _MAMBA2 = _mamba2(
-    *("mamba", "mamba_d_conv", ("mamba_proj_bias", "mamba_conv_bias")),
-    *(("mamba_n_groups", "mamba_n_heads", "mamba_d_state", "mamba_d_head"), "time_step_limit"),
+    "mamba",
+    "mamba_d_conv",
+    biased=("mamba_proj_bias", "mamba_conv_bias"),
+    sizes=("mamba_n_groups", "mamba_n_heads", "mamba_d_state", "mamba_d_head"),
+    limits="time_step_limit",
 )
 _HYBRID = frozenset({"full_attention", "linear_attention"})  # kinds of layers
 _MULTIPLIERS = (
@@ -287,8 +292,11 @@ ARCHITECTURES: dict[str, Architecture] = {
         mlp_projections=("up_proj", "down_proj"),
         biases=(False, False, "mlp_bias"),
         mixer=_mamba2(
-            *("mixer", "conv_kernel", ("use_bias", "use_conv_bias")),
-            *(("n_groups", "mamba_num_heads", "ssm_state_size", "mamba_head_dim"), "time_step_min"),
+            "mixer",
+            "conv_kernel",
+            biased=("use_bias", "use_conv_bias"),
+            sizes=("n_groups", "mamba_num_heads", "ssm_state_size", "mamba_head_dim"),
+            limits="time_step_min",
         ),
         one_block=True,
         gated=False,
@@ -420,13 +428,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "gpt_neox": Architecture(
         names=Names(
-            *(
-                "gpt_neox.embed_in",
-                None,
-                "gpt_neox.layers",
-                "gpt_neox.final_layer_norm",
-                "attention.",
-            ),
+            "gpt_neox.embed_in",
+            None,
+            "gpt_neox.layers",
+            "gpt_neox.final_layer_norm",
+            "attention.",
             stored_head="embed_out",
         ),
         values={"num_key_value_heads": None, "head_dim": None},
@@ -445,16 +451,12 @@ ARCHITECTURES: dict[str, Architecture] = {
             "transformer.wte", "transformer.wpe", "transformer.h", "transformer.ln_f", "attn."
         ),
         values={
-            **{
-                "hidden_size": "n_embd",
-                "intermediate_size": "n_inner",
-                "num_hidden_layers": "n_layer",
-            },
-            **{
-                "num_attention_heads": "n_head",
-                "num_key_value_heads": None,
-                "max_position_embeddings": "n_positions",
-            },
+            "hidden_size": "n_embd",
+            "intermediate_size": "n_inner",
+            "num_hidden_layers": "n_layer",
+            "num_attention_heads": "n_head",
+            "num_key_value_heads": None,
+            "max_position_embeddings": "n_positions",
             "head_dim": None,
         },
         needs={

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..config.model import PackingConfig, Quantization
 from ..config.resolution import MOST_DRAFTS
-from ..errors import ConfigError, ContextError
 from .cache import KVCache, Places
 from .eagle3 import Eagle3Weights
 from .noise import Noise, perturbed
@@ -339,27 +338,3 @@ def states_at_exits(
             yield end, hidden, model.unembed
         else:
             yield end, block.run(model, hidden, None, places), block.head
-
-
-def check_prompt(
-    prompt_ids: list[int],
-    model: Backend,
-    what: str = "the prompt",
-    num_draft_tokens: int = KVCache.steps_back,
-) -> None:
-    """Raises ConfigError for an empty prompt, ContextError if the context or the memory does not
-    hold another token after it.
-
-    `what`: the prompt's name in the error. `num_draft_tokens`: the most per round.
-    """
-    if not prompt_ids:
-        raise ConfigError(f"{what} is empty")
-    limit = model.context_length(num_draft_tokens)
-    if len(prompt_ids) < limit:
-        return
-    why = "the memory for keys and values has room for"
-    if limit == model.spec.context:
-        why = "the model's context is"
-    raise ContextError(
-        f"{what} must be at most {limit - 1} tokens, got {len(prompt_ids)} ({why} {limit} tokens)"
-    )

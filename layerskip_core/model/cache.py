@@ -2,21 +2,17 @@
 overwrite their entries.
 """
 
-import re
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, chain, pairwise, repeat
 from math import inf
 from operator import add
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
@@ -291,51 +287,3 @@ def on_device(numbers: Sequence[int], like: _OnDevice) -> Tensor:
 
 RunGrid = Callable[[Tensor, Tensor, int | None], Tensor]
 """Runs layers over hidden states (B, T, D) at positions (B, T); given a row of the cache, for it alone, (1, T, D)."""
-
-
-# By the controllers of /proc/self/cgroup (versions 2 and 1): limit, use, prefix of names in
-# memory.stat
-_CGROUP_FILES = {
-    "": ("memory.max", "memory.current", ""),
-    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
-}
-
-
-def memory_budget(kv_megabytes: int | None = None) -> tuple[int, int]:
-    """Divides the memory that is free before a model is loaded: bytes for KV entries (by default a
-    fifth), and bytes left for its weights and their low-bit copies.
-    """
-    free = available_memory()
-    kv_bytes = free // 5 if kv_megabytes is None else kv_megabytes * 2**20
-    return kv_bytes, free - kv_bytes
-
-
-def available_memory(root: Path = Path("/")) -> int:
-    """Bytes that this process can still allocate, by the machine's memory and the limits of its
-    cgroups (of a container).
-
-    Cached files count as free, because Linux evicts them.
-    """
-    available = int(psutil.virtual_memory().available)
-    listed = root / "proc/self/cgroup"
-    if not listed.exists():
-        return available
-    for line in listed.read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers not in _CGROUP_FILES:
-            continue
-        own = root / "sys/fs/cgroup" / controllers / path.strip("/")
-        # A container may see only its own group, mounted in place of the machine's root
-        for group in (own, *own.parents):
-            with suppress(OSError, ValueError):  # no such file; no limit ("max")
-                available = min(available, _free_in(group, *_CGROUP_FILES[controllers]))
-    return available
-
-
-def _free_in(group: Path, limit_file: str, used_file: str, prefix: str) -> int:
-    """Bytes below a cgroup's limit, cached files included."""
-    limit = int((group / limit_file).read_text())
-    used = int((group / used_file).read_text())
-    stat = (group / "memory.stat").read_text()
-    cached = re.findall(rf"\b{prefix}(?:in)?active_file (\d+)", stat)
-    return limit - used + sum(map(int, cached))

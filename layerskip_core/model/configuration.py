@@ -16,7 +16,8 @@ from .variants import EXPERT_COUNTS, Architecture, Mixer
 
 LAYER_KINDS = FULL, SLIDING = "full_attention", "sliding_attention"
 MLP = "mlp"  # the kind of a layer that is an MLP alone
-# Of hidden states, of all heads together, and of the MLP: the kernels count in 32 bits
+# The greatest width of hidden states, of all heads together, and of the MLP: the kernels count in
+# 32 bits.
 _MOST_WIDTH = 1 << 20
 _Width = Annotated[int, Meta(ge=1, le=_MOST_WIDTH)]
 _Positions = Annotated[int, Meta(ge=1, le=1 << 27)]

@@ -119,9 +119,8 @@ class CutModel:
     form: Form
 
     def __init__(self, model: Any) -> None:
-        # For threads that share the model
         self.model = model
-        self._lock = RLock()
+        self._lock = RLock()  # for threads that share the model
         parameters = inspect.signature(type(model).forward).parameters
         self.takes_positions = "position_ids" in parameters
         self._cache_class = _cache_class(model)
@@ -323,9 +322,8 @@ class CutModel:
         """Runs what follows the last layer, from states (..., D); returns logits, or the result
         with which `changes` end it.
         """
-        # Rows of one token, at any position
         form = self.form
-        flat = state.reshape(-1, 1, state.shape[-1])
+        flat = state.reshape(-1, 1, state.shape[-1])  # rows of one token, at any position
         last = form.returned(form.hidden(flat))
         skipped = [
             (layer, partial(self._pass, index, None))

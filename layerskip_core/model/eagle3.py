@@ -23,7 +23,11 @@ from .rope import llama3_factors
 Product = Callable[[Tensor], Tensor]
 ROPES = "default", "llama3"
 ROPE_VALUES = (
-    *("rope_type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor"),
+    "rope_type",
+    "rope_theta",
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
     "original_max_position_embeddings",
 )
 
@@ -51,12 +55,15 @@ class Eagle3Form:
     """The sizes of a drafter.
 
     Attributes:
-        layers: of the target, ascending; `fc` reads the hidden states after each. hidden: D, of the
-        target and of the drafter. inner: width of the MLP, whose activation is SiLU. vocab: N
-        tokens that its head scores. rope: `rope_parameters` in transformers' names.
-        norm_before_residual: whether the residual is the normed feature. fc_norm, norm_before_fc:
-        whether the states are normed before `fc`, each alone or all concatenated. norm_output:
-        whether the next draft reads norm(h) as the feature, not h.
+        layers: of the target, ascending; `fc` reads the hidden states after each.
+        hidden: D, of the target and of the drafter.
+        inner: width of the MLP, whose activation is SiLU.
+        vocab: N tokens that its head scores.
+        rope: `rope_parameters` in transformers' names.
+        norm_before_residual: whether the residual is the normed feature.
+        fc_norm, norm_before_fc: whether the states are normed before `fc`, each alone or all
+            concatenated.
+        norm_output: whether the next draft reads norm(h) as the feature, not h.
     """
 
     layers: tuple[int, ...]

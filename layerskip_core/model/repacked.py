@@ -153,14 +153,17 @@ class RepackedBackend(ABC):
         """Repacks the weights of an architecture that the backend's kernels support.
 
         Args:
-            spec: of the model. take: gives its weights by their names in a checkpoint; each is
-            taken once. packing: low bits and drafts. token_order: ids, the most frequent first, for
-            `draft_vocab`; None: the tokenizer's order. With an order, exits
-                draft among its first EXIT_VOCABULARY tokens by default.
+            spec: of the model.
+            take: gives its weights by their names in a checkpoint; each is taken once.
+            packing: low bits and drafts.
+            token_order: ids, the most frequent first, for `draft_vocab`; None: the tokenizer's
+                order. With an order, exits draft among its first EXIT_VOCABULARY tokens by default.
             int4: calibrated weights as rows of bytes, for int4 layers and heads; without them
-            weights are rounded to nearest. exit_blocks: the model's blocks and drafters. embedding:
-            in place of the one from `take`. stored: rows of blocks of a GGUF file, for layers and
-            heads without other low bits (compiled kernels only).
+                weights are rounded to nearest.
+            exit_blocks: the model's blocks and drafters.
+            embedding: in place of the one from `take`.
+            stored: rows of blocks of a GGUF file, for layers and heads without other low bits
+                (compiled kernels only).
 
         Raises:
             CheckpointError: a weight is missing, has another shape, or is not finite.
@@ -178,7 +181,7 @@ class RepackedBackend(ABC):
             )
             positions = spec.names.positions
             self._learned = None if positions is None else weights.of(f"{positions}.weight")
-            # Then the head follows several norms
+            # If so, the head follows several norms
             self._has_blocks = bool(exit_blocks.blocks or exit_blocks.mtp)
             self._prepare(packing, weights)
             norm = norm_weights(weights, spec.names.norm, spec)
@@ -389,7 +392,11 @@ class RepackedBackend(ABC):
         layers = self._layers_of([*[None] * place, layer], False)
         norm, *inputs = (norm_weights(own, name, self.spec) for name in ("norm", *INPUT_NORMS))
         return PlacedMtp(
-            *(MTP, place, matrix.with_norm(norm), head.vocabulary, self._draft_kernel(layers)),
+            MTP,
+            place,
+            matrix.with_norm(norm),
+            head.vocabulary,
+            self._draft_kernel(layers),
             norm=self._norm(norm),
             join=self._join(own, low_bits),
             input_norms=list(map(self._norm, inputs)),

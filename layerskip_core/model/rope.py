@@ -61,7 +61,7 @@ def llama3_factors(values: Mapping[str, Any], head_dim: int) -> Tensor:
     low = float(values["low_freq_factor"])
     high = float(values["high_freq_factor"])
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
-    # Within the original context
+    # How often each pair turns within the original context
     turns = original / (2 * math.pi * float(values["rope_theta"]) ** exponents)
     smooth = ((turns - low) / (high - low)).clamp(0, 1)
     factors: Tensor = 1 / ((1 - smooth) / factor + smooth)

@@ -309,7 +309,7 @@ class EntryWriter:
         self._shift = shift
         self._firsts: list[int] = positions[:, 0].tolist()
         self._lent: dict[State, Tensor] = {}  # the cache's own states, which layers update in place
-        # Of all tokens, unless they are one slice
+        # Where entries of all tokens go, unless these are one slice
         self._indices: tuple[Tensor, slice, Tensor] | None = None
         self.first_kept = max(positions.shape[1] - 1 - (0 if no_rollback else cache.steps_back), 0)
         self.begins = not any(self._firsts)  # whether no row has an earlier token

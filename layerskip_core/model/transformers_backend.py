@@ -267,7 +267,7 @@ class TransformersBackend:
             **{name: deepcopy(norm) for name in INPUT_NORMS if block == MTP},
         }
         for part, module in parts.items():
-            # Some stay in fp32
+            # copy_ keeps the module's precision: fp32 for some weights
             own = module.requires_grad_(False).state_dict(prefix=f"{block.prefix}{part}.")
             for name in own.keys() & weights.shapes.keys():
                 own[name].copy_(weights.of(name))

@@ -8,15 +8,15 @@ EXPERT_COUNTS = ("num_local_experts", "num_experts")  # by type, and by the vers
 
 # The values of config.json that are always read, and those by `Architecture.windows`.
 _ALWAYS_READ = (
-    *(
-        "model_type",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-    ),
-    *("max_position_embeddings", "tie_word_embeddings", "vocab_size"),
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "tie_word_embeddings",
+    "vocab_size",
 )
 _READ_FOR_WINDOWS: dict[str, tuple[str, ...]] = {
     "none": (),

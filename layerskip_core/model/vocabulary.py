@@ -1,13 +1,8 @@
 """Vocabularies of drafts, and the choice of the most probable token."""
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from ..errors import CheckpointError
-from ..files import read_json
 
 ORDER_FILE = "token_order.json"
 # Size of exits' draft vocabulary, if the model's is more than four times as large
@@ -73,18 +68,3 @@ def most_probable(logits: Tensor) -> Tensor:
     rows = logits.view(*logits.shape[:-1], -1, _COLUMNS)
     row = rows.amax(-1).argmax(-1, keepdim=True)
     return row[..., 0] * _COLUMNS + rows.take_along_dim(row[..., None], -2).argmax(-1)[..., 0]
-
-
-def token_order(folder: str | Path, vocab_size: int) -> list[int] | None:
-    """A checkpoint's ORDER_FILE, if any: distinct token ids, the most frequent of its training data
-    first.
-
-    Raises CheckpointError for any other content.
-    """
-    path = Path(folder) / ORDER_FILE
-    if not path.is_file():
-        return None
-    order: list[int] = read_json(path, CheckpointError, list[int])
-    if len(set(order)) < len(order) or not all(0 <= token < vocab_size for token in order):
-        raise CheckpointError(f"{path} must be a list of distinct token ids below {vocab_size}")
-    return order

@@ -149,7 +149,7 @@ def _kept_in_fp32(model: Any, dtype: torch.dtype) -> Callable[[str], bool]:
     """Whether transformers loads the weight of a name in fp32 though the model is loaded in
     `dtype`.
     """
-    # As it reads them
+    # transformers searches names for these patterns in the same way
     patterns = [re.compile(pattern.replace("*", ".*")) for pattern in model._get_dtype_plan(dtype)]
     return lambda name: any(pattern.search(name) for pattern in patterns)
 

@@ -53,12 +53,12 @@ class Writing:
     temperature: float = 0.0
     seed: int = 0
 
-    def room(self, prompt: int) -> int:
-        """The most tokens of an answer to a prompt of `prompt` tokens."""
-        return min(self.tokens, self.max_length - prompt)
+    def max_new_tokens(self, prompt_length: int) -> int:
+        """Of an answer to a prompt of `prompt_length` tokens."""
+        return min(self.tokens, self.max_length - prompt_length)
 
 
-class Answers:
+class ModelAnswers:
     """A model's answers to prompts, which must leave room for a token. `known`: answers in the
     journal, by row.
     """
@@ -110,13 +110,13 @@ class Answers:
         """
         how = self.how
         prompts = [self.prompts[row] for row in batch]
-        room = how.room(len(prompts[0]))
-        config = DecodingConfig("autoregressive", max_new_tokens=room, temperature=how.temperature)
+        limit = how.max_new_tokens(len(prompts[0]))
+        config = DecodingConfig("autoregressive", max_new_tokens=limit, temperature=how.temperature)
         seeds = [(how.seed + row) % 2**32 for row in batch]
         loop = DecodingLoop(decoder.backend, prompts, config, decoder.eos_ids, seeds=seeds)
         report(0)
         for number, _ in enumerate(loop, start=1):
-            report(min(missing * number // room, missing - 1))
+            report(min(missing * number // limit, missing - 1))
         return {row: answer.output for row, answer in zip(batch, loop.rows, strict=True)}
 
     def _read(self) -> dict[int, list[int]]:
@@ -138,7 +138,7 @@ def plan_replay(
     data: RunData,
     decoder: Decoder,
     steps: int,
-) -> Answers:
+) -> ModelAnswers:
     """Plans texts for `decoder` to sample and a run to replay (Sun et al., LAMOL, ICLR
     2020).
     """
@@ -149,7 +149,7 @@ def plan_replay(
     how = Writing(min(mean_tokens, max_length - 1), max_length, 1.0, config.seed)
     starts = _starts(decoder, count, config.seed, max_length - 1)
     journal = f"replay-{digest(model_digest, starts, how, config.dtype)}.jsonl"
-    return Answers(endless, starts, how, checkpoints_folder(config.output) / journal)
+    return ModelAnswers(endless, starts, how, checkpoints_folder(config.output) / journal)
 
 
 def own_texts(decoder: Decoder, seed: int) -> list[EncodedRow]:

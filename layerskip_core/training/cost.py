@@ -25,7 +25,7 @@ from .encoding import EncodedRow
 _ANSWER = 64  # tokens of an answer at most
 
 
-class Baseline:
+class CostBaseline:
     """What a model does before its training: losses on its own texts and on held-out rows, and
     exact match, in fp32. `cost` compares with the trained model.
     """
@@ -72,11 +72,11 @@ class Baseline:
         return cost, example
 
     @torch.no_grad()
-    def _measure(self) -> "_Measured":
+    def _measure(self) -> "_Quality":
         best, own_loss = self._read(self._own_texts)
         _, loss = self._read(self._held_out)
         right, first_answer = self._answer()
-        return _Measured(best, own_loss, loss, right, first_answer)
+        return _Quality(best, own_loss, loss, right, first_answer)
 
     def _read(self, rows: Sequence[EncodedRow]) -> tuple[Tensor, float]:
         """(argmax tokens (N,), mean loss) over the targets."""
@@ -128,7 +128,7 @@ class AnsweredRow(NamedTuple):
     answer: str
 
 
-class _Measured(NamedTuple):
+class _Quality(NamedTuple):
     best: Tensor  # argmax tokens of the model's own texts
     own_loss: float  # mean over these texts
     loss: float  # mean over held-out rows

@@ -27,7 +27,7 @@ from ..errors import CheckpointError, ConfigError, DataError, require
 from ..losses import IGNORED
 from ..model.exit_blocks import ExitBlocks
 from . import data
-from .answers import Answers, Writing, answered, digest
+from .answers import ModelAnswers, Writing, answered, digest
 from .eagle3 import FrozenEagle3, suits_engines
 from .encoding import EncodedRow, Encoder, has_target
 from .exit_blocks import MUON_LR, FrozenExits
@@ -64,7 +64,7 @@ class DrafterJob:
     module: FrozenExits | FrozenEagle3
     decoder: Decoder  # the model, for answers and states
     texts: DrafterTexts
-    answers: Answers  # to the prompts of `texts`
+    answers: ModelAnswers  # to the prompts of `texts`
     existing: ExitBlocks  # blocks and drafters that the model already has
     model_digest: str
 
@@ -152,7 +152,8 @@ class DrafterJob:
         chosen = config.prompting.asked is not None and template.text != "raw"
         if chosen and info.prompt_template is None:
             info = replace(info, prompt_template=template.text, system=template.system)
-        # An assistant (a drafter of Gemma 4) may be outside the model's folder
+        # What the model's folder has is copied with it. Of the existing drafters only an assistant
+        # (of Gemma 4) may be elsewhere.
         assistant = replace(self.existing, mtp=None)
         model = self.trainable.model
         beside = files_of_shipped(assistant, self.trainable.backend.spec, model.get_parameter)
@@ -166,17 +167,9 @@ def prepare_drafter(
     """Plans the run. Loads the model twice: in transformers, to copy blocks, and to decode, for
     answers and states.
     """
-    if world_size() > 1:
-        raise ConfigError(f"a drafter is trained in one process, not in {world_size()} by torchrun")
-    source = ModelRef.of(config.model).whole_folder()
-    if not weight_files(source):
-        raise CheckpointError(
-            f"`model` {config.model} has no safetensors, which are copied as they are: `layerskip import`"
-        )
-    refuse_overwrite(config.output, config.overwrite or config.in_place)
+    source = _source(config)
     if config.answers is None:
         config = replace(config, answers="model" if has_prompts(config.data) else "data")
-
     trainable = for_training(config.model, str(device), config.dtype)
     backend = trainable.backend
     require(backend.num_layers > 1, "model", "a model of at least 2 layers", backend.num_layers)
@@ -228,21 +221,34 @@ def prepare_drafter(
     )
 
 
+def _source(config: DrafterConfig) -> str:
+    """The model's folder. Raises ConfigError, CheckpointError for what cannot be trained or saved."""
+    if world_size() > 1:
+        raise ConfigError(f"a drafter is trained in one process, not in {world_size()} by torchrun")
+    source = ModelRef.of(config.model).whole_folder()
+    if not weight_files(source):
+        raise CheckpointError(
+            f"`model` {config.model} has no safetensors, which are copied as they are: `layerskip import`"
+        )
+    refuse_overwrite(config.output, config.overwrite or config.in_place)
+    return source
+
+
 def _answers(
     config: DrafterConfig,
     decoder: Decoder,
     texts: DrafterTexts,
     max_length: int,
     model_digest: str,
-) -> Answers:
+) -> ModelAnswers:
     how = Writing(config.answer_tokens, max_length)
     journal = f"answers-{digest(model_digest, texts.prompts, how, config.dtype)}.jsonl"
-    return Answers(decoder, texts.prompts, how, checkpoints_folder(config.output) / journal)
+    return ModelAnswers(decoder, texts.prompts, how, checkpoints_folder(config.output) / journal)
 
 
 def _most_tokens(texts: DrafterTexts, how: Writing) -> int:
     tokens = sum(len(row["input_ids"]) for row in texts.rows)
-    return tokens + sum(len(prompt) + how.room(len(prompt)) for prompt in texts.prompts)
+    return tokens + sum(len(prompt) + how.max_new_tokens(len(prompt)) for prompt in texts.prompts)
 
 
 def _notes(info: CheckpointInfo) -> tuple[str, ...]:

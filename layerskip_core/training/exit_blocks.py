@@ -23,9 +23,10 @@ from ..errors import refused
 from ..losses import IGNORED, summed_losses
 from ..model import Backend, TransformersBackend
 from ..model.backend import states_at
-from ..model.cache import Places, available_memory
+from ..model.cache import Places
 from ..model.exit_blocks import INPUT_NORMS, MTP, NO_BLOCKS, ExitBlock, ExitBlocks
 from ..model.weights import block_weights, copy_into
+from ..processor import available_memory
 from .encoding import EncodedRow
 from .recipe import RunStep
 from .speedup import SpeedEstimate, exit_speedup

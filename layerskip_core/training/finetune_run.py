@@ -31,8 +31,8 @@ from ..model.vocabulary import ORDER_FILE
 from ..model.weights import cast_weights
 from ..splits import HeldOut
 from . import data
-from .answers import Answers, plan_replay
-from .cost import Baseline
+from .answers import ModelAnswers, plan_replay
+from .cost import CostBaseline
 from .encoding import EncodedRow, encoded_row, train_tokenizer
 from .exit_blocks import new_exit_blocks
 from .module import RecipeModule, use_fp32_attention, with_lora
@@ -59,7 +59,7 @@ class FinetuneJob:
     fixed_settings: Mapping[str, Any]  # a resumed run must share them
     trainable: Trainable
     data: data.RunData
-    replay: Answers | None  # texts of the model, written before it is trained
+    replay: ModelAnswers | None  # texts of the model, written before it is trained
     shipped: Mapping[str, bytes]  # files of drafters that came with the model, saved as they are
     dtype: torch.dtype  # of the saved weights
     module: Any  # a RecipeModule; None in a dry run
@@ -74,7 +74,7 @@ class FinetuneJob:
     def from_scratch(self) -> bool:
         return self.config.recipe.preset == "scratch"
 
-    def measure_before(self, report: WorkReport) -> Baseline | None:
+    def measure_before(self, report: WorkReport) -> CostBaseline | None:
         """What the model does before its training; in the first process only."""
         if process_index() > 0 or self.from_scratch:
             return None
@@ -84,10 +84,12 @@ class FinetuneJob:
             # Rows would run on the CPU: minutes for a model that needs shards, while others wait
             held_out = []
         trained_rows = self.plan.steps * data.step_rows(self.config)[0]
-        return Baseline(self.trainable, held_out, self.config.seed, trained_rows)
+        return CostBaseline(self.trainable, held_out, self.config.seed, trained_rows)
 
     def data_sets(self, report: WorkReport) -> tuple[Any, Any]:
-        """As in Job. Batches have rows of similar length, replayed texts among them; a stream keeps its order."""
+        """As in Job. Batches have rows of similar length, replayed texts among them; a stream keeps
+        its order.
+        """
         training = self.data.training
         held_out = self.data.held_out_rows or None
         if training.stream is not None:
@@ -100,7 +102,7 @@ class FinetuneJob:
         rows: Any = [*training.rows, *texts]
         return Subset(rows, order), held_out
 
-    def _replayed(self, replay: Answers, report: WorkReport) -> list[EncodedRow]:
+    def _replayed(self, replay: ModelAnswers, report: WorkReport) -> list[EncodedRow]:
         """Texts, each with its prompt, and with a label on every token."""
         is_packed = "documents" in self.data.training.rows[0]
         texts = []
@@ -114,7 +116,7 @@ class FinetuneJob:
             texts.append(text)
         return texts
 
-    def save(self, history: LossHistory, baseline: Baseline | None) -> RunResult:
+    def save(self, history: LossHistory, baseline: CostBaseline | None) -> RunResult:
         """Writes the model in the first process. The info has the last losses of every exit."""
         is_first = process_index() == 0
         if self.config.fsdp:
@@ -224,9 +226,9 @@ def prepare_finetune(
     }
     replay = None
     if config.replay:
-        decoder = decoder_of(trainable)
-        if not dry:
-            decoder = for_decoding(config.model, str(device), config.dtype)
+        decoder = (
+            decoder_of(trainable) if dry else for_decoding(config.model, str(device), config.dtype)
+        )
         replay = plan_replay(config, model_digest, encoded, decoder, plan.steps)
         digests["replayed"] = replay.journal.name
     settings = fixed_settings(plan, digests)

@@ -67,7 +67,8 @@ class RecipeModule(nn.Module):
 
     def muon(self, lr: float) -> tuple[list[nn.Parameter], float]:
         """As `DrafterModule.muon`: the matrices of exit blocks, whatever their losses weigh."""
-        return [weight for weight in self.exit_blocks.parameters() if weight.requires_grad], MUON_LR
+        blocks = self.exit_blocks.parameters()
+        return [weight for weight in blocks if weight.requires_grad], MUON_LR
 
     def forward(
         self, input_ids: Tensor, labels: Tensor, step: RunStep, documents: Tensor | None = None

@@ -17,7 +17,7 @@ from ..files import read_json
 from ..model.spec import AnySpec
 from ..prompting import PromptTemplate
 from ..splits import HeldOut
-from .cost import AnsweredRow, Baseline
+from .cost import AnsweredRow, CostBaseline
 from .precision import Precision
 from .progress import SETTINGS_FILE, LossHistory, WorkReport
 from .recipe import Recipe
@@ -99,13 +99,13 @@ class Job(Protocol):
     def module(self) -> Any:
         """A RecipeModule or a DrafterModule."""
 
-    def measure_before(self, report: WorkReport) -> Baseline | None:
+    def measure_before(self, report: WorkReport) -> CostBaseline | None:
         """Measures the model before its training, if that changes it."""
 
     def data_sets(self, report: WorkReport) -> tuple[Any, Any]:
         """(training rows in the run's order, held-out rows or None)."""
 
-    def save(self, history: LossHistory, baseline: Baseline | None) -> RunResult:
+    def save(self, history: LossHistory, baseline: CostBaseline | None) -> RunResult:
         """Writes the result to the config's `output`; all processes call it."""
 
 

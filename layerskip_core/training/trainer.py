@@ -134,7 +134,7 @@ class RunTrainer(Trainer, TrainerCallback):  # type: ignore[misc]
         """Trainer's AdamW, and Muon for the matrices that the module gives it."""
         adamw = super().create_optimizer(model)
         config = self.plan.config
-        # `self.model` is not what DDP wraps around it; FSDP2 has sharded its weights in place by now
+        # `self.model` is the module itself, not DDP around it; FSDP2 has sharded it in place by now
         weights, lr = self.model.muon(config.lr)
         if weights:
             by_muon = set(map(id, weights))

@@ -20,7 +20,7 @@ from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.errors import CheckpointError
 from layerskip_core.export import gguf as gguf_file
 from layerskip_core.export.gguf import write_gguf
-from layerskip_core.model.native.compiled import kernels, requesting
+from layerskip_core.model.native.compiled import SWITCH, kernels
 from layerskip_core.model.rope import rope_frequencies
 from layerskip_core.model.spec import ModelSpec
 
@@ -241,7 +241,8 @@ def test_a_file_is_decoded_with_its_weights_as_they_are_stored(model_type, kind,
         f"--model {path} --dtype fp32 --max-new-tokens 12 --raw --stats",
     )
     stored = run(*command)
-    with requesting("torch"):
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv(SWITCH, "torch")
         dequantised = run(*command)
     assert (stored.code, stored.out) == (0, dequantised.out)
     assert "as stored" in stored.err and "as stored" not in dequantised.err

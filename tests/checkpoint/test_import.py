@@ -19,13 +19,13 @@ from layerskip_core.calibration import calibrate
 from layerskip_core.checkpoint.folder import EXIT_BLOCKS_FILE, INT4_FILE
 from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.locate import ModelRef
-from layerskip_core.checkpoint.open import for_decoding, for_training
+from layerskip_core.checkpoint.open import for_decoding, for_training, token_order
 from layerskip_core.checkpoint.save import save_sidecar
 from layerskip_core.checkpoint.transformers_read import stored_dtype
 from layerskip_core.config.model import CalibrationConfig
 from layerskip_core.errors import CheckpointError
 from layerskip_core.model.exit_blocks import ExitBlock
-from layerskip_core.model.vocabulary import ORDER_FILE, token_order
+from layerskip_core.model.vocabulary import ORDER_FILE
 
 
 def test_a_folder_is_written_in_the_precision_asked_for(checkpoint, tmp_path):

@@ -14,6 +14,7 @@ from conftest import tiny_model
 from evaluating import tiny_loaded
 from safetensors.torch import load_file, save_file
 
+from layerskip_core import processor
 from layerskip_core.checkpoint.info import CheckpointInfo, read_info
 from layerskip_core.checkpoint.loaded import Decoder, decoder_of, end_ids, pick_device, pick_dtype
 from layerskip_core.checkpoint.open import for_decoding, for_training
@@ -30,8 +31,7 @@ from layerskip_core.config.model import PackingConfig
 from layerskip_core.config.resolution import Recommended
 from layerskip_core.errors import CheckpointError, ConfigError
 from layerskip_core.model import NativeBackend, TransformersBackend
-from layerskip_core.model import cache as caches
-from layerskip_core.model.cache import memory_budget
+from layerskip_core.processor import memory_budget
 from layerskip_core.prompting import PromptTemplate
 
 INFO = CheckpointInfo("{prompt} ->", 3, 5, {"rows": 7, "note": "naïve"})
@@ -137,7 +137,7 @@ def test_a_copy_for_adaptive_drafting_is_made_where_memory_is_free_for_it(
     """
 
     def sides(available, kv_megabytes=None):
-        monkeypatch.setattr(caches, "available_memory", lambda: int(available))
+        monkeypatch.setattr(processor, "available_memory", lambda: int(available))
         memory = None if kv_megabytes is None else memory_budget(kv_megabytes)[1]
         decoder = for_decoding(
             "embedded", "cpu", dtype, PackingConfig(adaptive=True), memory=memory

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import logits_of, older, run_texts
+from evaluating import collect
 from exit_block_models import add_blocks, add_int4
 from safetensors.torch import load, load_file, save_file
 
@@ -33,11 +34,11 @@ from layerskip_core.decoding import decode
 from layerskip_core.errors import CheckpointError
 from layerskip_core.evaluation.inspection import inspect
 from layerskip_core.evaluation.measure.bench import bench
-from layerskip_core.evaluation.measure.cost_model import agreement
+from layerskip_core.evaluation.measure.prediction import agreement
 from layerskip_core.evaluation.measure.sweep import sweep
 from layerskip_core.evaluation.metrics import reference_losses
 from layerskip_core.evaluation.results import RunRecord
-from layerskip_core.evaluation.tasks import load_task
+from layerskip_core.evaluation.tasks.task import load_task
 from layerskip_core.model.exit_blocks import NO_BLOCKS, ExitBlock
 from layerskip_core.model.native.compiled import kernels
 from layerskip_core.training.exit_blocks import FrozenExits
@@ -339,8 +340,12 @@ def test_agreement_and_perplexity_are_those_of_the_blocks(folder, checkpoint):
 def test_bench_and_sweep_measure_blocks(folder):
     decoder = for_decoding(folder, "cpu", "fp32")
     task = load_task(TaskConfig("commands", samples=2, max_new_tokens=8))
-    *_, record = bench(
-        decoder, task, BenchConfig(generation={"exit_layer": 4, "num_draft_tokens": 3}, repeats=1)
+    _, record = collect(
+        bench(
+            decoder,
+            task,
+            BenchConfig(generation={"exit_layer": 4, "num_draft_tokens": 3}, repeats=1),
+        )
     )
     assert isinstance(record, RunRecord)
     strategies = [result.strategy for result in record.results]
@@ -350,13 +355,13 @@ def test_bench_and_sweep_measure_blocks(folder):
         for result in record.results
         if result.strategy != "early-exit"
     )
-    *_, record = sweep(decoder, task, SweepConfig(specs=(3,), exit_confidences=()))
+    _, record = collect(sweep(decoder, task, SweepConfig(specs=(3,), exit_confidences=())))
     assert isinstance(record, RunRecord)
     by_confidence = BenchConfig(
         generation={"exit_confidence": 0.5}, strategies=("autoregressive", "early-exit"), repeats=1
     )
-    *_, benched = bench(
-        replace(decoder, info=replace(decoder.info, exit_layer=4)), task, by_confidence
+    _, benched = collect(
+        bench(replace(decoder, info=replace(decoder.info, exit_layer=4)), task, by_confidence)
     )
     assert isinstance(benched, RunRecord)
     assert [(result.exits, result.failures) for result in benched.results] == [

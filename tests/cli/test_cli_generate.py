@@ -20,7 +20,7 @@ from layerskip_core.checkpoint.open import for_training
 from layerskip_core.checkpoint.save import write_info
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding.dialogue import TextStream
-from layerskip_core.evaluation.measure import cost_model
+from layerskip_core.evaluation.measure import passes
 
 PROMPT = "wake me up"
 PLAIN = DecodingConfig("autoregressive", max_new_tokens=20)
@@ -128,7 +128,7 @@ def test_stats_are_on_stderr(generate, expected):
 
 @pytest.mark.parametrize("speed", [0.5, 0.99, 1.0, 3.0])
 def test_stats_warn_of_a_setting_that_loses_against_plain_decoding(generate, monkeypatch, speed):
-    monkeypatch.setattr(cost_model, "speed_of", lambda *_: speed)
+    monkeypatch.setattr(passes, "speed_of", lambda *_: speed)
     warning = f"about {speed:.2f}x of plain decoding: --strategy adaptive chooses the fastest for every round"
     assert (warning in generate(PROMPT, "--exit 2 --spec 3 --stats").err.splitlines()) == (
         speed < 1

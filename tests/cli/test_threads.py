@@ -13,7 +13,7 @@ from command_line import run
 
 from cli import evaluation, loading
 from layerskip_core import processor
-from layerskip_core.evaluation.measure import Progress
+from layerskip_core.evaluation.measure.measuring import Progress
 
 
 @pytest.fixture(autouse=True)
@@ -177,5 +177,10 @@ def test_threads_change_only_between_whole_turns_of_a_measurement(monkeypatch):
         Progress(2, 2, "prediction", comparing=True),
         Progress(1, 1, "prompts"),
     ]
-    assert evaluation.watch(iter([*events, "record"]), free) == "record"
+
+    def measurement():
+        yield from events
+        return "record"
+
+    assert evaluation.watch(measurement(), free) == "record"
     assert len(looked) == 1

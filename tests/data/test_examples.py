@@ -27,7 +27,7 @@ from layerskip_core.data import (
 )
 from layerskip_core.embedded import commands
 from layerskip_core.errors import ConfigError, DataError
-from layerskip_core.evaluation.tasks import load_task
+from layerskip_core.evaluation.tasks.task import load_task
 
 TOPV2_HEADER = "domain\tutterance\tsemantic_parse\n"
 

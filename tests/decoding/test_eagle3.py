@@ -169,7 +169,8 @@ class OnKernels:
         }
         stored = Eagle3Weights(form, drafter().tokens, weights)
         packing = PackingConfig() if precision == "int8" else UnroundedDrafter()
-        with compiled.requesting(variant):
+        with pytest.MonkeyPatch.context() as environment:
+            environment.setenv(compiled.SWITCH, variant)
             model = tiny_model("llama", dtype, **SHAPE)
             self.backend = native_or_skip(
                 model, packing, exit_blocks=ExitBlocks((), lambda name: None, stored)

@@ -198,7 +198,7 @@ def test_an_answer_that_is_left_is_kept_as_far_as_it_came():
     prefixes = of_turns()
     decoding = decode(backend, prompt_of(9), config, prefixes=prefixes)
     came = ids_of(islice(decoding, 3))
-    decoding.close()
+    decoding.keep_texts()
     assert 3 <= len(came) < 30
     text = [*prompt_of(9), *came, 5, 6]
     going_on = decode(backend, text, config, prefixes=prefixes)

@@ -28,6 +28,7 @@ from layerskip_core.decoding import (
     without_failure,
 )
 from layerskip_core.decoding.dialogue import TextStream
+from layerskip_core.decoding.prefixes import NO_PREFIXES
 from layerskip_core.errors import LayerSkipError
 from layerskip_core.model import ModelSpec, NativeBackend
 from layerskip_core.model.exit_blocks import MTP, ExitBlock
@@ -166,7 +167,7 @@ def test_a_text_goes_on_from_its_end(model_type, name):
     config = replace(config, max_new_tokens=12)
     backend = backend_of(model_type)
     outputs, reused, last = conversation(backend, config, of_turns())
-    expected, _, fresh = conversation(backend, config, None)
+    expected, _, fresh = conversation(backend, config, NO_PREFIXES)
     assert outputs == expected
     known = {
         "adaptive": (19, 116),

@@ -9,20 +9,20 @@ import pytest
 import torch
 from command_line import fails, run
 from conftest import tiny_model
-from evaluating import NEW_TOKENS, own_answers, tiny_loaded
+from evaluating import NEW_TOKENS, collect, own_answers, tiny_loaded
 
 from layerskip_core.checkpoint.loaded import Decoder
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.evaluation import BenchConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.errors import ConfigError, LayerSkipError
-from layerskip_core.evaluation.measure import answer_prompts, measure_prompt, own_output
 from layerskip_core.evaluation.measure.baselines import (
     llama_cpp,
     load_baselines,
     transformers_generate,
 )
 from layerskip_core.evaluation.measure.bench import bench
+from layerskip_core.evaluation.measure.measuring import answer_prompts, measure_prompt, own_output
 
 PLAIN = DecodingConfig("autoregressive", max_new_tokens=NEW_TOKENS)
 SPECULATIVE = DecodingConfig("self-speculative", 5, 3, NEW_TOKENS)
@@ -151,7 +151,7 @@ def test_the_weights_are_read_again_for_a_repacked_model(checkpoint):
     config = BenchConfig(
         checkpoint, generation=generation, strategies=strategies, baselines=baselines
     )
-    *_, record = bench(packed, own_answers(2), replace(config, repeats=1))
+    _, record = collect(bench(packed, own_answers(2), replace(config, repeats=1)))
     plain, _, drafted, transformers, without = record.results
     assert [result.strategy for result in record.results[3:]] == ["transformers", "no-reuse"]
     assert transformers.identical_outputs == without.identical_outputs == 1.0

@@ -8,6 +8,7 @@ import pytest
 from evaluating import (
     NEW_TOKENS,
     TRAINED,
+    collect,
     early_exit_share,
     measured_of,
     outputs_of,
@@ -23,16 +24,16 @@ from layerskip_core.config.model import PackingConfig, PromptingConfig
 from layerskip_core.data import PARSING_TEMPLATE
 from layerskip_core.decoding import DecodeStats
 from layerskip_core.errors import LayerSkipError
-from layerskip_core.evaluation import measure as measurement
 from layerskip_core.evaluation.journal import JOURNAL
-from layerskip_core.evaluation.measure import Progress, measure_prompt
+from layerskip_core.evaluation.measure import measuring
 from layerskip_core.evaluation.measure.bench import bench, strategies_of
 from layerskip_core.evaluation.measure.figures import result_of
+from layerskip_core.evaluation.measure.measuring import Progress, measure_prompt
 from layerskip_core.evaluation.metrics import Scores
-from layerskip_core.evaluation.report import to_json
+from layerskip_core.evaluation.report.files import to_json
 from layerskip_core.evaluation.report.tables import results_table
 from layerskip_core.evaluation.results import Difference, Failure, Output, Result
-from layerskip_core.evaluation.tasks import load_task
+from layerskip_core.evaluation.tasks.task import load_task
 
 STRATEGIES = ("autoregressive", "early-exit", "self-speculative", "lookup")
 PLAIN = DecodingConfig("autoregressive", max_new_tokens=4)
@@ -49,7 +50,7 @@ def figures(setting, repeats, baseline, scores=(), differing=()):
 
 
 def record_of(task, config):
-    *progress, record = bench(tiny_loaded(), task, config)
+    progress, record = collect(bench(tiny_loaded(), task, config))
     assert all(isinstance(event, Progress) for event in progress)
     return record
 
@@ -177,7 +178,7 @@ def test_every_low_bit_copy_drafts():
         "repeats": 1,
         "packing": packing,
     }
-    *_, record = bench(loaded, own_answers(2), BenchConfig("tiny", **settings))
+    _, record = collect(bench(loaded, own_answers(2), BenchConfig("tiny", **settings)))
     assert [(result.draft_weights, result.exit_layer) for result in record.results] == [
         (None, None),
         ("int8", 6),
@@ -289,7 +290,7 @@ def test_what_other_weights_kernels_versions_rows_or_settings_measured_is_not_re
 def test_only_what_is_missing_is_measured(tmp_path, monkeypatch):
     loaded = replace(tiny_loaded(), name="embedded")
     task = own_answers()
-    *_, whole = bench(loaded, task, CONFIG)
+    _, whole = collect(bench(loaded, task, CONFIG))
     running = bench(loaded, task, CONFIG, tmp_path)
     for _ in range(4):  # of 6: one repeat of 3 prompts, and the first of the other
         next(running)
@@ -298,14 +299,14 @@ def test_only_what_is_missing_is_measured(tmp_path, monkeypatch):
         json.loads(line).get("sample") for line in (tmp_path / JOURNAL).read_text().splitlines()
     ] == [None, 0, 1, 2, 0]
     calls = []
-    honest = measurement.answer_prompts
+    honest = measuring.answer_prompts
 
     def counted(loaded, prompts, *arguments):
         calls.extend(prompts)
         return honest(loaded, prompts, *arguments)
 
-    monkeypatch.setattr(measurement, "answer_prompts", counted)
-    *progress, resumed = bench(loaded, task, CONFIG, tmp_path, resume=True)
+    monkeypatch.setattr(measuring, "answer_prompts", counted)
+    progress, resumed = collect(bench(loaded, task, CONFIG, tmp_path, resume=True))
     prompts = [example.prompt for example in task.examples]
     # Warm-up, then two prompts in three ways
     assert calls == [prompts[0]] * 3 + [prompts[1]] * 3 + [prompts[2]] * 3

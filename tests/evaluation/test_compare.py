@@ -18,8 +18,8 @@ from layerskip_core.evaluation.comparison import (
     labelled,
     read_run,
 )
-from layerskip_core.evaluation.report import to_json
 from layerskip_core.evaluation.report.comparison import compare_table
+from layerskip_core.evaluation.report.files import to_json
 from layerskip_core.evaluation.results import Result, RunRecord
 from layerskip_core.training.progress import LossHistory, StepLosses
 

@@ -13,20 +13,19 @@ from layerskip_core.config.evaluation import BenchConfig, SweepConfig, TaskConfi
 from layerskip_core.config.model import DataConfig, PackingConfig
 from layerskip_core.data import load_examples
 from layerskip_core.decoding import DecodeStats, decode
-from layerskip_core.evaluation.measure import cost_model, measure_prompt
-from layerskip_core.evaluation.measure.cost_model import (
+from layerskip_core.evaluation.measure import passes
+from layerskip_core.evaluation.measure.draft_profile import draft_profile
+from layerskip_core.evaluation.measure.measuring import measure_prompt
+from layerskip_core.evaluation.measure.passes import (
     Part,
     PassTimes,
-    agreement,
-    draft_profile,
     interpolated,
-    predicted_speedup,
-    simulate,
     timed_part,
     timed_visits,
 )
+from layerskip_core.evaluation.measure.prediction import agreement, predicted_speedup, simulate
 from layerskip_core.evaluation.results import Result
-from layerskip_core.evaluation.tasks import load_task
+from layerskip_core.evaluation.tasks.task import load_task
 
 EOS = frozenset({9})
 PLAIN = DecodingConfig("autoregressive", max_new_tokens=NEW_TOKENS)
@@ -105,9 +104,9 @@ def test_the_speed_of_known_rounds_and_times_between_those_of_shorter_and_longer
 
 def test_the_speedup_of_rounds_over_plain_steps(monkeypatch):
     """6 accepted drafts and a token of each of 2 rounds in 4 s; plain steps take 0.25 s each."""
-    monkeypatch.setattr(cost_model, "plain_step", lambda *_: 0.25)
+    monkeypatch.setattr(passes, "plain_step", lambda *_: 0.25)
     rounds = DecodeStats(accepted=6, rounds=2, draft_seconds=1.0, verify_seconds=3.0)
-    assert cost_model.speed_of(tiny_loaded(), rounds) == 0.5
+    assert passes.speed_of(tiny_loaded(), rounds) == 0.5
 
 
 def test_a_profile_has_acceptance_and_times_of_the_exits_and_copies_that_drafted():

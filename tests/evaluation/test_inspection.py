@@ -18,8 +18,8 @@ from layerskip_core.evaluation.inspection import (
     inspect,
     settled_layer,
 )
-from layerskip_core.evaluation.measure import measure_prompt
-from layerskip_core.evaluation.report import inspection_page
+from layerskip_core.evaluation.measure.measuring import measure_prompt
+from layerskip_core.evaluation.report.files import inspection_page
 
 
 @pytest.mark.parametrize(

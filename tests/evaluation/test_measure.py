@@ -17,9 +17,14 @@ from layerskip_core.data import Example
 from layerskip_core.errors import LayerSkipError
 from layerskip_core.evaluation import metrics
 from layerskip_core.evaluation.intervals import metric
-from layerskip_core.evaluation.measure import Progress, differences, measure, measure_prompt
 from layerskip_core.evaluation.measure.baselines import load_baselines
 from layerskip_core.evaluation.measure.bench import bench
+from layerskip_core.evaluation.measure.measuring import (
+    Progress,
+    differences,
+    measure,
+    measure_prompt,
+)
 from layerskip_core.evaluation.metrics import (
     ROUGES,
     Losses,
@@ -189,9 +194,9 @@ def test_a_prompt_that_does_not_fit_fails_alone(config):
 
 def test_a_bench_with_batches_differs_in_speed_only():
     task = task_of(*own_answers(4).examples, TOO_LONG)
-    *_, alone = bench(tiny_loaded(), task, replace(CONFIG, batch_size=1, timed=None))
-    *_, batched = bench(tiny_loaded(), task, replace(CONFIG, timed=2))
-    *_, untimed = bench(tiny_loaded(), task, replace(CONFIG, timed=0))
+    _, alone = collect(bench(tiny_loaded(), task, replace(CONFIG, batch_size=1, timed=None)))
+    _, batched = collect(bench(tiny_loaded(), task, replace(CONFIG, timed=2)))
+    _, untimed = collect(bench(tiny_loaded(), task, replace(CONFIG, timed=0)))
     assert [failure.sample for failure in batched.results[0].failures] == [4]
     assert batched.results[0].metrics == {"exact_match": 0.8}
     for single, timed, quality in zip(alone.results, batched.results, untimed.results, strict=True):

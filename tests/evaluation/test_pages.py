@@ -9,7 +9,12 @@ import pytest
 from test_report import BENCH, PLAIN, SWEEP
 
 from layerskip_core.errors import LayerSkipError
-from layerskip_core.evaluation.report import answers_page, report_page, to_json, to_jsonl
+from layerskip_core.evaluation.report.files import (
+    answers_page,
+    report_page,
+    to_json,
+    to_jsonl,
+)
 from layerskip_core.evaluation.report.plots import figures, to_svg
 from layerskip_core.evaluation.results import Answered, Failure, Result, RunRecord, read_record
 

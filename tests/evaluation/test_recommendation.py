@@ -15,7 +15,7 @@ from layerskip_core.config.evaluation import SweepConfig, TaskConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.config.resolution import policy_packing
 from layerskip_core.evaluation.intervals import margin
-from layerskip_core.evaluation.measure import Measured
+from layerskip_core.evaluation.measure.measuring import Measured
 from layerskip_core.evaluation.measure.recommendation import (
     Contest,
     contest,

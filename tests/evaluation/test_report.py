@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from layerskip_core.errors import LayerSkipError
-from layerskip_core.evaluation.report import output_folder, to_csv, to_json
+from layerskip_core.evaluation.report.files import output_folder, to_csv, to_json
 from layerskip_core.evaluation.report.tables import results_table
 from layerskip_core.evaluation.results import (
     Bounds,

@@ -4,7 +4,15 @@ import re
 from dataclasses import replace
 
 import pytest
-from evaluating import LAYERS, TRAINED, early_exit_share, own_answers, repacked, tiny_loaded
+from evaluating import (
+    LAYERS,
+    TRAINED,
+    collect,
+    early_exit_share,
+    own_answers,
+    repacked,
+    tiny_loaded,
+)
 
 from layerskip_core.config.evaluation import BenchConfig, SweepConfig
 from layerskip_core.config.model import PackingConfig
@@ -12,9 +20,10 @@ from layerskip_core.config.options import counts_text, parse_counts
 from layerskip_core.config.resolution import default_exits
 from layerskip_core.errors import ConfigError
 from layerskip_core.evaluation.intervals import metric
-from layerskip_core.evaluation.measure import Progress, cost_model
+from layerskip_core.evaluation.measure import passes
 from layerskip_core.evaluation.measure.bench import bench
-from layerskip_core.evaluation.measure.cost_model import PassTimes
+from layerskip_core.evaluation.measure.measuring import Progress
+from layerskip_core.evaluation.measure.passes import PassTimes
 from layerskip_core.evaluation.measure.sweep import sweep
 from layerskip_core.evaluation.metrics import reference_losses, scores_by_exit
 from layerskip_core.evaluation.report.tables import results_table
@@ -43,7 +52,7 @@ def test_default_exits(layers, exits):
 
 
 def swept(loaded, task, **config):
-    *_, record = sweep(loaded, task, SweepConfig("tiny", **config))
+    _, record = collect(sweep(loaded, task, SweepConfig("tiny", **config)))
     return record
 
 
@@ -59,7 +68,7 @@ def drafters(record):
 def test_a_sweep_of_the_tiny_model():
     loaded = tiny_loaded()
     task = own_answers()
-    *progress, record = sweep(loaded, task, SweepConfig("tiny", exits=(2, 5), specs=(2, 4)))
+    progress, record = collect(sweep(loaded, task, SweepConfig("tiny", exits=(2, 5), specs=(2, 4))))
     # 3 prompts, and all settings timed once
     expected = [Progress(done, 3, "perplexity") for done in (1, 2, 3)]
     expected += [Progress(done, 4, "prediction", comparing=True) for done in (1, 2, 3, 4)]
@@ -142,7 +151,7 @@ def test_the_default_grid_has_the_copy_of_adaptive_drafting_and_longer_drafts_wh
         draft = 0.1 if setting.draft_weights else 1.0
         return PassTimes(draft, verify=1.0, other=0.0, plain=1.0)
 
-    monkeypatch.setattr(cost_model, "pass_times", known_times)
+    monkeypatch.setattr(passes, "pass_times", known_times)
     # As adaptive drafting asks for
     trained = repacked(PackingConfig(draft_weights=("int8",)), info=TRAINED)
     task = own_answers(1)
@@ -191,7 +200,7 @@ def test_given_layers_are_measured_at_every_draft_length():
     with pytest.raises(ConfigError, match=r"`skip` must be in 1..6, got 9 \(model has 6 layers\)"):
         swept(loaded, task, generation={"skip": [9]})
     asked = {"strategies": ("autoregressive",), "generation": {"skip": [3]}, "repeats": 1}
-    *_, record = bench(loaded, task, BenchConfig("tiny", **asked))
+    _, record = collect(bench(loaded, task, BenchConfig("tiny", **asked)))
     found = [(result.strategy, result.skip) for result in record.results]
     assert found == [("autoregressive", ()), ("draft-and-verify", (3,))]
     assert "Layers that drafts skip: --skip 3." in results_table(record).text

@@ -19,7 +19,7 @@ from layerskip_core.config.model import PromptingConfig
 from layerskip_core.data import Example
 from layerskip_core.errors import ConfigError, DataError
 from layerskip_core.evaluation.metrics import Scores
-from layerskip_core.evaluation.tasks import load_task
+from layerskip_core.evaluation.tasks.task import load_task
 from layerskip_core.evaluation.tasks.texts import load_trained
 from layerskip_core.prompting import PromptTemplate
 

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerskip_core.errors import ConfigError
-from layerskip_core.model.cache import Places, available_memory
+from layerskip_core.model.cache import Places
 from layerskip_core.model.pages import PAGE, PagedCache, PagePool
 from layerskip_core.model.row_cache import RowCache, SpanWriter
+from layerskip_core.processor import available_memory
 
 LAYERS = 2
 HEADS = 2

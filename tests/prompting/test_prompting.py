@@ -21,7 +21,7 @@ from layerskip_core.config.evaluation import TaskConfig
 from layerskip_core.config.model import PromptingConfig
 from layerskip_core.data import Conversation
 from layerskip_core.errors import CheckpointError, ConfigError
-from layerskip_core.evaluation.tasks import load_task
+from layerskip_core.evaluation.tasks.task import load_task
 from layerskip_core.prompting import CHAT, RAW, PromptTemplate, render_chat, resolve_template
 from layerskip_core.training.encoding import Encoder
 

@@ -16,7 +16,7 @@ from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.errors import ConfigError
 from layerskip_core.training import answers as answering
-from layerskip_core.training.answers import Answers, Writing, own_prompts
+from layerskip_core.training.answers import ModelAnswers, Writing, own_prompts
 
 PROMPTS = [[5, 6, 7], [8] * 9, [9, 10], [11, 12, 13, 14], [15] * 5]
 GREEDY = Writing(6, 64, 0.0, 0)
@@ -48,7 +48,7 @@ def test_an_answer_is_what_decoding_gives_each_prompt_alone_within_the_maximum_l
     loaded, tmp_path
 ):
     reports = []
-    found = Answers(loaded, PROMPTS, GREEDY, tmp_path / "journal").write(
+    found = ModelAnswers(loaded, PROMPTS, GREEDY, tmp_path / "journal").write(
         "answers", lambda stage, done, total, begun=0: reports.append((done, begun))
     )
     alone = DecodingConfig("autoregressive", max_new_tokens=6)
@@ -59,7 +59,7 @@ def test_an_answer_is_what_decoding_gives_each_prompt_alone_within_the_maximum_l
     sums = [done + begun for done, begun in reports]
     # Within a batch the tokens so far count: in a half of the steps, one of two answers.
     assert sums == sorted(sums) and set(sums) == {0, 1, 2, 3, 4, 5}
-    found = Answers(loaded, PROMPTS, Writing(6, 10, 0.0, 0), tmp_path / "short").write(
+    found = ModelAnswers(loaded, PROMPTS, Writing(6, 10, 0.0, 0), tmp_path / "short").write(
         "answers", ignored
     )
     # Prompts of 9 and 5 tokens share a batch, in which the longest has room for one token.
@@ -69,18 +69,18 @@ def test_an_answer_is_what_decoding_gives_each_prompt_alone_within_the_maximum_l
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_an_interrupted_run_goes_on_from_its_journal(loaded, tmp_path, temperature):
     how = Writing(6, 64, temperature, 3)
-    whole = Answers(loaded, PROMPTS, how, tmp_path / "whole").write("answers", ignored)
+    whole = ModelAnswers(loaded, PROMPTS, how, tmp_path / "whole").write("answers", ignored)
     journal = tmp_path / "cut"
     with pytest.raises(Stopped):
-        Answers(loaded, PROMPTS, how, journal).write("answers", stopping_after(2))
+        ModelAnswers(loaded, PROMPTS, how, journal).write("answers", stopping_after(2))
     with journal.open("a") as file:
         file.write('{"row": 4, "ids": [1')  # a process that was killed in the middle of a line
     reports = []
-    answers = Answers(loaded, PROMPTS, how, journal)
+    answers = ModelAnswers(loaded, PROMPTS, how, journal)
     assert answers.write("answers", lambda *report: reports.append(report)) == whole
     assert reports[0] == ("answers", 4, 5, 0)  # two batches were there
     again = []
-    answers = Answers(loaded, PROMPTS, how, journal)
+    answers = ModelAnswers(loaded, PROMPTS, how, journal)
     assert answers.write("answers", lambda *report: again.append(report)) == whole
     assert again == [("answers", 5, 5)]
 
@@ -88,7 +88,7 @@ def test_an_interrupted_run_goes_on_from_its_journal(loaded, tmp_path, temperatu
 def test_equal_prompts_have_different_sampled_answers(loaded, tmp_path):
     """Those of a batch, and of two batches; each is what its row's seed gives alone."""
     how = Writing(6, 64, 1.0, 3)
-    found = Answers(loaded, [[5, 6]] * 4, how, tmp_path / "journal").write("answers", ignored)
+    found = ModelAnswers(loaded, [[5, 6]] * 4, how, tmp_path / "journal").write("answers", ignored)
     assert len(set(map(tuple, found))) == 4
     alone = DecodingConfig("autoregressive", max_new_tokens=6, temperature=1.0, seed=5)
     assert found[2] == [

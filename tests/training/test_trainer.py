@@ -9,11 +9,10 @@ from training_runs import RECIPE, loss_rows, same_weights, settings_on, train, w
 from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.integrations import integration_utils
 
-from layerskip_core.checkpoint.open import for_training
+from layerskip_core.checkpoint.open import for_training, token_order
 from layerskip_core.config.model import DataConfig
 from layerskip_core.config.training import DrafterConfig, RecipeSettings
 from layerskip_core.errors import ConfigError, TrainingError
-from layerskip_core.model.vocabulary import token_order
 from layerskip_core.training import run as running
 from layerskip_core.training import trainer
 from layerskip_core.training.data import run_order

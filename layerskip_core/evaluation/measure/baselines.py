@@ -18,19 +18,19 @@ from ...checkpoint.loaded import Decoder, Trainable
 from ...checkpoint.open import for_training
 from ...config.decoding import DecodingConfig
 from ...config.evaluation import BenchConfig, with_transformers
+from ...config.model import DTYPE_NAMES
 from ...decoding.output import DecodeStats, StopScanner, step_counts
 from ...errors import ConfigError, LayerSkipError
 from ...model import TransformersBackend
 from ..results import Output, Step
-from . import Baseline, own_output
+from .measuring import BaselineDecoder, own_output
 
 _MOST_CONTEXT = 8192  # tokens of llama.cpp's KV cache: more would waste memory on every task here
-_DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 def load_baselines(
     loaded: Decoder, config: BenchConfig, speculative: DecodingConfig
-) -> dict[str, Baseline]:
+) -> dict[str, BaselineDecoder]:
     """The config's baselines by name, with exit and draft length of `speculative`. Raises
     ConfigError and CheckpointError.
     """
@@ -38,7 +38,7 @@ def load_baselines(
     backend = loaded.backend
 
     def transformers_model(name: str) -> Trainable:
-        dtype = _DTYPE_NAMES.get(backend.dtype, "auto")
+        dtype = DTYPE_NAMES.get(str(backend.dtype).removeprefix("torch."), "auto")
         return for_training(name, str(backend.device), dtype)
 
     model = None
@@ -52,7 +52,7 @@ def load_baselines(
         model = target.model
         vocabulary = target.tokenizer.get_vocab()
 
-    def assistant_model() -> Baseline:
+    def assistant_model() -> BaselineDecoder:
         draft = transformers_model(config.packing.draft_model or "")
         if draft.tokenizer.get_vocab() != vocabulary:
             raise ConfigError(
@@ -60,12 +60,12 @@ def load_baselines(
             )
         return transformers_generate(model, assistant=draft.model)
 
-    def early_exit() -> Baseline:
+    def early_exit() -> BaselineDecoder:
         require_early_exit(model)
         return transformers_generate(model, {"assistant_early_exit": speculative.exit_layer})
 
     lookup = {"prompt_lookup_num_tokens": speculative.num_draft_tokens}
-    makers: dict[str, Callable[[], Baseline]] = {
+    makers: dict[str, Callable[[], BaselineDecoder]] = {
         "no-reuse": lambda: without_reuse,
         "llama.cpp": lambda: llama_cpp(loaded, config.gguf or ""),
         "transformers": lambda: transformers_generate(model),
@@ -87,7 +87,7 @@ def without_reuse(loaded: Decoder, prompt_ids: list[int], setting: DecodingConfi
 
 def transformers_generate(
     model: Any, options: Mapping[str, Any] | None = None, assistant: Any = None
-) -> Baseline:
+) -> BaselineDecoder:
     """transformers' greedy `generate`, with `options` of its generation config, or with an
     assistant that drafts.
     """
@@ -216,7 +216,7 @@ class StepTimer(BaseStreamer):  # type: ignore[misc]
         self._drafted = ids.shape[1] - others
 
 
-def llama_cpp(loaded: Decoder, gguf: str) -> Baseline:
+def llama_cpp(loaded: Decoder, gguf: str) -> BaselineDecoder:
     """llama.cpp on a GGUF file: greedy, without drafts, on as many threads as torch. Raises
     ConfigError and CheckpointError.
     """

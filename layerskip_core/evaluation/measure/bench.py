@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,11 @@ from ...processor import OtherLoad
 from ..journal import Journal
 from ..metrics import Scores, scores_by_exit
 from ..results import Result, RunRecord
-from ..tasks import Task
-from . import Measured, Progress, depth_of, measure
+from ..tasks.task import Task
+from .bandwidth import bandwidth
 from .baselines import describe_llama_cpp, load_baselines
-from .cost_model import bandwidth
 from .figures import environment, result_of, total_stats
+from .measuring import Measured, Progress, depth_of, measure
 
 
 def bench(
@@ -30,8 +30,8 @@ def bench(
     config: BenchConfig,
     folder: Path | None = None,
     resume: bool = False,
-) -> Iterator[Progress | RunRecord]:
-    """Yields progress, then the record. `resume` continues the journal in `folder` on the same
+) -> Generator[Progress, None, RunRecord]:
+    """Yields progress, returns the record. `resume` continues the journal in `folder` on the same
     files. Raises LayerSkipError.
     """
     task, generation = task.asked(config.generation)
@@ -73,7 +73,7 @@ def bench(
     named["has_references"] = task.against is None
     results = _results(task, measured)
     answered = task.answered([each.texts for each in measured])
-    yield RunRecord(named, machine, tuple(results), answered=answered)
+    return RunRecord(named, machine, tuple(results), answered=answered)
 
 
 def _digests(

@@ -17,7 +17,7 @@ from ...config.evaluation import kind_of
 from ...decoding import DecodeStats
 from ..intervals import SHARE, Estimate, change, estimate, finite, metric, speed_ratio
 from ..results import Failure, Result
-from . import Measured, Measurement, drafts_tokens, sums_by_prompt
+from .measuring import Measured, Measurement, drafts_tokens, sums_by_prompt
 
 
 def setting_of(setting: DecodingConfig) -> Result:

@@ -3,6 +3,8 @@
 Against the winner's curse a sweep times the best few settings once more, in turns with plain and
 adaptive decoding, on other prompts, and decides by the lower end of the speedup's interval. So it
 does with the fastest early exits that keep the quality.
+
+A `place` is the index of a setting's Result in the sweep's results; place 0 is plain decoding.
 """
 
 import time
@@ -20,7 +22,7 @@ from ...config.resolution import EXACT, FAST, Policy, policy_text
 from ...errors import plural
 from ..intervals import Estimate, Margin, margin, speed_ratio
 from ..results import Recommendation, Result
-from . import Measured, Progress, in_turn
+from .measuring import Measured, Progress, in_turn
 
 # Adaptive drafting is preferred to a fixed setting less than 5% faster: it adapts to other prompts
 _CLOSE = 1.05

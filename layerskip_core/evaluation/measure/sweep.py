@@ -3,7 +3,7 @@ decode with.
 """
 
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, replace
 
 from ...checkpoint.loaded import Decoder
@@ -17,11 +17,13 @@ from ...processor import OtherLoad
 from ..intervals import metric
 from ..metrics import Scores, frontier, scores_by_exit
 from ..results import NEAR_TIE, Result, RunRecord
-from ..tasks import Task
-from . import Measured, Progress, depth_of, drafts_tokens, measure, measure_prompt
+from ..tasks.task import Task
 from .bench import suiting_strategies
-from .cost_model import Predictions, draft_profile, predict, side_of
+from .draft_profile import draft_profile
 from .figures import environment, result_of
+from .measuring import Measured, Progress, depth_of, drafts_tokens, measure, measure_prompt
+from .passes import draft_layers
+from .prediction import Predictions, predict
 from .recommendation import Contest, contest, finalists, margins, recommend
 
 _PREDICTED = "self-speculative"  # whose draft lengths are chosen by prediction
@@ -31,8 +33,8 @@ _ONCE_MORE = 0.25  # time of the contest, as a share of the sweep's time before 
 _OTHERS = 256  # prompts of the contest, at most
 
 
-def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress | RunRecord]:
-    """Yields progress, then the record with a recommendation. Raises ConfigError, and
+def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Generator[Progress, None, RunRecord]:
+    """Yields progress, returns the record with a recommendation. Raises ConfigError, and
     LayerSkipError without answers.
     """
     started = time.perf_counter()
@@ -79,7 +81,7 @@ def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Iterator[Progress
     advice = recommend(results, near_tie, name, config, measured, outcome)
     profile = draft_profile(loaded, results, config.packing, predictions.context)
     answered = task.answered([each.texts for each in measured])
-    yield RunRecord(named, machine, tuple(results), advice, profile, answered)
+    return RunRecord(named, machine, tuple(results), advice, profile, answered)
 
 
 def _once_more(
@@ -190,10 +192,10 @@ def _with_best_lengths(
     speedups = predictions.speedups
     ranked = sorted(speedups, key=lambda setting: -speedups[setting])
     kept = set(ranked[:_BEST])
-    sides = set()
+    drafters = set()
     for setting in ranked:
-        if side_of(setting) not in sides:  # the best of a drafter
-            sides.add(side_of(setting))
+        if draft_layers(setting) not in drafters:  # the best of a drafter
+            drafters.add(draft_layers(setting))
             kept.add(setting)
     return [setting for setting in settings if setting in kept or setting not in speedups]
 
@@ -210,7 +212,7 @@ def _results(
         setting = each.setting
         result = result_of(each, measured[0])
         if setting.strategy == "early-exit" or setting.draft_weights:
-            result = replace(result, agreement=predictions.agreement.get(side_of(setting)))
+            result = replace(result, agreement=predictions.agreement.get(draft_layers(setting)))
         losses = perplexity.get(depth_of(setting, num_layers) or 0)
         if losses is not None and not drafts_tokens(setting):
             result = replace(result, perplexity=metric(losses).value)

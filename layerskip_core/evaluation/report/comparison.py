@@ -10,7 +10,7 @@ from ...errors import LayerSkipError, plural
 from ...files import read_json
 from ..columns import column_named
 from ..comparison import Comparison, Interval, Line
-from . import csv_text
+from .files import csv_text
 from .plots import MOST_LINES, draw_line, legend_above, logarithmic, new_figure, style, to_png
 from .tables import Table, text_cells
 

@@ -169,14 +169,14 @@ def figures(record: RunRecord) -> dict[str, Figure]:
 
 
 def _curves(
-    title: str, xlabel: str, ylabel: str, curves: Curves, dashed: Curves, shares: bool = False
+    title: str, ylabel: str, curves: Curves, dashed: Curves, shares: bool = False
 ) -> Figure | None:
-    """A line per curve (at most eight), and grey `dashed` ones for comparison; `shares`: in
+    """A line per curve over the exits (at most eight), and grey `dashed` ones for comparison; `shares`: in
     percent, with a linear axis.
     """
     if not curves:
         return None
-    figure, axes = new_figure(title, xlabel, ylabel)
+    figure, axes = new_figure(title, "exit layer", ylabel)
     lowest = math.inf
     for number, (label, points) in enumerate(curves.items()):
         draw_line(axes, number, label, points)
@@ -245,7 +245,7 @@ def _acceptance_by_exit(record: RunRecord) -> Figure | None:
         curves[name] = [(each.exit_layer, 100 * (each.acceptance_rate or 0.0)) for each in results]
     dashed = {"agreement with all layers": agreement} if agreement else {}
     title = "Accepted drafts by exit"
-    return _curves(title, "exit layer", "accepted drafts (%)", curves, dashed, shares=True)
+    return _curves(title, "accepted drafts (%)", curves, dashed, shares=True)
 
 
 def _perplexity(record: RunRecord) -> Figure | None:
@@ -264,7 +264,7 @@ def _perplexity(record: RunRecord) -> Figure | None:
     if line and full is not None:
         dashed["all layers"] = [(line[0][0], full), (line[-1][0], full)]
     title = "Perplexity of the reference by exit"
-    return _curves(title, "exit layer", "perplexity (lower is better)", curves, dashed)
+    return _curves(title, "perplexity (lower is better)", curves, dashed)
 
 
 def _pareto(record: RunRecord) -> Figure | None:

@@ -17,7 +17,7 @@ from ...errors import ConfigError, require
 from ...splits import TEST, VALIDATION
 from ..metrics import pass_at_k, rouge
 from ..sandbox import LAYERS, run_tests, standing_layers
-from . import BARE, Task, TaskLoader, framed, rows_for, rows_of, shots_and_rest
+from .task import BARE, Task, TaskLoader, framed, rows_for, rows_of, shots_and_rest
 
 _HUMANEVAL = "openai/openai_humaneval"
 _HUMANEVAL_STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n@", "\n```")

@@ -34,7 +34,7 @@ from ...files import text_lines
 from ...prompting import CHAT, RAW
 from ...splits import TEST, VALIDATION, key_of
 from ..metrics import ROUGES, exact_match, text_scores
-from . import (
+from .task import (
     BARE,
     SHOT_END,
     Scorer,
@@ -82,7 +82,7 @@ def load_trained(asked: TaskConfig, model: str) -> Task:
     if asked.task or asked.data or data is None or data.name == "commands":
         return load_task(asked)
     fault = None
-    for choice in _unseen(asked, data, validation, bool(info.held_out)):
+    for choice in _unseen(asked, data, validation):
         try:
             task = load_task(_like_training(choice, data))
         except DataError as error:
@@ -98,13 +98,9 @@ def load_trained(asked: TaskConfig, model: str) -> Task:
     raise DataError(f"the rows that {model} was trained for: {fault}; give `data` or `task`")
 
 
-def _unseen(
-    asked: TaskConfig, data: DataConfig, validation: str | None, divided: bool
-) -> Iterator[TaskConfig]:
+def _unseen(asked: TaskConfig, data: DataConfig, validation: str | None) -> Iterator[TaskConfig]:
     """Where rows that a model was not trained on can be, the best first; at last its training data.
     See splits.py.
-
-    `divided`: layerskip.json says which rows of the data were held out.
     """
     side = VALIDATION if asked.split == VALIDATION else TEST
     if validation and is_data(validation):
@@ -122,8 +118,6 @@ def _unseen(
         yield replace(of_data, split=reporting[0], side=side)
     elif not splits and file_ending(Path(data.name)) not in FILE_ENDINGS:
         yield of_data
-        if not divided:  # by an older version
-            yield replace(of_data, split=VALIDATION)
     yield replace(of_data, split=data.split, side=side)
 
 

@@ -6,8 +6,7 @@ import ctypes
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -15,19 +14,17 @@ from typing import Any
 
 from ...errors import LayerSkipError, require_choice
 
-# Of weights, in the numbering of the C code
+# The layouts of weights, in the numbering of the C code
 KINDS = ("fp32", "bf16", "int8", "int4", "widened", "stored")
 ACTIVATIONS = {  # in the numbering of the C code
-    **{
-        "silu": 0,
-        "gelu_pytorch_tanh": 1,
-        "gelu_new": 1,
-        "gelu": 2,
-        "relu": 3,
-        "relu2": 4,
-        "xielu": 5,
-        "swiglu_clamped": 6,
-    },
+    "silu": 0,
+    "gelu_pytorch_tanh": 1,
+    "gelu_new": 1,
+    "gelu": 2,
+    "relu": 3,
+    "relu2": 4,
+    "xielu": 5,
+    "swiglu_clamped": 6,
 }
 MOST_ROPES = 2  # rotary tables: one for each kind of layer
 _AVX2 = {"avx2", "fma", "f16c"}
@@ -309,19 +306,6 @@ def kernels(variant: str | None = None) -> Kernels | None:
     Raises LayerSkipError if the built kernels are of another version, as after `git pull`.
     """
     return _load(variant or requested_variant())[0]
-
-
-@contextmanager
-def requesting(variant: str) -> Iterator[None]:
-    """Models loaded in this context run on this variant (or `torch`), as if the environment
-    requested it.
-    """
-    before = os.environ.get(SWITCH, "")  # empty means unset
-    os.environ[SWITCH] = variant
-    try:
-        yield
-    finally:
-        os.environ[SWITCH] = before
 
 
 @cache

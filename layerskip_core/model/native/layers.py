@@ -55,7 +55,7 @@ class Engine:
         self.layer_shapes = {
             head_dim: _shape_of(of_layer, dtype) for head_dim, of_layer in sizes.items()
         }
-        # Where norms follow blocks
+        # A block's output needs a buffer of its own only where a norm follows it
         block_output = spec.hidden if any(spec.architecture.norms[1::2]) else 0
         chosen, expert = (spec.experts.choices, spec.experts.inner) if spec.experts else (0, 0)
         inner = max([spec.inner, *(size.inner for size in spec.sizes)])
@@ -71,7 +71,7 @@ class Engine:
             mixed = max(mixed, recurrence.outputs)
             steps = 2 * recurrence.heads if recurrence.key_heads else 0  # steps and decays
         slices = spec.layers * spec.token_width if spec.token_inputs else 0
-        # Of rows in shared buffers
+        # Of a row in each of the buffers that all layers share
         self.widths = (read, mixed, inside, block_output, steps, slices)
         self.formed_bytes = 0  # of the largest row in the layout that kernels read
         # MTP and EAGLE-3 read two states
