@@ -128,7 +128,7 @@ def _work(connection, model):
             patch = pytest.MonkeyPatch()
             measure_little(patch)
             # Tests/cli look at pictures
-            patch.setattr("layerskip_core.evaluation.report.plots.figures", lambda record: {})
+            patch.setattr("layerskip_core.evaluation.report.plots.draw_plots", lambda record: {})
             sys.argv = ["layerskip", *fewer(model, *given)]
             main()
     except SystemExit as exit:

@@ -15,7 +15,7 @@ from layerskip_core.evaluation.report.files import (
     to_json,
     to_jsonl,
 )
-from layerskip_core.evaluation.report.plots import figures, to_svg
+from layerskip_core.evaluation.report.plots import draw_plots, to_svg
 from layerskip_core.evaluation.results import Answered, Failure, Result, RunRecord, read_record
 
 FULL = replace(SWEEP, config={**SWEEP.config, "quality_metric": "exact_match"})
@@ -60,7 +60,7 @@ HOSTILE = """</pre></td></title></style><script>alert("1")</script><img src=x on
 
 
 def pictures(record):
-    return {str(figure.get_label()): to_svg(figure) for figure in figures(record).values()}
+    return {str(figure.get_label()): to_svg(figure) for figure in draw_plots(record).values()}
 
 
 def page(record):

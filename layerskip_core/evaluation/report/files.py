@@ -82,9 +82,9 @@ def to_jsonl(answered: Sequence[Answered]) -> str:
 
 def report_files(record: RunRecord, table: Table) -> dict[str, bytes | None]:
     """All report files by name; None for files that only an earlier report had."""
-    from .plots import FIGURES, figures, to_png, to_svg  # matplotlib takes a while to import
+    from .plots import PLOTS, draw_plots, to_png, to_svg  # matplotlib takes a while to import
 
-    drawn = figures(record)
+    drawn = draw_plots(record)
     # A page colours the rows, and says nothing of a policy that there is not
     notes = table.note.replace(
         PARETO_NOTE, "Green rows are on the Pareto frontier of quality and speed."
@@ -105,7 +105,7 @@ def report_files(record: RunRecord, table: Table) -> dict[str, bytes | None]:
     files: dict[str, bytes | None] = {name: text.encode() for name, text in texts.items()}
     for name, figure in drawn.items():
         files[f"{name}.png"] = to_png(figure)
-    for name in (ANSWERS_PAGE, ANSWERS_FILE, SAMPLES_FILE, *(f"{name}.png" for name in FIGURES)):
+    for name in (ANSWERS_PAGE, ANSWERS_FILE, SAMPLES_FILE, *(f"{name}.png" for name in PLOTS)):
         files.setdefault(name, None)
     return files
 

@@ -1,4 +1,4 @@
-"""The figures of a record, their style, and their export as PNG and as SVG for the page."""
+"""The plots of a record, their style, and their export as PNG and as SVG for the page."""
 
 import io
 import math
@@ -157,11 +157,11 @@ def to_svg(figure: Figure) -> str:
     return f'<svg role="img" aria-label="{label}"{attributes}>{body}'
 
 
-def figures(record: RunRecord) -> dict[str, Figure]:
-    """The figures that the record has data for, by name."""
+def draw_plots(record: RunRecord) -> dict[str, Figure]:
+    """The plots that the record has data for, by name."""
     drawn = {}
     with style():
-        for name, draw in FIGURES.items():
+        for name, draw in PLOTS.items():
             figure = draw(record)
             if figure is not None:
                 drawn[name] = figure
@@ -365,7 +365,7 @@ def _taken_areas(places: Any, optimal: Sequence[bool]) -> list[Bbox]:
     return taken
 
 
-FIGURES: Mapping[str, Callable[[RunRecord], Figure | None]] = {
+PLOTS: Mapping[str, Callable[[RunRecord], Figure | None]] = {
     "scores_by_exit": partial(_scores_by_exit, title="Scores by exit", lower=False),
     "lower_scores_by_exit": partial(_scores_by_exit, title="Perplexities by exit", lower=True),
     "pareto": _pareto,
