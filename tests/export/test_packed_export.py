@@ -303,7 +303,7 @@ def test_damaged_and_foreign_files_are_one_error(packed, wide):
 @pytest.mark.parametrize("packing", [PackingConfig(adaptive=True), PackingConfig(draft_vocab=40)])
 def test_bf16_takes_12_bits_in_files_too(wide, tmp_path, monkeypatch, packing):
     plain = for_decoding(str(wide), "cpu", "bf16", packing)
-    monkeypatch.setattr(native, "_LEAST_CODED", 0)
+    monkeypatch.setattr(native, "LEAST_CODED", 0)
     packed_from(wide, tmp_path / "coded", dtype="bf16")
     coded = for_decoding(str(tmp_path / "coded"), packing=packing)
     assert "bf16 in 12 bits" in coded.backend.implementation
@@ -312,7 +312,7 @@ def test_bf16_takes_12_bits_in_files_too(wide, tmp_path, monkeypatch, packing):
 
 
 def test_damaged_exceptions_are_one_error(wide, tmp_path, monkeypatch):
-    monkeypatch.setattr(native, "_LEAST_CODED", 0)
+    monkeypatch.setattr(native, "LEAST_CODED", 0)
     packed_from(wide, tmp_path / "coded", dtype="bf16")
     path = tmp_path / "coded" / PACKED_FILE
     with safe_open(path, "pt") as file:

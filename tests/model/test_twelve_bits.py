@@ -99,7 +99,7 @@ def test_products_have_the_bits_of_bf16(name, outputs, inputs):
 def pair(monkeypatch, dtype, model_type="llama"):
     models = []
     for least in 1 << 60, 0:
-        monkeypatch.setattr(native, "_LEAST_CODED", least)
+        monkeypatch.setattr(native, "LEAST_CODED", least)
         model = tiny_model(model_type, torch.bfloat16, **WIDE).to(dtype)
         models.append(NativeBackend.of(model))
     return models

@@ -32,7 +32,7 @@ from .noise import perturbed
 from .recurrence import LARGEST_KEY, MOST_TAPS, memory_of
 
 _LARGEST_HEAD = 512
-_LEAST_CODED = 48 << 20  # weights: those of a smaller model may live in the caches
+LEAST_CODED = 48 << 20  # weights: those of a smaller model may live in the caches
 # AVX2 and NEON on two cores, see `Backend.row_cost`
 _ROW_COSTS = {"fp32": 0.15, "bf16": 0.25, "widened": 0.25, "int8": 0.3, "int4": 0.3, "stored": 0.4}
 
@@ -78,7 +78,7 @@ def suits_kernels(
 
 def codes_weights(kernels: Kernels, spec: ModelSpec) -> bool:
     """Whether bf16 weights take 12 bits: where passes are bound by memory, and decode faster."""
-    return kernels.codes_bf16 and sum(map(prod, spec.shapes.values())) >= _LEAST_CODED
+    return kernels.codes_bf16 and sum(map(prod, spec.shapes.values())) >= LEAST_CODED
 
 
 class NativeBackend(RepackedBackend):
