@@ -5,6 +5,7 @@ each part.
     int8|int4]
 
     rows      all layers and the head over several tokens: the model's weights, and low-bit copies
+    bits      the same over bf16 weights in 16 and in 12 bits, and over a prompt of 512 tokens
     rounds    one drafted token at --exit, by the model's own layers and by an int4 copy
     context   one token after 2,048 tokens of context, relative to 128
     prefill   the first token of prompts of 128, 512 and 2,048 tokens, against transformers' generate
@@ -26,6 +27,7 @@ from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import decode
+from layerskip_core.model import native
 from layerskip_core.model.backend import DraftSide
 from layerskip_core.model.vocabulary import most_probable
 
@@ -76,6 +78,18 @@ def rows(arguments: argparse.Namespace) -> Runs:
     }
 
 
+def bits(arguments: argparse.Namespace) -> Runs:
+    runs = Runs()
+    backends = {}
+    for name, least in (("16 bits", 1 << 60), ("12 bits", 0)):
+        native.LEAST_CODED = least
+        backends[name] = load(arguments).backend
+    for count in (*ROWS, 512):
+        for name, backend in backends.items():
+            runs[f"{name}, {count} rows"] = one_pass(backend, filled_cache(backend, 64), count, 64)
+    return runs
+
+
 def rounds(arguments: argparse.Namespace) -> Runs:
     backend = load(arguments, draft_weights=("int4",), draft_layers=arguments.exit).backend
     cache = filled_cache(backend, 128)
@@ -124,7 +138,7 @@ def load(arguments: argparse.Namespace, **packing: Any) -> Any:
 
 @torch.inference_mode()
 def main() -> None:
-    parts = {"rows": rows, "rounds": rounds, "context": context, "prefill": prefill}
+    parts = {"rows": rows, "bits": bits, "rounds": rounds, "context": context, "prefill": prefill}
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

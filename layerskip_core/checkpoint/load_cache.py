@@ -51,7 +51,7 @@ from .folder import INT4_FILE, WeightFile, spec_of_settings
 from .info import INFO_FILE
 from .loaded import end_ids
 from .locate import ModelRef
-from .packed_file import ENTRY, NAMES, TensorWriter, unpacked_names
+from .packed_file import ENTRY, NAMES, TensorWriter, form_in_file, unpacked_names
 from .save import model_files
 
 # A change of what the parts hold needs another format
@@ -231,9 +231,8 @@ class LoadCache:
         """A matrix of the cache, in huge pages as a packed one; None if it lacks one of its
         parts.
         """
-        forms = [form]
-        if form.kind == "fp32":
-            forms.append(replace(form, kind="widened"))
+        entries = {} if self._file is None else self._file.entries
+        forms = [form_in_file(entries, name, form)]
         if form.kind in ("fp32", "bf16") and name in self._stored_types:
             types = list[str]()
             for kind, panels in self._stored_types[name]:

@@ -2,7 +2,7 @@
 
 It holds the embedding, norms and routers by their names in a checkpoint, and the parts of each
 matrix (model/native/matrix.py) as `KIND.MATRIX.PART`: `int4.layers.0.qkv.weight`. fp32 weights that
-bf16 holds exactly are `widened`, for kernels that widen bf16.
+bf16 holds exactly are `widened`, for kernels that widen bf16. bf16 mostly takes 12 bits.
 """
 
 import json
@@ -19,7 +19,7 @@ from ..config.model import PackingConfig, Quantization
 from ..errors import require
 from ..model.exit_blocks import ExitBlock, ExitBlocks
 from ..model.native.compiled import Kernels
-from ..model.native.matrix import LAYOUT, MatrixForm, NativeMatrix
+from ..model.native.matrix import LAYOUT, MatrixForm, NativeMatrix, are_listed
 from ..model.spec import ModelSpec, Shapes
 from ..model.weights import Affine
 from .folder import METADATA, PACKED_FILE
@@ -35,10 +35,14 @@ NAMES = {  # in safetensors
     torch.uint8: "U8",
     torch.int8: "I8",
     torch.int32: "I32",
+    torch.int64: "I64",
 }
 _ADVICE = "export the model again with `--format packed`"
 _PAGE = 4096
 ENTRY = 256  # bytes of a header entry, at most
+
+Entries = Mapping[str, tuple[str, tuple[int, ...]]]
+"""Types and shapes of a file's tensors, by name."""
 
 
 @dataclass(frozen=True)
@@ -108,11 +112,13 @@ class PackedFile:
     def matrix(
         self, name: str, form: MatrixForm, read: Callable[[], Iterable[Affine]]
     ) -> NativeMatrix:
-        if form.kind == "fp32" and f"widened.{name}.weight" in self._file.entries:
-            form = replace(form, kind="widened")
+        form = form_in_file(self._file.entries, name, form)
         parts = {}
         for part, like in form.parts.items():
             parts[part] = self._part(f"{form.kind}.{name}.{part}", *like)
+        if form.exceptions is not None and not are_listed(form, parts["exceptions"]):
+            with naming(self._path, _ADVICE):
+                raise ValueError(f"the exceptions of {name} must be places in it, in order")
         return NativeMatrix(form, parts)
 
     def _part(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
@@ -125,6 +131,17 @@ class PackedFile:
             if found != needed:
                 raise ValueError(f"{name} must be {needed}, as config.json says, found {found}")
             return self._file.mapped(name)
+
+
+def form_in_file(entries: Entries, name: str, form: MatrixForm) -> MatrixForm:
+    """The form of a matrix in a file, which may hold fp32 as bf16, and bf16 in 12 bits."""
+    if form.kind == "fp32" and f"widened.{name}.weight" in entries:
+        form = replace(form, kind="widened")
+    listed = entries.get(f"{form.kind}.{name}.exceptions")
+    if form.kind not in ("bf16", "widened") or listed is None:
+        return form
+    _, shape = listed
+    return replace(form, exceptions=shape[0] if shape else 0)
 
 
 class TensorWriter:
@@ -165,10 +182,13 @@ class TensorWriter:
 class PackedWriter(TensorWriter):
     """Writes a packed file matrix by matrix while a backend is built, and keeps none in memory."""
 
-    def __init__(self, file: BinaryIO, kernels: Kernels, most: int) -> None:
-        """`file` is open and empty. The header has room for `most` tensors."""
+    def __init__(self, file: BinaryIO, kernels: Kernels, most: int, codes: bool) -> None:
+        """`file` is open and empty. The header has room for `most` tensors. `codes`: bf16 takes 12
+        bits.
+        """
         super().__init__(file, (most + 16) * ENTRY)
         self._kernels = kernels
+        self._codes = codes
 
     def matrix(
         self, name: str, form: MatrixForm, read: Callable[[], Iterable[Affine]]
@@ -180,7 +200,12 @@ class PackedWriter(TensorWriter):
             written.add(f"widened.{name}.weight")
         if written.isdisjoint(self._entries):
             matrix = NativeMatrix.packed(
-                self._kernels, name, form, read, narrows=self._kernels.widens_bf16
+                self._kernels,
+                name,
+                form,
+                read,
+                narrows=self._kernels.widens_bf16,
+                codes=self._codes,
             )
             for part, tensor in matrix.parts.items():
                 self.add(f"{matrix.form.kind}.{name}.{part}", tensor)

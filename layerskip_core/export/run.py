@@ -39,6 +39,7 @@ from ..model import NativeBackend, TransformersBackend
 from ..model.backend import states_at_exits
 from ..model.eagle3 import Eagle3Weights
 from ..model.exit_blocks import NO_BLOCKS, ExitBlocks
+from ..model.native import codes_weights
 from ..model.native.compiled import kernels, why_no_kernels
 from ..model.spec import ModelSpec
 from ..model.transformers_backend import attention_for
@@ -206,7 +207,7 @@ def _write_weights(plan: LoadPlan, path: Path) -> str:
     assert compiled is not None
     most = 3 * (1 + len(copies)) * (len(spec.shapes) + len(block_shapes) + 1)
     with path.open("wb") as file, torch.inference_mode():
-        writer = PackedWriter(file, compiled, most)
+        writer = PackedWriter(file, compiled, most, codes_weights(compiled, spec))
         take = plan.source.take()
         weights = Weights(take, spec.shapes)
         embedding = weights.of(spec.embedding_name)

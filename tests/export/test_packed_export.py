@@ -12,6 +12,7 @@ from command_line import fails, run
 from conftest import CHANGES, OWN_LAYERS, older, run_texts, tiny_model
 from evaluating import tiny_loaded
 from exit_block_models import add_blocks, add_eagle3, add_int4
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from layerskip_core.checkpoint.folder import PACKED_FILE
@@ -287,13 +288,50 @@ def test_damaged_and_foreign_files_are_one_error(packed, wide):
     refused(whole[:-1], "")
     refused(b"", "")
     refused((wide / "model.safetensors").read_bytes(), "its format must be layerskip packed 1")
-    refused(whole.replace(b'"layout":"1"', b'"layout":"2"'), "its layout must be 1, found 2")
+    refused(whole.replace(b'"layout":"2"', b'"layout":"1"'), "its layout must be 2, found 1")
     config = json.loads((packed / "config.json").read_text())
     (packed / "config.json").write_text(json.dumps(config | {"intermediate_size": 128}))
     refused(
         whole,
         "int4.layers.0.up.weight must be ('U8', (8, 2, 4, 32, 4)), as config.json says, found ('U8', (6, 2, 4",
     )
+
+
+@pytest.mark.parametrize("packing", [PackingConfig(adaptive=True), PackingConfig(draft_vocab=40)])
+def test_bf16_takes_12_bits_in_files_too(wide, tmp_path, monkeypatch, packing):
+    plain = for_decoding(str(wide), "cpu", "bf16", packing)
+    monkeypatch.setattr(native, "LEAST_CODED", 0)
+    packed_from(wide, tmp_path / "coded", dtype="bf16")
+    coded = for_decoding(str(tmp_path / "coded"), packing=packing)
+    assert "bf16 in 12 bits" in coded.backend.implementation
+    assert_same(coded, for_decoding(str(wide), "cpu", "bf16", packing))
+    assert all(map(torch.equal, states(coded.backend), states(plain.backend)))
+
+
+def test_damaged_exceptions_are_one_error(wide, tmp_path, monkeypatch):
+    monkeypatch.setattr(native, "LEAST_CODED", 0)
+    packed_from(wide, tmp_path / "coded", dtype="bf16")
+    path = tmp_path / "coded" / PACKED_FILE
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    weights = load_file(path)
+    name = "bf16.layers.0.down.exceptions"
+    end = weights[name][-1:]
+    place = 1 << 16
+    lists = [
+        torch.tensor(3),
+        end[:0],
+        end - place,
+        end + place,
+        torch.cat((-end, end)),
+        torch.cat((end, end)),
+        torch.cat((end + place, end)),
+        torch.cat((end // 2, end // 2 + 1, end)),
+    ]
+    for damaged in lists:
+        save_file(weights | {name: damaged}, path, metadata)
+        with pytest.raises(CheckpointError, match="export the model again"):
+            for_decoding(str(tmp_path / "coded"))
 
 
 def test_an_interrupted_export_leaves_nothing(wide, tmp_path):

@@ -328,7 +328,7 @@ int main(int count, char **arguments) {
     for (int round = 0; round < rounds; round++) {
         seed = (first + (uint64_t)round) * 0x9e3779b97f4a7c15u | 1;
         for (int precision = 0; precision < (int)(sizeof PRECISIONS / sizeof *PRECISIONS); precision++) {
-            int low_bit = is_low_bit(PRECISIONS[precision].kind), width = PRECISIONS[precision].kind == STORED ? 256 : 32;
+            int low_bit = is_low_bit(PRECISIONS[precision].kind) || PRECISIONS[precision].coded, width = PRECISIONS[precision].kind == STORED ? 256 : 32;
             for (int rows = 1; rows <= 16; rows++)
                 used = 0, check_products(precision, low_bit ? width * (1 + below(4)) : 2 * (1 + below(70)), 1 + below(170), rows);
             used = 0, check_products(precision, 512, 300, 8); /* long enough that threads help each other */

@@ -82,13 +82,31 @@ static int omp_get_num_threads(void) { return team_size; }
 
 static const struct {
     const char *name;
-    int kind, bf16; /* bf16: the cache, and the weights before they are packed */
+    int kind, bf16, coded; /* bf16: the cache, and the weights before they are packed; coded: in 12 bits */
 } PRECISIONS[] = {
-    {"fp32", FP32, 0}, {"bf16", BF16, 1}, {"int8", INT8, 1}, {"int4", INT4, 0}, {"stored", STORED, 0},
+    {"fp32", FP32, 0, 0}, {"bf16", BF16, 1, 0}, {"int8", INT8, 1, 0}, {"int4", INT4, 0, 0}, {"stored", STORED, 0, 0},
+    {"bf16 in 12 bits", BF16, 1, 1},
 #if BF16_PARTS == 2
-    {"bf16 widened", WIDENED, 0},
+    {"bf16 widened", WIDENED, 0, 0}, {"bf16 widened from 12 bits", WIDENED, 0, 1},
 #endif
 };
+
+static int order(const void *a, const void *b) { return (*(const int64_t *)a > *(const int64_t *)b) - (*(const int64_t *)a < *(const int64_t *)b); }
+
+/* Ends the list of a matrix's exceptions, and checks that it decodes to the panels `expected`. */
+static void end_coded(Matrix *m, int panels, int64_t *found, const void *expected) {
+    int64_t size = (int64_t)PANEL * m->inputs, *listed = found + 2;
+    int32_t *starts = room(4 * (size_t)(panels + 1));
+    expect(found[0] <= found[1], "%d exceptions", (int)found[0]);
+    qsort(listed, (size_t)found[0], 8, order);
+    listed[found[0]] = panels * size << 16;
+    for (int p = 0, at = 0; p < panels; starts[p++] = at)
+        while (listed[at] >> 16 < p * size) at++;
+    m->exceptions = listed, m->starts = starts;
+    char *decoded = room((size_t)(panels * size) * 2);
+    layerskip_decode(m, panels, decoded);
+    expect(!memcmp(decoded, expected, (size_t)(panels * size) * 2), "bf16 from 12 bits");
+}
 
 /* As experts_of, of random blocks: of one type, or of one for each projection. */
 static Matrix stored_of(int experts, int inputs, int outputs, int count, int biased, Plain *const *plain) {
@@ -127,7 +145,7 @@ static Matrix stored_of(int experts, int inputs, int outputs, int count, int bia
             if (Q4_0 + type == MXFP4) block[0] = (uint8_t)(120 + below(5));
             for (int k = 0; k < width; k++) weight[i * width + k] = plain_block(Q4_0 + type, block, k);
         }
-        layerskip_pack(&m, rows, Q4_0 + type, outputs, first, count, 1 + below(THREADS));
+        layerskip_pack(&m, rows, Q4_0 + type, outputs, first, count, NULL, 1 + below(THREADS));
         *plain[c] = (Plain){STORED, inputs, outputs, weight, biased ? numbers_of((size_t)outputs, 0.1, 0) : NULL};
         for (int o = 0; o < outputs && biased; o++) bias[(first + o / PANEL * count) * PANEL + o % PANEL] = plain[c]->bias[o];
     }
@@ -143,14 +161,19 @@ static Matrix experts_of(int precision, int experts, int inputs, int outputs, in
     size_t factors = kind == INT4 ? numbers / GROUP * 4 : (size_t)(experts * panels) * PANEL * 4;
     uint8_t *packed = room(bytes), *expected = room(bytes), *scale = room(factors), *expected_scale = room(factors);
     float *bias = biased ? room(4 * (size_t)(experts * panels) * PANEL) : NULL;
-    Matrix m = {kind, inputs, outputs * count, panels, packed, scale, bias};
+    Matrix m = {kind, inputs, outputs * count, panels, packed, scale, bias}, coded = m;
+    int64_t *found = room(8 * (numbers / 8 + 3));
+    found[1] = (int64_t)numbers / 8;
+    coded.weight = room(bytes), coded.high = room(16 * (size_t)(experts * panels));
     for (int c = 0; c < experts * count; c++) {
         int first = c / count * panels + c % count;
         float *weight = numbers_of((size_t)outputs * (size_t)inputs, 1 / sqrt(inputs), 0);
         uint16_t *narrow = room(2 * (size_t)outputs * (size_t)inputs);
+        weight[0] = weight[outputs * inputs - 1] = 1e-20f; /* exceptions at the first and the last place */
         for (int i = 0; i < outputs * inputs && source == BF16; i++)
             narrow[i] = bf16_of(weight[i]), weight[i] = of_bf16(narrow[i]);
-        layerskip_pack(&m, source == BF16 ? (void *)narrow : weight, source, outputs, first, count, 1 + below(THREADS));
+        layerskip_pack(&m, source == BF16 ? (void *)narrow : weight, source, outputs, first, count, NULL, 1 + below(THREADS));
+        if (PRECISIONS[precision].coded) layerskip_pack(&coded, narrow, source, outputs, first, count, found, 1 + below(THREADS));
         *plain[c] = (Plain){kind, inputs, outputs, weight, biased ? numbers_of((size_t)outputs, 0.1, 0) : NULL};
         plain_pack(plain[c], expected, expected_scale, first, count);
         for (int o = 0; o < outputs && biased; o++) bias[(first + o / PANEL * count) * PANEL + o % PANEL] = plain[c]->bias[o];
@@ -160,7 +183,10 @@ static Matrix experts_of(int precision, int experts, int inputs, int outputs, in
             !memcmp(packed, expected, bytes) && (!is_low_bit(kind) || !memcmp(scale, expected_scale, factors)),
             "panels of %s", PRECISIONS[precision].name
         );
-    return m;
+    if (!PRECISIONS[precision].coded) return m;
+    end_coded(&coded, experts * panels, found, packed);
+    coded.bias = bias;
+    return coded;
 }
 
 static Matrix matrix_of(int precision, int inputs, int outputs, int count, int biased, Plain *const *plain) {
@@ -183,7 +209,7 @@ static Call call_of(const Shape *s, int rows, int sequences, float *hidden, int 
         room(each * (size_t)s->experts), room(4 * choices), room(4 * choices), room(4 * choices), room(4 * choices),
         room(sizes), room(sizes), room(4), room(4 * choices * (size_t)s->hidden),
     };
-    size_t own = (4 * (size_t)(s->hidden + 16) + (size_t)rows * (4 * (size_t)widest + 128) + 63) & ~(size_t)63;
+    size_t own = (4 * (size_t)(s->hidden + 16) + (size_t)(rows + PANEL) * (4 * (size_t)widest + 128) + 63) & ~(size_t)63;
     call.scratch_bytes = (int64_t)own, call.scratch = room(own * THREADS);
     return call;
 }

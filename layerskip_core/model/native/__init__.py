@@ -1,8 +1,9 @@
 """`Backend` on the C kernels, if they were built and the CPU can run them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from math import frexp
+from math import frexp, prod
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from ..torch_layer import missing_feature
 from ..torch_linear import Norm
 from ..vocabulary import DraftVocabulary
 from ..weights import GROUP_SIZE, Affine, Take, Weights, head_weights, norm_weights
-from .compiled import MOST_ROPES, kernels
+from .compiled import MOST_ROPES, Kernels, kernels
 from .drafters import NativeAssistant, NativeEagle3, Target
 from .heads import NativeLinear, choose, draft
 from .layers import KEPT_ROWS, Engine, NativeLayer, NativeLayers, NativeNorm, NativeTokenInputs
@@ -31,6 +32,7 @@ from .noise import perturbed
 from .recurrence import LARGEST_KEY, MOST_TAPS, memory_of
 
 _LARGEST_HEAD = 512
+LEAST_CODED = 48 << 20  # weights: those of a smaller model may live in the caches
 # AVX2 and NEON on two cores, see `Backend.row_cost`
 _ROW_COSTS = {"fp32": 0.15, "bf16": 0.25, "widened": 0.25, "int8": 0.3, "int4": 0.3, "stored": 0.4}
 
@@ -74,6 +76,11 @@ def suits_kernels(
     return not any(width % divisor for width in widths)
 
 
+def codes_weights(kernels: Kernels, spec: ModelSpec) -> bool:
+    """Whether bf16 weights take 12 bits: where passes are bound by memory, and decode faster."""
+    return kernels.codes_bf16 and sum(map(prod, spec.shapes.values())) >= LEAST_CODED
+
+
 class NativeBackend(RepackedBackend):
     """Repacked weights on the C kernels, for an architecture that `suits_kernels`. Hidden states
     are always fp32.
@@ -99,7 +106,11 @@ class NativeBackend(RepackedBackend):
         compiled = kernels()
         assert compiled is not None
         packed = partial(
-            NativeMatrix.packed, compiled, empty=HugePages().empty, narrows=compiled.widens_bf16
+            NativeMatrix.packed,
+            compiled,
+            empty=HugePages().empty,
+            narrows=compiled.widens_bf16,
+            codes=codes_weights(compiled, spec),
         )
         self._kernels = compiled
         self._packed = packed
@@ -126,15 +137,19 @@ class NativeBackend(RepackedBackend):
         """Bytes of weights that a step of one token reads, with scales and biases; only the chosen
         experts.
         """
-        matrices: list[NativeMatrix] = [self._head.matrix]
-        for layer in self._layers.layers:
-            matrices += layer.matrices
         chosen = self.spec.experts.choices if self.spec.experts else 1
         read = 0.0
-        for matrix in matrices:
+        for matrix in self._matrices:
             size = sum(part.nbytes for part in matrix.parts.values())
             read += size * min(1.0, chosen / matrix.form.experts)
         return read
+
+    @property
+    def _matrices(self) -> list[NativeMatrix]:
+        matrices: list[NativeMatrix] = [self._head.matrix]
+        for layer in self._layers.layers:
+            matrices += layer.matrices
+        return matrices
 
     def choose(self, step: TokenPass) -> Chosen:
         is_plain = self._is_plain and (step.noise is None or self.spec.logits_divisor == 1)
@@ -173,7 +188,9 @@ class NativeBackend(RepackedBackend):
         )
 
     def _described(self, packing: PackingConfig) -> str:
-        precision = packing.quantize or ("as stored" if self._stored else None)
+        precision: str | None = packing.quantize or ("as stored" if self._stored else None)
+        if precision is None and any(m.form.exceptions is not None for m in self._matrices):
+            precision = "bf16 in 12 bits"
         return f"native ({', '.join(filter(None, (self._kernels.variant, precision)))}){packing.drafting}"
 
     def _layer(
@@ -203,8 +220,13 @@ class NativeBackend(RepackedBackend):
             low_bits or self._unrounded, spec.hidden, spec.vocab, biased=spec.architecture.head_bias
         )
         matrix = self._pack("head", form, lambda: [head_weights(weights, spec)])
-        if rows is not None:
+        if rows is not None and matrix.form.exceptions is None:
             matrix = matrix.rows_of(rows)
+        elif rows is not None:
+            weight, bias = matrix.decoded(self._kernels)
+            chosen = Affine(rows.rows_of(weight), None if bias is None else rows.rows_of(bias))
+            form = replace(matrix.form, outputs=rows.count, exceptions=None)
+            matrix = self._packed("head", form, lambda: [chosen])
         return NativeLinear(self._engine, matrix, norm, spec)
 
     def _join(self, weights: Weights, low_bits: Quantization | None) -> NativeLinear:

@@ -56,6 +56,9 @@ _CPU_FLAGS = {
 }
 _OWN_BF16 = {"avx512", "amx", "neon_bf16"}  # variants that multiply bf16 without widening it
 _CHEAP_ROWS = {"avx512_fma", *_OWN_BF16}  # variants that stay memory-bound at ten rows on two cores
+_FAST_CODES = set(
+    _CPU_FLAGS["x86_64"]
+)  # variants that decode bf16 from 12 bits faster than memory is read
 _PROCESSORS = {
     ("linux", "x86_64"): "x86_64",
     ("linux", "aarch64"): "aarch64",
@@ -63,7 +66,7 @@ _PROCESSORS = {
 }
 _NEEDS = _CPU_FLAGS.get(_PROCESSORS.get((sys.platform, platform.machine()), ""), {})
 VARIANTS = tuple(_NEEDS)  # for this machine's processor
-INTERFACE = 30  # version of the functions and structures in kernels.c
+INTERFACE = 31  # version of the functions and structures in kernels.c
 _OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 SWITCH = "LAYERSKIP_KERNELS"  # environment variable: a variant, or `torch` for none
 _FALLBACK = (
@@ -79,7 +82,7 @@ def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
 class CMatrix(Structure):
     _fields_ = [
         *_fields(c_int32, "kind inputs outputs panels"),
-        *_fields(c_void_p, "weight scale bias"),
+        *_fields(c_void_p, "weight scale bias high exceptions starts next"),
     ]
 
 
@@ -224,6 +227,7 @@ class Kernels:
         self.variant = variant
         self.widens_bf16 = variant not in _OWN_BF16
         self.has_cheap_rows = variant in _CHEAP_ROWS
+        self.codes_bf16 = variant in _FAST_CODES
         self.span = function("span", CShape, c_void_p, c_int, CCall, c_int)
         self.write = function("write", CShape, c_void_p, c_int, CCall, c_int)
         self.score = function("score", CShape, CNorm, CMatrix, CCall, c_void_p, c_int)
@@ -232,7 +236,8 @@ class Kernels:
             "choose", CShape, c_void_p, c_int, CNorm, CMatrix, CCall, CChoice, c_int
         )
         self.perturb = function("perturb", CPerturbation, c_int)
-        self.pack = function("pack", CMatrix, c_void_p, *[c_int] * 5)
+        self.pack = function("pack", CMatrix, c_void_p, *[c_int] * 4, c_void_p, c_int)
+        self.decode = function("decode", CMatrix, c_int, c_void_p)
         openmp = _openmp()
         self.has_threads = bool(openmp)  # else calls run on one thread
         if openmp:

@@ -27,6 +27,10 @@ typedef struct {
     const void *weight; /* STORED: a StoredPanel for each panel */
     const void *scale;  /* int8: fp32 by output; int4: bf16 scales and zeros, (panel, group, 2, output) */
     const float *bias; /* by output, or NULL */
+    const int8_t *high; /* of bf16 weights in 12 bits, see decode; else NULL */
+    const int64_t *exceptions;
+    const int32_t *starts; /* by panel, its first exception */
+    const char *next; /* of decoded panels: what is decoded after panel 0; else NULL */
 } Matrix;
 
 /* A panel of weights (level - offset) * scale + minimum, exactly as in the GGUF file. In K types a group's scale or minimum is
@@ -391,7 +395,7 @@ INLINE void weigh(const float *x, const float *factors, int n, float *out) {
 }
 
 /* Multiplies panels from..to-1, or pairs of gate and up (`step` 2), by the `formed` rows of a block. */
-static void multiply_panels(const Shape *s, const Multiplication *of, Block block, const char *formed, int step, int from, int to) {
+static void multiply_panels(const Shape *s, const Multiplication *of, Block block, char *formed, int step, int from, int to) {
     const Matrix *m = of->matrix;
     int first = block.first, rows = block.rows;
     size_t stride = form_bytes(m);
@@ -400,8 +404,11 @@ static void multiply_panels(const Shape *s, const Multiplication *of, Block bloc
     if (together < 1) together = 1;
     Product product[MOST_PANELS];
     int turns = (rows + most - 1) / most;
+    Matrix decoded = *m;
+    char *room = formed + (size_t)rows * stride; /* see Buffers in layers.py */
     for (int p = from; p < to; p += together) {
         int units = to - p < together ? to - p : together;
+        if (of->matrix->high && turns >= least_turns(m)) m = decode_panels(of->matrix, block.base + p * step, units * step, room, &decoded);
         for (int turn = 0; turn < turns; turn++) {
             int row = turn * most, tile = rows - row < most ? rows - row : most;
             if (in_tiles(m) && tile != shaped) shape_tiles_for(shaped = tile);
@@ -432,7 +439,7 @@ static void multiply_panels(const Shape *s, const Multiplication *of, Block bloc
 
 /* Rows of a product that are converted together: blocks of about the same size. */
 static int rows_of_block(const Matrix *m, int rows) {
-    int most = (int)(BLOCK_BYTES / form_bytes(m));
+    int most = (int)((m->high ? 4 : 1) * BLOCK_BYTES / form_bytes(m)); /* larger, where each block decodes the panels again */
     if (most < LEAST_BLOCK) most = LEAST_BLOCK;
     int blocks = (rows + most - 1) / most;
     return (rows + blocks - 1) / blocks;
@@ -922,7 +929,7 @@ void layerskip_use_openmp(void *parallel_, void *number, void *count) {
 }
 
 /* Version of the functions and structures that compiled.py uses: raise it whenever they change. */
-int layerskip_interface(void) { return 30; }
+int layerskip_interface(void) { return 31; }
 
 /* Bytes of a structure, by its index in compiled.STRUCTURES; after the last, of a Passage. */
 int layerskip_size_of(int structure) {

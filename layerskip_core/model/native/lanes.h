@@ -8,7 +8,8 @@
  * rows when they are converted. dot_bf16 adds to each lane the product of its part with the row's. dot_int8 and dot_int4 add
  * products of weight levels with row levels, which are never -128. Levels of int4 have four to six bits; int4_sum widens the
  * sums of a group's dots, or of int4_dots dots. Levels of int8 are stored plus 128, of which int8_part leaves LEVEL_OFFSET.
- * i_lookup indexes a table by the low or high halves of bytes.
+ * i_lookup indexes a table by the low or high halves of bytes. i_interleaved: of each 16 bytes of two vectors the first or second
+ * eight, taken in turns.
  */
 #include <stdint.h>
 #include <string.h>

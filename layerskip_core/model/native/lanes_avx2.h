@@ -74,6 +74,11 @@ INLINE vi i_set(int32_t x) { return BOTH(vi, _mm256_set1_epi32(x), _mm256_set1_e
 INLINE vi i_load(const void *p) {
     return BOTH(vi, _mm256_loadu_si256((const __m256i *)p), _mm256_loadu_si256((const __m256i *)p + 1));
 }
+INLINE void i_store(void *p, vi x) { _mm256_storeu_si256((__m256i *)p, x.a), _mm256_storeu_si256((__m256i *)p + 1, x.b); }
+INLINE vi i_interleaved(vi x, vi y, int second) {
+    return second ? BOTH(vi, _mm256_unpackhi_epi8(x.a, y.a), _mm256_unpackhi_epi8(x.b, y.b))
+                  : BOTH(vi, _mm256_unpacklo_epi8(x.a, y.a), _mm256_unpacklo_epi8(x.b, y.b));
+}
 INLINE __m256i half_low(__m256i x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
 INLINE vi i_low(vi x) { return BOTH(vi, half_low(x.a), half_low(x.b)); }
 INLINE vi i_high(vi x) { return BOTH(vi, half_low(_mm256_srli_epi16(x.a, 4)), half_low(_mm256_srli_epi16(x.b, 4))); }

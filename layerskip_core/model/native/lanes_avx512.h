@@ -41,6 +41,8 @@ INLINE vi i_load_int8(const int8_t *p) { return _mm512_cvtepi8_epi32(_mm_loadu_s
 INLINE vf f_load_fp16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
 INLINE vi i_set(int32_t x) { return _mm512_set1_epi32(x); }
 INLINE vi i_load(const void *p) { return _mm512_loadu_si512(p); }
+INLINE void i_store(void *p, vi a) { _mm512_storeu_si512(p, a); }
+INLINE vi i_interleaved(vi a, vi b, int second) { return second ? _mm512_unpackhi_epi8(a, b) : _mm512_unpacklo_epi8(a, b); }
 INLINE vi i_low(vi a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
 INLINE vi i_high(vi a) { return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15)); }
 INLINE vi i_or(vi a, vi b) { return _mm512_or_si512(a, b); }

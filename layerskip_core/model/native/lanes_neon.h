@@ -57,6 +57,10 @@ INLINE vi i_load_int8(const int8_t *p) {
 INLINE vf f_load_fp16(const uint16_t *p) { QUARTERS(vf, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * i)))); }
 INLINE vi i_set(int32_t x) { QUARTERS(vi, of_s32(vdupq_n_s32(x))); }
 INLINE vi i_load(const void *p) { QUARTERS(vi, vld1q_u8((const uint8_t *)p + 16 * i)); }
+INLINE void i_store(void *p, vi x) { for (int i = 0; i < 4; i++) vst1q_u8((uint8_t *)p + 16 * i, x.q[i]); }
+INLINE vi i_interleaved(vi x, vi y, int second) {
+    QUARTERS(vi, second ? vzip2q_u8(x.q[i], y.q[i]) : vzip1q_u8(x.q[i], y.q[i]));
+}
 INLINE vi i_low(vi x) { QUARTERS(vi, vandq_u8(x.q[i], vdupq_n_u8(15))); }
 INLINE vi i_high(vi x) { QUARTERS(vi, vshrq_n_u8(x.q[i], 4)); }
 INLINE vi i_or(vi x, vi y) { QUARTERS(vi, vorrq_u8(x.q[i], y.q[i])); }

@@ -17,10 +17,12 @@ from ..vocabulary import DraftVocabulary
 from ..weights import GROUP_SIZE, Affine, is_stored
 from .compiled import KINDS, CMatrix, CStoredPanel, Kernels
 
-LAYOUT = 1  # version of the panels, for packed files
+LAYOUT = 2  # version of the panels, for packed files
 PANEL = 32  # outputs
 _CHUNK = 1 << 25  # bytes of an allocation for weights
 _CACHE_LINE = 64  # bytes
+_CODED = 192  # bytes of 32 outputs by 4 inputs in 12 bits
+_MOST_EXCEPTIONS = 1 / 256  # of the weights of a matrix in 12 bits; with more, 16 bits are as fast
 
 Part = tuple[torch.dtype, tuple[int, ...]]
 
@@ -38,6 +40,8 @@ class MatrixForm:
     biased: bool = False
     experts: int = 1  # each with `count` matrices, one after the other
     types: tuple[str, ...] = ()  # of `stored`: each panel's type, a key of FORMS
+    # Of bf16 and widened weights in 12 bits: how many are listed, with the end of the list
+    exceptions: int | None = None
 
     @property
     def panels_of_one(self) -> int:
@@ -53,7 +57,9 @@ class MatrixForm:
         """Types and shapes of its tensors (P: panels):
 
         fp32: (P, inputs, 32) bf16, and widened (bf16 weights times fp32 rows): (P, inputs / 2, 32,
-        2) int8: levels plus 128, (P, inputs / 4, 32, 4), and fp32 scales (P, 32) int4: two levels
+        2), or in 12 bits: low bytes and codes (P, inputs / 4, 192), the 16 coded high bytes of a
+        panel (P, 16), and the weights with other high bytes as `place << 16 | bits`, see coded.h.
+        int8: levels plus 128, (P, inputs / 4, 32, 4), and fp32 scales (P, 32) int4: two levels
         per byte, of inputs i and i + 16 of a group, (P, groups, 4, 32, 4); scale and lowest value
         in bf16,
             (P, groups, 2, 32)
@@ -78,6 +84,12 @@ class MatrixForm:
                 "scale": (torch.bfloat16, (panels, groups, 2, PANEL)),
             },
         }
+        if self.exceptions is not None:
+            by_kind["bf16"] = {
+                "weight": (torch.uint8, (panels, inputs // 4, _CODED)),
+                "high": (torch.uint8, (panels, 16)),
+                "exceptions": (torch.int64, (self.exceptions,)),
+            }
         by_kind["widened"] = by_kind["bf16"]
         by_kind["stored"] = {
             part: kind
@@ -135,9 +147,12 @@ class NativeMatrix:
         self.form = form
         self.parts = parts
         self.outputs = form.outputs * form.count
+        held = dict(parts)
+        if form.exceptions is not None and not parts["weight"].is_meta:
+            held["starts"] = self._starts = _starts(form, parts["exceptions"])
         pointers = [
-            parts[name].data_ptr() if name in parts else None
-            for name in ("weight", "scale", "bias")
+            held[name].data_ptr() if name in held else None
+            for name in ("weight", "scale", "bias", "high", "exceptions", "starts")
         ]
         if form.types:
             self._table = _table(form.types, parts)
@@ -155,6 +170,7 @@ class NativeMatrix:
         read: Callable[[], Iterable[Affine]],
         empty: Callable[..., Tensor] = torch.empty,
         narrows: bool = False,
+        codes: bool = False,
     ) -> "NativeMatrix":
         """A `PackMatrix` once `kernels` is bound.
 
@@ -162,7 +178,8 @@ class NativeMatrix:
         parts, where all parts but the last fill panels. A low-bit form rounds them; rows of blocks
         stay unchanged if all weights are rows of blocks. `empty` allocates tensors. `narrows`:
         stores fp32 weights in bf16 if bf16 holds them exactly, as it does for most published
-        models: passes of few tokens are memory-bound. The products have the same bits.
+        models: passes of few tokens are memory-bound. `codes`: stores bf16 in 12 bits where few
+        weights are exceptions. The products have the same bits.
         """
         projections = list(read())
         blocks = [
@@ -189,8 +206,51 @@ class NativeMatrix:
                 projection._replace(weight=projection.weight.bfloat16())
                 for projection in projections
             ]
+        if codes and form.kind in ("bf16", "widened") and form.inputs % GROUP_SIZE == 0:
+            coded = cls._coded(kernels, form, projections, empty)
+            if coded is not None:
+                return coded
         parts = {name: empty(shape, dtype=dtype) for name, (dtype, shape) in form.parts.items()}
         matrix = cls(form, parts)
+        matrix._pack(kernels, projections)
+        return matrix
+
+    @classmethod
+    def _coded(
+        cls,
+        kernels: Kernels,
+        form: MatrixForm,
+        projections: Sequence[Affine],
+        empty: Callable[..., Tensor],
+    ) -> "NativeMatrix | None":
+        """A bf16 matrix in 12 bits; None if that leaves too many exceptions."""
+        weights = form.panels * PANEL * form.inputs
+        most = int(weights * _MOST_EXCEPTIONS)
+        # Mostly the first panel decides, before memory is taken
+        if any(_exceptions(part.weight[:PANEL]) > _MOST_EXCEPTIONS for part in projections):
+            return None
+        found = torch.empty(2 + most, dtype=torch.int64)
+        found[0] = 0
+        found[1] = most
+        parts = {}
+        for name, (dtype, shape) in replace(form, exceptions=0).parts.items():
+            parts[name] = empty(shape, dtype=dtype)
+        # While it is packed the list has no end
+        packing = cls(form, parts)
+        packing.structure.high = parts["high"].data_ptr()
+        packing._pack(kernels, projections, found)
+        count = int(found[0])
+        if count > most:
+            return None
+        listed = found[2 : 2 + count].sort().values
+        parts["exceptions"] = torch.cat((listed, torch.tensor([weights << 16])))
+        return cls(replace(form, exceptions=count + 1), parts)
+
+    def _pack(
+        self, kernels: Kernels, projections: Sequence[Affine], found: Tensor | None = None
+    ) -> None:
+        """Fills the parts. `found`: where weights are listed that 12 bits cannot hold."""
+        form = self.form
         threads = torch.get_num_threads()
         first = 0  # panel
         for place, (weight, bias) in enumerate(projections):
@@ -198,21 +258,30 @@ class NativeMatrix:
                 first = place // form.count * form.panels_of_one + place % form.count
             rows = weight.contiguous()
             kernels.pack(
-                matrix.structure,
+                self.structure,
                 rows.data_ptr(),
                 _source(rows),
                 len(rows),
                 first,
                 form.count,
+                None if found is None else found.data_ptr(),
                 threads,
             )
             stop = first - (-len(rows) // PANEL) * form.count
             if bias is not None:
-                parts["bias"][first : stop : form.count] = F.pad(
+                self.parts["bias"][first : stop : form.count] = F.pad(
                     bias.float(), (0, -len(rows) % PANEL)
                 ).view(-1, PANEL)
             first = stop
-        return matrix
+
+    def decoded(self, kernels: Kernels) -> Affine:
+        """The weights (outputs, inputs) of a matrix in 12 bits, and its bias."""
+        form = self.form
+        panels = torch.empty(form.panels, form.inputs // 2, PANEL, 2, dtype=torch.bfloat16)
+        kernels.decode(self.structure, form.panels, panels.data_ptr())
+        rows = panels.transpose(1, 2).reshape(-1, form.inputs)[: self.outputs]
+        bias = self.parts.get("bias")
+        return Affine(rows, None if bias is None else bias.view(-1)[: self.outputs])
 
     def rows_of(self, vocabulary: DraftVocabulary) -> "NativeMatrix":
         """The head with a draft vocabulary's rows only."""
@@ -246,6 +315,27 @@ def _table(types: Sequence[str], parts: Mapping[str, Tensor]) -> ctypes.Array[CS
         table[panel] = CStoredPanel(*pointers, FORMS[name].bits, FORMS[name].offset)
         places[name] += 1
     return table
+
+
+def _starts(form: MatrixForm, exceptions: Tensor) -> Tensor:
+    """Each panel's first exception."""
+    places = torch.arange(form.panels) * (PANEL * form.inputs)
+    return torch.searchsorted(exceptions >> 16, places).int()
+
+
+def are_listed(form: MatrixForm, exceptions: Tensor) -> bool:
+    """Whether a file's exceptions are as the kernels need them: ascending, up to their end."""
+    places = exceptions >> 16
+    if form.exceptions == 0 or places[0] < 0 or not bool((places.diff() > 0).all()):
+        return False
+    return int(places[-1]) == form.panels * PANEL * form.inputs
+
+
+def _exceptions(weight: Tensor) -> float:
+    """The share of a panel's weights (bf16) that are exceptions in 12 bits."""
+    high = weight.contiguous().view(torch.uint8).view(-1, 2)[:, 1].int()
+    counts = torch.bincount(high, minlength=16)
+    return 1 - int(counts.topk(16).values.sum()) / weight.numel()
 
 
 def _stored(form: MatrixForm, weights: Sequence[BlockRows]) -> MatrixForm:

@@ -9,6 +9,7 @@ typedef struct {
     const char *weight; /* (rows, inputs) in `from`: FP32, BF16, INT4 for the bytes of a calibrated weight, or a type of blocks */
     int from, rows;     /* rows after the last are zeros */
     int first, step;    /* the first of the panels that take the rows, and the distance to the next */
+    int64_t *found;     /* of bf16 in 12 bits: see list_exception */
     atomic_int taken;   /* panels taken by threads so far */
 } Packing;
 
@@ -37,6 +38,61 @@ static void pack_as_they_are(const Rows *rows, int units, uint32_t *out) {
             if (units - first >= 16) place_units(out, lane, from, 16);
             else place_units(out, lane, from, units - first);
         }
+}
+
+/* ---- bf16 in 12 bits, see coded.h ---- */
+
+/* found[0] is the number of exceptions so far, which other threads raise too; found[1] how many there is room for after it. */
+static void list_exception(int64_t *found, int64_t place, uint16_t bits) {
+    int64_t at = __atomic_fetch_add(found, 1, __ATOMIC_RELAXED);
+    if (at < found[1]) found[2 + at] = place << 16 | bits;
+}
+
+/* The 16 most frequent high bytes of a panel, and the code of each high byte; 16 for those without one. */
+static void choose_codes(const Rows *rows, int n, int8_t *high, uint8_t *codes) {
+    uint32_t counts[4][256] = {{0}};
+    for (int lane = 0; lane < PANEL; lane++) {
+        const uint8_t *row = (const uint8_t *)rows->row[lane];
+        for (int i = 0; row && i < n; i += 2) counts[i / 2 % 2][row[2 * i + 1]]++, counts[2 + i / 2 % 2][row[2 * i + 3]]++;
+        if (!row) counts[0][0] += (uint32_t)n;
+    }
+    memset(codes, 16, 256);
+    for (int code = 0; code < 16; code++) {
+        uint32_t most = 0;
+        int best = 0;
+        for (int byte = 0; byte < 256; byte++) {
+            uint32_t count = counts[0][byte] + counts[1][byte] + counts[2][byte] + counts[3][byte];
+            if (codes[byte] == 16 && count > most) most = count, best = byte;
+        }
+        high[code] = (int8_t)best;
+        if (most) codes[best] = (uint8_t)code;
+    }
+}
+
+/* Where a weight's bytes stand among 64, by its place in a unit of bf16: what i_interleaved undoes. */
+INLINE int coded_place(int place) { return place % 32 / 8 * 16 + place / 32 * 8 + place % 8; }
+
+/* `first`: the place of the panel's first weight in the matrix. */
+static void pack_coded(const Rows *rows, int n, int64_t first, int8_t *high, uint8_t *out, int64_t *found) {
+    uint16_t units[16][2 * PANEL];
+    uint8_t codes[256];
+    choose_codes(rows, n, high, codes);
+    for (int i = 0; i < n && __atomic_load_n(found, __ATOMIC_RELAXED) <= found[1]; i += 32) {
+        Rows some;
+        for (int lane = 0; lane < PANEL; lane++) some.row[lane] = rows->row[lane] ? rows->row[lane] + 2 * i : NULL;
+        pack_as_they_are(&some, 16, (uint32_t *)units);
+        for (int unit = 0; unit < 16; unit++) {
+            int second = unit % CODED_UNITS;
+            uint8_t *low = out + coded_at(i / 2 + unit) + 64 * second, *of_codes = out + coded_at(i / 2 + unit) + 64 * CODED_UNITS;
+            for (int place = 0; place < 2 * PANEL; place++) {
+                uint16_t bits = units[unit][place];
+                int at = coded_place(place), code = codes[bits >> 8];
+                low[at] = (uint8_t)bits;
+                if (code == 16) code = 0, list_exception(found, first + (i / 2 + unit) * 2 * PANEL + place, bits);
+                of_codes[at] = (uint8_t)(second ? of_codes[at] | code << 4 : code);
+            }
+        }
+    }
 }
 
 /* A row's largest magnitude is level 127. */
@@ -204,7 +260,11 @@ static void pack_panel(const Packing *p, int index) {
     switch (m->kind) {
     case FP32: pack_as_they_are(&rows, n, (uint32_t *)m->weight + size); break;
     case WIDENED:
-    case BF16: pack_as_they_are(&rows, n / 2, (uint32_t *)m->weight + size / 2); break;
+    case BF16:
+        if (m->high)
+            pack_coded(&rows, n, (int64_t)size, (int8_t *)m->high + 16 * panel, (uint8_t *)m->weight + panel * coded_bytes(m), p->found);
+        else pack_as_they_are(&rows, n / 2, (uint32_t *)m->weight + size / 2);
+        break;
     case INT8:
         if (bf16) pack_int8(&rows, n, 1, (uint32_t *)m->weight + size / 4, scale);
         else pack_int8(&rows, n, 0, (uint32_t *)m->weight + size / 4, scale);
@@ -224,9 +284,18 @@ static void pack_panels(void *packing) {
     for (int index; (index = atomic_fetch_add_explicit(&p->taken, 1, memory_order_relaxed)) < panels;) pack_panel(p, index);
 }
 
-/* Packs a weight into panels first, first + step, ... FP32 and BF16 matrices take only weights of their precision. */
-void layerskip_pack(const Matrix *to, const void *weight, int from, int rows, int first, int step, int threads) {
-    Packing packing = {.to = to, .weight = weight, .from = from, .rows = rows, .first = first, .step = step};
+/* Packs a weight into panels first, first + step, ... FP32 and BF16 matrices take only weights of their precision. `found`: of
+ * bf16 in 12 bits, see list_exception. */
+void layerskip_pack(
+    const Matrix *to, const void *weight, int from, int rows, int first, int step, int64_t *found, int threads
+) {
+    Packing packing = {.to = to, .weight = weight, .from = from, .rows = rows, .first = first, .step = step, .found = found};
     if (threads > 1 && parallel) parallel(pack_panels, &packing, (unsigned)threads, 0);
     else pack_panels(&packing);
+}
+
+/* All panels of a matrix in 12 bits, in bf16. */
+void layerskip_decode(const Matrix *m, int panels, char *out) {
+    Matrix decoded;
+    decode_panels(m, 0, panels, out, &decoded);
 }

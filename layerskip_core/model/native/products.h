@@ -12,6 +12,7 @@
 #define SYSTEM_PAGE 4096
 #define TILES 4 /* most tiles of rows that halves of a panel are multiplied by in turn */
 
+#include "coded.h"
 #include "tiles.h"
 
 typedef float Product[MOST_ROWS][PANEL]; /* of a panel, (row, output) */
@@ -23,6 +24,8 @@ typedef struct {
     const uint16_t *scale; /* of int4, and of a stored panel */
     const int8_t *steps;   /* of a stored panel */
     const StoredPanel *stored;
+    const Matrix *matrix; /* and the first panel, of bf16 in 12 bits */
+    int panel;
     const char *x;
     size_t stride; /* bytes from row to row */
     float *out;    /* in the panel's Product; sums continue from it if `from` is not 0 */
@@ -81,23 +84,42 @@ INLINE void panels_fp32(const Operands *o, const int R, const int P, const int H
     put_sums(acc, o, R, P, H);
 }
 
+/* Adds the products of a panel's unit, two inputs, to its sums. */
+INLINE void add_pair(Sums acc, const Operands *o, const char *w, int pair, int p, const int R, const int H) {
+    EACH(part, BF16_PARTS) {
+        Bf16 weight[2];
+        EACH(h, H) weight[h] = bf16_part(i_load(w + 64 * h), part);
+        EACH(r, R) {
+            Bf16 value = bf16_value((const RowBf16 *)(o->x + r * o->stride) + 2 * pair, part);
+            EACH(h, H) acc[r][p][h] = dot_bf16(acc[r][p][h], weight[h], value);
+        }
+    }
+}
+
 INLINE void panels_bf16(const Operands *o, const int R, const int P, const int H) {
     Sums acc;
     take_sums(acc, o, R, P, H);
     for (int pair = o->from; pair < o->to; pair++)
         EACH(p, P) {
-            const char *w = weights_of(o, p, pair);
             fetch(o, p, pair, R, H);
-            EACH(part, BF16_PARTS) {
-                Bf16 weight[2];
-                EACH(h, H) weight[h] = bf16_part(i_load(w + 64 * h), part);
-                EACH(r, R) {
-                    Bf16 value = bf16_value((const RowBf16 *)(o->x + r * o->stride) + 2 * pair, part);
-                    EACH(h, H) acc[r][p][h] = dot_bf16(acc[r][p][h], weight[h], value);
-                }
-            }
+            add_pair(acc, o, weights_of(o, p, pair), pair, p, R, H);
         }
     put_sums(acc, o, R, P, H);
+}
+
+/* Whole panels of bf16 in 12 bits. The few units decoded at a time are read back from the CPU's queue of stores; exceptions are
+ * written between. */
+INLINE void panels_coded(const Operands *o, const int R, const int P) {
+    _Alignas(64) char decoded[MOST_PANELS][CODED_UNITS * UNIT];
+    const int64_t *exceptions[MOST_PANELS];
+    Sums acc;
+    EACH(p, P) exceptions[p] = o->matrix->exceptions + o->matrix->starts[o->panel + p];
+    take_sums(acc, o, R, P, 2);
+    for (int pair = 0; pair < o->to; pair += CODED_UNITS) {
+        EACH(p, P) exceptions[p] = decode(o->matrix, o->panel + p, pair, pair + CODED_UNITS, exceptions[p], decoded[p]);
+        EACH(u, CODED_UNITS) EACH(p, P) add_pair(acc, o, decoded[p] + u * UNIT, pair + u, p, R, 2);
+    }
+    put_sums(acc, o, R, P, 2);
 }
 
 /* Levels are stored plus 128, because x86 multiplies unsigned by signed; a group's sum starts with the correction for the
@@ -276,7 +298,10 @@ INLINE void panels_by_rows(const Matrix *m, const Operands *o, const int R, cons
     switch (is_low_bit(m->kind) && (R > LOW_BIT_TILE || P > panels_at_once(INT8, R)) ? -1 : m->kind) {
     case FP32: panels_fp32(o, R, P, H); break;
     case WIDENED:
-    case BF16: panels_bf16(o, R, P, H); break;
+    case BF16:
+        if (H == 2 && m->high) panels_coded(o, R, P);
+        else panels_bf16(o, R, P, H);
+        break;
     case INT8: panels_int8(o, R, P, H); break;
     case INT4: panels_int4(o, R, P, H); break;
     case STORED:
@@ -297,7 +322,7 @@ INLINE Operands operands_of(const Matrix *m, int panel, const char *x, size_t st
     }
     return (Operands){
         .weight = (const char *)m->weight + (size_t)panel * (size_t)units * UNIT,
-        .scale = (const uint16_t *)m->scale + (size_t)panel * (size_t)(n / GROUP) * 2 * PANEL,
+        .scale = (const uint16_t *)m->scale + (size_t)panel * (size_t)(n / GROUP) * 2 * PANEL, .matrix = m, .panel = panel,
         .x = x, .stride = stride, .out = out[0][0], .inputs = n, .units = units, .to = units,
     };
 }
@@ -310,9 +335,10 @@ INLINE void whole_panels(
     for (int p = 0, few; p < count; p += few) {
         Operands o = operands_of(m, panel + p, x, stride, out + p);
         if (turn > 0) {
-            size_t bytes = (size_t)o.units * UNIT, part = bytes / (size_t)(turns - 1);
-            o.next = o.weight + (size_t)(count - p) * bytes + (size_t)((turn - 1) * count + p) * part;
-            o.share = UNIT / (size_t)(turns - 1);
+            size_t bytes = m->next ? coded_bytes(m) : (size_t)o.units * UNIT, part = bytes / (size_t)(turns - 1);
+            o.next = m->next ? m->next + (size_t)panel * bytes : o.weight + (size_t)(count - p) * bytes;
+            o.next += (size_t)((turn - 1) * count + p) * part;
+            o.share = bytes / (size_t)o.units / (size_t)(turns - 1);
         }
         few = 1;
         int most = panels_at_once(m->kind, R);
@@ -341,10 +367,18 @@ static void panel_in_halves(const Matrix *m, int panel, const char *x, size_t st
     int tiles = (rows + tile_of(m) - 1) / tile_of(m), turns = 2 * tiles;
     int steps = (all.units + STEP - 1) / STEP, group = m->kind == STORED ? all.stored->bits : 8; /* units: one group, or two */
     int few = ((all.units + steps - 1) / steps + group - 1) / group * group;
-    all.share = (UNIT + (size_t)turns - 1) / (size_t)turns;
+    size_t unit = m->high ? CODED_BYTES / CODED_UNITS : UNIT;
+    all.share = (unit + (size_t)turns - 1) / (size_t)turns;
+    _Alignas(64) char decoded[STEP * UNIT];
+    const int64_t *exceptions = m->high ? m->exceptions + m->starts[panel] : NULL;
     for (all.from = 0; all.from < all.units; all.from = all.to) {
         all.to = all.units - all.from < few ? all.units : all.from + few;
         all.next = all.weight + (size_t)all.to * UNIT - (size_t)all.from * all.share; /* rebased to unit 0 */
+        if (m->high) { /* a step is decoded once for all rows */
+            exceptions = decode(m, panel, all.from, all.to, exceptions, decoded);
+            all.weight = decoded - (size_t)all.from * UNIT;
+            all.next = (const char *)m->weight + (size_t)panel * coded_bytes(m) + coded_at(all.to) - (size_t)all.from * all.share;
+        }
         for (int turn = 0; turn < turns; turn++) {
             Operands o = all;
             int half = turn % 2, first = share(rows, turn / 2, tiles), last = share(rows, turn / 2 + 1, tiles);
@@ -355,6 +389,9 @@ static void panel_in_halves(const Matrix *m, int panel, const char *x, size_t st
         }
     }
 }
+
+/* Turns of rows from which on panels in 12 bits are decoded to memory: each turn decodes in the shadow of tiles. */
+INLINE int least_turns(const Matrix *m) { return in_tiles(m) ? 5 : 2; }
 
 /* Rows in one call of panel_rows: parts of about the same size; of many rows, as many as pairs of whole panels take; with AMX,
  * whole tiles. */

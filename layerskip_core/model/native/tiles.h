@@ -42,9 +42,16 @@ static void shape_tiles(int upper, int lower) {
 
 INLINE void release_tiles(void) { _tile_release(); }
 
-/* A panel by the rows x; `two`: more than TILE_ROWS. */
-INLINE void panel_by_tiles(const uint16_t *w, int n, const char *x, size_t stride, const int two, float (*out)[PANEL]) {
+/* A panel by the rows x; `two`: more than TILE_ROWS. `coded`: the matrix and panel in 12 bits, of which each step's weights are
+ * decoded one step before: a tile is not read from the CPU's queue of stores. `next`: see Matrix. */
+INLINE void panel_by_tiles(
+    const uint16_t *w, int n, const char *x, size_t stride, const int two, const Matrix *coded, int panel, const char *next,
+    float (*out)[PANEL]
+) {
     const size_t step = 32 * PANEL, row_bytes = 4 * PANEL; /* of two inputs' weights, and of a row of sums */
+    _Alignas(64) uint16_t decoded[2][32 * PANEL];
+    const int64_t *exceptions = NULL;
+    if (coded) exceptions = decode(coded, panel, 0, 16, coded->exceptions + coded->starts[panel], (char *)decoded[0]);
     _tile_zero(0);
     _tile_zero(1);
     if (two) {
@@ -52,7 +59,17 @@ INLINE void panel_by_tiles(const uint16_t *w, int n, const char *x, size_t strid
         _tile_zero(3);
     }
     for (int i = 0; i < n; i += 32, w += step, x += 64) {
-        for (size_t k = 0; k < step; k += 32) fetch_line((const char *)(w + k) + AHEAD);
+        if (coded) {
+            int place = i / 32 % 2, unit = i / 2 + 16;
+            w = decoded[place];
+            if (i + 32 < n) exceptions = decode(coded, panel, unit, unit + 16, exceptions, (char *)decoded[1 - place]);
+            write_all_memory(decoded);
+        } else if (next) {
+            for (size_t k = 0; k < coded_at(16); k += 64) fetch_line_later(next + k);
+            next += coded_at(16);
+        } else {
+            for (size_t k = 0; k < step; k += 32) fetch_line((const char *)(w + k) + AHEAD);
+        }
         _tile_loadd(4, x, stride);
         _tile_loadd(6, w, row_bytes);
         _tile_loadd(7, w + 32, row_bytes);
@@ -79,9 +96,12 @@ static void shape_tiles_for(int rows) {
 /* A panel of a matrix by the rows x, for whose number the tiles were shaped. */
 static void panel_in_tiles(const Matrix *m, int panel, const char *x, size_t stride, int rows, float (*out)[PANEL]) {
     const uint16_t *w = (const uint16_t *)m->weight + (size_t)panel * PANEL * (size_t)m->inputs;
+    const char *next = m->next ? m->next + (size_t)panel * coded_bytes(m) : NULL;
     write_all_memory(out);
-    if (rows > TILE_ROWS) panel_by_tiles(w, m->inputs, x, stride, 1, out);
-    else panel_by_tiles(w, m->inputs, x, stride, 0, out);
+    if (m->high && rows > TILE_ROWS) panel_by_tiles(NULL, m->inputs, x, stride, 1, m, panel, NULL, out);
+    else if (m->high) panel_by_tiles(NULL, m->inputs, x, stride, 0, m, panel, NULL, out);
+    else if (rows > TILE_ROWS) panel_by_tiles(w, m->inputs, x, stride, 1, NULL, 0, next, out);
+    else panel_by_tiles(w, m->inputs, x, stride, 0, NULL, 0, next, out);
 }
 
 #else

@@ -1,0 +1,47 @@
+/* bf16 weights in 12 bits, without loss: the low byte as it is, and a code of 4 bits for the high byte (the sign and seven bits of
+ * the exponent), of which a panel has few: 16 are coded. The few weights with another high byte are exceptions.
+ *
+ * Two units of a panel, of two inputs each, take CODED_BYTES: 64 low bytes of each unit, then 64 bytes with the codes of the first
+ * unit in their low halves and those of the second in their high halves. Bytes stand in the order in which i_interleaved takes
+ * them, so a unit becomes the two vectors of a bf16 panel by one look-up and two interleaves.
+ *
+ * Matrix.high has 16 high bytes by panel. Matrix.exceptions has `place << 16 | bits` of each exception, ascending, where the place
+ * is that of the weight in the bf16 panels of the matrix; the last one's place is their end, so that no search passes it.
+ */
+#define CODED_UNITS 2
+#define CODED_BYTES 192
+
+INLINE size_t coded_at(int unit) { return (size_t)(unit / CODED_UNITS) * CODED_BYTES; }
+INLINE size_t coded_bytes(const Matrix *m) { return coded_at(m->inputs / 2); } /* of a panel */
+
+/* Units from..to-1 of a panel, as in bf16. `next`: the first exception at or after them; returns the first after them. */
+INLINE const int64_t *decode(const Matrix *m, int panel, int from, int to, const int64_t *next, char *out) {
+    const char *w = (const char *)m->weight + (size_t)panel * coded_bytes(m) + coded_at(from);
+    const int8_t *high = m->high + 16 * (size_t)panel;
+    char *unit = out;
+    for (int pair = from; pair < to; pair += CODED_UNITS, w += CODED_BYTES) {
+        for (int line = 0; line < CODED_BYTES; line += 64) fetch_line_later(w + SYSTEM_PAGE + line);
+        vi codes = i_load(w + 2 * 64);
+        for (int u = 0; u < CODED_UNITS; u++, unit += UNIT) {
+            vi lows = i_load(w + 64 * u), highs = i_lookup(high, codes, u);
+            i_store(unit, i_interleaved(lows, highs, 0)), i_store(unit + 64, i_interleaved(lows, highs, 1));
+        }
+    }
+    int64_t first = (int64_t)panel * PANEL * m->inputs + from * 2 * PANEL, end = first + (to - from) * 2 * PANEL;
+    for (; *next >> 16 < end; next++) {
+        uint16_t bits = (uint16_t)*next;
+        memcpy(out + 2 * ((*next >> 16) - first), &bits, 2);
+    }
+    return next;
+}
+
+/* Neighbouring panels in bf16, in `room`. Returns `decoded`, the matrix with these panels only. */
+static const Matrix *decode_panels(const Matrix *m, int panel, int count, char *room, Matrix *decoded) {
+    size_t bytes = (size_t)m->inputs * PANEL * 2;
+    for (int p = panel; p < panel + count; p++)
+        decode(m, p, 0, m->inputs / 2, m->exceptions + m->starts[p], room + (size_t)(p - panel) * bytes);
+    *decoded = *m;
+    decoded->high = NULL, decoded->weight = room - (size_t)panel * bytes; /* rebased to panel 0 */
+    decoded->next = (const char *)m->weight + (size_t)count * coded_bytes(m);
+    return decoded;
+}
