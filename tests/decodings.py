@@ -26,6 +26,16 @@ from layerskip_core.model.pages import PAGE, PagedCache
 
 PLAIN = DecodingConfig()
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}  # widths that the kernels run
+# What a row's statistics count, whatever batch it is in
+COUNTS = (
+    "prompt_tokens",
+    "new_tokens",
+    "drafted",
+    "accepted",
+    "rounds",
+    "tested_by_position",
+    "accepted_by_position",
+)
 
 
 def prompt_of(length, seed=0, vocabulary=67):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from attacking import examples
 from conftest import MIXERS, at, run_texts, tiny_model
-from decodings import answer_of, letters
+from decodings import COUNTS, answer_of, letters
 from exit_block_models import random_blocks
 from fp64 import compute_in_fp64
 from hypothesis import given
@@ -320,15 +320,6 @@ PACKING = {
     "int4 few drafts": PackingConfig(draft_weights=("int4",), draft_vocab=40),
     "few drafts": PackingConfig(draft_vocab=30),
 }
-COUNTS = (
-    "prompt_tokens",
-    "new_tokens",
-    "drafted",
-    "accepted",
-    "rounds",
-    "tested_by_position",
-    "accepted_by_position",
-)
 
 
 @cache

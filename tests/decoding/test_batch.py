@@ -5,7 +5,7 @@ from functools import cache
 import pytest
 import torch
 from conftest import tiny_model
-from decodings import WIDE, answer_of, letters, native_or_skip, prompt_of
+from decodings import COUNTS, WIDE, answer_of, letters, native_or_skip, prompt_of
 
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
@@ -29,27 +29,15 @@ def model_of(kind):
     return TorchBackend.of(tiny_model())
 
 
-COUNTS = (
-    "sequences",
-    "prompt_tokens",
-    "new_tokens",
-    "drafted",
-    "accepted",
-    "rounds",
-    "tested_by_position",
-    "accepted_by_position",
-)
-
-
 def alone(model, prompt, config, eos_ids=frozenset()):
     """Tokens, reason and all counts of a prompt that is decoded by itself."""
     ids, reason, stats = answer_of(model, prompt, config, eos_ids)
-    return ids, reason, *(getattr(stats, name) for name in COUNTS)
+    return ids, reason, *(getattr(stats, name) for name in ("sequences", *COUNTS))
 
 
 def together(model, prompts, config, eos_ids=frozenset()):
     return [
-        (one.ids, one.finish_reason, *(getattr(one.stats, name) for name in COUNTS))
+        (one.ids, one.finish_reason, *(getattr(one.stats, name) for name in ("sequences", *COUNTS)))
         for one in decode_batch(model, prompts, config, eos_ids, letters)
     ]
 

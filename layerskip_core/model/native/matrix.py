@@ -54,18 +54,18 @@ class MatrixForm:
 
     @property
     def parts(self) -> dict[str, Part]:
-        """Types and shapes of its tensors (P: panels):
+        """Types and shapes of its tensors, P panels of 32 outputs:
 
-        fp32: (P, inputs, 32) bf16, and widened (bf16 weights times fp32 rows): (P, inputs / 2, 32,
-        2), or in 12 bits: low bytes and codes (P, inputs / 4, 192), the 16 coded high bytes of a
-        panel (P, 16), and the weights with other high bytes as `place << 16 | bits`, see coded.h.
-        int8: levels plus 128, (P, inputs / 4, 32, 4), and fp32 scales (P, 32) int4: two levels
-        per byte, of inputs i and i + 16 of a group, (P, groups, 4, 32, 4); scale and lowest value
-        in bf16,
-            (P, groups, 2, 32)
-        stored: for the P panels of a type, levels in units of four bytes (P, groups * bits, 32),
-        fp16 scales of blocks and of
-            minima (P, blocks * 1 or 2, 32), and steps (P, steps * 1 or 2, 32)
+        - fp32: (P, inputs, 32).
+        - bf16, and widened (bf16 weights times fp32 rows): (P, inputs / 2, 32, 2). In 12 bits: low
+          bytes and codes (P, inputs / 4, 192), the 16 coded high bytes of a panel (P, 16), and the
+          weights with other high bytes as `place << 16 | bits`, see coded.h.
+        - int8: levels plus 128, (P, inputs / 4, 32, 4), and fp32 scales (P, 32).
+        - int4: two levels per byte, of inputs i and i + 16 of a group, (P, groups, 4, 32, 4); scale
+          and lowest value in bf16, (P, groups, 2, 32).
+        - stored: for the P panels of a type levels in units of four bytes, (P, groups * bits, 32);
+          fp16 scales of blocks and of minima, (P, blocks * 1 or 2, 32); steps, (P, steps * 1 or 2,
+          32).
 
         A bias is (P, 32) in fp32.
         """
