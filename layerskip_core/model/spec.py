@@ -482,6 +482,12 @@ class ModelSpec:
             shapes[f"{name}.bias"] = (size,)
         return shapes
 
+    @property
+    def has_plain_head(self) -> bool:
+        """Whether logits are the products of the head's weight, and nothing else."""
+        is_scaled = self.logits_divisor != 1 or self.logits_cap is not None
+        return not (is_scaled or self.architecture.head_bias)
+
     def scaled_logits(self, logits: "Tensor") -> "Tensor":
         """Logits after the architecture's division and soft cap."""
         if self.logits_divisor != 1:
