@@ -78,13 +78,13 @@ _FALCON = Architecture(
 
 
 def _mamba2(
-    block: str, taps: str, biased: tuple[str, str], sizes: tuple[str, ...], limits: str
+    block: str, kernel_size: str, biased: tuple[str, str], sizes: tuple[str, ...], limits: str
 ) -> Mixer:
     return Mixer(
         "linear_attention",
         (f"{block}.in_proj", f"{block}.out_proj"),
         f"{block}.conv1d",
-        taps,
+        kernel_size,
         biased,
         rates=(f"{block}.A_log", f"{block}.dt_bias", f"{block}.D"),
         norm=f"{block}.norm",
@@ -175,7 +175,7 @@ _GRANITE_EXPERTS = Experts(
         "block_sparse_moe.experts.down_proj": ("block_sparse_moe.output_linear.weight",),
     },
     router="block_sparse_moe.router",
-    block="block_sparse_moe.experts.",
+    prefix="block_sparse_moe.experts.",
 )
 
 _GRANITE_MOE_HYBRID = replace(

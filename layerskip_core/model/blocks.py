@@ -267,7 +267,7 @@ def from_gguf_shape(name: str, shapes: list[tuple[int, ...]], spec: ModelSpec) -
     shape = shapes[0]
     if mixer is not None and name.endswith(f".{mixer.convolution}.weight"):
         return shape[0], 1, *shape[1:]
-    if experts is None or experts.block not in name:
+    if experts is None or experts.prefix not in name:
         return shape
     joined = shape[0], shape[1] * len(shapes), *shape[2:]
     return joined[:1] + joined[:0:-1] if experts.by_inputs else joined
@@ -289,7 +289,7 @@ def from_gguf(
     sizes = spec.recurrence
     weight = parts[0]
     kind = name.split(".")[-2]
-    if experts is not None and experts.block in name:
+    if experts is not None and experts.prefix in name:
         if not experts.by_inputs:
             return torch.cat(parts, 1)
         parts = [*weight.chunk(2, 1)] if ".gate_up_" in name and len(parts) == 1 else parts

@@ -258,10 +258,10 @@ class Values:
     ) -> "RecurrenceSpec | None":
         if (mixer := architecture.mixer) is None or mixer.kind not in kinds:
             return None
-        taps = _checked(getattr(config, mixer.taps, None), _Width, mixer.taps)
+        kernel_size = _checked(getattr(config, mixer.kernel_size, None), _Width, mixer.kernel_size)
         projections, convolution = (is_on(switch, config) for switch in mixer.biased)
         if not mixer.sizes:
-            return RecurrenceSpec(taps, 0, 1, 0, self.hidden_size, projections, convolution)
+            return RecurrenceSpec(kernel_size, 0, 1, 0, self.hidden_size, projections, convolution)
         key_heads, heads, key_dim, value_dim = (
             _checked(getattr(config, name, None), _Width, name) for name in mixer.sizes
         )
@@ -273,7 +273,7 @@ class Values:
         )
         limits = None if mixer.limits is None else _limits(config, mixer.limits)
         sizes = RecurrenceSpec(
-            taps, key_heads, heads, key_dim, value_dim, projections, convolution, limits
+            kernel_size, key_heads, heads, key_dim, value_dim, projections, convolution, limits
         )
         _require(
             sizes.channels <= _MOST_WIDTH,
@@ -381,7 +381,7 @@ class ExpertsSpec:
 class RecurrenceSpec:
     """The short convolutions and recurrences of a model, in layers without attention."""
 
-    taps: int
+    kernel_size: int
     key_heads: int  # 0 where there is no recurrence
     heads: int
     key_dim: int
@@ -418,7 +418,7 @@ class RecurrenceSpec:
     def shapes(self, mixer: Mixer, hidden: int) -> dict[str, tuple[int, ...]]:
         """Names and shapes of a layer's weights between its projections."""
         shapes: dict[str, tuple[int, ...]] = {
-            f"{mixer.convolution}.weight": (self.channels, 1, self.taps)
+            f"{mixer.convolution}.weight": (self.channels, 1, self.kernel_size)
         }
         if self.biased_convolution:
             shapes[f"{mixer.convolution}.bias"] = (self.channels,)

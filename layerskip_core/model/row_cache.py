@@ -10,12 +10,12 @@ from torch import Tensor
 
 from .cache import Indices, KVCache, Places
 
-_BLOCK = 64  # positions by which tensors grow and are read: a multiple of the kernels' tiles
+_STRIDE = 64  # positions by which tensors grow and are read: a multiple of the kernels' tiles
 _AHEAD = 256  # least number of positions allocated ahead, unless the text ends earlier
 
 
 def _in_blocks(count: int) -> int:
-    return -(-count // _BLOCK) * _BLOCK
+    return -(-count // _STRIDE) * _STRIDE
 
 
 class RowCache(KVCache):

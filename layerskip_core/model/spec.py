@@ -29,7 +29,7 @@ from .variants import Architecture, Names, TokenInputs
 if TYPE_CHECKING:
     from torch import Tensor
 
-Block = Literal["attention", "mlp", "mixer"]  # mixer: in place of attention
+Sublayer = Literal["attention", "mlp", "mixer"]  # mixer: in place of attention
 Shapes = Mapping[str, tuple[int, ...]]
 _CONTEXTS = (
     "max_position_embeddings",
@@ -43,8 +43,8 @@ _USUAL_CONTEXT = 2048  # of a model without a limit of its own, such as BLOOM
 
 
 class Projections(NamedTuple):
-    """The linear maps of a block: inward ones, which read the hidden states, and the last, which
-    gives the block's output.
+    """The linear maps of a sublayer: inward ones, which read the hidden states, and the last, which
+    gives the sublayer's output.
     """
 
     names: tuple[str, ...]
@@ -135,7 +135,7 @@ class ModelSpec:
     tied: bool  # whether the head is the embedding
     attention_scale: float
     embedding_scale: float
-    residual_scale: float  # of a block's output
+    residual_scale: float  # of a sublayer's output
     logits_divisor: float
     score_cap: float | None  # c of c * tanh(score / c)
     logits_cap: float | None
@@ -356,13 +356,13 @@ class ModelSpec:
     def parameters(self) -> int:
         return sum(map(prod, self.shapes.values()))
 
-    def projections(self, block: Block) -> Projections:
+    def projections(self, sublayer: Sublayer) -> Projections:
         of = self.architecture
-        if block == "mlp":
+        if sublayer == "mlp":
             names = tuple(self.names.mlp + name for name in of.mlp_projections)
             widths: tuple[int, ...] = (self.inner,) * (2 if of.gated else 1)
             return Projections(names, widths, self.inner, (self.mlp_bias, self.mlp_bias))
-        if block == "attention":
+        if sublayer == "attention":
             names = tuple(self.names.attention + name for name in of.attention_projections)
             queries = 2 * self.queries if of.gates_attention else self.queries
             biases = (self.query_bias, self.output_bias)
@@ -374,11 +374,11 @@ class ModelSpec:
         biases = (mixer.biased, mixer.biased)
         return Projections(of.mixer.projections, mixer.widths, mixer.outputs, biases)
 
-    def blocks_of(self, layer: int) -> tuple[Block, ...]:
-        """The blocks of a layer in order. Experts count as an MLP."""
+    def sublayers_of(self, layer: int) -> tuple[Sublayer, ...]:
+        """The sublayers of a layer in order. Experts count as an MLP."""
         if self.kinds[layer] == MLP:
             return ("mlp",)
-        first: Block = "attention" if self.kinds[layer] in LAYER_KINDS else "mixer"
+        first: Sublayer = "attention" if self.kinds[layer] in LAYER_KINDS else "mixer"
         return (first,) if self.architecture.one_block else (first, "mlp")
 
     def norm_names(self, layer: int) -> tuple[str | None, ...]:
@@ -386,7 +386,7 @@ class ModelSpec:
         queries, of keys; None for none.
         """
         norms = self.architecture.norms
-        attends = "attention" in self.blocks_of(layer)
+        attends = "attention" in self.sublayers_of(layer)
         if self.architecture.query_key_norms == "none" or not attends:
             return (*norms, None, None)
         query = self.names.attention + self.names.query_norm
@@ -399,14 +399,14 @@ class ModelSpec:
         shapes: dict[str, tuple[int, ...]] = {}
         experts = self.experts_of(index)
         of_layer = self.of_layer(index)
-        blocks = self.blocks_of(index)
-        for block in blocks if experts is None else blocks[:-1]:
-            shapes |= of_layer.block_projections(block)
+        sublayers = self.sublayers_of(index)
+        for sublayer in sublayers if experts is None else sublayers[:-1]:
+            shapes |= of_layer.sublayer_projections(sublayer)
         if self.architecture.transposed:
             shapes = {name: shape[::-1] for name, shape in shapes.items()}
         if experts is not None:
             shapes |= self._expert_shapes(experts)
-        if "mixer" in blocks:
+        if "mixer" in sublayers:
             assert self.architecture.mixer is not None and self.recurrence is not None
             shapes |= self.recurrence.shapes(self.architecture.mixer, self.hidden)
         per_head = self.architecture.query_key_norms == "head"
@@ -430,9 +430,9 @@ class ModelSpec:
                 shapes[f"{self.names.mlp}act_fn.alpha_{part}"] = (1,)
         return shapes
 
-    def block_projections(self, block: Block) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the weights of a block's linear maps."""
-        (*inward, back), outputs, inputs, (inner_bias, outer_bias) = self.projections(block)
+    def sublayer_projections(self, sublayer: Sublayer) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the weights of a sublayer's linear maps."""
+        (*inward, back), outputs, inputs, (inner_bias, outer_bias) = self.projections(sublayer)
         widths = outputs if len(inward) == len(outputs) else (sum(outputs),)
         shapes: dict[str, tuple[int, ...]] = {}
         for name, width in zip(inward, widths, strict=True):
@@ -454,9 +454,9 @@ class ModelSpec:
         maps["down_proj"] = (self.hidden, experts.inner)
         for name, (outputs, inputs) in maps.items():
             shape = (inputs, outputs) if names.by_inputs else (outputs, inputs)
-            shapes[names.block + name] = (experts.count, *shape)
+            shapes[names.prefix + name] = (experts.count, *shape)
             if self.mlp_bias:
-                shapes[f"{names.block}{name}_bias"] = (experts.count, outputs)
+                shapes[f"{names.prefix}{name}_bias"] = (experts.count, outputs)
         if self.mlp_bias:
             shapes[f"{names.router}.bias"] = (experts.count,)
         if names.shared:

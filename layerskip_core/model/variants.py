@@ -48,7 +48,7 @@ class Experts:
     # By name: the parts in checkpoints, stacked by rows; {} is an expert's index
     stored: Mapping[str, tuple[str, ...]]
     router: str = "mlp.gate"
-    block: str = "mlp.experts."
+    prefix: str = "mlp.experts."
     inner: str = "intermediate_size"
     normalised: bool | str = True  # softmax over the chosen experts, else over all
     # By `decoder_sparse_step` and `mlp_only_layers`; other layers have an MLP
@@ -64,13 +64,13 @@ class Mixer:
     """A short convolution in place of attention in some layers, perhaps with a recurrence: a gated
     delta rule (Yang et al., 2024), or Mamba-2 (Dao and Gu, 2024).
 
-    `taps`, `biased`, `sizes` and `limits` name values of config.json.
+    `kernel_size`, `biased`, `sizes` and `limits` name values of config.json.
     """
 
     kind: str  # in layer_types
     projections: tuple[str, ...]  # of the hidden states; the last one of the output
     convolution: str
-    taps: str
+    kernel_size: str
     biased: tuple[str | bool, str | bool] = (False, False)  # projections, convolution
     # Projections of steps and decays; Mamba-2 projects them with the rest
     steps: tuple[str, ...] = ()
@@ -186,6 +186,11 @@ class Architecture:
             switches += [self.experts.inner, self.experts.normalised, self.experts.shared_inner]
         if self.mixer is not None:
             read |= {"layer_types"}
-            switches += [self.mixer.taps, *self.mixer.biased, *self.mixer.sizes, self.mixer.limits]
+            switches += [
+                self.mixer.kernel_size,
+                *self.mixer.biased,
+                *self.mixer.sizes,
+                self.mixer.limits,
+            ]
         named = (self.values.get(name, name) for name in read)
         return {name for name in (*named, *switches, *self.needs) if isinstance(name, str)}

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from .blocks import BlockRows, plain
-from .spec import Block, ModelSpec, Shapes, check_shape
+from .spec import ModelSpec, Shapes, Sublayer, check_shape
 
 GROUP_SIZE = 32  # inputs that share a scale: 5 bits per weight, and a divisor of most widths
 LEVELS = 16
@@ -183,24 +183,24 @@ class Affine(NamedTuple):
 # `Weights.of` does.
 
 
-def block_inputs(weights: Weights, spec: ModelSpec, block: Block) -> Iterator[Affine]:
-    """The inward projections of a block, read one after the other: query, key, value (and gate of
+def sublayer_inputs(weights: Weights, spec: ModelSpec, sublayer: Sublayer) -> Iterator[Affine]:
+    """The inward projections of a sublayer, read one after the other: query, key, value (and gate of
     the query); gate and up, or up alone in an ungated MLP.
     """
-    (*names, _), outputs, *_ = spec.projections(block)
+    (*names, _), outputs, *_ = spec.projections(sublayer)
     parts: Iterable[Affine]
     if len(names) == len(outputs):
         parts = (affine(weights, name, spec) for name in names)
     else:
         fused = affine(weights, names[0], spec)
         parts = starmap(
-            Affine, zip(*(_split(part, spec, block, outputs) for part in fused), strict=True)
+            Affine, zip(*(_split(part, spec, sublayer, outputs) for part in fused), strict=True)
         )
     gates = []
     for index, part in enumerate(parts):
-        if block == "attention" and index == 0 and spec.architecture.gates_attention:
+        if sublayer == "attention" and index == 0 and spec.architecture.gates_attention:
             part, *gates = _with_gates(part, spec)
-        yield _halved(part, spec) if block == "attention" and index < 2 else part
+        yield _halved(part, spec) if sublayer == "attention" and index < 2 else part
     yield from gates
 
 
@@ -227,14 +227,14 @@ def by_key_head(rows: Tensor, spec: ModelSpec, *sizes: int) -> list[Tensor]:
 
 
 def _split(
-    fused: Tensor | None, spec: ModelSpec, block: Block, outputs: tuple[int, ...]
+    fused: Tensor | None, spec: ModelSpec, sublayer: Sublayer, outputs: tuple[int, ...]
 ) -> Iterable[Tensor | None]:
     """Splits fused projections into (outputs, ...) each."""
     mixer = spec.architecture.mixer
     sizes = spec.recurrence
     if fused is None:
         return (None,) * len(outputs)
-    if block == "mixer" and mixer is not None and mixer.by_head and sizes is not None:
+    if sublayer == "mixer" and mixer is not None and mixer.by_head and sizes is not None:
         values = sizes.outputs // sizes.key_heads
         *convolved, gates = by_key_head(fused, spec, sizes.key_dim, sizes.key_dim, values, values)
         return torch.cat(convolved), gates
@@ -259,8 +259,8 @@ def _halved(part: Affine, spec: ModelSpec) -> Affine:
     return Affine(moved(part.weight), None if part.bias is None else moved(part.bias))
 
 
-def block_output(weights: Weights, spec: ModelSpec, block: Block) -> Affine:
-    return affine(weights, spec.projections(block).names[-1], spec)
+def sublayer_output(weights: Weights, spec: ModelSpec, sublayer: Sublayer) -> Affine:
+    return affine(weights, spec.projections(sublayer).names[-1], spec)
 
 
 def router(weights: Weights, spec: ModelSpec) -> Affine:
@@ -306,11 +306,11 @@ def expert_outputs(weights: Weights, spec: ModelSpec) -> Iterator[Affine]:
 def _experts(weights: Weights, spec: ModelSpec, name: str) -> Iterator[Affine]:
     """A projection of each expert, (out, in)."""
     assert spec.architecture.experts is not None
-    name = spec.architecture.experts.block + name
+    name = spec.architecture.experts.prefix + name
     all_rows = weights.of(name)
     biases = weights.of(f"{name}_bias") if spec.mlp_bias else None
     for expert, rows in enumerate(all_rows):
-        turned = spec.architecture.experts.by_inputs and not is_stored(rows)
+        turned = spec.architecture.experts.by_inputs and not is_int4_bytes(rows)
         yield Affine(rows.T if turned else rows, None if biases is None else biases[expert])
 
 
@@ -320,7 +320,7 @@ def sinks(weights: Weights, spec: ModelSpec) -> Tensor | None:
 
 
 def convolution(weights: Weights, spec: ModelSpec) -> Affine:
-    """The filters (channels, taps) of a layer's convolution."""
+    """The filters (channels, kernel size) of a layer's convolution."""
     assert spec.architecture.mixer is not None
     weight, bias = affine(weights, spec.architecture.mixer.convolution, spec)
     return Affine(weight[:, 0], bias)
@@ -407,17 +407,17 @@ def named_int4(implementation: str, calibrated: bool) -> str:
     return implementation.replace("int4", "calibrated int4") if calibrated else implementation
 
 
-def is_stored(weight: Tensor) -> bool:
+def is_int4_bytes(weight: Tensor) -> bool:
     """Whether a weight is rows of bytes."""
     return weight.dtype == torch.uint8
 
 
 def inputs_of(weight: Tensor) -> int:
     """The width of the inputs of a weight (out, in), or of its rows of bytes."""
-    return weight.shape[1] // _BYTES * GROUP_SIZE if is_stored(weight) else weight.shape[1]
+    return weight.shape[1] // _BYTES * GROUP_SIZE if is_int4_bytes(weight) else weight.shape[1]
 
 
-def stored_shape(outputs: int, inputs: int) -> tuple[int, int]:
+def int4_bytes_shape(outputs: int, inputs: int) -> tuple[int, int]:
     """The shape of a weight (out, in) as rows of bytes."""
     return outputs, inputs // GROUP_SIZE * _BYTES
 
@@ -426,7 +426,7 @@ def int4_of(weight: Tensor) -> Int4:
     """Decodes rows of bytes, or rounds a weight to nearest levels between the least and the
     greatest of each group.
     """
-    if is_stored(weight):
+    if is_int4_bytes(weight):
         packed, factors = torch.split(
             weight.view(len(weight), -1, _BYTES), [GROUP_SIZE // 2, 4], dim=-1
         )
@@ -446,7 +446,7 @@ def int4_of(weight: Tensor) -> Int4:
     return Int4(levels.view_as(weight), scale, low)
 
 
-def stored(weight: Int4) -> Tensor:
+def int4_bytes(weight: Int4) -> Tensor:
     """Encodes a weight as rows of bytes."""
     outputs, groups = weight.scale.shape
     halves = weight.levels.view(outputs, groups, 2, GROUP_SIZE // 2)

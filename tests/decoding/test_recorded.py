@@ -132,7 +132,7 @@ def test_a_text_that_outgrows_the_cache_is_recorded_anew(
     """A later text goes on with the recordings, but for a short one after a long one: that would
     attend to many places.
     """
-    monkeypatch.setattr(row_cache, "_BLOCK", 16)
+    monkeypatch.setattr(row_cache, "_STRIDE", 16)
     monkeypatch.setattr(row_cache, "_AHEAD", 8)
     monkeypatch.setattr(graphs, "_WORTH_KEEPING", 32)
     long = replace(config, max_new_tokens=40)

@@ -68,7 +68,7 @@ def suits_kernels(
         widths += [of_layer.inner, of_layer.queries]
     recurrence = spec.recurrence
     if recurrence is not None:
-        if recurrence.taps > MOST_TAPS or recurrence.key_dim > LARGEST_KEY:
+        if recurrence.kernel_size > MOST_TAPS or recurrence.key_dim > LARGEST_KEY:
             return False
         widths.append(recurrence.outputs)
     low_bit = packing is not None and bool(packing.quantize or packing.draft_weights)

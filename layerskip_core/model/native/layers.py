@@ -20,8 +20,6 @@ from ..weights import (
     Weights,
     activation_factors,
     affine,
-    block_inputs,
-    block_output,
     expert_inputs,
     expert_outputs,
     joined,
@@ -29,6 +27,8 @@ from ..weights import (
     norm_weights,
     router,
     sinks,
+    sublayer_inputs,
+    sublayer_output,
 )
 from .compiled import ACTIVATIONS, CCall, CLayer, CNorm, CShape, CTokenInputs, Kernels
 from .matrix import PANEL, MatrixForm, NativeMatrix, PackMatrix
@@ -56,8 +56,8 @@ class Engine:
         self.layer_shapes = {
             head_dim: _shape_of(of_layer, dtype) for head_dim, of_layer in sizes.items()
         }
-        # A block's output needs a buffer of its own only where a norm follows it
-        block_output = spec.hidden if any(spec.architecture.norms[1::2]) else 0
+        # A sublayer's output needs a buffer of its own only where a norm follows it
+        sublayer_output = spec.hidden if any(spec.architecture.norms[1::2]) else 0
         chosen, expert = (spec.experts.choices, spec.experts.inner) if spec.experts else (0, 0)
         inner = max([spec.inner, *(size.inner for size in spec.sizes)])
         steps = 0
@@ -73,7 +73,7 @@ class Engine:
             steps = 2 * recurrence.heads if recurrence.key_heads else 0  # steps and decays
         slices = spec.layers * spec.token_width if spec.token_inputs else 0
         # Of a row in each of the buffers that all layers share
-        self.widths = (read, mixed, inside, block_output, steps, slices)
+        self.widths = (read, mixed, inside, sublayer_output, steps, slices)
         self.formed_bytes = 0  # of the largest row in the layout that kernels read
         # MTP and EAGLE-3 read two states
         self.make_room(max(2 * spec.hidden, mixed, inner, expert))
@@ -248,7 +248,7 @@ class NativeLayer:
         if spec.experts_of(index) is not None:
             others["router"], others["router_bias"] = router(weights, spec)
         self._recurrence = None
-        if (first := spec.blocks_of(index)[0]) == "mixer":
+        if (first := spec.sublayers_of(index)[0]) == "mixer":
             self._recurrence = NativeRecurrence(weights, spec, index)
         elif first == "attention":
             others["sinks"] = sinks(weights, spec)
@@ -283,19 +283,19 @@ def _layer_matrices(
 ) -> dict[str, NativeMatrix]:
     """A layer's matrices by their names in CLayer. `spec`: that of the layer."""
     matrices = dict[str, NativeMatrix]()
-    blocks = spec.blocks_of(index)
+    sublayers = spec.sublayers_of(index)
     biased = spec.mlp_bias
 
     def add(name: str, form: MatrixForm, read: Callable[[], Iterable[Affine]]) -> None:
         matrices[name] = pack(f"layers.{index}.{name}", form, read)
 
-    if (first := blocks[0]) != "mlp":
+    if (first := sublayers[0]) != "mlp":
         _, widths, mixed, (qkv_bias, output_bias) = spec.projections(first)
         qkv = MatrixForm(kind, spec.hidden * (1 + reads_feature), sum(widths), biased=qkv_bias)
-        add("qkv", qkv, lambda: joined(block_inputs(weights, spec, first), PANEL))
+        add("qkv", qkv, lambda: joined(sublayer_inputs(weights, spec, first), PANEL))
         output = MatrixForm(kind, mixed, spec.hidden, biased=output_bias)
-        add("output", output, lambda: [block_output(weights, spec, first)])
-    if "mlp" in blocks:
+        add("output", output, lambda: [sublayer_output(weights, spec, first)])
+    if "mlp" in sublayers:
         experts = spec.experts_of(index)
         inner, count = (
             (experts.inner, experts.count + experts.shared) if experts else (spec.inner, 1)
@@ -305,13 +305,17 @@ def _layer_matrices(
         add(
             "up",
             up,
-            lambda: expert_inputs(weights, spec) if experts else block_inputs(weights, spec, "mlp"),
+            lambda: (
+                expert_inputs(weights, spec) if experts else sublayer_inputs(weights, spec, "mlp")
+            ),
         )
         add(
             "down",
             down,
             lambda: (
-                expert_outputs(weights, spec) if experts else [block_output(weights, spec, "mlp")]
+                expert_outputs(weights, spec)
+                if experts
+                else [sublayer_output(weights, spec, "mlp")]
             ),
         )
     if (inputs := spec.token_inputs) is not None:

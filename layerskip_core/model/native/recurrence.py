@@ -22,7 +22,7 @@ def memory_of(spec: ModelSpec) -> tuple[int, int, int]:
         return 0, 0, 0
     state, entry = _layer_bytes(spec)
     count = spec.kinds.count(spec.architecture.mixer.kind)
-    return count * state, count * entry, spec.recurrence.taps
+    return count * state, count * entry, spec.recurrence.kernel_size
 
 
 class NativeRecurrence:
@@ -76,7 +76,7 @@ class NativeRecurrence:
             }
         self._structure = CRecurrence(
             kind=kind,
-            taps=sizes.taps,
+            taps=sizes.kernel_size,
             channels=sizes.channels,
             width=sum(sizes.widths),
             **columns,
