@@ -298,7 +298,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             sizes=("n_groups", "mamba_num_heads", "ssm_state_size", "mamba_head_dim"),
             limits="time_step_min",
         ),
-        one_block=True,
+        one_sublayer=True,
         gated=False,
         activation="mlp_hidden_act",
         uses=("head_dim",),

@@ -178,7 +178,7 @@ class Values:
             known = (
                 LAYER_KINDS
                 if mixer is None
-                else (FULL, mixer.kind, *((MLP,) if architecture.one_block else ()))
+                else (FULL, mixer.kind, *((MLP,) if architecture.one_sublayer else ()))
             )
             _require(
                 {*listed} <= {*known},

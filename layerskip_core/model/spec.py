@@ -379,7 +379,7 @@ class ModelSpec:
         if self.kinds[layer] == MLP:
             return ("mlp",)
         first: Sublayer = "attention" if self.kinds[layer] in LAYER_KINDS else "mixer"
-        return (first,) if self.architecture.one_block else (first, "mlp")
+        return (first,) if self.architecture.one_sublayer else (first, "mlp")
 
     def norm_names(self, layer: int) -> tuple[str | None, ...]:
         """Names of a layer's norms before and after attention, before and after the MLP, of

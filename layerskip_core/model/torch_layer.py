@@ -68,7 +68,7 @@ def missing_feature(spec: AnySpec, native: bool = False) -> str | None:
     if spec.clip is not None:
         return f"projections clipped at {spec.clip:g}"
     features = {
-        "recurrent layers": spec.recurrence is not None or spec.architecture.one_block,
+        "recurrent layers": spec.recurrence is not None or spec.architecture.one_sublayer,
         "gated attention": spec.architecture.gates_attention,
         "attention sinks": spec.architecture.sinks,
         "shared experts": spec.experts is not None and spec.experts.shared_inner,

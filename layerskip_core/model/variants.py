@@ -152,7 +152,7 @@ class Architecture:
     biases: Biases = _IN_ATTENTION
     experts: Experts | None = None
     mixer: Mixer | None = None
-    one_block: bool = False  # a layer is attention, the mixer, or an MLP
+    one_sublayer: bool = False  # a layer is attention, the mixer, or an MLP
     gated: bool = True  # act(gate) * up; else act(first projection)
     activation: str | None = "hidden_act"
     default_activation: str = "silu"

@@ -71,7 +71,7 @@ def backend_of(model_type, precision="fp32"):
         blocks = replace(
             blocks, eagle3=random_eagle3(ModelSpec.of(model.config)), mtp=random_blocks(model, MTP)
         )
-    return native_or_skip(model, packing, exit_blocks=blocks)
+    return native_or_skip(model, packing, stored_drafters=blocks)
 
 
 def drafting(name, precision="fp32", drafts=4, **options):

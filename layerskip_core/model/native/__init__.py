@@ -15,7 +15,7 @@ from ...errors import CheckpointError
 from ..backend import Chosen, DraftBlock, DraftKernel, TokenPass, choose_by_head
 from ..configuration import SLIDING
 from ..eagle3 import UNSUITED, Eagle3Weights
-from ..exit_blocks import INPUT_NORMS, MTP, ExitBlocks
+from ..exit_blocks import INPUT_NORMS, MTP, StoredDrafters
 from ..pages import PAGE, PagePool
 from ..repacked import RepackedBackend
 from ..spec import AnySpec, ModelSpec
@@ -247,11 +247,13 @@ class NativeBackend(RepackedBackend):
             of_head = (packing.draft_head or "int8") if packing.draft_weights else packing.quantize
         return kind, of_head
 
-    def _drafters(self, exit_blocks: ExitBlocks, packing: PackingConfig) -> dict[str, DraftBlock]:
-        found = super()._drafters(exit_blocks, packing)
-        if exit_blocks.assistant is not None:
+    def _drafters(
+        self, stored_drafters: StoredDrafters, packing: PackingConfig
+    ) -> dict[str, DraftBlock]:
+        found = super()._drafters(stored_drafters, packing)
+        if stored_drafters.assistant is not None:
             target = self._target(self.spec, packing)
-            found["mtp"] = NativeAssistant(target, exit_blocks.assistant)
+            found["mtp"] = NativeAssistant(target, stored_drafters.assistant)
         return found
 
     def _target(self, spec: ModelSpec, packing: PackingConfig) -> Target:
