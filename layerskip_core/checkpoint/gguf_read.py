@@ -17,10 +17,11 @@ from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError, first_line
 from ..model import ModelSpec
-from ..model.blocks import FORMS, block_rows, from_gguf, from_gguf_shape, gguf_parts
+from ..model.blocks import FORMS, block_rows
 from ..model.exit_blocks import MTP, MTP_LAYOUTS, StoredDrafters
 from ..model.rope import llama3_factors
 from ..model.transformers_backend import attention_for
+from .gguf_layouts import from_gguf, from_gguf_shape, gguf_parts
 
 _TOKENS = {
     "bos": "bos_token_id",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..checkpoint.folder import EXIT_BLOCKS_FILE, MTP_FILE
 from ..checkpoint.locate import ModelRef
+from ..checkpoint.model_weights import block_weights, copy_into
 from ..checkpoint.shipped import mtp_content, read_mtp
 from ..checkpoint.sidecars import exit_blocks_content
 from ..config.resolution import require_exit_layer
@@ -25,7 +26,6 @@ from ..model import Backend, TransformersBackend
 from ..model.backend import states_at
 from ..model.cache import Places
 from ..model.exit_blocks import INPUT_NORMS, MTP, NO_STORED_DRAFTERS, ExitBlock, StoredDrafters
-from ..model.weights import block_weights, copy_into
 from ..processor import available_memory
 from .encoding import EncodedRow
 from .progress import restore

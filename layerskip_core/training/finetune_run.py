@@ -17,6 +17,7 @@ from ..checkpoint.folder import EXIT_BLOCKS_FILE, MTP_FILE
 from ..checkpoint.info import EXIT_BLOCKS, CheckpointInfo
 from ..checkpoint.loaded import Trainable, decoder_of
 from ..checkpoint.locate import ModelRef, adapters_of
+from ..checkpoint.model_weights import cast_weights
 from ..checkpoint.open import for_decoding, for_training, outline
 from ..checkpoint.save import RUN_FILES, refuse_overwrite, save_checkpoint
 from ..checkpoint.shipped import files_of_shipped, read_stored_drafters, shipped_by
@@ -28,7 +29,6 @@ from ..errors import ConfigError
 from ..model.exit_blocks import NO_STORED_DRAFTERS, ExitBlock
 from ..model.spec import AnySpec
 from ..model.vocabulary import ORDER_FILE
-from ..model.weights import cast_weights
 from ..splits import HeldOut
 from . import data
 from .answers import ModelAnswers, plan_replay

@@ -65,7 +65,7 @@ def suits_kernels(
         of_layer = spec.of_layer(layer)
         if of_layer.head_dim > _LARGEST_HEAD or of_layer.head_dim % 2:  # bf16 comes in pairs
             return False
-        widths += [of_layer.inner, of_layer.queries]
+        widths += [of_layer.inner, of_layer.query_width]
     recurrence = spec.recurrence
     if recurrence is not None:
         if recurrence.kernel_size > MOST_TAPS or recurrence.key_dim > LARGEST_KEY:
@@ -118,7 +118,6 @@ class NativeBackend(RepackedBackend):
         if pack is None:
             pack = packed if through is None else through(packed)
         self._pack = pack
-        self._scales = dict[int, float]()  # by layer
         super().__init__(spec, take, *arguments, **options)
         if not compiled.has_cheap_rows:
             # Arithmetic grows with cores, memory bandwidth hardly beyond two
@@ -172,6 +171,12 @@ class NativeBackend(RepackedBackend):
     def _prepare(self, packing: PackingConfig, weights: Weights) -> None:
         self._unrounded = "bf16" if self._embedding.dtype == torch.bfloat16 else "fp32"
         self._engine = Engine(self._kernels, self.spec, self._embedding.dtype)
+        self._layer_scales = [1.0] * self.spec.layers
+        scale = self.spec.architecture.layer_scale
+        if scale is not None:
+            for layer in range(self.spec.layers):
+                name = self.spec.layer_prefix(layer) + scale
+                self._layer_scales[layer] = float(weights.of(name))
         spec = self._chain_spec
         self._inputs = None
         inputs = self.spec.token_inputs
@@ -198,14 +203,17 @@ class NativeBackend(RepackedBackend):
     ) -> NativeLayer:
         # Packed files have no drafters
         pack = self._packed if weights.prefix.startswith(MTP.prefix) else self._pack
-        made = NativeLayer(pack, weights, self._chain_spec, index, low_bits or self._unrounded)
-        like = index if index < self.spec.layers else self.spec.attending[-1]
-        scale = self.spec.architecture.layer_scale
-        if scale and like == index:
-            self._scales[index] = float(weights.of(scale))
-        made.structure.slice = like
-        made.structure.scale = self._scales.get(like, 1.0)
-        return made
+        # An exit block has the scale, and the slice of token inputs, of the layer that it copies
+        copied = index if index < self.spec.layers else self.spec.attending[-1]
+        return NativeLayer(
+            pack,
+            weights,
+            self._chain_spec,
+            index,
+            low_bits or self._unrounded,
+            token_slice=copied,
+            scale=self._layer_scales[copied],
+        )
 
     def _head_of(
         self,
