@@ -119,14 +119,14 @@ MTP_LAYOUTS = (
 
 
 @dataclass(frozen=True)
-class ExitBlocks:
+class StoredDrafters:
     """The exit blocks of a model with their weights, and its drafters."""
 
     blocks: tuple[ExitBlock, ...]  # by ascending exits
     take: Take  # weights by the names of `ExitBlock.shapes`
     eagle3: Eagle3Weights | None = None  # the drafter in the EAGLE-3 layout
     # The drafter that the checkpoint ships, with the block MTP alone
-    mtp: "ExitBlocks | None" = None
+    mtp: "StoredDrafters | None" = None
     layout: MtpLayout = MTP_LAYOUTS[0]  # of the file of `mtp`
     assistant: Assistant | None = None  # the drafter that is shipped beside the model
     # Of the model that the blocks were trained for, if the file has one
@@ -147,7 +147,7 @@ class ExitBlocks:
         return Weights(checked(take, shapes), shapes)
 
 
-NO_BLOCKS = ExitBlocks((), lambda name: None)
+NO_STORED_DRAFTERS = StoredDrafters((), lambda name: None)
 
 
 @dataclass(frozen=True)
@@ -236,7 +236,7 @@ def blocks_named(names: Iterable[str], num_layers: int) -> tuple[ExitBlock, ...]
     return tuple(map(ExitBlock, sorted(exits)))
 
 
-def with_blocks(spec: ModelSpec, blocks: ExitBlocks) -> ModelSpec:
+def with_drafter_layers(spec: ModelSpec, blocks: StoredDrafters) -> ModelSpec:
     """The model's spec with a further layer for each block (block k is layer L+k), then for each
     drafter, MTP first.
 

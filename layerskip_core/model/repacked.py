@@ -25,12 +25,12 @@ from .eagle3 import Eagle3Weights
 from .exit_blocks import (
     INPUT_NORMS,
     MTP,
-    NO_BLOCKS,
+    NO_STORED_DRAFTERS,
     ExitBlock,
-    ExitBlocks,
     PlacedBlock,
     PlacedMtp,
-    with_blocks,
+    StoredDrafters,
+    with_drafter_layers,
 )
 from .spec import ModelSpec
 from .vocabulary import EXIT_VOCABULARY, DraftVocabulary
@@ -146,7 +146,7 @@ class RepackedBackend(ABC):
         packing: PackingConfig | None = None,
         token_order: list[int] | None = None,
         int4: Take | None = None,
-        exit_blocks: ExitBlocks = NO_BLOCKS,
+        stored_drafters: StoredDrafters = NO_STORED_DRAFTERS,
         embedding: Tensor | None = None,
         stored: Take | None = None,
     ) -> None:
@@ -160,7 +160,7 @@ class RepackedBackend(ABC):
                 order. With an order, exits draft among its first EXIT_VOCABULARY tokens by default.
             int4: calibrated weights as rows of bytes, for int4 layers and heads; without them
                 weights are rounded to nearest.
-            exit_blocks: the model's blocks and drafters.
+            stored_drafters: the model's blocks and drafters.
             embedding: in place of the one from `take`.
             stored: rows of blocks of a GGUF file, for layers and heads without other low bits
                 (compiled kernels only).
@@ -171,7 +171,7 @@ class RepackedBackend(ABC):
         """
         packing = packing or PackingConfig()
         self.spec = spec
-        self._chain_spec = with_blocks(spec, exit_blocks)
+        self._chain_spec = with_drafter_layers(spec, stored_drafters)
         self._calibrated = int4
         self._stored = stored and checked(stored, spec.shapes)
         weights = Weights(checked(take, spec.shapes, spec.mapped), spec.shapes)
@@ -182,22 +182,22 @@ class RepackedBackend(ABC):
             positions = spec.names.positions
             self._learned = None if positions is None else weights.of(f"{positions}.weight")
             # If so, the head follows several norms
-            self._has_blocks = bool(exit_blocks.blocks or exit_blocks.mtp)
+            self._has_blocks = bool(stored_drafters.blocks or stored_drafters.mtp)
             self._prepare(packing, weights)
             norm = norm_weights(weights, spec.names.norm, spec)
-            mtp = exit_blocks.mtp
+            mtp = stored_drafters.mtp
             self._head, chains, drafting = self._headed_chains(
                 weights, norm, packing, token_order, mtp is not None
             )
             self.exit_blocks: dict[int, PlacedBlock] = {}
-            self._add_layers(chains, weights, exit_blocks)
+            self._add_layers(chains, weights, stored_drafters)
             runners = [self._layers_of(chain.layers, chain.exact) for chain in chains]
             self._layers = layers = runners[0]
             self.embed = layers.embed
             self.run_layers = layers.run_layers
             self.write_kv = layers.write_kv
             self.normed = self._norm(norm)
-            self.drafters = self._drafters(exit_blocks, packing)
+            self.drafters = self._drafters(stored_drafters, packing)
             if mtp is not None:
                 self.drafters["mtp"] = self._placed_mtp(
                     mtp, layers.num_layers, self._drafter_kinds(packing)[0], drafting
@@ -272,12 +272,14 @@ class RepackedBackend(ABC):
         """The precision of MTP's layer and of the head after it."""
         return packing.quantize, packing.quantize
 
-    def _drafters(self, exit_blocks: ExitBlocks, packing: PackingConfig) -> dict[str, DraftBlock]:
+    def _drafters(
+        self, stored_drafters: StoredDrafters, packing: PackingConfig
+    ) -> dict[str, DraftBlock]:
         """The drafters outside the chain of layers, except MTP."""
-        if exit_blocks.eagle3 is None:
+        if stored_drafters.eagle3 is None:
             return {}
         place = self._chain_spec.layers - 1
-        return {"eagle3": self.placed_eagle3(exit_blocks.eagle3, place, packing)}
+        return {"eagle3": self.placed_eagle3(stored_drafters.eagle3, place, packing)}
 
     @abstractmethod
     def placed_eagle3(
@@ -347,11 +349,13 @@ class RepackedBackend(ABC):
             at_exits[of_mtp] = drafting(of_mtp, lambda: head(of_mtp))[1]
         return verifying, chains, at_exits[of_mtp]
 
-    def _add_layers(self, chains: list[_Chain], weights: Weights, exit_blocks: ExitBlocks) -> None:
+    def _add_layers(
+        self, chains: list[_Chain], weights: Weights, stored_drafters: StoredDrafters
+    ) -> None:
         """Adds the chains' layers. Takes every weight once: at most one matrix (with copies, one
         layer) is in memory twice.
         """
-        of_blocks = exit_blocks.weights(self.spec, self._embedding)
+        of_blocks = stored_drafters.weights(self.spec, self._embedding)
         parts: list[tuple[int, Weights, ExitBlock | None]] = [
             *(
                 (index + 1, weights.below(self.spec.layer_prefix(index)), None)
@@ -359,7 +363,7 @@ class RepackedBackend(ABC):
             ),
             *(
                 (block.exit_layer, of_blocks.below(block.prefix), block)
-                for block in exit_blocks.blocks
+                for block in stored_drafters.blocks
             ),
         ]
         for place, (depth, stored, block) in enumerate(parts):
@@ -383,7 +387,7 @@ class RepackedBackend(ABC):
                         )
 
     def _placed_mtp(
-        self, mtp: ExitBlocks, place: int, low_bits: Quantization | None, head: DraftHead
+        self, mtp: StoredDrafters, place: int, low_bits: Quantization | None, head: DraftHead
     ) -> PlacedMtp:
         """The drafter that the checkpoint ships: layer `place`, in a chain of its own."""
         own = mtp.weights(self.spec, self._embedding).below(MTP.prefix)

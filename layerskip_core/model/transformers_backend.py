@@ -24,11 +24,11 @@ from .eagle3 import UNSUITED, Eagle3Weights
 from .exit_blocks import (
     INPUT_NORMS,
     MTP,
-    NO_BLOCKS,
+    NO_STORED_DRAFTERS,
     ExitBlock,
-    ExitBlocks,
     PlacedBlock,
     PlacedMtp,
+    StoredDrafters,
 )
 from .position_cache import Forward, hidden_of, replaced, with_hidden
 from .probe import cut_at_layers
@@ -64,14 +64,17 @@ class TransformersBackend:
     draft_model: Backend | None = None
 
     def __init__(
-        self, model: Any, exit_blocks: ExitBlocks = NO_BLOCKS, spec: ModelSpec | None = None
+        self,
+        model: Any,
+        stored_drafters: StoredDrafters = NO_STORED_DRAFTERS,
+        spec: ModelSpec | None = None,
     ) -> None:
         """Probes the model at once if our kernels do not run its type, else at first use.
 
         Raises CheckpointError for a model that cannot be cut at its layers, or an invalid
         configuration.
 
-        `exit_blocks`: frozen, for decoding. `spec`: the model's, if already read.
+        `stored_drafters`: frozen, for decoding. `spec`: the model's, if already read.
         """
         self.model = model
         self.config = model.config
@@ -87,13 +90,13 @@ class TransformersBackend:
             self.spec = TransformersSpec.of(self.model, self.num_layers, self.block_originals())
         self._blocks: list[tuple[nn.Module, int]] = []
         self.exit_blocks: dict[int, PlacedBlock] = {}
-        for block in exit_blocks.blocks:
-            self.exit_blocks[block.exit_layer] = self._placed(block, exit_blocks)
+        for block in stored_drafters.blocks:
+            self.exit_blocks[block.exit_layer] = self._placed(block, stored_drafters)
         self.drafters: dict[str, DraftBlock] = {}
-        if exit_blocks.mtp is not None:
-            self.drafters["mtp"] = self._placed(exit_blocks.mtp.blocks[0], exit_blocks.mtp)
+        if stored_drafters.mtp is not None:
+            self.drafters["mtp"] = self._placed(stored_drafters.mtp.blocks[0], stored_drafters.mtp)
         self._entries = dict[Entry, tuple[int, int]]()
-        if (drafter := exit_blocks.eagle3) is not None:
+        if (drafter := stored_drafters.eagle3) is not None:
             place = self._cut.place_of_block(len(self._blocks))
             self._entries = {
                 (place, kind): (drafter.form.kv_heads, drafter.form.head_dim)
@@ -257,7 +260,7 @@ class TransformersBackend:
             return {}
         return {"layer": form.layers[form.attending], "norm": form.norm}
 
-    def _placed(self, block: ExitBlock, blocks: ExitBlocks) -> PlacedBlock:
+    def _placed(self, block: ExitBlock, blocks: StoredDrafters) -> PlacedBlock:
         weights = blocks.weights(self.spec)
         like = self.model.get_input_embeddings().weight
         layer, norm = self.block_parts(block)

@@ -17,18 +17,18 @@ from ..checkpoint.folder import EXIT_BLOCKS_FILE, MTP_FILE
 from ..checkpoint.info import EXIT_BLOCKS, CheckpointInfo
 from ..checkpoint.loaded import Trainable, decoder_of
 from ..checkpoint.locate import ModelRef, adapters_of
+from ..checkpoint.model_weights import cast_weights
 from ..checkpoint.open import for_decoding, for_training, outline
 from ..checkpoint.save import RUN_FILES, refuse_overwrite, save_checkpoint
-from ..checkpoint.shipped import files_of_shipped, read_exit_blocks, shipped_by
+from ..checkpoint.shipped import files_of_shipped, read_stored_drafters, shipped_by
 from ..checkpoint.sidecars import EAGLE3_FILES, EAGLE3_FOLDER, fingerprint
 from ..checkpoint.transformers_read import blank, stored_dtype
 from ..config.training import FinetuneConfig
 from ..data import Row
 from ..errors import ConfigError
-from ..model.exit_blocks import NO_BLOCKS, ExitBlock
+from ..model.exit_blocks import NO_STORED_DRAFTERS, ExitBlock
 from ..model.spec import AnySpec
 from ..model.vocabulary import ORDER_FILE
-from ..model.weights import cast_weights
 from ..splits import HeldOut
 from . import data
 from .answers import ModelAnswers, plan_replay
@@ -329,9 +329,9 @@ def _build_module(
     backend = trainable.backend
     blocks = None
     if recipe.exit_reader == "block":  # copied from layers before they get adapters
-        stored = NO_BLOCKS
+        stored = NO_STORED_DRAFTERS
         if folder is not None:
-            stored = read_exit_blocks(folder, backend.spec, model.get_parameter)
+            stored = read_stored_drafters(folder, backend.spec, model.get_parameter)
         blocks = new_exit_blocks(backend, [ExitBlock(layer) for layer in recipe.exits], stored)
     if config.lora_rank:
         model = with_lora(model, config)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..checkpoint.folder import EXIT_BLOCKS_FILE, open_weights, quiet_transformers
+from ..checkpoint.model_weights import block_weights
 from ..checkpoint.save import write_model
 from ..checkpoint.sidecars import exit_blocks_content, fingerprint
 from ..config.training import FinetuneConfig
@@ -19,7 +20,6 @@ from ..errors import ConfigError, first_line
 from ..losses import CandidateHead, summed_losses, target_rows
 from ..model import Backend, TransformersBackend
 from ..model.transformers_backend import DocumentRows
-from ..model.weights import block_weights
 from .exit_blocks import MUON_LR, named_weights
 from .progress import require_same_names, restore
 from .recipe import (

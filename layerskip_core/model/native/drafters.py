@@ -204,7 +204,7 @@ class NativeAssistant:
                 2 * self._hidden,
                 spec.hidden,
                 spec.inner,
-                *(of_layer.queries for of_layer in of_layers),
+                *(of_layer.query_width for of_layer in of_layers),
             ),
         )
         weights = Weights(
@@ -215,10 +215,16 @@ class NativeAssistant:
         layers = list[NativeLayer | None]()
         for index, of_layer in enumerate(of_layers):
             own = weights.below(spec.layer_prefix(index))
-            layer = NativeLayer(target.pack, own, spec, index, made.layers)
             assert of_layer.source is not None and spec.architecture.layer_scale is not None
-            layer.structure.keys = keys_at(target.spec, of_layer.source)
-            layer.structure.scale = float(own.of(spec.architecture.layer_scale))
+            layer = NativeLayer(
+                target.pack,
+                own,
+                spec,
+                index,
+                made.layers,
+                keys_offset=keys_at(target.spec, of_layer.source),
+                scale=float(own.of(spec.architecture.layer_scale)),
+            )
             layers.append(layer)
         self._layers = NativeLayers(engine, spec, embedding, None, layers, target.pool)
         norm = norm_weights(weights, spec.names.norm, spec)
