@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from .assistant import Assistant
-from .backend import Backend, DraftKernel, Layers
+from .backend import Backend, ChainedBlock, DraftKernel, Layers
 from .cache import Places
 from .eagle3 import Eagle3Weights
 from .spec import AnySpec, ModelSpec, Shapes
@@ -150,22 +150,18 @@ class StoredDrafters:
 NO_STORED_DRAFTERS = StoredDrafters((), lambda name: None)
 
 
-@dataclass(frozen=True)
-class PlacedBlock:
-    """An exit block of a backend, a `ChainedBlock`."""
+@dataclass(eq=False)
+class PlacedBlock(ChainedBlock):
+    """An exit block of a backend."""
 
     block: ExitBlock
-    layer: int  # its index in the chain of layers
-    head: Callable[[Tensor], Tensor]  # norm and head, to logits (..., N)
-    vocabulary: DraftVocabulary | None = None  # the N scored tokens; None for all
-    # Makes a whole draft in one call; None: use the draft side's
+    layer: int
+    head: Callable[[Tensor], Tensor]
+    vocabulary: DraftVocabulary | None = None
     kernel: DraftKernel | None = None
 
-    needs_feature = False
-
-    @property
-    def taps(self) -> tuple[int, ...]:
-        return (self.block.exit_layer,)
+    def __post_init__(self) -> None:
+        self.taps = (self.block.exit_layer,)
 
     def run(self, layers: Layers, states: Tensor, before: Tensor | None, places: Places) -> Tensor:
         return layers.run_layers(states, self.layer, self.layer + 1, places)
@@ -175,16 +171,8 @@ class PlacedBlock:
     ) -> None:
         model.write_kv(states[self.block.exit_layer], self.layer, self.layer + 1, places)
 
-    def features(
-        self, model: Backend, states: Mapping[int, Tensor], finals: Tensor
-    ) -> Tensor | None:
-        return None
 
-    def own_feature(self, hidden: Tensor) -> Tensor | None:
-        return None
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(eq=False, kw_only=True)
 class PlacedMtp(PlacedBlock):
     """The block MTP."""
 

@@ -252,7 +252,7 @@ class TorchBackend(RepackedBackend):
         unfolded = None
         if folded is weight:
             unfolded = product
-        elif self._has_blocks:  # the head follows other norms too
+        elif self._has_other_norms:
             unfolded = linear(weight, bias, low_bits, exact)
         return TorchHead(folding, product, unfolded, self.spec, exact)
 

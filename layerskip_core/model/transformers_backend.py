@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..config.model import PackingConfig, Quantization
-from ..config.resolution import MOST_DRAFTS
 from ..errors import CheckpointError
 from .architectures import SUPPORTED, known_architecture
-from .backend import Backend, DraftBlock, DraftHead, DraftSide, choose_by_head
+from .backend import Backend, DraftHead, DraftSide
 from .cache import Places
 from .cut import CutModel, Form
 from .eagle3 import UNSUITED, Eagle3Weights
@@ -33,7 +32,7 @@ from .exit_blocks import (
 from .position_cache import Forward, hidden_of, replaced, with_hidden
 from .probe import cut_at_layers
 from .row_cache import Entry, MixedCache
-from .spec import AnySpec, ModelSpec, TransformersSpec
+from .spec import ModelSpec, TransformersSpec
 from .torch_eagle3 import PlacedEagle3
 
 _TEXTS = 3, 4  # lengths of the two packed texts of the trial
@@ -51,7 +50,7 @@ def attention_for(config: Any) -> str | None:
     return "eager" if known.sinks else "sdpa"
 
 
-class TransformersBackend:
+class TransformersBackend(Backend):
     """A transformers causal language model as three operations, so that any span of its layers can
     run alone.
 
@@ -60,8 +59,6 @@ class TransformersBackend:
     """
 
     implementation = "generic"
-    exact = batch_invariant = recordable = False
-    draft_model: Backend | None = None
 
     def __init__(
         self,
@@ -78,7 +75,6 @@ class TransformersBackend:
         """
         self.model = model
         self.config = model.config
-        self.spec: AnySpec
         self.layers: Any
         if spec is not None or known_architecture(self.config):
             self.spec = spec = spec or ModelSpec.of(self.config)
@@ -89,10 +85,10 @@ class TransformersBackend:
             self.num_layers = len(self.layers)
             self.spec = TransformersSpec.of(self.model, self.num_layers, self.block_originals())
         self._blocks: list[tuple[nn.Module, int]] = []
-        self.exit_blocks: dict[int, PlacedBlock] = {}
+        self.exit_blocks = {}
         for block in stored_drafters.blocks:
             self.exit_blocks[block.exit_layer] = self._placed(block, stored_drafters)
-        self.drafters: dict[str, DraftBlock] = {}
+        self.drafters = {}
         if stored_drafters.mtp is not None:
             self.drafters["mtp"] = self._placed(stored_drafters.mtp.blocks[0], stored_drafters.mtp)
         self._entries = dict[Entry, tuple[int, int]]()
@@ -154,9 +150,6 @@ class TransformersBackend:
         dtype: torch.dtype = self.model.get_input_embeddings().weight.dtype
         return dtype
 
-    def context_length(self, num_draft_tokens: int = MOST_DRAFTS) -> int:
-        return self.spec.context
-
     @property
     def row_cost(self) -> float:
         # PyTorch's CPU kernels are tuned for one row or many, not a few
@@ -168,17 +161,16 @@ class TransformersBackend:
         head = DraftHead(self.unembed)
         return {None: DraftSide(self, self.num_layers, head, head, self.exit_blocks)}
 
-    def new_cache(self, batch_size: int = 1, max_positions: int | None = None) -> MixedCache:
-        positions = min(max_positions or self.spec.context, self.spec.context)
-        return self._cut.new_cache(batch_size, positions, len(self._blocks), self._entries)
+    def _new_cache(self, batch_size: int, max_positions: int) -> MixedCache:
+        return self._cut.new_cache(batch_size, max_positions, len(self._blocks), self._entries)
 
     def embed(self, ids: Tensor) -> Tensor:
         return self._cut.embed(ids)
 
     def run_layers(self, hidden: Tensor, start: int, end: int, places: Places) -> Tensor:
-        return hidden if start == end else self._run(hidden, start, end, places)
-
-    choose = choose_by_head
+        if start == end:
+            return hidden
+        return self._run(hidden, start, end, places)
 
     def write_kv(self, hidden: Tensor, start: int, end: int, places: Places) -> None:
         """As `Backend.write_kv`. Each layer ends once its attention has written its last cache
@@ -204,7 +196,6 @@ class TransformersBackend:
         return self._cut.run(hidden, start, end, places, only_writes=only_writes, block=block)
 
     def unembed(self, hidden: Tensor) -> Tensor:
-        """Final norm and LM head, shared by every exit: (..., D) to logits (..., V)."""
         return self._cut.unembed(hidden)
 
     def normed(self, hidden: Tensor) -> Tensor:

@@ -87,6 +87,7 @@ class NativeBackend(RepackedBackend):
     """
 
     batch_invariant = True  # without splitting calls
+    row_cost = 0.11
 
     def __init__(
         self,
@@ -255,13 +256,11 @@ class NativeBackend(RepackedBackend):
             of_head = (packing.draft_head or "int8") if packing.draft_weights else packing.quantize
         return kind, of_head
 
-    def _drafters(
-        self, stored_drafters: StoredDrafters, packing: PackingConfig
-    ) -> dict[str, DraftBlock]:
-        found = super()._drafters(stored_drafters, packing)
-        if stored_drafters.assistant is not None:
+    def _drafters(self, stored: StoredDrafters, packing: PackingConfig) -> dict[str, DraftBlock]:
+        found = super()._drafters(stored, packing)
+        if stored.assistant is not None:
             target = self._target(self.spec, packing)
-            found["mtp"] = NativeAssistant(target, stored_drafters.assistant)
+            found["mtp"] = NativeAssistant(target, stored.assistant)
         return found
 
     def _target(self, spec: ModelSpec, packing: PackingConfig) -> Target:
