@@ -121,6 +121,7 @@ CHANGES = {  # what makes each architecture differ from Llama in every way that 
 }
 _MAMBA2 = {
     "layer_types": "linear_attention",
+    "mamba_chunk_size": 16,  # transformers computes whole chunks
     "mamba_n_groups": 2,
     "mamba_n_heads": 4,
     "mamba_d_state": 8,
@@ -162,6 +163,7 @@ MIXERS = {  # types that TorchBackend lacks, whose layers are not all of full at
     "bamba": {**_MAMBA2, "attn_layer_indices": [1, 4]},
     "nemotron_h": {
         "layer_types": "linear_attention",
+        "chunk_size": 16,
         "n_groups": 2,
         "mamba_num_heads": 4,
         "ssm_state_size": 8,

@@ -60,6 +60,7 @@ SETTINGS = {
     "to an end": DRAFTED,
 }
 ENDS = {"to an end": frozenset(range(3, 67, 3)), "penalties": frozenset({2})}
+ALONE = ("self-speculative", "exits by confidence", "eagle3", "to an end")
 # Waits of the host in a step, if not one, in which it reads the verified tokens: it reads each draft
 # where logits depend on the tokens before them.
 WAITS = {"penalties": 6}
@@ -114,12 +115,13 @@ def gpu_backend(kind, monkeypatch):
 
 
 def answers(model, name, gpu=None):
-    """The tokens of a prompt alone, then those of several in a batch, by their number and the
-    row.
-    """
+    """The tokens of two prompts in a batch, by the row; of some settings those of one alone too."""
     config = DecodingConfig(**{"max_new_tokens": 8, **SETTINGS[name]})
     found = {}
-    for prompts in (PROMPTS[:1], PROMPTS)[: 1 if config.exit_confidence else 2]:
+    groups = [PROMPTS[:1]] if name in ALONE else []
+    if not config.exit_confidence:
+        groups.append(PROMPTS)
+    for prompts in groups:
         loop = DecodingLoop(model, prompts, config, ENDS.get(name, frozenset()))
         for number, steps in enumerate(loop):
             for step in steps:

@@ -4,6 +4,7 @@ fixed depths at its ends.
 
 from collections import Counter
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -90,6 +91,12 @@ def reference(backend, prompt, confidence, count=24, draft_vocab=67, possible=EX
     return ids[len(prompt) :], exits
 
 
+@cache
+def expected_of(model_type, length):
+    plain = TransformersBackend(tiny_model(model_type, **MODELS[model_type]))
+    return reference(plain, prompt_of(length), CONFIDENCE)
+
+
 def by_layers(exits):
     return tuple(exits.count(layers) for layers in range(1, max(exits) + 1))
 
@@ -100,8 +107,7 @@ def test_each_token_leaves_at_its_exit_and_is_seen_from_above(backend, model_typ
     model = model_of(backend, model_type)
     seen = Counter()
     for length in (1, 2, 9):
-        plain = TransformersBackend(tiny_model(model_type, **MODELS[model_type]))
-        expected, exits = reference(plain, prompt_of(length), CONFIDENCE)
+        expected, exits = expected_of(model_type, length)
         ids, stats = dynamic(model, prompt_of(length), CONFIDENCE)
         assert ids == expected
         assert stats.tokens_by_layers == by_layers(exits)

@@ -128,13 +128,12 @@ def check_logits(model, backend, ids):
 
 
 def check_outputs(backend):
-    """Drafts of the first layers and rows at different positions, some of which join later, change
+    """Drafts of the first layers and rows at different positions, one of which joins later, change
     no token.
     """
-    prompts = [prompt_of(length) for length in (5, 9, 14)]
-    plain = [plainly(backend, prompt, 8) for prompt in prompts]
-    drafting = DecodingConfig(exit_layer=2, num_draft_tokens=3, max_new_tokens=8)
-    assert ids_of(decode(backend, prompts[1], drafting)) == plain[1]
+    prompts = [prompt_of(length) for length in (5, 14)]
+    plain = [plainly(backend, prompt, 6) for prompt in prompts]
+    drafting = DecodingConfig(exit_layer=2, num_draft_tokens=3, max_new_tokens=6)
     scheduler = Scheduler(backend)
     rows = [new_row(backend, prompt, drafting) for prompt in prompts]
     for row in rows:

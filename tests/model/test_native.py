@@ -73,12 +73,29 @@ CELLS = [  # of each kind a wide and a low-bit precision, of three kinds all
     for kind, precision in product(KINDS, PRECISIONS)
     if precision in ("bf16", "int4") or kind in ("llama", "qwen3_moe", "qwen3_5_text")
 ]
+# With every variant of the kernels: between them all kinds of norms, activations and mixers
+EVERYWHERE = ("llama", "gemma2", "gpt2", "qwen3_moe", "qwen3_5_text", "nemotron_h")
 needs_kernels = pytest.mark.skipif(
     not BUILT, reason="no kernels were built here, or the CPU lacks what they need"
 )
 
 
-@pytest.fixture(params=[name for name in BUILT if name not in LIKE_AVX2])
+VARIANTS = [name for name in BUILT if name not in LIKE_AVX2]
+
+
+def in_turn(names, cases, everywhere=()):
+    """Runs the cases of `everywhere` with every variant, and each other one with one of them: they
+    are builds of the same sources.
+    """
+    pairs = []
+    for number, case in enumerate(cases if VARIANTS else ()):
+        chosen = VARIANTS if case in everywhere else [VARIANTS[number % len(VARIANTS)]]
+        values = case if isinstance(case, tuple) else (case,)
+        pairs += [(variant, *values) for variant in chosen]
+    return pytest.mark.parametrize(f"variant, {names}", pairs, indirect=["variant"])
+
+
+@pytest.fixture(params=VARIANTS)
 def variant(request, monkeypatch):
     monkeypatch.setattr(native, "kernels", lambda: compiled.kernels(request.param))
     return request.param
@@ -98,14 +115,14 @@ def model_of(precision, model_type="llama", **changes):
     )
 
 
-@pytest.mark.parametrize("case", CASES)
+@in_turn("case", CASES, EVERYWHERE)
 def test_fp32_spans_equal_the_generic_ones(variant, pair, case):  # noqa: F811
     generic, fast = pair(case, torch.float32, NativeBackend)
     assert fast.implementation == f"native ({variant})"
     assert_equal_spans(generic, fast, ids_of(2, 17), [0, 9, 10, 17], torch.float32)
 
 
-@pytest.mark.parametrize("case", [*EACH_PART, *DENSE_MIXERS, "gemma4_text"])
+@in_turn("case", [*EACH_PART, *DENSE_MIXERS, "gemma4_text"], EVERYWHERE)
 def test_bf16_spans_are_nearer_to_fp32_ones_than_those_of_transformers(variant, pair, case):  # noqa: F811
     """Over the same bf16 weights: the kernels keep hidden states and sums in fp32, and round
     less.
@@ -124,7 +141,7 @@ def test_bf16_spans_are_nearer_to_fp32_ones_than_those_of_transformers(variant, 
     )
 
 
-@pytest.mark.parametrize("model_type, precision", CELLS)
+@in_turn("model_type, precision", CELLS, [cell for cell in CELLS if cell[0] in EVERYWHERE])
 def test_the_kernels_are_batch_invariant(variant, model_type, precision, threads):
     """Rows of a call, rows of a batch, a span in pieces, and any number of threads."""
     model = model_of(precision, model_type, **KINDS[model_type])
@@ -217,7 +234,7 @@ LONG = {  # of heads: sizes, many that share a key, and what bounds scores or th
 }
 
 
-@pytest.mark.parametrize("case", LONG)
+@in_turn("case", LONG, ("64", "window and cap"))
 def test_attention_over_long_texts(variant, case, threads):
     """In bf16, over several spans of places: near fp32, and the same bits in pieces, which end on
     the edges of spans or not.
@@ -237,8 +254,10 @@ def test_attention_over_long_texts(variant, case, threads):
     assert rms(errors([whole], [expected])) < 0.06
 
 
-@pytest.mark.parametrize("precision", ["int8", "int4"])
-@pytest.mark.parametrize("model_type", [kind for kind in KINDS if kind not in OWN_LAYERS])
+LOW_BIT = list(product([kind for kind in KINDS if kind not in OWN_LAYERS], ("int8", "int4")))
+
+
+@in_turn("model_type, precision", LOW_BIT, [cell for cell in LOW_BIT if cell[0] in EVERYWHERE])
 def test_low_bit_layers_are_near_torchs_over_the_same_levels(variant, precision, model_type):
     """Against the packed model on torch's kernels over the same levels: what differs is the
     rounding of activations.

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import CHANGES, OWN_LAYERS, at, ids_of, tiny_model
 from decodings import entries
-from test_native import CELLS, KINDS, model_of, variant  # noqa: F401  fixtures
+from test_native import CELLS, KINDS, in_turn, model_of, variant  # noqa: F401  fixtures
 
 from layerskip_core.model import NativeBackend, TorchBackend
 from layerskip_core.model.architectures import SUPPORTED
@@ -57,9 +57,7 @@ def test_keys_and_values_are_those_of_the_layers(model_type):
     )
 
 
-@pytest.mark.parametrize(
-    "model_type, precision", [cell for cell in CELLS if cell[0] not in OWN_LAYERS]
-)
+@in_turn("model_type, precision", [cell for cell in CELLS if cell[0] not in OWN_LAYERS])
 def test_those_of_the_kernels_too(variant, model_type, precision):  # noqa: F811  a fixture
     assert_propagates(model_of(precision, model_type, **KINDS[model_type]), PLACES)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import ids_of, logits_of, tiny_model
-from test_native import BUILT, WIDE, needs_kernels, variant  # noqa: F401  a fixture
+from test_native import BUILT, KINDS, WIDE, needs_kernels, variant  # noqa: F401  a fixture
 
 from layerskip_core.model import NativeBackend, native
 from layerskip_core.model.native import compiled
@@ -100,7 +100,8 @@ def pair(monkeypatch, dtype, model_type="llama"):
     models = []
     for least in 1 << 60, 0:
         monkeypatch.setattr(native, "LEAST_CODED", least)
-        model = tiny_model(model_type, torch.bfloat16, **WIDE).to(dtype)
+        shape = {**WIDE, **KINDS[model_type], "num_hidden_layers": 2}
+        model = tiny_model(model_type, torch.bfloat16, **shape).to(dtype)
         models.append(NativeBackend.of(model))
     return models
 
