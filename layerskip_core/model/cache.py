@@ -5,12 +5,13 @@ overwrite their entries.
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, chain, pairwise, repeat
 from math import inf
 from operator import add
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 import torch
@@ -116,6 +117,15 @@ class KVCache(ABC):
         self.features = self.features + other.features
         self.unwritten = self.unwritten + other.unwritten
 
+    def _branched(self, rows: Indices, max_positions: int | None) -> Self:
+        """A copy for the rows at the indices `rows`, whose storage is still this cache's."""
+        branch = copy(self)
+        branch.rows = len(rows)
+        branch.max_positions = max_positions or self.max_positions
+        branch.features = [{} for _ in rows]
+        branch.unwritten = [[] for _ in rows]
+        return branch
+
     @abstractmethod
     def branch(
         self,
@@ -127,8 +137,8 @@ class KVCache(ABC):
         """A cache with the entries of `rows` up to `ends` (default: `starts`), where each row
         continues from its start.
 
-        A row may occur several times. Later writes to one cache do not change the other. `max_positions`: of
-        the branch.
+        A row may occur several times. Later writes to one cache do not change the other.
+        `max_positions`: of the branch.
         """
 
 
@@ -224,7 +234,7 @@ class Places:
 
     def _part(self, ahead: Sequence[int], counts: Sequence[int]) -> "Places":
         """By row, `counts` tokens that begin `ahead` positions after its first."""
-        # Below 0: a row without tokens
+        # The start of a row without tokens may be below 0
         starts = [max(0, start + by) for start, by in zip(self.starts, ahead, strict=True)]
         return Places(
             self.cache, starts, counts, no_rollback=self.no_rollback, origins=self.origins

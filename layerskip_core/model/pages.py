@@ -236,8 +236,7 @@ class PagedCache(KVCache):
         ends: Indices | None = None,
         max_positions: int | None = None,
     ) -> "PagedCache":
-        branch = PagedCache(self._pool, len(rows), max_positions or self.max_positions)
-        branch.steps_back = self.steps_back
+        branch = self._branched(rows, max_positions)
         pages: list[list[Page]] = []
         memories: list[Memory | None] = []
         with torch.inference_mode():

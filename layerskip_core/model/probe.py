@@ -19,7 +19,7 @@ from .cut import SHARED, CutModel, Form
 from .position_cache import Forward, PositionCache, hidden_of, replaced
 from .row_cache import Entry, EntryWriter, MixedCache, State
 
-# In each of two rows: all tokens, and the prefilled ones
+# Tokens of each of the two rows, and how many of them are prefilled
 _TOKENS = 7
 _KNOWN = 4
 # Positions from which the rows continue; and again, if layers are recurrent
@@ -365,7 +365,7 @@ def _compare(found: Tensor, expected: Tensor, when: str) -> None:
     """
     counted = expected.isfinite().all(-1)
     precision = expected.dtype
-    # Mps has no fp64
+    # On the CPU, because Apple's GPUs have no fp64
     found = found[counted].cpu().double()
     expected = expected[counted].cpu().double()
     spread = (expected - expected.mean(-1, keepdim=True)).norm(dim=-1)

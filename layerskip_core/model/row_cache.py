@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from copy import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -83,12 +82,8 @@ class RowCache(KVCache):
         ends: Indices | None = None,
         max_positions: int | None = None,
     ) -> "RowCache":
-        branch = copy(self)
+        branch = self._branched(rows, max_positions)
         ends = ends or starts
-        branch.rows = len(rows)
-        branch.max_positions = max_positions or self.max_positions
-        branch.features = [{} for _ in rows]
-        branch.unwritten = [[] for _ in rows]
         branch.written = min(_in_strides(max(ends)), self.capacity)
         with torch.inference_mode():  # the storage may be an inference tensor
             held = branch._hold(self.storage[:, :, list(rows), :, : branch.written])
@@ -229,11 +224,7 @@ class MixedCache(KVCache):
         max_positions: int | None = None,
     ) -> "MixedCache":
         """Without ends, each row gets one recurrent state: the one before its start."""
-        branch = copy(self)
-        branch.rows = len(rows)
-        branch.max_positions = max_positions or self.max_positions
-        branch.features = [{} for _ in rows]
-        branch.unwritten = [[] for _ in rows]
+        branch = self._branched(rows, max_positions)
         branch.states = {}
         branch.parts = {
             shape: part.branch(rows, starts, ends, max_positions)

@@ -218,7 +218,7 @@ class TorchBackend(RepackedBackend):
         graphs = os.environ.get(GRAPHS) or "on"
         require_choice(graphs, GRAPHS, ("on", "off"))
         self.exact = self.batch_invariant = packing.exact
-        # Experts synchronise with the device
+        # Experts wait for the device, which a recorded pass cannot
         records = graphs == "on" and not packing.exact and self.spec.experts is None
         self.recordable = self._embedding.device.type == "cuda" and records
         self._rope = Rope(self.spec, self._embedding)

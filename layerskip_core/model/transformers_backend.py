@@ -142,7 +142,7 @@ class TransformersBackend(Backend):
 
     @property
     def device(self) -> torch.device:
-        # Training may replace it, as FSDP does
+        # Not kept: training may replace the weight, as FSDP does
         device: torch.device = self.model.get_input_embeddings().weight.device
         return device
 

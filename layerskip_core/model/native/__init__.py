@@ -123,7 +123,7 @@ class NativeBackend(RepackedBackend):
         self._pack = pack
         super().__init__(spec, take, *arguments, **options)
         if not compiled.has_cheap_rows:
-            # Arithmetic grows with cores, memory bandwidth hardly beyond two
+            # More cores compute faster, but beyond two they hardly read memory faster
             threads = max(torch.get_num_threads(), 2)
             self.row_cost = _ROW_COSTS[self._head.matrix.form.kind] * 2 / threads
         # Division and caps may round different logits to a tie; division by a power of two does

@@ -48,7 +48,7 @@ class Target(NamedTuple):
     spec: ModelSpec
     embedding: Tensor
     pool: PagePool
-    # Of a drafter's layers and head, if its widths allow
+    # The precisions of a drafter's layers and head, where its widths allow low bits
     low_bits: tuple[Quantization | None, Quantization | None]
 
 
