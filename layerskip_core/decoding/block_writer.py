@@ -1,12 +1,12 @@
 """KV entries of the blocks that draft, written from the target's own states."""
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 
 from torch import Tensor
 
 from ..model.backend import Backend, DraftBlock
-from ..model.cache import KVCache, Places, States, joined, on_device
+from ..model.cache import KVCache, Places, States, on_device
 
 # Most tokens of a row that wait for the KV entries of blocks. Their states take memory, and where
 # all layers have a window, a row keeps at least so many more positions than the window.
@@ -68,7 +68,7 @@ class BlockWriter:
         counts = cache.num_unwritten
         if not any(counts):
             return
-        waiting = joined([part for unwritten in cache.unwritten for part in unwritten])
+        waiting = States.concatenated(list(chain.from_iterable(cache.unwritten)))
         starts = [end - count for end, count in zip(num_computed_tokens, counts, strict=True)]
         places = Places(cache, starts, counts)
         self._write_all(waiting, places)

@@ -41,7 +41,9 @@ def lock_of(model: Backend) -> RLock:
 
 def draft_length(config: DecodingConfig) -> int:
     """The most drafts of a row in a step."""
-    return config.num_draft_tokens if STRATEGIES[config.strategy].drafts else 0
+    if not STRATEGIES[config.strategy].drafts:
+        return 0
+    return config.num_draft_tokens
 
 
 class EngineOptions(TypedDict, total=False):
@@ -177,7 +179,9 @@ class Engine:
         plan = plan.with_drafts(draft.counts)
         output, tokens = self._forward(plan, draft)
         verified = self._verify_drafts(plan, tokens, output)
-        draft_seconds = seconds_between(*draft_instants) if draft_instants else 0.0
+        draft_seconds = 0.0
+        if draft_instants is not None:
+            draft_seconds = seconds_between(*draft_instants)
         if not plan.num_prefill_tokens:
             self.timings.verify_seconds += time.perf_counter() - started - draft_seconds
         self.timings.draft_seconds += draft_seconds
@@ -212,8 +216,9 @@ class Engine:
         )
         begun = instant(self._model.device)
         draft = self.drafter.draft(given, limits)
-        instants = (begun, instant(self._model.device)) if any(draft.counts) else None
-        return draft, instants
+        if not any(draft.counts):
+            return draft, None
+        return draft, (begun, instant(self._model.device))
 
     def _start_recording(self) -> GraphRecorder:
         """The recorder's cache takes over the rows: recorded passes hold its addresses."""
@@ -260,7 +265,9 @@ class Engine:
         # A recorded pass has no noise
         if self.recorder is not None and any(row.config.temperature > 0 for row in rows):
             returns_logits = True
-        noise = None if returns_logits else noise_of(_choice_runs(plan))
+        noise = None
+        if not returns_logits:
+            noise = noise_of(_choice_runs(plan))
         return self.target.run_drafts(
             draft.tokens, draft.exit_states, places, self.recorder, noise, returns_logits
         )
@@ -308,10 +315,11 @@ class Engine:
                     logits = output.logits[scored : scored + count]
                 scored += count
                 steps.append(self._commit_row(each, source, ids, output.layers, logits))
-            committed.append(each.num_tokens if each.is_prefill else len(ids))
             if each.is_prefill:
+                committed.append(each.num_tokens)
                 row.num_computed_tokens += each.num_tokens
             else:
+                committed.append(len(ids))
                 row.num_computed_tokens = len(row.ids) - 1
         if self.target.block_writer is not None:
             self.target.block_writer.commit(

@@ -144,4 +144,6 @@ def instant(device: torch.device) -> Any:
 
 def seconds_between(first: Any, last: Any) -> float:
     """Seconds between two instants. On a GPU the work before `last` must be complete."""
-    return last - first if isinstance(first, float) else float(first.elapsed_time(last)) / 1e3
+    if isinstance(first, float):
+        return float(last - first)
+    return float(first.elapsed_time(last)) / 1e3

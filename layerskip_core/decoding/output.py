@@ -106,6 +106,12 @@ def step_counts(
     target; None: unknown.
     """
     accepted = min(accepted, new_tokens)
+    by_layers = list[int]()
+    if layers is not None:
+        by_layers = [0] * (layers - 1) + [new_tokens]
+    steps = {}
+    if drafter is not None:
+        steps[drafter if drafted else PLAIN] = 1
     return DecodeStats(
         new_tokens=new_tokens,
         drafted=drafted,
@@ -113,8 +119,8 @@ def step_counts(
         rounds=int(drafted > 0),
         tested_by_position=(1,) * min(drafted, new_tokens),
         accepted_by_position=(1,) * accepted,
-        tokens_by_layers=() if layers is None else (0,) * (layers - 1) + (new_tokens,),
-        steps_by_drafter={} if drafter is None else {drafter if drafted else PLAIN: 1},
+        tokens_by_layers=tuple(by_layers),
+        steps_by_drafter=steps,
     )
 
 
@@ -217,8 +223,11 @@ class OutputText:
 
     def _unsettled(self) -> str:
         """The text of the ids that are not settled."""
-        before = self._detokenize(self._ids[: self._settled]) if self._settled else ""
-        now = self._detokenize(self._ids) if self._ids else ""
+        before = now = ""
+        if self._settled:
+            before = self._detokenize(self._ids[: self._settled])
+        if self._ids:
+            now = self._detokenize(self._ids)
         if now.startswith(before):
             return now[len(before) :]
         return self._detokenize(self._ids[self._settled :])
@@ -251,7 +260,9 @@ class StopScanner:
         require(not stop or detokenize is not None, "stop", "used with a detokenizer", "none")
         self.eos_ids = eos_ids
         self._stop = stop
-        self._text = OutputText(detokenize) if stop and detokenize is not None else None
+        self._text = None
+        if stop and detokenize is not None:
+            self._text = OutputText(detokenize)
         self.num_tokens_left = min(max_new_tokens, context_left)
         self._last: StopReason = "length" if max_new_tokens <= context_left else "context"
         self.reason: StopReason | None = None  # why the output ended, once it has

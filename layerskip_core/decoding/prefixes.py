@@ -71,7 +71,9 @@ class Prefixes:
         """
         texts = self._texts_of(model, target)
         common = max((_common(text.ids, prompt) for text in texts), default=0)
-        return common if common - num_cached >= self._least else 0
+        if common - num_cached < self._least:
+            return 0
+        return common
 
     def would_share(
         self, model: Backend, ids: Sequence[int], others: Sequence[Sequence[int]]

@@ -102,7 +102,9 @@ def choose(
     if len(groups) == 1:
         return _chosen_alike(logits, runs, ids, needs_probs)
     tokens = torch.empty(len(logits), dtype=torch.long, device=logits.device)
-    probs = torch.empty(len(logits), device=logits.device) if needs_probs else None
+    probs = None
+    if needs_probs:
+        probs = torch.empty(len(logits), device=logits.device)
     starts = [0, *accumulate(run.tokens for run in runs)]
     for members in groups.values():
         indices = list[int]()
@@ -129,8 +131,10 @@ def _chosen_alike(
 ) -> tuple[Tensor, Tensor | None]:
     """As `choose`, for rows that share their sampling."""
     scores = scores_of(logits, runs, ids)
-    probs = scores.values.float().softmax(-1).amax(-1) if needs_probs else None
-    return best_of(scores, any(run.row.processor for run in runs)), probs
+    best = best_of(scores, any(run.row.processor for run in runs))
+    if not needs_probs:
+        return best, None
+    return best, scores.values.float().softmax(-1).amax(-1)
 
 
 def needs_logits(rows: Sequence[Row]) -> bool:

@@ -82,7 +82,9 @@ class FixedTarget:
         if self._kv_layers < self._layers and not needs_states:
             return self._run_kv_layers(tokens, places, scored)
         states = self._run_states(tokens, {}, places)
-        logits = self.head(states[on_device(scored, states)]) if scored else None
+        logits = None
+        if scored:
+            logits = self.head(states[on_device(scored, states)])
         return TargetOutput(logits, self._layers, states=states)
 
     def _run_kv_layers(self, tokens: Tensor, places: Places, scored: list[int]) -> TargetOutput:

@@ -26,8 +26,7 @@ class Assistant:
     chosen: int  # clusters that are scored
     settings: Mapping[str, Any]  # config.json
     take: Callable[[str], Tensor]  # weights by the names of `shapes`, and the ids of ORDER
-    # Of the model that it was trained for, if the file has one
-    model_fingerprint: str | None = None
+    model_fingerprint: str | None = None  # of the model that it was trained for; None: unknown
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -169,6 +169,9 @@ class DraftHead(NamedTuple):
         return self.vocabulary.tokens(chosen)
 
 
+MOST_GUESSES = 4  # tokens that a lookup guesses, in a pass of a copy that verifies them
+
+
 @dataclass(frozen=True)
 class DraftCall:
     """Asks a `DraftKernel` for drafts of one row, after its newest token."""
@@ -314,7 +317,9 @@ def choose_by_head(
     model: Backend, step: TokenPass, add_noise: Callable[[Tensor, Noise], Tensor] = perturbed
 ) -> Chosen:
     """`Backend.choose` by `run_layers` and `unembed`."""
-    hidden = model.embed(step.tokens) if step.states is None else step.states
+    hidden = step.states
+    if hidden is None:
+        hidden = model.embed(step.tokens)
     reached = states_at(
         model, hidden, dict.fromkeys((*step.taps, step.end)), step.places, step.start
     )

@@ -48,7 +48,7 @@ FORMS = {
     "Q6_K": BlockForm(25, 256, 210, 6, 32, 208),
 }
 
-# Twice the values
+# MXFP4's values by level, doubled: whole numbers
 _MXFP4 = torch.tensor([0.0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12])
 
 

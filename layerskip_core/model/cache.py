@@ -5,12 +5,13 @@ overwrite their entries.
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, chain, pairwise, repeat
 from math import inf
 from operator import add
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 import torch
@@ -33,17 +34,18 @@ class States:
         return len(self.finals)
 
     def part(self, start: int, end: int) -> "States":
-        return States(
-            {tap: states[start:end] for tap, states in self.taps.items()}, self.finals[start:end]
-        )
+        taps = {tap: states[start:end] for tap, states in self.taps.items()}
+        return States(taps, self.finals[start:end])
 
-
-def joined(parts: Sequence[States]) -> States:
-    """The states of all parts, in their order; there is at least one."""
-    if len(parts) == 1:
-        return parts[0]
-    taps = {tap: torch.cat([part.taps[tap] for part in parts]) for tap in parts[0].taps}
-    return States(taps, torch.cat([part.finals for part in parts]))
+    @staticmethod
+    def concatenated(parts: Sequence["States"]) -> "States":
+        """The states of all parts, in their order; there is at least one."""
+        if len(parts) == 1:
+            return parts[0]
+        taps = {}
+        for tap in parts[0].taps:
+            taps[tap] = torch.cat([part.taps[tap] for part in parts])
+        return States(taps, torch.cat([part.finals for part in parts]))
 
 
 class KVCache(ABC):
@@ -70,7 +72,8 @@ class KVCache(ABC):
 
     def span(self, start: int, end: int, no_rollback: bool = False) -> "Places":
         """The positions start..end-1 of every row. `no_rollback`: see Places."""
-        return Places(self, [start] * self.rows, [end - start] * self.rows, no_rollback)
+        counts = [end - start] * self.rows
+        return Places(self, [start] * self.rows, counts, no_rollback=no_rollback)
 
     @property
     def num_unwritten(self) -> list[int]:
@@ -114,6 +117,15 @@ class KVCache(ABC):
         self.features = self.features + other.features
         self.unwritten = self.unwritten + other.unwritten
 
+    def _branched(self, rows: Indices, max_positions: int | None) -> Self:
+        """A copy for the rows at the indices `rows`, whose storage is still this cache's."""
+        branch = copy(self)
+        branch.rows = len(rows)
+        branch.max_positions = max_positions or self.max_positions
+        branch.features = [{} for _ in rows]
+        branch.unwritten = [[] for _ in rows]
+        return branch
+
     @abstractmethod
     def branch(
         self,
@@ -125,8 +137,8 @@ class KVCache(ABC):
         """A cache with the entries of `rows` up to `ends` (default: `starts`), where each row
         continues from its start.
 
-        A row may occur several times. Later writes to one cache do not change the other. `max_positions`: of
-        the branch.
+        A row may occur several times. Later writes to one cache do not change the other.
+        `max_positions`: of the branch.
         """
 
 
@@ -140,24 +152,32 @@ class Places:
         cache: KVCache,
         starts: Sequence[int],
         counts: Sequence[int],
+        *,
         no_rollback: bool = False,
         recorded: Tensor | None = None,
+        origins: Sequence[int] | None = None,
     ) -> None:
-        """`starts`: by row, the position of its first token in the pass, or of its next token if it
-        has none. `counts`: by row, the number of its tokens in the pass. `no_rollback`: rows
-        continue only from the end of this pass; else up to the cache's `steps_back` tokens may be
-        rolled back. `recorded`: (B, T) on the device, the positions of a recorded pass, in the first slots
-        of a RowCache. Raises ConfigError for a token beyond the cache's `max_positions`.
+        """Raises ConfigError for a token beyond the cache's `max_positions`.
+
+        Args:
+            cache: whose rows these are.
+            starts: by row, the position of its first token in the pass, or of its next token if it
+                has none.
+            counts: by row, the number of its tokens in the pass.
+            no_rollback: rows continue only from the end of this pass; else up to the cache's
+                `steps_back` tokens may be rolled back.
+            recorded: (B, T) on the device, the positions of a recorded pass, in the first slots of
+                a RowCache.
+            origins: starts of the whole pass or draft, of which this is a part; None: `starts`.
         """
         self.cache = cache
         self.starts = starts
         self.counts = counts
         self.no_rollback = no_rollback
         self.recorded = recorded
-        self.origins = starts  # starts of the whole pass or draft, of which this may be a part
-        self.end = max(
-            (start + count for start, count in zip(starts, counts, strict=True) if count), default=0
-        )
+        self.origins = starts if origins is None else origins
+        ends = [start + count for start, count in zip(starts, counts, strict=True) if count]
+        self.end = max(ends, default=0)
         if self.end > cache.max_positions:
             last = self.end - 1
             raise ConfigError(
@@ -203,20 +223,22 @@ class Places:
             yield self
             return
         for first in range(0, bounds[-1], most):
-            cuts = [min(max(bound - first, 0), most) for bound in bounds]
-            done = [
-                min(max(first - bound, 0), count)
-                for bound, count in zip(bounds, self.counts, strict=False)
-            ]
-            yield self._part(done, [end - start for start, end in pairwise(cuts)])
+            # By row: its tokens in earlier parts, and in this one
+            done = []
+            counts = []
+            for start, end in pairwise(bounds):
+                before = min(max(first, start), end)
+                done.append(before - start)
+                counts.append(max(min(first + most, end), before) - before)
+            yield self._part(done, counts)
 
     def _part(self, ahead: Sequence[int], counts: Sequence[int]) -> "Places":
         """By row, `counts` tokens that begin `ahead` positions after its first."""
-        # Below 0: a row without tokens
+        # The start of a row without tokens may be below 0
         starts = [max(0, start + by) for start, by in zip(self.starts, ahead, strict=True)]
-        part = Places(self.cache, starts, counts, self.no_rollback)
-        part.origins = self.origins
-        return part
+        return Places(
+            self.cache, starts, counts, no_rollback=self.no_rollback, origins=self.origins
+        )
 
     def padded(self, counts: Sequence[int], slots: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """The first `counts` tokens of each row as a grid, padded as in `in_grids`: positions (B,
@@ -253,10 +275,13 @@ class Places:
             return run(flat.view(*grid.shape, -1), grid, None).reshape(shape)
         outputs: list[tuple[Tensor | slice, Tensor]] = []
         few = 0  # rows of at most so many tokens share a grid
-        if together:
-            few = width if len(counts) * width <= 2 * len(flat) else _FEW
-        if any(0 < count <= few for count in counts):
-            places, tokens, real = self.padded([count if count <= few else 0 for count in counts])
+        if together and len(counts) * width <= 2 * len(flat):
+            few = width
+        elif together:
+            few = _FEW
+        short = [count if count <= few else 0 for count in counts]
+        if any(short):
+            places, tokens, real = self.padded(short)
             output = run(flat[tokens.to(flat.device, non_blocking=True)], places, None)
             tokens = tokens.flatten()[real].to(flat.device, non_blocking=True)
             real = real.to(flat.device, non_blocking=True)

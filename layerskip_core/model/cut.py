@@ -8,11 +8,12 @@ exception. So transformers computes masks, rotary embeddings and everything else
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial, wraps
 from threading import RLock
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -83,8 +84,11 @@ class Form:
 
     def state(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """The state (B, T, D) from a layer's hidden states, for token ids (B, T)."""
-        hidden = hidden.movedim(0, 2) if self.leading else hidden
-        state = hidden.flatten(2) if hidden.dim() > 3 else hidden
+        if self.leading:
+            hidden = hidden.movedim(0, 2)
+        state = hidden
+        if hidden.dim() > 3:
+            state = hidden.flatten(2)
         if self.reads_ids:
             digits = [ids % _BASE, ids // _BASE % _BASE, ids // _BASE**2]
             state = torch.cat([state, torch.stack(digits, dim=-1).to(state.dtype)], dim=-1)
@@ -92,9 +96,12 @@ class Form:
 
     def hidden(self, state: Tensor) -> Tensor:
         """The reverse of `state`."""
-        differs = self.reads_ids or len(self.shape) > 1
-        hidden = state[..., : self.width].view(*state.shape[:2], *self.shape) if differs else state
-        return hidden.movedim(2, 0) if self.leading else hidden
+        hidden = state
+        if self.reads_ids or len(self.shape) > 1:
+            hidden = state[..., : self.width].view(*state.shape[:2], *self.shape)
+        if self.leading:
+            return hidden.movedim(2, 0)
+        return hidden
 
     def ids(self, state: Tensor) -> Tensor:
         """The token ids (B, T) of states; zeros if states carry none."""
@@ -109,6 +116,13 @@ class Form:
             return hidden
         kind, length = self.container
         return kind((hidden, *[None] * (length - 1)))
+
+
+class Copy(NamedTuple):
+    """An exit block: a layer like the last attending one, in whose place it runs."""
+
+    layer: nn.Module
+    shift: int  # of its cache indices from those of its original, see `CutModel.shift_of_block`
 
 
 class CutModel:
@@ -132,9 +146,9 @@ class CutModel:
         """The states (B, T, D) of tokens before layer 0; the ids themselves, (B, T, 1), if later
         layers read them.
         """
-        embedded: Tensor = (
-            ids[..., None] if self.form.reads_ids else self.model.get_input_embeddings()(ids)
-        )
+        if self.form.reads_ids:
+            return ids[..., None]
+        embedded: Tensor = self.model.get_input_embeddings()(ids)
         return embedded
 
     def run(
@@ -145,13 +159,13 @@ class CutModel:
         places: Places,
         *,
         only_writes: bool = False,
-        block: tuple[nn.Module, int] | None = None,
+        block: Copy | None = None,
     ) -> Tensor:
         """Runs layers start..end-1 over states (..., D) of the tokens at `places`; see `embed` for
         states before layer 0.
 
         `only_writes`: each layer gets `state` and only writes its entries. `block`: an exit block,
-        which runs in place of its original instead of the span, and its `shift_of_block`.
+        which runs in place of its original instead of the span.
         """
         shift = 0
         cache = places.cache
@@ -160,21 +174,18 @@ class CutModel:
             assert self.form.attending is not None
             start = self.form.attending
             end = self.form.attending + 1
-            shift = block[1]
+            shift = block.shift
 
         def run(state: Tensor, positions: Tensor, row: int | None) -> Tensor:
             writer = EntryWriter(cache, positions, row, shift, places.no_rollback)
             return self.run_span(state, start, end, positions, writer, only_writes, block)
 
-        # Separate grids: for rows at different positions in some models, and to keep padding out of
-        # recurrent states.
-        ragged = len(set(places.counts)) > 1
-        differ = ragged or len(set(places.starts)) > 1
-        return places.in_grids(
-            state,
-            run,
-            not ((differ and not self.form.by_position) or (ragged and not cache.rolls_back)),
-        )
+        is_ragged = len(set(places.counts)) > 1
+        differ = is_ragged or len(set(places.starts)) > 1
+        together = self.form.by_position or not differ
+        if is_ragged and not cache.rolls_back:
+            together = False  # padding would change recurrent states
+        return places.in_grids(state, run, together)
 
     def normed(self, state: Tensor) -> Tensor:
         """The head's input (the output of `Form.owner`), from states (..., D) after any layer."""
@@ -213,7 +224,9 @@ class CutModel:
         """An empty cache, also for exit blocks, `blocks` of them. `others`: number and width of
         heads of further entries.
         """
-        shapes = {**self.form.shapes, **(others or {})}
+        shapes = dict(self.form.shapes)
+        if others is not None:
+            shapes.update(others)
         for block in range(blocks):
             shift = self.shift_of_block(block)
             for index, kind in self._of_original:
@@ -232,8 +245,9 @@ class CutModel:
     @property
     def _of_original(self) -> Sequence[Entry]:
         """The entries of the layer that exit blocks copy (at two indices in LongCat-Flash)."""
-        attending = self.form.attending
-        return () if attending is None else self.form.written[attending]
+        if self.form.attending is None:
+            return ()
+        return self.form.written[self.form.attending]
 
     def run_span(
         self,
@@ -243,69 +257,103 @@ class CutModel:
         positions: Tensor,
         writer: Writer | None = None,
         only_writes: bool = False,
-        block: tuple[nn.Module, int] | None = None,
+        block: Copy | None = None,
     ) -> Tensor:
+        """`run` for states (B, T, D) at `positions` (B, T), in one forward of the whole model.
+
+        `writer`: of the cache; None: the tokens are whole texts.
+        """
         form = self.form
-        layers = self.form.layers
-        first = start == 0 and block is None
-        ids = state[..., 0] if first and form.reads_ids else form.ids(state)
-        inputs = {"inputs_embeds": state} if first and not form.reads_ids else {"input_ids": ids}
-        ends = set[Entry]()
-        if only_writes:  # a recurrent layer has to run to its end
-            writing = (
-                index
-                for index in range(start, end)
-                if form.written[index] and index not in form.recurrent
-            )
-            ends = {form.written[index][-1] for index in writing}
-        cache = None if writer is None else self._cache_class(writer, ends)
-        given = None if first else form.hidden(state)
-        running = range(start, end) if only_writes else {start, end - 1} if start else {end - 1}
-
-        def run_layer(index: int, forward: Forward, /, *args: Any, **keywords: Any) -> Any:
-            """Replaces the forward of the first and the last layer of the span; with `only_writes`,
-            of all.
-            """
-            if given is not None and index == start:
-                args, keywords = with_hidden(given, args, keywords)
-            try:
-                output = forward(*args, **keywords)
-            except Written:
-                assert only_writes
-            if only_writes:
-                output = self._pass(index, cache, *args, **keywords)
-            return _reach(hidden_of(output)) if index == end - 1 else output
-
+        reads_embedding = start == 0 and block is None
+        given = None  # hidden states before the span
+        if reads_embedding and form.reads_ids:
+            ids = state[..., 0]
+            inputs = {"input_ids": ids}
+        elif reads_embedding:
+            ids = form.ids(state)
+            inputs = {"inputs_embeds": state}
+        else:
+            ids = form.ids(state)
+            inputs = {"input_ids": ids}
+            given = form.hidden(state)
+        span = range(start, end)
+        cache = None
+        if writer is not None:
+            cache = self._cache_class(writer, self._last_entries(span) if only_writes else ())
         with self._lock:
-            changes = [
-                (layers[index], partial(self._pass, index, None if block else cache))
-                for index in range(start)
-            ]
-            for index in running:
-                changes.append(
-                    (
-                        layers[index],
-                        partial(
-                            run_layer, index, layers[index].forward if block is None else block[0]
-                        ),
-                    )
-                )
+            changes: list[tuple[nn.Module, Forward]] = []
+            for index in range(start):
+                # Layers before an exit block did not run in its call: they have no entries to share
+                skip = partial(self._pass, index, None if block else cache)
+                changes.append((form.layers[index], skip))
+            changes += self._running(span, given, cache, only_writes, block)
             if cache is not None:
-                modules = [
-                    pair
-                    for index in range(start, end)
-                    for pair in form.recurrent.get(index, {}).items()
-                ]
-                if block is not None:
-                    own: Any = dict(block[0].named_modules())
-                    copies = {part: own.get(name) for name, part in layers[start].named_modules()}
-                    modules = [(copies[part], copies.get(last)) for part, last in modules]
-                changes += [
-                    (part, partial(cache.stepped, part, last, form.continues, part.forward))
-                    for part, last in modules
-                ]
+                changes += self._stepping(span, cache, block)
             hidden = self.forward(inputs, positions, changes, cache)
         return form.state(hidden, ids)
+
+    def _last_entries(self, span: range) -> set[Entry]:
+        """The entries after which layers have written all; a recurrent layer has to run to its
+        end.
+        """
+        form = self.form
+        entries = set[Entry]()
+        for index in span:
+            if form.written[index] and index not in form.recurrent:
+                entries.add(form.written[index][-1])
+        return entries
+
+    def _running(
+        self,
+        span: range,
+        given: Tensor | None,
+        cache: PositionCache | None,
+        only_writes: bool,
+        block: Copy | None,
+    ) -> list[tuple[nn.Module, Forward]]:
+        """Replaces the first layer of a span, which reads `given`, and the last, which ends the
+        forward; with `only_writes` all, which pass on their input.
+        """
+        first = span[0]
+        last = span[-1]
+
+        def run_layer(index: int, forward: Forward, /, *args: Any, **keywords: Any) -> Any:
+            if given is not None and index == first:
+                args, keywords = with_hidden(given, args, keywords)
+            if only_writes:
+                with suppress(Written):
+                    forward(*args, **keywords)
+                output = self._pass(index, cache, *args, **keywords)
+            else:
+                output = forward(*args, **keywords)
+            if index == last:
+                raise _Reached(hidden_of(output))
+            return output
+
+        changes: list[tuple[nn.Module, Forward]] = []
+        for index in span if only_writes else {first, last}:
+            layer = self.form.layers[index]
+            forward = layer.forward if block is None else block.layer
+            changes.append((layer, partial(run_layer, index, forward)))
+        return changes
+
+    def _stepping(
+        self, span: range, cache: PositionCache, block: Copy | None
+    ) -> list[tuple[nn.Module, Forward]]:
+        """Runs the recurrent modules of a span step by step, see `PositionCache.stepped`."""
+        modules: dict[nn.Module, nn.Linear | None] = {}
+        for index in span:
+            modules.update(self.form.recurrent.get(index, {}))
+        if block is not None:  # its own modules, by the names of its original's
+            own: Any = dict(block.layer.named_modules())
+            original = self.form.layers[span[0]]
+            copies = {part: own.get(name) for name, part in original.named_modules()}
+            modules = {copies[part]: copies.get(last) for part, last in modules.items()}
+        continues = self.form.continues
+        return [
+            (part, partial(cache.stepped, part, last, continues, part.forward))
+            for part, last in modules.items()
+        ]
 
     def _pass(self, index: int, cache: PositionCache | None, /, *args: Any, **keywords: Any) -> Any:
         """Returns a layer's input in place of its output, and hands on cached keys and values that
@@ -325,20 +373,15 @@ class CutModel:
         form = self.form
         flat = state.reshape(-1, 1, state.shape[-1])  # rows of one token, at any position
         last = form.returned(form.hidden(flat))
-        skipped = [
-            (layer, partial(self._pass, index, None))
-            for index, layer in enumerate(form.layers[:-1])
-        ]
-        ended: list[tuple[Any, Forward]] = [
-            *skipped,
-            (form.layers[-1], lambda *_, **__: last),
-            *changes,
-        ]
-        found = self.forward(
-            {"input_ids": form.ids(flat)}, torch.zeros(len(flat), 1, dtype=torch.long), ended
-        )
-        found = found if isinstance(found, Tensor) else found.logits
-        return found.view(*state.shape[:-1], found.shape[-1])
+        replacements: list[tuple[Any, Forward]] = []
+        for index, layer in enumerate(form.layers[:-1]):
+            replacements.append((layer, partial(self._pass, index, None)))
+        replacements.append((form.layers[-1], lambda *_, **__: last))
+        replacements += changes
+        positions = torch.zeros(len(flat), 1, dtype=torch.long)
+        found = self.forward({"input_ids": form.ids(flat)}, positions, replacements)
+        output: Tensor = found if isinstance(found, Tensor) else found.logits
+        return output.view(*state.shape[:-1], output.shape[-1])
 
     def forward(
         self,
@@ -359,7 +402,7 @@ class CutModel:
         differ = cache is not None and not cache.writer.contiguous
         if differ:
             _know_positions(self.model.config.get_text_config(decoder=True)._attn_implementation)
-        token = _POSITIONS.set(positions if differ else None)
+        token = _POSITIONS.set(positions if differ else None)  # of this thread
         try:
             with self._lock, replaced(changes):
                 return self.model(**inputs, **keywords)
@@ -374,13 +417,13 @@ def _cache_class(model: Any) -> type[PositionCache]:
     (MiniMax).
     """
     parameters = inspect.signature(type(model.base_model).forward).parameters
-    own = (
-        kind
-        for name in _CACHES
-        if name in parameters
-        for kind in getattr(parameters[name].annotation, "__args__", ())
-    )
-    kinds = [kind for kind in own if getattr(kind, "__module__", None) == type(model).__module__]
+    kinds = []
+    for name in _CACHES:
+        if name not in parameters:
+            continue
+        for kind in getattr(parameters[name].annotation, "__args__", ()):
+            if getattr(kind, "__module__", None) == type(model).__module__:
+                kinds.append(kind)
     return type("PositionCache", (PositionCache, *kinds), {})
 
 

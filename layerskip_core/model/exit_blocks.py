@@ -129,8 +129,7 @@ class StoredDrafters:
     mtp: "StoredDrafters | None" = None
     layout: MtpLayout = MTP_LAYOUTS[0]  # of the file of `mtp`
     assistant: Assistant | None = None  # the drafter that is shipped beside the model
-    # Of the model that the blocks were trained for, if the file has one
-    model_fingerprint: str | None = None
+    model_fingerprint: str | None = None  # of the model of the training; None: unknown
     notes: tuple[str, ...] = ()  # for the user
 
     def shapes(self, spec: AnySpec) -> Shapes:

@@ -58,23 +58,16 @@ def perturbed(logits: Tensor, noise: Noise, ids: Tensor | None = None) -> Tensor
     scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
     temperature = least_temperature(noise.temperature, scores.dtype)
     scores -= scores.amax(-1, keepdim=True)
-    tokens = (
-        _mixed_ids(scores.shape[-1], scores.device)
-        if ids is None
-        else _mixed32(ids.to(scores.device, torch.int32))
-    )
+    tokens = _mixed_tokens(ids, scores)
     # torch's logarithm rounds the rest of a vector differently: in fp64 on a CPU, no fp32 number
     # shows it.
     dtype = torch.float64 if scores.device.type == "cpu" else scores.dtype
     most = max(1, _PIECE // scores.shape[-1])
     for start in range(0, len(scores), most):
-        part = scores[start : start + most]
-        of_part = tokens[start : start + most] if tokens.dim() == 2 else tokens
-        part += (
-            gumbel(noise.keys[start : start + most], of_part, dtype)
-            .to(part.dtype)
-            .mul_(temperature)
-        )
+        rows = slice(start, start + most)
+        part = scores[rows]
+        of_rows = tokens[rows] if tokens.dim() == 2 else tokens
+        part += gumbel(noise.keys[rows], of_rows, dtype).to(part.dtype).mul_(temperature)
     return scores
 
 
@@ -95,6 +88,13 @@ def gumbel(keys: Sequence[int], tokens: Tensor, dtype: torch.dtype) -> Tensor:
     uniform = bits.clamp_(max=_MOST).to(dtype).add_(0.5).mul_(_SMALLEST)
     noise: Tensor = uniform.neg_().log1p_().neg_().log_().neg_()
     return noise
+
+
+def _mixed_tokens(ids: Tensor | None, scores: Tensor) -> Tensor:
+    """The mixed token ids of the columns of scores (N, C), see `perturbed`."""
+    if ids is None:
+        return _mixed_ids(scores.shape[-1], scores.device)
+    return _mixed32(ids.to(scores.device, torch.int32))
 
 
 def _mixed32(ids: Tensor) -> Tensor:

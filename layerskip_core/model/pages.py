@@ -5,6 +5,7 @@ PagedAttention, SOSP 2023).
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from math import inf
 
 import torch
@@ -155,17 +156,17 @@ class Memory:
         self._pool = pool
         self._pages = 0  # until they are granted: `__del__` gives back what was
         self.end = end
-        self.first: int = 0 if of is None else of.first  # position that the text can continue from
+        self.first = 0  # position that the text can continue from
         pages = pool.pages_of_memory(slots)
         pool.require(pages)
         self._pages = pages
         pool.remembered += pages
-        self.state: Tensor = (
-            torch.zeros(state, dtype=torch.uint8) if of is None else of.state.clone()
-        )
+        self.state = torch.zeros(state, dtype=torch.uint8)
         self.ring = torch.zeros(slots, slot, dtype=torch.uint8)
         self.bytes = state + slots * slot
         if of is not None:
+            self.first = of.first
+            self.state.copy_(of.state)
             places = torch.arange(max(0, end - min(slots, len(of.ring))), end)
             self.ring[places % slots] = of.ring[places % len(of.ring)]
 
@@ -188,12 +189,13 @@ class PagedCache(KVCache):
 
     @property
     def memory(self) -> dict[int, int]:
-        memories = {
-            memory.ring.data_ptr(): memory.bytes for memory in self._memories if memory is not None
-        }
-        return memories | {
-            page.address: self._pool.page_bytes for pages in self._pages for page in pages
-        }
+        held = {}
+        for memory in self._memories:
+            if memory is not None:
+                held[memory.ring.data_ptr()] = memory.bytes
+        for page in chain.from_iterable(self._pages):
+            held[page.address] = self._pool.page_bytes
+        return held
 
     def free_pages(self, ends: Sequence[int] = ()) -> float:
         free = self._pool.most - self._pool.used
@@ -205,10 +207,8 @@ class PagedCache(KVCache):
 
     @property
     def branch_pages(self) -> int:
-        return 1 + max(
-            (self._pool.pages_of_memory(len(memory.ring)) for memory in self._memories if memory),
-            default=0,
-        )
+        slots = [len(memory.ring) for memory in self._memories if memory]
+        return 1 + max(map(self._pool.pages_of_memory, slots), default=0)
 
     def first(self, row: int) -> int:
         pages = self._pages[row]
@@ -236,8 +236,7 @@ class PagedCache(KVCache):
         ends: Indices | None = None,
         max_positions: int | None = None,
     ) -> "PagedCache":
-        branch = PagedCache(self._pool, len(rows), max_positions or self.max_positions)
-        branch.steps_back = self.steps_back
+        branch = self._branched(rows, max_positions)
         pages: list[list[Page]] = []
         memories: list[Memory | None] = []
         with torch.inference_mode():
@@ -253,18 +252,20 @@ class PagedCache(KVCache):
         of a pass.
         """
         if places.end > self._capacity:
-            of_rows = zip(self._pages, places.starts, places.counts, places.origins, strict=True)
-            for pages, start, count, origin in of_rows:
+            for row, (start, count) in enumerate(zip(places.starts, places.counts, strict=True)):
+                pages = self._pages[row]
                 while count and len(pages) * PAGE < start + count:
-                    self._forget(pages, origin)
+                    self._forget(pages, places.origins[row])
                     pages.append(self._pool.take())
                     self._addresses = None
             self._capacity = min(map(len, self._pages)) * PAGE
         if self._addresses is None:
             longest = max(map(len, self._pages))
-            self._addresses = torch.tensor(
-                [[page.address for page in row] + [0] * (longest - len(row)) for row in self._pages]
-            )
+            table = []
+            for pages in self._pages:
+                addresses = [page.address for page in pages]
+                table.append(addresses + [0] * (longest - len(pages)))
+            self._addresses = torch.tensor(table)
         return self._addresses
 
     def _forget(self, pages: list[Page], start: int) -> None:
@@ -299,10 +300,10 @@ class PagedCache(KVCache):
             if not count:
                 continue
             memory = self._memories[row]
-            if memory is None or len(memory.ring) < self._slots:
-                self._memories[row] = memory = Memory(
-                    self._pool, self._slots, memory, 0 if memory is None else memory.end
-                )
+            if memory is None:
+                self._memories[row] = memory = Memory(self._pool, self._slots)
+            elif len(memory.ring) < self._slots:
+                self._memories[row] = memory = Memory(self._pool, self._slots, memory, memory.end)
             may_rerun = self._margin
             if places.no_rollback or count > self._margin:  # no draft has so many tokens
                 may_rerun = 1

@@ -49,9 +49,9 @@ class PositionCache:
         """`ends`: the last entries of layers; writing one ends its layer (`Written`)."""
         self.writer = writer
         self._ends = ends
-        # Of the running recurrent module, after its tokens so far
+        # The states of the recurrent module that runs, after its tokens so far
         self._states: dict[State, Tensor | None] = {}
-        # Index of the last token in the piece that a recurrent module runs
+        # The last token of the piece that it runs; None while none runs in pieces
         self._column: int | None = None
         self._has_past = not writer.begins
 
@@ -87,7 +87,8 @@ class PositionCache:
         state = (layer_idx, "conv", state_idx)
         width = conv_kernel_size or new.shape[-1]
         before = self._state(state)
-        inputs = F.pad(new, (width, 0)) if before is None else torch.cat([before, new], dim=-1)
+        earlier = F.pad(new[..., :0], (width, 0)) if before is None else before
+        inputs = torch.cat([earlier, new], dim=-1)
         if self._column is not None:
             self._states[state] = inputs[..., -width:]
         else:
@@ -142,43 +143,26 @@ class PositionCache:
     ) -> Any:
         """Runs the `forward` of a module with a recurrent state over all tokens of the call.
 
-        Those up to the first state to keep run in one piece, the rest one by one. `whole`: whether
-        a piece can start from a state; else all run one by one. Linear layers of the input run
-        once, as does `last`, the linear layer of the output.
+        Those up to the first state to keep run in one piece, the rest one by one, so that the state
+        after each can be kept. Linear layers run once for all pieces: else a verification would
+        read their weights once per token. `whole`: whether a piece can start from a state; else all
+        tokens run one by one. `last`: the linear layer of the output.
         """
         hidden: Tensor = args[0] if args else keywords["hidden_states"]
         self._states.clear()
-        first = self.writer.first_kept if whole or not self._has_past else 0
-        pieces = [*pairwise((0, *range(first + 1, hidden.shape[1] + 1)))]
+        first = 0
+        if whole or not self._has_past:
+            first = self.writer.first_kept
+        bounds = list(pairwise((0, *range(first + 1, hidden.shape[1] + 1))))
+        linears = _LinearsOnce(hidden, last)
+        changes: list[tuple[nn.Module, Forward]] = []
+        if len(bounds) > 1:
+            changes = linears.changes(module)
         outputs = []
-        inputs = list[Tensor]()
-        parts = module.modules() if len(pieces) > 1 else iter(())
-        known: dict[Callable[[Tensor], Tensor], Tensor] = {}
-        piece = hidden
-        bounds = slice(None)
-
-        def projected(linear: Callable[[Tensor], Tensor], given: Tensor) -> Tensor:
-            if given is not piece:
-                return linear(given)
-            if linear not in known:
-                known[linear] = linear(hidden)
-            return known[linear][:, bounds].contiguous()
-
-        def postponed(given: Tensor) -> Tensor:
-            inputs.append(given)
-            return given.new_empty(*given.shape[:-1], 0)
-
-        linears = [part for part in parts if isinstance(part, nn.Linear)]
-        changes = [
-            (part, postponed if part is last else partial(projected, part.forward))
-            for part in linears
-        ]
         with replaced(changes):
-            for start, end in pieces:
+            for start, end in bounds:
                 self._column = end - 1
-                bounds = slice(start, end)
-                piece = hidden[:, bounds]
-                of_piece, named = with_hidden(piece, args, keywords)
+                of_piece, named = with_hidden(linears.piece_at(start, end), args, keywords)
                 outputs.append(forward(*of_piece, **named))
                 if self._column >= self.writer.first_kept:
                     for state, new in self._states.items():
@@ -187,14 +171,12 @@ class PositionCache:
                 self._has_past = True
         self._column = None
         self._has_past = not self.writer.begins
-        if len(pieces) == 1:
+        if len(bounds) == 1:
             return outputs[0]
-        output = (
-            last(torch.cat(inputs, dim=1))
-            if last
-            else torch.cat([hidden_of(output) for output in outputs], dim=1)
-        )
-        return output if isinstance(outputs[0], Tensor) else (output, *outputs[-1][1:])
+        output = linears.output(outputs)
+        if isinstance(outputs[0], Tensor):
+            return output
+        return output, *outputs[-1][1:]
 
     def _state(self, state: State) -> Tensor | None:
         if state not in self._states:
@@ -216,6 +198,52 @@ class PositionCache:
         return written
 
 
+class _LinearsOnce:
+    """Runs the linear layers of a recurrent module once, though its tokens run in pieces."""
+
+    def __init__(self, hidden: Tensor, last: nn.Linear | None) -> None:
+        """`hidden` (B, T, D): the module's input. `last`: the linear layer of its output."""
+        self._hidden = hidden
+        self._last = last
+        self._inputs_of_last: list[Tensor] = []
+        self._outputs: dict[Forward, Tensor] = {}  # of layers that read the module's input
+        self.piece_at(0, hidden.shape[1])
+
+    def piece_at(self, start: int, end: int) -> Tensor:
+        """The module's input for the tokens that run next."""
+        self._bounds = slice(start, end)
+        self._piece = self._hidden[:, self._bounds]
+        return self._piece
+
+    def changes(self, module: nn.Module) -> list[tuple[nn.Module, Forward]]:
+        changes: list[tuple[nn.Module, Forward]] = []
+        for part in module.modules():
+            if part is self._last:
+                changes.append((part, self._postpone))
+            elif isinstance(part, nn.Linear):
+                changes.append((part, partial(self._project, part.forward)))
+        return changes
+
+    def _project(self, linear: Forward, given: Tensor) -> Tensor:
+        if given is not self._piece:  # a layer in the middle of the module
+            output: Tensor = linear(given)
+            return output
+        if linear not in self._outputs:
+            self._outputs[linear] = linear(self._hidden)
+        return self._outputs[linear][:, self._bounds].contiguous()
+
+    def _postpone(self, given: Tensor) -> Tensor:
+        self._inputs_of_last.append(given)
+        return given.new_empty(*given.shape[:-1], 0)
+
+    def output(self, outputs: list[Any]) -> Tensor:
+        """The module's output for all tokens, from the pieces'."""
+        if self._last is None:
+            return torch.cat([hidden_of(output) for output in outputs], dim=1)
+        output: Tensor = self._last(torch.cat(self._inputs_of_last, dim=1))
+        return output
+
+
 class _Indexed(dict[int, Any]):
     def __init__(self, get: Callable[[int], Any]) -> None:
         self._get = get
@@ -228,7 +256,9 @@ def with_hidden(
     hidden: Tensor, args: tuple[Any, ...], keywords: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A layer's arguments with `hidden` in place of their hidden states."""
-    return ((hidden, *args[1:]), keywords) if args else ((), {**keywords, "hidden_states": hidden})
+    if args:
+        return (hidden, *args[1:]), keywords
+    return (), keywords | {"hidden_states": hidden}
 
 
 def hidden_of(output: Any) -> Tensor:

@@ -5,10 +5,10 @@ logits.
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from .cut import SHARED, CutModel, Form
 from .position_cache import Forward, PositionCache, hidden_of, replaced
 from .row_cache import Entry, EntryWriter, MixedCache, State
 
-# In each of two rows: all tokens, and the prefilled ones
+# Tokens of each of the two rows, and how many of them are prefilled
 _TOKENS = 7
 _KNOWN = 4
 # Positions from which the rows continue; and again, if layers are recurrent
@@ -80,8 +80,10 @@ class EntryRecorder:
         self.running.pop()
         if isinstance(module, nn.Linear):
             self.linear = module, output
-        elif self.linear is not None and output is not None and hidden_of(output) is self.linear[1]:
-            self.last[module] = self.linear[0]
+        elif self.linear is not None and output is not None:
+            linear, its_output = self.linear
+            if hidden_of(output) is its_output:
+                self.last[module] = linear
 
     def before(self, state: State) -> None:
         return None
@@ -183,11 +185,8 @@ def _layer_by_layer(
         hidden = hidden_of(forward(*args, **keywords))
         written[index] = list(recorder.kept)[before:]
         if recorder.recurrent:
-            recurrent[index] = {
-                module: recorder.last.get(module)
-                for module in recorder.recurrent
-                if module is not None
-            }
+            modules = [module for module in recorder.recurrent if module is not None]
+            recurrent[index] = {module: recorder.last.get(module) for module in modules}
             recorder.recurrent.clear()
         return form.returned(hidden)
 
@@ -227,68 +226,127 @@ def _go_on(
         _compare(cut.unembed(state), expected[rows, columns], "when it goes on from a cache")
 
 
+class _LayerCall(NamedTuple):
+    """A call of a layer in the whole model's forward."""
+
+    layer: int
+    hidden: Any  # its input
+    output: Any
+
+
+class _Call(NamedTuple):
+    """A call of a module around the layers."""
+
+    module: nn.Module
+    inputs: Any
+    output: Any
+
+
+@dataclass
+class _Seen:
+    """What the whole model's forward shows."""
+
+    lists: dict[str, nn.ModuleList]  # which may be the chain of layers
+    logits: Tensor
+    of_list: dict[str, list[_LayerCall]]
+    shares: dict[str, dict[int, Any]]  # by list, see `Form.shares`
+    others: list[_Call]
+
+
 def _see(cut: CutModel, ids: Tensor) -> Tensor:
     """The logits (2, T, V) of the whole model; sets those fields of `cut.form` that its forward
     shows.
     """
-    model = cut.model
+    seen = _watched_forward(cut, ids)
+    name = _chain(seen)
+    owner = cut.model.get_submodule(name.rpartition(".")[0])
+    output = seen.of_list[name][-1].output
+    last = hidden_of(output)
+    leading = _is_leading(seen.of_list[name], last, ids)
+    container = None
+    if not isinstance(output, Tensor):
+        container = (type(output), len(output))
+    (owned,) = (call.output for call in seen.others if call.module is owner)
+    cut.form = Form(
+        layers=seen.lists[name],
+        owner=owner,
+        norm=_norm_after(seen, last, owned),
+        output=type(owned),
+        container=container,
+        leading=leading,
+        shape=(last.shape[0], *last.shape[3:]) if leading else tuple(last.shape[2:]),
+        shares=seen.shares[name],
+    )
+    return seen.logits
+
+
+def _watched_forward(cut: CutModel, ids: Tensor) -> _Seen:
+    """Runs the whole model on `ids` (2, T)."""
     lists = _outermost_lists(cut.model)
-    seen: dict[str, list[tuple[int, Any, Any]]] = defaultdict(list)
+    of_list: dict[str, list[_LayerCall]] = defaultdict(list)
     shares: dict[str, dict[int, Any]] = defaultdict(dict)
+    others: list[_Call] = []
 
     def watch(name: str, index: int, forward: Forward, /, *args: Any, **keywords: Any) -> Any:
         hidden = args[0] if args else keywords.get("hidden_states")
         before = set(keywords.get(SHARED) or ())
         output = forward(*args, **keywords)
-        seen[name].append((index, hidden, output))
+        of_list[name].append(_LayerCall(index, hidden, output))
         for key in set(keywords.get(SHARED) or ()) - before:
             shares[name][index] = key
         return output
 
-    changes = [
-        (part, partial(watch, name, index, part.forward))
-        for name, parts in lists.items()
-        for index, part in enumerate(parts)
-    ]
-    calls: list[tuple[nn.Module, Any, Any]] = []
+    changes = []
+    for name, layers in lists.items():
+        for index, layer in enumerate(layers):
+            changes.append((layer, partial(watch, name, index, layer.forward)))
     with ExitStack() as hooks, _reasons():
-        for part in map(model.get_submodule, {name.rpartition(".")[0] for name in lists}):
-            for each in (part, *part.children()):
-                hooks.enter_context(each.register_forward_hook(lambda *call: calls.append(call)))
+        for owner in map(cut.model.get_submodule, {name.rpartition(".")[0] for name in lists}):
+            for module in (owner, *owner.children()):
+                hook = module.register_forward_hook(lambda *call: others.append(_Call(*call)))
+                hooks.enter_context(hook)
         logits: Tensor = cut.forward({"input_ids": ids}, None, changes).logits
-    chains = [
-        name
-        for name, found in seen.items()
-        if [index for index, *_ in found] == list(range(len(lists[name])))
-    ]
-    if not chains:
+    return _Seen(lists, logits, of_list, shares, others)
+
+
+def _chain(seen: _Seen) -> str:
+    """The name of the list of modules that is the chain of layers: the largest whose modules ran
+    one after the other.
+    """
+    sizes: dict[str, int] = {}
+    for name, calls in seen.of_list.items():
+        layers = seen.lists[name]
+        if [call.layer for call in calls] == list(range(len(layers))):
+            sizes[name] = sum(weight.numel() for weight in layers.parameters())
+    if not sizes:
         raise _Different("its forward is no chain of layers")
-    name = max(chains, key=lambda name: sum(weight.numel() for weight in lists[name].parameters()))
-    owner = model.get_submodule(name.rpartition(".")[0])
-    *_, (_, _, output) = seen[name]
-    last = hidden_of(output)
-    if any(hidden is None or hidden.shape != last.shape for _, hidden, _ in seen[name]):
+    return max(sizes, key=sizes.__getitem__)
+
+
+def _is_leading(calls: list[_LayerCall], last: Tensor, ids: Tensor) -> bool:
+    """Whether hidden states have a dimension before rows and tokens."""
+    if any(call.hidden is None or call.hidden.shape != last.shape for call in calls):
         raise _Different("its layers have hidden states of different shapes")
-    leading = int(last.shape[:2] != ids.shape)
-    if last.shape[leading : leading + 2] != ids.shape:
-        raise _Different(
-            f"its layers have hidden states of the shape {list(last.shape)} for tokens {list(ids.shape)}"
-        )
-    (owned,) = (output for part, _, output in calls if part is owner)
-    normed = getattr(owned, "last_hidden_state", None)
-    after = [
-        (part, found)
-        for part, inputs, found in calls
-        if inputs and inputs[0] is last and isinstance(found, Tensor)
-    ]
-    norms = [part for part, found in after if isinstance(normed, Tensor) and found.equal(normed)]
-    container = None if isinstance(output, Tensor) else (type(output), len(output))
-    shape = (last.shape[0], *last.shape[3:]) if leading else tuple(last.shape[2:])
-    norm = norms[0] if len(norms) == 1 else None
-    cut.form = Form(
-        lists[name], owner, norm, type(owned), container, bool(leading), shape, shares[name]
+    if last.shape[:2] == ids.shape:
+        return False
+    if last.shape[1:3] == ids.shape:
+        return True
+    raise _Different(
+        f"its layers have hidden states of the shape {list(last.shape)} for tokens {list(ids.shape)}"
     )
-    return logits
+
+
+def _norm_after(seen: _Seen, last: Tensor, owned: Any) -> nn.Module | None:
+    """The module that makes the owner's output from the `last` hidden states, if it is one."""
+    normed = getattr(owned, "last_hidden_state", None)
+    if not isinstance(normed, Tensor):
+        return None
+    norms = []
+    for call in seen.others:
+        reads_last = bool(call.inputs) and call.inputs[0] is last
+        if reads_last and isinstance(call.output, Tensor) and call.output.equal(normed):
+            norms.append(call.module)
+    return norms[0] if len(norms) == 1 else None
 
 
 def _outermost_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
@@ -307,7 +365,7 @@ def _compare(found: Tensor, expected: Tensor, when: str) -> None:
     """
     counted = expected.isfinite().all(-1)
     precision = expected.dtype
-    # Mps has no fp64
+    # On the CPU, because Apple's GPUs have no fp64
     found = found[counted].cpu().double()
     expected = expected[counted].cpu().double()
     spread = (expected - expected.mean(-1, keepdim=True)).norm(dim=-1)
@@ -327,10 +385,10 @@ def _reasons() -> Iterator[None]:
     try:
         yield
     except AttributeError as error:
-        more = isinstance(error.obj, PositionCache | SimpleNamespace)
-        reason = (
-            f"it needs `{error.name}` of its cache, which has keys, values and recurrent states"
-        )
-        raise _Different(reason if more else first_line(error)) from error
+        reason = first_line(error)
+        if isinstance(error.obj, PositionCache | SimpleNamespace):
+            needed = f"it needs `{error.name}` of its cache"
+            reason = f"{needed}, which has keys, values and recurrent states"
+        raise _Different(reason) from error
     except Exception as error:
         raise _Different(first_line(error)) from error

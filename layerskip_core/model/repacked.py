@@ -63,7 +63,7 @@ class RepackedLayers(ABC):
         self.spec = spec
         self.layers = layers
         self.dtype = dtype
-        # As transformers rounds it
+        # Rounded as transformers does
         self._scale = float(torch.tensor(spec.embedding_scale).to(embedding.dtype))
 
     def embed(self, ids: Tensor) -> Tensor:

@@ -1,8 +1,7 @@
 """KV caches as tensors of rows, for PyTorch's kernels and for transformers' layers."""
 
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from copy import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -83,12 +82,8 @@ class RowCache(KVCache):
         ends: Indices | None = None,
         max_positions: int | None = None,
     ) -> "RowCache":
-        branch = copy(self)
+        branch = self._branched(rows, max_positions)
         ends = ends or starts
-        branch.rows = len(rows)
-        branch.max_positions = max_positions or self.max_positions
-        branch.features = [{} for _ in rows]
-        branch.unwritten = [[] for _ in rows]
         branch.written = min(_in_strides(max(ends)), self.capacity)
         with torch.inference_mode():  # the storage may be an inference tensor
             held = branch._hold(self.storage[:, :, list(rows), :, : branch.written])
@@ -112,9 +107,10 @@ class RowCache(KVCache):
             if capacity < end:
                 capacity = _in_strides(min(self.max_positions, end + max(_AHEAD, end // 2)))
             places = min(_in_strides(self.written), self.capacity)
-            more = slots if slots >= self.rows else max(self.rows, 2 * slots)
-            moved = held.new_zeros(*held.shape[:2], more, held.shape[3], capacity, held.shape[5])
-            moved[:, :, :slots, :, :places] = held[..., :places, :]
+            if slots < self.rows:
+                slots = max(self.rows, 2 * slots)
+            moved = held.new_zeros(*held.shape[:2], slots, held.shape[3], capacity, held.shape[5])
+            moved[:, :, : self.slots, :, :places] = held[..., :places, :]
             held = self._hold(moved)
         return held
 
@@ -126,11 +122,9 @@ class RowCache(KVCache):
         key = (_in_strides(self.written), rows.start, rows.stop)
         if key not in self._matrices:
             keys, values = held[..., : key[0], :].flatten(2, 3).unbind(1)
-            self._matrices = {
-                key: list(
-                    zip(held.unbind(), keys.transpose(2, 3).unbind(), values.unbind(), strict=True)
-                )
-            }
+            turned = keys.transpose(2, 3)
+            views = zip(held.unbind(), turned.unbind(), values.unbind(), strict=True)
+            self._matrices = {key: list(views)}
         return self._matrices[key]
 
     def half(self, index: int, end: int) -> Tensor:
@@ -180,16 +174,14 @@ class MixedCache(KVCache):
         super().__init__(batch_size, max_positions)
         self.rolls_back = rolls_back
         self.states: dict[State, Tensor] = {}  # (S, B, ...): after position p at p modulo S
-        of_shape = defaultdict[tuple[int, int], list[Entry]](list)
-        for entry, shape in shapes.items():
-            of_shape[shape].append(entry)
         self.parts: dict[tuple[int, int], RowCache] = {}  # by shape, once there are entries
-        self._pairs = {shape: -(-len(entries) // 2) for shape, entries in of_shape.items()}
-        self.places = {
-            entry: (shape, index)
-            for shape, own in of_shape.items()
-            for index, entry in enumerate(own)
-        }
+        # By entry: its shape, and its index among the entries of that shape
+        self.places: dict[Entry, tuple[tuple[int, int], int]] = {}
+        counts = Counter[tuple[int, int]]()
+        for entry, shape in shapes.items():
+            self.places[entry] = shape, counts[shape]
+            counts[shape] += 1
+        self._pairs = {shape: -(-count // 2) for shape, count in counts.items()}
 
     def first(self, row: int) -> int:
         return 0 if self.rolls_back else self.max_positions
@@ -197,9 +189,9 @@ class MixedCache(KVCache):
     @property
     def memory(self) -> dict[int, int]:
         held = {state.data_ptr(): state.nbytes for state in self.states.values()}
-        return held | {
-            address: size for part in self.parts.values() for address, size in part.memory.items()
-        }
+        for part in self.parts.values():
+            held |= part.memory
+        return held
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         super().keep_rows(rows)
@@ -212,15 +204,16 @@ class MixedCache(KVCache):
         for shape, part in {**other.parts, **self.parts}.items():
             self._part(shape, part.storage).join(other._part(shape, part.storage))
         for state in {*self.states, *other.states}:
-            parts = [(self.states.get(state), self.rows), (other.states.get(state), other.rows)]
-            like = max((held for held, _ in parts if held is not None), key=len)
-            both = [
-                like.new_zeros(1, count, *like.shape[2:]) if held is None else held
-                for held, count in parts
-            ]
-            self.states[state] = torch.cat(
-                [held.repeat_interleave(len(like) // len(held), 0) for held in both], dim=1
-            )
+            own = self.states.get(state)
+            others = other.states.get(state)
+            like = max((held for held in (own, others) if held is not None), key=len)
+            if own is None:
+                own = like.new_zeros(1, self.rows, *like.shape[2:])
+            if others is None:
+                others = like.new_zeros(1, other.rows, *like.shape[2:])
+            # One of them may keep a single state per row
+            both = [held.repeat_interleave(len(like) // len(held), 0) for held in (own, others)]
+            self.states[state] = torch.cat(both, dim=1)
         super().join(other)
 
     def branch(
@@ -231,11 +224,7 @@ class MixedCache(KVCache):
         max_positions: int | None = None,
     ) -> "MixedCache":
         """Without ends, each row gets one recurrent state: the one before its start."""
-        branch = copy(self)
-        branch.rows = len(rows)
-        branch.max_positions = max_positions or self.max_positions
-        branch.features = [{} for _ in rows]
-        branch.unwritten = [[] for _ in rows]
+        branch = self._branched(rows, max_positions)
         branch.states = {}
         branch.parts = {
             shape: part.branch(rows, starts, ends, max_positions)
@@ -273,9 +262,8 @@ def write_entries(
     cache = places.cache
     found = []
     assert isinstance(cache, RowCache | MixedCache)
-    rows, positions = (
-        part.to(keys.device, non_blocking=True) for part in (places.rows, places.positions)
-    )
+    rows = places.rows.to(keys.device, non_blocking=True)
+    positions = places.positions.to(keys.device, non_blocking=True)
     for index, new in enumerate((keys, values)):
         if isinstance(cache, RowCache):
             held = cache.half(2 * layer + index, places.end)
@@ -311,7 +299,8 @@ class EntryWriter:
         self._lent: dict[State, Tensor] = {}  # the cache's own states, which layers update in place
         # Where entries of all tokens go, unless these are one slice
         self._indices: tuple[Tensor, slice, Tensor] | None = None
-        self.first_kept = max(positions.shape[1] - 1 - (0 if no_rollback else cache.steps_back), 0)
+        steps_back = 0 if no_rollback else cache.steps_back
+        self.first_kept = max(positions.shape[1] - 1 - steps_back, 0)
         self.begins = not any(self._firsts)  # whether no row has an earlier token
 
     def put(self, entry: Entry, new: Tensor) -> Tensor:
@@ -347,7 +336,8 @@ class EntryWriter:
         else:
             found = found.clone()
         if 0 in self._firsts:
-            found[[row for row, first in enumerate(self._firsts) if first == 0]] = 0
+            new = [row for row, first in enumerate(self._firsts) if first == 0]
+            found[new] = 0
         return found
 
     def keep(self, state: State, column: int, new: Tensor) -> None:
@@ -369,22 +359,30 @@ class EntryWriter:
     @property
     def _count(self) -> int:
         """The number of states kept per row."""
-        return self._cache.steps_back + 2 if self._cache.steps_back else 1
+        if not self._cache.steps_back:
+            return 1
+        return self._cache.steps_back + 2
 
     def _shifted(self, state: State) -> State:
         return state[0] + self._shift, *state[1:]
 
     def _rows_of(self, held: Tensor) -> Tensor:
-        return held if self._row is None else held[:, self._row : self._row + 1]
+        if self._row is None:
+            return held
+        return held[:, self._row : self._row + 1]
 
     def _places(self, positions: Sequence[int], count: int) -> Any:
         """Indices of the rows' states after `positions`, in rings of `count` states."""
         places = [position % count for position in positions]
-        return places[0] if len(set(places)) == 1 else (places, list(range(len(places))))
+        if len(set(places)) == 1:
+            return places[0]
+        return places, list(range(len(places)))
 
     def _held(self, entry: Entry, like: Tensor) -> Tensor:
         held = self._cache.held((entry[0] + self._shift, entry[1]), self.end, like)
-        return held if self._row is None else held[self._row : self._row + 1]
+        if self._row is None:
+            return held
+        return held[self._row : self._row + 1]
 
 
 def _places(positions: Tensor) -> tuple[int, int, bool]:
@@ -411,7 +409,9 @@ class SpanWriter:
     def __init__(self, cache: RowCache, positions: Tensor, row: int | None = None) -> None:
         self._cache = cache
         self._positions = positions
-        self._rows = slice(len(positions)) if row is None else slice(row, row + 1)
+        self._rows = slice(len(positions))
+        if row is not None:
+            self._rows = slice(row, row + 1)
         self.start = 0
         self.end = cache.capacity
         self.contiguous = False

@@ -65,7 +65,7 @@ class TransformersSpec:
     tied: bool  # whether the head is the embedding
     parameters: int
     shapes: Shapes = field(repr=False)  # of all weights, by their names; a tied head has none
-    # Of an exit block's weights; empty if it can have none
+    # The weights of an exit block; empty if it can have none
     block_shapes: Shapes = field(repr=False)
     config: Any = field(repr=False, compare=False)  # the configuration itself
 
@@ -140,7 +140,7 @@ class ModelSpec:
     score_cap: float | None  # c of c * tanh(score / c)
     logits_cap: float | None
     clip: float | None  # largest magnitude of queries, keys and values
-    # Of swiglu_clamped: alpha of gate * sigmoid(alpha * gate), and the bound
+    # For swiglu_clamped: alpha of gate * sigmoid(alpha * gate), and the bound
     swiglu: tuple[float, float] | None
     config: Any = field(repr=False, compare=False)  # the configuration itself
     source: int | None = None  # see LayerSizes; set by `of_layer` only
@@ -155,7 +155,7 @@ class ModelSpec:
             raise CheckpointError(
                 f"model_type must be one of {', '.join(SUPPORTED)}, got {config.model_type!r:.60}"
             )
-        # The object hides values by layer
+        # A configuration object hides its values by layer
         if "per_layer_config" in architecture.uses and hasattr(config, "to_dict"):
             config = SimpleNamespace(**config.to_dict())
         values = read_values(config, architecture)

@@ -90,12 +90,16 @@ class TorchLayers(RepackedLayers):
         most = max(1, min(CHUNK, rows_at_once(batch * count, self.row_bytes) // batch))
         if self._exact is not None and 1 < count <= EXACT_TOKENS:
             most = exact_rows(self._exact, self._same_alone)
-        parts = zip(torch.split(hidden, most, 1), torch.split(positions, most, 1), strict=True)
-        outputs = [
-            self._grid(layers, start, only_kv, SpanWriter(cache, places, row), part, places)
-            for part, places in parts
-        ]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        outputs = []
+        for first in range(0, count, most):
+            part = slice(first, first + most)
+            writer = SpanWriter(cache, positions[:, part], row)
+            outputs.append(
+                self._grid(layers, start, only_kv, writer, hidden[:, part], positions[:, part])
+            )
+        if len(outputs) == 1:
+            return outputs[0]
+        return torch.cat(outputs, dim=1)
 
     def _grid(
         self,
@@ -108,7 +112,8 @@ class TorchLayers(RepackedLayers):
     ) -> Tensor:
         # A CUDA graph, whose positions are on the device, has buffers of its own.
         keeps = positions.numel() <= _KEPT_ROWS and positions.device.type == "cpu"
-        space = (self._kept if keeps else self._workspace)(*positions.shape)
+        make = self._kept if keeps else self._workspace
+        space = make(*positions.shape)
         end = start + len(layers)
         slots = writer.layers(start, end)
         step = self._step(writer, positions, slots[0].values.shape[1])
@@ -126,17 +131,16 @@ class TorchLayers(RepackedLayers):
         still = self._rope.still
         batch, count = positions.shape
         if self._exact is not None and batch == 1 and count <= EXACT_TOKENS:
-            places = positions[0].tolist()
-            windows = self._masks.windows
-            spans = {
-                kind: [(max(0, at + 1 - (window or at + 1)), at + 1) for at in places]
-                for kind, window in windows.items()
-            }
+            spans = {}
+            for kind, window in self._masks.windows.items():
+                ends = [position + 1 for position in positions[0].tolist()]
+                spans[kind] = [(max(0, end - (window or end)), end) for end in ends]
             return Step(ropes, still, dict.fromkeys(spans), spans, writer.end)
-        by_products = count <= _PRODUCT_TOKENS and self.device.type == "cpu"
-        keys = capacity if by_products else writer.end
-        masks = self._masks.by_kind(writer, on_device, keys, by_products)
-        return Step(ropes, still, masks, None, None if by_products else writer.end)
+        if count <= _PRODUCT_TOKENS and self.device.type == "cpu":
+            masks = self._masks.by_kind(writer, on_device, capacity, always=True)
+            return Step(ropes, still, masks, None, end=None)
+        masks = self._masks.by_kind(writer, on_device, writer.end, always=False)
+        return Step(ropes, still, masks, None, writer.end)
 
     def _same_alone(self, count: int) -> bool:
         """Whether the first layer's output for `count` random rows equals its outputs row by row;
@@ -144,9 +148,8 @@ class TorchLayers(RepackedLayers):
         """
         generator = torch.Generator(self.device).manual_seed(count)
         size = self.embedding.shape[1]
-        hidden = torch.randn(1, 24 + count, size, generator=generator, device=self.device).to(
-            self.dtype
-        )
+        shape = (1, 24 + count, size)
+        hidden = torch.randn(shape, generator=generator, device=self.device).to(self.dtype)
         cache = self.new_cache(1, 24 + count)
         layers = [layer for layer in self.layers[:1] if layer is not None]
 
@@ -201,10 +204,10 @@ class TorchHead:
 
     def _same_alone(self, like: Tensor, count: int) -> bool:
         generator = torch.Generator(like.device).manual_seed(count)
-        rows = torch.randn(count, like.shape[1], generator=generator, device=like.device).to(
-            like.dtype
-        )
-        return torch.equal(self._logits(rows), torch.cat([self._logits(row[None]) for row in rows]))
+        shape = (count, like.shape[1])
+        rows = torch.randn(shape, generator=generator, device=like.device).to(like.dtype)
+        alone = torch.cat([self._logits(row[None]) for row in rows])
+        return torch.equal(self._logits(rows), alone)
 
 
 class TorchBackend(RepackedBackend):
@@ -215,7 +218,7 @@ class TorchBackend(RepackedBackend):
         graphs = os.environ.get(GRAPHS) or "on"
         require_choice(graphs, GRAPHS, ("on", "off"))
         self.exact = self.batch_invariant = packing.exact
-        # Experts synchronise with the device
+        # Experts wait for the device, which a recorded pass cannot
         records = graphs == "on" and not packing.exact and self.spec.experts is None
         self.recordable = self._embedding.device.type == "cuda" and records
         self._rope = Rope(self.spec, self._embedding)
@@ -226,8 +229,13 @@ class TorchBackend(RepackedBackend):
         prepacked = any(
             isinstance(part, KernelLinear) for part in (self._head.linear, *first.linears)
         )
-        kernels = f"packed ({packing.quantize or 'oneDNN'})" if prepacked else "packed"
-        return kernels + packing.drafting + (", exact" if packing.exact else "")
+        described = "packed"
+        if prepacked:
+            described += f" ({packing.quantize or 'oneDNN'})"
+        described += packing.drafting
+        if packing.exact:
+            described += ", exact"
+        return described
 
     def _layer(
         self, weights: Weights, index: int, low_bits: Quantization | None, exact: bool
@@ -242,10 +250,10 @@ class TorchBackend(RepackedBackend):
         low_bits: Quantization | None,
         exact: bool,
     ) -> TorchHead:
-        weight, bias = head_weights(weights, self.spec)
+        matrix = head_weights(weights, self.spec)
         if rows is not None:
-            weight = rows.rows_of(weight)
-            bias = None if bias is None else rows.rows_of(bias)
+            matrix = matrix.mapped(rows.rows_of)
+        weight, bias = matrix
         folding = Norm(norm, self.spec.eps, low_bits is None and weight.dtype.itemsize >= 4)
         folded = folding.folded_into(weight)
         product = linear(folded, bias, low_bits, exact)

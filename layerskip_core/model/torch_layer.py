@@ -33,13 +33,8 @@ from .weights import (
 def xielu(x: Tensor, *, above: float = 0.8, below: float = 0.8) -> Tensor:
     """Huang and Schlag, 2024, with beta = 0.5."""
     negative = x.clamp(max=0)
-    return (
-        F.relu(x)
-        .square_()
-        .mul_(above)
-        .add_(negative.expm1() - negative, alpha=below)
-        .add_(x, alpha=0.5)
-    )
+    curved = F.relu(x).square_().mul_(above)
+    return curved.add_(negative.expm1() - negative, alpha=below).add_(x, alpha=0.5)
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -121,8 +116,10 @@ class Workspace:
         self.scored = (batch, heads, count, groups, -1)  # the shape of attention scores
         gated = spec.architecture.gated
         self.inside = like.new_empty(batch * count, spec.inner * (1 + gated))
-        self.gate = self.inside[:, : spec.inner] if gated else None
-        self.up = self.inside[:, spec.inner :] if gated else self.inside
+        self.activated = self.inside[
+            :, : spec.inner
+        ]  # the gate's outputs if there is one, else up's
+        self.gated = self.inside[:, spec.inner :] if gated else None
 
 
 class TorchLayer:
@@ -164,20 +161,19 @@ class TorchLayer:
         self._after_mlp = after_mlp and Norm(after_mlp, spec.eps)
         self._query_key_norm = None
         if query is not None and key is not None:
-            per_head = spec.architecture.query_key_norms == "head"
-            heads = (spec.heads, spec.kv_heads) if per_head else (1, 1)
-            queries = query.weight.repeat(heads[0])
-            keys = key.weight.repeat(heads[1])
-            scale = spec.attention_scale if self._norms_rotated else 1.0
-            self._query_key_norm = SlotNorm(_slots(spec, queries, keys), spec.eps, per_head, scale)
+            self._query_key_norm = _query_key_norm(query.weight, key.weight, spec)
 
         def packed(part: Affine, norm: Norm | None = None) -> Linear:
-            weight = part.weight if norm is None else norm.folded_into(part.weight)
+            weight = part.weight
+            if norm is not None:
+                weight = norm.folded_into(weight)
             return linear(weight, part.bias, quantization, exact)
 
+        slots = _slots(spec, *[part.weight for part in qkv]).flatten(0, 2)
         biases = [part.bias for part in qkv if part.bias is not None]
-        slots = _slots(spec, *(part.weight for part in qkv)).flatten(0, 2)
-        slot_bias = _slots(spec, *biases).flatten() if biases else None
+        slot_bias = None
+        if biases:
+            slot_bias = _slots(spec, *biases).flatten()
         self._qkv = packed(Affine(slots, slot_bias), self._before_attention)
         self._output = packed(sublayer_output(weights, spec, "attention"))
         self._experts: TorchExperts | None = None
@@ -193,7 +189,8 @@ class TorchLayer:
             downs = list(map(packed, expert_outputs(weights, spec)))
             scores = router(weights, spec).weight
             scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-            scores = scores if self._before_mlp is None else self._before_mlp.folded_into(scores)
+            if self._before_mlp is not None:
+                scores = self._before_mlp.folded_into(scores)
             self._experts = TorchExperts(spec, linear(scores, None, None, exact), ups, downs)
             self.linears = (self._qkv, self._output, ups[0], downs[0])
 
@@ -206,25 +203,28 @@ class TorchLayer:
         mixed = self._attended(step, kind, held, space)
         if not self._parallel:
             self._add(self._output, mixed, self._after_attention, hidden)
-        rows = hidden if self._before_mlp is None else self._before_mlp(hidden)
+        rows = hidden
+        if self._before_mlp is not None:
+            rows = self._before_mlp(hidden)
         if self._experts is not None:
             hidden.add_(self._experts(rows), alpha=self._residual_scale)
             return
         self._up.write(rows, space.inside)
         if self._parallel:
             self._add(self._output, mixed, self._after_attention, hidden)
-        inside = self._activation(space.up if space.gate is None else space.gate)
-        if space.gate is not None:
-            inside = inside.mul_(space.up)
+        inside = self._activation(space.activated)
+        if space.gated is not None:
+            inside = inside.mul_(space.gated)
         self._add(self._down, inside, self._after_mlp, hidden)
 
     def write_kv(self, hidden: Tensor, step: Step, held: LayerSlots, space: Workspace) -> None:
         """Writes keys and values of `hidden` (B*T, D) to the cache, and queries to the
         workspace.
         """
-        self._qkv.write(
-            hidden if self._before_attention is None else self._before_attention(hidden), space.qkv
-        )
+        rows = hidden
+        if self._before_attention is not None:
+            rows = self._before_attention(hidden)
+        self._qkv.write(rows, space.qkv)
         if self._query_key_norm is not None and not self._norms_rotated:
             self._query_key_norm.apply_(space.rotating)
         space.pairs.mul_(step.still if self._rope is None else step.ropes[self._rope])
@@ -238,7 +238,9 @@ class TorchLayer:
             layer.add(rows, hidden)
         else:
             output = layer(rows)
-            hidden.add_(output if after is None else after(output), alpha=self._residual_scale)
+            if after is not None:
+                output = after(output)
+            hidden.add_(output, alpha=self._residual_scale)
 
     def _attended(self, step: Step, kind: str, held: LayerSlots, space: Workspace) -> Tensor:
         """Attention of the workspace's queries, (B*T, heads * head dim)."""
@@ -259,13 +261,12 @@ class TorchLayer:
                     mask = mask.expand(-1, -1, -1, self._groups, -1).flatten(2, 3)
                 mixed = self._attention(queries, keys, values, mask)
             else:
-                tokens = [
-                    self._attention(token, keys[:, :, start:end], values[:, :, start:end], None)
-                    for token, (start, end) in zip(
-                        torch.split(queries, self._groups, 2), step.spans[kind], strict=True
-                    )
-                ]
-                mixed = torch.cat(tokens, dim=2)
+                by_token = torch.split(queries, self._groups, 2)
+                parts = []
+                for token, (start, end) in zip(by_token, step.spans[kind], strict=True):
+                    own = slice(start, end)
+                    parts.append(self._attention(token, keys[:, :, own], values[:, :, own], None))
+                mixed = torch.cat(parts, dim=2)
         return mixed.view(space.queries.shape).transpose(1, 2).reshape(space.rows, -1)
 
     def _attention(
@@ -274,7 +275,9 @@ class TorchLayer:
         if self._score_cap is None:
             return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=1.0)
         scores = self._capped(queries @ keys.transpose(2, 3))
-        return (scores if mask is None else scores.add_(mask)).softmax(-1) @ values
+        if mask is not None:
+            scores.add_(mask)
+        return scores.softmax(-1) @ values
 
     def _capped(self, scores: Tensor) -> Tensor:
         """Soft-caps scores, in place."""
@@ -304,7 +307,9 @@ class TorchExperts:
         """(N, D) to (N, D). Synchronises with the device."""
         scores = self._scores(rows.to(torch.promote_types(rows.dtype, torch.float32)))
         best, chosen = scores.topk(self._chosen)
-        weights = best.softmax(-1) if self._normalised else scores.softmax(-1).gather(1, chosen)
+        weights = best.softmax(-1)
+        if not self._normalised:
+            weights = scores.softmax(-1).gather(1, chosen)
         output = torch.zeros_like(rows)
         for expert in sorted({*chosen.flatten().tolist()}):
             places, choices = (chosen == expert).nonzero(as_tuple=True)
@@ -324,7 +329,20 @@ def _slots(spec: ModelSpec, query: Tensor, key: Tensor, value: Tensor | None = N
     both = torch.cat([query.view(shape), key.view(shape)], dim=1)
     rotating, rest = torch.split(both, [spec.rotary, spec.head_dim - spec.rotary], 2)
     slots = torch.cat([torch.stack(rotating.chunk(2, 2), 3).flatten(2, 3), rest], dim=2)
-    return slots if value is None else torch.cat([slots, value.view(shape)], dim=1)
+    if value is None:
+        return slots
+    return torch.cat([slots, value.view(shape)], dim=1)
+
+
+def _query_key_norm(query: Tensor, key: Tensor, spec: ModelSpec) -> SlotNorm:
+    """From the norms' factors: (head dim,), or one for each output of the projections."""
+    per_head = spec.architecture.query_key_norms == "head"
+    if per_head:
+        query = query.repeat(spec.heads)
+        key = key.repeat(spec.kv_heads)
+    # A norm after the rotation, which has the attention scale, would divide it out
+    scale = spec.attention_scale if spec.architecture.norms_rotated else 1.0
+    return SlotNorm(_slots(spec, query, key), spec.eps, per_head, scale)
 
 
 class Rope:
@@ -398,14 +416,12 @@ class Masks:
     def _mask(
         self, window: int | None, writer: SpanWriter, positions: Tensor, keys: int, always: bool
     ) -> Tensor | None:
-        if (
-            not always
-            and writer.contiguous
-            and positions.shape[1] == 1
-            and (window is None or writer.end <= window)
-        ):
+        sees_all = window is None or writer.end <= window
+        if not always and writer.contiguous and positions.shape[1] == 1 and sees_all:
             return None
-        queries = (positions[:1] if writer.contiguous else positions)[:, None, :, None, None]
+        if writer.contiguous:
+            positions = positions[:1]
+        queries = positions[:, None, :, None, None]
         order = torch.arange(keys, device=positions.device)
         unseen = order > queries
         if window is not None:

@@ -1,7 +1,7 @@
 """Linear layers and norms on PyTorch's kernels."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -166,9 +166,11 @@ def _int4(weight: Tensor) -> Multiply:
         torch.stack([scale, zero], dim=-1).to(torch.bfloat16).transpose(0, 1).contiguous()
     )
     kernel: Callable[..., Tensor] = torch.ops.aten._weight_int4pack_mm_for_cpu.default
-    return lambda rows: kernel(rows.to(torch.bfloat16), packed, GROUP_SIZE, scale_and_zero)[
-        :, :outputs
-    ]
+
+    def multiply(rows: Tensor) -> Tensor:
+        return kernel(rows.to(torch.bfloat16), packed, GROUP_SIZE, scale_and_zero)[:, :outputs]
+
+    return multiply
 
 
 _LOW_BIT: dict[Quantization, Callable[[Tensor], Multiply]] = {"int8": _int8, "int4": _int4}
@@ -196,10 +198,10 @@ def exact_rows(known: dict[int, int], same_alone: Callable[[int], bool]) -> int:
     """
     threads = torch.get_num_threads()
     if threads not in known:
-        known[threads] = next(
-            (rows for rows in range(1, _MOST_EXACT_ROWS) if not same_alone(rows + 1)),
-            _MOST_EXACT_ROWS,
-        )
+        rows = 1
+        while rows < _MOST_EXACT_ROWS and same_alone(rows + 1):
+            rows += 1
+        known[threads] = rows
     return known[threads]
 
 
@@ -226,7 +228,9 @@ class Norm:
         """The `weight` (out, D) of the linear layer after this norm, times the norm's own if it
         folds.
         """
-        return weight * (self._weight * math.sqrt(self._weight.numel())) if self._folds else weight
+        if not self._folds:
+            return weight
+        return weight * (self._weight * math.sqrt(self._weight.numel()))
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """(..., D) to (..., D)."""
@@ -234,16 +238,15 @@ class Norm:
             # sqrt(mean(x^2) + eps) is hypot(|x|, sqrt(D eps)) / sqrt(D)
             length: Tensor = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
             return hidden / length.hypot_(self._floor)
-        # CUDA kernels take one precision
-        wide = hidden if self._on_cpu else hidden.to(self._weight.dtype)
-        if self._bias is not None:
-            return F.layer_norm(wide, self._weight.shape, self._weight, self._bias, self._eps).to(
-                hidden.dtype
-            )
+        wide = hidden
         if not self._on_cpu:
-            return torch.rms_norm(wide, self._weight.shape, self._weight, self._eps).to(
-                hidden.dtype
-            )
+            wide = hidden.to(self._weight.dtype)  # CUDA kernels take one precision
+        shape = self._weight.shape
+        if self._bias is not None:
+            normed = F.layer_norm(wide, shape, self._weight, self._bias, self._eps)
+            return normed.to(hidden.dtype)
+        if not self._on_cpu:
+            return torch.rms_norm(wide, shape, self._weight, self._eps).to(hidden.dtype)
         both: Tensor = torch.layer_norm(
             torch.cat((hidden, -hidden), dim=-1), self._twice.shape, self._twice, None, self._eps
         )
@@ -261,18 +264,27 @@ class SlotNorm:
         """
         wide = weights.to(torch.promote_types(weights.dtype, torch.float32))
         self._groups = weights.shape[1] - 1
-        kept = wide.new_tensor([scale] * self._groups + [1.0])[:, None] if per_head else 1.0
         self._per_head = per_head
-        self._parts = [wide] if per_head else list(torch.split(wide, [self._groups, 1], dim=1))
-        sizes = [part.shape[-1] if per_head else part.numel() for part in self._parts]
-        self._scales = [
-            part * math.sqrt(size) * kept for part, size in zip(self._parts, sizes, strict=True)
-        ]
-        self._floors = [wide.new_tensor(math.sqrt(size * eps)) * kept for size in sizes]
+        self._scales: list[Tensor] = []
+        self._floors: list[Tensor] = []
+        if per_head:
+            kept = wide.new_tensor([scale] * self._groups + [1.0])[:, None]
+            self._add(wide, wide.shape[-1], eps, kept)
+        else:
+            for part in torch.split(wide, [self._groups, 1], dim=1):
+                self._add(part, part.numel(), eps, wide.new_tensor(1.0))
+
+    def _add(self, weights: Tensor, size: int, eps: float, kept: Tensor) -> None:
+        """`size`: numbers that are normed together. `kept`: the factor that the norm preserves."""
+        self._scales.append(weights * math.sqrt(size) * kept)
+        self._floors.append(weights.new_tensor(math.sqrt(size * eps)) * kept)
 
     def apply_(self, slots: Tensor) -> None:
-        dims = (-1,) if self._per_head else (-3, -2, -1)
-        parts = [slots] if self._per_head else torch.split(slots, [self._groups, 1], dim=-2)
+        parts: Sequence[Tensor] = [slots]
+        dims: tuple[int, ...] = (-1,)
+        if not self._per_head:
+            parts = torch.split(slots, [self._groups, 1], dim=-2)
+            dims = (-3, -2, -1)
         for part, scale, floor in zip(parts, self._scales, self._floors, strict=True):
             length = torch.linalg.vector_norm(part, dim=dims, keepdim=True).hypot_(floor)
             part.div_(length).mul_(scale)

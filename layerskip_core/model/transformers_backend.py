@@ -18,7 +18,7 @@ from ..errors import CheckpointError
 from .architectures import SUPPORTED, known_architecture
 from .backend import Backend, DraftHead, DraftSide
 from .cache import Places
-from .cut import CutModel, Form
+from .cut import Copy, CutModel, Form
 from .eagle3 import UNSUITED, Eagle3Weights
 from .exit_blocks import (
     INPUT_NORMS,
@@ -84,7 +84,7 @@ class TransformersBackend(Backend):
             self.layers = self._cut.form.layers
             self.num_layers = len(self.layers)
             self.spec = TransformersSpec.of(self.model, self.num_layers, self.block_originals())
-        self._blocks: list[tuple[nn.Module, int]] = []
+        self._blocks: list[Copy] = []
         self.exit_blocks = {}
         for block in stored_drafters.blocks:
             self.exit_blocks[block.exit_layer] = self._placed(block, stored_drafters)
@@ -92,7 +92,8 @@ class TransformersBackend(Backend):
         if stored_drafters.mtp is not None:
             self.drafters["mtp"] = self._placed(stored_drafters.mtp.blocks[0], stored_drafters.mtp)
         self._entries = dict[Entry, tuple[int, int]]()
-        if (drafter := stored_drafters.eagle3) is not None:
+        drafter = stored_drafters.eagle3
+        if drafter is not None:
             place = self._cut.place_of_block(len(self._blocks))
             self._entries = {
                 (place, kind): (drafter.form.kv_heads, drafter.form.head_dim)
@@ -141,7 +142,7 @@ class TransformersBackend(Backend):
 
     @property
     def device(self) -> torch.device:
-        # Training may replace it, as FSDP does
+        # Not kept: training may replace the weight, as FSDP does
         device: torch.device = self.model.get_input_embeddings().weight.device
         return device
 
@@ -192,7 +193,9 @@ class TransformersBackend(Backend):
         """Runs a span of the model's own layers, or the exit block that is layer `start` of the
         chain.
         """
-        block = None if start < self.num_layers else self._blocks[start - self.num_layers]
+        block = None
+        if start >= self.num_layers:
+            block = self._blocks[start - self.num_layers]
         return self._cut.run(hidden, start, end, places, only_writes=only_writes, block=block)
 
     def unembed(self, hidden: Tensor) -> Tensor:
@@ -220,13 +223,13 @@ class TransformersBackend(Backend):
 
         Raises CheckpointError for a model that can have no exit blocks.
         """
-        if not (parts := self.block_originals()):
+        parts = self.block_originals()
+        if not parts:
             why = "no layer with keys and values, or more before its head than hidden states and a norm"
             raise CheckpointError(
                 f"exits of model_type {self.spec.model_type} can have no blocks: it has {why}"
             )
-        layer, norm = map(deepcopy, parts.values())
-        return layer, norm
+        return deepcopy(parts["layer"]), deepcopy(parts["norm"])
 
     def run_block(self, layer: nn.Module, hidden: Tensor, ids: Tensor) -> Tensor:
         """Runs the layer of an exit block over hidden states (B, T, D) of whole texts with token
@@ -237,7 +240,7 @@ class TransformersBackend(Backend):
         assert form.attending is not None
         given = form.state(hidden[..., : form.width], ids)  # states of `texts` carry ids already
         state = self._cut.run_span(
-            given, form.attending, form.attending + 1, positions, block=(layer, 0)
+            given, form.attending, form.attending + 1, positions, block=Copy(layer, 0)
         )
         return state[..., : form.width]
 
@@ -255,11 +258,9 @@ class TransformersBackend(Backend):
         weights = blocks.weights(self.spec)
         like = self.model.get_input_embeddings().weight
         layer, norm = self.block_parts(block)
-        parts = {
-            "layer": layer,
-            "norm": norm,
-            **{name: deepcopy(norm) for name in INPUT_NORMS if block == MTP},
-        }
+        parts = {"layer": layer, "norm": norm}
+        if block == MTP:
+            parts |= {name: deepcopy(norm) for name in INPUT_NORMS}
         for part, module in parts.items():
             # copy_ keeps the module's precision: fp32 for some weights
             own = module.requires_grad_(False).state_dict(prefix=f"{block.prefix}{part}.")
@@ -267,7 +268,7 @@ class TransformersBackend(Backend):
                 own[name].copy_(weights.of(name))
         place = self.num_layers + len(self._blocks)
         head = partial(self._cut.unembed, norm=norm)
-        self._blocks.append((layer.eval(), self._cut.shift_of_block(len(self._blocks))))
+        self._blocks.append(Copy(layer.eval(), self._cut.shift_of_block(len(self._blocks))))
         if block != MTP:
             return PlacedBlock(block, place, head)
         join = partial(F.linear, weight=weights.of(f"{block.prefix}input.weight").to(like))
@@ -337,8 +338,10 @@ class WholeTexts:
         def run(layer: int, forward: Forward, /, *args: Any, **keywords: Any) -> Any:
             hidden = args[0] if args else keywords["hidden_states"]
             rows = None if kept is None else kept(layer)
-            call = partial(self._on_rows, layer, forward, rows, args, keywords)
-            output = checkpoint(call, hidden, use_reentrant=False) if recompute else call(hidden)
+            call: Forward = partial(self._on_rows, layer, forward, rows, args, keywords)
+            if recompute:
+                call = partial(checkpoint, call, use_reentrant=False)
+            output = call(hidden)
             if layer + 1 in exits:
                 states[layer + 1] = self._form.state(hidden_of(output), ids)
             return output
@@ -350,17 +353,14 @@ class WholeTexts:
         """Runs the decoder's forward with each layer replaced by `run(layer, forward, *args,
         **keywords)`.
         """
-        keywords = (
-            {}
-            if positions is None
-            else {"position_ids": positions.to(ids.device, non_blocking=True)}
-        )
-        with replaced(
-            [
-                (layer, partial(run, index, layer.forward))
-                for index, layer in enumerate(self._form.layers)
-            ]
-        ):
+        keywords = {}
+        if positions is not None:
+            keywords["position_ids"] = positions.to(ids.device, non_blocking=True)
+        changes = [
+            (layer, partial(run, index, layer.forward))
+            for index, layer in enumerate(self._form.layers)
+        ]
+        with replaced(changes):
             self._form.owner(input_ids=ids, use_cache=False, **keywords)
 
     def _on_rows(
@@ -406,11 +406,9 @@ class WholeTexts:
             return value.view(batch, each, *value.shape[1:]).index_select(0, index).flatten(0, 1)
         if isinstance(value, Mapping):
             return {key: self._select(name, part, index, batch) for key, part in value.items()}
-        return (
-            tuple(self._select(name, part, index, batch) for part in value)
-            if isinstance(value, tuple)
-            else value
-        )
+        if isinstance(value, tuple):
+            return tuple(self._select(name, part, index, batch) for part in value)
+        return value
 
     def _first_dimensions(self, ids: Tensor) -> dict[int | str, int]:
         """By argument: the first dimension of the first tensor that a layer gets there."""
@@ -436,12 +434,11 @@ class WholeTexts:
         documents = (torch.arange(ids.shape[1]) >= first).long().expand_as(ids)
         self.packs = True
         together = self.states(ids, (last,), documents)[last]
-        alone = torch.cat(
-            [self.states(part, (last,))[last] for part in (ids[:, :first], ids[:, first:])], dim=1
-        )
-        return float((together - alone).norm()) <= (
-            1e-2 if alone.dtype.itemsize < 4 else 1e-4
-        ) * float(alone.norm())
+        before = self.states(ids[:, :first], (last,))[last]
+        after = self.states(ids[:, first:], (last,))[last]
+        alone = torch.cat([before, after], dim=1)
+        tolerance = 1e-2 if alone.dtype.itemsize < 4 else 1e-4
+        return float((together - alone).norm()) <= tolerance * float(alone.norm())
 
 
 class DocumentRows:
@@ -489,7 +486,8 @@ def _tensors(value: Any) -> list[Tensor]:
     """The tensors with dimensions in a layer's argument, which may be nested."""
     if isinstance(value, Tensor):
         return [value] if value.dim() else []
-    parts = (
-        value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple) else ()
-    )
-    return [tensor for part in parts for tensor in _tensors(part)]
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    if not isinstance(value, tuple):
+        return []
+    return [tensor for part in value for tensor in _tensors(part)]

@@ -77,7 +77,7 @@ class Mixer:
     # Projections of steps and decays; Mamba-2 projects them with the rest
     steps: tuple[str, ...] = ()
     rates: tuple[str, ...] = ()
-    # Over each head, before the gate; in Mamba-2 over a group of heads, after the gate
+    # The norm is over each head, before the gate; in Mamba-2 over a group of heads, after the gate
     norm: str | None = None
     sizes: tuple[str, ...] = ()  # key heads, value heads, dimensions of keys and values
     limits: str | None = None  # of Mamba-2's steps
@@ -143,7 +143,7 @@ class Architecture:
     # rms_plus_one and layer_plus_one: the factors are 1 + weight
     norm: Literal["rms", "rms_plus_one", "layer", "layer_plus_one", "layer_without_bias"] = "rms"
     norm_eps: str = "rms_norm_eps"
-    # Over each head, or over all heads together
+    # Queries and keys are normed over each head, or over all heads together
     query_key_norms: Literal["none", "head", "projection"] = "none"
     norms_rotated: bool = False  # queries and keys are normed after rotation
     attention_projections: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")

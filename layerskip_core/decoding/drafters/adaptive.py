@@ -51,7 +51,9 @@ class AdaptiveDrafter:
         self._by_clock = self._reads_probs and setup.model.batch_invariant
         # Times are learned for all texts of the model in this process. Otherwise every output
         # starts from the profile, or from usual values where that has none
-        self._bandits: Bandits = _REMEMBERED.setdefault(setup.model, {}) if self._by_clock else {}
+        self._bandits: Bandits = {}
+        if self._by_clock:
+            self._bandits = _REMEMBERED.setdefault(setup.model, {})
         self.bandit = self._bandit_for([setup.config])  # of the last step
         shortest = setup.config.lookup or SHORTEST
         self._lookup = LookupDrafter(shortest, earlier=setup.earlier)
@@ -72,11 +74,15 @@ class AdaptiveDrafter:
         newly_committed = self._step.verified  # at most
         self.bandit = self._bandit_for([row.config for row in given.rows])
         count = len(limits)
-        step = self.bandit.next_step(count) if self._by_clock else Step(count)
+        step = Step(count)
+        self._begun = None
+        if self._by_clock:
+            step = self.bandit.next_step(count)
+            has_prefill = count < len(given.num_computed_tokens)
+            if not has_prefill:
+                self._begun = given.seconds
         self._step = step
         self._rows = [*given.rows]
-        has_prefill = count < len(given.num_computed_tokens)
-        self._begun = given.seconds if self._by_clock and not has_prefill else None
         draft = Draft(given.newest, (0,) * count)
         if step.looks:
             self._find(given, limits)
@@ -135,7 +141,9 @@ class AdaptiveDrafter:
         self._source = "lookup"
         for index, (row, limit) in enumerate(zip(given.rows, limits, strict=True)):
             of_own, of_answers = own[index], recalled[index]
-            forced = [] if drafter_forces else given.forced(index, limit)
+            forced = list[int]()
+            if not drafter_forces:
+                forced = given.forced(index, limit)
             if forced:
                 self._source = "grammar"
                 of_own = [], 0
@@ -224,7 +232,9 @@ def _arm(
         kind = drafter.weights or ""
         exit_layer = drafter.submodel.exit_layer
         max_text = inf
-        scored = 1.0 if drafter.vocabulary is None else drafter.vocabulary.count / spec.vocab
+        scored = 1.0  # share of the vocabulary
+        if drafter.vocabulary is not None:
+            scored = drafter.vocabulary.count / spec.vocab
         row_cost = (exit_layer + (drafter.submodel.block is not None)) * layer + head * scored
     is_exit = exit_layer < spec.layers
     # Times of drafts and passes need one unit
@@ -251,12 +261,13 @@ def drafter(setup: DrafterSetup) -> AdaptiveDrafter:
     """
     model = setup.model
     config = setup.config
-    drafters: dict[str, Drafting] = (
-        {} if model.draft_model is None else {DRAFT_MODEL: ModelDrafter(setup)}
-    )
-    blocks: list[DraftBlock] = [
-        block for exit_layer, block in model.exit_blocks.items() if exit_layer in config.exits
-    ]
+    drafters: dict[str, Drafting] = {}
+    if model.draft_model is not None:
+        drafters[DRAFT_MODEL] = ModelDrafter(setup)
+    blocks = list[DraftBlock]()
+    for exit_layer, exit_block in model.exit_blocks.items():
+        if exit_layer in config.exits:
+            blocks.append(exit_block)
     for name, block in model.drafters.items():
         blocks.append(block)
         drafters[name] = SubmodelDrafter(setup, None, Submodel(0, block=block), name)
@@ -270,11 +281,10 @@ def drafter(setup: DrafterSetup) -> AdaptiveDrafter:
         if weights is not None and (side.num_layers == model.num_layers or not exits):
             exits.append(side.num_layers)
         for exit_layer in exits:
-            taps = (
-                tuple(lower for lower in tapped if 0 < lower < exit_layer)
-                if side.shares_states
-                else ()
-            )
+            taps = list[int]()  # which the target does not need to run again for their blocks
+            if side.shares_states:
+                taps = [lower for lower in tapped if 0 < lower < exit_layer]
+            submodel = Submodel(exit_layer, taps=tuple(taps))
             name = drafter_name(weights, exit_layer, model.num_layers)
-            drafters[name] = SubmodelDrafter(setup, weights, Submodel(exit_layer, taps=taps), name)
+            drafters[name] = SubmodelDrafter(setup, weights, submodel, name)
     return AdaptiveDrafter(setup, drafters)

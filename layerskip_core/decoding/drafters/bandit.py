@@ -90,7 +90,10 @@ def expected_accepted(means: tuple[float, float], drafts: float) -> float:
     2023, section 3.1).
     """
     first, later = means
-    return first * (1 - later**drafts) / (1 - later) if later < 1 else first * drafts
+    if later >= 1:
+        return first * drafts
+    accepted: float = first * (1 - later**drafts) / (1 - later)
+    return accepted
 
 
 class PassTimes:
@@ -112,7 +115,13 @@ class PassTimes:
         may be below the first.
         """
         each = max(times[-1] - times[0], 0.0) / max(len(times) - 1, 1)
-        return cls(lambda n: times[n - 1] if n <= len(times) else times[0] + each * (n - 1))
+
+        def time_of(n: int) -> float:
+            if n <= len(times):
+                return times[n - 1]
+            return times[0] + each * (n - 1)
+
+        return cls(time_of)
 
     @classmethod
     def usual(cls, row_cost: float, spec: AnySpec) -> "PassTimes":
@@ -121,7 +130,8 @@ class PassTimes:
         return cls(lambda n: hypot(spec.weights_read(n) / spec.weights_read(1), row_cost * n) / one)
 
     def time_of(self, n: int) -> float:
-        below = min((n - 1).bit_length() - 1 if n > 1 else 0, _POWERS - 2)
+        power = max(0, (n - 1).bit_length() - 1)
+        below = min(power, _POWERS - 2)
         low = self._times[below]
         start = 1 << below
         return low + (self._times[below + 1] - low) * (n - start) / start
@@ -241,9 +251,9 @@ class Bandit:
         """`passes`: times of steps without an arm. `most`: drafts of a row."""
         self.passes = passes
         self.arms = arms
-        self._lookups = [
-            [Acceptance(prior, _LOOKUP_STRENGTH) for prior in priors] for priors in _LOOKUPS
-        ]
+        self._lookups = list[list[Acceptance]]()
+        for priors in _LOOKUPS:
+            self._lookups.append([Acceptance(prior, _LOOKUP_STRENGTH) for prior in priors])
         self._lengths = (*(length for length in _LENGTHS if length < most), most)
         # By bit length of the number of rows, and whether steps look for drafts.
         self._speeds = defaultdict[tuple[int, bool], Speed](Speed)
@@ -283,9 +293,9 @@ class Bandit:
         return times
 
     def unit(self, arm: Arm, times: PassTimes) -> float:
-        return (
-            1.0 if times.is_measured else arm.measured_over_prior * self.passes.measured_over_prior
-        )
+        if times.is_measured:
+            return 1.0
+        return arm.measured_over_prior * self.passes.measured_over_prior
 
     def next_step(self, rows: int) -> Step:
         """A plain step or one that looks for drafts: the faster kind, and now and then the other to

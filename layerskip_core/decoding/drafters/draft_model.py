@@ -58,7 +58,9 @@ class ModelDrafter:
         num_prefill_left = inf if is_alone else given.max_prefill_tokens
         for row, limit in zip(given.rows, limits, strict=True):
             limit = max(0, min(limit, self._max_tokens - len(row.ids)))
-            num_uncomputed = len(row.ids) - 1 - self._num_computed[row] if limit else 0
+            num_uncomputed = 0
+            if limit:
+                num_uncomputed = len(row.ids) - 1 - self._num_computed[row]
             count = int(min(num_uncomputed, num_prefill_left))
             num_prefill_left -= count
             counts.append(count)
@@ -101,8 +103,10 @@ class ModelDrafter:
         """Pages left by these tokens and drafts of the rows; negative if they need more."""
         ends = []
         for computed, count, limit in zip(self._num_computed.values(), counts, limits, strict=True):
-            newest = 1 if limit else 0
-            ends.append(computed + count + newest + limit)
+            end = computed + count
+            if limit:
+                end += 1 + limit  # the newest token, and drafts
+            ends.append(end)
         return self._cache.free_pages(ends)
 
     def _own_input(self, given: DraftInput) -> DraftInput:

@@ -43,12 +43,15 @@ class History:
         size = self._shortest
         known = len(self._index.ids)
         self._index.extend(ids[known:], known)
-        ids = [*ids, *drafts] if drafts else ids
+        if drafts:
+            ids = [*ids, *drafts]
         _, start, longest, evidence = _longest_match(
             ids, self._index.after(ids, _CANDIDATES), size, max(size, _LONGEST)
         )
+        if not longest:
+            return [], evidence
         period = len(ids) - start
-        return [ids[start + index % period] for index in range(most if longest else 0)], evidence
+        return [ids[start + index % period] for index in range(most)], evidence
 
 
 class EarlierAnswers:
@@ -90,7 +93,9 @@ class EarlierAnswers:
             ids, candidates, _OF_ANSWERS, _LONGEST_OF_ANSWERS
         )
         tokens = list(text[start : start + min(2 * longest, most)])
-        return tokens[: tokens.index(_END)] if _END in tokens else tokens, evidence
+        if _END in tokens:
+            tokens = tokens[: tokens.index(_END)]
+        return tokens, evidence
 
 
 class _NgramIndex:

@@ -68,8 +68,7 @@ class DraftInput:
         for index, count, ahead in zip(self.indices, counts, after, strict=True):
             of_cache[index] = count
             starts[index] += ahead
-        places = Places(self.cache, starts, of_cache)
-        places.origins = self.num_computed_tokens
+        places = Places(self.cache, starts, of_cache, origins=self.num_computed_tokens)
         return places
 
     def forced(self, index: int, most: int) -> list[int]:

@@ -9,14 +9,22 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ...model.backend import DraftEnds, DraftHead, DraftSide, Submodel, beyond_exit, states_at
+from ...model.backend import (
+    MOST_GUESSES,
+    DraftEnds,
+    DraftHead,
+    DraftSide,
+    Submodel,
+    beyond_exit,
+    states_at,
+)
 from ...model.cache import Places, on_device
 from ..row import Row
 from ..sampling import ChoiceRun, choose, processed
 from .lookup import RowLookup
 from .protocol import Draft, DraftInput
 
-_GUESSES = 4  # per pass, of all rows together
+_GUESSES = MOST_GUESSES  # per pass, of all rows together
 
 
 @dataclass(frozen=True)
@@ -109,7 +117,8 @@ class StepwiseDraft:
             self._going = [self._going[at] for at in unfinished]
             index = on_device(unfinished, self._last)
             self._last = self._last[index]
-            self._feature = None if self._feature is None else self._feature[index]
+            if self._feature is not None:
+                self._feature = self._feature[index]
         return bool(unfinished)
 
     def _add_expected(self) -> bool:
@@ -183,7 +192,9 @@ class StepwiseDraft:
                     if best == -torch.inf:
                         each.limit = each.length
         tokens, probs = choose(logits, runs, ids, self._ends.needs_probs)
-        return tokens, [] if probs is None else probs.tolist()
+        if probs is None:
+            return tokens, []
+        return tokens, probs.tolist()
 
     def _accept(self, chosen: list[int], probs: list[float]) -> None:
         """Adds the chosen tokens of each row, up to the first that was not guessed."""
@@ -264,11 +275,15 @@ class ByRow:
         is_grid = self._rows == [*range(len(counts))] * len(self._parts)
         if is_grid and {*counts} == {len(self._parts)}:
             return torch.stack(self._parts, 1).flatten(0, 1)
-        values = self._parts[0] if len(self._parts) == 1 else torch.cat(self._parts)
+        values = self._parts[0]
+        if len(self._parts) > 1:
+            values = torch.cat(self._parts)
         indices = [list[int]() for _ in counts]
         for index, row in enumerate(self._rows):
             indices[row].append(index)
         order = list[int]()
         for own, count in zip(indices, counts, strict=True):
             order += own[:count]
-        return values if order == list(range(len(values))) else values[on_device(order, values)]
+        if order == list(range(len(values))):
+            return values
+        return values[on_device(order, values)]

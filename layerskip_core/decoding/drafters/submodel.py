@@ -47,15 +47,13 @@ class SubmodelDrafter:
         """
         config = setup.config
         sides = setup.model.draft_sides
-        require(
-            weights in sides,
-            "draft_weights",
-            f"a copy that was made: {', '.join(filter(None, sides)) or 'none'}",
-            weights,
-        )
+        made = ", ".join(filter(None, sides)) or "none"
+        require(weights in sides, "draft_weights", f"a copy that was made: {made}", weights)
         side = sides[weights]
         if config.skip:
-            last = submodel.beyond[-1][1] if submodel.beyond else submodel.exit_layer
+            last = submodel.exit_layer
+            if submodel.beyond:
+                last = submodel.beyond[-1][1]
             needed = f"a list with all layers after the {side.num_layers} layers kept for drafting"
             require(last <= side.num_layers, "skip", needed, last)
         else:
@@ -74,8 +72,9 @@ class SubmodelDrafter:
         reads_each_draft = side.layers.device.type == "cpu"
         # Layers with other weights give other states than the target's
         reuses = setup.reuse_exit_states and side.shares_states and runs_layers
-        # A block that reads embeddings has a kernel of its own
-        self._kernel = side.kernel if block is None or runs_layers else block.kernel
+        self._kernel = side.kernel
+        if block is not None and not runs_layers:  # such a block has a kernel of its own
+            self._kernel = block.kernel
         head = side.head(submodel)
         self.vocabulary = head.vocabulary
         # A whole copy or draft model verifies guesses while it drafts. Our kernels search the row's
@@ -117,15 +116,18 @@ class SubmodelDrafter:
         [row] = given.rows
         if self._part.reads_each_draft:
             ends = ends._replace(ids=row.eos_ids)
+        text = given.newest
+        if self._part.guesses is not None:
+            text = self._searched(row)
         call = DraftCall(
-            self._part.head,
-            given.newest if self._part.guesses is None else self._searched(row),
-            self.submodel,
-            given.places([limit + 1], [0]),
-            ends,
-            noise_of([ChoiceRun(row, limit)]),
-            given.feature(self._feature_key),
-            self._part.reuses_states,
+            head=self._part.head,
+            text=text,
+            submodel=self.submodel,
+            places=given.places([limit + 1], [0]),
+            ends=ends,
+            noise=noise_of([ChoiceRun(row, limit)]),
+            feature=given.feature(self._feature_key),
+            runs_last=self._part.reuses_states,
         )
         tokens, states, probs = kernel(call)
         count = len(tokens) - 1
@@ -170,8 +172,10 @@ class SubmodelDrafter:
         # Slots without a row come last
         used = sum(places.counts)
         tokens, *states = (part[:used] for part in recorder.run(name, work, newest, positions))
-        stops = submodel.state_layers if self._part.reuses_states else ()
-        return Draft(tokens, tuple(limits), dict(zip(stops, states, strict=True)), self.source)
+        exit_states = {}
+        if self._part.reuses_states:
+            exit_states = dict(zip(submodel.state_layers, states, strict=True))
+        return Draft(tokens, tuple(limits), exit_states, self.source)
 
     def observe(self, row: Row, drafted: int, verified: Sequence[int]) -> None:
         """Ignores the outcome: every round drafts in the same way."""
@@ -194,12 +198,8 @@ def drafter(setup: DrafterSetup) -> SubmodelDrafter:
         name = f"{weights or ''} {model.num_layers - len(set(config.skip))} of {model.num_layers} layers"
         return SubmodelDrafter(setup, weights, kept, name.strip())
     assert config.exit_layer is not None
-    return SubmodelDrafter(
-        setup,
-        weights,
-        Submodel(config.exit_layer),
-        drafter_name(weights, config.exit_layer, model.num_layers),
-    )
+    name = drafter_name(weights, config.exit_layer, model.num_layers)
+    return SubmodelDrafter(setup, weights, Submodel(config.exit_layer), name)
 
 
 def kept_layers(skip: tuple[int, ...], num_layers: int) -> tuple[int, Spans]:
@@ -209,15 +209,17 @@ def kept_layers(skip: tuple[int, ...], num_layers: int) -> tuple[int, Spans]:
     `skip` numbers layers from 1.
     """
     ascending = sorted(set(skip))
-    pairs = pairwise([*ascending, num_layers + 1])
-    return ascending[0] - 1, tuple(
-        (before, after - 1) for before, after in pairs if before < after - 1
-    )
+    spans = []
+    for before, after in pairwise([*ascending, num_layers + 1]):
+        if before < after - 1:
+            spans.append((before, after - 1))
+    return ascending[0] - 1, tuple(spans)
 
 
 def drafter_name(weights: Quantization | None, exit_layer: int, num_layers: int) -> str:
     """The name of a drafter in reports: `exit 8`, `int8 exit 8`, or `int8` for a copy of all
     layers.
     """
-    layers = "" if exit_layer == num_layers else f"exit {exit_layer}"
-    return " ".join(filter(None, (weights, layers)))
+    if exit_layer == num_layers:
+        return weights or ""
+    return f"{weights or ''} exit {exit_layer}".strip()

@@ -48,19 +48,19 @@ def suits_kernels(
     spec: AnySpec, dtype: torch.dtype, device: torch.device, packing: PackingConfig | None
 ) -> bool:
     """Whether the kernels, if built, run this architecture, its widths and this precision."""
-    if (
-        not isinstance(spec, ModelSpec)
-        or missing_feature(spec, native=True) is not None
-        or not spec.attending
-    ):
+    if not isinstance(spec, ModelSpec) or missing_feature(spec, native=True) is not None:
+        return False
+    if not spec.attending:
         return False
     if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return False
-    if len(spec.ropes) > MOST_ROPES or (spec.experts is not None and not spec.experts.are_equal):
+    if len(spec.ropes) > MOST_ROPES or spec.token_width > spec.hidden:
         return False
-    if spec.token_width > spec.hidden:
-        return False
-    widths = [spec.hidden, spec.token_width, spec.experts.inner if spec.experts else spec.inner]
+    widths = [spec.hidden, spec.token_width, spec.inner]
+    if spec.experts is not None:
+        if not spec.experts.are_equal:
+            return False
+        widths[-1] = spec.experts.inner
     for layer in range(spec.layers if spec.sizes else 1):
         of_layer = spec.of_layer(layer)
         if of_layer.head_dim > _LARGEST_HEAD or of_layer.head_dim % 2:  # bf16 comes in pairs
@@ -117,11 +117,13 @@ class NativeBackend(RepackedBackend):
         self._packed = packed
         self._is_packed_file = pack is not None
         if pack is None:
-            pack = packed if through is None else through(packed)
+            pack = packed
+            if through is not None:
+                pack = through(packed)
         self._pack = pack
         super().__init__(spec, take, *arguments, **options)
         if not compiled.has_cheap_rows:
-            # Arithmetic grows with cores, memory bandwidth hardly beyond two
+            # More cores compute faster, but beyond two they hardly read memory faster
             threads = max(torch.get_num_threads(), 2)
             self.row_cost = _ROW_COSTS[self._head.matrix.form.kind] * 2 / threads
         # Division and caps may round different logits to a tie; division by a power of two does
@@ -137,7 +139,9 @@ class NativeBackend(RepackedBackend):
         """Bytes of weights that a step of one token reads, with scales and biases; only the chosen
         experts.
         """
-        chosen = self.spec.experts.choices if self.spec.experts else 1
+        chosen = 1
+        if self.spec.experts is not None:
+            chosen = self.spec.experts.choices
         read = 0.0
         for matrix in self._matrices:
             size = sum(part.nbytes for part in matrix.parts.values())
@@ -194,10 +198,14 @@ class NativeBackend(RepackedBackend):
         )
 
     def _described(self, packing: PackingConfig) -> str:
-        precision: str | None = packing.quantize or ("as stored" if self._stored else None)
-        if precision is None and any(m.form.exceptions is not None for m in self._matrices):
-            precision = "bf16 in 12 bits"
-        return f"native ({', '.join(filter(None, (self._kernels.variant, precision)))}){packing.drafting}"
+        precision = ""
+        if packing.quantize is not None:
+            precision = f", {packing.quantize}"
+        elif self._stored is not None:
+            precision = ", as stored"
+        elif any(matrix.form.exceptions is not None for matrix in self._matrices):
+            precision = ", bf16 in 12 bits"
+        return f"native ({self._kernels.variant}{precision}){packing.drafting}"
 
     def _layer(
         self, weights: Weights, index: int, low_bits: Quantization | None, exact: bool
@@ -232,8 +240,7 @@ class NativeBackend(RepackedBackend):
         if rows is not None and matrix.form.exceptions is None:
             matrix = matrix.rows_of(rows)
         elif rows is not None:
-            weight, bias = matrix.decoded(self._kernels)
-            chosen = Affine(rows.rows_of(weight), None if bias is None else rows.rows_of(bias))
+            chosen = matrix.decoded(self._kernels).mapped(rows.rows_of)
             form = replace(matrix.form, outputs=rows.count, exceptions=None)
             matrix = self._packed("head", form, lambda: [chosen])
         return NativeLinear(self._engine, matrix, norm, spec)
@@ -252,8 +259,9 @@ class NativeBackend(RepackedBackend):
         if not suits_kernels(self.spec, self._embedding.dtype, cpu, PackingConfig("int8")):
             return packing.quantize, packing.quantize
         kind, of_head = packing.drafter
-        if self._is_packed_file:  # it holds the head in few precisions
-            of_head = (packing.draft_head or "int8") if packing.draft_weights else packing.quantize
+        # A packed file holds the head in few precisions
+        if self._is_packed_file and not packing.draft_weights:
+            of_head = packing.quantize
         return kind, of_head
 
     def _drafters(self, stored: StoredDrafters, packing: PackingConfig) -> dict[str, DraftBlock]:
@@ -278,8 +286,7 @@ class NativeBackend(RepackedBackend):
 
     def _norm(self, weights: Affine) -> Callable[[Tensor], Tensor]:
         """A norm in fp32, of hidden states without their token ids."""
-        bias = None if weights.bias is None else weights.bias.float()
-        norm = Norm(Affine(weights.weight.float(), bias), self.spec.eps)
+        norm = Norm(weights.mapped(Tensor.float), self.spec.eps)
         return lambda hidden: norm(hidden[..., : self.spec.hidden])
 
     def _layers_of(self, layers: list[NativeLayer | None], exact: bool) -> NativeLayers:

@@ -259,24 +259,22 @@ def kernel_note() -> str | None:
     if requested == "torch" or not _NEEDS:
         return None
     compiled, unloadable = _load(requested)
-    slower = (
-        _FALLBACK
-        if compiled is None
-        else f"decoding uses the {compiled.variant} kernels, which are slower"
-    )
+    slower = _FALLBACK
+    if compiled is not None:
+        slower = f"decoding uses the {compiled.variant} kernels, which are slower"
     runnable = [name for name in VARIANTS if _NEEDS[name] <= _cpu_flags()]
     for name in runnable:
         if name in unloadable:
             return f"the compiled {name} kernels cannot be loaded ({unloadable[name]}): {slower}"
     if compiled is not None:
-        no_runtime = (
-            "this build of torch has no OpenMP runtime: the compiled kernels run on one thread"
-        )
-        return None if compiled.has_threads else no_runtime
-    if requested is None:
-        return f"the compiled kernels are missing: {_FALLBACK}" if runnable else None
-    lacks = f"this CPU lacks instructions of the {requested} kernels"
-    return f"{'the compiled kernels are missing' if requested in runnable else lacks}: {_FALLBACK}"
+        if compiled.has_threads:
+            return None
+        return "this build of torch has no OpenMP runtime: the compiled kernels run on one thread"
+    if requested is not None and requested not in runnable:
+        return f"this CPU lacks instructions of the {requested} kernels: {_FALLBACK}"
+    if not runnable:
+        return None
+    return f"the compiled kernels are missing: {_FALLBACK}"
 
 
 def why_no_kernels() -> str:
@@ -345,10 +343,8 @@ def _openmp() -> list[c_void_p]:
     """
     import torch
 
-    own = (
-        Path(torch.__file__).with_name("lib")
-        / f"libtorch_cpu.{'dylib' if sys.platform == 'darwin' else 'so'}"
-    )
+    ending = "dylib" if sys.platform == "darwin" else "so"
+    own = Path(torch.__file__).with_name("lib") / f"libtorch_cpu.{ending}"
     for path in (None, str(own)):
         try:
             runtime = ctypes.CDLL(path)

@@ -48,7 +48,7 @@ class Target(NamedTuple):
     spec: ModelSpec
     embedding: Tensor
     pool: PagePool
-    # Of a drafter's layers and head, if its widths allow
+    # The precisions of a drafter's layers and head, where its widths allow low bits
     low_bits: tuple[Quantization | None, Quantization | None]
 
 
@@ -58,14 +58,17 @@ class _Matrices:
     """
 
     def __init__(self, target: Target, widths: Sequence[int]) -> None:
-        is_bf16 = target.embedding.dtype == torch.bfloat16 and not any(
-            width % 2 for width in widths
-        )
-        self.dtype, unrounded = (torch.bfloat16, "bf16") if is_bf16 else (torch.float32, "fp32")
-        fits = not any(width % GROUP_SIZE for width in widths)
-        self.layers, self.head = (
-            kind if fits and kind is not None else unrounded for kind in target.low_bits
-        )
+        self.dtype = torch.float32
+        unrounded = "fp32"
+        if target.embedding.dtype == torch.bfloat16 and not any(width % 2 for width in widths):
+            self.dtype = torch.bfloat16
+            unrounded = "bf16"
+        self.layers: str = unrounded
+        self.head: str = unrounded
+        if not any(width % GROUP_SIZE for width in widths):
+            of_layers, of_head = target.low_bits
+            self.layers = of_layers or unrounded
+            self.head = of_head or unrounded
         self._pack = target.pack
 
     def linear(

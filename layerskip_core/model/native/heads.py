@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backend import Chosen, DraftCall, Drafted, TokenPass
+from ..backend import MOST_GUESSES, Chosen, DraftCall, Drafted, Submodel, TokenPass
 from ..exit_blocks import PlacedBlock, PlacedMtp
 from ..noise import least_temperature
 from ..repacked import rows_at_once
@@ -17,8 +17,6 @@ from .compiled import CChoice, CDraft, CNorm
 from .layers import Engine, NativeLayers, NativeNorm
 from .matrix import NativeMatrix
 from .noise import words_of
-
-_GUESSES = 4  # most tokens guessed by lookup in a pass of a low-bit copy
 
 
 class NativeLinear:
@@ -52,7 +50,9 @@ class NativeLinear:
         for first in range(0, len(rows), most):
             self._score(rows[first : first + most], outputs[first : first + most])
         outputs = outputs.view(*shape, self.matrix.outputs)
-        return outputs if self._spec is None else self._spec.scaled_logits(outputs)
+        if self._spec is None:
+            return outputs
+        return self._spec.scaled_logits(outputs)
 
     def _score(self, rows: Tensor, out: Tensor) -> None:
         engine = self._engine
@@ -73,75 +73,64 @@ def draft(
 ) -> Drafted:
     """A `DraftKernel` once `layers` and `spec` are bound. `norms_output`: as in Eagle3Form."""
     submodel = call.submodel
-    block = submodel.block
-    beyond = submodel.beyond
     places = call.places
-    if block is not None:
-        assert isinstance(block, PlacedBlock)
-        beyond = ((block.layer, block.layer + 1),)
-        if block.needs_feature:
-            places = places.moved(-1)
+    if submodel.block is not None and submodel.block.needs_feature:
+        places = places.moved(-1)
     head = call.head.unembed
     assert isinstance(head, NativeLinear)
-    order = list(range(submodel.exit_layer))
-    for start, end in beyond:
-        order += range(start, end)
+    order = _order_of(submodel)
     assert layers.has(order)
-
     most = sum(places.counts) - 1
     searched = len(call.text) - 1
-    guesses = min(searched, _GUESSES)
+    guesses = min(searched, MOST_GUESSES)
     buffers = layers.call_at(places, rows=1 + guesses)
-    # The C code searches the text that stands before the tokens.
+
+    # What the C code reads and writes. It searches the text that stands before the tokens
     text_and_drafts = torch.cat((call.text, call.text.new_empty(most)))
     tokens = text_and_drafts[searched:]
+    vocabulary = call.head.vocabulary
     kept = submodel.state_layers
     states = torch.empty(len(kept), most + 1, spec.hidden)
-    after_exit = torch.empty(spec.hidden) if beyond else states
-    entry = None
+    after_exit = states
+    if len(order) > submodel.exit_layer:
+        after_exit = torch.empty(spec.hidden)
+    entry = probs = keys = None
     if call.feature is not None:
         entry = torch.cat((call.feature, call.feature)).to(torch.float32)
-    vocabulary = call.head.vocabulary
-    probs = (ctypes.c_float * most)() if call.ends.needs_probs else None
+    if call.ends.needs_probs:
+        probs = (ctypes.c_float * most)()
+    if call.noise is not None:
+        keys = words_of(call.noise.keys)
     end_ids = (ctypes.c_int64 * len(call.ends.ids))(*call.ends.ids)
     indices = (ctypes.c_int32 * len(order))(*order)
     stops = (ctypes.c_int32 * len(kept))(*kept)
-    of_draft = CDraft(
-        embedding=_address(layers.embedding),
-        learned=_address(layers.learned if submodel.exit_layer else None),
-        vocabulary=_address(None if vocabulary is None else vocabulary.ids),
-        ends=_address(end_ids),
-        order=_address(indices),
-        stops=_address(stops),
-        probs=_address(probs),
-        layer_count=len(order),
-        stop_count=len(kept),
-        end_count=len(end_ids),
-        most=most,
-        runs_last=call.runs_last,
-        power=call.ends.power,
-        logits_scale=1 / spec.logits_divisor,
-        logits_cap=spec.logits_cap or 0.0,
-        confidence=0.0,
-        survival=call.ends.survival,
-        doubt=call.ends.doubt,
-        entry=_address(entry),
-        tokens=_address(tokens),
-        states=_address(states),
-        beyond=_address(after_exit),
-        logits=_address(buffers.logits(head.matrix.outputs)),
-        guesses=guesses,
-        searched=searched,
-        norms_output=norms_output or isinstance(block, PlacedMtp),
-    )
-    if isinstance(block, PlacedMtp):
-        assert isinstance(block.join, NativeLinear)
-        of_draft.join = ctypes.addressof(block.join.matrix.structure)
-        of_draft.input_norms = (CNorm * 2)(*(norm.structure for norm in block.join.input_norms))
-    if call.noise is not None:
-        keys = words_of(call.noise.keys)  # read during the call
-        of_draft.keys = _address(keys)
-        of_draft.temperature = least_temperature(call.noise.temperature)
+
+    of_draft = _settings(call, spec)
+    of_draft.norms_output |= norms_output
+    of_draft.most = most
+    of_draft.guesses = guesses
+    of_draft.searched = searched
+    of_draft.layer_count = len(order)
+    of_draft.stop_count = len(kept)
+    of_draft.end_count = len(end_ids)
+    addresses: dict[str, Tensor | ctypes.Array[Any] | None] = {
+        "embedding": layers.embedding,
+        "learned": layers.learned if submodel.exit_layer else None,
+        "vocabulary": None if vocabulary is None else vocabulary.ids,
+        "ends": end_ids,
+        "order": indices,
+        "stops": stops,
+        "probs": probs,
+        "entry": entry,
+        "tokens": tokens,
+        "states": states,
+        "beyond": after_exit,
+        "logits": buffers.logits(head.matrix.outputs),
+        "keys": keys,
+    }
+    for name, part in addresses.items():
+        setattr(of_draft, name, _address(part))
+
     engine = layers.engine
     engine.kernels.draft(
         engine.shape,
@@ -154,11 +143,44 @@ def draft(
     )
     drafted = of_draft.drafted
     ran = drafted + call.runs_last
-    reached = {
-        layer: layers.carrying(after[:ran], tokens[:ran])
-        for layer, after in zip(kept, states, strict=True)
-    }
-    return tokens[: drafted + 1], reached, [] if probs is None else probs[:drafted]
+    reached = {}
+    for layer, after in zip(kept, states, strict=True):
+        reached[layer] = layers.carrying(after[:ran], tokens[:ran])
+    found: list[float] = [] if probs is None else probs[:drafted]
+    return tokens[: drafted + 1], reached, found
+
+
+def _order_of(submodel: Submodel) -> list[int]:
+    """The layers that draft, in their order."""
+    order = list(range(submodel.exit_layer))
+    block = submodel.block
+    if block is not None:
+        assert isinstance(block, PlacedBlock)
+        return [*order, block.layer]
+    for start, end in submodel.beyond:
+        order += range(start, end)
+    return order
+
+
+def _settings(call: DraftCall, spec: ModelSpec) -> CDraft:
+    """The structure of a draft without counts, and without addresses of this call's tensors."""
+    of_draft = CDraft(
+        runs_last=call.runs_last,
+        power=call.ends.power,
+        survival=call.ends.survival,
+        doubt=call.ends.doubt,
+        logits_scale=1 / spec.logits_divisor,
+        logits_cap=spec.logits_cap or 0.0,
+    )
+    if call.noise is not None:
+        of_draft.temperature = least_temperature(call.noise.temperature)
+    block = call.submodel.block
+    if isinstance(block, PlacedMtp):
+        assert isinstance(block.join, NativeLinear)
+        of_draft.norms_output = True
+        of_draft.join = ctypes.addressof(block.join.matrix.structure)
+        of_draft.input_norms = (CNorm * 2)(*[norm.structure for norm in block.join.input_norms])
+    return of_draft
 
 
 def _address(part: "Tensor | ctypes.Array[Any] | None") -> int | None:
@@ -176,6 +198,7 @@ def choose(layers: NativeLayers, head: NativeLinear, step: TokenPass) -> Chosen:
         hidden = layers.placed(embedded, step.places)
     tokens = step.tokens.contiguous()
     width = layers.embedding.shape[1]
+    reads_tokens = hidden is None
     rows = torch.empty(count, width) if hidden is None else layers.numbers(hidden)
     buffers = layers.call_at(step.places)
     buffers.call.hidden = rows.data_ptr()
@@ -183,7 +206,7 @@ def choose(layers: NativeLayers, head: NativeLinear, step: TokenPass) -> Chosen:
     chosen = torch.empty(count, dtype=torch.long)
     choice = CChoice(
         embedding=layers.embedding.data_ptr(),
-        tokens=tokens.data_ptr() if hidden is None else None,
+        tokens=tokens.data_ptr() if reads_tokens else None,
         logits=buffers.logits(head.matrix.outputs).data_ptr(),
         chosen=chosen.data_ptr(),
         stop_count=len(step.taps),

@@ -149,7 +149,7 @@ def _shape_of(spec: ModelSpec, dtype: torch.dtype) -> CShape:
         eps=spec.eps,
         attention_scale=spec.attention_scale,
         score_cap=spec.score_cap or 0.0,
-        # As transformers rounds it
+        # Rounded as transformers does
         embedding_scale=float(torch.tensor(spec.embedding_scale).to(dtype)),
         residual_scale=spec.residual_scale,
     )
@@ -299,7 +299,7 @@ class NativeLayer:
         )  # NativeLayers sets the shape
 
 
-# In the order of `layer_norms`
+# The names of norms in CLayer, in the order of `layer_norms`
 _NORMS = "before_attention", "after_attention", "before_mlp", "after_mlp", "query", "key"
 
 

@@ -96,25 +96,22 @@ class MatrixForm:
             for name in dict.fromkeys(self.types)
             for part, kind in self._stored_parts(name)
         }
-        return by_kind[self.kind] | (
-            {"bias": (torch.float32, (panels, PANEL))} if self.biased else {}
-        )
+        parts = by_kind[self.kind]
+        if self.biased:
+            parts["bias"] = (torch.float32, (panels, PANEL))
+        return parts
 
     def _stored_parts(self, name: str) -> Iterator[tuple[str, Part]]:
         form = FORMS[name]
         panels = self.types.count(name)
+        groups = self.inputs // GROUP_SIZE
+        yield f"{name}.weight", (torch.int32, (panels, groups * form.bits, PANEL))
         factors = self.inputs // form.inputs * form.factors
-        yield (
-            f"{name}.weight",
-            (torch.int32, (panels, self.inputs // GROUP_SIZE * form.bits, PANEL)),
-        )
         if not form.by_table:
             yield f"{name}.scale", (torch.float16, (panels, factors, PANEL))
         if form.step_inputs:
-            yield (
-                f"{name}.steps",
-                (torch.int8, (panels, factors * form.inputs // form.step_inputs, PANEL)),
-            )
+            steps = factors * form.inputs // form.step_inputs
+            yield f"{name}.steps", (torch.int8, (panels, steps, PANEL))
 
 
 class HugePages:
@@ -291,17 +288,13 @@ class NativeMatrix:
         parts = {}
         for name, (dtype, shape) in form.parts.items():
             units = self.parts[name]
-            units = (units if units.shape[-1] == PANEL else units.view(torch.int32)).reshape(
-                len(units), -1, PANEL
-            )
-            rows = F.pad(units[chosen // PANEL, :, chosen % PANEL], (0, 0, 0, -len(chosen) % PANEL))
-            parts[name] = (
-                rows.view(-1, PANEL, rows.shape[1])
-                .transpose(1, 2)
-                .contiguous()
-                .view(dtype)
-                .view(shape)
-            )
+            if units.shape[-1] != PANEL:  # an output's numbers next to each other are one
+                units = units.view(torch.int32)
+            units = units.reshape(len(units), -1, PANEL)
+            rows = units[chosen // PANEL, :, chosen % PANEL]
+            rows = F.pad(rows, (0, 0, 0, -len(chosen) % PANEL))
+            panels = rows.view(-1, PANEL, rows.shape[1]).transpose(1, 2)
+            parts[name] = panels.contiguous().view(dtype).view(shape)
         return NativeMatrix(form, parts)
 
 

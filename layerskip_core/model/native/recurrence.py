@@ -10,7 +10,7 @@ from ..weights import Weights, by_key_head, convolution
 from .compiled import CRecurrence
 
 CONVOLUTION, DECAY, DELTA = range(3)  # kinds in the numbering of the C code
-# As in recurrence.h
+# The limits of recurrence.h
 MOST_TAPS = 8
 LARGEST_KEY = 256
 
