@@ -248,6 +248,8 @@ def _recipe_text(plan: "RunPlan") -> str:
         text += "; their losses train no other layer"
     elif recipe.exit_gradient < 1:
         text += f"; {recipe.exit_gradient:.2g} of their gradient trains the layers below"
+    if recipe.exit_vocab:
+        text += f"; their losses score the {recipe.exit_vocab} most frequent tokens and a sample"
     return text
 
 

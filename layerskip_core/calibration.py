@@ -38,7 +38,7 @@ from .config.model import CalibrationConfig
 from .decoding import decode_batch
 from .errors import ConfigError, require
 from .model import ModelSpec, TransformersBackend, missing_feature
-from .model.weights import GROUP_SIZE, LEVELS, Int4, stored
+from .model.weights import GROUP_SIZE, LEVELS, Int4, int4_bytes
 
 _LENGTH = 256  # tokens of a text, or the model's context
 _ROWS = 32  # texts decoded together
@@ -89,7 +89,7 @@ def calibrate(config: CalibrationConfig, report: Report = lambda *_: None) -> st
         "agreement": agreement,
         "torch": torch.__version__,
     }
-    rows = {name: stored(weights[name]) for name in matrix_names(backend.own_spec)}
+    rows = {name: int4_bytes(weights[name]) for name in matrix_names(backend.own_spec)}
     content = int4_content(rows, made_from, {name: str(value) for name, value in details.items()})
     if folder == own:
         save_sidecar(folder, INT4_FILE, content, CheckpointInfo.without_int4)

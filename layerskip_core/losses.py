@@ -1,14 +1,61 @@
 """Losses through an exit in chunks of tokens, used by training and evaluation."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 IGNORED = -100  # a label without a loss
 CHUNK_LOGITS = 1 << 24  # logits of one exit alive at once: 64 MB in fp32
 _CACHED_LOGITS = 1 << 18  # logits at a time on a CPU: 1 MB in fp32
+
+
+class CandidateHead:
+    """A head of early exits that scores N of the V tokens in training: frequent ones, the targets,
+    and a random sample that stands for all others.
+
+    The softmax of its logits estimates that over all tokens (sampled softmax: Jean et al., 2015).
+    """
+
+    def __init__(
+        self, weight: Tensor, frequent: Tensor, targets: Tensor, count: int, seed: int
+    ) -> None:
+        """`weight`: of the whole head, (V, D). `frequent` (F,) and `targets` (T,): ids. `count`:
+        size of the sample.
+        """
+        is_other = torch.ones(len(weight), dtype=torch.bool)
+        is_other[frequent.cpu()] = False
+        is_other[targets.cpu()] = False
+        others = is_other.nonzero().flatten()
+        known = (~is_other).nonzero().flatten()
+        generator = torch.Generator().manual_seed(seed)
+        sampled = others[torch.randperm(len(others), generator=generator)[:count]]
+        offsets = torch.zeros(len(known) + len(sampled))
+        if len(sampled):  # each stands for so many tokens
+            offsets[len(known) :] = math.log(len(others) / len(sampled))
+        ids = torch.cat((known, sampled))
+        places = torch.zeros(len(weight), dtype=torch.long)
+        places[ids] = torch.arange(len(ids))
+
+        self._ids = ids.to(weight.device)
+        self._places = places.to(weight.device)
+        self._offsets = offsets.to(weight.device)
+        self.weight = weight[self._ids]
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """The head's inputs (N, D) to logits of the candidates."""
+        return F.linear(states, self.weight) + self._offsets
+
+    def part_of(self, logits: Tensor) -> Tensor:
+        """From logits (N, V) those of the candidates."""
+        return logits[:, self._ids] + self._offsets
+
+    def places(self, targets: Tensor) -> Tensor:
+        """The index of each target among the candidates."""
+        return self._places[targets]
 
 
 def target_rows(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -31,9 +78,9 @@ def summed_losses(
     """(weighted loss, sums (K, 3) of cross-entropy, divergence and agreement) of K exits, summed
     over N tokens, in fp32.
 
-    `hidden`: the states (N, D) of each exit. `targets` (N,). `unembed`: a head for all exits,
-    or one for each. `weights`: by exit, the factors in the loss of its cross-entropy and of its
-    divergence KL(reference || exit).
+    `hidden`: the states (N, D) of each exit. `targets` (N,). `unembed`: a head for all exits, or
+    one for each; of early ones, in training, a CandidateHead may estimate the sums. `weights`: by
+    exit, the factors in the loss of its cross-entropy and of its divergence KL(reference || exit).
 
     The reference is the last head's logits for the states `teacher` (N, D). Without a teacher it is
     the last exit, for earlier ones, if any of these weights its divergence; else the divergence is
@@ -60,16 +107,23 @@ def summed_losses(
                 reference = unembeds[last](teacher[chunk])
         for index in range(last, -1, -1):  # the last exit is the reference of those before it
             part = hidden[index].detach()[chunk].requires_grad_(trains[index])
+            head = unembeds[index]
             with torch.set_grad_enabled(trains[index]):
-                logits = unembeds[index](part)
+                logits = head(part)
             detached = logits.detach()
             wanted = None if targets is None else targets[chunk]
-            losses, slope = _losses(detached, wanted, reference, weights[index], trains[index])
+            aim = reference
+            own_weight = None
+            if isinstance(head, CandidateHead):
+                own_weight = head.weight
+                wanted = None if wanted is None else head.places(wanted)
+                aim = None if aim is None else head.part_of(aim)
+            losses, slope = _losses(detached, wanted, aim, weights[index], trains[index])
             sums[index, :2] += losses
             if reference is not None and not torch.is_grad_enabled():
                 sums[index, 2] += (detached.argmax(-1) == reference.argmax(-1)).sum()
             if slope is not None:
-                gradients[index][chunk], of_weights = _backward(logits, slope, part)
+                gradients[index][chunk], of_weights = _backward(logits, slope, part, own_weight)
                 for weight, gradient in of_weights.items():
                     if weight not in head_gradients:
                         head_gradients[weight] = torch.zeros_like(weight)
@@ -136,12 +190,12 @@ def _losses(
 
 
 def _backward(
-    logits: Tensor, gradient: Tensor, states: Tensor
+    logits: Tensor, gradient: Tensor, states: Tensor, own_weight: Tensor | None
 ) -> tuple[Tensor, dict[Tensor, Tensor]]:
     """From the gradient of a head's logits: that of the states that it read, and those of its
-    weights.
+    weights. `own_weight`: of a CandidateHead, computed from weights.
     """
-    leaves = _leaves(logits)
+    leaves = _leaves(logits) if own_weight is None else [states, own_weight]
     with torch.autocast(logits.device.type, enabled=False):  # as a backward pass runs
         found = torch.autograd.grad(logits, leaves, gradient)
     by_leaf = dict(zip(leaves, found, strict=True))

@@ -21,7 +21,7 @@ from layerskip_core.model import (
     TransformersBackend,
     can_run_native,
 )
-from layerskip_core.model.exit_blocks import NO_BLOCKS
+from layerskip_core.model.exit_blocks import NO_STORED_DRAFTERS
 from layerskip_core.model.pages import PAGE, PagedCache
 
 PLAIN = DecodingConfig()
@@ -179,7 +179,7 @@ def plainly(backend, prompt, limit=40, eos_ids=frozenset()):
 
 
 def backend_on(
-    kind, packing=None, model_type="llama", blocks_of=lambda model: NO_BLOCKS, **changes
+    kind, packing=None, model_type="llama", blocks_of=lambda model: NO_STORED_DRAFTERS, **changes
 ):
     """The tiny model on transformers' layers (`generic`) or torch's kernels (`packed`), in fp64, or
     on ours (`native`).
@@ -190,7 +190,7 @@ def backend_on(
     if kind == "generic":
         return TransformersBackend(model, blocks_of(model))
     return (native_or_skip if kind == "native" else TorchBackend.of)(
-        model, packing, exit_blocks=blocks_of(model)
+        model, packing, stored_drafters=blocks_of(model)
     )
 
 

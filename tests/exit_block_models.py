@@ -16,15 +16,15 @@ from layerskip_core.checkpoint.sidecars import (
 )
 from layerskip_core.model import TransformersBackend
 from layerskip_core.model.eagle3 import Eagle3, Eagle3Form, Eagle3Weights
-from layerskip_core.model.exit_blocks import ExitBlock, ExitBlocks
+from layerskip_core.model.exit_blocks import ExitBlock, StoredDrafters
 from layerskip_core.model.spec import ModelSpec
-from layerskip_core.model.weights import int4_of, stored
+from layerskip_core.model.weights import int4_bytes, int4_of
 from layerskip_core.training.exit_blocks import FrozenExits
 
 _ROPE = {"rope_theta": 10_000.0, "rope_type": "default"}
 
 
-def random_blocks(model, *blocks: ExitBlock, scale: float = 0.3) -> ExitBlocks:
+def random_blocks(model, *blocks: ExitBlock, scale: float = 0.3) -> StoredDrafters:
     """Blocks near where training begins. `scale`: of what is added, relative to each weight's own
     size.
     """
@@ -37,7 +37,7 @@ def random_blocks(model, *blocks: ExitBlock, scale: float = 0.3) -> ExitBlocks:
         if name.endswith("norm.weight"):
             noise = 0.2 * torch.rand(weight.shape, generator=generator, dtype=torch.float64)
         weights[name] = (weight + scale * noise).to(model.dtype)
-    return ExitBlocks(tuple(sorted(blocks, key=lambda block: block.exit_layer)), weights.get)
+    return StoredDrafters(tuple(sorted(blocks, key=lambda block: block.exit_layer)), weights.get)
 
 
 def add_blocks(folder, *blocks: ExitBlock) -> None:
@@ -84,7 +84,7 @@ def add_int4(folder, change=lambda weight: weight, **details):
     model = (trained := for_training(str(folder), "cpu")).model
     spec = trained.backend.spec
     names = sidecars.matrix_names(spec)
-    rows = {name: stored(int4_of(change(model.get_parameter(name).detach()))) for name in names}
+    rows = {name: int4_bytes(int4_of(change(model.get_parameter(name).detach()))) for name in names}
     save_sidecar(
         str(folder),
         INT4_FILE,

@@ -29,7 +29,7 @@ from layerskip_core.errors import ConfigError
 from layerskip_core.evaluation.measure.bench import bench
 from layerskip_core.harness.likelihood import likelihoods
 from layerskip_core.model import ModelSpec, TorchBackend, TransformersBackend
-from layerskip_core.model.exit_blocks import MTP, NO_BLOCKS, ExitBlock
+from layerskip_core.model.exit_blocks import MTP, NO_STORED_DRAFTERS, ExitBlock
 from layerskip_core.training import finetune_run as running
 
 PROMPTS = [[30, 31, 32, 30, 31, 32, 30], [7, 9]]
@@ -92,12 +92,12 @@ def backend_on(device, kind):
     blocks = random_blocks(model, ExitBlock(3), ExitBlock(4)) if kind == "blocks" else None
     if kind.endswith("drafter"):
         blocks = replace(
-            NO_BLOCKS,
+            NO_STORED_DRAFTERS,
             eagle3=random_eagle3(ModelSpec.of(model.config)),
             mtp=random_blocks(model, MTP),
         )
     model = model.to(device)
-    keywords = {} if blocks is None else {"exit_blocks": blocks}
+    keywords = {} if blocks is None else {"stored_drafters": blocks}
     if kind.startswith("generic"):
         return TransformersBackend(model, **keywords)
     packing = PackingConfig(draft_vocab=40) if kind == "few tokens" else None

@@ -94,3 +94,58 @@ def test_a_batch_without_targets_has_a_gradient_of_zero_for_the_head():
     )
     loss.backward()
     assert float(loss.detach()) == 0 and not weight.grad.any()
+
+
+def _trained(head_of, weight, runs, targets):
+    """Sums, and the gradients of the whole head and the states, with `head_of(weight)` for the
+    early exit.
+    """
+    loss, sums = losses.summed_losses(
+        [head_of(weight), lambda states: states @ weight.T],
+        runs,
+        targets,
+        VOCABULARY,
+        [(0.3, 0.6), (0.5, 0.0)],
+    )
+    return sums, torch.autograd.grad(loss, [weight, *runs])
+
+
+@pytest.mark.usefixtures("chunks")
+def test_a_head_of_all_candidates_is_the_whole_head():
+    weight = torch.randn(VOCABULARY, 5, requires_grad=True)
+    runs = [torch.randn(7, 5, requires_grad=True) for _ in range(2)]
+    targets = torch.randint(VOCABULARY, (7,))
+    frequent = torch.tensor([8, 2])
+    whole = _trained(lambda own: lambda states: states @ own.T, weight, runs, targets)
+    part = _trained(
+        lambda own: losses.CandidateHead(own, frequent, targets, VOCABULARY, 0),
+        weight,
+        runs,
+        targets,
+    )
+    torch.testing.assert_close(part, whole)
+
+
+def test_a_sample_stands_for_the_tokens_left_out():
+    """Its softmax denominator is that of all tokens on average: within 5 standard errors over
+    samples. Only rows of the candidates get a gradient.
+    """
+    torch.manual_seed(0)
+    weight = torch.randn(VOCABULARY, 5, requires_grad=True)
+    states = torch.randn(1, 5)
+    frequent = torch.tensor([8, 2])
+    targets = torch.tensor([4])
+    sampled = []
+    for seed in range(200):
+        head = losses.CandidateHead(weight, frequent, targets, 3, seed)
+        logits = head(states)
+        assert logits.shape == (1, 6)
+        assert logits[0, head.places(targets)[0]] == states[0] @ weight[4]
+        sampled.append(logits.exp().sum().detach())
+    denominators = torch.stack(sampled)
+    error = denominators.std() / len(denominators) ** 0.5
+    assert denominators.std() > 0
+    assert abs(denominators.mean() - (states @ weight.T).exp().sum()) < 5 * error
+
+    (gradient,) = torch.autograd.grad(logits.logsumexp(-1).sum(), [weight])
+    assert int(gradient.any(1).sum()) == 6

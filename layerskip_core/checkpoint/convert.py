@@ -14,7 +14,7 @@ from .loaded import Trainable
 from .locate import ModelRef, adapters_of, fetched_folder
 from .open import for_training
 from .save import save_checkpoint
-from .shipped import drafter_files, files_of_shipped, is_assistant, read_exit_blocks, shipped_by
+from .shipped import drafter_files, files_of_shipped, is_assistant, read_stored_drafters, shipped_by
 from .sidecars import EAGLE3_FOLDER, read_int4
 from .transformers_read import written_dtype
 
@@ -67,7 +67,7 @@ def _sidecars(base: ModelRef, loaded: Trainable) -> tuple[dict[str, bytes], list
     weight_of = loaded.model.get_parameter
     readers: dict[str, Callable[[], object]] = {
         INT4_FILE: lambda: read_int4(folder, loaded.backend.own_spec, weight_of),
-        EXIT_BLOCKS_FILE: lambda: read_exit_blocks(folder, loaded.backend.spec, weight_of),
+        EXIT_BLOCKS_FILE: lambda: read_stored_drafters(folder, loaded.backend.spec, weight_of),
     }
     for name, read in readers.items():
         path = Path(folder) / name

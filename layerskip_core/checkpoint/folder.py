@@ -24,9 +24,10 @@ from ..errors import CheckpointError
 from ..files import read_json
 from ..model import ModelSpec, missing_feature
 from ..model.architectures import MULTIMODAL, is_complete
-from ..model.blocks import BlockRows, Levels, levels_of, mxfp4_rows, plain, scaled_blocks
+from ..model.blocks import BlockRows, plain
 from ..model.spec import Shapes, check_shape
 from ..prompting import Tokenizer, special_ids
+from .low_bit_layouts import Levels, levels_of, mxfp4_rows, scaled_blocks
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
@@ -236,7 +237,7 @@ class LowBitWeights:
         """A weight, dequantised to fp32 if in low bits. Raises CheckpointError for a wrong
         shape.
         """
-        weight = self._joined(name, lambda part: plain(self._read(part)))
+        weight = self._joined(name, self._float)
         assert weight is not None
         if self._is_turned(name):
             weight = weight.transpose(1, 2)
@@ -284,6 +285,12 @@ class LowBitWeights:
         return not self._files.keys().isdisjoint(
             (part, f"{part}_blocks", f"{module}.qweight", f"{module}.weight_packed")
         )
+
+    def _float(self, part: str) -> Tensor:
+        found = self._read(part)
+        if isinstance(found, Levels):
+            return found.weight
+        return plain(found)
 
     def _rows(self, part: str) -> Tensor | None:
         found = self._read(part)

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError, first_line
 from ..model import ModelSpec
-from ..model.blocks import FORMS, block_rows, from_gguf, from_gguf_shape, gguf_parts
-from ..model.exit_blocks import MTP, MTP_LAYOUTS, ExitBlocks
+from ..model.blocks import FORMS, block_rows
+from ..model.exit_blocks import MTP, MTP_LAYOUTS, StoredDrafters
 from ..model.rope import llama3_factors
 from ..model.transformers_backend import attention_for
+from .gguf_layouts import from_gguf, from_gguf_shape, gguf_parts
 
 _TOKENS = {
     "bos": "bos_token_id",
@@ -391,7 +392,7 @@ class GgufFile:
         return None if rows is None else block_rows(rows, kind)
 
     @cached_property
-    def drafter(self) -> ExitBlocks | None:
+    def drafter(self) -> StoredDrafters | None:
         """The MTP block, in the layer after the last (`nextn`), dequantised when taken; None if the
         file lacks it.
         """
@@ -412,7 +413,7 @@ class GgufFile:
             full, tensor = found[name]
             return self._dense(full, [tensor])
 
-        return ExitBlocks((MTP,), take)
+        return StoredDrafters((MTP,), take)
 
     @cached_property
     def _names(self) -> Any:

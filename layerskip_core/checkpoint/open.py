@@ -17,7 +17,7 @@ from ..errors import CheckpointError, refused
 from ..files import read_json
 from ..model.architectures import MULTIMODAL
 from ..model.backend import Backend
-from ..model.exit_blocks import NO_BLOCKS
+from ..model.exit_blocks import NO_STORED_DRAFTERS
 from ..model.native import NativeBackend
 from ..model.native.compiled import requested_variant
 from ..model.torch_backend import TorchBackend
@@ -101,7 +101,7 @@ def load(plan: LoadPlan) -> Decoder:
     backend = _backend(plan)
     tokenizer = source.tokenizer()
     # A drafter in a GGUF file needs the open file, so the configuration is read from it again
-    spec = source.spec if source.exit_blocks.mtp is None else None
+    spec = source.spec if source.stored_drafters.mtp is None else None
     source.cache.save(spec, tokenizer, source.notes())
     return decoder(
         source.model.name,
@@ -119,12 +119,12 @@ def _backend(plan: LoadPlan) -> Backend:
     source = plan.source
     if plan.backend == "transformers":
         assert source.trainable is not None
-        if plan.exit_blocks is NO_BLOCKS:
+        if plan.stored_drafters is NO_STORED_DRAFTERS:
             return source.trainable.backend
-        return TransformersBackend(source.trainable.model, plan.exit_blocks)
+        return TransformersBackend(source.trainable.model, plan.stored_drafters)
     spec = source.own_spec
     order = token_order(source.model.path, spec.vocab)
-    arguments = (spec, source.take(), plan.packing, order, plan.int4, plan.exit_blocks)
+    arguments = (spec, source.take(), plan.packing, order, plan.int4, plan.stored_drafters)
     if plan.backend == "torch":
         return TorchBackend(*arguments, stored=source.rows)
     if source.packed is None:

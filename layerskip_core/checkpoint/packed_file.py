@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..config.model import PackingConfig, Quantization
 from ..errors import require
-from ..model.exit_blocks import ExitBlock, ExitBlocks
+from ..model.exit_blocks import ExitBlock, StoredDrafters
 from ..model.native.compiled import Kernels
 from ..model.native.matrix import LAYOUT, MatrixForm, NativeMatrix, are_listed
 from ..model.spec import ModelSpec, Shapes
@@ -95,7 +95,7 @@ class PackedFile:
             if name.startswith("exits."):
                 exits.add(int(name.split(".")[1]))
         # Only norms are unpacked
-        self.exit_blocks = ExitBlocks(tuple(map(ExitBlock, sorted(exits))), self.unpacked)
+        self.stored_drafters = StoredDrafters(tuple(map(ExitBlock, sorted(exits))), self.unpacked)
 
     def unpacked(self, name: str) -> Tensor | None:
         """A weight that is stored unpacked, by its name in a checkpoint; None for others."""

@@ -10,13 +10,13 @@ from ..config.decoding import DraftProfile
 from ..config.model import PackingConfig, Quantization
 from ..config.resolution import policy_packing
 from ..errors import ConfigError
-from ..model.exit_blocks import ExitBlocks
+from ..model.exit_blocks import StoredDrafters
 from ..model.native import can_run_native, suits_kernels
 from ..model.native.compiled import kernel_note
 from ..model.torch_layer import missing_feature
 from ..model.weights import Take
 from .info import CheckpointInfo
-from .shipped import read_exit_blocks, with_drafters
+from .shipped import read_stored_drafters, with_drafters
 from .sidecars import StoredInt4, read_int4
 from .source import Source
 
@@ -35,14 +35,14 @@ class LoadPlan:
         backend: `native` (C kernels) and `torch` repack the weights, `transformers` runs its own
             layers.
         packing: with the low-bit copies of policies and of adaptive drafting.
-        exit_blocks: the exit blocks and drafters.
+        stored_drafters: the exit blocks and drafters.
         int4: calibrated weights, if the packing uses int4.
     """
 
     source: Source
     backend: Literal["native", "torch", "transformers"]
     packing: PackingConfig
-    exit_blocks: ExitBlocks
+    stored_drafters: StoredDrafters
     info: CheckpointInfo
     int4: Take | None = None
     notes: tuple[str, ...] = ()  # for the user
@@ -108,7 +108,7 @@ def resolve(source: Source, memory: float) -> LoadPlan:
     if wants_copy:
         packing, note = _with_copy(source, info, int4, memory)
         notes += note
-    blocks = _exit_blocks(source)
+    blocks = _stored_drafters(source)
     if suits_kernels(spec, source.dtype, source.device, packing):
         notes[:0] = _kernel_notes()
     take_int4 = None
@@ -127,7 +127,7 @@ def resolve(source: Source, memory: float) -> LoadPlan:
 
 def _of_packed(source: Source) -> LoadPlan:
     assert source.packed is not None and source.model.folder is not None
-    blocks = with_drafters(source.packed.exit_blocks, source.model.folder, source.spec)
+    blocks = with_drafters(source.packed.stored_drafters, source.model.folder, source.spec)
     return LoadPlan(source, "native", source.packing, blocks, source.info, notes=blocks.notes)
 
 
@@ -141,7 +141,7 @@ def _on_transformers(source: Source, missing: str) -> LoadPlan:
     notes = list[str]()
     if suits_kernels(source.spec, source.dtype, source.device, packing):
         notes += _kernel_notes()
-    blocks = _exit_blocks(source)
+    blocks = _stored_drafters(source)
     notes += blocks.notes
     if blocks.assistant is not None:
         notes.append("drafting without its assistant, which only the compiled kernels run")
@@ -157,11 +157,11 @@ def _kernel_notes() -> list[str]:
     return [] if note is None else [note]
 
 
-def _exit_blocks(source: Source) -> ExitBlocks:
+def _stored_drafters(source: Source) -> StoredDrafters:
     folder = source.model.folder
     if folder is None:
-        return source.exit_blocks
-    return read_exit_blocks(folder, source.spec, source.weight_of)
+        return source.stored_drafters
+    return read_stored_drafters(folder, source.spec, source.weight_of)
 
 
 def _with_copy(

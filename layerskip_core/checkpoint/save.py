@@ -21,9 +21,9 @@ from torch import nn
 from ..errors import CheckpointError, ConfigError, require_overwrite
 from ..files import discard_folder, hold, new_staging, publish_folder, synchronise, write_file
 from ..model.vocabulary import ORDER_FILE
-from ..model.weights import cast_weights
 from .folder import quiet_transformers, read_settings
 from .info import ADAPTER_FILE, CONFIG_FILES, INFO_FILE, CheckpointInfo, holds_model, read_info
+from .model_weights import cast_weights
 
 RUN_FILES = ("losses.jsonl", ORDER_FILE)  # finetune writes them with a model
 READY = ".layerskip-ready"

@@ -31,9 +31,9 @@ from ..model.configuration import LayerSizes
 from ..model.exit_blocks import (
     MTP,
     MTP_LAYOUTS,
-    NO_BLOCKS,
-    ExitBlocks,
+    NO_STORED_DRAFTERS,
     MtpLayout,
+    StoredDrafters,
     blocks_named,
 )
 from ..model.spec import AnySpec, ModelSpec
@@ -61,7 +61,7 @@ STALE = "its drafter (mtp) was made for other weights; `layerskip train-drafter 
 STALE_ASSISTANT = "its assistant (mtp) was made for other weights: fewer of its drafts may be right"
 ASSISTANT_FILES = f"assistant/{CONFIG_FILE}", "assistant/model.safetensors"
 _Size = Annotated[int, Meta(ge=1, le=1 << 20)]
-_Drafter: TypeAlias = ExitBlocks | Assistant
+_Drafter: TypeAlias = StoredDrafters | Assistant
 
 
 class _Values(msgspec.Struct):
@@ -72,30 +72,30 @@ class _Values(msgspec.Struct):
     centroid_intermediate_top_k: _Size = 32
 
 
-def read_exit_blocks(
+def read_stored_drafters(
     folder: str | Path, spec: AnySpec, weight_of: Callable[[str], Tensor]
-) -> ExitBlocks:
+) -> StoredDrafters:
     """A folder's exit blocks, read when taken, and its drafters. Raises CheckpointError if blocks
     are not this model's.
     """
     path = Path(folder) / EXIT_BLOCKS_FILE
-    blocks = NO_BLOCKS
+    blocks = NO_STORED_DRAFTERS
     if path.is_file():
         with sidecars.naming(path):
             file = sidecars.open_formed(path, sidecars.BLOCKS)
             found = blocks_named(file.entries, spec.layers)
-            blocks = ExitBlocks(found, file.read)
+            blocks = StoredDrafters(found, file.read)
             sidecars.check_fingerprint(file, spec, weight_of)
             sidecars.check_entries(file.entries, blocks.shapes(spec), FLOATS)
     return with_drafters(blocks, folder, spec, weight_of)
 
 
 def with_drafters(
-    blocks: ExitBlocks,
+    blocks: StoredDrafters,
     folder: str | Path,
     spec: AnySpec,
     weight_of: Callable[[str], Tensor] | None = None,
-) -> ExitBlocks:
+) -> StoredDrafters:
     """Adds the drafters of a folder to `blocks`. `weight_of`: for the model's fingerprint; None if
     it is packed.
     """
@@ -107,7 +107,7 @@ def with_drafters(
 
     eagle3 = sidecars.eagle3_sidecar(folder, spec)
     shipped = _shipped_beside(folder, spec, is_other)
-    if shipped is NO_BLOCKS and eagle3 is None:
+    if shipped is NO_STORED_DRAFTERS and eagle3 is None:
         return blocks
     return replace(
         blocks,
@@ -120,7 +120,7 @@ def with_drafters(
 
 def _shipped_beside(
     folder: str | Path, spec: AnySpec, is_other: Callable[[str | None], bool]
-) -> ExitBlocks:
+) -> StoredDrafters:
     """The drafters that a folder's model ships, and notes on those that do not fit. `is_other`:
     whether a fingerprint (None: the file has none) is of other weights.
     """
@@ -144,11 +144,11 @@ def _shipped_beside(
     mtp = checked(read_mtp, STALE)
     assistant = checked(_assistant_beside, STALE_ASSISTANT)
     if mtp is None and assistant is None and not notes:
-        return NO_BLOCKS
-    return replace(NO_BLOCKS, mtp=mtp, assistant=assistant, notes=tuple(notes))
+        return NO_STORED_DRAFTERS
+    return replace(NO_STORED_DRAFTERS, mtp=mtp, assistant=assistant, notes=tuple(notes))
 
 
-def read_mtp(folder: str | Path, spec: AnySpec) -> ExitBlocks | None:
+def read_mtp(folder: str | Path, spec: AnySpec) -> StoredDrafters | None:
     """The MTP block that a folder's checkpoint ships, read when taken; None if there is none.
     Raises CheckpointError for an unknown layout.
     """
@@ -190,7 +190,7 @@ def read_mtp(folder: str | Path, spec: AnySpec) -> ExitBlocks | None:
         return _turned(name, weights.read(stored(name)), layout)
 
     made_for = files[found[stored(_INPUT)]].metadata.get(sidecars.FINGERPRINT)
-    return ExitBlocks((MTP,), take, layout=layout, model_fingerprint=made_for)
+    return StoredDrafters((MTP,), take, layout=layout, model_fingerprint=made_for)
 
 
 def _names(layout: MtpLayout, layers: int, names: Iterable[str]) -> dict[str, str]:
@@ -230,7 +230,7 @@ def _turned(name: str, weight: Tensor, layout: MtpLayout) -> Tensor:
     return weight
 
 
-def mtp_content(spec: AnySpec, mtp: ExitBlocks, weight_of: Callable[[str], Tensor]) -> bytes:
+def mtp_content(spec: AnySpec, mtp: StoredDrafters, weight_of: Callable[[str], Tensor]) -> bytes:
     """The bytes of mtp.safetensors, by the checkpoint's names. `weight_of`: for the fingerprint, if
     `mtp` has none.
     """
@@ -245,7 +245,7 @@ def mtp_content(spec: AnySpec, mtp: ExitBlocks, weight_of: Callable[[str], Tenso
 
 
 def files_of_shipped(
-    blocks: ExitBlocks, spec: AnySpec, weight_of: Callable[[str], Tensor]
+    blocks: StoredDrafters, spec: AnySpec, weight_of: Callable[[str], Tensor]
 ) -> dict[str, bytes]:
     """The files of the drafters that a model ships, to be saved with its weights."""
     files = {}
@@ -257,7 +257,7 @@ def files_of_shipped(
     return files
 
 
-def shipped_by(name: str, spec: AnySpec) -> ExitBlocks:
+def shipped_by(name: str, spec: AnySpec) -> StoredDrafters:
     """The drafters that a checkpoint ships; of an adapter those of its base, marked as made for
     other weights.
     """
@@ -267,11 +267,11 @@ def shipped_by(name: str, spec: AnySpec) -> ExitBlocks:
         return _shipped_beside(model.folder, spec, lambda made_for: bool(adapters))
     mtp = GgufFile(model.gguf).drafter if model.gguf is not None else None
     if mtp is None:
-        return NO_BLOCKS
+        return NO_STORED_DRAFTERS
     if adapters:
         stale = replace(mtp, model_fingerprint=OTHERS)
-        return replace(NO_BLOCKS, mtp=stale, notes=(STALE,))
-    return replace(NO_BLOCKS, mtp=mtp)
+        return replace(NO_STORED_DRAFTERS, mtp=stale, notes=(STALE,))
+    return replace(NO_STORED_DRAFTERS, mtp=mtp)
 
 
 def is_assistant(folder: str | Path) -> bool:

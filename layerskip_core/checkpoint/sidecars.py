@@ -37,9 +37,9 @@ from torch import Tensor
 from ..errors import CheckpointError, first_line, require
 from ..files import read_json, write_file
 from ..model.eagle3 import LAYER, ROPES, TOKENS, Eagle3Form, Eagle3Weights
-from ..model.exit_blocks import NO_BLOCKS, ExitBlocks, blocks_named
+from ..model.exit_blocks import NO_STORED_DRAFTERS, StoredDrafters, blocks_named
 from ..model.spec import AnySpec, ModelSpec, Shapes
-from ..model.weights import GROUP_SIZE, Take, stored_shape
+from ..model.weights import GROUP_SIZE, Take, int4_bytes_shape
 from .folder import CONFIG_FILE, INT4_FILE, METADATA, WeightFile
 from .info import INFO_FILE
 
@@ -172,7 +172,7 @@ def read_int4(
         if not path.is_file():
             return None
         touch(path)
-    shapes = {name: stored_shape(*spec.shapes[name]) for name in matrix_names(spec)}
+    shapes = {name: int4_bytes_shape(*spec.shapes[name]) for name in matrix_names(spec)}
     with naming(path):
         file = open_formed(path, _INT4)
         check_fingerprint(file, spec, weight_of)
@@ -192,7 +192,7 @@ def exit_blocks_content(
     spec: AnySpec,
     weights: Mapping[str, Tensor],
     model_fingerprint: str,
-    present: ExitBlocks = NO_BLOCKS,
+    present: StoredDrafters = NO_STORED_DRAFTERS,
 ) -> bytes:
     """The bytes of exit_blocks.safetensors: `weights` by the names of `ExitBlock.shapes`, and the
     `present` blocks at other exits.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..config.model import PLAIN, PackingConfig
 from ..errors import CheckpointError, ConfigError
-from ..model.exit_blocks import NO_BLOCKS, ExitBlocks
+from ..model.exit_blocks import NO_STORED_DRAFTERS, StoredDrafters
 from ..model.native import can_run_native
 from ..model.native.compiled import kernels, why_no_kernels
 from ..model.spec import AnySpec, ModelSpec
@@ -84,7 +84,7 @@ class Source:
     config: Any  # as transformers has it, or its attributes
     generation: object  # generation_config.json as attributes
     rows: Take | None = None  # a weight's rows of blocks, which the compiled kernels read
-    exit_blocks: ExitBlocks = NO_BLOCKS  # of a model without a folder
+    stored_drafters: StoredDrafters = NO_STORED_DRAFTERS  # of a model without a folder
     packed: PackedFile | None = None
     trainable: Trainable | None = None
     cache: LoadCache = NO_CACHE
@@ -224,7 +224,7 @@ def _blocks_source(request: Request) -> Source | None:
         assert found is not None
         return found
 
-    exit_blocks = NO_BLOCKS
+    stored_drafters = NO_STORED_DRAFTERS
     spec = cache.spec
     if spec is None:
         files = opened()
@@ -232,7 +232,7 @@ def _blocks_source(request: Request) -> Source | None:
         if spec is None or (isinstance(files, PretrainedModel) and files.low_bits is None):
             return None
         if isinstance(files, GgufFile):
-            exit_blocks = replace(NO_BLOCKS, mtp=files.drafter)
+            stored_drafters = replace(NO_STORED_DRAFTERS, mtp=files.drafter)
     dtype = pick_dtype(request.dtype, request.device, spec.parameters)
     if not can_run_native(spec, dtype, request.device, request.packing):
         return None
@@ -271,7 +271,7 @@ def _blocks_source(request: Request) -> Source | None:
         spec.config,
         None if model.gguf is not None else generation_config(model.path),
         rows=cache.rows(lambda name: weights().rows(name)),
-        exit_blocks=exit_blocks,
+        stored_drafters=stored_drafters,
         cache=cache,
         notes=notes,
     )
@@ -282,9 +282,9 @@ def transformers_source(request: Request) -> Source:
     trainable = read_trainable(request.model, request.device, request.dtype)
     model = trainable.model
     backend = trainable.backend
-    exit_blocks = NO_BLOCKS
+    stored_drafters = NO_STORED_DRAFTERS
     if request.model.is_adapter or request.model.gguf is not None:
-        exit_blocks = shipped_by(request.model.name, backend.spec)
+        stored_drafters = shipped_by(request.model.name, backend.spec)
     return Source(
         request.model,
         backend.spec,
@@ -297,7 +297,7 @@ def transformers_source(request: Request) -> Source:
         lambda: trainable.tokenizer,
         model.config,
         model.generation_config,
-        exit_blocks=exit_blocks,
+        stored_drafters=stored_drafters,
         trainable=trainable,
     )
 

@@ -12,7 +12,6 @@ from ..errors import CheckpointError
 from ..model import ModelSpec, TransformersBackend
 from ..model.architectures import MULTIMODAL, known_architecture
 from ..model.transformers_backend import attention_for
-from ..model.weights import cast_weights, check_model
 from .folder import (
     CONFIG_FILE,
     GENERATION_FILE,
@@ -29,6 +28,7 @@ from .gguf_read import GgufFile, dense_model
 from .info import read_info
 from .loaded import TORCH_DTYPES, Trainable, pick_dtype
 from .locate import ModelRef, adapters_of, reading
+from .model_weights import cast_weights, check_model
 from .settings import info_of
 
 _NO_FOREIGN_CODE = {"trust_remote_code": False}  # the default asks on standard input

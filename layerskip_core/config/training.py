@@ -179,6 +179,12 @@ class RecipeSettings:
         Ratio | None,
         Flag("Share of the exits' gradient that trains the layers below.", None, _BY_PRESET),
     ] = None
+    exit_vocab: Annotated[
+        CountOrNone | None,
+        Flag(
+            "Exits' losses score the N most frequent tokens and a sample; 0: all.", None, _BY_PRESET
+        ),
+    ] = None
 
     def __post_init__(self) -> None:
         if self.preset == "none":
@@ -243,6 +249,9 @@ class FinetuneConfig(TrainingSettings):
                 require(not value, name, "left out with `streaming`", value)
             needed = "given with `streaming`, whose rows cannot be counted"
             require(self.steps is not None, "steps", needed, "none")
+        if self.fsdp:
+            needed = "0 with `fsdp`, which shards the head"
+            require(not self.recipe.exit_vocab, "exit_vocab", needed, self.recipe.exit_vocab)
         if self.recipe.preset == "scratch":
             needed = "left out with `preset` scratch, which has no original"
             require(not self.replay, "replay", needed, self.replay)

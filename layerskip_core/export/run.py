@@ -28,7 +28,7 @@ from ..checkpoint.open import for_training, plan_packing
 from ..checkpoint.packed_file import Content, PackedWriter, unpacked_names
 from ..checkpoint.plan import LoadPlan
 from ..checkpoint.save import refuse_overwrite, save_checkpoint, save_files
-from ..checkpoint.shipped import files_of_shipped, read_exit_blocks
+from ..checkpoint.shipped import files_of_shipped, read_stored_drafters
 from ..checkpoint.sidecars import EAGLE3_FILES, EAGLE3_FOLDER, PROPOSED
 from ..checkpoint.transformers_read import open_model, written_dtype
 from ..config.model import Engine, ExportConfig, PackingConfig, Quantization
@@ -38,7 +38,7 @@ from ..files import new_staging, synchronise
 from ..model import NativeBackend, TransformersBackend
 from ..model.backend import states_at_exits
 from ..model.eagle3 import Eagle3Weights
-from ..model.exit_blocks import NO_BLOCKS, ExitBlocks
+from ..model.exit_blocks import NO_STORED_DRAFTERS, StoredDrafters
 from ..model.native import codes_weights
 from ..model.native.compiled import kernels, why_no_kernels
 from ..model.spec import ModelSpec
@@ -80,7 +80,7 @@ def export(config: ExportConfig) -> Exported:
     else:
         refuse_overwrite(config.output, config.overwrite, (README,) if config.engine else ())
     loaded = for_training(config.model, "cpu", "fp32")
-    blocks = _exit_blocks(config, loaded)
+    blocks = _stored_drafters(config, loaded)
     decoder = decoder_of(replace(loaded, backend=TransformersBackend(loaded.model, blocks)))
     recommended = decoder.recommended()
     layers = loaded.backend.num_layers
@@ -111,15 +111,15 @@ def export(config: ExportConfig) -> Exported:
     return Exported(exit_layer, exit_layer + has_block, is_trained, readme, lost)
 
 
-def _exit_blocks(config: ExportConfig, loaded: Trainable) -> ExitBlocks:
+def _stored_drafters(config: ExportConfig, loaded: Trainable) -> StoredDrafters:
     """The model's exit blocks and drafters. Raises ConfigError if vLLM reads its drafter as it is,
     unless an exit is named.
     """
     folder = ModelRef.of(loaded.name).fetched().folder
     if folder is None:
-        return NO_BLOCKS
+        return NO_STORED_DRAFTERS
     with reading(loaded.name):
-        blocks = read_exit_blocks(folder, loaded.backend.spec, loaded.model.get_parameter)
+        blocks = read_stored_drafters(folder, loaded.backend.spec, loaded.model.get_parameter)
     # The exits of such a model are seldom trained
     if config.engine == "vllm" and blocks.eagle3 is not None:
         way = f"`vllm serve {quote(f'{folder}/{EAGLE3_FOLDER}')}`"
@@ -131,7 +131,7 @@ def _exit_blocks(config: ExportConfig, loaded: Trainable) -> ExitBlocks:
 def _write_checkpoint(
     loaded: Trainable,
     exit_layer: int,
-    blocks: ExitBlocks,
+    blocks: StoredDrafters,
     config: ExportConfig,
     files: Mapping[str, bytes],
 ) -> None:
@@ -179,7 +179,7 @@ def export_packed(config: ExportConfig) -> tuple[str, int]:
         written.append(_write_weights(plan, staging / PACKED_FILE))
 
     source = plan.source
-    shipped = files_of_shipped(plan.exit_blocks, source.spec, source.weight_of)
+    shipped = files_of_shipped(plan.stored_drafters, source.spec, source.weight_of)
     save_files(write, info, config.output, shipped)
     return written[0], (Path(config.output) / PACKED_FILE).stat().st_size
 
@@ -199,7 +199,7 @@ def _write_weights(plan: LoadPlan, path: Path) -> str:
     spec = plan.source.own_spec
     calibrated = plan.int4 is not None
     # The drafters' files are copied as they are
-    blocks = replace(plan.exit_blocks, eagle3=None, mtp=None, assistant=None)
+    blocks = replace(plan.stored_drafters, eagle3=None, mtp=None, assistant=None)
     block_shapes = blocks.shapes(spec)
     head: Quantization | None = (packing.draft_head or "int8") if copies else None
     dtype: Literal["bf16", "fp32"] = "bf16" if plan.source.dtype == torch.bfloat16 else "fp32"
@@ -229,7 +229,7 @@ def _write_weights(plan: LoadPlan, path: Path) -> str:
 def _write_pair(
     loaded: Trainable,
     exit_layer: int,
-    blocks: ExitBlocks,
+    blocks: StoredDrafters,
     drafter: Eagle3Weights | None,
     config: ExportConfig,
     files: Mapping[str, bytes],
@@ -266,7 +266,7 @@ def _write_pair(
 
 
 @torch.no_grad()
-def cut_to_exit(loaded: Trainable, exit_layer: int, blocks: ExitBlocks) -> Any:
+def cut_to_exit(loaded: Trainable, exit_layer: int, blocks: StoredDrafters) -> Any:
     """Cuts `loaded` to an exit and its block, in place. Raises CheckpointError if the logits are
     not those of the exit.
     """
@@ -274,7 +274,7 @@ def cut_to_exit(loaded: Trainable, exit_layer: int, blocks: ExitBlocks) -> Any:
     backend = loaded.backend
     block = next((block for block in blocks.blocks if block.exit_layer == exit_layer), None)
     if block is not None:
-        backend = TransformersBackend(model, ExitBlocks((block,), blocks.take))
+        backend = TransformersBackend(model, StoredDrafters((block,), blocks.take))
     ids = torch.arange(2 * _PROBE, device=backend.device).view(2, _PROBE) % backend.spec.vocab
     places = backend.new_cache(*ids.shape).span(0, ids.shape[1])
     [(_, states, head)] = states_at_exits(backend, ids, places, [exit_layer])

@@ -78,13 +78,13 @@ _FALCON = Architecture(
 
 
 def _mamba2(
-    block: str, taps: str, biased: tuple[str, str], sizes: tuple[str, ...], limits: str
+    block: str, kernel_size: str, biased: tuple[str, str], sizes: tuple[str, ...], limits: str
 ) -> Mixer:
     return Mixer(
         "linear_attention",
         (f"{block}.in_proj", f"{block}.out_proj"),
         f"{block}.conv1d",
-        taps,
+        kernel_size,
         biased,
         rates=(f"{block}.A_log", f"{block}.dt_bias", f"{block}.D"),
         norm=f"{block}.norm",
@@ -120,7 +120,11 @@ _EXPERTS = Experts(
 _QWEN_EXPERTS = replace(
     _EXPERTS,
     inner="moe_intermediate_size",
-    shared=tuple(f"mlp.shared_expert.{name}_proj" for name in ("gate", "up", "down")),
+    shared=(
+        "mlp.shared_expert.gate_proj",
+        "mlp.shared_expert.up_proj",
+        "mlp.shared_expert.down_proj",
+    ),
     shared_inner="shared_expert_intermediate_size",
     shared_gate="mlp.shared_expert_gate",
 )
@@ -142,9 +146,11 @@ _GATED_DELTA = Mixer(
     steps=("linear_attn.in_proj_b", "linear_attn.in_proj_a"),
     rates=("linear_attn.A_log", "linear_attn.dt_bias"),
     norm="linear_attn.norm",
-    sizes=tuple(
-        f"linear_{size}"
-        for size in ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim")
+    sizes=(
+        "linear_num_key_heads",
+        "linear_num_value_heads",
+        "linear_key_head_dim",
+        "linear_value_head_dim",
     ),
 )
 _QWEN3_5 = Architecture(
@@ -175,7 +181,7 @@ _GRANITE_EXPERTS = Experts(
         "block_sparse_moe.experts.down_proj": ("block_sparse_moe.output_linear.weight",),
     },
     router="block_sparse_moe.router",
-    block="block_sparse_moe.experts.",
+    prefix="block_sparse_moe.experts.",
 )
 
 _GRANITE_MOE_HYBRID = replace(
@@ -298,7 +304,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             sizes=("n_groups", "mamba_num_heads", "ssm_state_size", "mamba_head_dim"),
             limits="time_step_min",
         ),
-        one_block=True,
+        one_sublayer=True,
         gated=False,
         activation="mlp_hidden_act",
         uses=("head_dim",),
@@ -484,26 +490,32 @@ MULTIMODAL = ("gemma3", "gemma4", "lfm2_vl", "llava", "mistral3", "qwen3_5", "qw
 def known_architecture(config: Any) -> Architecture | None:
     """The architecture of a configuration; None if our kernels do not run it."""
     found = ARCHITECTURES.get(str(config.model_type))
-    while found is not None and not all(
-        _suits(getattr(config, name, None), value) for name, value in found.needs.items()
-    ):
+    while found is not None and not _suits(config, found.needs):
         found = found.otherwise
     return found
 
 
-def _suits(found: object, needed: object) -> bool:
-    if isinstance(needed, frozenset):
-        return isinstance(found, list) and needed.issuperset(found)
-    return found == needed
+def _suits(config: Any, needs: Mapping[str, object]) -> bool:
+    """Whether a configuration has the values of `Architecture.needs`."""
+    for name, needed in needs.items():
+        found = getattr(config, name, None)
+        if isinstance(needed, frozenset):
+            if not isinstance(found, list) or not needed.issuperset(found):
+                return False
+        elif found != needed:
+            return False
+    return True
 
 
 def is_complete(config: Mapping[str, Any]) -> bool:
     """Whether a config.json holds all values that `ModelSpec.of` reads, without transformers'
     defaults.
     """
-    architecture = known_architecture(SimpleNamespace(**{"model_type": None, **config}))
-    if architecture is None or (
-        architecture.experts is not None and config.keys().isdisjoint(EXPERT_COUNTS)
-    ):
+    if "model_type" not in config:
+        return False
+    architecture = known_architecture(SimpleNamespace(**config))
+    if architecture is None:
+        return False
+    if architecture.experts is not None and config.keys().isdisjoint(EXPERT_COUNTS):
         return False
     return config.keys() >= architecture.reads

@@ -1,7 +1,8 @@
-"""The protocols of a model that decodes. They are complete: decoding uses nothing else of a
-backend.
+"""What decoding asks of a model, and what can draft for it. It is complete: decoding uses nothing
+else of a backend.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -26,10 +27,8 @@ class Layers(Protocol):
     """An embedding and a chain of layers. Hidden states are (..., D), of the N tokens of a pass in
     order.
 
-    The layers of exit blocks follow the `num_layers` of the model in the chain.
+    The layers of exit blocks follow the model's in the chain.
     """
-
-    num_layers: int
 
     @property
     def device(self) -> torch.device: ...
@@ -65,33 +64,20 @@ def states_at(
     return states
 
 
-class DraftBlock(Protocol):
+class DraftBlock(ABC):
     """A block beside the model's layers that drafts: of an exit, MTP, EAGLE-3, or an assistant."""
 
-    @property
-    def taps(self) -> tuple[int, ...]:
-        """The layers of the target after which it reads states, ascending; 0: the embedding. Drafts
-        start from the last.
-        """
+    # The layers of the target after which it reads states, ascending; 0: the embedding. Drafts start
+    # from the last.
+    taps: tuple[int, ...] = ()
+    # Whether it reads a feature of the previous token; then a text's first token has no KV entry
+    needs_feature = False
+    head: Callable[[Tensor], Tensor]  # norm and head, to logits (..., N)
+    vocabulary: DraftVocabulary | None = None  # the N tokens that the head scores; None for all
+    # Makes a whole draft in one call; None: use the draft side's
+    kernel: "DraftKernel | None" = None
 
-    @property
-    def needs_feature(self) -> bool:
-        """Whether it reads a feature of the previous token; then a text's first token has no KV
-        entry.
-        """
-
-    @property
-    def head(self) -> Callable[[Tensor], Tensor]:
-        """Norm and head, to logits (..., N)."""
-
-    @property
-    def vocabulary(self) -> DraftVocabulary | None:
-        """The N tokens that the head scores; None for all."""
-
-    @property
-    def kernel(self) -> "DraftKernel | None":
-        """Makes a whole draft in one call; None: use the draft side's."""
-
+    @abstractmethod
     def run(self, layers: Layers, states: Tensor, before: Tensor | None, places: Places) -> Tensor:
         """The head's input, from tokens' states at the last tap and the features `before` of the
         tokens before them.
@@ -100,7 +86,8 @@ class DraftBlock(Protocol):
     def write(
         self, model: "Backend", states: Mapping[int, Tensor], before: Tensor | None, places: Places
     ) -> None:
-        """Writes its KV entries from the target's states by `taps`."""
+        """Writes its KV entries, if it has any, from the target's states by `taps`."""
+        return
 
     def features(
         self, model: "Backend", states: Mapping[int, Tensor], finals: Tensor
@@ -108,16 +95,19 @@ class DraftBlock(Protocol):
         """The features (..., D) of verified tokens, from the target's states by `taps` and after
         the last layer; None if it reads none.
         """
+        return None
 
     def own_feature(self, hidden: Tensor) -> Tensor | None:
-        """The feature of a drafted token, from the output of `run` for it."""
+        """The feature of a drafted token, from the output of `run` for it; None if it reads
+        none.
+        """
+        return None
 
 
-class ChainedBlock(DraftBlock, Protocol):
+class ChainedBlock(DraftBlock):
     """A block that is a layer of the model's chain."""
 
-    @property
-    def layer(self) -> int: ...
+    layer: int  # its index in the chain
 
 
 @dataclass(frozen=True)
@@ -174,7 +164,9 @@ class DraftHead(NamedTuple):
     def choose(self, logits: Tensor) -> Tensor:
         """The token ids (...) with the largest of the logits (..., N)."""
         chosen = most_probable(logits)
-        return chosen if self.vocabulary is None else self.vocabulary.tokens(chosen)
+        if self.vocabulary is None:
+            return chosen
+        return self.vocabulary.tokens(chosen)
 
 
 @dataclass(frozen=True)
@@ -253,25 +245,30 @@ Chosen = tuple[Tensor, dict[int, Tensor]]
 """The argmax token ids (N,) of a TokenPass, and the states (N, D) after each of its taps."""
 
 
-class Backend(Layers, Protocol):
+class Backend(Layers, ABC):
     """A causal language model as three operations: `unembed(run_layers(embed(ids), 0, L, places))`
     gives its logits.
     """
 
+    spec: AnySpec
+    num_layers: int  # of the model, without those of exit blocks
     implementation: str  # the kernels, for reports
-    exact: bool  # splits passes to be batch-invariant; takes one row
+    exact = False  # splits passes to be batch-invariant; takes one row
     # A token's bits do not depend on the rest of its pass, so drafting changes no greedy output
-    batch_invariant: bool
-    recordable: bool  # passes can be recorded as CUDA graphs: no weight moves
-    draft_model: "Backend | None"  # a smaller model with the same vocabulary
+    batch_invariant = False
+    recordable = False  # passes can be recorded as CUDA graphs: no weight moves
+    draft_model: "Backend | None" = None  # a smaller model with the same vocabulary
+    exit_blocks: Mapping[int, ChainedBlock]  # by exit
+    drafters: Mapping[str, DraftBlock]  # by strategy: `mtp`, `eagle3`
 
     @property
-    def spec(self) -> AnySpec: ...
-    @property
+    @abstractmethod
     def dtype(self) -> torch.dtype: ...
+
     @property
     def row_cost(self) -> float:
         """Rough compute time of a token, in units of the time to read all weights from memory."""
+        return 0.11
 
     def context_length(self, num_draft_tokens: int = MOST_DRAFTS) -> int:
         """Tokens of the longest text that fits the model's context and the memory for KV entries.
@@ -279,33 +276,36 @@ class Backend(Layers, Protocol):
         `num_draft_tokens`: the most drafts per round. A text's memory in recurrent layers grows
         with them.
         """
+        return self.spec.context
 
     @property
-    def exit_blocks(self) -> Mapping[int, ChainedBlock]:
-        """By exit."""
-
-    @property
-    def drafters(self) -> Mapping[str, DraftBlock]:
-        """By strategy: `mtp`, `eagle3`."""
-
-    @property
+    @abstractmethod
     def draft_sides(self) -> Mapping[Quantization | None, DraftSide]:
         """By the precision of the layers; None: the backend's own layers."""
 
     def new_cache(self, batch_size: int = 1, max_positions: int | None = None) -> KVCache:
         """An empty cache for all layers. `max_positions`: at most the context."""
+        context = self.spec.context
+        return self._new_cache(batch_size, min(max_positions or context, context))
+
+    @abstractmethod
+    def _new_cache(self, batch_size: int, max_positions: int) -> KVCache: ...
 
     def choose(self, step: TokenPass) -> Chosen:
         """Runs a pass and chooses each token's next."""
+        return choose_by_head(self, step)
 
+    @abstractmethod
     def placed_eagle3(
         self, stored: Eagle3Weights, place: int, packing: PackingConfig
     ) -> DraftBlock:
         """A drafter in the EAGLE-3 layout, with its KV entries as layer `place` of the cache."""
 
+    @abstractmethod
     def unembed(self, hidden: Tensor) -> Tensor:
         """Final norm and LM head, shared by every exit: (..., D) to logits (..., V)."""
 
+    @abstractmethod
     def normed(self, hidden: Tensor) -> Tensor:
         """The final norm alone, (..., D)."""
 

@@ -3,7 +3,7 @@ describe.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import inf
 from typing import Annotated, Any, NamedTuple
 
@@ -12,7 +12,7 @@ from msgspec import Meta
 
 from ..config.options import hints_of, needed
 from ..errors import CheckpointError, shown
-from .variants import EXPERT_COUNTS, Architecture, Mixer
+from .variants import EXPERT_COUNTS, Architecture, Experts, Mixer
 
 LAYER_KINDS = FULL, SLIDING = "full_attention", "sliding_attention"
 MLP = "mlp"  # the kind of a layer that is an MLP alone
@@ -117,27 +117,17 @@ class Values:
         head_dim = self.head_dim
         kv_heads = self.num_key_value_heads or heads
         if head_dim is None:
-            _require(
-                hidden % heads == 0,
-                "hidden_size",
-                f"a multiple of num_attention_heads, {heads}",
-                hidden,
-            )
+            needed = f"a multiple of num_attention_heads, {heads}"
+            _require(hidden % heads == 0, "hidden_size", needed, hidden)
             head_dim = hidden // heads
             _require(
                 head_dim % 2 == 0, "hidden_size / num_attention_heads", "an even number", head_dim
             )
+        needed = f"a multiple of num_key_value_heads, {kv_heads}"
+        _require(heads % kv_heads == 0, "num_attention_heads", needed, heads)
+        width = heads * head_dim
         _require(
-            heads % kv_heads == 0,
-            "num_attention_heads",
-            f"a multiple of num_key_value_heads, {kv_heads}",
-            heads,
-        )
-        _require(
-            heads * head_dim <= _MOST_WIDTH,
-            "num_attention_heads * head_dim",
-            f"at most {_MOST_WIDTH}",
-            heads * head_dim,
+            width <= _MOST_WIDTH, "num_attention_heads * head_dim", f"at most {_MOST_WIDTH}", width
         )
         return kv_heads, head_dim
 
@@ -152,68 +142,24 @@ class Values:
         return -(-width // unit) * unit
 
     def swiglu(self, architecture: Architecture) -> tuple[float, float] | None:
-        clamped = architecture.default_activation == "swiglu_clamped"
-        return (self.swiglu_alpha or 1.702, self.swiglu_limit or 7.0) if clamped else None
+        """See `ModelSpec.swiglu`."""
+        if architecture.default_activation != "swiglu_clamped":
+            return None
+        return self.swiglu_alpha or 1.702, self.swiglu_limit or 7.0
 
     def layers(self, architecture: Architecture) -> tuple[tuple[str, ...], int | None, list[bool]]:
         """(kind of each layer, window of the sliding ones, whether each layer has rotary
         positions).
         """
-        layers = self.num_hidden_layers
-        window = self.sliding_window
-        listed = self.layer_types
-        mixer = architecture.mixer
-        if mixer is not None and "attn_layer_indices" in architecture.uses:
-            listed = [
-                FULL if layer in (self.attn_layer_indices or ()) else mixer.kind
-                for layer in range(layers)
-            ]
-        if listed is not None:
-            _require(
-                len(listed) == layers,
-                "layer_types",
-                f"a list of num_hidden_layers, {layers}, entries",
-                len(listed),
-            )
-            known = (
-                LAYER_KINDS
-                if mixer is None
-                else (FULL, mixer.kind, *((MLP,) if architecture.one_block else ()))
-            )
-            _require(
-                {*listed} <= {*known},
-                "layer_types",
-                f"a list, each one of {', '.join(known)}",
-                listed,
-            )
-        rotates = [architecture.rope != "none"] * layers
-        if architecture.rope == "listed":
-            usual = [
-                bool((layer + 1) % (self.no_rope_layer_interval or 4)) for layer in range(layers)
-            ]
-            rotates = (
-                usual
-                if self.no_rope_layers is None
-                else [bool(rotating) for rotating in self.no_rope_layers[:layers]]
-            )
-            needed = f"a list of at least num_hidden_layers, {layers}, entries"
-            _require(len(rotates) == layers, "no_rope_layers", needed, len(rotates))
-        if mixer is not None:
+        listed = self._listed_kinds(architecture)
+        rotates = self._rotating(architecture)
+        if architecture.mixer is not None:
             _require(listed is not None, "layer_types", "given", listed)
             return tuple(listed or ()), None, rotates
-        unused = window is None or (
-            architecture.windows == "optional" and not self.use_sliding_window
-        )
-        if architecture.windows == "none" or (architecture.windows != "listed" and unused):
-            return (FULL,) * layers, None, rotates
-        if architecture.windows == "all":
-            slides = [True] * layers
-        elif listed is not None:
-            slides = [kind == SLIDING for kind in listed]
-        elif architecture.rope == "listed":
-            slides = [not rotating for rotating in rotates]
-        else:
-            slides = [layer >= (self.max_window_layers or 0) for layer in range(layers)]
+        if not self._has_window(architecture):
+            return (FULL,) * self.num_hidden_layers, None, rotates
+        slides = self._sliding(architecture, listed, rotates)
+        window = self.sliding_window
         _require(
             window is not None or not any(slides),
             "sliding_window",
@@ -224,6 +170,63 @@ class Values:
             rotates = slides
         return tuple(SLIDING if sliding else FULL for sliding in slides), window, rotates
 
+    def _listed_kinds(self, architecture: Architecture) -> list[str] | None:
+        """The kind of each layer, if config.json lists them."""
+        layers = self.num_hidden_layers
+        mixer = architecture.mixer
+        if mixer is not None and "attn_layer_indices" in architecture.uses:
+            kinds = [mixer.kind] * layers
+            for layer in self.attn_layer_indices or ():
+                if layer < layers:
+                    kinds[layer] = FULL
+            return kinds
+        if self.layer_types is None:
+            return None
+        needed = f"a list of num_hidden_layers, {layers}, entries"
+        _require(len(self.layer_types) == layers, "layer_types", needed, len(self.layer_types))
+        known = list(LAYER_KINDS)
+        if mixer is not None:
+            known = [FULL, mixer.kind]
+        if architecture.one_sublayer:
+            known.append(MLP)
+        needed = f"a list, each one of {', '.join(known)}"
+        _require({*self.layer_types} <= {*known}, "layer_types", needed, self.layer_types)
+        return self.layer_types
+
+    def _rotating(self, architecture: Architecture) -> list[bool]:
+        """Whether each layer has rotary positions, windows apart."""
+        layers = self.num_hidden_layers
+        if architecture.rope != "listed":
+            return [architecture.rope != "none"] * layers
+        if self.no_rope_layers is None:
+            interval = self.no_rope_layer_interval or 4
+            return [bool((layer + 1) % interval) for layer in range(layers)]
+        rotates = [bool(rotating) for rotating in self.no_rope_layers[:layers]]
+        needed = f"a list of at least num_hidden_layers, {layers}, entries"
+        _require(len(rotates) == layers, "no_rope_layers", needed, len(rotates))
+        return rotates
+
+    def _has_window(self, architecture: Architecture) -> bool:
+        """Whether any layer may have a sliding window."""
+        if architecture.windows in ("none", "listed"):
+            return architecture.windows == "listed"
+        if architecture.windows == "optional" and not self.use_sliding_window:
+            return False
+        return self.sliding_window is not None
+
+    def _sliding(
+        self, architecture: Architecture, listed: list[str] | None, rotates: list[bool]
+    ) -> list[bool]:
+        """Whether each layer has a sliding window, of an architecture with windows."""
+        layers = self.num_hidden_layers
+        if architecture.windows == "all":
+            return [True] * layers
+        if listed is not None:
+            return [kind == SLIDING for kind in listed]
+        if architecture.rope == "listed":
+            return [not rotating for rotating in rotates]
+        return [layer >= (self.max_window_layers or 0) for layer in range(layers)]
+
     def layer_sizes(
         self, architecture: Architecture, kinds: tuple[str, ...]
     ) -> tuple[LayerSizes, ...]:
@@ -231,94 +234,103 @@ class Values:
         if "per_layer_config" not in architecture.uses:
             return ()
         own = len(kinds) - (self.num_kv_shared_layers or 0)
-        usual = self.head_sizes[1]
-        changed = {
-            int(layer): values.head_dim for layer, values in (self.per_layer_config or {}).items()
-        }
         last = {kind: index for index, kind in enumerate(kinds[: max(own, 0)])}
         needed = "so few that a layer of each kind has keys and values"
         _require(last.keys() == {*kinds}, "num_kv_shared_layers", needed, self.num_kv_shared_layers)
-        dims = [changed.get(layer, usual) for layer in range(len(kinds))]
+        dims = [self.head_sizes[1]] * len(kinds)
+        for layer, values in (self.per_layer_config or {}).items():
+            if int(layer) < len(kinds):
+                dims[int(layer)] = values.head_dim
         alike = all(dims[index] == dims[last[kind]] for index, kind in enumerate(kinds))
         _require(alike, "head_dim in per_layer_config", "the same in all layers of a kind", dims)
         most = self.num_attention_heads * max(dims)
         _require(
             most <= _MOST_WIDTH, "num_attention_heads * head_dim", f"at most {_MOST_WIDTH}", most
         )
-        wide = self.inner * (1 + bool(self.use_double_wide_mlp))
-        return tuple(
-            LayerSizes(size, self.inner, None)
-            if index < own
-            else LayerSizes(size, wide, last[kind])
-            for index, (size, kind) in enumerate(zip(dims, kinds, strict=True))
-        )
+        shared_inner = self.inner
+        if self.use_double_wide_mlp:
+            shared_inner *= 2
+        sizes = []
+        for index, kind in enumerate(kinds):
+            if index < own:
+                sizes.append(LayerSizes(dims[index], self.inner, None))
+            else:
+                sizes.append(LayerSizes(dims[index], shared_inner, last[kind]))
+        return tuple(sizes)
 
     def recurrence(
         self, config: Any, architecture: Architecture, kinds: tuple[str, ...]
     ) -> "RecurrenceSpec | None":
-        if (mixer := architecture.mixer) is None or mixer.kind not in kinds:
+        mixer = architecture.mixer
+        if mixer is None or mixer.kind not in kinds:
             return None
-        taps = _checked(getattr(config, mixer.taps, None), _Width, mixer.taps)
-        projections, convolution = (is_on(switch, config) for switch in mixer.biased)
-        if not mixer.sizes:
-            return RecurrenceSpec(taps, 0, 1, 0, self.hidden_size, projections, convolution)
-        key_heads, heads, key_dim, value_dim = (
-            _checked(getattr(config, name, None), _Width, name) for name in mixer.sizes
-        )
-        _require(
-            heads % key_heads == 0,
-            mixer.sizes[1],
-            f"a multiple of {mixer.sizes[0]}, {key_heads}",
-            heads,
-        )
-        limits = None if mixer.limits is None else _limits(config, mixer.limits)
+
+        def width(name: str) -> Any:
+            return _checked(getattr(config, name, None), _Width, name)
+
         sizes = RecurrenceSpec(
-            taps, key_heads, heads, key_dim, value_dim, projections, convolution, limits
+            mixer,
+            kernel_size=width(mixer.kernel_size),
+            value_dim=self.hidden_size,
+            biased=is_on(mixer.biased[0], config),
+            biased_convolution=is_on(mixer.biased[1], config),
         )
+        if not mixer.sizes:
+            return sizes
+        key_heads, heads, key_dim, value_dim = map(width, mixer.sizes)
+        needed = f"a multiple of {mixer.sizes[0]}, {key_heads}"
+        _require(heads % key_heads == 0, mixer.sizes[1], needed, heads)
+        sizes = replace(
+            sizes, key_heads=key_heads, heads=heads, key_dim=key_dim, value_dim=value_dim
+        )
+        if mixer.limits is not None:
+            sizes = replace(sizes, limits=_limits(config, mixer.limits))
+        channels = sizes.channels
         _require(
-            sizes.channels <= _MOST_WIDTH,
+            channels <= _MOST_WIDTH,
             f"the width of {mixer.kind}",
             f"at most {_MOST_WIDTH}",
-            sizes.channels,
+            channels,
         )
         return sizes
 
     def experts(self, architecture: Architecture) -> "ExpertsSpec | None":
-        if (experts := architecture.experts) is None:
+        names = architecture.experts
+        if names is None:
             return None
         count = _given(" or ".join(EXPERT_COUNTS), self.num_local_experts or self.num_experts)
         chosen = _given("num_experts_per_tok", self.num_experts_per_tok)
-        _require(
-            chosen <= count,
-            "num_experts_per_tok",
-            f"at most the number of experts, {count}",
-            chosen,
-        )
+        needed = f"at most the number of experts, {count}"
+        _require(chosen <= count, "num_experts_per_tok", needed, chosen)
         layers = [True] * self.num_hidden_layers
-        normalised = experts.normalised
-        if experts.on_some_layers:
+        if names.on_some_layers:
             dense = self.mlp_only_layers or []
             step = self.decoder_sparse_step or 1
-            layers = [
-                index not in dense and (index + 1) % step == 0 for index in range(len(layers))
-            ]
+            for layer in range(len(layers)):
+                layers[layer] = layer not in dense and (layer + 1) % step == 0
+        normalised = names.normalised
         if isinstance(normalised, str):
             normalised = bool(getattr(self, normalised))
-        inner = _given(experts.inner, getattr(self, experts.inner))
-        shared = (
-            _given(experts.shared_inner, getattr(self, experts.shared_inner))
-            if experts.shared_inner
-            else 0
-        )
+        shared_inner = 0
+        if names.shared_inner is not None:
+            shared_inner = _given(names.shared_inner, getattr(self, names.shared_inner))
         return ExpertsSpec(
-            tuple(layers), count, chosen, inner, normalised, shared, experts.shared_gate is not None
+            names,
+            layers=tuple(layers),
+            count=count,
+            chosen=chosen,
+            inner=_given(names.inner, getattr(self, names.inner)),
+            normalised=normalised,
+            shared_inner=shared_inner,
         )
 
 
 # The checked values of rope_parameters; transformers reads those of rarer types.
 _ROPE_VALUES: dict[str, Any] = {
-    **dict.fromkeys(("rope_type", "type"), str | None),
-    **dict.fromkeys(("factor", "alpha"), _Positive | None),
+    "rope_type": str | None,
+    "type": str | None,
+    "factor": _Positive | None,
+    "alpha": _Positive | None,
     "rope_theta": Annotated[float, Meta(ge=1, le=1e15)] | None,
     "partial_rotary_factor": Annotated[float, Meta(ge=1e-3, le=1)] | None,
     "original_max_position_embeddings": _Positions | None,
@@ -335,7 +347,9 @@ class RopeSpec:
     @property
     def type(self) -> str:
         stated = str(self.parameters.get("rope_type", self.parameters.get("type", "default")))
-        return "default" if stated == "dynamic" and self.parameters.get("alpha") else stated
+        if stated == "dynamic" and self.parameters.get("alpha"):
+            return "default"  # Hunyuan's factor of the base
+        return stated
 
     @property
     def share(self) -> float:
@@ -351,13 +365,18 @@ class RopeSpec:
 class ExpertsSpec:
     """The experts of a model."""
 
+    names: Experts  # of their weights
     layers: tuple[bool, ...]  # whether each layer has experts
     count: int
     chosen: int  # by each token
     inner: int  # width of an expert
     normalised: bool  # whether the weights of a token's experts sum to 1
     shared_inner: int  # width of the shared MLP, which runs for every token; 0 for none
-    gates_shared: bool  # whether the shared MLP has a gate
+
+    @property
+    def gates_shared(self) -> bool:
+        """Whether the shared MLP has a gate."""
+        return self.names.shared_gate is not None
 
     @property
     def shared(self) -> int:
@@ -381,17 +400,18 @@ class ExpertsSpec:
 class RecurrenceSpec:
     """The short convolutions and recurrences of a model, in layers without attention."""
 
-    taps: int
-    key_heads: int  # 0 where there is no recurrence
-    heads: int
-    key_dim: int
-    value_dim: int
+    mixer: Mixer  # the names of their weights
+    kernel_size: int
+    value_dim: int  # of a convolution alone: the hidden size
     biased: bool  # projections
     biased_convolution: bool
+    key_heads: int = 0  # 0 where there is no recurrence
+    heads: int = 1
+    key_dim: int = 0
     limits: tuple[float, float] | None = None  # of Mamba-2's steps
 
     @property
-    def keys(self) -> int:
+    def key_width(self) -> int:
         """Width of all key heads together."""
         return self.key_heads * self.key_dim
 
@@ -403,22 +423,27 @@ class RecurrenceSpec:
     @property
     def channels(self) -> int:
         """Channels of the convolution."""
-        return 2 * self.keys + self.outputs
+        return 2 * self.key_width + self.outputs
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Widths of the projections: (queries, keys, values; gates); of Mamba-2 (gates; values,
-        keys, queries; steps); of a convolution alone (gates of its inputs, gates of its outputs,
-        inputs).
+        """Widths of the projections:
+
+        - of Mamba-2: gates; values, keys and queries; steps
+        - of a gated delta rule: queries, keys and values; gates
+        - of a convolution alone: gates of its inputs, gates of its outputs, inputs
         """
         if self.limits is not None:
             return self.outputs, self.channels, self.heads
-        return (self.channels, self.outputs) if self.key_heads else (3 * self.channels,)
+        if self.key_heads:
+            return self.channels, self.outputs
+        return (3 * self.channels,)
 
-    def shapes(self, mixer: Mixer, hidden: int) -> dict[str, tuple[int, ...]]:
+    def shapes(self, hidden: int) -> dict[str, tuple[int, ...]]:
         """Names and shapes of a layer's weights between its projections."""
+        mixer = self.mixer
         shapes: dict[str, tuple[int, ...]] = {
-            f"{mixer.convolution}.weight": (self.channels, 1, self.taps)
+            f"{mixer.convolution}.weight": (self.channels, 1, self.kernel_size)
         }
         if self.biased_convolution:
             shapes[f"{mixer.convolution}.bias"] = (self.channels,)
@@ -427,8 +452,9 @@ class RecurrenceSpec:
         for name in mixer.rates:
             shapes[name] = (self.heads,)
         if mixer.norm is not None:
-            normed = self.value_dim if self.limits is None else self.outputs
-            shapes[f"{mixer.norm}.weight"] = (normed,)
+            # Mamba-2 norms groups of heads, with factors for all of them
+            per_head = self.limits is None
+            shapes[f"{mixer.norm}.weight"] = (self.value_dim if per_head else self.outputs,)
         return shapes
 
 
@@ -454,9 +480,8 @@ def read_values(config: Any, architecture: Architecture) -> Values:
             values[field.name] = _checked(found, hints[field.name], name)
     bidirectional = getattr(config, "use_bidirectional_attention", None)
     causal = not bidirectional or bidirectional == "vision"  # vision: among an image's tokens only
-    _require(
-        causal, "use_bidirectional_attention", "false, because generation is causal", bidirectional
-    )
+    needed = "false, because generation is causal"
+    _require(causal, "use_bidirectional_attention", needed, bidirectional)
     return Values(**values)
 
 
@@ -471,9 +496,12 @@ def is_on(switch: str | bool, config: Any) -> bool:
 
 def _limits(config: Any, name: str) -> tuple[float, float]:
     """The least and the greatest step; a single number is the least."""
-    found = getattr(config, name, None)
-    least, most = found if isinstance(found, list | tuple) and len(found) == 2 else (found, inf)
-    most = inf if most == {"__float__": "Infinity"} else most  # as transformers writes it
+    least = getattr(config, name, None)
+    most: Any = inf
+    if isinstance(least, list | tuple) and len(least) == 2:
+        least, most = least
+    if most == {"__float__": "Infinity"}:  # as transformers writes it
+        most = inf
     return _checked(least, _Limit, name), _checked(most, _Limit, name)
 
 
@@ -495,7 +523,9 @@ def ropes_of(
     if isinstance(parameters, Mapping) and any(kind in parameters for kind in LAYER_KINDS):
         by_kind = {kind: parameters.get(kind) or {} for kind in dict.fromkeys(kinds)}
     for kind, values in by_kind.items():
-        where = "rope_parameters" if kind is None else f"rope_parameters.{kind}"
+        where = "rope_parameters"
+        if kind is not None:
+            where += f".{kind}"
         _require(isinstance(values, Mapping), where, "an object", values)
         for name, hint in _ROPE_VALUES.items():
             _checked(values.get(name), hint, f"{where}.{name}")

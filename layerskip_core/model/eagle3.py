@@ -38,15 +38,17 @@ HEAD = "lm_head.weight"
 NORM = "norm.weight"
 TOKENS = "d2t"
 LAYER = "layers.0."
-_QKV = tuple(f"{LAYER}self_attn.{name}_proj.weight" for name in "qkv")
+_QUERY = f"{LAYER}self_attn.q_proj.weight"
+_KEY = f"{LAYER}self_attn.k_proj.weight"
+_VALUE = f"{LAYER}self_attn.v_proj.weight"
 _OUT = f"{LAYER}self_attn.o_proj.weight"
-_GATE_UP = tuple(f"{LAYER}mlp.{name}_proj.weight" for name in ("gate", "up"))
+_GATE = f"{LAYER}mlp.gate_proj.weight"
+_UP = f"{LAYER}mlp.up_proj.weight"
 _DOWN = f"{LAYER}mlp.down_proj.weight"
-MATRICES = (FC, *_QKV, _OUT, *_GATE_UP, _DOWN)  # all but the head
-_INPUT_NORM, HIDDEN_NORM, _MLP_NORM = (
-    f"{LAYER}{name}.weight"
-    for name in ("input_layernorm", "hidden_norm", "post_attention_layernorm")
-)
+MATRICES = (FC, _QUERY, _KEY, _VALUE, _OUT, _GATE, _UP, _DOWN)  # all but the head
+_INPUT_NORM = f"{LAYER}input_layernorm.weight"
+HIDDEN_NORM = f"{LAYER}hidden_norm.weight"
+_MLP_NORM = f"{LAYER}post_attention_layernorm.weight"
 _STATES_NORM = "input_norm.weight"
 
 
@@ -88,14 +90,14 @@ class Eagle3Form:
         queries = self.heads * self.head_dim
         keys = self.kv_heads * self.head_dim
         hidden = self.hidden
-        query, key, value = _QKV
         shapes: dict[str, tuple[int, ...]] = {
             FC: (hidden, len(self.layers) * hidden),
-            query: (queries, 2 * hidden),
-            key: (keys, 2 * hidden),
-            value: (keys, 2 * hidden),
+            _QUERY: (queries, 2 * hidden),
+            _KEY: (keys, 2 * hidden),
+            _VALUE: (keys, 2 * hidden),
             _OUT: (hidden, queries),
-            **dict.fromkeys(_GATE_UP, (self.inner, hidden)),
+            _GATE: (self.inner, hidden),
+            _UP: (self.inner, hidden),
             _DOWN: (hidden, self.inner),
         }
         for norm in (_INPUT_NORM, HIDDEN_NORM, _MLP_NORM, NORM, *self._state_norms):
@@ -117,8 +119,10 @@ class Eagle3Form:
         """
         if self.fc_norm:
             states = list(map(normed, self._state_norms, states))
-        joined = torch.cat(tuple(states), dim=-1)
-        return normed(_STATES_NORM, joined) if self.norm_before_fc else joined
+        concatenated = torch.cat(tuple(states), dim=-1)
+        if self.norm_before_fc:
+            return normed(_STATES_NORM, concatenated)
+        return concatenated
 
 
 class Eagle3Layer:
@@ -137,9 +141,9 @@ class Eagle3Layer:
         self._norm_of = norm_of
         self._fc = product_of((FC,))
         self._head = product_of((HEAD,))
-        self._qkv = product_of(_QKV)
+        self._qkv = product_of((_QUERY, _KEY, _VALUE))
         self._out = product_of((_OUT,))
-        self._gate_up = product_of(_GATE_UP)
+        self._gate_up = product_of((_GATE, _UP))
         self._down = product_of((_DOWN,))
         self._frequencies = frequencies(form)
 

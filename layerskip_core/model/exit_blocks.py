@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from .assistant import Assistant
-from .backend import Backend, DraftKernel, Layers
+from .backend import Backend, ChainedBlock, DraftKernel, Layers
 from .cache import Places
 from .eagle3 import Eagle3Weights
 from .spec import AnySpec, ModelSpec, Shapes
@@ -119,14 +119,14 @@ MTP_LAYOUTS = (
 
 
 @dataclass(frozen=True)
-class ExitBlocks:
+class StoredDrafters:
     """The exit blocks of a model with their weights, and its drafters."""
 
     blocks: tuple[ExitBlock, ...]  # by ascending exits
     take: Take  # weights by the names of `ExitBlock.shapes`
     eagle3: Eagle3Weights | None = None  # the drafter in the EAGLE-3 layout
     # The drafter that the checkpoint ships, with the block MTP alone
-    mtp: "ExitBlocks | None" = None
+    mtp: "StoredDrafters | None" = None
     layout: MtpLayout = MTP_LAYOUTS[0]  # of the file of `mtp`
     assistant: Assistant | None = None  # the drafter that is shipped beside the model
     # Of the model that the blocks were trained for, if the file has one
@@ -147,25 +147,21 @@ class ExitBlocks:
         return Weights(checked(take, shapes), shapes)
 
 
-NO_BLOCKS = ExitBlocks((), lambda name: None)
+NO_STORED_DRAFTERS = StoredDrafters((), lambda name: None)
 
 
-@dataclass(frozen=True)
-class PlacedBlock:
-    """An exit block of a backend, a `ChainedBlock`."""
+@dataclass(eq=False)
+class PlacedBlock(ChainedBlock):
+    """An exit block of a backend."""
 
     block: ExitBlock
-    layer: int  # its index in the chain of layers
-    head: Callable[[Tensor], Tensor]  # norm and head, to logits (..., N)
-    vocabulary: DraftVocabulary | None = None  # the N scored tokens; None for all
-    # Makes a whole draft in one call; None: use the draft side's
+    layer: int
+    head: Callable[[Tensor], Tensor]
+    vocabulary: DraftVocabulary | None = None
     kernel: DraftKernel | None = None
 
-    needs_feature = False
-
-    @property
-    def taps(self) -> tuple[int, ...]:
-        return (self.block.exit_layer,)
+    def __post_init__(self) -> None:
+        self.taps = (self.block.exit_layer,)
 
     def run(self, layers: Layers, states: Tensor, before: Tensor | None, places: Places) -> Tensor:
         return layers.run_layers(states, self.layer, self.layer + 1, places)
@@ -175,16 +171,8 @@ class PlacedBlock:
     ) -> None:
         model.write_kv(states[self.block.exit_layer], self.layer, self.layer + 1, places)
 
-    def features(
-        self, model: Backend, states: Mapping[int, Tensor], finals: Tensor
-    ) -> Tensor | None:
-        return None
 
-    def own_feature(self, hidden: Tensor) -> Tensor | None:
-        return None
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(eq=False, kw_only=True)
 class PlacedMtp(PlacedBlock):
     """The block MTP."""
 
@@ -236,7 +224,7 @@ def blocks_named(names: Iterable[str], num_layers: int) -> tuple[ExitBlock, ...]
     return tuple(map(ExitBlock, sorted(exits)))
 
 
-def with_blocks(spec: ModelSpec, blocks: ExitBlocks) -> ModelSpec:
+def with_drafter_layers(spec: ModelSpec, blocks: StoredDrafters) -> ModelSpec:
     """The model's spec with a further layer for each block (block k is layer L+k), then for each
     drafter, MTP first.
 

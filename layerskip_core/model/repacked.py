@@ -2,35 +2,30 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any, Self, cast
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..config.model import PackingConfig, Quantization
-from ..config.resolution import MOST_DRAFTS
 from .backend import (
     Backend,
-    Chosen,
     DraftBlock,
     DraftHead,
     DraftKernel,
     DraftSide,
-    TokenPass,
-    choose_by_head,
 )
 from .cache import KVCache, Places
-from .eagle3 import Eagle3Weights
 from .exit_blocks import (
     INPUT_NORMS,
     MTP,
-    NO_BLOCKS,
+    NO_STORED_DRAFTERS,
     ExitBlock,
-    ExitBlocks,
     PlacedBlock,
     PlacedMtp,
-    with_blocks,
+    StoredDrafters,
+    with_drafter_layers,
 )
 from .spec import ModelSpec
 from .vocabulary import EXIT_VOCABULARY, DraftVocabulary
@@ -63,7 +58,6 @@ class RepackedLayers(ABC):
         the exit blocks'; None if this copy lacks the layer. `dtype`: of hidden states.
         """
         self.learned = None if learned is None else learned.to(dtype)
-        self.num_layers = len(layers)
         self.device = embedding.device
         self.embedding = embedding
         self.spec = spec
@@ -74,7 +68,9 @@ class RepackedLayers(ABC):
 
     def embed(self, ids: Tensor) -> Tensor:
         hidden = torch.embedding(self.embedding, ids).to(self.dtype)
-        return hidden if self._scale == 1 else hidden * self._scale
+        if self._scale == 1:
+            return hidden
+        return hidden * self._scale
 
     def placed(self, hidden: Tensor, places: Places) -> Tensor:
         """Adds learned positions, if the model has these, to embedded tokens (N, D)."""
@@ -100,7 +96,7 @@ class RepackedLayers(ABC):
     def run_layers(self, hidden: Tensor, start: int, end: int, places: Places) -> Tensor:
         with torch.inference_mode():
             flat = hidden.reshape(-1, hidden.shape[-1])
-            assert 0 <= start <= end <= self.num_layers
+            assert 0 <= start <= end <= len(self.layers)
             if start == end or not len(flat):
                 return hidden
             if start == 0:
@@ -113,31 +109,41 @@ class RepackedLayers(ABC):
                 self.run(hidden.reshape(-1, hidden.shape[-1]), start, end, places, only_kv=True)
 
 
+class _DraftHeads(NamedTuple):
+    """The heads of drafts in one precision."""
+
+    whole: DraftHead  # after all layers
+    at_exits: DraftHead  # may score fewer tokens
+
+
+class _HeadParts(NamedTuple):
+    """What all heads of a backend are made of."""
+
+    norm: Affine
+    weights: Weights
+    few: DraftVocabulary | None  # the tokens that exits score in drafts; None: all
+    trims_whole: bool  # whether `whole` scores only these too
+
+
 @dataclass
 class _Chain:
-    """The first `depth` layers of the model and those of exit blocks, in one precision; None where
-    this copy lacks one.
-
-    `whole` and `at_exits`: as in DraftSide. `blocks`: by exit.
-    """
+    """The first `depth` layers of the model and those of exit blocks, in one precision."""
 
     low_bits: Quantization | None
     exact: bool
     depth: int
-    whole: DraftHead
+    whole: DraftHead  # as in DraftSide
     at_exits: DraftHead
-    layers: list[Any] = field(default_factory=list)
-    blocks: dict[int, PlacedBlock] = field(default_factory=dict)
+    layers: list[Any] = field(default_factory=list)  # None where this copy lacks one
+    blocks: dict[int, PlacedBlock] = field(default_factory=dict)  # by exit
 
 
-class RepackedBackend(ABC):
+class RepackedBackend(Backend):
     """`Backend` on repacked weights, with the results of `TransformersBackend`, for inference only;
     not thread-safe.
     """
 
-    exact = batch_invariant = recordable = False
-    draft_model: Backend | None = None
-    row_cost = 0.11
+    spec: ModelSpec
 
     def __init__(
         self,
@@ -146,7 +152,7 @@ class RepackedBackend(ABC):
         packing: PackingConfig | None = None,
         token_order: list[int] | None = None,
         int4: Take | None = None,
-        exit_blocks: ExitBlocks = NO_BLOCKS,
+        stored_drafters: StoredDrafters = NO_STORED_DRAFTERS,
         embedding: Tensor | None = None,
         stored: Take | None = None,
     ) -> None:
@@ -160,7 +166,7 @@ class RepackedBackend(ABC):
                 order. With an order, exits draft among its first EXIT_VOCABULARY tokens by default.
             int4: calibrated weights as rows of bytes, for int4 layers and heads; without them
                 weights are rounded to nearest.
-            exit_blocks: the model's blocks and drafters.
+            stored_drafters: the model's exit blocks and drafters.
             embedding: in place of the one from `take`.
             stored: rows of blocks of a GGUF file, for layers and heads without other low bits
                 (compiled kernels only).
@@ -171,68 +177,97 @@ class RepackedBackend(ABC):
         """
         packing = packing or PackingConfig()
         self.spec = spec
-        self._chain_spec = with_blocks(spec, exit_blocks)
+        self.num_layers = spec.layers
+        self._chain_spec = with_drafter_layers(spec, stored_drafters)
         self._calibrated = int4
         self._stored = stored and checked(stored, spec.shapes)
+        # Exit blocks and MTP have norms of their own before the same head
+        self._has_other_norms = bool(stored_drafters.blocks or stored_drafters.mtp)
         weights = Weights(checked(take, spec.shapes, spec.mapped), spec.shapes)
         with torch.inference_mode():
-            self._embedding = embedding = (
-                weights.of(spec.embedding_name) if embedding is None else embedding
-            )
-            positions = spec.names.positions
-            self._learned = None if positions is None else weights.of(f"{positions}.weight")
-            # If so, the head follows several norms
-            self._has_blocks = bool(exit_blocks.blocks or exit_blocks.mtp)
+            if embedding is None:
+                embedding = weights.of(spec.embedding_name)
+            self._embedding = embedding
+            self._learned = None
+            if spec.names.positions is not None:
+                self._learned = weights.of(f"{spec.names.positions}.weight")
             self._prepare(packing, weights)
             norm = norm_weights(weights, spec.names.norm, spec)
-            mtp = exit_blocks.mtp
-            self._head, chains, drafting = self._headed_chains(
-                weights, norm, packing, token_order, mtp is not None
-            )
-            self.exit_blocks: dict[int, PlacedBlock] = {}
-            self._add_layers(chains, weights, exit_blocks)
-            runners = [self._layers_of(chain.layers, chain.exact) for chain in chains]
-            self._layers = layers = runners[0]
-            self.embed = layers.embed
-            self.run_layers = layers.run_layers
-            self.write_kv = layers.write_kv
-            self.normed = self._norm(norm)
-            self.drafters = self._drafters(exit_blocks, packing)
-            if mtp is not None:
-                self.drafters["mtp"] = self._placed_mtp(
-                    mtp, layers.num_layers, self._drafter_kinds(packing)[0], drafting
-                )
-        self.draft_sides: dict[Quantization | None, DraftSide] = {}
-        for chain, layers in zip(chains, runners, strict=True):
-            own = layers is self._layers
-            kernel = self._draft_kernel(layers)
-            side = DraftSide(
-                layers, chain.depth, chain.whole, chain.at_exits, chain.blocks, own, kernel
-            )
-            self.draft_sides[None if own else chain.low_bits] = side
-        self.num_layers = spec.layers
-        self.device = embedding.device
-        self.dtype = embedding.dtype
+            self._normed = self._norm(norm)
+            self._make(weights, norm, packing, token_order, stored_drafters)
         self.implementation = named_int4(self._described(packing), int4 is not None)
+
+    def _make(
+        self,
+        weights: Weights,
+        norm: Affine,
+        packing: PackingConfig,
+        token_order: list[int] | None,
+        stored: StoredDrafters,
+    ) -> None:
+        """Makes the heads, the layers and all that drafts."""
+        parts = self._head_parts(weights, norm, packing, token_order)
+        self._head = self._made_head(parts, packing.quantize, exact=packing.exact)
+        heads: dict[Quantization | None, _DraftHeads] = {}
+        chains = self._chains(parts, packing, heads)
+        self.exit_blocks: dict[int, PlacedBlock] = {}
+        self._add_layers(chains, weights, stored)
+        runners = [self._layers_of(chain.layers, chain.exact) for chain in chains]
+        self._layers = runners[0]
+        self.drafters = self._drafters(stored, packing)
+        if stored.mtp is not None:
+            low_bits, of_head = self._drafter_kinds(packing)
+            if of_head not in heads:
+                heads[of_head] = self._draft_heads(parts, of_head)
+            self.drafters["mtp"] = self._placed_mtp(stored.mtp, low_bits, heads[of_head].at_exits)
+        self._draft_sides: dict[Quantization | None, DraftSide] = {}
+        for chain, layers in zip(chains, runners, strict=True):
+            is_own = layers is self._layers
+            self._draft_sides[None if is_own else chain.low_bits] = DraftSide(
+                layers,
+                chain.depth,
+                chain.whole,
+                chain.at_exits,
+                chain.blocks,
+                shares_states=is_own,
+                kernel=self._draft_kernel(layers),
+            )
+
+    @property
+    def device(self) -> torch.device:
+        return self._embedding.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._embedding.dtype
+
+    @property
+    def draft_sides(self) -> dict[Quantization | None, DraftSide]:
+        return self._draft_sides
 
     @classmethod
     def of(cls, model: nn.Module, *args: Any, **options: Any) -> Self:
         """Takes the weights out of a transformers model, which can no longer run."""
         return cls(ModelSpec.of(model.config), taken_from(model), *args, **options)
 
-    def context_length(self, num_draft_tokens: int = MOST_DRAFTS) -> int:
-        return self.spec.context
+    def _new_cache(self, batch_size: int, max_positions: int) -> KVCache:
+        return self._layers.new_cache(batch_size, max_positions)
 
-    def new_cache(self, batch_size: int = 1, max_positions: int | None = None) -> KVCache:
-        context = self.spec.context
-        return self._layers.new_cache(batch_size, min(max_positions or context, context))
+    def embed(self, ids: Tensor) -> Tensor:
+        return self._layers.embed(ids)
+
+    def run_layers(self, hidden: Tensor, start: int, end: int, places: Places) -> Tensor:
+        return self._layers.run_layers(hidden, start, end, places)
+
+    def write_kv(self, hidden: Tensor, start: int, end: int, places: Places) -> None:
+        self._layers.write_kv(hidden, start, end, places)
 
     def unembed(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self._head(hidden)
         return logits
 
-    def choose(self, step: TokenPass) -> Chosen:
-        return choose_by_head(self, step)
+    def normed(self, hidden: Tensor) -> Tensor:
+        return self._normed(hidden)
 
     # What subclasses make. A head is a norm and a matrix, (..., D) to logits (..., N);
     # `with_norm(norm)` is the same matrix after another norm. Matrices have the precision of the
@@ -272,17 +307,12 @@ class RepackedBackend(ABC):
         """The precision of MTP's layer and of the head after it."""
         return packing.quantize, packing.quantize
 
-    def _drafters(self, exit_blocks: ExitBlocks, packing: PackingConfig) -> dict[str, DraftBlock]:
+    def _drafters(self, stored: StoredDrafters, packing: PackingConfig) -> dict[str, DraftBlock]:
         """The drafters outside the chain of layers, except MTP."""
-        if exit_blocks.eagle3 is None:
+        if stored.eagle3 is None:
             return {}
         place = self._chain_spec.layers - 1
-        return {"eagle3": self.placed_eagle3(exit_blocks.eagle3, place, packing)}
-
-    @abstractmethod
-    def placed_eagle3(
-        self, stored: Eagle3Weights, place: int, packing: PackingConfig
-    ) -> DraftBlock: ...
+        return {"eagle3": self.placed_eagle3(stored.eagle3, place, packing)}
 
     @abstractmethod
     def _norm(self, weights: Affine) -> Callable[[Tensor], Tensor]: ...
@@ -294,112 +324,122 @@ class RepackedBackend(ABC):
         """The function that makes a whole draft in one call, if there is one."""
         return None
 
-    def _headed_chains(
+    # The heads and the chains of layers
+
+    def _head_parts(
+        self, weights: Weights, norm: Affine, packing: PackingConfig, order: list[int] | None
+    ) -> _HeadParts:
+        # A tied head is the embedding, which was taken already
+        remembered = weights.remembered().after({self.spec.embedding_name: self._embedding}.get)
+        vocab = self.spec.vocab
+        size = packing.draft_vocab
+        if size == 0 and order is not None and vocab > 4 * EXIT_VOCABULARY:
+            size = EXIT_VOCABULARY
+        few = DraftVocabulary(vocab, size, order) if size else None
+        return _HeadParts(norm, remembered, few, trims_whole=packing.draft_vocab > 0)
+
+    def _made_head(
         self,
-        weights: Weights,
-        norm: Affine,
+        parts: _HeadParts,
+        low_bits: Quantization | None,
+        rows: DraftVocabulary | None = None,
+        exact: bool = False,
+    ) -> Any:
+        weights = self._source(parts.weights, low_bits)
+        return self._head_of(parts.norm, weights, rows, low_bits, exact)
+
+    def _draft_heads(
+        self, parts: _HeadParts, low_bits: Quantization | None, whole: Any = None
+    ) -> _DraftHeads:
+        """`whole`: a head of this precision over all tokens, if there is one."""
+        trimmed = None
+        if parts.few is not None:
+            trimmed = DraftHead(self._made_head(parts, low_bits, parts.few), parts.few)
+            if parts.trims_whole:
+                return _DraftHeads(trimmed, trimmed)
+        of_all = DraftHead(whole or self._made_head(parts, low_bits))
+        return _DraftHeads(of_all, trimmed or of_all)
+
+    def _chains(
+        self,
+        parts: _HeadParts,
         packing: PackingConfig,
-        order: list[int] | None,
-        has_mtp: bool,
-    ) -> tuple[Any, list[_Chain], DraftHead]:
-        """The verifying head; the chains of the model and of its copies, with heads but no layers
-        yet; MTP's head.
+        heads: dict[Quantization | None, _DraftHeads],
+    ) -> list[_Chain]:
+        """The chains of the model and of its low-bit copies, without layers yet; adds the heads of
+        their drafts to `heads`.
         """
         quantize = packing.quantize
-        exact = packing.exact
         layers = self.spec.layers
-        count = packing.draft_vocab
-        weights = weights.remembered().after({self.spec.embedding_name: self._embedding}.get)
-        few = DraftVocabulary(self.spec.vocab, count or EXIT_VOCABULARY, order)
-        trims_exits = count > 0 or (order is not None and self.spec.vocab > 4 * EXIT_VOCABULARY)
+        heads[quantize] = own = self._draft_heads(parts, quantize, self._head)
+        chains = [_Chain(quantize, packing.exact, layers, own.whole, own.at_exits)]
+        if not packing.draft_weights:
+            return chains
+        kind = packing.draft_head or "int8"
+        if kind not in heads or packing.exact:  # copies need no exact head
+            heads[kind] = self._draft_heads(parts, kind)
+        whole, at_exits = heads[kind]
+        depth = packing.draft_layers or layers
+        if depth < layers:  # the end of such a copy is an exit
+            whole = at_exits
+        chains += [_Chain(copy, False, depth, whole, at_exits) for copy in packing.draft_weights]
+        return chains
 
-        def head(
-            kind: Quantization | None, rows: DraftVocabulary | None = None, exact: bool = False
-        ) -> Any:
-            return self._head_of(norm, self._source(weights, kind), rows, kind, exact)
-
-        def drafting(
-            kind: Quantization | None, all_tokens: Callable[[], Any]
-        ) -> tuple[DraftHead, DraftHead]:
-            trimmed = DraftHead(head(kind, few), few) if trims_exits else None
-            whole = trimmed if trimmed and count else DraftHead(all_tokens())
-            return whole, trimmed or whole
-
-        verifying = head(quantize, exact=exact)
-        chains = [_Chain(quantize, exact, layers, *drafting(quantize, lambda: verifying))]
-        at_exits = {quantize: chains[0].at_exits}
-        if packing.draft_weights:
-            kind = packing.draft_head or "int8"
-            shared = kind == quantize and not exact
-            heads = (
-                (chains[0].whole, chains[0].at_exits)
-                if shared
-                else drafting(kind, lambda: head(kind))
-            )
-            depth = packing.draft_layers or layers
-            at_exits[kind] = heads[1]
-            chains += [
-                _Chain(copy, False, depth, heads[depth < layers], heads[1])
-                for copy in packing.draft_weights
-            ]
-        of_mtp = self._drafter_kinds(packing)[1] if has_mtp else quantize
-        if of_mtp not in at_exits:
-            at_exits[of_mtp] = drafting(of_mtp, lambda: head(of_mtp))[1]
-        return verifying, chains, at_exits[of_mtp]
-
-    def _add_layers(self, chains: list[_Chain], weights: Weights, exit_blocks: ExitBlocks) -> None:
+    def _add_layers(self, chains: list[_Chain], weights: Weights, stored: StoredDrafters) -> None:
         """Adds the chains' layers. Takes every weight once: at most one matrix (with copies, one
         layer) is in memory twice.
         """
-        of_blocks = exit_blocks.weights(self.spec, self._embedding)
-        parts: list[tuple[int, Weights, ExitBlock | None]] = [
-            *(
-                (index + 1, weights.below(self.spec.layer_prefix(index)), None)
-                for index in range(self.spec.layers)
-            ),
-            *(
-                (block.exit_layer, of_blocks.below(block.prefix), block)
-                for block in exit_blocks.blocks
-            ),
-        ]
-        for place, (depth, stored, block) in enumerate(parts):
-            own = stored.remembered() if block or len(chains) > 1 else stored
+        for index in range(self.spec.layers):
+            own = weights.below(self.spec.layer_prefix(index))
+            if len(chains) > 1:
+                own = own.remembered()
             for chain in chains:
-                if depth > chain.depth:
-                    chain.layers.append(None)
-                    continue
-                of_layer = own.below("layer.") if block else self._source(own, chain.low_bits)
-                chain.layers.append(self._layer(of_layer, place, chain.low_bits, chain.exact))
-                if block:
-                    norm = norm_weights(own, "norm", self.spec)
-                    head = cast(Any, chain.at_exits.unembed)
-                    placed = PlacedBlock(
-                        block, place, head.with_norm(norm), chain.at_exits.vocabulary
-                    )
-                    chain.blocks[depth] = placed
-                    if chain is chains[0]:
-                        self.exit_blocks[depth] = replace(
-                            placed, head=self._head.with_norm(norm), vocabulary=None
-                        )
+                layer = None
+                if index < chain.depth:
+                    of_layer = self._source(own, chain.low_bits)
+                    layer = self._layer(of_layer, index, chain.low_bits, chain.exact)
+                chain.layers.append(layer)
+        of_blocks = stored.weights(self.spec, self._embedding)
+        for place, block in enumerate(stored.blocks, start=self.spec.layers):
+            self._add_block(chains, of_blocks.below(block.prefix).remembered(), block, place)
+
+    def _add_block(self, chains: list[_Chain], own: Weights, block: ExitBlock, place: int) -> None:
+        """Adds an exit block to the chains that reach its exit, and with the verifying head to
+        `exit_blocks`.
+        """
+        norm = norm_weights(own, "norm", self.spec)
+        for chain in chains:
+            if block.exit_layer > chain.depth:
+                chain.layers.append(None)
+                continue
+            of_layer = own.below("layer.")
+            chain.layers.append(self._layer(of_layer, place, chain.low_bits, chain.exact))
+            head = cast(Any, chain.at_exits.unembed).with_norm(norm)
+            placed = PlacedBlock(block, place, head, chain.at_exits.vocabulary)
+            chain.blocks[block.exit_layer] = placed
+        placed = PlacedBlock(block, place, self._head.with_norm(norm))
+        self.exit_blocks[block.exit_layer] = placed
 
     def _placed_mtp(
-        self, mtp: ExitBlocks, place: int, low_bits: Quantization | None, head: DraftHead
+        self, mtp: StoredDrafters, low_bits: Quantization | None, head: DraftHead
     ) -> PlacedMtp:
-        """The drafter that the checkpoint ships: layer `place`, in a chain of its own."""
+        """The drafter that the checkpoint ships: the layer after the others, in a chain of its
+        own.
+        """
         own = mtp.weights(self.spec, self._embedding).below(MTP.prefix)
-        matrix = cast(Any, head.unembed)
+        place = len(self._layers.layers)
         layer = self._layer(own.below("layer."), place, low_bits, False)
         layers = self._layers_of([*[None] * place, layer], False)
-        norm, *inputs = (norm_weights(own, name, self.spec) for name in ("norm", *INPUT_NORMS))
+        norm = norm_weights(own, "norm", self.spec)
         return PlacedMtp(
             MTP,
             place,
-            matrix.with_norm(norm),
+            cast(Any, head.unembed).with_norm(norm),
             head.vocabulary,
             self._draft_kernel(layers),
             norm=self._norm(norm),
             join=self._join(own, low_bits),
-            input_norms=list(map(self._norm, inputs)),
+            input_norms=[self._norm(norm_weights(own, name, self.spec)) for name in INPUT_NORMS],
             layers=layers,
         )
 
@@ -407,5 +447,11 @@ class RepackedBackend(ABC):
         """The weights, with calibrated rows for int4, and with the file's rows of blocks where
         there are no low bits.
         """
-        stored = {"int4": self._calibrated, None: self._stored}.get(kind)
-        return weights if stored is None else weights.after(stored)
+        stored = None
+        if kind == "int4":
+            stored = self._calibrated
+        elif kind is None:
+            stored = self._stored
+        if stored is None:
+            return weights
+        return weights.after(stored)

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from .cache import Indices, KVCache, Places
 
-_BLOCK = 64  # positions by which tensors grow and are read: a multiple of the kernels' tiles
+_STRIDE = 64  # positions by which tensors grow and are read: a multiple of the kernels' tiles
 _AHEAD = 256  # least number of positions allocated ahead, unless the text ends earlier
 
 
-def _in_blocks(count: int) -> int:
-    return -(-count // _BLOCK) * _BLOCK
+def _in_strides(count: int) -> int:
+    return -(-count // _STRIDE) * _STRIDE
 
 
 class RowCache(KVCache):
@@ -89,7 +89,7 @@ class RowCache(KVCache):
         branch.max_positions = max_positions or self.max_positions
         branch.features = [{} for _ in rows]
         branch.unwritten = [[] for _ in rows]
-        branch.written = min(_in_blocks(max(ends)), self.capacity)
+        branch.written = min(_in_strides(max(ends)), self.capacity)
         with torch.inference_mode():  # the storage may be an inference tensor
             held = branch._hold(self.storage[:, :, list(rows), :, : branch.written])
             for row, end in enumerate(ends):
@@ -110,8 +110,8 @@ class RowCache(KVCache):
         capacity = self.capacity
         if capacity < end or slots < self.rows:
             if capacity < end:
-                capacity = _in_blocks(min(self.max_positions, end + max(_AHEAD, end // 2)))
-            places = min(_in_blocks(self.written), self.capacity)
+                capacity = _in_strides(min(self.max_positions, end + max(_AHEAD, end // 2)))
+            places = min(_in_strides(self.written), self.capacity)
             more = slots if slots >= self.rows else max(self.rows, 2 * slots)
             moved = held.new_zeros(*held.shape[:2], more, held.shape[3], capacity, held.shape[5])
             moved[:, :, :slots, :, :places] = held[..., :places, :]
@@ -123,7 +123,7 @@ class RowCache(KVCache):
         blocks, as far as written.
         """
         held = self.storage[:, :, rows]
-        key = (_in_blocks(self.written), rows.start, rows.stop)
+        key = (_in_strides(self.written), rows.start, rows.stop)
         if key not in self._matrices:
             keys, values = held[..., : key[0], :].flatten(2, 3).unbind(1)
             self._matrices = {

@@ -29,7 +29,7 @@ from .variants import Architecture, Names, TokenInputs
 if TYPE_CHECKING:
     from torch import Tensor
 
-Block = Literal["attention", "mlp", "mixer"]  # mixer: in place of attention
+Sublayer = Literal["attention", "mlp", "mixer"]  # mixer: in place of attention
 Shapes = Mapping[str, tuple[int, ...]]
 _CONTEXTS = (
     "max_position_embeddings",
@@ -43,8 +43,8 @@ _USUAL_CONTEXT = 2048  # of a model without a limit of its own, such as BLOOM
 
 
 class Projections(NamedTuple):
-    """The linear maps of a block: inward ones, which read the hidden states, and the last, which
-    gives the block's output.
+    """The linear maps of a sublayer: inward ones, which read the hidden states, and the last, which
+    gives the sublayer's output.
     """
 
     names: tuple[str, ...]
@@ -118,7 +118,7 @@ class ModelSpec:
     token_width: int  # of each layer's token input; 0 for none
     token_vocab: int
     experts: ExpertsSpec | None
-    recurrence: RecurrenceSpec | None
+    recurrence: RecurrenceSpec | None  # None also where no layer has the architecture's mixer
     vocab: int
     context: int  # positions
     eps: float  # of every norm
@@ -135,7 +135,7 @@ class ModelSpec:
     tied: bool  # whether the head is the embedding
     attention_scale: float
     embedding_scale: float
-    residual_scale: float  # of a block's output
+    residual_scale: float  # of a sublayer's output
     logits_divisor: float
     score_cap: float | None  # c of c * tanh(score / c)
     logits_cap: float | None
@@ -165,9 +165,13 @@ class ModelSpec:
         query_bias, output_bias, mlp_bias = (
             is_on(switch, config) for switch in architecture.biases
         )
-        width_scale = sqrt(values.hidden_size) if architecture.scales_embeddings else 1.0
+        embedding_scale = values.embedding_multiplier or 1.0
+        if architecture.scales_embeddings:
+            embedding_scale = sqrt(values.hidden_size)
         scale = values.attention_multiplier or (values.query_pre_attn_scalar or head_dim) ** -0.5
-        token_width = values.hidden_size_per_layer_input or 0
+        token_width = 0
+        if architecture.token_inputs is not None:
+            token_width = values.hidden_size_per_layer_input or 0
         indices = {rope.kind: index for index, rope in enumerate(ropes)}
         rope_of: list[int | None] = []
         for kind, rotates in zip(kinds, rotating, strict=True):
@@ -188,7 +192,7 @@ class ModelSpec:
             head_dim=head_dim,
             inner=values.inner,
             sizes=values.layer_sizes(architecture, kinds),
-            token_width=token_width if architecture.token_inputs else 0,
+            token_width=token_width,
             token_vocab=values.vocab_size_per_layer_input or values.vocab_size,
             experts=values.experts(architecture),
             recurrence=values.recurrence(config, architecture, kinds),
@@ -207,7 +211,7 @@ class ModelSpec:
             mlp_bias=mlp_bias,
             tied=values.tie_word_embeddings,
             attention_scale=scale,
-            embedding_scale=values.embedding_multiplier or width_scale,
+            embedding_scale=embedding_scale,
             residual_scale=values.residual_multiplier or 1.0,
             logits_divisor=values.logits_scaling or 1 / (values.logit_scale or 1.0),
             score_cap=values.attn_logit_softcapping,
@@ -248,12 +252,12 @@ class ModelSpec:
         return self.heads // self.kv_heads
 
     @property
-    def queries(self) -> int:
+    def query_width(self) -> int:
         """Width of all query heads together."""
         return self.heads * self.head_dim
 
     @property
-    def keys(self) -> int:
+    def key_width(self) -> int:
         """Width of all key heads together."""
         return self.kv_heads * self.head_dim
 
@@ -308,11 +312,11 @@ class ModelSpec:
         """
         if not self.attending:
             return {}
-        last = self.shapes_of_layer(self.attending[-1])
-        last.pop(self.architecture.layer_scale or "", None)  # the block shares it
-        return {f"layer.{name}": shape for name, shape in last.items()} | self.norm_shapes(
-            "norm", self.hidden
-        )
+        shapes = {}
+        for name, shape in self.shapes_of_layer(self.attending[-1]).items():
+            if name != self.architecture.layer_scale:  # the block shares it
+                shapes[f"layer.{name}"] = shape
+        return shapes | self.norm_shapes("norm", self.hidden)
 
     @property
     def stored_parts(self) -> dict[str, list[list[str]]]:
@@ -326,15 +330,16 @@ class ModelSpec:
             for name in self.shapes:
                 if name.startswith("model."):
                     parts[name] = [[name.replace("model.", self.names.stored_prefix, 1)]]
-        if self.experts is None or self.architecture.experts is None:
+        if self.experts is None:
             return parts
         for index, has_experts in enumerate(self.experts.layers):
             if not has_experts:
                 continue
             prefix = self.layer_prefix(index)
-            for name, stored in self.architecture.experts.stored.items():
+            for name, stored in self.experts.names.stored.items():
+                count = self.experts.count if "{}" in stored[0] else 1
                 parts[prefix + name] = []
-                for expert in range(self.experts.count if "{}" in stored[0] else 1):
+                for expert in range(count):
                     parts[prefix + name].append([prefix + part.format(expert) for part in stored])
         return parts
 
@@ -356,37 +361,42 @@ class ModelSpec:
     def parameters(self) -> int:
         return sum(map(prod, self.shapes.values()))
 
-    def projections(self, block: Block) -> Projections:
+    def projections(self, sublayer: Sublayer) -> Projections:
         of = self.architecture
-        if block == "mlp":
+        if sublayer == "mlp":
             names = tuple(self.names.mlp + name for name in of.mlp_projections)
-            widths: tuple[int, ...] = (self.inner,) * (2 if of.gated else 1)
+            widths: tuple[int, ...] = (self.inner, self.inner) if of.gated else (self.inner,)
             return Projections(names, widths, self.inner, (self.mlp_bias, self.mlp_bias))
-        if block == "attention":
-            names = tuple(self.names.attention + name for name in of.attention_projections)
-            queries = 2 * self.queries if of.gates_attention else self.queries
-            biases = (self.query_bias, self.output_bias)
-            if self.source is not None:  # another layer has its keys and values
-                return Projections((names[0], names[-1]), (queries,), self.queries, biases)
-            return Projections(names, (queries, self.keys, self.keys), self.queries, biases)
-        mixer = self.recurrence
-        assert of.mixer is not None and mixer is not None
-        biases = (mixer.biased, mixer.biased)
-        return Projections(of.mixer.projections, mixer.widths, mixer.outputs, biases)
+        if sublayer == "mixer":
+            sizes = self.recurrence
+            assert sizes is not None
+            biases = (sizes.biased, sizes.biased)
+            return Projections(sizes.mixer.projections, sizes.widths, sizes.outputs, biases)
+        names = tuple(self.names.attention + name for name in of.attention_projections)
+        queries = self.query_width
+        if of.gates_attention:
+            queries *= 2
+        biases = (self.query_bias, self.output_bias)
+        if self.source is not None:  # another layer has its keys and values
+            return Projections((names[0], names[-1]), (queries,), self.query_width, biases)
+        widths = (queries, self.key_width, self.key_width)
+        return Projections(names, widths, self.query_width, biases)
 
-    def blocks_of(self, layer: int) -> tuple[Block, ...]:
-        """The blocks of a layer in order. Experts count as an MLP."""
+    def sublayers_of(self, layer: int) -> tuple[Sublayer, ...]:
+        """The sublayers of a layer in order. Experts count as an MLP."""
         if self.kinds[layer] == MLP:
             return ("mlp",)
-        first: Block = "attention" if self.kinds[layer] in LAYER_KINDS else "mixer"
-        return (first,) if self.architecture.one_block else (first, "mlp")
+        first: Sublayer = "attention" if self.kinds[layer] in LAYER_KINDS else "mixer"
+        if self.architecture.one_sublayer:
+            return (first,)
+        return first, "mlp"
 
     def norm_names(self, layer: int) -> tuple[str | None, ...]:
         """Names of a layer's norms before and after attention, before and after the MLP, of
         queries, of keys; None for none.
         """
         norms = self.architecture.norms
-        attends = "attention" in self.blocks_of(layer)
+        attends = "attention" in self.sublayers_of(layer)
         if self.architecture.query_key_norms == "none" or not attends:
             return (*norms, None, None)
         query = self.names.attention + self.names.query_norm
@@ -399,19 +409,21 @@ class ModelSpec:
         shapes: dict[str, tuple[int, ...]] = {}
         experts = self.experts_of(index)
         of_layer = self.of_layer(index)
-        blocks = self.blocks_of(index)
-        for block in blocks if experts is None else blocks[:-1]:
-            shapes |= of_layer.block_projections(block)
+        sublayers = self.sublayers_of(index)
+        for sublayer in sublayers:
+            if sublayer != "mlp" or experts is None:
+                shapes |= of_layer.sublayer_projections(sublayer)
         if self.architecture.transposed:
             shapes = {name: shape[::-1] for name, shape in shapes.items()}
         if experts is not None:
             shapes |= self._expert_shapes(experts)
-        if "mixer" in blocks:
-            assert self.architecture.mixer is not None and self.recurrence is not None
-            shapes |= self.recurrence.shapes(self.architecture.mixer, self.hidden)
-        per_head = self.architecture.query_key_norms == "head"
-        query = of_layer.head_dim if per_head else self.queries
-        key = of_layer.head_dim if per_head else self.keys
+        if "mixer" in sublayers:
+            assert self.recurrence is not None
+            shapes |= self.recurrence.shapes(self.hidden)
+        query = self.query_width
+        key = self.key_width
+        if self.architecture.query_key_norms == "head":
+            query = key = of_layer.head_dim
         sizes = (*[self.hidden] * 4, query, key)
         for norm, size in zip(self.norm_names(index), sizes, strict=True):
             if norm is not None:
@@ -430,10 +442,11 @@ class ModelSpec:
                 shapes[f"{self.names.mlp}act_fn.alpha_{part}"] = (1,)
         return shapes
 
-    def block_projections(self, block: Block) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the weights of a block's linear maps."""
-        (*inward, back), outputs, inputs, (inner_bias, outer_bias) = self.projections(block)
-        widths = outputs if len(inward) == len(outputs) else (sum(outputs),)
+    def sublayer_projections(self, sublayer: Sublayer) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the weights of a sublayer's linear maps."""
+        (*inward, back), outputs, inputs, (inner_bias, outer_bias) = self.projections(sublayer)
+        is_fused = len(inward) < len(outputs)
+        widths = (sum(outputs),) if is_fused else outputs
         shapes: dict[str, tuple[int, ...]] = {}
         for name, width in zip(inward, widths, strict=True):
             shapes[f"{name}.weight"] = (width, self.hidden)
@@ -445,8 +458,7 @@ class ModelSpec:
         return shapes
 
     def _expert_shapes(self, experts: ExpertsSpec) -> dict[str, tuple[int, ...]]:
-        names = self.architecture.experts
-        assert names is not None
+        names = experts.names
         shapes: dict[str, tuple[int, ...]] = {
             f"{names.router}.weight": (experts.count, self.hidden)
         }
@@ -454,9 +466,9 @@ class ModelSpec:
         maps["down_proj"] = (self.hidden, experts.inner)
         for name, (outputs, inputs) in maps.items():
             shape = (inputs, outputs) if names.by_inputs else (outputs, inputs)
-            shapes[names.block + name] = (experts.count, *shape)
+            shapes[names.prefix + name] = (experts.count, *shape)
             if self.mlp_bias:
-                shapes[f"{names.block}{name}_bias"] = (experts.count, outputs)
+                shapes[f"{names.prefix}{name}_bias"] = (experts.count, outputs)
         if self.mlp_bias:
             shapes[f"{names.router}.bias"] = (experts.count,)
         if names.shared:
@@ -481,6 +493,12 @@ class ModelSpec:
         if self.architecture.norm in ("layer", "layer_plus_one"):
             shapes[f"{name}.bias"] = (size,)
         return shapes
+
+    @property
+    def has_plain_head(self) -> bool:
+        """Whether logits are the products of the head's weight, and nothing else."""
+        is_scaled = self.logits_divisor != 1 or self.logits_cap is not None
+        return not (is_scaled or self.architecture.head_bias)
 
     def scaled_logits(self, logits: "Tensor") -> "Tensor":
         """Logits after the architecture's division and soft cap."""

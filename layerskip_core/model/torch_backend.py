@@ -51,8 +51,10 @@ class TorchLayers(RepackedLayers):
 
     def row_bytes(self) -> int:
         spec = self.spec
-        inner = 0 if spec.experts is None else spec.experts.chosen * spec.experts.inner
-        return 4 * (2 * spec.queries + 2 * spec.keys + 3 * max(spec.inner, inner) + 4 * spec.hidden)
+        inner = spec.inner
+        if spec.experts is not None:
+            inner = max(inner, spec.experts.chosen * spec.experts.inner)
+        return 4 * (2 * spec.query_width + 2 * spec.key_width + 3 * inner + 4 * spec.hidden)
 
     def new_cache(self, batch_size: int, max_positions: int) -> RowCache:
         return RowCache(
@@ -250,7 +252,7 @@ class TorchBackend(RepackedBackend):
         unfolded = None
         if folded is weight:
             unfolded = product
-        elif self._has_blocks:  # the head follows other norms too
+        elif self._has_other_norms:
             unfolded = linear(weight, bias, low_bits, exact)
         return TorchHead(folding, product, unfolded, self.spec, exact)
 

@@ -6,18 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import Backend, Layers
+from .backend import Backend, DraftBlock, Layers
 from .cache import Places
 from .eagle3 import Eagle3Layer, Eagle3Weights, Product
 from .row_cache import write_entries
 from .vocabulary import DraftVocabulary
 
 
-class PlacedEagle3:
-    """A `DraftBlock`. Its KV entries are layer `place` of the target's cache."""
+class PlacedEagle3(DraftBlock):
+    """Its KV entries are layer `place` of the target's cache."""
 
     needs_feature = True
-    kernel = None
 
     def __init__(
         self,
@@ -42,7 +41,6 @@ class PlacedEagle3:
         self.taps = (0, *stored.form.layers)
         self.vocabulary = DraftVocabulary(vocab, stored.form.vocab, stored.tokens.tolist())
         self.head = self._layer.logits
-        self.own_feature = self._layer.own_feature
 
     def run(self, layers: Layers, states: Tensor, before: Tensor | None, places: Places) -> Tensor:
         entries, (residual, queries, keys, values) = self._begun(states, before, places)
@@ -77,3 +75,6 @@ class PlacedEagle3:
 
     def features(self, model: Backend, states: Mapping[int, Tensor], finals: Tensor) -> Tensor:
         return self._layer.feature([states[tap] for tap in self.taps[1:]])
+
+    def own_feature(self, hidden: Tensor) -> Tensor:
+        return self._layer.own_feature(hidden)

@@ -20,13 +20,13 @@ from .weights import (
     Affine,
     Weights,
     activation_factors,
-    block_inputs,
-    block_output,
     expert_inputs,
     expert_outputs,
     layer_norms,
     router,
     stacked,
+    sublayer_inputs,
+    sublayer_output,
 )
 
 
@@ -68,7 +68,7 @@ def missing_feature(spec: AnySpec, native: bool = False) -> str | None:
     if spec.clip is not None:
         return f"projections clipped at {spec.clip:g}"
     features = {
-        "recurrent layers": spec.recurrence is not None or spec.architecture.one_block,
+        "recurrent layers": spec.recurrence is not None or spec.architecture.one_sublayer,
         "gated attention": spec.architecture.gates_attention,
         "attention sinks": spec.architecture.sinks,
         "shared experts": spec.experts is not None and spec.experts.shared_inner,
@@ -153,7 +153,7 @@ class TorchLayer:
         if spec.activation == "xielu":
             above, below = activation_factors(weights, spec)
             self._activation = partial(xielu, above=above, below=below)
-        qkv = list(block_inputs(weights, spec, "attention"))
+        qkv = list(sublayer_inputs(weights, spec, "attention"))
         folds = quantization is None and qkv[0].weight.dtype.itemsize >= 4
         before_attention, after_attention, before_mlp, after_mlp, query, key = layer_norms(
             weights, spec, index
@@ -179,11 +179,11 @@ class TorchLayer:
         slots = _slots(spec, *(part.weight for part in qkv)).flatten(0, 2)
         slot_bias = _slots(spec, *biases).flatten() if biases else None
         self._qkv = packed(Affine(slots, slot_bias), self._before_attention)
-        self._output = packed(block_output(weights, spec, "attention"))
+        self._output = packed(sublayer_output(weights, spec, "attention"))
         self._experts: TorchExperts | None = None
         if spec.experts_of(index) is None:
-            self._up = packed(stacked(block_inputs(weights, spec, "mlp")), self._before_mlp)
-            self._down = packed(block_output(weights, spec, "mlp"))
+            self._up = packed(stacked(sublayer_inputs(weights, spec, "mlp")), self._before_mlp)
+            self._down = packed(sublayer_output(weights, spec, "mlp"))
             self.linears = (self._qkv, self._output, self._up, self._down)
         else:
             inputs = expert_inputs(weights, spec)

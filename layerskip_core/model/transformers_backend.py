@@ -14,26 +14,25 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..config.model import PackingConfig, Quantization
-from ..config.resolution import MOST_DRAFTS
 from ..errors import CheckpointError
 from .architectures import SUPPORTED, known_architecture
-from .backend import Backend, DraftBlock, DraftHead, DraftSide, choose_by_head
+from .backend import Backend, DraftHead, DraftSide
 from .cache import Places
 from .cut import CutModel, Form
 from .eagle3 import UNSUITED, Eagle3Weights
 from .exit_blocks import (
     INPUT_NORMS,
     MTP,
-    NO_BLOCKS,
+    NO_STORED_DRAFTERS,
     ExitBlock,
-    ExitBlocks,
     PlacedBlock,
     PlacedMtp,
+    StoredDrafters,
 )
 from .position_cache import Forward, hidden_of, replaced, with_hidden
 from .probe import cut_at_layers
 from .row_cache import Entry, MixedCache
-from .spec import AnySpec, ModelSpec, TransformersSpec
+from .spec import ModelSpec, TransformersSpec
 from .torch_eagle3 import PlacedEagle3
 
 _TEXTS = 3, 4  # lengths of the two packed texts of the trial
@@ -51,7 +50,7 @@ def attention_for(config: Any) -> str | None:
     return "eager" if known.sinks else "sdpa"
 
 
-class TransformersBackend:
+class TransformersBackend(Backend):
     """A transformers causal language model as three operations, so that any span of its layers can
     run alone.
 
@@ -60,22 +59,22 @@ class TransformersBackend:
     """
 
     implementation = "generic"
-    exact = batch_invariant = recordable = False
-    draft_model: Backend | None = None
 
     def __init__(
-        self, model: Any, exit_blocks: ExitBlocks = NO_BLOCKS, spec: ModelSpec | None = None
+        self,
+        model: Any,
+        stored_drafters: StoredDrafters = NO_STORED_DRAFTERS,
+        spec: ModelSpec | None = None,
     ) -> None:
         """Probes the model at once if our kernels do not run its type, else at first use.
 
         Raises CheckpointError for a model that cannot be cut at its layers, or an invalid
         configuration.
 
-        `exit_blocks`: frozen, for decoding. `spec`: the model's, if already read.
+        `stored_drafters`: frozen, for decoding. `spec`: the model's, if already read.
         """
         self.model = model
         self.config = model.config
-        self.spec: AnySpec
         self.layers: Any
         if spec is not None or known_architecture(self.config):
             self.spec = spec = spec or ModelSpec.of(self.config)
@@ -86,14 +85,14 @@ class TransformersBackend:
             self.num_layers = len(self.layers)
             self.spec = TransformersSpec.of(self.model, self.num_layers, self.block_originals())
         self._blocks: list[tuple[nn.Module, int]] = []
-        self.exit_blocks: dict[int, PlacedBlock] = {}
-        for block in exit_blocks.blocks:
-            self.exit_blocks[block.exit_layer] = self._placed(block, exit_blocks)
-        self.drafters: dict[str, DraftBlock] = {}
-        if exit_blocks.mtp is not None:
-            self.drafters["mtp"] = self._placed(exit_blocks.mtp.blocks[0], exit_blocks.mtp)
+        self.exit_blocks = {}
+        for block in stored_drafters.blocks:
+            self.exit_blocks[block.exit_layer] = self._placed(block, stored_drafters)
+        self.drafters = {}
+        if stored_drafters.mtp is not None:
+            self.drafters["mtp"] = self._placed(stored_drafters.mtp.blocks[0], stored_drafters.mtp)
         self._entries = dict[Entry, tuple[int, int]]()
-        if (drafter := exit_blocks.eagle3) is not None:
+        if (drafter := stored_drafters.eagle3) is not None:
             place = self._cut.place_of_block(len(self._blocks))
             self._entries = {
                 (place, kind): (drafter.form.kv_heads, drafter.form.head_dim)
@@ -151,9 +150,6 @@ class TransformersBackend:
         dtype: torch.dtype = self.model.get_input_embeddings().weight.dtype
         return dtype
 
-    def context_length(self, num_draft_tokens: int = MOST_DRAFTS) -> int:
-        return self.spec.context
-
     @property
     def row_cost(self) -> float:
         # PyTorch's CPU kernels are tuned for one row or many, not a few
@@ -165,17 +161,16 @@ class TransformersBackend:
         head = DraftHead(self.unembed)
         return {None: DraftSide(self, self.num_layers, head, head, self.exit_blocks)}
 
-    def new_cache(self, batch_size: int = 1, max_positions: int | None = None) -> MixedCache:
-        positions = min(max_positions or self.spec.context, self.spec.context)
-        return self._cut.new_cache(batch_size, positions, len(self._blocks), self._entries)
+    def _new_cache(self, batch_size: int, max_positions: int) -> MixedCache:
+        return self._cut.new_cache(batch_size, max_positions, len(self._blocks), self._entries)
 
     def embed(self, ids: Tensor) -> Tensor:
         return self._cut.embed(ids)
 
     def run_layers(self, hidden: Tensor, start: int, end: int, places: Places) -> Tensor:
-        return hidden if start == end else self._run(hidden, start, end, places)
-
-    choose = choose_by_head
+        if start == end:
+            return hidden
+        return self._run(hidden, start, end, places)
 
     def write_kv(self, hidden: Tensor, start: int, end: int, places: Places) -> None:
         """As `Backend.write_kv`. Each layer ends once its attention has written its last cache
@@ -201,7 +196,6 @@ class TransformersBackend:
         return self._cut.run(hidden, start, end, places, only_writes=only_writes, block=block)
 
     def unembed(self, hidden: Tensor) -> Tensor:
-        """Final norm and LM head, shared by every exit: (..., D) to logits (..., V)."""
         return self._cut.unembed(hidden)
 
     def normed(self, hidden: Tensor) -> Tensor:
@@ -257,7 +251,7 @@ class TransformersBackend:
             return {}
         return {"layer": form.layers[form.attending], "norm": form.norm}
 
-    def _placed(self, block: ExitBlock, blocks: ExitBlocks) -> PlacedBlock:
+    def _placed(self, block: ExitBlock, blocks: StoredDrafters) -> PlacedBlock:
         weights = blocks.weights(self.spec)
         like = self.model.get_input_embeddings().weight
         layer, norm = self.block_parts(block)

@@ -6,7 +6,9 @@ from typing import Literal
 
 EXPERT_COUNTS = ("num_local_experts", "num_experts")  # by type, and by the version of transformers
 
-# The values of config.json that are always read, and those by `Architecture.windows`.
+# The values of config.json without which transformers' own defaults decide, which differ by type:
+# always, and by `Architecture.windows`. The other fields of `Values` may be absent or null, which
+# stands for the usual value.
 _ALWAYS_READ = (
     "model_type",
     "hidden_size",
@@ -48,7 +50,7 @@ class Experts:
     # By name: the parts in checkpoints, stacked by rows; {} is an expert's index
     stored: Mapping[str, tuple[str, ...]]
     router: str = "mlp.gate"
-    block: str = "mlp.experts."
+    prefix: str = "mlp.experts."
     inner: str = "intermediate_size"
     normalised: bool | str = True  # softmax over the chosen experts, else over all
     # By `decoder_sparse_step` and `mlp_only_layers`; other layers have an MLP
@@ -64,13 +66,13 @@ class Mixer:
     """A short convolution in place of attention in some layers, perhaps with a recurrence: a gated
     delta rule (Yang et al., 2024), or Mamba-2 (Dao and Gu, 2024).
 
-    `taps`, `biased`, `sizes` and `limits` name values of config.json.
+    `kernel_size`, `biased`, `sizes` and `limits` name values of config.json.
     """
 
     kind: str  # in layer_types
     projections: tuple[str, ...]  # of the hidden states; the last one of the output
     convolution: str
-    taps: str
+    kernel_size: str
     biased: tuple[str | bool, str | bool] = (False, False)  # projections, convolution
     # Projections of steps and decays; Mamba-2 projects them with the rest
     steps: tuple[str, ...] = ()
@@ -138,7 +140,7 @@ class Architecture:
     otherwise: "Architecture | None" = None
     norms: Norms = _BEFORE
     parallel: str | bool = False  # attention and MLP read the same hidden states
-    # Plus_one: of 1 + weight
+    # rms_plus_one and layer_plus_one: the factors are 1 + weight
     norm: Literal["rms", "rms_plus_one", "layer", "layer_plus_one", "layer_without_bias"] = "rms"
     norm_eps: str = "rms_norm_eps"
     # Over each head, or over all heads together
@@ -152,7 +154,7 @@ class Architecture:
     biases: Biases = _IN_ATTENTION
     experts: Experts | None = None
     mixer: Mixer | None = None
-    one_block: bool = False  # a layer is attention, the mixer, or an MLP
+    one_sublayer: bool = False  # a layer is attention, the mixer, or an MLP alone
     gated: bool = True  # act(gate) * up; else act(first projection)
     activation: str | None = "hidden_act"
     default_activation: str = "silu"
@@ -174,18 +176,23 @@ class Architecture:
 
     @property
     def reads(self) -> set[str]:
-        """All values of config.json that are read."""
+        """The values that config.json must have, to be read without transformers' defaults."""
         read = {*_ALWAYS_READ, *_READ_FOR_WINDOWS[self.windows], *self.uses}
-        read |= {"rope_parameters"} if self.rope != "none" else set()
+        if self.rope != "none":
+            read.add("rope_parameters")
         switches = [*self.biases, self.parallel, self.norm_eps, self.activation]
         if self.experts is not None:
-            read |= {"num_experts_per_tok"}
-            read |= (
-                {"decoder_sparse_step", "mlp_only_layers"} if self.experts.on_some_layers else set()
-            )
+            read.add("num_experts_per_tok")
+            if self.experts.on_some_layers:
+                read |= {"decoder_sparse_step", "mlp_only_layers"}
             switches += [self.experts.inner, self.experts.normalised, self.experts.shared_inner]
         if self.mixer is not None:
-            read |= {"layer_types"}
-            switches += [self.mixer.taps, *self.mixer.biased, *self.mixer.sizes, self.mixer.limits]
+            read.add("layer_types")
+            switches += [
+                self.mixer.kernel_size,
+                *self.mixer.biased,
+                *self.mixer.sizes,
+                self.mixer.limits,
+            ]
         named = (self.values.get(name, name) for name in read)
         return {name for name in (*named, *switches, *self.needs) if isinstance(name, str)}

@@ -8,20 +8,19 @@ calibration as rows of bytes: a byte tensor in place of the weight until a kerne
 can be reordered, joined and padded like those of a weight; a row of zero bytes is a row of zeros.
 """
 
-import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from copy import deepcopy
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from itertools import starmap
-from typing import Any, NamedTuple
+from itertools import islice
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from .blocks import BlockRows, plain
-from .spec import Block, ModelSpec, Shapes, check_shape
+from .spec import ModelSpec, Shapes, Sublayer, check_shape
 
 GROUP_SIZE = 32  # inputs that share a scale: 5 bits per weight, and a divisor of most widths
 LEVELS = 16
@@ -65,6 +64,11 @@ class Weights:
             raise CheckpointError(f"the weight {full} is missing")
         return weight
 
+    def bias_of(self, name: str) -> Tensor | None:
+        """The bias of a projection or norm; None if the architecture gives it none."""
+        bias = f"{name}.bias"
+        return self.of(bias) if self.prefix + bias in self.shapes else None
+
 
 def checked(take: Take, shapes: Shapes, mapped: Collection[str] = ()) -> Take:
     """`take` that raises CheckpointError for a weight of another shape than in `shapes` or, unless
@@ -84,74 +88,16 @@ def checked(take: Take, shapes: Shapes, mapped: Collection[str] = ()) -> Take:
     return checked_take
 
 
-def check_model(model: nn.Module, spec: ModelSpec | None) -> None:
-    """Raises CheckpointError for a weight that is not finite or, by `spec`, missing or of another
-    shape.
-    """
-    named = named_weights(model).items()
-    weights = {name: weight for name, weight in named if weight.dtype.itemsize > 1}  # not quantised
-    if spec is not None:
-        spec.check_weights({name: tuple(weight.shape) for name, weight in weights.items()})
-    for name, weight in weights.items():
-        check_finite(name, weight)
-
-
 def named_weights(model: nn.Module) -> dict[str, Tensor]:
     """A model's parameters, and buffers that checkpoints store with them (Gemma 4's factors of
     layers).
     """
     stored = model.state_dict().keys()
-    buffers = (
-        (name, buffer) for name, buffer in model.named_buffers() if buffer.dim() and name in stored
-    )
-    return {name: weight.detach() for name, weight in (*model.named_parameters(), *buffers)}
-
-
-@torch.no_grad()
-def copy_into(weights: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Overwrites the weights that have `values`, in place."""
-    for name, value in values.items():
-        weights[name].copy_(value)
-
-
-def cast_weights(model: Any, dtype: torch.dtype) -> None:
-    """Gives a transformers model's weights the precision in which transformers loads them for
-    `dtype`.
-
-    That is `dtype` but for weights that the model's code creates in fp32 or keeps in fp32.
-    Quantised weights with their scales keep their precision, and so do buffers that are not stored,
-    such as rotary frequencies.
-    """
-    with torch.device("meta"):
-        plain = type(model)._from_config(deepcopy(model.config), dtype=dtype)
-    created = {name: weight.dtype for name, weight in plain.state_dict().items()}
-    kept = _kept_in_fp32(model, dtype)
-    for name, weight in model.state_dict(keep_vars=True).items():
-        is_quantised = weight.dtype.itemsize == 1
-        if name in created and not is_quantised:
-            weight.data = weight.data.to(torch.float32 if kept(name) else created[name])
-
-
-def block_weights(
-    model: Any, weights: Mapping[str, Tensor], dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """The weights of blocks (copies of the model's layers) in `dtype`, on the CPU. Some stay in
-    fp32, as in the model.
-    """
-    kept = _kept_in_fp32(model, dtype)
-    return {
-        name: weight.to("cpu", torch.float32 if kept(name) else dtype)
-        for name, weight in weights.items()
-    }
-
-
-def _kept_in_fp32(model: Any, dtype: torch.dtype) -> Callable[[str], bool]:
-    """Whether transformers loads the weight of a name in fp32 though the model is loaded in
-    `dtype`.
-    """
-    # transformers searches names for these patterns in the same way
-    patterns = [re.compile(pattern.replace("*", ".*")) for pattern in model._get_dtype_plan(dtype)]
-    return lambda name: any(pattern.search(name) for pattern in patterns)
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+    for name, buffer in model.named_buffers():
+        if buffer.dim() and name in stored:
+            weights[name] = buffer.detach()
+    return weights
 
 
 def taken_from(model: nn.Module) -> Take:
@@ -178,43 +124,60 @@ class Affine(NamedTuple):
     weight: Tensor
     bias: Tensor | None
 
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> "Affine":
+        """With both changed alike: in the order or number of outputs, or in precision."""
+        bias = None if self.bias is None else change(self.bias)
+        return Affine(change(self.weight), bias)
+
 
 # The functions below get the `weights` of a layer, read only those that they return, and raise as
 # `Weights.of` does.
 
 
-def block_inputs(weights: Weights, spec: ModelSpec, block: Block) -> Iterator[Affine]:
-    """The inward projections of a block, read one after the other: query, key, value (and gate of
+def sublayer_inputs(weights: Weights, spec: ModelSpec, sublayer: Sublayer) -> Iterator[Affine]:
+    """The inward projections of a sublayer, read one after the other: query, key, value (and gate of
     the query); gate and up, or up alone in an ungated MLP.
     """
-    (*names, _), outputs, *_ = spec.projections(block)
-    parts: Iterable[Affine]
+    (*names, _), outputs, *_ = spec.projections(sublayer)
+    parts: Iterator[Affine]
     if len(names) == len(outputs):
         parts = (affine(weights, name, spec) for name in names)
     else:
-        fused = affine(weights, names[0], spec)
-        parts = starmap(
-            Affine, zip(*(_split(part, spec, block, outputs) for part in fused), strict=True)
-        )
-    gates = []
-    for index, part in enumerate(parts):
-        if block == "attention" and index == 0 and spec.architecture.gates_attention:
-            part, *gates = _with_gates(part, spec)
-        yield _halved(part, spec) if block == "attention" and index < 2 else part
-    yield from gates
+        parts = _unfused(affine(weights, names[0], spec), spec, sublayer, outputs)
+    if sublayer != "attention":
+        yield from parts
+        return
+    queries = next(parts)
+    gates = None
+    if spec.architecture.gates_attention:
+        queries, gates = _without_gates(queries, spec)
+    yield _halved(queries, spec)
+    for keys in islice(parts, 1):  # none where another layer has them
+        yield _halved(keys, spec)
+    yield from parts
+    if gates is not None:
+        yield gates
 
 
-def _with_gates(part: Affine, spec: ModelSpec) -> list[Affine]:
-    """Splits queries from their gates, which alternate by head in the stored weight."""
+def _without_gates(part: Affine, spec: ModelSpec) -> tuple[Affine, Affine]:
+    """Queries and their gates, which alternate by head in the stored weight."""
 
-    def halves(rows: Tensor) -> Iterator[Tensor]:
-        yield from (
-            half.flatten(0, 1)
-            for half in rows.view(spec.heads, 2, spec.head_dim, *rows.shape[1:]).unbind(1)
-        )
+    def by_head(rows: Tensor) -> Tensor:
+        return rows.view(spec.heads, 2, spec.head_dim, *rows.shape[1:])
 
-    biases = (None, None) if part.bias is None else halves(part.bias)
-    return list(map(Affine, halves(part.weight), biases))
+    queries = part.mapped(lambda rows: by_head(rows)[:, 0].flatten(0, 1))
+    gates = part.mapped(lambda rows: by_head(rows)[:, 1].flatten(0, 1))
+    return queries, gates
+
+
+def _unfused(
+    fused: Affine, spec: ModelSpec, sublayer: Sublayer, outputs: tuple[int, ...]
+) -> Iterator[Affine]:
+    weights = _split(fused.weight, spec, sublayer, outputs)
+    biases: Iterable[Tensor | None] = [None] * len(outputs)
+    if fused.bias is not None:
+        biases = _split(fused.bias, spec, sublayer, outputs)
+    return map(Affine, weights, biases)
 
 
 def by_key_head(rows: Tensor, spec: ModelSpec, *sizes: int) -> list[Tensor]:
@@ -222,19 +185,16 @@ def by_key_head(rows: Tensor, spec: ModelSpec, *sizes: int) -> list[Tensor]:
     after the other.
     """
     assert spec.recurrence is not None
-    parts = torch.split(rows.view(spec.recurrence.key_heads, -1, *rows.shape[1:]), [*sizes], 1)
-    return [part.flatten(0, 1) for part in parts]
+    of_heads = rows.view(spec.recurrence.key_heads, -1, *rows.shape[1:])
+    return [part.flatten(0, 1) for part in torch.split(of_heads, [*sizes], 1)]
 
 
 def _split(
-    fused: Tensor | None, spec: ModelSpec, block: Block, outputs: tuple[int, ...]
-) -> Iterable[Tensor | None]:
+    fused: Tensor, spec: ModelSpec, sublayer: Sublayer, outputs: tuple[int, ...]
+) -> Iterable[Tensor]:
     """Splits fused projections into (outputs, ...) each."""
-    mixer = spec.architecture.mixer
     sizes = spec.recurrence
-    if fused is None:
-        return (None,) * len(outputs)
-    if block == "mixer" and mixer is not None and mixer.by_head and sizes is not None:
+    if sublayer == "mixer" and sizes is not None and sizes.mixer.by_head:
         values = sizes.outputs // sizes.key_heads
         *convolved, gates = by_key_head(fused, spec, sizes.key_dim, sizes.key_dim, values, values)
         return torch.cat(convolved), gates
@@ -256,20 +216,20 @@ def _halved(part: Affine, spec: ModelSpec) -> Affine:
     def moved(rows: Tensor) -> Tensor:
         return rows.view(-1, spec.head_dim, *rows.shape[1:])[:, order].flatten(0, 1)
 
-    return Affine(moved(part.weight), None if part.bias is None else moved(part.bias))
+    return part.mapped(moved)
 
 
-def block_output(weights: Weights, spec: ModelSpec, block: Block) -> Affine:
-    return affine(weights, spec.projections(block).names[-1], spec)
+def sublayer_output(weights: Weights, spec: ModelSpec, sublayer: Sublayer) -> Affine:
+    return affine(weights, spec.projections(sublayer).names[-1], spec)
 
 
 def router(weights: Weights, spec: ModelSpec) -> Affine:
     """The router (experts, D) of a layer, with the gate of the shared MLP as a last row, if it has
     one.
     """
-    assert spec.architecture.experts is not None
-    scores = affine(weights, spec.architecture.experts.router, spec)
-    gate = spec.architecture.experts.shared_gate
+    assert spec.experts is not None
+    scores = affine(weights, spec.experts.names.router, spec)
+    gate = spec.experts.names.shared_gate
     if gate is None:
         return scores
     return Affine(torch.cat([scores.weight, weights.of(f"{gate}.weight")]), None)
@@ -277,41 +237,45 @@ def router(weights: Weights, spec: ModelSpec) -> Affine:
 
 def expert_inputs(weights: Weights, spec: ModelSpec) -> Iterator[Affine]:
     """Gate and up of each expert in turn, (inner, D) each; the shared MLP is split into experts."""
-    assert spec.architecture.experts is not None and spec.experts is not None
-    inner = spec.experts.inner
-    in_turns = spec.architecture.experts.by_inputs
-    halves = [
-        slice(half, None, 2) if in_turns else slice(half * inner, (half + 1) * inner)
-        for half in range(2)
-    ]
-    for rows, bias in _experts(weights, spec, "gate_up_proj"):
-        yield from (Affine(rows[half], None if bias is None else bias[half]) for half in halves)
-    if spec.experts.shared:
-        wide = torch.cat(
-            [weights.of(f"{name}.weight") for name in spec.architecture.experts.shared[:-1]]
-        )
-        for pair in zip(*(part.chunk(spec.experts.shared) for part in wide.chunk(2)), strict=True):
-            yield from (Affine(part, None) for part in pair)
+    experts = spec.experts
+    assert experts is not None
+    gate_rows = slice(experts.inner)
+    up_rows = slice(experts.inner, None)
+    if experts.names.by_inputs:  # they alternate
+        gate_rows = slice(0, None, 2)
+        up_rows = slice(1, None, 2)
+    for both in _experts(weights, spec, "gate_up_proj"):
+        yield both.mapped(lambda rows: rows[gate_rows])
+        yield both.mapped(lambda rows: rows[up_rows])
+    if experts.shared:
+        wide = torch.cat([weights.of(f"{name}.weight") for name in experts.names.shared[:-1]])
+        gates, ups = wide.chunk(2)
+        for gate, up in zip(gates.chunk(experts.shared), ups.chunk(experts.shared), strict=True):
+            yield Affine(gate, None)
+            yield Affine(up, None)
 
 
 def expert_outputs(weights: Weights, spec: ModelSpec) -> Iterator[Affine]:
     """The output projection (D, inner) of each expert."""
-    assert spec.architecture.experts is not None and spec.experts is not None
+    experts = spec.experts
+    assert experts is not None
     yield from _experts(weights, spec, "down_proj")
-    if spec.experts.shared:
-        wide = weights.of(f"{spec.architecture.experts.shared[-1]}.weight")
-        yield from (Affine(expert, None) for expert in wide.chunk(spec.experts.shared, 1))
+    if experts.shared:
+        wide = weights.of(f"{experts.names.shared[-1]}.weight")
+        for expert in wide.chunk(experts.shared, 1):
+            yield Affine(expert, None)
 
 
 def _experts(weights: Weights, spec: ModelSpec, name: str) -> Iterator[Affine]:
     """A projection of each expert, (out, in)."""
-    assert spec.architecture.experts is not None
-    name = spec.architecture.experts.block + name
+    assert spec.experts is not None
+    name = spec.experts.names.prefix + name
     all_rows = weights.of(name)
     biases = weights.of(f"{name}_bias") if spec.mlp_bias else None
     for expert, rows in enumerate(all_rows):
-        turned = spec.architecture.experts.by_inputs and not is_stored(rows)
-        yield Affine(rows.T if turned else rows, None if biases is None else biases[expert])
+        if spec.experts.names.by_inputs and not is_int4_bytes(rows):
+            rows = rows.T
+        yield Affine(rows, None if biases is None else biases[expert])
 
 
 def sinks(weights: Weights, spec: ModelSpec) -> Tensor | None:
@@ -320,9 +284,9 @@ def sinks(weights: Weights, spec: ModelSpec) -> Tensor | None:
 
 
 def convolution(weights: Weights, spec: ModelSpec) -> Affine:
-    """The filters (channels, taps) of a layer's convolution."""
-    assert spec.architecture.mixer is not None
-    weight, bias = affine(weights, spec.architecture.mixer.convolution, spec)
+    """The filters (channels, kernel size) of a layer's convolution."""
+    assert spec.recurrence is not None
+    weight, bias = affine(weights, spec.recurrence.mixer.convolution, spec)
     return Affine(weight[:, 0], bias)
 
 
@@ -342,15 +306,16 @@ def norm_weights(weights: Weights, name: str, spec: ModelSpec) -> Affine:
         weight = 1 + weight.to(torch.promote_types(weight.dtype, torch.float32))
     if spec.architecture.norm == "layer_without_bias":
         bias = torch.zeros_like(weight)
-    return Affine(weight, None if bias is None else bias.to(weight.dtype))
+    if bias is not None:
+        bias = bias.to(weight.dtype)
+    return Affine(weight, bias)
 
 
 def affine(weights: Weights, name: str, spec: ModelSpec) -> Affine:
     weight = weights.of(f"{name}.weight")
-    bias = f"{name}.bias"
     if spec.architecture.transposed and weight.dim() > 1:
         weight = weight.T.contiguous()
-    return Affine(weight, weights.of(bias) if weights.prefix + bias in weights.shapes else None)
+    return Affine(weight, weights.bias_of(name))
 
 
 def activation_factors(weights: Weights, spec: ModelSpec) -> tuple[float, float]:
@@ -359,31 +324,23 @@ def activation_factors(weights: Weights, spec: ModelSpec) -> tuple[float, float]
     """
     if spec.activation != "xielu":
         return spec.swiglu or (0.0, 0.0)
-    above, below = (
-        float(nn.functional.softplus(weights.of(f"{spec.names.mlp}act_fn.alpha_{part}").float()))
-        for part in "pn"
-    )
-    return above, below + 0.5
+    above = weights.of(f"{spec.names.mlp}act_fn.alpha_p").float()
+    below = weights.of(f"{spec.names.mlp}act_fn.alpha_n").float()
+    return float(F.softplus(above)), float(F.softplus(below)) + 0.5
 
 
 def head_weights(weights: Weights, spec: ModelSpec) -> Affine:
-    bias = "lm_head.bias"
-    return Affine(weights.of(spec.head_name), weights.of(bias) if bias in weights.shapes else None)
-
-
-def joined(projections: Iterable[Affine], panel: int) -> list[Affine]:
-    """Projections of the same input unchanged, if all but the last fill panels; else stacked."""
-    parts = list(projections)
-    return [stacked(parts)] if any(len(part.weight) % panel for part in parts[:-1]) else parts
+    return Affine(weights.of(spec.head_name), weights.bias_of("lm_head"))
 
 
 def stacked(projections: Iterable[Affine]) -> Affine:
     """Projections of the same input as one. All or none have a bias."""
-    weights, biases = zip(*projections, strict=True)
-    if len(weights) == 1:
-        return Affine(weights[0], biases[0])
-    bias = None if biases[0] is None else torch.cat(biases)
-    return Affine(torch.cat([*map(plain, weights)]), bias)
+    first, *others = projections
+    if not others:
+        return first
+    weight = torch.cat([plain(part.weight) for part in (first, *others)])
+    biases = [part.bias for part in (first, *others) if part.bias is not None]
+    return Affine(weight, torch.cat(biases) if biases else None)
 
 
 class Int4(NamedTuple):
@@ -404,20 +361,24 @@ class Int4(NamedTuple):
 
 def named_int4(implementation: str, calibrated: bool) -> str:
     """The implementation as reports name it."""
-    return implementation.replace("int4", "calibrated int4") if calibrated else implementation
+    if calibrated:
+        return implementation.replace("int4", "calibrated int4")
+    return implementation
 
 
-def is_stored(weight: Tensor) -> bool:
+def is_int4_bytes(weight: Tensor) -> bool:
     """Whether a weight is rows of bytes."""
     return weight.dtype == torch.uint8
 
 
 def inputs_of(weight: Tensor) -> int:
     """The width of the inputs of a weight (out, in), or of its rows of bytes."""
-    return weight.shape[1] // _BYTES * GROUP_SIZE if is_stored(weight) else weight.shape[1]
+    if is_int4_bytes(weight):
+        return weight.shape[1] // _BYTES * GROUP_SIZE
+    return weight.shape[1]
 
 
-def stored_shape(outputs: int, inputs: int) -> tuple[int, int]:
+def int4_bytes_shape(outputs: int, inputs: int) -> tuple[int, int]:
     """The shape of a weight (out, in) as rows of bytes."""
     return outputs, inputs // GROUP_SIZE * _BYTES
 
@@ -426,7 +387,7 @@ def int4_of(weight: Tensor) -> Int4:
     """Decodes rows of bytes, or rounds a weight to nearest levels between the least and the
     greatest of each group.
     """
-    if is_stored(weight):
+    if is_int4_bytes(weight):
         packed, factors = torch.split(
             weight.view(len(weight), -1, _BYTES), [GROUP_SIZE // 2, 4], dim=-1
         )
@@ -446,7 +407,7 @@ def int4_of(weight: Tensor) -> Int4:
     return Int4(levels.view_as(weight), scale, low)
 
 
-def stored(weight: Int4) -> Tensor:
+def int4_bytes(weight: Int4) -> Tensor:
     """Encodes a weight as rows of bytes."""
     outputs, groups = weight.scale.shape
     halves = weight.levels.view(outputs, groups, 2, GROUP_SIZE // 2)

@@ -18,14 +18,14 @@ from ..checkpoint.loaded import Decoder, Trainable
 from ..checkpoint.locate import ModelRef
 from ..checkpoint.open import for_decoding, for_training
 from ..checkpoint.save import copy_checkpoint, refuse_overwrite, save_sidecar
-from ..checkpoint.shipped import files_of_shipped, read_exit_blocks
+from ..checkpoint.shipped import files_of_shipped, read_stored_drafters
 from ..checkpoint.sidecars import EAGLE3_FILES, eagle3_content, fingerprint
 from ..checkpoint.transformers_read import stored_dtype
 from ..config.training import DrafterConfig
 from ..data import Row, has_prompts
 from ..errors import CheckpointError, ConfigError, DataError, require
 from ..losses import IGNORED
-from ..model.exit_blocks import ExitBlocks
+from ..model.exit_blocks import StoredDrafters
 from . import data
 from .answers import ModelAnswers, Writing, answered, digest
 from .eagle3 import FrozenEagle3, suits_engines
@@ -65,7 +65,7 @@ class DrafterJob:
     decoder: Decoder  # the model, for answers and states
     texts: DrafterTexts
     answers: ModelAnswers  # to the prompts of `texts`
-    existing: ExitBlocks  # blocks and drafters that the model already has
+    existing: StoredDrafters  # blocks and drafters that the model already has
     model_digest: str
 
     @property
@@ -177,7 +177,7 @@ def prepare_drafter(
     layout = config.implied_layout or ("eagle3" if suits_engines(backend) else "exit")
     config = replace(config, layout=layout)
     module = (FrozenEagle3 if layout == "eagle3" else FrozenExits).of(backend, config)
-    existing = read_exit_blocks(source, backend.spec, trainable.model.get_parameter)
+    existing = read_stored_drafters(source, backend.spec, trainable.model.get_parameter)
     if config.in_place and not config.overwrite and checkpoint is None:
         _refuse_to_replace(existing, config, module.names.values())
     decoder = for_decoding(config.model, str(device), config.dtype)
@@ -261,7 +261,9 @@ def _notes(info: CheckpointInfo) -> tuple[str, ...]:
     )
 
 
-def _refuse_to_replace(existing: ExitBlocks, config: DrafterConfig, names: Collection[str]) -> None:
+def _refuse_to_replace(
+    existing: StoredDrafters, config: DrafterConfig, names: Collection[str]
+) -> None:
     """Raises ConfigError if the model's own folder has a block or drafter of these names."""
     held = {
         str(block.exit_layer): f"a block at exit {block.exit_layer}" for block in existing.blocks

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checkpoint.locate import fetched_folder
+from ..checkpoint.model_weights import copy_into
 from ..checkpoint.sidecars import default_layers, read_eagle3
 from ..config.training import DrafterConfig
 from ..errors import require
@@ -24,7 +25,6 @@ from ..model.eagle3 import (
     Eagle3Weights,
 )
 from ..model.spec import ModelSpec
-from ..model.weights import copy_into
 from .encoding import EncodedRow
 from .exit_blocks import DrafterModule
 from .recipe import RunStep

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..checkpoint.folder import EXIT_BLOCKS_FILE, MTP_FILE
 from ..checkpoint.locate import ModelRef
+from ..checkpoint.model_weights import block_weights, copy_into
 from ..checkpoint.shipped import mtp_content, read_mtp
 from ..checkpoint.sidecars import exit_blocks_content
 from ..config.resolution import require_exit_layer
@@ -24,8 +25,7 @@ from ..losses import IGNORED, summed_losses
 from ..model import Backend, TransformersBackend
 from ..model.backend import states_at
 from ..model.cache import Places
-from ..model.exit_blocks import INPUT_NORMS, MTP, NO_BLOCKS, ExitBlock, ExitBlocks
-from ..model.weights import block_weights, copy_into
+from ..model.exit_blocks import INPUT_NORMS, MTP, NO_STORED_DRAFTERS, ExitBlock, StoredDrafters
 from ..processor import available_memory
 from .encoding import EncodedRow
 from .progress import restore
@@ -178,7 +178,7 @@ class FrozenExits(DrafterModule):
         self,
         backend: TransformersBackend,
         blocks: Sequence[ExitBlock],
-        known: ExitBlocks = NO_BLOCKS,
+        known: StoredDrafters = NO_STORED_DRAFTERS,
     ) -> None:
         """Blocks in `known` start from the weights there, others from the model's."""
         super().__init__(backend)
@@ -211,13 +211,15 @@ class FrozenExits(DrafterModule):
         return named_weights(self.exits)
 
     def files(
-        self, dtype: torch.dtype, existing: ExitBlocks, model_fingerprint: str
+        self, dtype: torch.dtype, existing: StoredDrafters, model_fingerprint: str
     ) -> dict[str, bytes]:
         """Files to save with the model, by name. `existing`: blocks that it has and that stay."""
         weights = block_weights(self.backend.model, self.weights(), dtype)
         spec = self.backend.spec
         if MTP.exit_layer in self.layers:
-            known = self.shipped if self.shipped.blocks else replace(NO_BLOCKS, blocks=(MTP,))
+            known = (
+                self.shipped if self.shipped.blocks else replace(NO_STORED_DRAFTERS, blocks=(MTP,))
+            )
             mtp = replace(known, take=weights.get, model_fingerprint=model_fingerprint)
             return {MTP_FILE: mtp_content(spec, mtp, weights.__getitem__)}
         return {EXIT_BLOCKS_FILE: exit_blocks_content(spec, weights, model_fingerprint, existing)}
@@ -256,7 +258,9 @@ class FrozenExits(DrafterModule):
 
 
 def new_exit_blocks(
-    backend: TransformersBackend, blocks: Sequence[ExitBlock], stored: ExitBlocks = NO_BLOCKS
+    backend: TransformersBackend,
+    blocks: Sequence[ExitBlock],
+    stored: StoredDrafters = NO_STORED_DRAFTERS,
 ) -> nn.ModuleDict:
     """Trainable exit blocks by exit, with the weights of `stored` where it has them. Only matrices
     are trained, by Muon.

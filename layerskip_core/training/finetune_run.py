@@ -10,25 +10,25 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from ..checkpoint.folder import EXIT_BLOCKS_FILE, MTP_FILE
 from ..checkpoint.info import EXIT_BLOCKS, CheckpointInfo
 from ..checkpoint.loaded import Trainable, decoder_of
 from ..checkpoint.locate import ModelRef, adapters_of
+from ..checkpoint.model_weights import cast_weights
 from ..checkpoint.open import for_decoding, for_training, outline
 from ..checkpoint.save import RUN_FILES, refuse_overwrite, save_checkpoint
-from ..checkpoint.shipped import files_of_shipped, read_exit_blocks, shipped_by
+from ..checkpoint.shipped import files_of_shipped, read_stored_drafters, shipped_by
 from ..checkpoint.sidecars import EAGLE3_FILES, EAGLE3_FOLDER, fingerprint
 from ..checkpoint.transformers_read import blank, stored_dtype
 from ..config.training import FinetuneConfig
 from ..data import Row
 from ..errors import ConfigError
-from ..model.exit_blocks import NO_BLOCKS, ExitBlock
+from ..model.exit_blocks import NO_STORED_DRAFTERS, ExitBlock
 from ..model.spec import AnySpec
 from ..model.vocabulary import ORDER_FILE
-from ..model.weights import cast_weights
 from ..splits import HeldOut
 from . import data
 from .answers import ModelAnswers, plan_replay
@@ -237,10 +237,10 @@ def prepare_finetune(
     module = None
     order: Sequence[int] = ()
     if not dry:
-        module = _build_module(plan, trainable, model.folder)
+        order = data.token_order(encoded.training, model.spec.vocab)
+        module = _build_module(plan, trainable, model.folder, order)
         if not config.fsdp:  # FSDP places shards itself
             module.to(device)
-        order = data.token_order(encoded.training, model.spec.vocab)
     elif config.lora_rank:
         with_lora(trainable.model, config)  # peft may refuse the names of modules
     dtype = stored_dtype(config.model)
@@ -285,7 +285,9 @@ def _resolve(
     training = encoded.training
     steps = data.run_steps(config, len(training.rows))
     # An adapter is saved without exit blocks
-    recipe = resolve_recipe(config.recipe, spec, steps, has_blocks=not config.lora_keep)
+    recipe = resolve_recipe(
+        config.recipe, spec, steps, has_blocks=not config.lora_keep, is_sharded=config.fsdp
+    )
     usual_lr = learning_rate(config.recipe.preset, spec.parameters, config.lora_rank > 0)
     notes = []
     if encoded.encoder.pack:
@@ -314,8 +316,12 @@ def _resolve(
     )
 
 
-def _build_module(plan: RunPlan, trainable: Trainable, folder: str | None) -> RecipeModule:
-    """The module that is trained. Exit blocks in `folder`, if any, are trained on."""
+def _build_module(
+    plan: RunPlan, trainable: Trainable, folder: str | None, order: Sequence[int]
+) -> RecipeModule:
+    """The module that is trained. Exit blocks in `folder`, if any, are trained on. `order`: token
+    ids, the most frequent first.
+    """
     config = plan.config
     recipe = plan.recipe
     assert isinstance(config, FinetuneConfig) and recipe is not None
@@ -323,14 +329,23 @@ def _build_module(plan: RunPlan, trainable: Trainable, folder: str | None) -> Re
     backend = trainable.backend
     blocks = None
     if recipe.exit_reader == "block":  # copied from layers before they get adapters
-        stored = NO_BLOCKS
+        stored = NO_STORED_DRAFTERS
         if folder is not None:
-            stored = read_exit_blocks(folder, backend.spec, model.get_parameter)
+            stored = read_stored_drafters(folder, backend.spec, model.get_parameter)
         blocks = new_exit_blocks(backend, [ExitBlock(layer) for layer in recipe.exits], stored)
     if config.lora_rank:
         model = with_lora(model, config)
+    frequent: Sequence[int] = ()
+    if isinstance(model.get_output_embeddings(), nn.Linear):  # not a head with an adapter
+        frequent = order[: recipe.exit_vocab]
     return RecipeModule(
-        model, recipe, config.seed, config.gradient_checkpointing, blocks, trainable.tokenizer
+        model,
+        recipe,
+        config.seed,
+        config.gradient_checkpointing,
+        blocks,
+        trainable.tokenizer,
+        frequent,
     )
 
 

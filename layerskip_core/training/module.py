@@ -3,7 +3,7 @@
 Layers and loss run inside the module's own `forward`, because DDP and FSDP2 act there.
 """
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +12,30 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..checkpoint.folder import EXIT_BLOCKS_FILE, open_weights, quiet_transformers
+from ..checkpoint.model_weights import block_weights
 from ..checkpoint.save import write_model
 from ..checkpoint.sidecars import exit_blocks_content, fingerprint
 from ..config.training import FinetuneConfig
 from ..errors import ConfigError, first_line
-from ..losses import summed_losses, target_rows
+from ..losses import CandidateHead, summed_losses, target_rows
 from ..model import Backend, TransformersBackend
 from ..model.transformers_backend import DocumentRows
-from ..model.weights import block_weights
 from .exit_blocks import MUON_LR, named_weights
 from .progress import require_same_names, restore
-from .recipe import Recipe, RunStep, dropout_rates, exit_weights, exits_on, kept_rows, time_scale
+from .recipe import (
+    Recipe,
+    RunStep,
+    dropout_rates,
+    exit_weights,
+    exits_on,
+    kept_rows,
+    mixed_seed,
+    time_scale,
+)
 from .speedup import SpeedEstimate, exit_speedup
 
 _FP32_ATTENTION = "sdpa_fp32"
+_SAMPLED = 1024  # tokens that stand for those which the exits' losses leave out
 _SHORT = 192  # tokens; longer rows are faster in bf16
 
 
@@ -42,9 +52,11 @@ class RecipeModule(nn.Module):
         recompute: bool = False,
         exit_blocks: nn.ModuleDict | None = None,
         tokenizer: Any = None,
+        frequent: Sequence[int] = (),
     ) -> None:
         """`model`: of transformers or peft. `recompute`: gradient checkpointing. `exit_blocks`: see
-        `new_exit_blocks`. `tokenizer`: saved with the model.
+        `new_exit_blocks`. `tokenizer`: saved with the model. `frequent`: the tokens of
+        `exit_vocab`.
         """
         super().__init__()
         self.model = model
@@ -65,6 +77,7 @@ class RecipeModule(nn.Module):
         # The early exits that are measured, with their names in layerskip.json
         self.names = {layer: str(layer) for layer in early}
         self.exit_blocks = exit_blocks or nn.ModuleDict()
+        self._frequent = torch.tensor(frequent, dtype=torch.long)
 
     def muon(self, lr: float) -> tuple[list[nn.Parameter], float]:
         """As `DrafterModule.muon`: the matrices of exit blocks, whatever their losses weigh."""
@@ -88,6 +101,8 @@ class RecipeModule(nn.Module):
             exits = exits_on(recipe, step.done, step.total, layers)
         states = self._states(input_ids, exits, documents, step)
 
+        _, targets = target_rows(input_ids[..., None], labels)
+        head_of_blocks = self._head_of_blocks(targets, step)
         inputs = []  # of the head, by exit: the states that predict a target
         heads: list[Callable[[Tensor], Tensor]] = []
         for exit_layer in exits:
@@ -96,10 +111,10 @@ class RecipeModule(nn.Module):
                 hidden = with_gradient(hidden, recipe.exit_gradient)
             if str(exit_layer) in self.exit_blocks:
                 hidden = self._through_block(exit_layer, hidden, input_ids, documents)
-                heads.append(self.backend.head)  # a block has a norm of its own
+                heads.append(head_of_blocks)
             else:
                 heads.append(self.backend.unembed)
-            predicting, targets = target_rows(hidden, labels)
+            predicting, _ = target_rows(hidden, labels)
             inputs.append(predicting)
 
         # In evaluation any weight makes agreement counted
@@ -116,6 +131,16 @@ class RecipeModule(nn.Module):
         if not self.training:
             output["agreeing"] = sums[:-1, 2]
         return output
+
+    def _head_of_blocks(self, targets: Tensor, step: RunStep) -> Callable[[Tensor], Tensor]:
+        """The head of exits with a block, which has a norm of its own. In training it may score a
+        part of the vocabulary.
+        """
+        if not self.training or not len(self._frequent):
+            return self.backend.head
+        weight = self.model.get_output_embeddings().weight
+        seed = mixed_seed(self.seed, step.done, step.first_row)
+        return CandidateHead(weight, self._frequent, targets, _SAMPLED, seed)
 
     def _states(
         self,

@@ -14,10 +14,10 @@ from typing import Any, Protocol
 import msgspec
 from torch import Tensor
 
+from ..checkpoint.model_weights import copy_into
 from ..config.training import TrainingConfig
 from ..errors import CheckpointError, ConfigError, plural
 from ..files import discard_folder, remove_leftovers
-from ..model.weights import copy_into
 
 LOSSES = "losses.jsonl"  # the history of a run, in each of its checkpoints
 KEPT_CHECKPOINTS = 2

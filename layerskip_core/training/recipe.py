@@ -21,7 +21,8 @@ from ..config.training import (
     RecipeSettings,
 )
 from ..errors import ConfigError, require
-from ..model.spec import AnySpec
+from ..model.spec import AnySpec, ModelSpec
+from ..model.vocabulary import EXIT_VOCABULARY
 
 _LARGE_VOCABULARY = 8192
 SMALL_MODEL = 50_000_000  # parameters; the paper's learning rates are for models of 1B and more
@@ -55,6 +56,7 @@ class Recipe:
     distill: float = 0.0
     # Share of the gradient of the exits' losses that trains the layers below the exits
     exit_gradient: float = 1.0
+    exit_vocab: int = 0  # the most frequent tokens that the exits' losses score; 0: all tokens
 
 
 @dataclass(frozen=True)
@@ -133,12 +135,17 @@ def learning_rate(preset: Preset, parameters: int, is_lora: bool = False) -> flo
 
 
 def resolve_recipe(
-    settings: RecipeSettings, spec: AnySpec, steps: int, has_blocks: bool = True
+    settings: RecipeSettings,
+    spec: AnySpec,
+    steps: int,
+    has_blocks: bool = True,
+    is_sharded: bool = False,
 ) -> Recipe:
     """The requested settings, completed by the preset for this model and number of steps.
 
     Raises ConfigError for unused settings, exits without any weight, and dropout in a model of one
-    layer or a run of one step. Without `has_blocks` the preset gives exits no blocks.
+    layer or a run of one step. Without `has_blocks` the preset gives exits no blocks;
+    with `is_sharded` their losses score all tokens.
     """
     given = {name: value for name, value in vars(settings).items() if value is not None}
     preset = recipe_preset(settings.preset, spec, steps, has_blocks)
@@ -147,6 +154,9 @@ def resolve_recipe(
     fields = preset | given
     if settings.preset == "auto" and fields.get("exit_reader") == "block":
         fields.setdefault("exit_gradient", exit_gradient(steps))
+        is_large = spec.vocab > 4 * EXIT_VOCABULARY
+        if is_large and _can_score_a_part(spec) and not is_sharded:
+            fields.setdefault("exit_vocab", EXIT_VOCABULARY)
     recipe = Recipe(**fields)
     for exit_layer in recipe.exits:
         require_exit_layer(exit_layer, spec.layers, field="exits")
@@ -154,6 +164,10 @@ def resolve_recipe(
         _require_no_exits(recipe, settings)
     else:
         _require_trained_exits(recipe, spec.layers)
+    if recipe.exit_vocab:
+        can = recipe.exit_reader == "block" and _can_score_a_part(spec)
+        needed = "0 without `exit_reader` block, and for heads that change their products"
+        require(can, "exit_vocab", needed, recipe.exit_vocab)
     if recipe.p_max:  # raises ConfigError for a layer or a step too few
         time_scale(0, steps, recipe.dropout_schedule)
         depth_scale(0, spec.layers)
@@ -161,6 +175,11 @@ def resolve_recipe(
     if recipe.curriculum == "rotational":
         rotation = recipe.rotation or _usual_rotation(len(recipe.exits) or spec.layers, spec.vocab)
     return replace(recipe, rotation=rotation, exits=tuple(sorted(recipe.exits)))
+
+
+def _can_score_a_part(spec: AnySpec) -> bool:
+    """Whether rows of the head's weight give the logits of their tokens."""
+    return isinstance(spec, ModelSpec) and spec.has_plain_head
 
 
 def _require_no_exits(recipe: Recipe, settings: RecipeSettings) -> None:

@@ -30,7 +30,7 @@ from layerskip_core.model import (
     missing_feature,
 )
 from layerskip_core.model.architectures import ARCHITECTURES
-from layerskip_core.model.exit_blocks import NO_BLOCKS, ExitBlock
+from layerskip_core.model.exit_blocks import NO_STORED_DRAFTERS, ExitBlock
 
 LEARNED = {"original_max_position_embeddings": 32}
 ROPES = (
@@ -117,7 +117,7 @@ def shapes(draw, architecture):
         shape |= of({}, {"new_decoder_architecture": True, "num_ln_in_parallel_attn": 2})
         shape["num_kv_heads"] = shape.pop("num_key_value_heads")
     if kind.mixer is not None:
-        kinds = "full_attention", kind.mixer.kind, *(("mlp",) if kind.one_block else ())
+        kinds = "full_attention", kind.mixer.kind, *(("mlp",) if kind.one_sublayer else ())
         listed = [*(of(*kinds) for _ in range(layers - 1)), "full_attention"]
         if architecture == "bamba":
             shape["attn_layer_indices"] = [
@@ -334,14 +334,16 @@ def model_of(kind, exits, scale):
         changes = {"intermediate_size": 64, "hidden_size": 64}
     model = tiny_model(architecture, dtype, **changes)
     packing = PACKING.get(rest)
-    blocks = random_blocks(model, *map(ExitBlock, exits), scale=scale) if exits else NO_BLOCKS
+    blocks = (
+        random_blocks(model, *map(ExitBlock, exits), scale=scale) if exits else NO_STORED_DRAFTERS
+    )
     if backend == "generic":
         return TransformersBackend(model, blocks)
     if backend == "packed":
-        return TorchBackend.of(model, packing, exit_blocks=blocks)
+        return TorchBackend.of(model, packing, stored_drafters=blocks)
     if not can_run_native(ModelSpec.of(model.config), dtype, torch.device("cpu"), packing):
         pytest.skip("no compiled kernels here")
-    return NativeBackend.of(model, packing, exit_blocks=blocks)
+    return NativeBackend.of(model, packing, stored_drafters=blocks)
 
 
 @st.composite

@@ -22,7 +22,7 @@ from layerskip_core.decoding import decode
 from layerskip_core.export.gguf import add_tokenizer
 from layerskip_core.model import ModelSpec, TransformersBackend
 from layerskip_core.model.blocks import plain
-from layerskip_core.model.exit_blocks import MTP, MTP_LAYOUTS, NO_BLOCKS
+from layerskip_core.model.exit_blocks import MTP, MTP_LAYOUTS, NO_STORED_DRAFTERS
 from layerskip_core.model.native.compiled import kernels
 from layerskip_core.model.weights import named_weights
 
@@ -316,7 +316,9 @@ def test_the_drafter_in_the_layer_after_the_last(tmp_path):
     model = written(path := tmp_path / "model.gguf", "qwen3_5_text", drafter=weights, **sizes)
     config = DecodingConfig("mtp", num_draft_tokens=3, max_new_tokens=16)
     prompt = list(range(5, 25))
-    right = rounds_of(TransformersBackend(model, replace(NO_BLOCKS, mtp=made)), prompt, config)
+    right = rounds_of(
+        TransformersBackend(model, replace(NO_STORED_DRAFTERS, mtp=made)), prompt, config
+    )
     assert (
         rounds_of(
             for_decoding(str(path), "cpu", "fp32", UnroundedDrafter()).backend, prompt, config

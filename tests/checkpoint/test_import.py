@@ -43,18 +43,22 @@ def test_a_folder_is_written_in_the_precision_asked_for(checkpoint, tmp_path):
 
 
 @pytest.fixture
-def with_blocks(checkpoint, tmp_path):
+def with_drafter_layers(checkpoint, tmp_path):
     folder = shutil.copytree(checkpoint, tmp_path / "with-blocks")
     add_blocks(folder, ExitBlock(2))
     return folder
 
 
 @pytest.mark.parametrize("dtype", ["auto", "bf16"])
-def test_exit_blocks_go_with_the_weights_that_they_were_trained_for(with_blocks, tmp_path, dtype):
+def test_exit_blocks_go_with_the_weights_that_they_were_trained_for(
+    with_drafter_layers, tmp_path, dtype
+):
     output = tmp_path / "imported"
-    done = run(f"import {with_blocks} --output {output} --dtype {dtype}")
+    done = run(f"import {with_drafter_layers} --output {output} --dtype {dtype}")
     assert done.code == 0 and "left out" not in done.err
-    assert (output / EXIT_BLOCKS_FILE).read_bytes() == (with_blocks / EXIT_BLOCKS_FILE).read_bytes()
+    assert (output / EXIT_BLOCKS_FILE).read_bytes() == (
+        with_drafter_layers / EXIT_BLOCKS_FILE
+    ).read_bytes()
     assert EXIT_BLOCKS_FILE in read_info(output).files and read_info(output).details[
         "exit_blocks"
     ] == {"2": {"agreement": 0.75}}
@@ -80,13 +84,15 @@ def retrained(folder):
         ),
     ],
 )
-def test_exit_blocks_that_cannot_be_kept_are_left_out_aloud(with_blocks, tmp_path, change, reason):
-    change(with_blocks)
+def test_exit_blocks_that_cannot_be_kept_are_left_out_aloud(
+    with_drafter_layers, tmp_path, change, reason
+):
+    change(with_drafter_layers)
     output = tmp_path / "imported"
-    done = run(f"import {with_blocks} --output {output}")
+    done = run(f"import {with_drafter_layers} --output {output}")
     told, wrote = done.err.splitlines()
     assert (
-        told.startswith(f"left out: {with_blocks / EXIT_BLOCKS_FILE} cannot be used: ")
+        told.startswith(f"left out: {with_drafter_layers / EXIT_BLOCKS_FILE} cannot be used: ")
         and reason in told
     )
     assert (done.code, done.out) == (0, "") and wrote.startswith("wrote ")
@@ -257,19 +263,19 @@ def test_a_revision_is_asked_of_the_hub_and_safetensors_are_needed(snapshot, mon
     assert ModelRef.of("team/model").fetched().folder is None
 
 
-def test_an_adapters_weights_are_not_those_of_the_blocks_of_its_base(with_blocks, tmp_path):
+def test_an_adapters_weights_are_not_those_of_the_blocks_of_its_base(with_drafter_layers, tmp_path):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
-    get_peft_model(AutoModelForCausalLM.from_pretrained(with_blocks), config).save_pretrained(
-        tmp_path / "adapter"
-    )
+    get_peft_model(
+        AutoModelForCausalLM.from_pretrained(with_drafter_layers), config
+    ).save_pretrained(tmp_path / "adapter")
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(with_blocks / name, tmp_path / "adapter")
+        shutil.copy(with_drafter_layers / name, tmp_path / "adapter")
     done = run(f"import {tmp_path}/adapter --output {tmp_path}/merged")
     assert done.err.startswith(
-        f"left out: {with_blocks / EXIT_BLOCKS_FILE} cannot be used: it was made from other weights"
+        f"left out: {with_drafter_layers / EXIT_BLOCKS_FILE} cannot be used: it was made from other weights"
     )
     assert done.code == 0 and not (tmp_path / "merged" / EXIT_BLOCKS_FILE).exists()
 

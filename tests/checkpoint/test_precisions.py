@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM
 
 from layerskip_core.checkpoint.folder import EXIT_BLOCKS_FILE
 from layerskip_core.checkpoint.info import CheckpointInfo
+from layerskip_core.checkpoint.model_weights import cast_weights
 from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.checkpoint.save import save_checkpoint
 from layerskip_core.config.model import DataConfig
 from layerskip_core.config.training import FinetuneConfig, RecipeSettings
 from layerskip_core.model import TransformersBackend
-from layerskip_core.model.exit_blocks import NO_BLOCKS, ExitBlock, blocks_named
-from layerskip_core.model.weights import cast_weights
+from layerskip_core.model.exit_blocks import NO_STORED_DRAFTERS, ExitBlock, blocks_named
 from layerskip_core.training.exit_blocks import FrozenExits
 from layerskip_core.training.run import execute, prepare
 
@@ -119,7 +119,7 @@ def test_a_training_keeps_what_no_step_changes(folder, tmp_path):
 def test_a_block_keeps_its_router(model_type):
     model = routed_model(model_type)
     module = FrozenExits(TransformersBackend(model), [ExitBlock(2)])
-    stored = load(module.files(torch.bfloat16, NO_BLOCKS, "")[EXIT_BLOCKS_FILE])
+    stored = load(module.files(torch.bfloat16, NO_STORED_DRAFTERS, "")[EXIT_BLOCKS_FILE])
     assert [block.exit_layer for block in blocks_named(stored, model.config.num_hidden_layers)] == [
         2
     ]

@@ -24,7 +24,7 @@ from layerskip_core.checkpoint.shipped import STALE
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.model import TransformersBackend
-from layerskip_core.model.exit_blocks import MTP, MTP_LAYOUTS, NO_BLOCKS, ExitBlocks
+from layerskip_core.model.exit_blocks import MTP, MTP_LAYOUTS, NO_STORED_DRAFTERS, StoredDrafters
 
 NAMES = {  # those of Qwen/Qwen3.5-0.8B
     *(
@@ -121,7 +121,7 @@ def test_it_is_found_in_a_folder_as_on_the_hub(shipped, tmp_path):
     )
     model = AutoModelForCausalLM.from_pretrained(shipped, dtype=torch.float32)
     ours = TransformersBackend(
-        model.eval(), replace(NO_BLOCKS, mtp=ExitBlocks((MTP,), taken(shipped).get))
+        model.eval(), replace(NO_STORED_DRAFTERS, mtp=StoredDrafters((MTP,), taken(shipped).get))
     )
     decoding = decode(ours, PROMPT, DecodingConfig("mtp", num_draft_tokens=3, max_new_tokens=20))
     assert ids_of(decoding) == ids

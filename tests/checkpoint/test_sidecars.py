@@ -19,7 +19,7 @@ from layerskip_core.checkpoint.folder import EXIT_BLOCKS_FILE, INT4_FILE
 from layerskip_core.checkpoint.info import read_info
 from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.checkpoint.save import refuse_overwrite, save_sidecar, write_info
-from layerskip_core.checkpoint.shipped import read_exit_blocks
+from layerskip_core.checkpoint.shipped import read_stored_drafters
 from layerskip_core.checkpoint.sidecars import (
     content_of,
     exit_blocks_content,
@@ -39,7 +39,7 @@ from layerskip_core.evaluation.measure.sweep import sweep
 from layerskip_core.evaluation.metrics import reference_losses
 from layerskip_core.evaluation.results import RunRecord
 from layerskip_core.evaluation.tasks.task import load_task
-from layerskip_core.model.exit_blocks import NO_BLOCKS, ExitBlock
+from layerskip_core.model.exit_blocks import NO_STORED_DRAFTERS, ExitBlock
 from layerskip_core.model.native.compiled import kernels
 from layerskip_core.training.exit_blocks import FrozenExits
 
@@ -152,7 +152,7 @@ def loaded(checkpoint, tmp_path):
     return for_training(shutil.copytree(checkpoint, tmp_path / "model"), "cpu")
 
 
-def content(loaded, *blocks, present=NO_BLOCKS, factor=1.0):
+def content(loaded, *blocks, present=NO_STORED_DRAFTERS, factor=1.0):
     spec = loaded.backend.spec
     weight_of = loaded.model.get_parameter
     weights = {
@@ -163,11 +163,13 @@ def content(loaded, *blocks, present=NO_BLOCKS, factor=1.0):
 
 
 def read(loaded, folder=None):
-    return read_exit_blocks(folder or loaded.name, loaded.backend.spec, loaded.model.get_parameter)
+    return read_stored_drafters(
+        folder or loaded.name, loaded.backend.spec, loaded.model.get_parameter
+    )
 
 
 def test_exits_follow_from_the_names_whatever_the_precision(loaded):
-    assert read(loaded) is NO_BLOCKS
+    assert read(loaded) is NO_STORED_DRAFTERS
     save_sidecar(loaded.name, EXIT_BLOCKS_FILE, content(loaded, ExitBlock(4), ExitBlock(2)))
     found = read(loaded)
     assert found.blocks == (ExitBlock(2), ExitBlock(4))
@@ -282,16 +284,18 @@ def test_full_depth_stays_as_it_is(checkpoint, tmp_path, prepare, dtype):
 
 def test_exits_with_blocks_are_the_trained_ones(folder, checkpoint):
     adaptive = PackingConfig(adaptive=True)
-    with_blocks, without = (
+    with_drafter_layers, without = (
         for_decoding(name, "cpu", "fp32", adaptive) for name in (folder, checkpoint)
     )
-    assert with_blocks.recommended().exits == (2, 4) and without.recommended().exits == ()
+    assert with_drafter_layers.recommended().exits == (2, 4) and without.recommended().exits == ()
     # No copy of all layers is made to draft with
-    assert list(with_blocks.backend.draft_sides) == [None]
-    nothing_saved = replace(with_blocks, info=replace(with_blocks.info, exit_layer=None))
+    assert list(with_drafter_layers.backend.draft_sides) == [None]
+    nothing_saved = replace(
+        with_drafter_layers, info=replace(with_drafter_layers.info, exit_layer=None)
+    )
     assert nothing_saved.recommended().exit_layer == 2
     told = replace(
-        with_blocks.info,
+        with_drafter_layers.info,
         details={"exit_blocks": {"2": {"agreement": 0.75}, "4": {"agreement": None}}},
     )
     assert told.draft_profile(6).acceptance == {"exit 2": 0.75}

@@ -27,7 +27,7 @@ from layerskip_core.decoding import decode, decode_batch
 from layerskip_core.errors import ConfigError
 from layerskip_core.model import Submodel
 from layerskip_core.model.eagle3 import Eagle3, Eagle3Form, Eagle3Weights
-from layerskip_core.model.exit_blocks import ExitBlocks
+from layerskip_core.model.exit_blocks import StoredDrafters
 from layerskip_core.model.native import compiled
 from layerskip_core.model.native.drafters import NativeEagle3
 from layerskip_core.model.row_cache import RowCache
@@ -64,7 +64,7 @@ def drafter(**norms):
 def stored(**norms):
     made = drafter(**norms)
     weights = {name: made.weight(name).detach() for name in made.form.shapes}
-    return ExitBlocks((), lambda name: None, Eagle3Weights(made.form, made.tokens, weights))
+    return StoredDrafters((), lambda name: None, Eagle3Weights(made.form, made.tokens, weights))
 
 
 @cache
@@ -173,7 +173,7 @@ class OnKernels:
             environment.setenv(compiled.SWITCH, variant)
             model = tiny_model("llama", dtype, **SHAPE)
             self.backend = native_or_skip(
-                model, packing, exit_blocks=ExitBlocks((), lambda name: None, stored)
+                model, packing, stored_drafters=StoredDrafters((), lambda name: None, stored)
             )
         self.like = torch.zeros(0, dtype=torch.float64)
         vocab = self.backend.spec.vocab
@@ -275,7 +275,7 @@ def test_drafts_in_one_call_are_those_of_single_calls(variant, form, precision, 
 )
 def test_its_precision_is_that_of_what_else_drafts(packing, kinds):
     block = native_or_skip(
-        model_of("native"), PackingConfig(**packing), exit_blocks=stored()
+        model_of("native"), PackingConfig(**packing), stored_drafters=stored()
     ).drafters["eagle3"]
     assert (block._fc.matrix.form.kind, block.head.matrix.form.kind) == kinds
     assert {matrix.form.kind for matrix in block._layers.layers[-1].matrices} == {kinds[0]}

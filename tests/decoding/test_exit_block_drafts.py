@@ -40,8 +40,8 @@ def backend_of(kind):
     if kind == "generic":
         return TransformersBackend(model, blocks)
     if kind in ("packed", "exact"):
-        return TorchBackend.of(model, packing, exit_blocks=blocks)
-    return native_or_skip(model, packing, exit_blocks=blocks)
+        return TorchBackend.of(model, packing, stored_drafters=blocks)
+    return native_or_skip(model, packing, stored_drafters=blocks)
 
 
 def first_logits(backend, ids, exit_layer):

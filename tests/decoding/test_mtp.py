@@ -26,7 +26,7 @@ from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.losses import IGNORED
 from layerskip_core.model import Submodel, TransformersBackend
-from layerskip_core.model.exit_blocks import MTP, NO_BLOCKS, ExitBlocks, PlacedMtp
+from layerskip_core.model.exit_blocks import MTP, NO_STORED_DRAFTERS, PlacedMtp, StoredDrafters
 from layerskip_core.training.exit_blocks import FrozenExits
 
 SHAPE = {**WIDE, "max_position_embeddings": 256}
@@ -51,7 +51,8 @@ def weights():
 def backend_of(kind, rounds=False, quantize=None):
     def beside(model):
         return replace(
-            NO_BLOCKS, mtp=ExitBlocks((MTP,), lambda name: weights()[name].to(model.dtype))
+            NO_STORED_DRAFTERS,
+            mtp=StoredDrafters((MTP,), lambda name: weights()[name].to(model.dtype)),
         )
 
     return backend_on(
@@ -235,7 +236,9 @@ def trained():
     labels = texts.masked_fill(torch.arange(LENGTH) < 2, IGNORED)
     _train(drafter.parameters(), lambda: drafter(texts, labels)["loss"] / labels.numel(), 80)
     stored = {name: weight.detach() for name, weight in drafter.weights().items()}
-    return TransformersBackend(model, replace(NO_BLOCKS, mtp=ExitBlocks((MTP,), stored.get))), texts
+    return TransformersBackend(
+        model, replace(NO_STORED_DRAFTERS, mtp=StoredDrafters((MTP,), stored.get))
+    ), texts
 
 
 def _train(parameters, loss_of, steps):

@@ -25,7 +25,7 @@ from layerskip_core.decoding import (
 )
 from layerskip_core.decoding.prefixes import NO_PREFIXES
 from layerskip_core.model import ModelSpec, TorchBackend
-from layerskip_core.model.exit_blocks import NO_BLOCKS, ExitBlock
+from layerskip_core.model.exit_blocks import NO_STORED_DRAFTERS, ExitBlock
 
 SHAPE = {**WIDE, "max_position_embeddings": 256}
 STRATEGIES = {
@@ -127,7 +127,7 @@ def test_exit_blocks_go_on_too(strategy):
     """Their keys and values come from the target's states."""
     model = tiny_model("llama", torch.float32, **SHAPE)
     blocks = random_blocks(model, ExitBlock(2), ExitBlock(4))
-    backend = native_or_skip(model, PackingConfig(), exit_blocks=blocks)
+    backend = native_or_skip(model, PackingConfig(), stored_drafters=blocks)
     exit_layer = int(strategy[-1]) if strategy.startswith("exit") else None
     config = (
         DecodingConfig("self-speculative", exit_layer, 3, 12)
@@ -144,9 +144,9 @@ def test_a_drafter_keeps_its_entry_of_the_token_that_is_rerun(kind, kept):
     after a whole prefill.
     """
     model = tiny_model("llama", torch.float32, **SHAPE)
-    blocks = replace(NO_BLOCKS, eagle3=random_eagle3(ModelSpec.of(model.config)))
+    blocks = replace(NO_STORED_DRAFTERS, eagle3=random_eagle3(ModelSpec.of(model.config)))
     backend = (native_or_skip if kind == "native" else TorchBackend.of)(
-        model, PackingConfig(), exit_blocks=blocks
+        model, PackingConfig(), stored_drafters=blocks
     )
     config = DecodingConfig("eagle3", None, 3, 1)
     first = [*prompt_of(65), 5, 6]

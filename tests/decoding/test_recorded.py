@@ -106,7 +106,7 @@ def test_no_entries_of_a_block_wait_across_a_recorded_pass(gpu):
     """
     tiny = tiny_model(num_hidden_layers=3, max_position_embeddings=128)
     blocks = random_blocks(tiny, ExitBlock(2))
-    model = TorchBackend.of(tiny.to("cuda"), PackingConfig(), exit_blocks=blocks)
+    model = TorchBackend.of(tiny.to("cuda"), PackingConfig(), stored_drafters=blocks)
     loop = DecodingLoop(model, [PROMPT], DRAFTED, drafter=Silent())
     next(loop)
     assert loop.engine.cache.num_unwritten == [len(PROMPT)]
@@ -132,7 +132,7 @@ def test_a_text_that_outgrows_the_cache_is_recorded_anew(
     """A later text goes on with the recordings, but for a short one after a long one: that would
     attend to many places.
     """
-    monkeypatch.setattr(row_cache, "_BLOCK", 16)
+    monkeypatch.setattr(row_cache, "_STRIDE", 16)
     monkeypatch.setattr(row_cache, "_AHEAD", 8)
     monkeypatch.setattr(graphs, "_WORTH_KEEPING", 32)
     long = replace(config, max_new_tokens=40)

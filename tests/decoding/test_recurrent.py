@@ -33,7 +33,7 @@ from layerskip_core.errors import LayerSkipError
 from layerskip_core.model import ModelSpec, NativeBackend
 from layerskip_core.model.exit_blocks import MTP, ExitBlock
 from layerskip_core.model.pages import PAGE
-from layerskip_core.model.weights import int4_of, stored
+from layerskip_core.model.weights import int4_bytes, int4_of
 from layerskip_core.serving import Dispatcher, Request
 
 PRECISIONS = {
@@ -71,7 +71,7 @@ def backend_of(model_type, precision="fp32"):
         blocks = replace(
             blocks, eagle3=random_eagle3(ModelSpec.of(model.config)), mtp=random_blocks(model, MTP)
         )
-    return native_or_skip(model, packing, exit_blocks=blocks)
+    return native_or_skip(model, packing, stored_drafters=blocks)
 
 
 def drafting(name, precision="fp32", drafts=4, **options):
@@ -201,7 +201,7 @@ def test_memories_count_as_pages(model_type):
     pool = backend._pool
     before = backend._pool.used
     cache = backend.new_cache(2)
-    held = pool.pages_of_memory(9 + backend.spec.recurrence.taps - 1)
+    held = pool.pages_of_memory(9 + backend.spec.recurrence.kernel_size - 1)
     pool.most = before + 5 + 2 * held
     assert cache.free_pages([1, PAGE + 1]) == 2
     pool.most = inf
@@ -228,7 +228,7 @@ def test_an_answer_ends_where_the_memory_does(model_type, drafts):
     config = replace(drafting("lookup", ignore_eos=True), num_draft_tokens=drafts)
     config = replace(config, max_new_tokens=1000)
     pool = backend._pool
-    pool.most = pool.used + pool.pages_of_memory(drafts + backend.spec.recurrence.taps) + 1
+    pool.most = pool.used + pool.pages_of_memory(drafts + backend.spec.recurrence.kernel_size) + 1
     try:
         loop = decode(backend, prompt_of(10), config)
         ids = ids_of(loop)
@@ -366,7 +366,7 @@ def test_low_bits_are_those_of_the_weights(model_type):
     assert (actual - expected).std() < 0.1 * expected.std()
     model = tiny_model(model_type, torch.float32, **shape)
     levels = {
-        name: stored(int4_of(model.get_parameter(name).detach())) for name in matrix_names(spec)
+        name: int4_bytes(int4_of(model.get_parameter(name).detach())) for name in matrix_names(spec)
     }
     assert torch.equal(
         logits_of(NativeBackend.of(model, PackingConfig("int4"), None, levels.get), ids), actual

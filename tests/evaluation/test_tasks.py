@@ -276,6 +276,35 @@ def test_humaneval_judges_by_running_the_tests(tmp_path):
     assert task.score([fenced] * 4)["pass@1"].values == (0.0, 1.0)  # one value per problem
 
 
+def test_in_chat_the_first_code_block_of_an_answer_is_the_program(tmp_path):
+    uses_helper = {
+        **problem(1),
+        "prompt": f"import math\n\ndef helper(x):\n    return math.floor(x)\n\n{problem(1)['prompt']}",
+    }
+    chat = PromptingConfig(template="chat")
+    task = load_task(
+        TaskConfig(
+            "humaneval",
+            write_lines(tmp_path / "problems.jsonl", [problem(2), uses_helper]),
+            prompting=chat,
+            allow_code_execution=True,
+        )
+    )
+    head = problem(2)["prompt"].removesuffix("\n")
+    assert head in task.examples[0].prompt and task.template == "chat"
+    block = "Here it is:\n```python\ndef add{0}(x):\n    return {1}\n```\nIt adds.\n```\nadd\n```"
+    answers = [block.format(2, "x + 2"), block.format(1, "helper(x + 1.5)")]
+    assert score(task, answers)["pass@1"] == 1
+    assert score(task, [answers[1], answers[0]])["pass@1"] == 0
+    assert score(task, ["def add2(x):\n    return x + 2", "It cannot be done."])["pass@1"] == 0.5
+
+    file = write_lines(tmp_path / "mbpp.jsonl", [small(number) for number in (2, 3, 4, 11, 511)])
+    task = load_task(TaskConfig("mbpp", file, prompting=chat, allow_code_execution=True))
+    (example,) = task.examples
+    assert "Write f11." in example.prompt and "Write f2." not in example.prompt
+    assert score(task, ["```python\ndef f11():\n    return 11\n```"])["pass@1"] == 1
+
+
 def small(number, **changes):
     row = {
         "task_id": number,

@@ -32,7 +32,7 @@ from layerskip_core.decoding import decode
 from layerskip_core.export.run import cut_config, cut_to_exit, instructions
 from layerskip_core.model import TransformersBackend
 from layerskip_core.model.architectures import SUPPORTED
-from layerskip_core.model.exit_blocks import MTP, MTP_LAYOUTS, NO_BLOCKS, ExitBlock
+from layerskip_core.model.exit_blocks import MTP, MTP_LAYOUTS, NO_STORED_DRAFTERS, ExitBlock
 
 
 @pytest.fixture
@@ -353,7 +353,7 @@ def test_the_draft_is_part_of_the_target(tmp_path):
 
 def test_a_tied_head_stays_tied(tmp_path):
     loaded = tiny("llama", tie_word_embeddings=True)
-    written_logits(cut_to_exit(loaded, 1, NO_BLOCKS), tmp_path)
+    written_logits(cut_to_exit(loaded, 1, NO_STORED_DRAFTERS), tmp_path)
     names = load_file(tmp_path / "model.safetensors").keys()
     assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
     model = AutoModelForCausalLM.from_pretrained(tmp_path)

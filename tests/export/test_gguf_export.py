@@ -28,7 +28,7 @@ from layerskip_core.decoding import decode
 from layerskip_core.errors import CheckpointError
 from layerskip_core.export.gguf import SPLITS, add_tokenizer, write_eagle3, write_gguf
 from layerskip_core.model import TransformersBackend
-from layerskip_core.model.exit_blocks import ExitBlocks
+from layerskip_core.model.exit_blocks import StoredDrafters
 from layerskip_core.model.spec import ModelSpec
 
 LLAMA3 = {
@@ -268,7 +268,7 @@ def test_llama_cpp_accepts_the_same_drafts(model_type, tmp_path):
         "ignore_eos": True,
     }
     found = xllamacpp.Server(settings).handle_completions({"prompt": ids, **request})["__verbose"]
-    backend = TransformersBackend(model, ExitBlocks((), lambda name: None, drafter))
+    backend = TransformersBackend(model, StoredDrafters((), lambda name: None, drafter))
     drafted = decode(backend, ids, DecodingConfig("eagle3", num_draft_tokens=4, max_new_tokens=40))
     assert found["tokens"] == [token for [step] in drafted for token in step.ids] == mine
     assert found["timings"]["draft_n_accepted"] == drafted.stats.accepted > 1

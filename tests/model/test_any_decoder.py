@@ -31,7 +31,7 @@ from layerskip_core.decoding import (
 from layerskip_core.errors import CheckpointError
 from layerskip_core.export.run import cut_to_exit
 from layerskip_core.model import TransformersBackend
-from layerskip_core.model.exit_blocks import NO_BLOCKS, ExitBlock, ExitBlocks
+from layerskip_core.model.exit_blocks import NO_STORED_DRAFTERS, ExitBlock, StoredDrafters
 from layerskip_core.training.exit_blocks import FrozenExits
 from layerskip_core.training.recipe import RunStep
 
@@ -218,7 +218,7 @@ def check_exit_block(model, backend, ids):
     with torch.no_grad():
         for weight in module.parameters():
             weight += 0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
-    decoding = TransformersBackend(model, ExitBlocks((ExitBlock(2),), module.weights().get))
+    decoding = TransformersBackend(model, StoredDrafters((ExitBlock(2),), module.weights().get))
     block = decoding.exit_blocks[2]
     cache = decoding.new_cache(2)
     with torch.no_grad():
@@ -257,9 +257,9 @@ def check_exit(model, backend, ids, folder):
             with pytest.raises(
                 CheckpointError, match=f"exit 2 of tiny is no model of its own: .* {why}"
             ):
-                cut_to_exit(loaded, 2, NO_BLOCKS)
+                cut_to_exit(loaded, 2, NO_STORED_DRAFTERS)
             return
-        written = cut_to_exit(loaded, 2, NO_BLOCKS)
+        written = cut_to_exit(loaded, 2, NO_STORED_DRAFTERS)
         torch.testing.assert_close(
             early, model(input_ids=ids, use_cache=False).logits, rtol=1e-3, atol=1e-4
         )
@@ -332,7 +332,9 @@ def test_an_exit_before_the_first_attention_is_a_model(model_type):
     early = ids_of(
         decode(backend, prompt_of(9), DecodingConfig("early-exit", 1, max_new_tokens=12))
     )
-    written = cut_to_exit(Trainable("tiny", model, backend, None, CheckpointInfo()), 1, NO_BLOCKS)
+    written = cut_to_exit(
+        Trainable("tiny", model, backend, None, CheckpointInfo()), 1, NO_STORED_DRAFTERS
+    )
     assert plainly(TransformersBackend(written), prompt_of(9), 12) == early
 
 

@@ -27,7 +27,7 @@ def backend_of(kind, model, packing, blocks):
     if kind == "generic":
         return TransformersBackend(model, blocks)
     return (native_or_skip if kind == "native" else TorchBackend.of)(
-        model, packing, token_order=ORDER, exit_blocks=blocks
+        model, packing, token_order=ORDER, stored_drafters=blocks
     )
 
 

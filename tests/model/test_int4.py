@@ -7,7 +7,7 @@ from conftest import logits_of, tiny_model
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.model import NativeBackend, TorchBackend
 from layerskip_core.model.native.compiled import kernels
-from layerskip_core.model.weights import Int4, inputs_of, int4_of, stored, stored_shape
+from layerskip_core.model.weights import Int4, inputs_of, int4_bytes, int4_bytes_shape, int4_of
 
 WIDE = {"intermediate_size": 96, "hidden_size": 64}
 BACKENDS = [
@@ -25,7 +25,7 @@ def random_weight(outputs=70, inputs=96):
 def rows_of_bytes(model, change=lambda weight: weight):
     """All projections and the head as rows of bytes, as `take`."""
     made = {
-        name: stored(int4_of(change(parameter.detach())))
+        name: int4_bytes(int4_of(change(parameter.detach())))
         for name, parameter in model.named_parameters()
         if parameter.dim() == 2 and "embed" not in name
     }
@@ -37,10 +37,10 @@ IDS = torch.tensor([[5, 9, 33, 61, 2, 17, 40]])
 
 def test_rows_of_bytes_hold_the_same_numbers():
     weight = int4_of(random_weight())
-    rows = stored(weight)
+    rows = int4_bytes(weight)
     assert (
         rows.dtype == torch.uint8
-        and tuple(rows.shape) == stored_shape(70, 96) == (70, 60)
+        and tuple(rows.shape) == int4_bytes_shape(70, 96) == (70, 60)
         and inputs_of(rows) == 96
     )
     for before, after in zip(weight, int4_of(rows), strict=True):

@@ -153,7 +153,9 @@ def test_exits_draft_among_the_most_frequent_tokens_of_a_large_vocabulary(kind, 
     def model(order, **packing):
         torch_model = tiny_model(**WIDE)
         blocks = random_blocks(torch_model, ExitBlock(2))
-        return kind(torch_model, PackingConfig(**packing), token_order=order, exit_blocks=blocks)
+        return kind(
+            torch_model, PackingConfig(**packing), token_order=order, stored_drafters=blocks
+        )
 
     trimmed = model(order, draft_weights=("int8",))
     for side in trimmed.draft_sides.values():

@@ -10,7 +10,7 @@ from conftest import run_texts, tiny_model
 
 from layerskip_core.losses import IGNORED
 from layerskip_core.model import TransformersBackend
-from layerskip_core.model.exit_blocks import ExitBlock, ExitBlocks
+from layerskip_core.model.exit_blocks import ExitBlock, StoredDrafters
 from layerskip_core.training.exit_blocks import FrozenExits
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11], [12, 13, 14, 15, 16, 16, 16]])
@@ -133,7 +133,7 @@ def test_a_block_gives_the_same_in_training_and_in_decoding(model_type):
     model = tiny_model(model_type, dtype=torch.float32)
     block = ExitBlock(EXIT)
     module = module_of(model, block)
-    decoding = TransformersBackend(model, ExitBlocks((block,), module.weights().get))
+    decoding = TransformersBackend(model, StoredDrafters((block,), module.weights().get))
     (states,), _ = module.states(IDS)
     placed = decoding.exit_blocks[EXIT]
     cache = decoding.new_cache(2)

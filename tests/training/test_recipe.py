@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from layerskip_core.config.training import RecipeSettings
+from layerskip_core.config.training import FinetuneConfig, RecipeSettings
 from layerskip_core.errors import ConfigError
 from layerskip_core.model import TransformersBackend
 from layerskip_core.training.recipe import (
@@ -211,6 +211,27 @@ def test_exits_without_blocks_train_the_layers_below_them():
     assert {resolve_recipe(asked, spec_of(24), 300).exit_gradient for asked in named} == {1.0}
     kept = resolve_recipe(RecipeSettings(), spec_of(24), 300, has_blocks=False)
     assert (kept.exit_reader, kept.exit_gradient) == ("none", 1)
+
+
+def test_exits_with_blocks_score_a_part_of_a_large_vocabulary():
+    def scored(settings=None, vocab=49_152, **keywords):
+        spec = TransformersBackend(tiny_model(vocab_size=vocab)).spec
+        spec = replace(spec, **keywords)
+        return resolve_recipe(settings or RecipeSettings(), spec, 300).exit_vocab
+
+    assert scored() == 4096
+    assert scored(vocab=16_384) == scored(RecipeSettings(exit_reader="none")) == 0
+    assert scored(RecipeSettings("finetune")) == scored(RecipeSettings(exit_vocab=0)) == 0
+    assert scored(logits_cap=30.0) == scored(logits_divisor=2.0) == 0
+    assert scored(RecipeSettings(exit_vocab=64), vocab=1024) == 64
+    for settings, changes in (
+        (RecipeSettings(exit_vocab=64), {"logits_cap": 30.0}),
+        (RecipeSettings(exit_vocab=64, exit_reader="none"), {}),
+    ):
+        with pytest.raises(ConfigError, match="`exit_vocab` must be 0 without `exit_reader` block"):
+            scored(settings, **changes)
+    with pytest.raises(ConfigError, match="`exit_vocab` must be 0 with `fsdp`"):
+        FinetuneConfig(fsdp=True, recipe=RecipeSettings(exit_vocab=64))
 
 
 def test_the_literal_rates_and_constant_ones_of_the_same_mean():

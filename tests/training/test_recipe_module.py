@@ -291,3 +291,41 @@ def test_the_teacher_is_a_constant(llama, monkeypatch):
         seen = [layer.mlp.up_proj.weight.grad is not None for layer in llama.model.layers]
         assert seen == [True] * 3 + [False] * 3
     llama.zero_grad()
+
+
+def test_a_part_of_the_vocabulary_changes_the_exits_losses_alone(monkeypatch):
+    """All candidates: the whole loss. A few: the last layer's loss stays, a step repeats, and
+    evaluation scores all tokens.
+    """
+    ids, labels = batch(4)
+    recipe = RecipeSettings(exits=(2,), distill=0.5, exit_gradient=0.5)
+    step = RunStep(3, 10)
+
+    def outputs(frequent, training=True):
+        module = recipe_module(tiny_model(dtype=torch.float32), recipe, frequent=frequent).train(
+            training
+        )
+        output = module(ids, labels, step)
+        if training:
+            output["loss"].backward()
+        return module, output
+
+    vocabulary = tiny_model().config.vocab_size
+    whole, of_whole = outputs(())
+    every, of_every = outputs(range(vocabulary))
+    torch.testing.assert_close(of_every["per_exit"], of_whole["per_exit"])
+    for (name, weight), expected in zip(every.named_parameters(), whole.parameters(), strict=True):
+        if expected.grad is not None:
+            torch.testing.assert_close(weight.grad, expected.grad, msg=name)
+
+    monkeypatch.setattr(recipe_modules, "_SAMPLED", 5)
+    few = (1, 2)
+    _, of_few = outputs(few)
+    _, again = outputs(few)
+    assert torch.equal(of_few["loss"], again["loss"])
+    assert of_few["per_exit"][0] != of_whole["per_exit"][0]
+    assert of_few["per_exit"][1] == of_whole["per_exit"][1]
+    _, measured = outputs(few, training=False)
+    _, expected = outputs((), training=False)
+    assert torch.equal(measured["per_exit"], expected["per_exit"])
+    assert torch.equal(measured["agreeing"], expected["agreeing"])

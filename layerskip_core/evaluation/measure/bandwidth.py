@@ -45,5 +45,5 @@ def _bytes_read(loaded: Decoder, positions: float) -> float:
         for layer, kind in enumerate(spec.kinds):
             if kind in LAYER_KINDS:
                 seen = min(positions, spec.window_of(kind) or positions)
-                total += 2 * width * spec.of_layer(layer).keys * seen
+                total += 2 * width * spec.of_layer(layer).key_width * seen
     return total

@@ -2,9 +2,11 @@
 2021), by pass@k.
 
 HumanEval's prompts are cut before the final newline, which tokenizers merge with the indentation
-after it. MBPP's prompts have three shots, their solutions between [BEGIN] and [DONE].
+after it. MBPP's prompts have three shots, their solutions between [BEGIN] and [DONE]. By the
+template `chat` both ask for a code block, without shots (as EvalPlus does: Liu et al., 2023).
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cache
@@ -14,6 +16,7 @@ from typing import NamedTuple
 from ...config.evaluation import UNSANDBOXED, TaskConfig
 from ...data import Example, Record
 from ...errors import ConfigError, require
+from ...prompting import CHAT
 from ...splits import TEST, VALIDATION
 from ..metrics import pass_at_k, rouge
 from ..sandbox import LAYERS, run_tests, standing_layers
@@ -27,15 +30,30 @@ _MBPP_STOP = ("[DONE]",)
 _MBPP_SHOTS = 3
 _MBPP_SHOT_IDS = range(2, 11)
 _MBPP_SPLITS = {"test": range(11, 511), "validation": range(511, 601), "train": range(601, 975)}
+_CHAT_FORM = (
+    "Please provide a self-contained Python script that solves the following problem in a markdown "
+    "code block:\n```python\n{prompt}\n```"
+)
+_CODE_BLOCK = re.compile(r"```[\w+-]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
 _NEEDS_FLAG = "pass@k needs `allow_code_execution`, which runs what the model writes; without it the answers get ROUGE-2 only"
 
 
 class _Problem(NamedTuple):
-    """A prompt and its reference answer. The program is `head`, the answer, then `tests`."""
+    """A prompt and its reference answer. The program is `head`, the answer, then `tests`. By the
+    template `chat` it is `preamble`, the answer's first code block, then `tests`.
+    """
 
     example: Example
     head: str
     tests: str
+    preamble: str = ""
+
+    def program(self, answer: str, is_chat: bool) -> str:
+        """What runs before the tests."""
+        if not is_chat:
+            return self.head + answer
+        blocks = _CODE_BLOCK.findall(answer)
+        return self.preamble + (blocks[0] if blocks else answer)
 
 
 def humaneval(config: TaskConfig) -> Task:
@@ -49,7 +67,9 @@ def humaneval(config: TaskConfig) -> Task:
         solution = head[len(prompt) :] + _code(row, "canonical_solution")
         name = _code(row, "entry_point").strip()
         tests = f"{_code(row, 'test')}\ncheck({name})\n"
-        problems.append(_Problem(Example(prompt, solution), head, tests))
+        # Imports and helpers, which an answer in chat may leave out
+        preamble = head[: max(0, head.rfind(f"def {name}("))]
+        problems.append(_Problem(Example(prompt, solution), head, tests, preamble))
     return _task(replace(config, shots=0), problems, BARE, _HUMANEVAL_STOP, notes=notes)
 
 
@@ -59,7 +79,8 @@ def mbpp(config: TaskConfig) -> Task:
     """
     needed = f"one of {', '.join(_MBPP_SPLITS)} for `task` mbpp"
     require(config.split in _MBPP_SPLITS, "split", needed, config.split)
-    count = _MBPP_SHOTS if config.shots is None else config.shots
+    usual = 0 if config.prompting.asked == CHAT else _MBPP_SHOTS
+    count = usual if config.shots is None else config.shots
     source = str(config.data)
     rows = rows_of(source, _MBPP, config.split, name="full")
     if source == _MBPP:
@@ -128,6 +149,10 @@ def _task(
     """A task with `problem_samples` answers per problem."""
     problems = list(rows)
     count = config.problem_samples
+    is_chat = config.prompting.asked == CHAT
+    if is_chat:
+        form = _CHAT_FORM
+        stop = ()  # an answer may have text before its code block
     prompts, template = framed(
         config.prompting.asked, form, BARE, (problem.example for problem in problems), solved
     )
@@ -137,7 +162,7 @@ def _task(
     @cache  # strategies often give the same answer
     def passes(number: int, answer: str) -> bool:
         problem = problems[number]
-        return not run_tests(problem.head + answer, problem.tests)
+        return not run_tests(problem.program(answer, is_chat), problem.tests)
 
     def score(predictions: Sequence[str]) -> dict[str, list[float]]:
         starts = range(0, len(predictions), count)  # of the answers to each problem

@@ -15,7 +15,7 @@ from ...errors import CheckpointError
 from ..backend import Chosen, DraftBlock, DraftKernel, TokenPass, choose_by_head
 from ..configuration import SLIDING
 from ..eagle3 import UNSUITED, Eagle3Weights
-from ..exit_blocks import INPUT_NORMS, MTP, ExitBlocks
+from ..exit_blocks import INPUT_NORMS, MTP, StoredDrafters
 from ..pages import PAGE, PagePool
 from ..repacked import RepackedBackend
 from ..spec import AnySpec, ModelSpec
@@ -65,10 +65,10 @@ def suits_kernels(
         of_layer = spec.of_layer(layer)
         if of_layer.head_dim > _LARGEST_HEAD or of_layer.head_dim % 2:  # bf16 comes in pairs
             return False
-        widths += [of_layer.inner, of_layer.queries]
+        widths += [of_layer.inner, of_layer.query_width]
     recurrence = spec.recurrence
     if recurrence is not None:
-        if recurrence.taps > MOST_TAPS or recurrence.key_dim > LARGEST_KEY:
+        if recurrence.kernel_size > MOST_TAPS or recurrence.key_dim > LARGEST_KEY:
             return False
         widths.append(recurrence.outputs)
     low_bit = packing is not None and bool(packing.quantize or packing.draft_weights)
@@ -87,6 +87,7 @@ class NativeBackend(RepackedBackend):
     """
 
     batch_invariant = True  # without splitting calls
+    row_cost = 0.11
 
     def __init__(
         self,
@@ -118,7 +119,6 @@ class NativeBackend(RepackedBackend):
         if pack is None:
             pack = packed if through is None else through(packed)
         self._pack = pack
-        self._scales = dict[int, float]()  # by layer
         super().__init__(spec, take, *arguments, **options)
         if not compiled.has_cheap_rows:
             # Arithmetic grows with cores, memory bandwidth hardly beyond two
@@ -172,6 +172,12 @@ class NativeBackend(RepackedBackend):
     def _prepare(self, packing: PackingConfig, weights: Weights) -> None:
         self._unrounded = "bf16" if self._embedding.dtype == torch.bfloat16 else "fp32"
         self._engine = Engine(self._kernels, self.spec, self._embedding.dtype)
+        self._layer_scales = [1.0] * self.spec.layers
+        scale = self.spec.architecture.layer_scale
+        if scale is not None:
+            for layer in range(self.spec.layers):
+                name = self.spec.layer_prefix(layer) + scale
+                self._layer_scales[layer] = float(weights.of(name))
         spec = self._chain_spec
         self._inputs = None
         inputs = self.spec.token_inputs
@@ -198,14 +204,17 @@ class NativeBackend(RepackedBackend):
     ) -> NativeLayer:
         # Packed files have no drafters
         pack = self._packed if weights.prefix.startswith(MTP.prefix) else self._pack
-        made = NativeLayer(pack, weights, self._chain_spec, index, low_bits or self._unrounded)
-        like = index if index < self.spec.layers else self.spec.attending[-1]
-        scale = self.spec.architecture.layer_scale
-        if scale and like == index:
-            self._scales[index] = float(weights.of(scale))
-        made.structure.slice = like
-        made.structure.scale = self._scales.get(like, 1.0)
-        return made
+        # An exit block has the scale, and the slice of token inputs, of the layer that it copies
+        copied = index if index < self.spec.layers else self.spec.attending[-1]
+        return NativeLayer(
+            pack,
+            weights,
+            self._chain_spec,
+            index,
+            low_bits or self._unrounded,
+            token_slice=copied,
+            scale=self._layer_scales[copied],
+        )
 
     def _head_of(
         self,
@@ -247,11 +256,11 @@ class NativeBackend(RepackedBackend):
             of_head = (packing.draft_head or "int8") if packing.draft_weights else packing.quantize
         return kind, of_head
 
-    def _drafters(self, exit_blocks: ExitBlocks, packing: PackingConfig) -> dict[str, DraftBlock]:
-        found = super()._drafters(exit_blocks, packing)
-        if exit_blocks.assistant is not None:
+    def _drafters(self, stored: StoredDrafters, packing: PackingConfig) -> dict[str, DraftBlock]:
+        found = super()._drafters(stored, packing)
+        if stored.assistant is not None:
             target = self._target(self.spec, packing)
-            found["mtp"] = NativeAssistant(target, exit_blocks.assistant)
+            found["mtp"] = NativeAssistant(target, stored.assistant)
         return found
 
     def _target(self, spec: ModelSpec, packing: PackingConfig) -> Target:

@@ -14,23 +14,31 @@
 INLINE size_t coded_at(int unit) { return (size_t)(unit / CODED_UNITS) * CODED_BYTES; }
 INLINE size_t coded_bytes(const Matrix *m) { return coded_at(m->inputs / 2); } /* of a panel */
 
-/* Units from..to-1 of a panel, as in bf16. `next`: the first exception at or after them; returns the first after them. */
-INLINE const int64_t *decode(const Matrix *m, int panel, int from, int to, const int64_t *next, char *out) {
+/* Units from..to-1 of a panel: in bf16 or, with `in_parts`, in the form in which rows multiply them, BF16_PARTS units for each.
+ * `next`: the first exception at or after them; returns the first after them. */
+INLINE const int64_t *decode(const Matrix *m, int panel, int from, int to, const int64_t *next, char *out, const int in_parts) {
     const char *w = (const char *)m->weight + (size_t)panel * coded_bytes(m) + coded_at(from);
     const int8_t *high = m->high + 16 * (size_t)panel;
+    const int parts = in_parts ? BF16_PARTS : 1;
     char *unit = out;
     for (int pair = from; pair < to; pair += CODED_UNITS, w += CODED_BYTES) {
-        for (int line = 0; line < CODED_BYTES; line += 64) fetch_line_later(w + SYSTEM_PAGE + line);
+        for (int line = 0; !in_parts && line < CODED_BYTES; line += 64) fetch_line_later(w + SYSTEM_PAGE + line);
         vi codes = i_load(w + 2 * 64);
-        for (int u = 0; u < CODED_UNITS; u++, unit += UNIT) {
+        for (int u = 0; u < CODED_UNITS; u++, unit += parts * UNIT) {
             vi lows = i_load(w + 64 * u), highs = i_lookup(high, codes, u);
-            i_store(unit, i_interleaved(lows, highs, 0)), i_store(unit + 64, i_interleaved(lows, highs, 1));
+            for (int half = 0; half < 2; half++) {
+                vi weights = i_interleaved(lows, highs, half);
+                if (!in_parts) i_store(unit + 64 * half, weights);
+                for (int part = 0; in_parts && part < parts; part++) bf16_store(unit + part * UNIT + 64 * half, bf16_part(weights, part));
+            }
         }
     }
     int64_t first = (int64_t)panel * PANEL * m->inputs + from * 2 * PANEL, end = first + (to - from) * 2 * PANEL;
     for (; *next >> 16 < end; next++) {
+        size_t place = (size_t)((*next >> 16) - first), pair = place / (2 * PANEL), output = place / 2 % PANEL;
+        if (parts == 2) place = 2 * ((2 * pair + place % 2) * PANEL + output) + 1; /* the upper half of an fp32 */
         uint16_t bits = (uint16_t)*next;
-        memcpy(out + 2 * ((*next >> 16) - first), &bits, 2);
+        memcpy(out + 2 * place, &bits, 2);
     }
     return next;
 }
@@ -39,7 +47,7 @@ INLINE const int64_t *decode(const Matrix *m, int panel, int from, int to, const
 static const Matrix *decode_panels(const Matrix *m, int panel, int count, char *room, Matrix *decoded) {
     size_t bytes = (size_t)m->inputs * PANEL * 2;
     for (int p = panel; p < panel + count; p++)
-        decode(m, p, 0, m->inputs / 2, m->exceptions + m->starts[p], room + (size_t)(p - panel) * bytes);
+        decode(m, p, 0, m->inputs / 2, m->exceptions + m->starts[p], room + (size_t)(p - panel) * bytes, 0);
     *decoded = *m;
     decoded->high = NULL, decoded->weight = room - (size_t)panel * bytes; /* rebased to panel 0 */
     decoded->next = (const char *)m->weight + (size_t)count * coded_bytes(m);

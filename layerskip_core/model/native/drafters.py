@@ -15,6 +15,7 @@ of the `chosen` clusters with the best centroids.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor
 from ...config.model import Quantization
 from ..architectures import ARCHITECTURES
 from ..assistant import CENTROIDS, INPUT, ORDER, OUTPUT, Assistant
-from ..backend import Backend, DraftCall, Drafted, Layers
+from ..backend import Backend, DraftBlock, DraftCall, Drafted, Layers
 from ..cache import Places
 from ..configuration import FULL
 from ..eagle3 import FC, HEAD, HIDDEN_NORM, LAYER, NORM, Eagle3Form, Eagle3Weights, frequencies
@@ -77,7 +78,7 @@ class _Matrices:
         return NativeLinear(engine, matrix, norm)
 
 
-class NativeEagle3:
+class NativeEagle3(DraftBlock):
     """PlacedEagle3 on the C kernels."""
 
     needs_feature = True
@@ -93,7 +94,7 @@ class NativeEagle3:
             name: weight.float() for name, weight in rounded.items() if weight.dim() == 1
         }
         weights = Weights(rounded.get, form.shapes)
-        self._spec = spec = _layer_spec(form, target.spec)
+        spec = _layer_spec(form, target.spec)
 
         def ropes(count: int) -> list[tuple[Tensor, Tensor]]:
             angles = torch.outer(torch.arange(count, dtype=torch.float32), frequencies(form))
@@ -118,6 +119,7 @@ class NativeEagle3:
         self._place = place
         self.taps = (0, *form.layers)
         self.vocabulary = DraftVocabulary(spec.vocab, form.vocab, stored.tokens.tolist())
+        self.kernel = partial(_draft_by_layer, self._layers, spec, place, form.norm_output)
 
     def run(self, layers: Layers, states: Tensor, before: Tensor | None, places: Places) -> Tensor:
         return self._layers.run_layers(
@@ -142,12 +144,16 @@ class NativeEagle3:
     def _normed(self, name: str, hidden: Tensor) -> Tensor:
         return F.rms_norm(hidden.float(), hidden.shape[-1:], self._norms[name], self._form.eps)
 
-    def kernel(self, call: DraftCall) -> Drafted:
-        """A `DraftKernel`."""
-        span = ((self._place, self._place + 1),)
-        submodel = replace(call.submodel, block=None, beyond=span)
-        call = replace(call, submodel=submodel, places=call.places.moved(-1))
-        return draft(self._layers, self._spec, call, self._form.norm_output)
+
+def _draft_by_layer(
+    layers: NativeLayers, spec: ModelSpec, layer: int, norms_output: bool, call: DraftCall
+) -> Drafted:
+    """A `DraftKernel` of one layer, which reads the previous token's feature, once the rest is
+    bound.
+    """
+    submodel = replace(call.submodel, block=None, beyond=((layer, layer + 1),))
+    call = replace(call, submodel=submodel, places=call.places.moved(-1))
+    return draft(layers, spec, call, norms_output)
 
 
 def _entries(states: Tensor, before: Tensor | None) -> Tensor:
@@ -183,15 +189,12 @@ def _layer_spec(form: Eagle3Form, spec: ModelSpec) -> ModelSpec:
     )
 
 
-class NativeAssistant:
-    """An assistant on the C kernels, as a PlacedBlock. It writes no KV entries; `run` returns the
-    last layer's output.
+class NativeAssistant(DraftBlock):
+    """An assistant on the C kernels. It writes no KV entries; `run` returns the last layer's
+    output.
     """
 
     needs_feature = True
-    kernel = None
-    vocabulary = None
-    taps: tuple[int, ...] = ()
 
     def __init__(self, target: Target, stored: Assistant) -> None:
         spec = stored.spec
@@ -204,7 +207,7 @@ class NativeAssistant:
                 2 * self._hidden,
                 spec.hidden,
                 spec.inner,
-                *(of_layer.queries for of_layer in of_layers),
+                *(of_layer.query_width for of_layer in of_layers),
             ),
         )
         weights = Weights(
@@ -215,31 +218,36 @@ class NativeAssistant:
         layers = list[NativeLayer | None]()
         for index, of_layer in enumerate(of_layers):
             own = weights.below(spec.layer_prefix(index))
-            layer = NativeLayer(target.pack, own, spec, index, made.layers)
             assert of_layer.source is not None and spec.architecture.layer_scale is not None
-            layer.structure.keys = keys_at(target.spec, of_layer.source)
-            layer.structure.scale = float(own.of(spec.architecture.layer_scale))
+            layer = NativeLayer(
+                target.pack,
+                own,
+                spec,
+                index,
+                made.layers,
+                keys_offset=keys_at(target.spec, of_layer.source),
+                scale=float(own.of(spec.architecture.layer_scale)),
+            )
             layers.append(layer)
         self._layers = NativeLayers(engine, spec, embedding, None, layers, target.pool)
         norm = norm_weights(weights, spec.names.norm, spec)
         self._join = made.linear(engine, weights, INPUT, made.layers)
         self._next = made.linear(engine, weights, OUTPUT, made.layers, norm)
         if stored.clusters:
-            parts = weights.of(CENTROIDS), weights.of(spec.head_name), stored.take(ORDER).long()
-            own_norm = Norm(Affine(norm.weight.float(), None), spec.eps)
-            self.head: NativeLinear | ClusteredHead = ClusteredHead(own_norm, *parts, stored.chosen)
+            self.head = ClusteredHead(
+                Norm(Affine(norm.weight.float(), None), spec.eps),
+                centroids=weights.of(CENTROIDS),
+                table=weights.of(spec.head_name),
+                order=stored.take(ORDER).long(),
+                chosen=stored.chosen,
+            )
         else:
             self.head = made.linear(engine, weights, spec.head_name, made.head, norm)
 
     def run(self, layers: Layers, states: Tensor, before: Tensor | None, places: Places) -> Tensor:
         entered = self._join(_entries(states[..., : self._hidden], before))
         last = Places(places.cache, [max(0, start - 1) for start in places.origins], places.counts)
-        return self._layers.run_layers(entered, 0, self._layers.num_layers, last)
-
-    def write(
-        self, model: Backend, states: Mapping[int, Tensor], before: Tensor | None, places: Places
-    ) -> None:
-        pass
+        return self._layers.run_layers(entered, 0, len(self._layers.layers), last)
 
     def features(
         self, model: Backend, states: Mapping[int, Tensor], finals: Tensor

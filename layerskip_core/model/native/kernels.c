@@ -408,7 +408,7 @@ static void multiply_panels(const Shape *s, const Multiplication *of, Block bloc
     char *room = formed + (size_t)rows * stride; /* see Buffers in layers.py */
     for (int p = from; p < to; p += together) {
         int units = to - p < together ? to - p : together;
-        if (of->matrix->high && turns >= least_turns(m)) m = decode_panels(of->matrix, block.base + p * step, units * step, room, &decoded);
+        if (of->matrix->high && in_tiles(m) && turns >= DECODED_TURNS) m = decode_panels(of->matrix, block.base + p * step, units * step, room, &decoded);
         for (int turn = 0; turn < turns; turn++) {
             int row = turn * most, tile = rows - row < most ? rows - row : most;
             if (in_tiles(m) && tile != shaped) shape_tiles_for(shaped = tile);
@@ -439,7 +439,7 @@ static void multiply_panels(const Shape *s, const Multiplication *of, Block bloc
 
 /* Rows of a product that are converted together: blocks of about the same size. */
 static int rows_of_block(const Matrix *m, int rows) {
-    int most = (int)((m->high ? 4 : 1) * BLOCK_BYTES / form_bytes(m)); /* larger, where each block decodes the panels again */
+    int most = (int)((m->high && in_tiles(m) ? 4 : 1) * BLOCK_BYTES / form_bytes(m)); /* larger, where each block decodes the panels again */
     if (most < LEAST_BLOCK) most = LEAST_BLOCK;
     int blocks = (rows + most - 1) / most;
     return (rows + blocks - 1) / blocks;

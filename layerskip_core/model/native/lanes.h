@@ -41,6 +41,7 @@ INLINE void f_store_row(RowBf16 *p, vf x) { f_store_bf16(p, x); }
 INLINE vf f_load_row(const RowBf16 *p) { return f_load_bf16(p); }
 INLINE Bf16 bf16_part(vi w, int part) { return (void)part, w; }
 INLINE Bf16 bf16_value(const RowBf16 *pair, int part) { return (void)part, i_set(four_bytes(pair)); }
+INLINE void bf16_store(char *p, Bf16 w) { i_store(p, w); }
 #else
 typedef float RowBf16;
 typedef vf Bf16;
@@ -51,6 +52,7 @@ INLINE void f_store_row(RowBf16 *p, vf x) {
 INLINE vf f_load_row(const RowBf16 *p) { return f_load(p); }
 INLINE Bf16 bf16_part(vi w, int part) { return part ? f_second(w) : f_first(w); }
 INLINE Bf16 bf16_value(const RowBf16 *pair, int part) { return f_set(pair[part]); }
+INLINE void bf16_store(char *p, Bf16 w) { f_store((float *)p, w); }
 INLINE vf dot_bf16(vf acc, Bf16 w, Bf16 x) { return f_add_product(acc, x, w); }
 #endif
 

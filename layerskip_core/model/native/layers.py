@@ -3,7 +3,7 @@
 import ctypes
 from array import array
 from collections.abc import Callable, Iterable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -20,15 +20,15 @@ from ..weights import (
     Weights,
     activation_factors,
     affine,
-    block_inputs,
-    block_output,
     expert_inputs,
     expert_outputs,
-    joined,
     layer_norms,
     norm_weights,
     router,
     sinks,
+    stacked,
+    sublayer_inputs,
+    sublayer_output,
 )
 from .compiled import ACTIVATIONS, CCall, CLayer, CNorm, CShape, CTokenInputs, Kernels
 from .matrix import PANEL, MatrixForm, NativeMatrix, PackMatrix
@@ -56,29 +56,15 @@ class Engine:
         self.layer_shapes = {
             head_dim: _shape_of(of_layer, dtype) for head_dim, of_layer in sizes.items()
         }
-        # A block's output needs a buffer of its own only where a norm follows it
-        block_output = spec.hidden if any(spec.architecture.norms[1::2]) else 0
-        chosen, expert = (spec.experts.choices, spec.experts.inner) if spec.experts else (0, 0)
-        inner = max([spec.inner, *(size.inner for size in spec.sizes)])
-        steps = 0
-        inside = max(inner, chosen * expert)
-        mixed = max([spec.queries, *(of_layer.queries for of_layer in sizes.values())])
-        read = max(
-            sum(of_layer.projections("attention").widths)
-            for of_layer in (spec, *map(spec.of_layer, range(spec.layers)))
-        )
-        if (recurrence := spec.recurrence) is not None:
-            read = max(read, sum(recurrence.widths))
-            mixed = max(mixed, recurrence.outputs)
-            steps = 2 * recurrence.heads if recurrence.key_heads else 0  # steps and decays
-        slices = spec.layers * spec.token_width if spec.token_inputs else 0
-        # Of a row in each of the buffers that all layers share
-        self.widths = (read, mixed, inside, block_output, steps, slices)
+        # Floats of a row in each of the buffers that all layers share, by their names in CCall
+        self.widths = _buffer_widths(spec)
+        self.experts = spec.experts
         self.formed_bytes = 0  # of the largest row in the layout that kernels read
+        inner = max([spec.inner, *(size.inner for size in spec.sizes)])
+        expert = 0 if spec.experts is None else spec.experts.inner
         # MTP and EAGLE-3 read two states
-        self.make_room(max(2 * spec.hidden, mixed, inner, expert))
-        self._kept = lru_cache(_KEPT)(Buffers)
-        self._experts = spec.experts
+        self.make_room(max(2 * spec.hidden, self.widths["mixed"], inner, expert))
+        self._kept = lru_cache(_KEPT)(partial(Buffers, self))
         self._rope_length = 0
         self._ropes: Ropes = ropes or (lambda count: cosines_and_sines(spec, count, torch.empty(0)))
         self._rope: list[tuple[Tensor, Tensor]] = []
@@ -98,28 +84,55 @@ class Engine:
         """Buffers for this many rows and the current threads; the next call of that size may reuse
         them.
         """
-        make = self._kept if rows <= KEPT_ROWS else Buffers
-        return make(
-            rows,
-            torch.get_num_threads(),
-            self.widths,
-            self.shape.hidden,
-            self.formed_bytes,
-            self._experts,
-        )
+        threads = torch.get_num_threads()
+        if rows > KEPT_ROWS:
+            return Buffers(self, rows, threads)
+        return self._kept(rows, threads)
 
     def row_bytes(self) -> int:
         """Approximate bytes of a row's activations."""
         states = 2 + int(self.shape.chosen)  # its own, and the outputs of experts
-        return (
-            4 * (sum(self.widths) + states * int(self.shape.hidden))
-            + torch.get_num_threads() * self.formed_bytes
-        )
+        floats = sum(self.widths.values()) + states * int(self.shape.hidden)
+        return 4 * floats + torch.get_num_threads() * self.formed_bytes
+
+
+def _buffer_widths(spec: ModelSpec) -> dict[str, int]:
+    """By the names of buffers in CCall: the floats of a row, for the layer that needs most."""
+    of_layers = [spec, *map(spec.of_layer, range(spec.layers))]
+    widths = dict.fromkeys(("qkv", "mixed", "inside", "block", "steps", "slices"), 0)
+    for of_layer in of_layers:
+        read = sum(of_layer.projections("attention").widths)
+        widths["qkv"] = max(widths["qkv"], read)
+        widths["mixed"] = max(widths["mixed"], of_layer.query_width)
+        widths["inside"] = max(widths["inside"], of_layer.inner)
+    if spec.experts is not None:
+        widths["inside"] = max(widths["inside"], spec.experts.choices * spec.experts.inner)
+    recurrence = spec.recurrence
+    if recurrence is not None:
+        widths["qkv"] = max(widths["qkv"], sum(recurrence.widths))
+        widths["mixed"] = max(widths["mixed"], recurrence.outputs)
+        if recurrence.key_heads:
+            widths["steps"] = 2 * recurrence.heads  # and decays
+    if any(spec.architecture.norms[1::2]):
+        widths["block"] = spec.hidden  # a sublayer's output, where a norm follows it
+    if spec.token_inputs is not None:
+        widths["slices"] = spec.layers * spec.token_width
+    return widths
 
 
 def _shape_of(spec: ModelSpec, dtype: torch.dtype) -> CShape:
     """`dtype`: of the embedding and the cache."""
+    experts = {}
+    if spec.experts is not None:
+        experts = {
+            "experts": spec.experts.count,
+            "chosen": spec.experts.choices,
+            "normalised": spec.experts.normalised,
+            "shared": spec.experts.shared,
+            "gates_shared": spec.experts.gates_shared,
+        }
     return CShape(
+        **experts,
         hidden=spec.hidden,
         heads=spec.heads,
         kv_heads=spec.kv_heads,
@@ -130,11 +143,6 @@ def _shape_of(spec: ModelSpec, dtype: torch.dtype) -> CShape:
         activation=ACTIVATIONS[spec.activation],
         gated=spec.architecture.gated,
         norms_projections=spec.architecture.query_key_norms == "projection",
-        experts=spec.experts.count if spec.experts else 0,
-        chosen=spec.experts.choices if spec.experts else 0,
-        normalised=spec.experts is not None and spec.experts.normalised,
-        shared=spec.experts.shared if spec.experts else 0,
-        gates_shared=spec.experts is not None and spec.experts.gates_shared,
         norms_rotated=spec.architecture.norms_rotated,
         parallel=spec.parallel,
         gates_attention=spec.architecture.gates_attention,
@@ -150,47 +158,25 @@ def _shape_of(spec: ModelSpec, dtype: torch.dtype) -> CShape:
 class Buffers:
     """The buffers of a call over `rows` rows, and its structure with all constant fields."""
 
-    def __init__(
-        self,
-        rows: int,
-        threads: int,
-        widths: tuple[int, ...],
-        hidden: int,
-        formed_bytes: int,
-        experts: ExpertsSpec | None,
-    ) -> None:
-        self._shared = [torch.empty(rows, width) for width in widths]
-        # A hidden state, and all rows as kernels read them; many read two panels in bf16 again and again
-        kept = PANEL if rows > _ROWS_OF_ONE_READ else 0
-        own = -(-(4 * (hidden + 16) + (rows + kept) * formed_bytes) // 64) * 64
-        self._scratch = torch.empty(threads * own, dtype=torch.uint8)
+    def __init__(self, engine: Engine, rows: int, threads: int) -> None:
         self.threads = threads
-        self.call = CCall(rows=rows)
-        for name, part in zip(
-            ("qkv", "mixed", "inside", "block", "steps", "slices"), self._shared, strict=True
-        ):
+        hidden = int(engine.shape.hidden)
+        self._held = {
+            name: torch.empty(rows, width, dtype=torch.float32)
+            for name, width in engine.widths.items()
+        }
+        if engine.experts is not None:
+            self._held |= _routing_buffers(engine.experts, rows, hidden)
+        # A hidden state, and all rows as kernels read them; many read two panels in bf16 again and
+        # again
+        formed = rows
+        if rows > _ROWS_OF_ONE_READ:
+            formed += PANEL
+        own = -(-(4 * (hidden + 16) + formed * engine.formed_bytes) // 64) * 64
+        self._held["scratch"] = torch.empty(threads * own, dtype=torch.uint8)
+        self.call = CCall(rows=rows, scratch_bytes=own)
+        for name, part in self._held.items():
             setattr(self.call, name, part.data_ptr())
-        if experts is not None:
-            choices = rows * experts.choices
-            most = experts.count + experts.shared + 1
-            sizes = dict.fromkeys(("choice_slots", "chosen", "slot_rows"), choices) | {
-                "experts": most,
-                "first_slots": most,
-            }
-            self._routing = {
-                name: torch.empty(size, dtype=torch.int32)
-                for name, size in (sizes | {"used": 1}).items()
-            }
-            sizes = {
-                "logits": rows * (experts.count + experts.gates_shared),
-                "weights": choices,
-                "products": choices * hidden,
-            }
-            self._routing |= {name: torch.empty(size) for name, size in sizes.items()}
-            for name, part in self._routing.items():
-                setattr(self.call, name, part.data_ptr())
-        self.call.scratch = self._scratch.data_ptr()
-        self.call.scratch_bytes = own
         self._logits = torch.empty(0)
         self.read: tuple[Any, ...] = ()  # keeps arrays alive that the next call reads
 
@@ -201,19 +187,46 @@ class Buffers:
         return self._logits
 
 
+def _routing_buffers(experts: ExpertsSpec, rows: int, hidden: int) -> dict[str, Tensor]:
+    """The buffers of mixtures of experts, by their names in CCall."""
+    choices = rows * experts.choices
+    most = experts.count + experts.shared + 1
+    integers = {
+        "choice_slots": choices,
+        "chosen": choices,
+        "slot_rows": choices,
+        "experts": most,
+        "first_slots": most,
+        "used": 1,
+    }
+    floats = {
+        "logits": rows * (experts.count + experts.gates_shared),
+        "weights": choices,
+        "products": choices * hidden,
+    }
+    buffers = {name: torch.empty(size, dtype=torch.int32) for name, size in integers.items()}
+    for name, size in floats.items():
+        buffers[name] = torch.empty(size)
+    return buffers
+
+
 def keys_at(spec: ModelSpec, layer: int) -> int:
     """The offset of a layer's keys in a page."""
-    return sum(2 * PAGE * spec.of_layer(before).keys for before in spec.attending if before < layer)
+    earlier = [spec.of_layer(before) for before in spec.attending if before < layer]
+    return sum(2 * PAGE * of_layer.key_width for of_layer in earlier)
 
 
 class NativeNorm:
     """A norm's weights in fp32, or none, and the C structure with their addresses."""
 
     def __init__(self, norm: Affine | None) -> None:
-        self._parts = [
-            None if part is None else part.float().contiguous() for part in norm or (None, None)
-        ]
-        self.structure = CNorm(*(None if part is None else part.data_ptr() for part in self._parts))
+        self.structure = CNorm()
+        if norm is None:
+            return
+        self._norm = norm = norm.mapped(lambda part: part.float().contiguous())
+        self.structure.weight = norm.weight.data_ptr()
+        if norm.bias is not None:
+            self.structure.bias = norm.bias.data_ptr()
 
 
 class NativeLayer:
@@ -227,14 +240,24 @@ class NativeLayer:
         index: int,
         kind: str,
         feature_norm: Affine | None = None,
+        *,
+        keys_offset: int | None = None,
+        token_slice: int | None = None,
+        scale: float = 1.0,
     ) -> None:
         """`weights`: of this layer; `pack` decides which matrices are read.
 
-        `feature_norm`: for EntryLayers: this norm is of features, the layer's first norm of
-        embeddings.
+        Args:
+            feature_norm: for EntryLayers: this norm is of features, the layer's first norm of
+                embeddings.
+            keys_offset: of the keys in a page; None: by the spec.
+            token_slice: the layer whose part of the token inputs it reads; None: its own.
+            scale: of the layer's output.
         """
-        spec, inputs = spec.of_layer(index), spec.token_inputs
-        source = index if spec.source is None else spec.source
+        inputs = spec.token_inputs
+        spec = spec.of_layer(index)
+        if keys_offset is None:
+            keys_offset = keys_at(spec, index if spec.source is None else spec.source)
         rope = spec.rope_of[index]
         matrices = _layer_matrices(pack, weights, spec, index, kind, feature_norm is not None)
         norms = dict(zip(_NORMS, layer_norms(weights, spec, index), strict=True))
@@ -248,8 +271,11 @@ class NativeLayer:
         if spec.experts_of(index) is not None:
             others["router"], others["router_bias"] = router(weights, spec)
         self._recurrence = None
-        if (first := spec.blocks_of(index)[0]) == "mixer":
+        recurrence, steps = None, None  # addresses
+        first = spec.sublayers_of(index)[0]
+        if first == "mixer":
             self._recurrence = NativeRecurrence(weights, spec, index)
+            recurrence, steps = self._recurrence.addresses
         elif first == "attention":
             others["sinks"] = sinks(weights, spec)
         self.matrices = list(matrices.values())
@@ -257,7 +283,6 @@ class NativeLayer:
         self._others = {
             name: part.float().contiguous() for name, part in others.items() if part is not None
         }
-        recurrence, steps = (None, None) if self._recurrence is None else self._recurrence.addresses
         self.structure = CLayer(
             **{name: matrix.structure for name, matrix in matrices.items()},
             **{name: norm.structure for name, norm in self._norms.items()},
@@ -265,10 +290,10 @@ class NativeLayer:
             rope=-1 if rope is None else rope,
             window=spec.window_of(spec.kinds[index]) or 0,
             bends=(ctypes.c_float * 2)(*activation_factors(weights, spec)),
-            keys=keys_at(spec, source),
+            keys=keys_offset,
             shares=spec.source is not None,
-            slice=index,
-            scale=1.0,
+            slice=index if token_slice is None else token_slice,
+            scale=scale,
             recurrence=recurrence,
             steps=steps,
         )  # NativeLayers sets the shape
@@ -278,48 +303,56 @@ class NativeLayer:
 _NORMS = "before_attention", "after_attention", "before_mlp", "after_mlp", "query", "key"
 
 
+Read = Callable[[], Iterable[Affine]]
+
+
 def _layer_matrices(
     pack: PackMatrix, weights: Weights, spec: ModelSpec, index: int, kind: str, reads_feature: bool
 ) -> dict[str, NativeMatrix]:
     """A layer's matrices by their names in CLayer. `spec`: that of the layer."""
     matrices = dict[str, NativeMatrix]()
-    blocks = spec.blocks_of(index)
+    sublayers = spec.sublayers_of(index)
     biased = spec.mlp_bias
 
-    def add(name: str, form: MatrixForm, read: Callable[[], Iterable[Affine]]) -> None:
+    def add(name: str, form: MatrixForm, read: Read) -> None:
         matrices[name] = pack(f"layers.{index}.{name}", form, read)
 
-    if (first := blocks[0]) != "mlp":
+    first = sublayers[0]
+    if first != "mlp":
         _, widths, mixed, (qkv_bias, output_bias) = spec.projections(first)
         qkv = MatrixForm(kind, spec.hidden * (1 + reads_feature), sum(widths), biased=qkv_bias)
-        add("qkv", qkv, lambda: joined(block_inputs(weights, spec, first), PANEL))
+        add("qkv", qkv, lambda: _filling_panels(sublayer_inputs(weights, spec, first)))
         output = MatrixForm(kind, mixed, spec.hidden, biased=output_bias)
-        add("output", output, lambda: [block_output(weights, spec, first)])
-    if "mlp" in blocks:
+        add("output", output, lambda: [sublayer_output(weights, spec, first)])
+    if "mlp" in sublayers:
+        inner = spec.inner
+        count = 1
+        read_up: Read = partial(sublayer_inputs, weights, spec, "mlp")
+        read_down: Read = lambda: [sublayer_output(weights, spec, "mlp")]  # noqa: E731
         experts = spec.experts_of(index)
-        inner, count = (
-            (experts.inner, experts.count + experts.shared) if experts else (spec.inner, 1)
-        )
-        up = MatrixForm(kind, spec.hidden, inner, 1 + spec.architecture.gated, biased, count)
-        down = MatrixForm(kind, inner, spec.hidden, biased=biased, experts=count)
-        add(
-            "up",
-            up,
-            lambda: expert_inputs(weights, spec) if experts else block_inputs(weights, spec, "mlp"),
-        )
-        add(
-            "down",
-            down,
-            lambda: (
-                expert_outputs(weights, spec) if experts else [block_output(weights, spec, "mlp")]
-            ),
-        )
-    if (inputs := spec.token_inputs) is not None:
+        if experts is not None:
+            inner = experts.inner
+            count = experts.count + experts.shared
+            read_up = partial(expert_inputs, weights, spec)
+            read_down = partial(expert_outputs, weights, spec)
+        alternating = 2 if spec.architecture.gated else 1  # gate and up
+        add("up", MatrixForm(kind, spec.hidden, inner, alternating, biased, count), read_up)
+        add("down", MatrixForm(kind, inner, spec.hidden, biased=biased, experts=count), read_down)
+    inputs = spec.token_inputs
+    if inputs is not None:
         gate = MatrixForm(kind, spec.hidden, spec.token_width)
         add("token_gate", gate, lambda: [affine(weights, inputs.gate, spec)])
         output = MatrixForm(kind, spec.token_width, spec.hidden)
         add("token_output", output, lambda: [affine(weights, inputs.output, spec)])
     return matrices
+
+
+def _filling_panels(projections: Iterable[Affine]) -> list[Affine]:
+    """Projections of the same input unchanged, if all but the last fill panels; else stacked."""
+    parts = list(projections)
+    if all(len(part.weight) % PANEL == 0 for part in parts[:-1]):
+        return parts
+    return [stacked(parts)]
 
 
 class NativeTokenInputs:
@@ -376,9 +409,10 @@ class NativeLayers(RepackedLayers):
         self._pool = pool
         self.inputs = inputs
         self._there = {index for index, layer in enumerate(layers) if layer is not None}
-        self._array = (CLayer * len(layers))(
-            *(CLayer() if layer is None else layer.structure for layer in layers)
-        )
+        self._array = (CLayer * len(layers))()
+        for index, layer in enumerate(layers):
+            if layer is not None:
+                self._array[index] = layer.structure
         for structure, size in zip(self._array, spec.sizes, strict=False):
             structure.shape = ctypes.addressof(engine.layer_shapes[size.head_dim])
 
@@ -401,12 +435,12 @@ class NativeLayers(RepackedLayers):
         self, hidden: Tensor, start: int, end: int, places: Places, only_kv: bool = False
     ) -> Tensor:
         assert self.has(range(start, end))
+        rows = self.numbers(hidden)
         if self.inputs is None:
-            return self.called(self.numbers(hidden), start, end, places, only_kv)
+            return self.called(rows, start, end, places, only_kv)
         tokens = hidden[:, self.spec.hidden :].flatten().long()
-        return self.carrying(
-            self.called(self.numbers(hidden), start, end, places, only_kv, tokens=tokens), tokens
-        )
+        self.called(rows, start, end, places, only_kv, tokens=tokens)
+        return self.carrying(rows, tokens)
 
     def numbers(self, hidden: Tensor) -> Tensor:
         """A copy of hidden states without token ids (N, D), to be changed in place."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..blocks import FORMS, BlockRows, plain
 from ..vocabulary import DraftVocabulary
-from ..weights import GROUP_SIZE, Affine, is_stored
+from ..weights import GROUP_SIZE, Affine, is_int4_bytes
 from .compiled import KINDS, CMatrix, CStoredPanel, Kernels
 
 LAYOUT = 2  # version of the panels, for packed files
@@ -358,7 +358,7 @@ def _source(rows: Tensor) -> int:
     """The kind of weights to pack, in the numbering of the C code."""
     if isinstance(rows, BlockRows):
         return rows.form.code
-    if is_stored(rows):
+    if is_int4_bytes(rows):
         return KINDS.index("int4")
     return KINDS.index("bf16" if rows.dtype == torch.bfloat16 else "fp32")
 

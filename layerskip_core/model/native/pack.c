@@ -48,49 +48,67 @@ static void list_exception(int64_t *found, int64_t place, uint16_t bits) {
     if (at < found[1]) found[2 + at] = place << 16 | bits;
 }
 
-/* The 16 most frequent high bytes of a panel, and the code of each high byte; 16 for those without one. */
-static void choose_codes(const Rows *rows, int n, int8_t *high, uint8_t *codes) {
-    uint32_t counts[4][256] = {{0}};
+/* The 16 most frequent high bytes of a panel; zeros where it has fewer. */
+static void choose_codes(const Rows *rows, int n, uint8_t *high) {
+    uint32_t counts[4][256] = {{0}}; /* apart, so that an addition does not wait for the last */
     for (int lane = 0; lane < PANEL; lane++) {
         const uint8_t *row = (const uint8_t *)rows->row[lane];
-        for (int i = 0; row && i < n; i += 2) counts[i / 2 % 2][row[2 * i + 1]]++, counts[2 + i / 2 % 2][row[2 * i + 3]]++;
+        for (int i = 0; row && i < n; i += 4)
+            for (int k = 0; k < 4; k++) counts[k][row[2 * (i + k) + 1]]++;
         if (!row) counts[0][0] += (uint32_t)n;
     }
-    memset(codes, 16, 256);
+    for (int byte = 0; byte < 256; byte++) counts[0][byte] += counts[1][byte] + counts[2][byte] + counts[3][byte];
     for (int code = 0; code < 16; code++) {
-        uint32_t most = 0;
         int best = 0;
-        for (int byte = 0; byte < 256; byte++) {
-            uint32_t count = counts[0][byte] + counts[1][byte] + counts[2][byte] + counts[3][byte];
-            if (codes[byte] == 16 && count > most) most = count, best = byte;
-        }
-        high[code] = (int8_t)best;
-        if (most) codes[best] = (uint8_t)code;
+        for (int byte = 1; byte < 256; byte++)
+            if (counts[0][byte] > counts[0][best]) best = byte;
+        high[code] = counts[0][best] ? (uint8_t)best : 0, counts[0][best] = 0;
     }
 }
 
-/* Where a weight's bytes stand among 64, by its place in a unit of bf16: what i_interleaved undoes. */
+enum { UNIT_WEIGHTS = 2 * PANEL, UNCODED = 16 };
+
+/* Where a weight's bytes stand among a unit's, by its place in the unit of bf16: what i_interleaved undoes. */
 INLINE int coded_place(int place) { return place % 32 / 8 * 16 + place / 32 * 8 + place % 8; }
 
+/* The low bytes of a unit, and the codes of the others; returns whether some have none. Loops have a fixed length, and become
+ * vectors. */
+static int split_unit(const uint16_t *unit, const uint8_t *high, uint8_t *low, uint8_t *codes) {
+    uint8_t bytes[UNIT_WEIGHTS];
+    for (int first = 0; first < UNIT_WEIGHTS; first += 8)
+        for (int k = 0; k < 8; k++) {
+            low[coded_place(first) + k] = (uint8_t)unit[first + k];
+            bytes[coded_place(first) + k] = (uint8_t)(unit[first + k] >> 8);
+        }
+    memset(codes, UNCODED, UNIT_WEIGHTS);
+    for (uint8_t code = 0; code < 16; code++) {
+        uint8_t byte = high[code];
+        for (int i = 0; i < UNIT_WEIGHTS; i++) codes[i] = bytes[i] == byte ? code : codes[i];
+    }
+    uint8_t all = 0;
+    for (int i = 0; i < UNIT_WEIGHTS; i++) all |= codes[i];
+    return all & UNCODED;
+}
+
 /* `first`: the place of the panel's first weight in the matrix. */
-static void pack_coded(const Rows *rows, int n, int64_t first, int8_t *high, uint8_t *out, int64_t *found) {
-    uint16_t units[16][2 * PANEL];
-    uint8_t codes[256];
-    choose_codes(rows, n, high, codes);
+static void pack_coded(const Rows *rows, int n, int64_t first, uint8_t *high, uint8_t *out, int64_t *found) {
+    uint16_t units[16][UNIT_WEIGHTS];
+    choose_codes(rows, n, high);
     for (int i = 0; i < n && __atomic_load_n(found, __ATOMIC_RELAXED) <= found[1]; i += 32) {
         Rows some;
         for (int lane = 0; lane < PANEL; lane++) some.row[lane] = rows->row[lane] ? rows->row[lane] + 2 * i : NULL;
         pack_as_they_are(&some, 16, (uint32_t *)units);
-        for (int unit = 0; unit < 16; unit++) {
-            int second = unit % CODED_UNITS;
-            uint8_t *low = out + coded_at(i / 2 + unit) + 64 * second, *of_codes = out + coded_at(i / 2 + unit) + 64 * CODED_UNITS;
-            for (int place = 0; place < 2 * PANEL; place++) {
-                uint16_t bits = units[unit][place];
-                int at = coded_place(place), code = codes[bits >> 8];
-                low[at] = (uint8_t)bits;
-                if (code == 16) code = 0, list_exception(found, first + (i / 2 + unit) * 2 * PANEL + place, bits);
-                of_codes[at] = (uint8_t)(second ? of_codes[at] | code << 4 : code);
+        for (int unit = 0; unit < 16; unit += CODED_UNITS, out += CODED_BYTES) {
+            uint8_t codes[CODED_UNITS][UNIT_WEIGHTS];
+            for (int u = 0; u < CODED_UNITS; u++) {
+                int is_whole = !split_unit(units[unit + u], high, out + 64 * u, codes[u]);
+                for (int place = 0; !is_whole && place < UNIT_WEIGHTS; place++) {
+                    uint8_t *code = codes[u] + coded_place(place);
+                    if (*code != UNCODED) continue;
+                    list_exception(found, first + (i / 2 + unit + u) * UNIT_WEIGHTS + place, units[unit + u][place]), *code = 0;
+                }
             }
+            for (int k = 0; k < UNIT_WEIGHTS; k++) out[64 * CODED_UNITS + k] = (uint8_t)(codes[0][k] | codes[1][k] << 4);
         }
     }
 }
@@ -262,7 +280,7 @@ static void pack_panel(const Packing *p, int index) {
     case WIDENED:
     case BF16:
         if (m->high)
-            pack_coded(&rows, n, (int64_t)size, (int8_t *)m->high + 16 * panel, (uint8_t *)m->weight + panel * coded_bytes(m), p->found);
+            pack_coded(&rows, n, (int64_t)size, (uint8_t *)m->high + 16 * panel, (uint8_t *)m->weight + panel * coded_bytes(m), p->found);
         else pack_as_they_are(&rows, n / 2, (uint32_t *)m->weight + size / 2);
         break;
     case INT8:

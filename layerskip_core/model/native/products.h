@@ -1,7 +1,8 @@
 /* Products of panels by a few rows, with sums in registers.
  *
  * CPUs with many registers multiply whole panels, several at once if there are few rows. Others multiply halves of a panel, so
- * that each loaded weight serves more rows; halves alternate in steps of some weights, which stay in the cache.
+ * that each loaded weight serves more rows; halves alternate in steps of some weights, which stay in the cache. All take weights in
+ * 12 bits in such steps, where there are more rows than registers hold sums of.
  */
 #define UNIT 128     /* bytes of a panel that are read at once, a vector for each half */
 #define STEP 64      /* most units of a step by halves */
@@ -10,7 +11,7 @@
 #define LOW_BIT_TURN 5 /* most rows of a turn by low-bit weights, whose sums of groups need registers too */
 #define STORED_TILE (WHOLE_TILE < TILE ? 3 : 4) /* most rows that share a weight of STORED: each has two sums of a group */
 #define SYSTEM_PAGE 4096
-#define TILES 4 /* most tiles of rows that halves of a panel are multiplied by in turn */
+#define TILES 4 /* most tiles of rows that a step is multiplied by in turn */
 
 #include "coded.h"
 #include "tiles.h"
@@ -24,7 +25,7 @@ typedef struct {
     const uint16_t *scale; /* of int4, and of a stored panel */
     const int8_t *steps;   /* of a stored panel */
     const StoredPanel *stored;
-    const Matrix *matrix; /* and the first panel, of bf16 in 12 bits */
+    const Matrix *matrix; /* of bf16 in 12 bits, and the first panel; else NULL */
     int panel;
     const char *x;
     size_t stride; /* bytes from row to row */
@@ -58,7 +59,7 @@ INLINE void fetch(const Operands *o, int p, int unit, const int R, const int H) 
     size_t at = (size_t)(p * o->units + unit) * o->share;
     if (H == 1) {
         fetch_line(o->next + at);
-    } else if (R >= LEAST_TURN && R <= MOST_TURN && o->next) {
+    } else if (R >= LEAST_TURN && o->next) {
         fetch_line_later(o->next + at);
         if (o->share > 64) fetch_line_later(o->next + at + 64);
     } else {
@@ -116,7 +117,7 @@ INLINE void panels_coded(const Operands *o, const int R, const int P) {
     EACH(p, P) exceptions[p] = o->matrix->exceptions + o->matrix->starts[o->panel + p];
     take_sums(acc, o, R, P, 2);
     for (int pair = 0; pair < o->to; pair += CODED_UNITS) {
-        EACH(p, P) exceptions[p] = decode(o->matrix, o->panel + p, pair, pair + CODED_UNITS, exceptions[p], decoded[p]);
+        EACH(p, P) exceptions[p] = decode(o->matrix, o->panel + p, pair, pair + CODED_UNITS, exceptions[p], decoded[p], 0);
         EACH(u, CODED_UNITS) EACH(p, P) add_pair(acc, o, decoded[p] + u * UNIT, pair + u, p, R, 2);
     }
     put_sums(acc, o, R, P, 2);
@@ -294,12 +295,12 @@ INLINE int panels_at_once(int kind, int rows) {
     return kind == STORED ? 1 : rows == 1 ? MOST_PANELS : 4 * rows <= sums ? 2 : 1;
 }
 
-INLINE void panels_by_rows(const Matrix *m, const Operands *o, const int R, const int P, const int H) {
-    switch (is_low_bit(m->kind) && (R > LOW_BIT_TILE || P > panels_at_once(INT8, R)) ? -1 : m->kind) {
+INLINE void panels_by_rows(int kind, const Operands *o, const int R, const int P, const int H) {
+    switch (is_low_bit(kind) && (R > LOW_BIT_TILE || P > panels_at_once(INT8, R)) ? -1 : kind) {
     case FP32: panels_fp32(o, R, P, H); break;
     case WIDENED:
     case BF16:
-        if (H == 2 && m->high) panels_coded(o, R, P);
+        if (H == 2 && o->matrix) panels_coded(o, R, P);
         else panels_bf16(o, R, P, H);
         break;
     case INT8: panels_int8(o, R, P, H); break;
@@ -322,7 +323,7 @@ INLINE Operands operands_of(const Matrix *m, int panel, const char *x, size_t st
     }
     return (Operands){
         .weight = (const char *)m->weight + (size_t)panel * (size_t)units * UNIT,
-        .scale = (const uint16_t *)m->scale + (size_t)panel * (size_t)(n / GROUP) * 2 * PANEL, .matrix = m, .panel = panel,
+        .scale = (const uint16_t *)m->scale + (size_t)panel * (size_t)(n / GROUP) * 2 * PANEL, .matrix = m->high ? m : NULL, .panel = panel,
         .x = x, .stride = stride, .out = out[0][0], .inputs = n, .units = units, .to = units,
     };
 }
@@ -335,22 +336,28 @@ INLINE void whole_panels(
     for (int p = 0, few; p < count; p += few) {
         Operands o = operands_of(m, panel + p, x, stride, out + p);
         if (turn > 0) {
-            size_t bytes = m->next ? coded_bytes(m) : (size_t)o.units * UNIT, part = bytes / (size_t)(turns - 1);
-            o.next = m->next ? m->next + (size_t)panel * bytes : o.weight + (size_t)(count - p) * bytes;
-            o.next += (size_t)((turn - 1) * count + p) * part;
-            o.share = bytes / (size_t)o.units / (size_t)(turns - 1);
+            size_t bytes = (size_t)o.units * UNIT;
+            o.next = o.weight + (size_t)(count - p) * bytes + (size_t)((turn - 1) * count + p) * (bytes / (size_t)(turns - 1));
+            o.share = UNIT / (size_t)(turns - 1);
         }
         few = 1;
         int most = panels_at_once(m->kind, R);
-        if (R == 1 && MOST_PANELS == 4 && most == 4 && count - p >= 4) few = 4, panels_by_rows(m, &o, R, 4, 2);
-        else if (4 * R <= SUMS && most >= 2 && count - p >= 2) few = 2, panels_by_rows(m, &o, R, 2, 2);
-        else panels_by_rows(m, &o, R, 1, 2);
+        if (R == 1 && MOST_PANELS == 4 && most == 4 && count - p >= 4) few = 4, panels_by_rows(m->kind, &o, R, 4, 2);
+        else if (4 * R <= SUMS && most >= 2 && count - p >= 2) few = 2, panels_by_rows(m->kind, &o, R, 2, 2);
+        else panels_by_rows(m->kind, &o, R, 1, 2);
     }
 }
 
-static void half_panel(const Matrix *m, const Operands *o, int rows) {
+enum { DECODED = BF16_PARTS == 1 ? BF16 : FP32 }; /* the kind of weights that were decoded in parts */
+
+/* A step of half a panel; with many registers, of a whole panel in 12 bits. */
+static void step_by_rows(int kind, const Operands *o, int rows) {
+    const int is_half = WHOLE_TILE < TILE;
     switch (rows) {
-#define ROWS(R) case R: if (WHOLE_TILE < TILE && (R > WIDENED_TILE || m->kind == STORED)) panels_by_rows(m, o, R, 1, 1); break;
+#define ROWS(R) case R: \
+        if (is_half && (R > WIDENED_TILE || kind == STORED)) panels_by_rows(kind, o, R, 1, 1); \
+        if (!is_half && !TILED_ROWS && R >= LEAST_TURN) panels_by_rows(DECODED, o, R, 1, 2); \
+        break;
     EACH_ROWS
 #undef ROWS
     }
@@ -361,45 +368,47 @@ INLINE int whole_tile_of(const Matrix *m) {
     return m->kind == FP32 ? WHOLE_TILE : m->kind == STORED && WHOLE_TILE < TILE ? 1 : WIDENED_TILE;
 }
 
-/* A panel by up to TILES tiles of rows. Each half and tile of a step prefetches a part of the next step's weights. */
-static void panel_in_halves(const Matrix *m, int panel, const char *x, size_t stride, int rows, Product *out) {
+/* A panel by up to TILES tiles of rows. Each tile and half of a step prefetches a part of the next step's weights. A step of
+ * weights in 12 bits is decoded once for all rows, to a buffer in the L1 cache. */
+static void panel_in_steps(const Matrix *m, int panel, const char *x, size_t stride, int rows, Product *out) {
+    const int halves = WHOLE_TILE < TILE ? 2 : 1;
     Operands all = operands_of(m, panel, x, stride, out);
-    int tiles = (rows + tile_of(m) - 1) / tile_of(m), turns = 2 * tiles;
+    int tiles = (rows + tile_of(m) - 1) / tile_of(m), turns = halves * tiles;
     int steps = (all.units + STEP - 1) / STEP, group = m->kind == STORED ? all.stored->bits : 8; /* units: one group, or two */
     int few = ((all.units + steps - 1) / steps + group - 1) / group * group;
-    size_t unit = m->high ? CODED_BYTES / CODED_UNITS : UNIT;
-    all.share = (unit + (size_t)turns - 1) / (size_t)turns;
-    _Alignas(64) char decoded[STEP * UNIT];
+    _Alignas(64) char decoded[STEP * BF16_PARTS * UNIT];
     const int64_t *exceptions = m->high ? m->exceptions + m->starts[panel] : NULL;
-    for (all.from = 0; all.from < all.units; all.from = all.to) {
-        all.to = all.units - all.from < few ? all.units : all.from + few;
-        all.next = all.weight + (size_t)all.to * UNIT - (size_t)all.from * all.share; /* rebased to unit 0 */
-        if (m->high) { /* a step is decoded once for all rows */
-            exceptions = decode(m, panel, all.from, all.to, exceptions, decoded);
-            all.weight = decoded - (size_t)all.from * UNIT;
-            all.next = (const char *)m->weight + (size_t)panel * coded_bytes(m) + coded_at(all.to) - (size_t)all.from * all.share;
+    int parts = m->high ? BF16_PARTS : 1, kind = m->high ? DECODED : m->kind;
+    size_t unit = m->high ? CODED_BYTES / CODED_UNITS / BF16_PARTS : UNIT;
+    all.share = (unit + (size_t)turns - 1) / (size_t)turns;
+    for (int from = 0, to; from < all.units; from = to) {
+        to = all.units - from < few ? all.units : from + few;
+        all.from = from * parts, all.to = to * parts;
+        const char *next = all.weight + (size_t)to * UNIT;
+        if (m->high) {
+            exceptions = decode(m, panel, from, to, exceptions, decoded, 1);
+            next = (const char *)m->weight + (size_t)panel * coded_bytes(m) + coded_at(to);
+            all.weight = decoded - (size_t)all.from * UNIT, all.matrix = NULL;
         }
+        all.next = next - (size_t)all.from * all.share; /* rebased to unit 0 */
         for (int turn = 0; turn < turns; turn++) {
             Operands o = all;
-            int half = turn % 2, first = share(rows, turn / 2, tiles), last = share(rows, turn / 2 + 1, tiles);
+            int half = turn % halves, first = share(rows, turn / halves, tiles), last = share(rows, turn / halves + 1, tiles);
             o.weight += 64 * half, o.scale += 16 * half, o.steps += o.steps ? 16 * half : 0;
             o.next += (size_t)(turn * (o.to - o.from)) * o.share;
             o.x += (size_t)first * stride, o.out = out[0][first] + 16 * half;
-            half_panel(m, &o, last - first);
+            step_by_rows(kind, &o, last - first);
         }
     }
 }
-
-/* Turns of rows from which on panels in 12 bits are decoded to memory: each turn decodes in the shadow of tiles. */
-INLINE int least_turns(const Matrix *m) { return in_tiles(m) ? 5 : 2; }
 
 /* Rows in one call of panel_rows: parts of about the same size; of many rows, as many as pairs of whole panels take; with AMX,
  * whole tiles. */
 static int rows_at_once(const Matrix *m, int rows) {
     if (in_tiles(m)) return TILED_ROWS;
-    int most = tile_of(m) * (WHOLE_TILE < TILE ? TILES : 1);
+    int most = tile_of(m) * (WHOLE_TILE < TILE || m->high ? TILES : 1);
     if (rows <= most) return most;
-    if (WHOLE_TILE == TILE && m->kind != STORED)
+    if (WHOLE_TILE == TILE && m->kind != STORED && !m->high)
         most = is_low_bit(m->kind) ? LOW_BIT_TURN : rows > 2 * MOST_TURN ? SUMS / 4 : MOST_TURN;
     int parts = (rows + most - 1) / most;
     return (rows + parts - 1) / parts;
@@ -412,7 +421,7 @@ static void panel_rows(
     if (in_tiles(m) || rows > whole_tile_of(m)) {
         for (int p = 0; p < count; p++)
             if (in_tiles(m)) panel_in_tiles(m, panel + p, x, stride, rows, out[p]);
-            else panel_in_halves(m, panel + p, x, stride, rows, out + p);
+            else panel_in_steps(m, panel + p, x, stride, rows, out + p);
     } else {
         switch (rows) {
 #define ROWS(R) case R: if (R <= WHOLE_TILE) whole_panels(m, panel, count, x, stride, R, turn, turns, out); break;

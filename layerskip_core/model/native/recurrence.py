@@ -4,6 +4,7 @@ import ctypes
 
 import torch
 
+from ..configuration import RecurrenceSpec
 from ..spec import ModelSpec
 from ..weights import Weights, by_key_head, convolution
 from .compiled import CRecurrence
@@ -18,11 +19,11 @@ def memory_of(spec: ModelSpec) -> tuple[int, int, int]:
     """For all recurrent layers of a model: bytes of a text's state, bytes of a slot of its ring,
     and the slots needed.
     """
-    if spec.recurrence is None or spec.architecture.mixer is None:
+    if spec.recurrence is None:
         return 0, 0, 0
-    state, entry = _layer_bytes(spec)
-    count = spec.kinds.count(spec.architecture.mixer.kind)
-    return count * state, count * entry, spec.recurrence.taps
+    state, entry = _layer_bytes(spec.recurrence)
+    count = spec.kinds.count(spec.recurrence.mixer.kind)
+    return count * state, count * entry, spec.recurrence.kernel_size
 
 
 class NativeRecurrence:
@@ -32,8 +33,8 @@ class NativeRecurrence:
 
     def __init__(self, weights: Weights, spec: ModelSpec, index: int) -> None:
         sizes = spec.recurrence
-        mixer = spec.architecture.mixer
-        assert sizes is not None and mixer is not None
+        assert sizes is not None
+        mixer = sizes.mixer
         filters, bias = convolution(weights, spec)
         parts = {"filter": filters.T, "filter_bias": bias}
         steps = [weights.of(f"{name}.weight") for name in mixer.steps]
@@ -52,8 +53,9 @@ class NativeRecurrence:
             name: part.float().contiguous() for name, part in parts.items() if part is not None
         }
         self._steps = torch.cat(steps).float() if steps else None
-        state, entry = (spec.kinds[:index].count(mixer.kind) * size for size in _layer_bytes(spec))
-        keys = sizes.keys
+        earlier = spec.kinds[:index].count(mixer.kind)  # layers of this kind
+        state, entry = _layer_bytes(sizes)
+        keys = sizes.key_width
         outputs = sizes.outputs
         least = 0.0
         most = 1.0
@@ -64,19 +66,19 @@ class NativeRecurrence:
             kind = DELTA
             columns = {"key": keys, "value": 2 * keys, "gate": sizes.channels, "factor": -1}
         else:
-            kind, columns, (least, most) = (
-                DECAY,
-                {"convolved": outputs, "value": outputs, "factor": -1},
-                sizes.limits,
-            )
-            columns |= {
+            kind = DECAY
+            least, most = sizes.limits
+            columns = {
+                "convolved": outputs,
+                "value": outputs,
+                "factor": -1,
                 "key": 2 * outputs,
                 "query": 2 * outputs + keys,
                 "steps": 2 * (outputs + keys),
             }
         self._structure = CRecurrence(
             kind=kind,
-            taps=sizes.taps,
+            taps=sizes.kernel_size,
             channels=sizes.channels,
             width=sum(sizes.widths),
             **columns,
@@ -89,30 +91,26 @@ class NativeRecurrence:
             eps=spec.eps,
             least_step=least,
             most_step=most,
-            state=state,
-            entry=entry,
+            state=earlier * state,
+            entry=earlier * entry,
             **{name: part.data_ptr() for name, part in self._parts.items()},
         )
 
     @property
     def addresses(self) -> tuple[int, int | None]:
         """The addresses of the structure, and of the projections of its steps, if it has any."""
-        return ctypes.addressof(
-            self._structure
-        ), None if self._steps is None else self._steps.data_ptr()
+        steps = None if self._steps is None else self._steps.data_ptr()
+        return ctypes.addressof(self._structure), steps
 
 
-def _layer_bytes(spec: ModelSpec) -> tuple[int, int]:
+def _layer_bytes(sizes: RecurrenceSpec) -> tuple[int, int]:
     """Bytes of a layer in a text's state and in a slot of its ring, as in recurrence.h."""
-    sizes = spec.recurrence
-    assert sizes is not None
     inputs = _in_vectors(sizes.channels)
     values = sizes.heads * _in_vectors(sizes.value_dim)
     if not sizes.key_heads:
         return 0, 4 * inputs
-    return 64 + 4 * values * sizes.key_dim, 4 * (
-        inputs + _in_vectors(sizes.heads) + _in_vectors(sizes.keys) + values
-    )
+    update = inputs + _in_vectors(sizes.heads) + _in_vectors(sizes.key_width) + values
+    return 64 + 4 * values * sizes.key_dim, 4 * update
 
 
 def _in_vectors(floats: int) -> int:

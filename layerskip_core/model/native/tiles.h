@@ -11,6 +11,7 @@
 
 #define TILE_ROWS 16
 #define TILED_ROWS 32 /* of a product: a tile of weights, once loaded, serves two tiles of rows */
+#define DECODED_TURNS 5 /* products from which on panels in 12 bits are decoded to memory: fewer decode in the shadow of tiles */
 #define MOST_ROWS TILED_ROWS
 #define AHEAD 2048 /* bytes to prefetch ahead: past the end of a panel, the next one's weights */
 
@@ -51,7 +52,7 @@ INLINE void panel_by_tiles(
     const size_t step = 32 * PANEL, row_bytes = 4 * PANEL; /* of two inputs' weights, and of a row of sums */
     _Alignas(64) uint16_t decoded[2][32 * PANEL];
     const int64_t *exceptions = NULL;
-    if (coded) exceptions = decode(coded, panel, 0, 16, coded->exceptions + coded->starts[panel], (char *)decoded[0]);
+    if (coded) exceptions = decode(coded, panel, 0, 16, coded->exceptions + coded->starts[panel], (char *)decoded[0], 0);
     _tile_zero(0);
     _tile_zero(1);
     if (two) {
@@ -62,7 +63,7 @@ INLINE void panel_by_tiles(
         if (coded) {
             int place = i / 32 % 2, unit = i / 2 + 16;
             w = decoded[place];
-            if (i + 32 < n) exceptions = decode(coded, panel, unit, unit + 16, exceptions, (char *)decoded[1 - place]);
+            if (i + 32 < n) exceptions = decode(coded, panel, unit, unit + 16, exceptions, (char *)decoded[1 - place], 0);
             write_all_memory(decoded);
         } else if (next) {
             for (size_t k = 0; k < coded_at(16); k += 64) fetch_line_later(next + k);
@@ -107,7 +108,8 @@ static void panel_in_tiles(const Matrix *m, int panel, const char *x, size_t str
 #else
 
 #define TILED_ROWS 0
-#define MOST_ROWS (WHOLE_TILE < TILE ? TILES * TILE : TILE) /* see panel_in_halves */
+#define DECODED_TURNS 0 /* none are */
+#define MOST_ROWS (TILES * TILE) /* see panel_in_steps */
 
 INLINE int tiles_supported(void) { return 1; } /* none are needed */
 INLINE int in_tiles(const Matrix *m) { return (void)m, 0; }
