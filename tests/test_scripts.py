@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 from command_line import measure_little
-from forks import import_once
+from forks import hasten, import_once
 
 pytestmark = pytest.mark.slow
 
@@ -98,6 +98,7 @@ def fewer(model, command, *arguments):
 
 def _work(connection, model):
     """In a fork: the work of one client, on its streams and in its folder."""
+    hasten()
     request, descriptors, *_ = socket.recv_fds(connection, 1 << 16, 3)
     folder, os.environ["PATH"], name, *given = json.loads(request)
     for number, descriptor in enumerate(descriptors):

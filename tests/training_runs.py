@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import as_on_this_cpu, tiny_model
-from forks import import_once
+from forks import hasten, import_once
 from safetensors.torch import load_file
 
 from layerskip_core.checkpoint.info import CheckpointInfo
@@ -61,6 +61,7 @@ def in_processes(function, processes, folder, *arguments):
 
 
 def _connected(rank, processes, folder, function, arguments):
+    hasten()
     torch.set_num_threads(1)
     os.environ |= {
         "RANK": str(rank),
