@@ -187,9 +187,14 @@ class NativeBackend(RepackedBackend):
             sizes, self._embedding.dtype, memory_of(spec), spec.window if slides else None
         )
 
+    @property
+    def in_12_bits(self) -> bool:
+        """Whether bf16 weights are in 12 bits."""
+        return any(matrix.form.exceptions is not None for matrix in self._matrices)
+
     def _described(self, packing: PackingConfig) -> str:
         precision: str | None = packing.quantize or ("as stored" if self._stored else None)
-        if precision is None and any(m.form.exceptions is not None for m in self._matrices):
+        if precision is None and self.in_12_bits:
             precision = "bf16 in 12 bits"
         return f"native ({', '.join(filter(None, (self._kernels.variant, precision)))}){packing.drafting}"
 

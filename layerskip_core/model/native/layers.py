@@ -36,7 +36,7 @@ from .recurrence import NativeRecurrence
 
 KEPT_ROWS = 64  # most rows of a call whose buffers are kept
 _KEPT = 16  # row counts whose buffers are kept
-_ROWS_OF_ONE_READ = 8  # kernels decode weights once for these, in steps
+_ROWS_OF_ONE_READ = 32  # AMX decodes weights for these without keeping them
 
 
 Ropes = Callable[[int], list[tuple[Tensor, Tensor]]]
@@ -160,7 +160,7 @@ class Buffers:
         experts: ExpertsSpec | None,
     ) -> None:
         self._shared = [torch.empty(rows, width) for width in widths]
-        # A hidden state, and all rows as kernels read them; many read two panels in bf16 again and again
+        # A hidden state, and all rows as kernels read them; many read two decoded panels again
         kept = PANEL if rows > _ROWS_OF_ONE_READ else 0
         own = -(-(4 * (hidden + 16) + (rows + kept) * formed_bytes) // 64) * 64
         self._scratch = torch.empty(threads * own, dtype=torch.uint8)
