@@ -14,7 +14,7 @@ from layerskip_core.config.options import Flag
 from layerskip_core.errors import LayerSkipError, plural
 
 from .console import ResultsConsole, narrate, stage_bars
-from .loading import FreeThreads, load_model
+from .loading import FreeThreads, load_model, offer_calibration
 
 if TYPE_CHECKING:
     from layerskip_core.checkpoint.loaded import Decoder
@@ -51,6 +51,7 @@ def load(config: "MeasurementConfig", log_samples: bool = False) -> "tuple[Decod
     strategies = getattr(config, "strategies", ()) or ("adaptive",)
     packing = replace(config.packing, adaptive="adaptive" in strategies)
     loaded = load_model(config.model, config.machine, packing)
+    offer_calibration(loaded)
     finish_writing()
     if not harness:
         # So that a bad template is one error, not one per prompt

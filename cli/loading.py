@@ -1,6 +1,7 @@
 """Sets CPU threads and loads the model as a command's flags say."""
 
 import math
+import shlex
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -65,6 +66,15 @@ def load_model(
         narrate(note)
     use_threads(machine.threads, loaded)
     return loaded
+
+
+def offer_calibration(loaded: "Decoder") -> None:
+    """Says what `layerskip calibrate` would gain, if the model was not calibrated."""
+    if loaded.gains_by_calibration:
+        narrate(
+            "int4 drafts would be 1.1 to 1.2 times as fast as these in int8; once, a minute for 135M parameters: "
+            f"layerskip calibrate --model {shlex.quote(loaded.name)}"
+        )
 
 
 @dataclass(frozen=True)

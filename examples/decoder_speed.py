@@ -5,7 +5,7 @@ each part.
     int8|int4]
 
     rows      all layers and the head over several tokens: the model's weights, and low-bit copies
-    bits      the same over bf16 weights in 16 and in 12 bits, and over a prompt of 512 tokens
+    bits      the same over bf16 weights in 16 and in 12 bits, and over prompts of 512 and 2,048 tokens
     rounds    one drafted token at --exit, by the model's own layers and by an int4 copy
     context   one token after 2,048 tokens of context, relative to 128
     prefill   the first token of prompts of 128, 512 and 2,048 tokens, against transformers' generate
@@ -33,6 +33,7 @@ from layerskip_core.model.vocabulary import most_probable
 
 IDS = 256  # random tokens come from the first ids, which every model has
 ROWS = (1, 2, 4, 7, 9, 16)
+BITS_ROWS = (1, 2, 4, 8, 16, 33, 512, 2048)  # the last two as in prompts
 PROMPTS = (128, 512, 2048)
 Runs = dict[str, Callable[[], object]]
 
@@ -84,7 +85,8 @@ def bits(arguments: argparse.Namespace) -> Runs:
     for name, least in (("16 bits", 1 << 60), ("12 bits", 0)):
         native.LEAST_CODED = least
         backends[name] = load(arguments).backend
-    for count in (*ROWS, 512):
+    most = next(iter(backends.values())).spec.context - 64
+    for count in (count for count in BITS_ROWS if count <= most):
         for name, backend in backends.items():
             runs[f"{name}, {count} rows"] = one_pass(backend, filled_cache(backend, 64), count, 64)
     return runs

@@ -23,7 +23,7 @@ from layerskip_core.files import parse_json
 
 from .. import console
 from ..console import narrate
-from ..loading import DecoderFlags, load_to_decode
+from ..loading import DecoderFlags, load_to_decode, offer_calibration
 from ..options import Prompt, command
 
 if TYPE_CHECKING:
@@ -311,6 +311,7 @@ def _narrate_stats(
 
     narrate(bandwidth_text(bandwidth(loaded, plain_step(loaded))))
     narrate(stats_text(total, loaded, config.policy))
+    offer_calibration(loaded)
     is_fixed = config.strategy == "self-speculative" and config.policy is None
     if is_fixed and total.rounds and batch_size == 1:
         speed = speed_of(loaded, total)

@@ -83,6 +83,8 @@ class Decoder:
     template: PromptTemplate
     notes: tuple[str, ...] = ()  # for the user
     generation: object = None  # generation_config.json as attributes
+    # Whether calibrated int4 weights, which it lacks, would draft faster than its int8 copy
+    gains_by_calibration: bool = False
 
     def with_template(self, asked: str | None, system: str | None) -> "Decoder":
         """The same model with another template; see `resolve_template`."""

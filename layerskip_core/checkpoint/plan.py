@@ -37,6 +37,7 @@ class LoadPlan:
         packing: with the low-bit copies of policies and of adaptive drafting.
         stored_drafters: the exit blocks and drafters.
         int4: calibrated weights, if the packing uses int4.
+        uncalibrated: an int8 copy drafts, because the model has no calibrated int4 weights.
     """
 
     source: Source
@@ -46,6 +47,7 @@ class LoadPlan:
     info: CheckpointInfo
     int4: Take | None = None
     notes: tuple[str, ...] = ()  # for the user
+    uncalibrated: bool = False
 
 
 def with_policies(
@@ -122,6 +124,7 @@ def resolve(source: Source, memory: float) -> LoadPlan:
         info,
         take_int4,
         (*notes, *blocks.notes),
+        uncalibrated=wants_copy and int4 is None and packing.draft_weights == ("int8",),
     )
 
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import pytest
 from command_line import LISTING_MODULES, Result, fails, finish, refused, run, start
+from exit_block_models import add_int4
 
 from layerskip_core.checkpoint.info import CheckpointInfo
 from layerskip_core.checkpoint.loaded import decoder_of
@@ -21,6 +22,7 @@ from layerskip_core.checkpoint.save import write_info
 from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.decoding.dialogue import TextStream
 from layerskip_core.evaluation.measure import passes
+from layerskip_core.model import native
 
 PROMPT = "wake me up"
 PLAIN = DecodingConfig("autoregressive", max_new_tokens=20)
@@ -104,6 +106,28 @@ def test_a_depth_for_each_token(generate, expected):
         (2 * first + 4 * second + 6 * last) / 20, abs=0.01
     )
     assert mean == pytest.approx(answer["mean_layers"], abs=0.051)
+
+
+@pytest.mark.skipif(
+    native.kernels() is None or not native.kernels().codes_bf16, reason="no weights in 12 bits here"
+)
+def test_calibration_is_offered_where_it_would_gain(wide, monkeypatch):
+    common = f"--model {wide} --dtype bf16 --max-new-tokens 4 --threads 1 --no-cache"
+    bench = (
+        "bench",
+        common,
+        "--strategies autoregressive,adaptive --samples 1 --repeats 1 --task jsonl --data",
+    )
+    (wide / "rows.jsonl").write_text('{"prompt": "wake me up"}\n')
+    offer = f"layerskip calibrate --model {wide}\n"
+    told = lambda: offer in run("generate", PROMPT, common, "--stats").err  # noqa: E731
+    assert not told()  # a model that may live in the caches
+    monkeypatch.setattr(native, "LEAST_CODED", 0)
+    assert told()
+    assert offer in run(*bench, str(wide / "rows.jsonl")).err
+    assert offer not in run("generate", PROMPT, common).err
+    add_int4(wide)
+    assert not told()
 
 
 def test_stats_are_on_stderr(generate, expected):

@@ -197,7 +197,13 @@ class NativeBackend(RepackedBackend):
             sizes, self._embedding.dtype, memory_of(spec), spec.window if slides else None
         )
 
+    @property
+    def in_12_bits(self) -> bool:
+        """Whether bf16 weights are in 12 bits."""
+        return any(matrix.form.exceptions is not None for matrix in self._matrices)
+
     def _described(self, packing: PackingConfig) -> str:
+<<<<<<< HEAD
         precision = ""
         if packing.quantize is not None:
             precision = f", {packing.quantize}"
@@ -206,6 +212,12 @@ class NativeBackend(RepackedBackend):
         elif any(matrix.form.exceptions is not None for matrix in self._matrices):
             precision = ", bf16 in 12 bits"
         return f"native ({self._kernels.variant}{precision}){packing.drafting}"
+=======
+        precision: str | None = packing.quantize or ("as stored" if self._stored else None)
+        if precision is None and self.in_12_bits:
+            precision = "bf16 in 12 bits"
+        return f"native ({', '.join(filter(None, (self._kernels.variant, precision)))}){packing.drafting}"
+>>>>>>> wk
 
     def _layer(
         self, weights: Weights, index: int, low_bits: Quantization | None, exact: bool

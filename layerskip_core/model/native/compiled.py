@@ -65,7 +65,7 @@ _PROCESSORS = {
 }
 _NEEDS = _CPU_FLAGS.get(_PROCESSORS.get((sys.platform, platform.machine()), ""), {})
 VARIANTS = tuple(_NEEDS)  # for this machine's processor
-INTERFACE = 31  # version of the functions and structures in kernels.c
+INTERFACE = 32  # version of the functions and structures in kernels.c
 _OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 SWITCH = "LAYERSKIP_KERNELS"  # environment variable: a variant, or `torch` for none
 _FALLBACK = (
@@ -81,7 +81,7 @@ def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
 class CMatrix(Structure):
     _fields_ = [
         *_fields(c_int32, "kind inputs outputs panels"),
-        *_fields(c_void_p, "weight scale bias high exceptions starts next"),
+        *_fields(c_void_p, "weight scale bias high exceptions starts room"),
     ]
 
 

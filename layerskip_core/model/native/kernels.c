@@ -30,7 +30,7 @@ typedef struct {
     const int8_t *high; /* of bf16 weights in 12 bits, see decode; else NULL */
     const int64_t *exceptions;
     const int32_t *starts; /* by panel, its first exception */
-    const char *next; /* of decoded panels: what is decoded after panel 0; else NULL */
+    char *room; /* where tiles leave decoded panels, from panel 0 on; NULL: nowhere */
 } Matrix;
 
 /* A panel of weights (level - offset) * scale + minimum, exactly as in the GGUF file. In K types a group's scale or minimum is
@@ -404,12 +404,17 @@ static void multiply_panels(const Shape *s, const Multiplication *of, Block bloc
     if (together < 1) together = 1;
     Product product[MOST_PANELS];
     int turns = (rows + most - 1) / most;
-    Matrix decoded = *m;
-    char *room = formed + (size_t)rows * stride; /* see Buffers in layers.py */
+    Matrix coded = *m, decoded = *m; /* of tiles in several turns, of which the first decodes */
+    int decodes = m->high && in_tiles(m) && turns > 1;
+    decoded.high = NULL;
     for (int p = from; p < to; p += together) {
         int units = to - p < together ? to - p : together;
-        if (of->matrix->high && in_tiles(m) && turns >= DECODED_TURNS) m = decode_panels(of->matrix, block.base + p * step, units * step, room, &decoded);
+        if (decodes) { /* behind the rows, see Buffers in layers.py */
+            coded.room = formed + (size_t)rows * stride - (size_t)(block.base + p * step) * PANEL * 2 * (size_t)m->inputs;
+            decoded.weight = coded.room;
+        }
         for (int turn = 0; turn < turns; turn++) {
+            if (decodes) m = turn ? &decoded : &coded;
             int row = turn * most, tile = rows - row < most ? rows - row : most;
             if (in_tiles(m) && tile != shaped) shape_tiles_for(shaped = tile);
             panel_rows(m, block.base + p * step, units * step, formed + (size_t)row * stride, stride, tile, turn, turns, product);
@@ -929,7 +934,7 @@ void layerskip_use_openmp(void *parallel_, void *number, void *count) {
 }
 
 /* Version of the functions and structures that compiled.py uses: raise it whenever they change. */
-int layerskip_interface(void) { return 31; }
+int layerskip_interface(void) { return 32; }
 
 /* Bytes of a structure, by its index in compiled.STRUCTURES; after the last, of a Passage. */
 int layerskip_size_of(int structure) {

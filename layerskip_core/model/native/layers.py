@@ -36,7 +36,7 @@ from .recurrence import NativeRecurrence
 
 KEPT_ROWS = 64  # most rows of a call whose buffers are kept
 _KEPT = 16  # row counts whose buffers are kept
-_ROWS_OF_ONE_READ = 8  # kernels decode weights once for these, in steps
+_ROWS_OF_ONE_READ = 32  # AMX decodes weights for these without keeping them
 
 
 Ropes = Callable[[int], list[tuple[Tensor, Tensor]]]
@@ -167,8 +167,7 @@ class Buffers:
         }
         if engine.experts is not None:
             self._held |= _routing_buffers(engine.experts, rows, hidden)
-        # A hidden state, and all rows as kernels read them; many read two panels in bf16 again and
-        # again
+        # A hidden state, and all rows as kernels read them; many read two decoded panels again
         formed = rows
         if rows > _ROWS_OF_ONE_READ:
             formed += PANEL

@@ -48,8 +48,10 @@ static void list_exception(int64_t *found, int64_t place, uint16_t bits) {
     if (at < found[1]) found[2 + at] = place << 16 | bits;
 }
 
-/* The 16 most frequent high bytes of a panel; zeros where it has fewer. */
-static void choose_codes(const Rows *rows, int n, uint8_t *high) {
+enum { UNIT_WEIGHTS = 2 * PANEL, UNCODED = 16 };
+
+/* The 16 most frequent high bytes of a panel, and the code of each high byte. */
+static void choose_codes(const Rows *rows, int n, uint8_t *high, uint8_t *codes) {
     uint32_t counts[4][256] = {{0}}; /* apart, so that an addition does not wait for the last */
     for (int lane = 0; lane < PANEL; lane++) {
         const uint8_t *row = (const uint8_t *)rows->row[lane];
@@ -58,57 +60,49 @@ static void choose_codes(const Rows *rows, int n, uint8_t *high) {
         if (!row) counts[0][0] += (uint32_t)n;
     }
     for (int byte = 0; byte < 256; byte++) counts[0][byte] += counts[1][byte] + counts[2][byte] + counts[3][byte];
-    for (int code = 0; code < 16; code++) {
+    memset(codes, UNCODED, 256);
+    for (uint8_t code = 0; code < 16; code++) {
         int best = 0;
         for (int byte = 1; byte < 256; byte++)
             if (counts[0][byte] > counts[0][best]) best = byte;
-        high[code] = counts[0][best] ? (uint8_t)best : 0, counts[0][best] = 0;
+        high[code] = (uint8_t)best;
+        if (counts[0][best]) codes[best] = code, counts[0][best] = 0;
     }
 }
 
-enum { UNIT_WEIGHTS = 2 * PANEL, UNCODED = 16 };
-
-/* Where a weight's bytes stand among a unit's, by its place in the unit of bf16: what i_interleaved undoes. */
+/* Where a weight's bytes stand among a unit's, by its place in the unit of bf16, in runs of eight: what i_interleaved undoes. */
 INLINE int coded_place(int place) { return place % 32 / 8 * 16 + place / 32 * 8 + place % 8; }
 
-/* The low bytes of a unit, and the codes of the others; returns whether some have none. Loops have a fixed length, and become
- * vectors. */
-static int split_unit(const uint16_t *unit, const uint8_t *high, uint8_t *low, uint8_t *codes) {
-    uint8_t bytes[UNIT_WEIGHTS];
-    for (int first = 0; first < UNIT_WEIGHTS; first += 8)
-        for (int k = 0; k < 8; k++) {
-            low[coded_place(first) + k] = (uint8_t)unit[first + k];
-            bytes[coded_place(first) + k] = (uint8_t)(unit[first + k] >> 8);
-        }
-    memset(codes, UNCODED, UNIT_WEIGHTS);
-    for (uint8_t code = 0; code < 16; code++) {
-        uint8_t byte = high[code];
-        for (int i = 0; i < UNIT_WEIGHTS; i++) codes[i] = bytes[i] == byte ? code : codes[i];
-    }
-    uint8_t all = 0;
-    for (int i = 0; i < UNIT_WEIGHTS; i++) all |= codes[i];
+/* The low bytes of a unit, and the codes of the others, UNCODED for exceptions; returns whether there are any. */
+static int split_unit(const uint16_t *unit, const uint8_t *codes, uint8_t *low, uint8_t *coded) {
+    uint8_t lows[UNIT_WEIGHTS], found[UNIT_WEIGHTS], all = 0;
+    for (int i = 0; i < UNIT_WEIGHTS; i++) lows[i] = (uint8_t)unit[i];
+    for (int i = 0; i < UNIT_WEIGHTS; i++) found[i] = codes[unit[i] >> 8];
+    for (int i = 0; i < UNIT_WEIGHTS; i++) all |= found[i];
+    for (int i = 0; i < UNIT_WEIGHTS; i += 8) memcpy(low + coded_place(i), lows + i, 8), memcpy(coded + coded_place(i), found + i, 8);
     return all & UNCODED;
 }
 
 /* `first`: the place of the panel's first weight in the matrix. */
 static void pack_coded(const Rows *rows, int n, int64_t first, uint8_t *high, uint8_t *out, int64_t *found) {
     uint16_t units[16][UNIT_WEIGHTS];
-    choose_codes(rows, n, high);
+    uint8_t codes[256];
+    choose_codes(rows, n, high, codes);
     for (int i = 0; i < n && __atomic_load_n(found, __ATOMIC_RELAXED) <= found[1]; i += 32) {
         Rows some;
         for (int lane = 0; lane < PANEL; lane++) some.row[lane] = rows->row[lane] ? rows->row[lane] + 2 * i : NULL;
         pack_as_they_are(&some, 16, (uint32_t *)units);
         for (int unit = 0; unit < 16; unit += CODED_UNITS, out += CODED_BYTES) {
-            uint8_t codes[CODED_UNITS][UNIT_WEIGHTS];
+            uint8_t coded[CODED_UNITS][UNIT_WEIGHTS];
             for (int u = 0; u < CODED_UNITS; u++) {
-                int is_whole = !split_unit(units[unit + u], high, out + 64 * u, codes[u]);
-                for (int place = 0; !is_whole && place < UNIT_WEIGHTS; place++) {
-                    uint8_t *code = codes[u] + coded_place(place);
+                int has_exceptions = split_unit(units[unit + u], codes, out + 64 * u, coded[u]);
+                for (int place = 0; has_exceptions && place < UNIT_WEIGHTS; place++) {
+                    uint8_t *code = coded[u] + coded_place(place);
                     if (*code != UNCODED) continue;
                     list_exception(found, first + (i / 2 + unit + u) * UNIT_WEIGHTS + place, units[unit + u][place]), *code = 0;
                 }
             }
-            for (int k = 0; k < UNIT_WEIGHTS; k++) out[64 * CODED_UNITS + k] = (uint8_t)(codes[0][k] | codes[1][k] << 4);
+            for (int k = 0; k < UNIT_WEIGHTS; k++) out[64 * CODED_UNITS + k] = (uint8_t)(coded[0][k] | coded[1][k] << 4);
         }
     }
 }
@@ -314,6 +308,6 @@ void layerskip_pack(
 
 /* All panels of a matrix in 12 bits, in bf16. */
 void layerskip_decode(const Matrix *m, int panels, char *out) {
-    Matrix decoded;
-    decode_panels(m, 0, panels, out, &decoded);
+    size_t bytes = (size_t)m->inputs * PANEL * 2;
+    for (int p = 0; p < panels; p++, out += bytes) decode(m, p, 0, m->inputs / 2, m->exceptions + m->starts[p], out, 0);
 }

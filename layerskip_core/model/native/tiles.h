@@ -11,7 +11,6 @@
 
 #define TILE_ROWS 16
 #define TILED_ROWS 32 /* of a product: a tile of weights, once loaded, serves two tiles of rows */
-#define DECODED_TURNS 5 /* products from which on panels in 12 bits are decoded to memory: fewer decode in the shadow of tiles */
 #define MOST_ROWS TILED_ROWS
 #define AHEAD 2048 /* bytes to prefetch ahead: past the end of a panel, the next one's weights */
 
@@ -43,31 +42,30 @@ static void shape_tiles(int upper, int lower) {
 
 INLINE void release_tiles(void) { _tile_release(); }
 
-/* A panel by the rows x; `two`: more than TILE_ROWS. `coded`: the matrix and panel in 12 bits, of which each step's weights are
- * decoded one step before: a tile is not read from the CPU's queue of stores. `next`: see Matrix. */
+/* A panel w by the rows x; `two`: more than TILE_ROWS. `coded`: the matrix and panel in 12 bits, of which each step's weights are
+ * decoded one step before, in the shadow of tiles (a tile is not read from the CPU's queue of stores): to w, or where that is NULL
+ * to a buffer of two steps. */
 INLINE void panel_by_tiles(
-    const uint16_t *w, int n, const char *x, size_t stride, const int two, const Matrix *coded, int panel, const char *next,
-    float (*out)[PANEL]
+    uint16_t *w, int n, const char *x, size_t stride, const int two, const Matrix *coded, int panel, float (*out)[PANEL]
 ) {
     const size_t step = 32 * PANEL, row_bytes = 4 * PANEL; /* of two inputs' weights, and of a row of sums */
-    _Alignas(64) uint16_t decoded[2][32 * PANEL];
+    _Alignas(64) uint16_t decoded[2 * 32 * PANEL];
     const int64_t *exceptions = NULL;
-    if (coded) exceptions = decode(coded, panel, 0, 16, coded->exceptions + coded->starts[panel], (char *)decoded[0], 0);
+    int back = coded && !w; /* each second step is decoded to where the one before the last was */
+    if (back) w = decoded;
+    if (coded) exceptions = decode(coded, panel, 0, 16, coded->exceptions + coded->starts[panel], (char *)w, 0);
     _tile_zero(0);
     _tile_zero(1);
     if (two) {
         _tile_zero(2);
         _tile_zero(3);
     }
-    for (int i = 0; i < n; i += 32, w += step, x += 64) {
+    for (int i = 0; i < n; i += 32, x += 64) {
+        uint16_t *next = back && i / 32 % 2 ? w - step : w + step;
         if (coded) {
-            int place = i / 32 % 2, unit = i / 2 + 16;
-            w = decoded[place];
-            if (i + 32 < n) exceptions = decode(coded, panel, unit, unit + 16, exceptions, (char *)decoded[1 - place], 0);
-            write_all_memory(decoded);
-        } else if (next) {
-            for (size_t k = 0; k < coded_at(16); k += 64) fetch_line_later(next + k);
-            next += coded_at(16);
+            int unit = i / 2 + 16;
+            if (i + 32 < n) exceptions = decode(coded, panel, unit, unit + 16, exceptions, (char *)next, 0);
+            write_all_memory(w);
         } else {
             for (size_t k = 0; k < step; k += 32) fetch_line((const char *)(w + k) + AHEAD);
         }
@@ -76,6 +74,7 @@ INLINE void panel_by_tiles(
         _tile_loadd(7, w + 32, row_bytes);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
+        w = next;
         if (!two) continue;
         _tile_loadd(5, x + TILE_ROWS * stride, stride);
         _tile_dpbf16ps(2, 5, 6);
@@ -96,19 +95,18 @@ static void shape_tiles_for(int rows) {
 
 /* A panel of a matrix by the rows x, for whose number the tiles were shaped. */
 static void panel_in_tiles(const Matrix *m, int panel, const char *x, size_t stride, int rows, float (*out)[PANEL]) {
-    const uint16_t *w = (const uint16_t *)m->weight + (size_t)panel * PANEL * (size_t)m->inputs;
-    const char *next = m->next ? m->next + (size_t)panel * coded_bytes(m) : NULL;
+    char *panels = m->high ? m->room : (char *)m->weight;
+    uint16_t *w = panels ? (uint16_t *)(panels + (size_t)panel * PANEL * 2 * (size_t)m->inputs) : NULL;
     write_all_memory(out);
-    if (m->high && rows > TILE_ROWS) panel_by_tiles(NULL, m->inputs, x, stride, 1, m, panel, NULL, out);
-    else if (m->high) panel_by_tiles(NULL, m->inputs, x, stride, 0, m, panel, NULL, out);
-    else if (rows > TILE_ROWS) panel_by_tiles(w, m->inputs, x, stride, 1, NULL, 0, next, out);
-    else panel_by_tiles(w, m->inputs, x, stride, 0, NULL, 0, next, out);
+    if (m->high && rows > TILE_ROWS) panel_by_tiles(w, m->inputs, x, stride, 1, m, panel, out);
+    else if (m->high) panel_by_tiles(w, m->inputs, x, stride, 0, m, panel, out);
+    else if (rows > TILE_ROWS) panel_by_tiles(w, m->inputs, x, stride, 1, NULL, 0, out);
+    else panel_by_tiles(w, m->inputs, x, stride, 0, NULL, 0, out);
 }
 
 #else
 
 #define TILED_ROWS 0
-#define DECODED_TURNS 0 /* none are */
 #define MOST_ROWS (TILES * TILE) /* see panel_in_steps */
 
 INLINE int tiles_supported(void) { return 1; } /* none are needed */
