@@ -19,8 +19,18 @@ from cli.main import main
 
 ROOT = Path(__file__).parent.parent
 COMMAND = (sys.executable, "-m", "cli")
-_LISTING = "import sys; from cli.main import main\ntry: main()\nfinally: print(*sys.modules, file=sys.stderr)"
-# At the end it prints the names of all loaded modules to stderr
+_LISTING = """
+import shlex, sys
+from cli.main import main
+for line in sys.stdin.read().splitlines():
+    sys.argv = ["layerskip", *shlex.split(line)]
+    try:
+        main()
+    except SystemExit:
+        pass
+print(*sys.modules, file=sys.stderr)
+"""
+# Runs the commands in its lines, and prints the names of all loaded modules to stderr
 LISTING_MODULES = (sys.executable, "-c", _LISTING)
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}
 

@@ -2,7 +2,7 @@
 # Sets up an environment, then runs lint, the tests and, beside them, types, the wheel in an empty environment, the plugin for vLLM.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-echo 'About 17 minutes on two cores: an environment, lint, and 4,900 tests beside types, the wheel and the plugin for vLLM.'
+echo 'About 12 minutes on two cores: an environment, lint, and 4,900 tests beside types, the wheel and the plugin for vLLM.'
 . examples/environment.sh '[dev,gguf,llama-cpp,lm-eval]'
 
 # The kernels are optional, so a failed build does not fail an installation; here it fails the script.
@@ -60,9 +60,6 @@ check_wheel() { # built and installed into an empty environment, it does the mai
     grep -q '^\[IN:CREATE_REMINDER .* call .* mom .* at 5 .*\]$' answer.txt
     printf 'remind me to call mom at 5' | "$layerskip" generate --strategy autoregressive | diff - answer.txt
     "$layerskip" finetune --steps 3 --batch-size 2 --output tiny
-    "$layerskip" train-drafter --answers data --steps 2 --batch-size 2 --output frozen
-    "$layerskip" generate --model frozen 'wake me up' --max-new-tokens 4 >/dev/null
-    "$layerskip" calibrate --model tiny --samples 2
     "$layerskip" sweep-exits --model tiny --samples 2 --exits 6,12 --specs 4 --max-new-tokens 16 --output sweep >/dev/null
     "$layerskip" inspect 'wake me up' --max-new-tokens 2 --output sweep/inspect.html >/dev/null
     grep -q '<tbody>' sweep/report.html && grep -q '<tbody>' sweep/inspect.html && grep -q '<section' sweep/answers.html # templates

@@ -131,6 +131,7 @@ def shapes(draw, architecture):
             "mamba_n_heads": 2,
             "mamba_d_state": of(8, 5, 64),
             "mamba_d_conv": of(4, 1, 2),
+            "mamba_chunk_size": of(16, 4),
         }
         shape["mamba_proj_bias"] = draw(st.booleans())
     if architecture == "granitemoehybrid":
@@ -151,6 +152,7 @@ def shapes(draw, architecture):
         shape |= {
             "mamba_head_dim": of(16, 7, 40),
             "conv_kernel": of(4, 1, 2),
+            "chunk_size": of(16, 4),
             "time_step_min": 1e-9,
         }
     if architecture == "lfm2":

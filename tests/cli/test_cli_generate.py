@@ -387,7 +387,7 @@ def test_no_standard_input_at_all_is_wrong_usage():
 @pytest.mark.slow
 def test_generating_loads_nothing_of_training(checkpoint, expected):
     arguments = f"generate --model {checkpoint} --max-new-tokens 20 --dtype fp32"
-    result = finish(start(arguments, command=LISTING_MODULES), stdin=PROMPT)
+    result = finish(start(command=LISTING_MODULES), stdin=f"{arguments} '{PROMPT}'")
     assert (result.code, result.out) == (0, expected() + "\n")
     modules = set(result.err.split())
     assert "torch" in modules
