@@ -203,21 +203,14 @@ class NativeBackend(RepackedBackend):
         return any(matrix.form.exceptions is not None for matrix in self._matrices)
 
     def _described(self, packing: PackingConfig) -> str:
-<<<<<<< HEAD
         precision = ""
         if packing.quantize is not None:
             precision = f", {packing.quantize}"
         elif self._stored is not None:
             precision = ", as stored"
-        elif any(matrix.form.exceptions is not None for matrix in self._matrices):
+        elif self.in_12_bits:
             precision = ", bf16 in 12 bits"
         return f"native ({self._kernels.variant}{precision}){packing.drafting}"
-=======
-        precision: str | None = packing.quantize or ("as stored" if self._stored else None)
-        if precision is None and self.in_12_bits:
-            precision = "bf16 in 12 bits"
-        return f"native ({', '.join(filter(None, (self._kernels.variant, precision)))}){packing.drafting}"
->>>>>>> wk
 
     def _layer(
         self, weights: Weights, index: int, low_bits: Quantization | None, exact: bool
