@@ -425,21 +425,25 @@ def random_table(seed):
     return torch.randn(3, 8, VOCABULARY, VOCABULARY, generator=generator, dtype=torch.double)
 
 
+def p_value_on(table, config, joint, draws):
+    """The p-value of as many answers under their exact joint distribution."""
+    loop = DecodingLoop(TableModel(table), [[3]] * draws, config, seeds=range(draws))
+    list(loop)
+    return p_value_of([tuple(row.output) for row in loop.rows], joint)
+
+
 def test_sampled_output_follows_the_target_s_joint_distribution():
     """Four tokens: one from the prefill, three from a round of up to two drafts and, after
     rejections, of fewer.
     """
     table = random_table(1)
     config = DecodingConfig("self-speculative", 1, 3, NEW, temperature=1.2, top_k=4, top_p=0.9)
-    draws = 800
-    loop = DecodingLoop(TableModel(table), [[3]] * draws, config, seeds=range(draws))
-    list(loop)
     joint = joint_of(
         lambda ids: probabilities(table[2, len(ids), ids[-1] if ids else 3], config),
         NEW,
         VOCABULARY,
     )
-    assert p_value_of([tuple(row.output) for row in loop.rows], joint) > 1e-3
+    assert p_value_on(table, config, joint, 800) > 1e-3
 
 
 def test_sampling_is_repeatable_by_its_seed(backend):
