@@ -319,8 +319,10 @@ class Engine:
                 committed.append(each.num_tokens)
                 row.num_computed_tokens += each.num_tokens
             else:
-                committed.append(len(ids))
+                # Of a row that a stop string ends, not all verified tokens stay
+                before = row.num_computed_tokens
                 row.num_computed_tokens = len(row.ids) - 1
+                committed.append(row.num_computed_tokens - before)
         if self.target.block_writer is not None:
             self.target.block_writer.commit(
                 self.cache, plan.bounds, committed, self._num_computed_tokens

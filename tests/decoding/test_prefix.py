@@ -10,7 +10,7 @@ from math import inf
 import pytest
 import torch
 from conftest import tiny_model
-from decodings import WIDE, entries, ids_of, native_or_skip, prompt_of
+from decodings import WIDE, answer_of, entries, ids_of, letters, native_or_skip, prompt_of
 from exit_block_models import random_blocks, random_eagle3
 
 from layerskip_core.config.decoding import DecodingConfig
@@ -24,7 +24,7 @@ from layerskip_core.decoding import (
     without_failure,
 )
 from layerskip_core.decoding.prefixes import NO_PREFIXES
-from layerskip_core.model import ModelSpec, TorchBackend
+from layerskip_core.model import ModelSpec, TorchBackend, TransformersBackend
 from layerskip_core.model.exit_blocks import NO_STORED_DRAFTERS, ExitBlock
 
 SHAPE = {**WIDE, "max_position_embeddings": 256}
@@ -135,6 +135,22 @@ def test_exit_blocks_go_on_too(strategy):
         else settings_of("adaptive")
     )
     assert assert_same_bits(backend, config, None if strategy == "adaptive" else 6) == [0, 20, 117]
+
+
+def test_a_stop_string_within_accepted_drafts_ends_the_entries_of_blocks_too():
+    """Verified tokens after it are not part of the text that is kept."""
+    model = tiny_model("gemma3_text", torch.float64, sliding_window=5)
+    backend = TransformersBackend(model, random_blocks(model, ExitBlock(1)))
+    plain = DecodingConfig("autoregressive", max_new_tokens=12)
+    known = answer_of(backend, [3], plain)[0]
+    drafting = DecodingConfig("self-speculative", 1, 2, 12)
+    assert answer_of(backend, [3], drafting)[2].accepted > 0
+    for length in (1, 2, 3):
+        config = replace(drafting, stop=(letters(known[:length]),))
+        expected = answer_of(backend, [3], config)[0]
+        prefixes = of_turns()
+        for _ in range(2):
+            assert answer_of(backend, [3], config, prefixes=prefixes)[0] == expected
 
 
 @pytest.mark.parametrize("kept", ["a conversation", "shared"])
