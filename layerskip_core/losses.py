@@ -18,6 +18,8 @@ class CandidateHead:
     and a random sample that stands for all others.
 
     The softmax of its logits estimates that over all tokens (sampled softmax: Jean et al., 2015).
+    Its weights are not trained: estimated gradients in the head cost 1.4 points of exact match in
+    100 steps of SmolLM2, and no first draft was right more often.
     """
 
     def __init__(
@@ -43,11 +45,11 @@ class CandidateHead:
         self._ids = ids.to(weight.device)
         self._places = places.to(weight.device)
         self._offsets = offsets.to(weight.device)
-        self.weight = weight[self._ids]
+        self._weight = weight.detach()[self._ids]
 
     def __call__(self, states: Tensor) -> Tensor:
         """The head's inputs (N, D) to logits of the candidates."""
-        return F.linear(states, self.weight) + self._offsets
+        return F.linear(states, self._weight) + self._offsets
 
     def part_of(self, logits: Tensor) -> Tensor:
         """From logits (N, V) those of the candidates."""
@@ -113,9 +115,7 @@ def summed_losses(
             detached = logits.detach()
             wanted = None if targets is None else targets[chunk]
             aim = reference
-            own_weight = None
             if isinstance(head, CandidateHead):
-                own_weight = head.weight
                 wanted = None if wanted is None else head.places(wanted)
                 aim = None if aim is None else head.part_of(aim)
             losses, slope = _losses(detached, wanted, aim, weights[index], trains[index])
@@ -123,7 +123,7 @@ def summed_losses(
             if reference is not None and not torch.is_grad_enabled():
                 sums[index, 2] += (detached.argmax(-1) == reference.argmax(-1)).sum()
             if slope is not None:
-                gradients[index][chunk], of_weights = _backward(logits, slope, part, own_weight)
+                gradients[index][chunk], of_weights = _backward(logits, slope, part)
                 for weight, gradient in of_weights.items():
                     if weight not in head_gradients:
                         head_gradients[weight] = torch.zeros_like(weight)
@@ -190,12 +190,12 @@ def _losses(
 
 
 def _backward(
-    logits: Tensor, gradient: Tensor, states: Tensor, own_weight: Tensor | None
+    logits: Tensor, gradient: Tensor, states: Tensor
 ) -> tuple[Tensor, dict[Tensor, Tensor]]:
     """From the gradient of a head's logits: that of the states that it read, and those of its
-    weights. `own_weight`: of a CandidateHead, computed from weights.
+    weights.
     """
-    leaves = _leaves(logits) if own_weight is None else [states, own_weight]
+    leaves = _leaves(logits)
     with torch.autocast(logits.device.type, enabled=False):  # as a backward pass runs
         found = torch.autograd.grad(logits, leaves, gradient)
     by_leaf = dict(zip(leaves, found, strict=True))
