@@ -28,7 +28,7 @@ from .exit_blocks import (
     with_drafter_layers,
 )
 from .spec import ModelSpec
-from .vocabulary import EXIT_VOCABULARY, DraftVocabulary
+from .vocabulary import DraftVocabulary, exit_vocabulary
 from .weights import Affine, Take, Weights, checked, named_int4, norm_weights, taken_from
 
 CHUNK = 256  # tokens of a prompt per part of a call, which bounds the attention mask
@@ -163,7 +163,7 @@ class RepackedBackend(Backend):
             take: gives its weights by their names in a checkpoint; each is taken once.
             packing: low bits and drafts.
             token_order: ids, the most frequent first, for `draft_vocab`; None: the tokenizer's
-                order. With an order, exits draft among its first EXIT_VOCABULARY tokens by default.
+                order. With an order, exits draft among its first tokens by default, see `exit_vocabulary`.
             int4: calibrated weights as rows of bytes, for int4 layers and heads; without them
                 weights are rounded to nearest.
             stored_drafters: the model's exit blocks and drafters.
@@ -333,8 +333,8 @@ class RepackedBackend(Backend):
         remembered = weights.remembered().after({self.spec.embedding_name: self._embedding}.get)
         vocab = self.spec.vocab
         size = packing.draft_vocab
-        if size == 0 and order is not None and vocab > 4 * EXIT_VOCABULARY:
-            size = EXIT_VOCABULARY
+        if size == 0 and order is not None:
+            size = exit_vocabulary(vocab)
         few = DraftVocabulary(vocab, size, order) if size else None
         return _HeadParts(norm, remembered, few, trims_whole=packing.draft_vocab > 0)
 

@@ -5,10 +5,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ORDER_FILE = "token_order.json"
-# Size of exits' draft vocabulary, if the model's is more than four times as large
-EXIT_VOCABULARY = 4096
+_EXIT_VOCABULARY = 4096
 _LARGE_VOCABULARY = 1 << 13
 _COLUMNS = 256  # argmax searches a large vocabulary as rows of this many tokens
+
+
+def exit_vocabulary(vocab: int) -> int:
+    """How many tokens exits draft from and are trained on by default, of a vocabulary of so many.
+    0: all; a part pays if it is less than a quarter.
+    """
+    if vocab <= 4 * _EXIT_VOCABULARY:
+        return 0
+    return _EXIT_VOCABULARY
 
 
 class DraftVocabulary:

@@ -217,9 +217,9 @@ class FrozenExits(DrafterModule):
         weights = block_weights(self.backend.model, self.weights(), dtype)
         spec = self.backend.spec
         if MTP.exit_layer in self.layers:
-            known = (
-                self.shipped if self.shipped.blocks else replace(NO_STORED_DRAFTERS, blocks=(MTP,))
-            )
+            known = self.shipped
+            if not known.blocks:
+                known = replace(NO_STORED_DRAFTERS, blocks=(MTP,))
             mtp = replace(known, take=weights.get, model_fingerprint=model_fingerprint)
             return {MTP_FILE: mtp_content(spec, mtp, weights.__getitem__)}
         return {EXIT_BLOCKS_FILE: exit_blocks_content(spec, weights, model_fingerprint, existing)}

@@ -22,7 +22,7 @@ from ..config.training import (
 )
 from ..errors import ConfigError, require
 from ..model.spec import AnySpec, ModelSpec
-from ..model.vocabulary import EXIT_VOCABULARY
+from ..model.vocabulary import exit_vocabulary
 
 _LARGE_VOCABULARY = 8192
 SMALL_MODEL = 50_000_000  # parameters; the paper's learning rates are for models of 1B and more
@@ -154,9 +154,8 @@ def resolve_recipe(
     fields = preset | given
     if settings.preset == "auto" and fields.get("exit_reader") == "block":
         fields.setdefault("exit_gradient", exit_gradient(steps))
-        is_large = spec.vocab > 4 * EXIT_VOCABULARY
-        if is_large and _can_score_a_part(spec) and not is_sharded:
-            fields.setdefault("exit_vocab", EXIT_VOCABULARY)
+        if _can_score_a_part(spec) and not is_sharded:
+            fields.setdefault("exit_vocab", exit_vocabulary(spec.vocab))
     recipe = Recipe(**fields)
     for exit_layer in recipe.exits:
         require_exit_layer(exit_layer, spec.layers, field="exits")
