@@ -18,7 +18,7 @@ from layerskip_core.config.decoding import DecodingConfig
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.decoding import decode
 from layerskip_core.errors import ConfigError
-from layerskip_core.model import Submodel, TorchBackend, TransformersBackend, vocabulary
+from layerskip_core.model import Submodel, TorchBackend, TransformersBackend
 from layerskip_core.model.exit_blocks import ExitBlock
 from layerskip_core.model.torch_linear import quantized
 
@@ -147,7 +147,9 @@ def test_exits_draft_among_the_most_frequent_tokens_of_a_large_vocabulary(kind, 
     """With and without a block, by own layers and by a copy. Drafts after all layers have all
     tokens.
     """
-    monkeypatch.setattr(vocabulary, "_EXIT_VOCABULARY", 16)  # a quarter of 67 is more
+    monkeypatch.setattr(
+        "layerskip_core.model.vocabulary._EXIT_VOCABULARY", 16
+    )  # a quarter of 67 is more
     order = list(range(40, 60))
 
     def model(order, **packing):
