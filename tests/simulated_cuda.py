@@ -392,10 +392,15 @@ def simulated_cuda() -> Iterator[SimulatedGpu]:
     with ExitStack() as stack:
         stack.enter_context(patch.multiple(torch.cuda, **nothing, **called, **classes))
         stack.enter_context(patch.object(torch, "Generator", GpuGenerator))
-        # The optimizer asks its current stream whether it is recorded, which PyTorch's build for
-        # CUDA does in C++.
+        # Accelerate asks for the device, the optimizer whether the device's stream is recorded: in
+        # C++, in PyTorch's build for CUDA.
+        stream = SimpleNamespace(is_capturing=lambda: False)
         stack.enter_context(
-            patch.object(torch.accelerator, "current_accelerator", lambda *_, **__: None)
+            patch.multiple(
+                torch.accelerator,
+                current_accelerator=lambda *_, **__: torch.device("cuda"),
+                current_stream=lambda *_: stream,
+            )
         )
         swaps = torch.__future__.get_swap_module_params_on_conversion()
         torch.__future__.set_swap_module_params_on_conversion(True)  # tied parameters stay tied
