@@ -65,7 +65,7 @@ _PROCESSORS = {
 }
 _NEEDS = _CPU_FLAGS.get(_PROCESSORS.get((sys.platform, platform.machine()), ""), {})
 VARIANTS = tuple(_NEEDS)  # for this machine's processor
-INTERFACE = 32  # version of the functions and structures in kernels.c
+INTERFACE = 33  # version of the functions and structures in kernels.c
 _OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 SWITCH = "LAYERSKIP_KERNELS"  # environment variable: a variant, or `torch` for none
 _FALLBACK = (
@@ -148,7 +148,7 @@ class CDraft(Structure):
     _fields_ = [
         *_fields(c_void_p, "embedding learned vocabulary ends order stops probs"),
         *_fields(c_int32, "layer_count stop_count end_count most runs_last power"),
-        *_fields(c_float, "logits_scale logits_cap confidence survival doubt"),
+        *_fields(c_float, "logits_scale logits_cap survival doubt"),
         *_fields(c_void_p, "entry tokens states beyond logits"),
         *_fields(c_int32, "drafted guesses searched passes"),
         ("starts", c_int32 * 2),

@@ -147,7 +147,6 @@ typedef struct {
     int32_t power;             /* see doubt */
     float logits_scale;        /* factor of the head's logits, before the cap */
     float logits_cap;          /* 0 for none */
-    float confidence;          /* a less probable token is not drafted */
     float survival;            /* drafting ends when the estimated probability that all drafts are accepted is less; */
     float doubt;               /* a draft of probability p is accepted with 1 - doubt * (1 - p)^power */
     float *entry;              /* (2 * hidden), input of a drafter's layer: the second half is the feature, which is given for
@@ -750,7 +749,6 @@ static int choose(Work *work, float *survival) {
     int chosen = largest_of(work->logits, work->head->outputs);
     if (draft->probs) {
         float prob = prob_of_largest(draft, work->logits, work->head->outputs, work->logits[chosen]);
-        if (prob < draft->confidence) return 1;
         float rejected = draft->doubt;
         for (int i = 0; i < draft->power; i++) rejected *= 1 - prob;
         draft->probs[draft->drafted] = prob, *survival *= 1 - rejected;
@@ -934,7 +932,7 @@ void layerskip_use_openmp(void *parallel_, void *number, void *count) {
 }
 
 /* Version of the functions and structures that compiled.py uses: raise it whenever they change. */
-int layerskip_interface(void) { return 32; }
+int layerskip_interface(void) { return 33; }
 
 /* Bytes of a structure, by its index in compiled.STRUCTURES; after the last, of a Passage. */
 int layerskip_size_of(int structure) {
