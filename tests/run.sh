@@ -2,7 +2,7 @@
 # Sets up an environment, then runs lint, the tests and, beside them, types, the wheel in an empty environment, the plugin for vLLM.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-echo 'About 15 minutes on two cores: an environment, lint, and 3,500 tests beside types, the wheel and the plugin for vLLM.'
+echo 'About 17 minutes on two cores: an environment, lint, and 3,500 tests beside types, the wheel and the plugin for vLLM.'
 . examples/environment.sh '[dev,gguf,llama-cpp,lm-eval]'
 
 # The kernels are optional, so a failed build does not fail an installation; here it fails the script.
