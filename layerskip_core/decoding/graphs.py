@@ -8,7 +8,7 @@ are recorded again.
 
 Recorded are the target's pass over at most K drafts per row (K = 0 in plain decoding) and whole
 greedy drafts, equally long in all rows. Everything else runs as usual on the same cache: prefills
-and passes that include them, sampled drafts, and drafts that stop early.
+and passes that include them, and sampled drafts.
 """
 
 import time
