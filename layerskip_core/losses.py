@@ -10,6 +10,7 @@ from torch import Tensor
 
 IGNORED = -100  # a label without a loss
 CHUNK_LOGITS = 1 << 24  # logits of one exit alive at once: 64 MB in fp32
+_SHARE_OF_HEAD = 0.5
 _CACHED_LOGITS = 1 << 18  # logits at a time on a CPU: 1 MB in fp32
 
 
@@ -102,7 +103,7 @@ def summed_losses(
     head_gradients: dict[Tensor, Tensor] = {}  # by weight, summed over exits and chunks
     last = len(hidden) - 1
     distils = any(share for _, share in weights[:-1])
-    for chunk in _chunks(len(hidden[0]), vocab_size):
+    for chunk in _chunks(*hidden[0].shape, vocab_size):
         reference = None
         if teacher is not None:
             with torch.no_grad():
@@ -139,11 +140,13 @@ def summed_losses(
     return loss, sums
 
 
-def _chunks(tokens: int, vocab_size: int) -> list[slice]:
-    """Slices of at most CHUNK_LOGITS logits; at least one, maybe empty, so that every process runs
-    the head (DDP, FSDP2).
+def _chunks(tokens: int, width: int, vocab_size: int) -> list[slice]:
+    """Slices of at most CHUNK_LOGITS logits, or as many as half the head's weights; at least one,
+    maybe empty, so that every process runs the head (DDP, FSDP2).
+
+    Each chunk adds a gradient as large as the head's weights to their sum: the fewer, the faster.
     """
-    rows = max(1, CHUNK_LOGITS // vocab_size)
+    rows = max(CHUNK_LOGITS // vocab_size, int(width * _SHARE_OF_HEAD), 1)
     return [slice(at, at + rows) for at in range(0, max(1, tokens), rows)]
 
 

@@ -13,6 +13,7 @@ def chunks(request, monkeypatch):
     """Rows of a chunk, and those whose logits are kept."""
     for name, rows in zip(("CHUNK_LOGITS", "_CACHED_LOGITS"), request.param, strict=True):
         monkeypatch.setattr(losses, name, rows * VOCABULARY)
+    monkeypatch.setattr(losses, "_SHARE_OF_HEAD", 0)
     torch.manual_seed(0)
 
 

@@ -60,6 +60,7 @@ def test_recomputing_layers_gives_the_same_gradients_bit_by_bit(monkeypatch, bf1
     precision.
     """
     monkeypatch.setattr(losses, "CHUNK_LOGITS", 5 * 67)
+    monkeypatch.setattr(losses, "_SHARE_OF_HEAD", 0)
     ids, labels = batch(4)
     recipe = RecipeSettings("finetune", p_max=0.8, curriculum="all", distill=0.5)
     gradients = []
@@ -149,6 +150,7 @@ def test_the_loss_equals_a_manual_loop(llama, monkeypatch, share):
         manual_mixed_loss(llama, ids, labels, exit_layer, share) for exit_layer in range(1, 6)
     ]
     expected.append(manual_cross_entropy(llama, ids, labels))
+    monkeypatch.setattr(losses, "_SHARE_OF_HEAD", 0)
     for logits in (losses.CHUNK_LOGITS, 5 * 67):
         monkeypatch.setattr(losses, "CHUNK_LOGITS", logits)
         output = recipe_module(llama, recipe).train()(ids, labels, RunStep(0, 10))
@@ -276,6 +278,7 @@ def test_the_teacher_is_a_constant(llama, monkeypatch):
     in chunks too.
     """
     ids, labels = batch()
+    monkeypatch.setattr(losses, "_SHARE_OF_HEAD", 0)
     for logits in (losses.CHUNK_LOGITS, 5 * 67):
         monkeypatch.setattr(losses, "CHUNK_LOGITS", logits)
         module = recipe_module(
