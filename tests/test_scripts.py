@@ -5,10 +5,12 @@ in forks that have imported all libraries, with fewer steps, rows and tokens tha
 for.
 """
 
+import gzip
 import json
 import multiprocessing
 import os
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -54,11 +56,12 @@ FEWER = {  # by command: flags with these values in place of the script's
         "--steps": "1",
         "--batch-size": "2",
         "--answers": "data",
+        "--answer-tokens": None,
         "--samples": "8",
         "--draft-vocab": "100",
     },
     "sweep-exits": {**_MEASURED, "--exits": "1,2"},
-    "bench": {**_MEASURED, "--repeats": "1", "--baselines": None},
+    "bench": {**_MEASURED, "--repeats": "1", "--baselines": None, "--gguf": None},
     "generate": {"--max-new-tokens": "3"},
     "data": {"--samples": "4"},
 }
@@ -279,6 +282,42 @@ def test_smollm2(run, tmp_path, wide_base):
     )
 
 
+def test_code(run, tmp_path, wide_base):
+    model = tmp_path / "model"
+    shutil.copytree(wide_base, model)
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    template = "{% for each in messages %}{{ each.content }}{% endfor %}"
+    (model / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
+    program = "def add(a, b):\n    return a + b\n"
+    problems = [
+        {"task_id": number, "text": "Add.", "code": program, "test_list": ["assert add(1, 2) == 3"]}
+        for number in (11, 12, 700)
+    ]
+    (tmp_path / "mbpp").mkdir()
+    (tmp_path / "mbpp" / "mbpp.jsonl").write_text("\n".join(map(json.dumps, problems)))
+    problem = {
+        "task_id": "HumanEval/0",
+        "prompt": "def add(a, b):\n",
+        "canonical_solution": "    return a + b\n",
+        "test": "def check(candidate):\n    assert candidate(1, 2) == 3\n",
+        "entry_point": "add",
+    }
+    (tmp_path / "humaneval").mkdir()
+    (tmp_path / "humaneval" / "HumanEval.jsonl.gz").write_bytes(
+        gzip.compress("\n".join([json.dumps(problem)] * 2).encode())
+    )
+    (tmp_path / "sources").mkdir()
+    documented = 'import math\n\n\ndef area(side):\n    """A square\'s."""\n    size = math.fabs(side)\n    return size * size\n'
+    (tmp_path / "sources" / "geometry.py").write_text(documented)
+    out = run("code.sh", tmp_path, tmp_path / "sources", model)
+    assert out.count("| autoregressive |") > 10
+    rows = [json.loads(row) for row in Path("code-runs/train.jsonl").read_text().splitlines()]
+    assert len(rows) == 2
+    taught = next(row for row in rows if "area" in row["prompt"])
+    assert taught["completion"] == f"```python\n{documented.replace(chr(10) * 3, chr(10) * 2).strip()}\n```"
+    assert "size * size" not in taught["prompt"] and "A square's" in taught["prompt"]
+
+
 def test_evidence(run, tmp_path):
     out = run("evidence.sh", tmp_path, "curricula", "scratch", SEEDS="1", LRS="1e-3")
     assert [line for line in out.splitlines() if line.startswith("## ")] == [
@@ -406,6 +445,7 @@ def test_no_script_is_left_out():
         "parsing_tables.py",
         "vllm_speed.py",
         "mixture.py",
+        "rows.py",
     }
     text = Path(__file__).read_text()
     for path in EXAMPLES.rglob("*.[ps][yh]"):

@@ -59,7 +59,7 @@ INLINE void fetch(const Operands *o, int p, int unit, const int R, const int H) 
     size_t at = (size_t)(p * o->units + unit) * o->share;
     if (H == 1) {
         fetch_line(o->next + at);
-    } else if (R >= LEAST_TURN && o->next) {
+    } else if (R > 1 && o->next) {
         fetch_line_later(o->next + at);
         if (o->share > 64) fetch_line_later(o->next + at + 64);
     } else {
@@ -328,17 +328,17 @@ INLINE Operands operands_of(const Matrix *m, int panel, const char *x, size_t st
     };
 }
 
-/* `count` panels by R rows, with sums in registers. The first of `turns`, each with other rows, reads the weights from memory;
- * later ones find them in the cache and prefetch a part of the next panels. */
+/* `count` panels by R rows, with sums in registers. Each of `turns`, which have other rows, prefetches a part of the next panels,
+ * so that memory is read while all of them compute. */
 INLINE void whole_panels(
     const Matrix *m, int panel, int count, const char *x, size_t stride, const int R, int turn, int turns, Product *out
 ) {
     for (int p = 0, few; p < count; p += few) {
         Operands o = operands_of(m, panel + p, x, stride, out + p);
-        if (turn > 0) {
+        if (turns > 1) {
             size_t bytes = (size_t)o.units * UNIT;
-            o.next = o.weight + (size_t)(count - p) * bytes + (size_t)((turn - 1) * count + p) * (bytes / (size_t)(turns - 1));
-            o.share = UNIT / (size_t)(turns - 1);
+            o.next = o.weight + (size_t)(count - p) * bytes + (size_t)(turn * count + p) * (bytes / (size_t)turns);
+            o.share = UNIT / (size_t)turns;
         }
         few = 1;
         int most = panels_at_once(m->kind, R);

