@@ -25,10 +25,19 @@ fi
 [ -f "$runs/untouched/config.json" ] || layerskip import "$model" --output "$runs/untouched" --dtype bf16
 [ -f "$runs/train.jsonl" ] || python "$here/code/rows.py" "$data/mbpp/mbpp.jsonl" "$sources" "$runs/train.jsonl"
 
-flags=(--model "$runs/untouched" --data "$runs/train.jsonl" --steps "${STEPS:-100}" --batch-size 8 --save-steps 25 --dtype bf16)
-train recipe --pmax 0.2
-train control --recipe none
-train paper --recipe code
+if [ ! -f "$runs/own.jsonl" ]; then
+    layerskip generate --model "$runs/untouched" --dtype bf16 --template chat --jsonl --batch-size 8 --strategy autoregressive \
+        --max-new-tokens 320 <"$runs/train.jsonl" >"$runs/answers.jsonl"
+    python "$here/code/answered.py" "$runs/train.jsonl" "$runs/answers.jsonl" "$runs/own.jsonl"
+fi
+
+# On other people's answers (recipe, control, paper) and on the model's own (own, own-control).
+flags=(--model "$runs/untouched" --steps "${STEPS:-100}" --batch-size 8 --save-steps 25 --dtype bf16)
+train recipe --data "$runs/train.jsonl" --pmax 0.2
+train control --data "$runs/train.jsonl" --recipe none
+train paper --data "$runs/train.jsonl" --recipe code
+train own --data "$runs/own.jsonl" --pmax 0.2
+train own-control --data "$runs/own.jsonl" --recipe none
 if [ ! -f "$runs/drafter/config.json" ]; then
     layerskip train-drafter --model "$runs/untouched" --data "$runs/train.jsonl" --steps "${DRAFTER_STEPS:-300}" --batch-size 8 \
         --answer-tokens 256 --output "$runs/drafter"
@@ -38,7 +47,7 @@ fi
 humaneval=(--task humaneval --data "$data/humaneval/HumanEval.jsonl.gz" --template chat --allow-code-execution)
 mbpp=(--task mbpp --data "$data/mbpp/mbpp.jsonl" --split test --template chat --allow-code-execution)
 plain=(--strategies autoregressive --batch-size 8 --timed 0 --samples 0)
-for run in untouched recipe control paper; do
+for run in untouched recipe control paper own own-control; do
     measured $run-humaneval bench --model "$runs/$run" --dtype bf16 "${humaneval[@]}" "${plain[@]}"
     measured $run-mbpp bench --model "$runs/$run" --dtype bf16 "${mbpp[@]}" "${plain[@]}"
 done
@@ -46,10 +55,11 @@ done
 measured stored-humaneval bench --model "$model" "${humaneval[@]}" --strategies autoregressive --timed 0 --samples 0 \
     --baselines llama.cpp --gguf "$model"
 for task in humaneval mbpp; do
-    for run in recipe control paper; do
+    for run in recipe control paper own own-control; do
         layerskip compare untouched="$runs/untouched-$task" $run="$runs/$run-$task" --format markdown
     done
     layerskip compare control="$runs/control-$task" recipe="$runs/recipe-$task" --format markdown
+    layerskip compare control="$runs/own-control-$task" own="$runs/own-$task" --format markdown
 done
 
 # Speed on the first problems of HumanEval and on prompts of ten kinds: transformers, llama.cpp, plain decoding and drafts.
@@ -59,13 +69,13 @@ for rows in problems kinds; do
     declare -n prompts=$rows
     measured untouched-$rows bench --model "$runs/untouched" --dtype bf16 "${prompts[@]}" --repeats 1 --baselines transformers,llama.cpp --gguf "$model"
     measured stored-$rows bench --model "$model" "${prompts[@]}" --repeats 1 --baselines llama.cpp --gguf "$model"
-    measured recipe-$rows bench --model "$runs/recipe" --dtype bf16 "${prompts[@]}" --repeats 1 --exit 4 --spec 4
+    measured own-$rows bench --model "$runs/own" --dtype bf16 "${prompts[@]}" --repeats 1 --exit 4 --spec 4
     measured drafter-$rows bench --model "$runs/drafter" --dtype bf16 "${prompts[@]}" --repeats 1
 done
 # The exit alone, by the model's own weights and by copies in int8 and int4.
-measured recipe-exits sweep-exits --model "$runs/recipe" --dtype bf16 "${problems[@]}" --exits 4,8 --specs 2,4,6
+measured own-exits sweep-exits --model "$runs/own" --dtype bf16 "${problems[@]}" --exits 4,8 --specs 2,4,6
 for bits in int8 int4; do
-    measured recipe-$bits bench --model "$runs/recipe" --dtype bf16 "${problems[@]}" --repeats 1 \
+    measured own-$bits bench --model "$runs/own" --dtype bf16 "${problems[@]}" --repeats 1 \
         --strategies autoregressive,self-speculative --exit 4 --spec 4 --draft-weights $bits
 done
 # Early exit's own pass@1, and that of leaving at the first exit whose probability is high enough.
@@ -73,5 +83,5 @@ for exit in 12 16 20; do
     measured paper-early-$exit bench --model "$runs/paper" --dtype bf16 "${humaneval[@]}" --strategies autoregressive,early-exit \
         --exit $exit --batch-size 8 --timed 0 --samples 0
 done
-measured recipe-confidence bench --model "$runs/recipe" --dtype bf16 "${humaneval[@]}" --strategies autoregressive,early-exit \
+measured own-confidence bench --model "$runs/own" --dtype bf16 "${humaneval[@]}" --strategies autoregressive,early-exit \
     --exit-confidence 0.9 --timed 0 --samples 0

@@ -309,6 +309,10 @@ def test_code(run, tmp_path, wide_base):
     (tmp_path / "sources").mkdir()
     documented = 'import math\n\n\ndef area(side):\n    """A square\'s."""\n    size = math.fabs(side)\n    return size * size\n'
     (tmp_path / "sources" / "geometry.py").write_text(documented)
+    # The model's own answers, of which tiny settings leave none whole
+    Path("code-runs").mkdir()
+    own = {"prompt": "Add.", "completion": program}
+    Path("code-runs/own.jsonl").write_text(f"{json.dumps(own)}\n" * 2)
     out = run("code.sh", tmp_path, tmp_path / "sources", model)
     assert out.count("| autoregressive |") > 10
     rows = [json.loads(row) for row in Path("code-runs/train.jsonl").read_text().splitlines()]
@@ -316,6 +320,14 @@ def test_code(run, tmp_path, wide_base):
     taught = next(row for row in rows if "area" in row["prompt"])
     assert taught["completion"] == f"```python\n{documented.replace(chr(10) * 3, chr(10) * 2).strip()}\n```"
     assert "size * size" not in taught["prompt"] and "A square's" in taught["prompt"]
+
+
+def test_own_answers(run):
+    Path("rows.jsonl").write_text('{"prompt": "a", "completion": "x"}\n' * 2)
+    answers = [{"text": "b", "finish_reason": reason} for reason in ("eos", "length")]
+    Path("answers.jsonl").write_text("\n".join(map(json.dumps, answers)))
+    run("code/answered.py", "rows.jsonl", "answers.jsonl", "own.jsonl")
+    assert json.loads(Path("own.jsonl").read_text()) == {"prompt": "a", "completion": "b"}
 
 
 def test_evidence(run, tmp_path):
@@ -446,6 +458,7 @@ def test_no_script_is_left_out():
         "vllm_speed.py",
         "mixture.py",
         "rows.py",
+        "answered.py",
     }
     text = Path(__file__).read_text()
     for path in EXAMPLES.rglob("*.[ps][yh]"):
