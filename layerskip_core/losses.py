@@ -103,7 +103,8 @@ def summed_losses(
     head_gradients: dict[Tensor, Tensor] = {}  # by weight, summed over exits and chunks
     last = len(hidden) - 1
     distils = any(share for _, share in weights[:-1])
-    for chunk in _chunks(*hidden[0].shape, vocab_size):
+    tokens, width = hidden[0].shape
+    for chunk in _chunks(tokens, width, vocab_size):
         reference = None
         if teacher is not None:
             with torch.no_grad():

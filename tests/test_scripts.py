@@ -287,7 +287,9 @@ def test_code(run, tmp_path, wide_base):
     shutil.copytree(wide_base, model)
     settings = json.loads((model / "tokenizer_config.json").read_text())
     template = "{% for each in messages %}{{ each.content }}{% endfor %}"
-    (model / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
+    (model / "tokenizer_config.json").write_text(
+        json.dumps({**settings, "chat_template": template})
+    )
     program = "def add(a, b):\n    return a + b\n"
     problems = [
         {"task_id": number, "text": "Add.", "code": program, "test_list": ["assert add(1, 2) == 3"]}
@@ -307,7 +309,8 @@ def test_code(run, tmp_path, wide_base):
         gzip.compress("\n".join([json.dumps(problem)] * 2).encode())
     )
     (tmp_path / "sources").mkdir()
-    documented = 'import math\n\n\ndef area(side):\n    """A square\'s."""\n    size = math.fabs(side)\n    return size * size\n'
+    signature = 'import math\n\n\ndef area(side):\n    """The area of a square."""\n'
+    documented = f"{signature}    size = math.fabs(side)\n    return size * size\n"
     (tmp_path / "sources" / "geometry.py").write_text(documented)
     # The model's own answers, of which tiny settings leave none whole
     Path("code-runs").mkdir()
@@ -318,8 +321,11 @@ def test_code(run, tmp_path, wide_base):
     rows = [json.loads(row) for row in Path("code-runs/train.jsonl").read_text().splitlines()]
     assert len(rows) == 2
     taught = next(row for row in rows if "area" in row["prompt"])
-    assert taught["completion"] == f"```python\n{documented.replace(chr(10) * 3, chr(10) * 2).strip()}\n```"
-    assert "size * size" not in taught["prompt"] and "A square's" in taught["prompt"]
+    assert (
+        taught["completion"]
+        == f"```python\n{documented.replace(chr(10) * 3, chr(10) * 2).strip()}\n```"
+    )
+    assert "size * size" not in taught["prompt"] and "The area of a square" in taught["prompt"]
 
 
 def test_own_answers(run):
