@@ -39,8 +39,8 @@ train paper --data "$runs/train.jsonl" --recipe code
 train own --data "$runs/own.jsonl" --pmax 0.2
 train own-control --data "$runs/own.jsonl" --recipe none
 if [ ! -f "$runs/drafter/config.json" ]; then
-    layerskip train-drafter --model "$runs/untouched" --data "$runs/train.jsonl" --steps "${DRAFTER_STEPS:-300}" --batch-size 8 \
-        --answer-tokens 256 --output "$runs/drafter"
+    layerskip train-drafter --model "$runs/untouched" --data "$runs/own.jsonl" --answers data --steps "${DRAFTER_STEPS:-300}" \
+        --batch-size 8 --output "$runs/drafter"
 fi
 
 # pass@1 by the chat template: answers of full depth, eight at once; drafts do not change them.

@@ -56,7 +56,6 @@ FEWER = {  # by command: flags with these values in place of the script's
         "--steps": "1",
         "--batch-size": "2",
         "--answers": "data",
-        "--answer-tokens": None,
         "--samples": "8",
         "--draft-vocab": "100",
     },
