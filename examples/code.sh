@@ -38,10 +38,12 @@ train control --data "$runs/train.jsonl" --recipe none
 train paper --data "$runs/train.jsonl" --recipe code
 train own --data "$runs/own.jsonl" --pmax 0.2
 train own-control --data "$runs/own.jsonl" --recipe none
-if [ ! -f "$runs/drafter/config.json" ]; then
-    layerskip train-drafter --model "$runs/untouched" --data "$runs/own.jsonl" --answers data --steps "${DRAFTER_STEPS:-300}" \
-        --batch-size 8 --output "$runs/drafter"
+# A drafter beside the file as stored, then both in bf16.
+if [ ! -f "$runs/stored-drafter/layerskip.json" ]; then
+    layerskip train-drafter --model "$model" --data "$runs/own.jsonl" --answers data --steps "${DRAFTER_STEPS:-600}" \
+        --batch-size 8 --output "$runs/stored-drafter"
 fi
+[ -f "$runs/drafter/config.json" ] || layerskip import "$runs/stored-drafter" --output "$runs/drafter" --dtype bf16
 
 # pass@1 by the chat template: answers of full depth, eight at once; drafts do not change them.
 humaneval=(--task humaneval --data "$data/humaneval/HumanEval.jsonl.gz" --template chat --allow-code-execution)
@@ -69,6 +71,7 @@ for rows in problems kinds; do
     declare -n prompts=$rows
     measured untouched-$rows bench --model "$runs/untouched" --dtype bf16 "${prompts[@]}" --repeats 1 --baselines transformers,llama.cpp --gguf "$model"
     measured stored-$rows bench --model "$model" "${prompts[@]}" --repeats 1 --baselines llama.cpp --gguf "$model"
+    measured stored-drafter-$rows bench --model "$runs/stored-drafter" "${prompts[@]}" --repeats 1
     measured own-$rows bench --model "$runs/own" --dtype bf16 "${prompts[@]}" --repeats 1 --exit 4 --spec 4
     measured drafter-$rows bench --model "$runs/drafter" --dtype bf16 "${prompts[@]}" --repeats 1
 done

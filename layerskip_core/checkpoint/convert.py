@@ -32,15 +32,14 @@ def import_checkpoint(
     loaded = for_training(name, "cpu", "fp32")
     precision = written_dtype(loaded, dtype)
     spec = loaded.backend.spec
-    weight_of = loaded.model.get_parameter
     base = ModelRef.of(adapters_of(name)[1]).fetched()
     files, left_out = _sidecars(base, loaded)
-    files |= files_of_shipped(shipped_by(name, spec), spec, weight_of)
+    files |= files_of_shipped(shipped_by(name, spec), spec, loaded.fingerprint)
     drafters = []
     given = None if drafter is None else fetched_folder(drafter)
     replaces_own = given is not None and not is_assistant(given)
-    if base.folder is not None and not replaces_own:
-        drafters.append(f"{base.folder}/{EAGLE3_FOLDER}")
+    if base.sidecar_folder is not None and not replaces_own:
+        drafters.append(f"{base.sidecar_folder}/{EAGLE3_FOLDER}")
     if given is not None:
         drafters.append(given)
     for folder in drafters:
@@ -61,13 +60,14 @@ def _sidecars(base: ModelRef, loaded: Trainable) -> tuple[dict[str, bytes], list
     """
     files: dict[str, bytes] = {}
     left_out: list[str] = []
-    folder = base.folder
+    folder = base.sidecar_folder
     if folder is None:
         return files, left_out
-    weight_of = loaded.model.get_parameter
     readers: dict[str, Callable[[], object]] = {
-        INT4_FILE: lambda: read_int4(folder, loaded.backend.own_spec, weight_of),
-        EXIT_BLOCKS_FILE: lambda: read_stored_drafters(folder, loaded.backend.spec, weight_of),
+        INT4_FILE: lambda: read_int4(folder, loaded.backend.own_spec, loaded.fingerprint),
+        EXIT_BLOCKS_FILE: lambda: read_stored_drafters(
+            folder, loaded.backend.spec, loaded.fingerprint
+        ),
     }
     for name, read in readers.items():
         path = Path(folder) / name

@@ -268,6 +268,20 @@ def read_info_file(file: Path) -> CheckpointInfo:
         raise CheckpointError(f"{file} is not valid: {error}") from None
 
 
+def gguf_in(folder: str | Path) -> Path | None:
+    """The GGUF file of a folder that `train-drafter` wrote, by its layerskip.json; None for other
+    folders. Raises as `read_info` does.
+    """
+    for name in read_info(folder).files:
+        file = Path(folder) / name
+        if file.suffix == ".gguf" and file.is_file():
+            return file
+    return None
+
+
 def holds_model(path: str | Path) -> bool:
-    """Whether a folder holds a complete model or adapter: its config is written last."""
-    return any((Path(path) / name).is_file() for name in CONFIG_FILES)
+    """Whether a folder holds a complete model or adapter: its config is written last. Raises as
+    `read_info` does.
+    """
+    has_config = any((Path(path) / name).is_file() for name in CONFIG_FILES)
+    return has_config or gguf_in(path) is not None

@@ -52,7 +52,6 @@ from .info import INFO_FILE
 from .loaded import end_ids
 from .locate import ModelRef
 from .packed_file import ENTRY, NAMES, TensorWriter, form_in_file, unpacked_names
-from .save import model_files
 
 # A change of what the parts hold needs another format
 _FORM = {"format": "layerskip cache 1", "layout": str(LAYOUT)}
@@ -123,6 +122,16 @@ class LoadCache:
     def notes(self) -> tuple[str, ...]:
         """Notes for the user by the load that made the parts."""
         return tuple(json.loads(self._text("notes") or "[]"))
+
+    def fingerprint(self, make: Callable[[], str]) -> str:
+        """The model's fingerprint (sidecars.py), which `make` computes."""
+        if self._path is None:
+            return make()
+        found = self._text("fingerprint") or self._texts.get("fingerprint")
+        if found is None:
+            found = self._texts["fingerprint"] = make()
+            self._is_incomplete = True
+        return found
 
     def through(self, pack: PackMatrix) -> PackMatrix:
         """A function that reads the matrices that the cache has, and makes the others by `pack`."""
@@ -284,9 +293,8 @@ def _path(model: ModelRef, dtype: str, packing: PackingConfig) -> Path:
     ]
     digest = hashlib.sha256(json.dumps(made_for).encode())
     folder = Path(os.path.realpath(model.path))
-    files = [model.gguf.name] if model.gguf is not None else sorted(model_files(folder))
     calibrated = sorted(sidecars.cache_folder().glob(f"*.{INT4_FILE}"))
-    for path in [*(folder / file for file in files), *calibrated]:
+    for path in [*(folder / name for name in model.file_names), *calibrated]:
         if path.name in (INFO_FILE, ORDER_FILE):  # every load reads these from the folder
             continue
         state = path.stat()

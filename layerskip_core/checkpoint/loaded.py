@@ -25,6 +25,7 @@ from ..model import Backend, TransformersBackend
 from ..prompting import RAW, PromptTemplate, Tokenizer, encode_prompt, resolve_template, special_ids
 from .info import CheckpointInfo
 from .locate import PUBLISHED
+from .sidecars import fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -252,6 +253,10 @@ class Trainable:
     backend: TransformersBackend
     tokenizer: Any  # of transformers
     info: CheckpointInfo
+
+    def fingerprint(self) -> str:
+        """As in sidecars.py."""
+        return fingerprint(self.backend.spec, self.model.get_parameter)
 
 
 def decoder_of(trainable: Trainable) -> Decoder:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError, ConfigError, LockedError, did_you_mean, first_line
 from ..files import is_empty, read_json
-from .info import ADAPTER_FILE, holds_model
+from .info import ADAPTER_FILE, gguf_in, holds_model
 
 EMBEDDED = {"embedded": "commands-layerskip", "embedded-base": "commands-base"}
 
@@ -64,6 +64,7 @@ class ModelRef:
                 raise CheckpointError(
                     f"folder {name} holds no model: there is no config.json in it"
                 )
+            return cls(name, name, gguf_in(path))
         return cls(name, name)
 
     def fetched(self) -> "ModelRef":
@@ -96,6 +97,24 @@ class ModelRef:
     def own_folder(self) -> str | None:
         """The folder, if files can be added to it: not the one of an embedded model."""
         return None if self.name in EMBEDDED else self.folder
+
+    @property
+    def sidecar_folder(self) -> str | None:
+        """The folder with the model's drafters: its own, also that of a GGUF file that
+        `train-drafter` wrote; None for models without one.
+        """
+        if self.gguf is not None and self.gguf == gguf_in(self.path):
+            return self.path
+        return self.folder
+
+    @property
+    def file_names(self) -> list[str]:
+        """Sorted names of the model's files, relative to `path`. Raises CheckpointError."""
+        if self.gguf is not None and self.sidecar_folder is None:
+            return [self.gguf.name]
+        from .save import model_files
+
+        return sorted(model_files(Path(self.path)))
 
     def whole_folder(self) -> str:
         """The folder of a whole model, fetched from the hub if need be. Raises CheckpointError for
@@ -186,15 +205,12 @@ def files_digest(name: str) -> str:
     """A digest of the names, sizes and times of a model's files, and of its base's if it is an
     adapter.
     """
-    from .save import model_files
-
     digest = hashlib.sha256()
     adapters, base = adapters_of(name)
     for each in (*adapters, base):
         model = ModelRef.of(each).fetched()
         folder = Path(fetched_folder(model.path))
-        names = sorted(model_files(folder)) if model.gguf is None else [model.gguf.name]
-        for name in names:
+        for name in replace(model, path=str(folder)).file_names:
             state = (folder / name).stat()
             digest.update(f"{name} {state.st_size} {state.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]

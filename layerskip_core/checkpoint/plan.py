@@ -104,7 +104,7 @@ def resolve(source: Source, memory: float) -> LoadPlan:
     wants_copy = packing.adaptive and not drafts
     int4 = None
     if wants_copy or _uses_int4(packing):
-        int4 = read_int4(source.model.folder, source.own_spec, source.weight_of)
+        int4 = read_int4(source.model.folder, source.own_spec, source.fingerprint)
         if int4 is not None and int4.agreement is not None:
             info = info.with_int4(int4.agreement)
     if wants_copy:
@@ -161,10 +161,13 @@ def _kernel_notes() -> list[str]:
 
 
 def _stored_drafters(source: Source) -> StoredDrafters:
-    folder = source.model.folder
+    folder = source.model.sidecar_folder
     if folder is None:
         return source.stored_drafters
-    return read_stored_drafters(folder, source.spec, source.weight_of)
+    beside = read_stored_drafters(folder, source.spec, source.fingerprint)
+    if beside.mtp is None and source.stored_drafters.mtp is not None:
+        return replace(beside, mtp=source.stored_drafters.mtp)
+    return beside
 
 
 def _with_copy(

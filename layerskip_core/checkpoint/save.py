@@ -23,6 +23,7 @@ from ..files import discard_folder, hold, new_staging, publish_folder, synchroni
 from ..model.vocabulary import ORDER_FILE
 from .folder import quiet_transformers, read_settings
 from .info import ADAPTER_FILE, CONFIG_FILES, INFO_FILE, CheckpointInfo, holds_model, read_info
+from .locate import ModelRef
 from .model_weights import cast_weights
 
 RUN_FILES = ("losses.jsonl", ORDER_FILE)  # finetune writes them with a model
@@ -118,15 +119,18 @@ def save_checkpoint(
 
 
 def copy_checkpoint(
-    source: str, info: CheckpointInfo, output: str, files: Mapping[str, bytes]
+    source: ModelRef, info: CheckpointInfo, output: str, files: Mapping[str, bytes]
 ) -> None:
-    """Replaces the model in `output` by the files of the folder `source`, byte for byte, with
-    `info` and further `files`.
+    """Replaces the model in `output` by the files of `source`, byte for byte, with `info` and
+    further `files`.
     """
-    folder = Path(source)
+    folder = Path(source.path)
+    names = set(source.file_names)
+    if source.gguf is None:
+        names |= _usual(folder)
 
     def write(staging: Path) -> None:
-        for name in _usual(folder) | model_files(folder):
+        for name in names:
             (staging / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(folder / name, staging / name)
 

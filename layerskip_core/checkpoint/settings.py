@@ -47,7 +47,7 @@ def write_settings(path: Path, info: CheckpointInfo) -> None:
 
 
 def _own_file(model: ModelRef) -> Path:
-    if model.gguf is not None:
+    if model.gguf is not None and model.sidecar_folder is None:
         return model.gguf.with_suffix(f".{INFO_FILE}")
     return Path(model.path) / INFO_FILE
 

@@ -73,7 +73,7 @@ class _Values(msgspec.Struct):
 
 
 def read_stored_drafters(
-    folder: str | Path, spec: AnySpec, weight_of: Callable[[str], Tensor]
+    folder: str | Path, spec: AnySpec, model_fingerprint: Callable[[], str]
 ) -> StoredDrafters:
     """A folder's exit blocks, read when taken, and its drafters. Raises CheckpointError if blocks
     are not this model's.
@@ -85,25 +85,25 @@ def read_stored_drafters(
             file = sidecars.open_formed(path, sidecars.BLOCKS)
             found = blocks_named(file.entries, spec.layers)
             blocks = StoredDrafters(found, file.read)
-            sidecars.check_fingerprint(file, spec, weight_of)
+            sidecars.check_fingerprint(file, model_fingerprint())
             sidecars.check_entries(file.entries, blocks.shapes(spec), FLOATS)
-    return with_drafters(blocks, folder, spec, weight_of)
+    return with_drafters(blocks, folder, spec, model_fingerprint)
 
 
 def with_drafters(
     blocks: StoredDrafters,
     folder: str | Path,
     spec: AnySpec,
-    weight_of: Callable[[str], Tensor] | None = None,
+    model_fingerprint: Callable[[], str] | None = None,
 ) -> StoredDrafters:
-    """Adds the drafters of a folder to `blocks`. `weight_of`: for the model's fingerprint; None if
-    it is packed.
+    """Adds the drafters of a folder to `blocks`. `model_fingerprint`: None if the model is
+    packed.
     """
 
     def is_other(made_for: str | None) -> bool:
-        if made_for is None or weight_of is None:
+        if made_for is None or model_fingerprint is None:
             return False
-        return made_for != sidecars.fingerprint(spec, weight_of)
+        return made_for != model_fingerprint()
 
     eagle3 = sidecars.eagle3_sidecar(folder, spec)
     shipped = _shipped_beside(folder, spec, is_other)
@@ -230,9 +230,9 @@ def _turned(name: str, weight: Tensor, layout: MtpLayout) -> Tensor:
     return weight
 
 
-def mtp_content(spec: AnySpec, mtp: StoredDrafters, weight_of: Callable[[str], Tensor]) -> bytes:
-    """The bytes of mtp.safetensors, by the checkpoint's names. `weight_of`: for the fingerprint, if
-    `mtp` has none.
+def mtp_content(spec: AnySpec, mtp: StoredDrafters, model_fingerprint: Callable[[], str]) -> bytes:
+    """The bytes of mtp.safetensors, by the checkpoint's names. `model_fingerprint`: used if `mtp`
+    has none.
     """
     weights = mtp.weights(spec)
     layout = mtp.layout
@@ -240,19 +240,19 @@ def mtp_content(spec: AnySpec, mtp: StoredDrafters, weight_of: Callable[[str], T
     for name in weights.shapes:
         stored = layout.prefix + layout.stored(name, spec.layers)
         content[stored] = _turned(name, weights.of(name), layout)
-    made_for = mtp.model_fingerprint or sidecars.fingerprint(spec, weight_of)
+    made_for = mtp.model_fingerprint or model_fingerprint()
     return sidecars.content_of(content, made_for, {"format": "pt"})
 
 
 def files_of_shipped(
-    blocks: StoredDrafters, spec: AnySpec, weight_of: Callable[[str], Tensor]
+    blocks: StoredDrafters, spec: AnySpec, model_fingerprint: Callable[[], str]
 ) -> dict[str, bytes]:
     """The files of the drafters that a model ships, to be saved with its weights."""
     files = {}
     if blocks.mtp is not None:
-        files[MTP_FILE] = mtp_content(spec, blocks.mtp, weight_of)
+        files[MTP_FILE] = mtp_content(spec, blocks.mtp, model_fingerprint)
     if blocks.assistant is not None:
-        made_for = blocks.assistant.model_fingerprint or sidecars.fingerprint(spec, weight_of)
+        made_for = blocks.assistant.model_fingerprint or model_fingerprint()
         files |= assistant_content(blocks.assistant, made_for)
     return files
 

@@ -159,7 +159,7 @@ class StoredInt4(NamedTuple):
 
 
 def read_int4(
-    folder: str | Path | None, spec: ModelSpec, weight_of: Callable[[str], Tensor]
+    folder: str | Path | None, spec: ModelSpec, model_fingerprint: Callable[[], str]
 ) -> StoredInt4 | None:
     """A model's calibrated weights, from its folder or the cache. Raises CheckpointError if they
     belong to other weights.
@@ -168,14 +168,14 @@ def read_int4(
     if folder is None or not path.is_file():
         if not cache_folder().is_dir():
             return None
-        path = cached_int4(fingerprint(spec, weight_of))
+        path = cached_int4(model_fingerprint())
         if not path.is_file():
             return None
         touch(path)
     shapes = {name: int4_bytes_shape(*spec.shapes[name]) for name in matrix_names(spec)}
     with naming(path):
         file = open_formed(path, _INT4)
-        check_fingerprint(file, spec, weight_of)
+        check_fingerprint(file, model_fingerprint())
         check_entries(file.entries, shapes, ("U8",))
         agreement = msgspec.convert(file.metadata.get(_AGREEMENT), _Share, strict=False)
     return StoredInt4(lambda name: file.read(name) if name in shapes else None, agreement)
@@ -206,8 +206,8 @@ def exit_blocks_content(
     return content_of(content, model_fingerprint, BLOCKS)
 
 
-def check_fingerprint(file: WeightFile, spec: AnySpec, weight_of: Callable[[str], Tensor]) -> None:
-    if file.metadata.get(FINGERPRINT) != fingerprint(spec, weight_of):
+def check_fingerprint(file: WeightFile, model_fingerprint: str) -> None:
+    if file.metadata.get(FINGERPRINT) != model_fingerprint:
         raise ValueError("it was made from other weights than this model's")
 
 

@@ -43,6 +43,7 @@ from .locate import ModelRef, adapters_of, reading
 from .packed_file import PackedFile
 from .save import read_whole
 from .shipped import shipped_by
+from .sidecars import fingerprint
 from .transformers_read import (
     PretrainedModel,
     configured_spec,
@@ -96,6 +97,12 @@ class Source:
         """The spec of a model that is repacked."""
         assert isinstance(self.spec, ModelSpec)
         return self.spec
+
+    def fingerprint(self) -> str:
+        """As in sidecars.py. The cache has it, because blocks in low bits take seconds to
+        dequantise.
+        """
+        return self.cache.fingerprint(lambda: fingerprint(self.spec, self.weight_of))
 
 
 def open_source(request: Request) -> Source:

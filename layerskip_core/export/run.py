@@ -90,7 +90,7 @@ def export(config: ExportConfig) -> Exported:
     lost = config.as_gguf and blocks.mtp is not None
     files = dict[str, bytes]()
     if exit_layer == layers and not config.as_gguf:
-        files |= files_of_shipped(blocks, loaded.backend.spec, loaded.model.get_parameter)
+        files |= files_of_shipped(blocks, loaded.backend.spec, loaded.fingerprint)
     readme = None
     if config.engine is not None:
         if drafter is None:
@@ -115,11 +115,11 @@ def _stored_drafters(config: ExportConfig, loaded: Trainable) -> StoredDrafters:
     """The model's exit blocks and drafters. Raises ConfigError if vLLM reads its drafter as it is,
     unless an exit is named.
     """
-    folder = ModelRef.of(loaded.name).fetched().folder
+    folder = ModelRef.of(loaded.name).fetched().sidecar_folder
     if folder is None:
         return NO_STORED_DRAFTERS
     with reading(loaded.name):
-        blocks = read_stored_drafters(folder, loaded.backend.spec, loaded.model.get_parameter)
+        blocks = read_stored_drafters(folder, loaded.backend.spec, loaded.fingerprint)
     # The exits of such a model are seldom trained
     if config.engine == "vllm" and blocks.eagle3 is not None:
         way = f"`vllm serve {quote(f'{folder}/{EAGLE3_FOLDER}')}`"
@@ -179,7 +179,7 @@ def export_packed(config: ExportConfig) -> tuple[str, int]:
         written.append(_write_weights(plan, staging / PACKED_FILE))
 
     source = plan.source
-    shipped = files_of_shipped(plan.stored_drafters, source.spec, source.weight_of)
+    shipped = files_of_shipped(plan.stored_drafters, source.spec, source.fingerprint)
     save_files(write, info, config.output, shipped)
     return written[0], (Path(config.output) / PACKED_FILE).stat().st_size
 

@@ -15,17 +15,17 @@ from torch.utils.data import Subset
 from ..checkpoint.folder import weight_files
 from ..checkpoint.info import CheckpointInfo
 from ..checkpoint.loaded import Decoder, Trainable
-from ..checkpoint.locate import ModelRef
+from ..checkpoint.locate import ModelRef, is_folder
 from ..checkpoint.open import for_decoding, for_training
 from ..checkpoint.save import copy_checkpoint, refuse_overwrite, save_sidecar
 from ..checkpoint.shipped import files_of_shipped, read_stored_drafters
-from ..checkpoint.sidecars import EAGLE3_FILES, eagle3_content, fingerprint
+from ..checkpoint.sidecars import EAGLE3_FILES, eagle3_content
 from ..checkpoint.transformers_read import stored_dtype
 from ..config.training import DrafterConfig
 from ..data import Row, has_prompts
 from ..errors import CheckpointError, ConfigError, DataError, require
 from ..losses import IGNORED
-from ..model.exit_blocks import StoredDrafters
+from ..model.exit_blocks import NO_STORED_DRAFTERS, StoredDrafters
 from . import data
 from .answers import ModelAnswers, Writing, answered, digest
 from .eagle3 import FrozenEagle3, suits_engines
@@ -111,10 +111,12 @@ class DrafterJob:
         """Files of the drafter or of all exit blocks, by name."""
         model = self.config.model
         dtype = stored_dtype(model)
+        if ModelRef.of(model).gguf is not None:  # its weights are in fewer bits than 16
+            dtype = torch.bfloat16
         if not isinstance(self.module, FrozenEagle3):
             return self.module.files(dtype, self.existing, self.model_digest)
         verifier = model  # a hub id
-        if ModelRef.of(model).folder is not None:
+        if is_folder(ModelRef.of(model).path):
             verifier = str(Path(self.config.output).resolve())
         return eagle3_content(self.module.stored(dtype), self.plan.spec, verifier)
 
@@ -155,9 +157,8 @@ class DrafterJob:
         # What the model's folder has is copied with it. Of the existing drafters only an assistant
         # (of Gemma 4) may be elsewhere.
         assistant = replace(self.existing, mtp=None)
-        model = self.trainable.model
-        beside = files_of_shipped(assistant, self.trainable.backend.spec, model.get_parameter)
-        source = ModelRef.of(config.model).whole_folder()
+        beside = files_of_shipped(assistant, self.trainable.backend.spec, lambda: self.model_digest)
+        source = _source(config.model)
         copy_checkpoint(source, info.with_exit_blocks(trained), config.output, {**beside, **files})
 
 
@@ -167,7 +168,9 @@ def prepare_drafter(
     """Plans the run. Loads the model twice: in transformers, to copy blocks, and to decode, for
     answers and states.
     """
-    source = _source(config)
+    source = _source(config.model)
+    copied = () if source.gguf is None else (source.gguf.name,)
+    refuse_overwrite(config.output, config.overwrite or config.in_place, copied)
     if config.answers is None:
         config = replace(config, answers="model" if has_prompts(config.data) else "data")
     trainable = for_training(config.model, str(device), config.dtype)
@@ -177,7 +180,10 @@ def prepare_drafter(
     layout = config.implied_layout or ("eagle3" if suits_engines(backend) else "exit")
     config = replace(config, layout=layout)
     module = (FrozenEagle3 if layout == "eagle3" else FrozenExits).of(backend, config)
-    existing = read_stored_drafters(source, backend.spec, trainable.model.get_parameter)
+    model_digest = trainable.fingerprint()
+    existing = NO_STORED_DRAFTERS
+    if source.sidecar_folder is not None:
+        existing = read_stored_drafters(source.sidecar_folder, backend.spec, lambda: model_digest)
     if config.in_place and not config.overwrite and checkpoint is None:
         _refuse_to_replace(existing, config, module.names.values())
     decoder = for_decoding(config.model, str(device), config.dtype)
@@ -186,7 +192,6 @@ def prepare_drafter(
     rows = data.read_rows(config)
     encoder = data.make_encoder(config, trainable, rows.training)
     texts = _texts(config, rows, encoder, module.first_target)
-    model_digest = fingerprint(backend.spec, trainable.model.get_parameter)
     answers = _answers(config, decoder, texts, encoder.max_length, model_digest)
 
     plan = RunPlan(
@@ -221,17 +226,21 @@ def prepare_drafter(
     )
 
 
-def _source(config: DrafterConfig) -> str:
-    """The model's folder. Raises ConfigError, CheckpointError for what cannot be trained or saved."""
+def _source(name: str) -> ModelRef:
+    """The model whose files are copied. Raises ConfigError, CheckpointError for one that cannot be
+    trained or copied.
+    """
     if world_size() > 1:
         raise ConfigError(f"a drafter is trained in one process, not in {world_size()} by torchrun")
-    source = ModelRef.of(config.model).whole_folder()
-    if not weight_files(source):
+    model = ModelRef.of(name)
+    if model.gguf is not None:
+        return model
+    model = replace(model, path=model.whole_folder())
+    if not weight_files(model.path):
         raise CheckpointError(
-            f"`model` {config.model} has no safetensors, which are copied as they are: `layerskip import`"
+            f"`model` {name} has no safetensors, which are copied as they are: `layerskip import`"
         )
-    refuse_overwrite(config.output, config.overwrite or config.in_place)
-    return source
+    return model
 
 
 def _answers(

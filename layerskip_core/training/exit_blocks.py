@@ -221,7 +221,7 @@ class FrozenExits(DrafterModule):
             if not known.blocks:
                 known = replace(NO_STORED_DRAFTERS, blocks=(MTP,))
             mtp = replace(known, take=weights.get, model_fingerprint=model_fingerprint)
-            return {MTP_FILE: mtp_content(spec, mtp, weights.__getitem__)}
+            return {MTP_FILE: mtp_content(spec, mtp, lambda: model_fingerprint)}
         return {EXIT_BLOCKS_FILE: exit_blocks_content(spec, weights, model_fingerprint, existing)}
 
     def forward(

@@ -267,8 +267,9 @@ def _read_model(config: FinetuneConfig, dry: bool) -> _Model:
     shipped: Mapping[str, bytes] = {}
     if not config.lora_keep:  # an adapter stands beside the folder that has them
         spec = trainable.backend.spec
-        shipped = files_of_shipped(shipped_by(config.model, spec), spec, weight)
-    return _Model(trainable, weight, ModelRef.of(config.model).folder, shipped)
+        drafters = shipped_by(config.model, spec)
+        shipped = files_of_shipped(drafters, spec, lambda: fingerprint(spec, weight))
+    return _Model(trainable, weight, ModelRef.of(config.model).sidecar_folder, shipped)
 
 
 def _resolve(
@@ -331,7 +332,7 @@ def _build_module(
     if recipe.exit_reader == "block":  # copied from layers before they get adapters
         stored = NO_STORED_DRAFTERS
         if folder is not None:
-            stored = read_stored_drafters(folder, backend.spec, model.get_parameter)
+            stored = read_stored_drafters(folder, backend.spec, trainable.fingerprint)
         blocks = new_exit_blocks(backend, [ExitBlock(layer) for layer in recipe.exits], stored)
     if config.lora_rank:
         model = with_lora(model, config)

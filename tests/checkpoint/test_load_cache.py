@@ -14,8 +14,10 @@ from layerskip_core import load
 from layerskip_core.checkpoint import load_cache, sidecars
 from layerskip_core.checkpoint.folder import WeightFile
 from layerskip_core.checkpoint.gguf_read import GgufFile
+from layerskip_core.checkpoint.info import CheckpointInfo
 from layerskip_core.checkpoint.load_cache import finish_writing
 from layerskip_core.checkpoint.open import for_decoding
+from layerskip_core.checkpoint.save import write_info
 from layerskip_core.config.model import PackingConfig
 from layerskip_core.model.exit_blocks import ExitBlock
 from layerskip_core.model.native.compiled import kernels
@@ -103,6 +105,20 @@ def test_a_gguf_file_from_the_cache_gives_the_same_bits_without_being_read(
     monkeypatch.setattr(GgufFile, "__init__", lambda *_: pytest.fail("the file was read"))
     assert outputs(loaded(gguf_model, dtype=dtype)) == plain
     assert packed == []
+
+
+def test_a_gguf_file_with_exit_blocks_is_not_dequantised_for_its_fingerprint(
+    gguf_model, cache, monkeypatch
+):
+    folder = gguf_model.parent / "with-blocks"
+    folder.mkdir()
+    shutil.move(gguf_model, folder)
+    write_info(str(folder), CheckpointInfo(files=(gguf_model.name,)))
+    add_blocks(folder, ExitBlock(1))
+    plain = outputs(loaded(folder, cache=False))
+    assert outputs(loaded(folder)) == plain
+    monkeypatch.setattr(GgufFile, "__init__", lambda *_: pytest.fail("the file was read"))
+    assert outputs(loaded(folder)) == plain
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -141,7 +141,7 @@ def test_damaged_files_are_refused(wide, damage, found):
     rows = load_file(wide / INT4_FILE)
     damage(rows)
     loaded = for_training(str(wide), "cpu")
-    model_fingerprint = fingerprint(loaded.backend.spec, loaded.model.get_parameter)
+    model_fingerprint = loaded.fingerprint()
     (wide / INT4_FILE).write_bytes(int4_content(rows, model_fingerprint, {}))
     with pytest.raises(CheckpointError, match=rf"int4\.safetensors.* {found}"):
         quantized_logits(wide)
@@ -163,9 +163,7 @@ def content(loaded, *blocks, present=NO_STORED_DRAFTERS, factor=1.0):
 
 
 def read(loaded, folder=None):
-    return read_stored_drafters(
-        folder or loaded.name, loaded.backend.spec, loaded.model.get_parameter
-    )
+    return read_stored_drafters(folder or loaded.name, loaded.backend.spec, loaded.fingerprint)
 
 
 def test_exits_follow_from_the_names_whatever_the_precision(loaded):

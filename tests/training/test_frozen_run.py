@@ -12,18 +12,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_model
+from evaluating import tiny_loaded
 from safetensors.torch import load_file
 from training_runs import Interrupted, saved_base, stop_at
 
 from layerskip_core.checkpoint.info import read_info
+from layerskip_core.checkpoint.locate import ModelRef
 from layerskip_core.checkpoint.open import for_decoding, for_training
 from layerskip_core.checkpoint.save import write_info
+from layerskip_core.checkpoint.settings import settings_file
 from layerskip_core.config.decoding import DraftProfile
 from layerskip_core.config.model import DataConfig, PackingConfig
 from layerskip_core.config.training import DrafterConfig
 from layerskip_core.data import load_prompts
 from layerskip_core.decoding.drafters import DrafterSetup, drafter_for
 from layerskip_core.errors import CheckpointError, ConfigError, DataError, TrainingInterrupted
+from layerskip_core.export.gguf import write_gguf
+from layerskip_core.model.spec import ModelSpec
 from layerskip_core.training.drafter_run import DrafterJob
 from layerskip_core.training.run import execute, prepare
 
@@ -119,6 +125,40 @@ def test_blocks_are_added_to_the_models_own_folder_and_exits_one_by_one(frozen, 
     assert {name for name, digest in hashes(model).items() if before.get(name) != digest} == {
         "exit_blocks.safetensors", "layerskip.json",
     }  # fmt: skip
+
+
+def write_tiny_gguf(path, **changes):
+    model = tiny_model("qwen2", torch.float32, vocab_size=300, head_dim=16, **changes)
+    write_gguf(model, tiny_loaded().tokenizer, ModelSpec.of(model.config), path, "q8_0")
+
+
+def test_a_gguf_file_is_copied_into_a_folder_with_its_drafters(frozen, tmp_path):
+    file = tmp_path / "model.Q8_0.gguf"
+    write_tiny_gguf(file, hidden_size=64, intermediate_size=96)
+    config = frozen(model=str(file), exits=(1,))
+    train(config)
+    output = Path(config.output)
+    assert hashes(output).keys() == {file.name, "exit_blocks.safetensors", "layerskip.json"}
+    assert (output / file.name).read_bytes() == file.read_bytes()
+    trained = blocks(output)
+    train(replace(config, model=str(output), layout="eagle3", exits=None))  # in place
+    for name in (output, output / file.name):
+        backend = for_decoding(str(name), "cpu").backend
+        assert backend.exit_blocks.keys() == {1} and "eagle3" in backend.drafters
+        assert settings_file(ModelRef.of(str(name))) == output / "layerskip.json"
+    assert same(blocks(output), trained)
+    assert read_info(output).details["exit_blocks"].keys() == {"1", "eagle3"}
+    alone = for_decoding(str(file), "cpu").backend
+    assert not alone.exit_blocks and not alone.drafters
+
+    with pytest.raises(ConfigError, match=r"in the way is model\.Q8_0\.gguf, which layerskip did"):
+        prepare(replace(config, output=str(tmp_path)))
+    copy = replace(config, model=str(output), output=str(tmp_path / "copy"), layout="exit")
+    train(replace(copy, exits=(1,)))
+    assert hashes(tmp_path / "copy" / "eagle3") == hashes(output / "eagle3")
+    write_tiny_gguf(output / file.name, hidden_size=64, intermediate_size=64)
+    with pytest.raises(CheckpointError, match="it was made from other weights than this model's"):
+        for_decoding(str(output), "cpu")
 
 
 @pytest.mark.parametrize("in_place", [True, False])
