@@ -40,7 +40,7 @@ train own --data "$runs/own.jsonl" --pmax 0.2
 train own-control --data "$runs/own.jsonl" --recipe none
 # A drafter beside the file as stored, then both in bf16.
 if [ ! -f "$runs/stored-drafter/layerskip.json" ]; then
-    layerskip train-drafter --model "$model" --data "$runs/own.jsonl" --answers data --steps "${DRAFTER_STEPS:-600}" \
+    layerskip train-drafter --model "$model" --data "$runs/own.jsonl" --answers data --steps "${DRAFTER_STEPS:-400}" \
         --batch-size 8 --output "$runs/stored-drafter"
 fi
 [ -f "$runs/drafter/config.json" ] || layerskip import "$runs/stored-drafter" --output "$runs/drafter" --dtype bf16

@@ -22,8 +22,14 @@ from ..errors import CheckpointError, ConfigError, require_overwrite
 from ..files import discard_folder, hold, new_staging, publish_folder, synchronise, write_file
 from ..model.vocabulary import ORDER_FILE
 from .folder import quiet_transformers, read_settings
-from .info import ADAPTER_FILE, CONFIG_FILES, INFO_FILE, CheckpointInfo, holds_model, read_info
-from .locate import ModelRef
+from .info import (
+    ADAPTER_FILE,
+    CONFIG_FILES,
+    INFO_FILE,
+    CheckpointInfo,
+    holds_model,
+    read_info,
+)
 from .model_weights import cast_weights
 
 RUN_FILES = ("losses.jsonl", ORDER_FILE)  # finetune writes them with a model
@@ -119,14 +125,19 @@ def save_checkpoint(
 
 
 def copy_checkpoint(
-    source: ModelRef, info: CheckpointInfo, output: str, files: Mapping[str, bytes]
+    source: str,
+    names: Collection[str],
+    info: CheckpointInfo,
+    output: str,
+    files: Mapping[str, bytes],
 ) -> None:
-    """Replaces the model in `output` by the files of `source`, byte for byte, with `info` and
+    """Replaces the model in `output` by files of the folder `source`, byte for byte: these `names`
+    and, with a config among them, those that loaders take for part of a model; with `info` and
     further `files`.
     """
-    folder = Path(source.path)
-    names = set(source.file_names)
-    if source.gguf is None:
+    folder = Path(source)
+    names = {*names}
+    if not names.isdisjoint(CONFIG_FILES):
         names |= _usual(folder)
 
     def write(staging: Path) -> None:

@@ -159,7 +159,9 @@ class DrafterJob:
         assistant = replace(self.existing, mtp=None)
         beside = files_of_shipped(assistant, self.trainable.backend.spec, lambda: self.model_digest)
         source = _source(config.model)
-        copy_checkpoint(source, info.with_exit_blocks(trained), config.output, {**beside, **files})
+        described = info.with_exit_blocks(trained)
+        files = {**beside, **files}
+        copy_checkpoint(source.path, source.file_names, described, config.output, files)
 
 
 def prepare_drafter(

@@ -21,6 +21,7 @@ from layerskip_core.decoding.drafters.bandit import (
     PassTimes,
     Step,
 )
+from layerskip_core.model.backend import DraftEnds
 
 EXITS = (2, 4)
 
@@ -85,6 +86,16 @@ def test_a_drafter_learns_how_far_to_trust_a_probability():
         prob = seen.random()
         calibration.observe(int(seen.random() > 0.6 * (1 - prob) ** 3), [prob])
     assert calibration.doubt == pytest.approx(0.6, abs=0.15)
+
+
+def test_drafts_of_a_drafter_that_is_too_sure_end_at_once():
+    """Half of its drafts are rejected where it says 0.95, and a draft pays down to 0.6."""
+    calibration = Calibration(1.0, 1)
+    for place in range(1000):
+        calibration.observe(place % 2, [0.95])
+    ends = DraftEnds(survival=0.6, doubt=calibration.doubt, power=calibration.power)
+    assert ends.length([0.95] * 6, 6) == 1
+    assert ends.length([0.999, 0.999, 0.95, 0.95], 6) == 3
 
 
 def test_times_follow_the_machine_where_they_are_measured_and_keep_their_shape_elsewhere():

@@ -21,6 +21,8 @@ _MEMORY = 0.995  # decay of acceptance counts per new draft
 _UNUSED = 0.999
 _FORGOTTEN = 0.5
 _RECENT = 0.97  # decay of earlier steps per new one
+# Above 1: on texts unlike those of its training a drafter's probabilities are too high
+_MOST_DOUBT = 16.0
 _NEW = 0.1  # weight of a new time in a table of times
 # Times over this multiple of the expected one were disturbed, and count as that
 _OUTLIER_FACTOR = 2.0
@@ -184,7 +186,7 @@ class Calibration:
         kept = _MEMORY ** len(tested)
         self._rejected = kept * self._rejected + (len(tested) > accepted)
         self._doubted = kept * self._doubted + sum([(1 - prob) ** power for prob in tested])
-        self.doubt = min(self._rejected / max(self._doubted, 1e-9), 1.0)
+        self.doubt = min(self._rejected / max(self._doubted, 1e-9), _MOST_DOUBT)
 
 
 @dataclass(eq=False)
