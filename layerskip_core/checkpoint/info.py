@@ -283,9 +283,5 @@ def holds_model(path: str | Path) -> bool:
     """Whether a folder holds a complete model or adapter: its config is written last. Raises as
     `read_info` does.
     """
-    return holds_config(path) or gguf_in(path) is not None
-
-
-def holds_config(path: str | Path) -> bool:
-    """Whether a folder holds the config of a model or adapter."""
-    return any((Path(path) / name).is_file() for name in CONFIG_FILES)
+    has_config = any((Path(path) / name).is_file() for name in CONFIG_FILES)
+    return has_config or gguf_in(path) is not None
