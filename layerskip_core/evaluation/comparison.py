@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, variance
 from typing import Any
@@ -24,8 +24,8 @@ from .columns import (
     RESULTS,
     column_named,
 )
-from .intervals import NO_LIMITS, Variance, t_interval
-from .metrics import MOST_NATS
+from .intervals import NO_LIMITS, Estimate, Variance, change, metric, t_interval
+from .metrics import MOST_NATS, Scores
 from .results import Result, RunRecord, drafts_name, read_record, result_name
 
 _MEASURED = {RESULTS: "metrics", LOSSES: "held-out losses"}  # in the files of a run
@@ -49,6 +49,7 @@ class Run:
 
     path: str
     figures: dict[str, dict[Setting, float]] = field(default_factory=dict)
+    scores: dict[tuple[str, Setting], Scores] = field(default_factory=dict)  # by prompt
     # Measured, by RESULTS and LOSSES; unequal ones cannot be paired
     rows: dict[str, Any] = field(default_factory=dict)
 
@@ -151,7 +152,7 @@ def add_record(run: Run, record: RunRecord) -> Run:
     """
     task = record.config["task"]
     run.rows[RESULTS] = {name: value for name, value in task.items() if value is not None}
-    for result in record.results:
+    for place, result in enumerate(record.results):
         setting = _setting_of(result)
         drafts = result.acceptance_rate is not None
         figures = {} if drafts else dict(result.metrics)
@@ -163,6 +164,9 @@ def add_record(run: Run, record: RunRecord) -> Run:
                     figures[column.figure] = value
         for name, value in figures.items():
             run.figures.setdefault(name, {}).setdefault(setting, value)
+            values = [row.scores[name][place] for row in record.answered if name in row.scores]
+            if values:
+                run.scores.setdefault((name, setting), Scores(tuple(values)))
     return run
 
 
@@ -183,6 +187,12 @@ class Interval:
     mean: float
     low: float | None = None
     high: float | None = None
+
+    def over_prompts(self, estimate: Estimate) -> "Interval":
+        """The same mean, of one run, with the interval of an estimate over its prompts."""
+        if estimate.bounds is None:
+            return self
+        return replace(self, low=estimate.bounds.low, high=estimate.bounds.high)
 
 
 def interval_of(
@@ -303,19 +313,32 @@ def _lines(
         if exits and setting.exit_layer not in (None, *exits):
             continue
         values = {}
+        scores = {}  # of labels with one run
         for label, runs in groups.items():
             if all(setting in run.figures.get(figure, {}) for run in runs):
                 values[label] = [run.figures[figure][setting] for run in runs]
+            if len(runs) == 1 and (figure, setting) in runs[0].scores:
+                scores[label] = runs[0].scores[figure, setting]
         logarithmic = column.is_logarithmic and all(min(own) > 0 for own in values.values())
         cells = []
         for label, own in values.items():
             mean = interval_of(own, logarithmic=logarithmic, share=column.is_share)
+            if label in scores:
+                mean = mean.over_prompts(metric(scores[label]))
             difference = None
             if label != first and first in values and label not in incomparable:
                 difference = interval_of(own, values[first], paired, logarithmic, column.is_share)
+                difference = _paired(difference, scores.get(label), scores.get(first))
             cells.append(Cell(label, tuple(own), mean, difference))
         if cells:
             yield Line(figure, setting, tuple(cells))
+
+
+def _paired(interval: Interval, own: Scores | None, other: Scores | None) -> Interval:
+    """A difference of two runs with its interval over prompts, if both have saved their scores."""
+    if own is None or other is None or len(own.values) != len(other.values):
+        return interval
+    return interval.over_prompts(change(own, other))
 
 
 def _settings_of(groups: Mapping[str, Sequence[Run]], figure: str) -> list[Setting]:

@@ -189,6 +189,8 @@ class Answered:
     prompt: str
     reference: str
     answers: tuple[str | None, ...]
+    # Of each result, by metric in 0..1; several answers to one prompt have theirs at the first
+    scores: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -258,7 +260,7 @@ def bandwidth_text(read: Mapping[str, float]) -> str:
 def read_record(
     file: str, command: Literal["sweep-exits", "bench"] | None = None, named: str = "`saved`"
 ) -> RunRecord:
-    """Reads a results.json; if a `command` must have written it, with its answers. Raises
+    """Reads a results.json, which a `command` must have written, with its answers. Raises
     LayerSkipError for other files.
     """
 
@@ -282,7 +284,7 @@ def read_record(
         fault = f"its {len(record.results)} results are those of {written}"
         raise refusal(path, named, "a results.json", fault)
     answers = path.with_name(ANSWERS_FILE)
-    if command is None or not answers.exists():
+    if not answers.exists():
         return record
     decoder = msgspec.json.Decoder(Answered)
     rows = parsed(answers, f"beside {named}", "an answers.jsonl", decoder.decode_lines)

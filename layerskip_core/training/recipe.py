@@ -120,9 +120,9 @@ def learning_rate(preset: Preset, parameters: int, is_lora: bool = False) -> flo
     """The highest learning rate: the paper's for its presets, or a higher one for models under 50M
     parameters; else ours.
 
-    5e-5 was chosen on SmolLM2 (135M; examples/LOG.md). Its scaling by the inverse cube root of the
-    model's size is not measured. LoRA takes ten times as much (Schulman et al., LoRA Without
-    Regret, 2025).
+    Two were measured: 5e-5 on SmolLM2 (135M) and 5e-6 on Qwen2.5-Coder (0.6B), where 3e-5 cost a
+    third of pass@1 (examples/LOG.md). A power of the size joins them; smaller and larger models take
+    the nearer one. LoRA takes ten times as much (Schulman et al., LoRA Without Regret, 2025).
     """
     if preset == "continual" and parameters >= 10e9:
         return 2e-5
@@ -130,7 +130,8 @@ def learning_rate(preset: Preset, parameters: int, is_lora: bool = False) -> flo
         return _SMALL_LEARNING_RATES.get(preset, 5e-4)
     if preset in ("auto", "none"):
         base = 5e-4 if is_lora else 5e-5
-        return float(f"{base * (135e6 / parameters) ** (1 / 3):.1e}")
+        scale = min(1.0, max(0.1, (135e6 / parameters) ** 1.5))
+        return float(f"{base * scale:.1e}")
     return _LEARNING_RATES.get(preset, 1e-4)
 
 

@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 from pathlib import Path
+from statistics import fmean
 
 import command_line
 import pytest
@@ -18,6 +19,7 @@ from layerskip_core.checkpoint.open import for_decoding
 from layerskip_core.checkpoint.save import save_checkpoint
 from layerskip_core.config import decoding
 from layerskip_core.config.resolution import policy_text
+from layerskip_core.evaluation.results import read_record
 
 STRATEGIES = "autoregressive,early-exit,self-speculative"
 
@@ -185,6 +187,10 @@ def test_bench_formats(tmp_path, model, data):
     )
     saved = str(tmp_path / "out" / "results.json")
     assert run(f"bench --from {saved}").out.splitlines() == table
+    record = read_record(saved)
+    for place, result in enumerate(record.results):
+        by_prompt = [row.scores["rouge2"][place] for row in record.answered]
+        assert fmean(by_prompt) == pytest.approx(result.metrics["rouge2"])
     refused("must be a results.json that sweep-exits wrote", f"sweep-exits --from {saved}")
     rows = list(csv.DictReader(io.StringIO(run(*arguments, "--format csv").out)))
     assert [row["num_draft_tokens"] for row in rows] == ["", "", "3"]

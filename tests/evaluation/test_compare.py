@@ -5,6 +5,7 @@ import io
 import json
 import math
 from dataclasses import replace
+from statistics import stdev
 
 import pytest
 from command_line import fails, run
@@ -18,9 +19,10 @@ from layerskip_core.evaluation.comparison import (
     labelled,
     read_run,
 )
+from layerskip_core.evaluation.intervals import t_quantile
 from layerskip_core.evaluation.report.comparison import compare_table
-from layerskip_core.evaluation.report.files import to_json
-from layerskip_core.evaluation.results import Result, RunRecord
+from layerskip_core.evaluation.report.files import to_json, to_jsonl
+from layerskip_core.evaluation.results import Answered, Result, RunRecord
 from layerskip_core.training.progress import LossHistory, StepLosses
 
 MACHINE = {"dtype": "float32", "device_name": "a CPU", "threads": 1}
@@ -139,6 +141,38 @@ def test_paired_differences_leave_out_what_pairs_share():
     assert equal.high == pytest.approx(1 / 12 + 2.7764 * math.sqrt(2 / 27), abs=1e-4)
     ratio = interval_of([2.0, 8.0, 16.0], [1.0, 4.0, 7.9], paired=True, logarithmic=True)
     assert ratio.low < 2 < ratio.mean < ratio.high
+
+
+def test_one_run_of_a_label_has_intervals_over_its_prompts(tmp_path):
+    """The interval of a difference is that of the differences by prompt; drafting strategies have
+    no quality of their own.
+    """
+    prompts = 40
+    folders = {name: [tmp_path / name] for name in ("before", "after")}
+    before = [1.0] * 12 + [0.0] * 28
+    after = [0.0] * 4 + [1.0] * 32 + [0.0] * 4
+    for name, solved in (("before", before), ("after", after)):
+        plain = Result("autoregressive", metrics={"pass@1": sum(solved) / prompts})
+        drafted = replace(plain, strategy="lookup", acceptance_rate=0.5)
+        answered = [
+            Answered(f"p{n}", "", ("a", "a"), {"pass@1": (score, score)})
+            for n, score in enumerate(solved)
+        ]
+        record = RunRecord({"model": name, "task": COMMANDS}, MACHINE, (plain, drafted))
+        saved(tmp_path / name, "results.json", to_json(record))
+        saved(tmp_path / name, "answers.jsonl", to_jsonl(answered))
+    comparison = compare(groups_of(**folders), only=("pass@1",))
+    (line,) = comparison.lines
+    (old, new) = line.cells
+    differences = [late - early for late, early in zip(after, before, strict=True)]
+    half = t_quantile(prompts - 1) * stdev(differences) / math.sqrt(prompts)
+    assert new.difference == Interval(*map(pytest.approx, (0.5, 0.5 - half, 0.5 + half)))
+    assert old.interval.low < 0.3 < old.interval.high and old.difference is None
+    assert "paired prompt by prompt" in compare_table(comparison).note
+    other = [Answered("p", "", ("a", "a"), {"pass@1": (1.0, 1.0)})]  # other rows: no pairs
+    saved(tmp_path / "after", "answers.jsonl", to_jsonl(other))
+    comparison = compare(groups_of(**folders), only=("pass@1",))
+    assert comparison.lines[0].cells[1].difference == Interval(pytest.approx(0.5))
 
 
 @pytest.mark.parametrize("rows", ["1f", "2e"])

@@ -273,7 +273,10 @@ def test_humaneval_judges_by_running_the_tests(tmp_path):
     scores = score(task, [right, "    return x", "    return x", ""])
     assert (scores["pass@1"], scores["pass@2"]) == (0.25, 0.5)
     fenced = "\n    return x + 2\n```\n\nThis adds 2."
-    assert task.score([fenced] * 4)["pass@1"].values == (0.0, 1.0)  # one value per problem
+    scores = task.score([fenced] * 4)
+    assert scores["pass@1"].values == (0.0, 1.0)  # one value per problem
+    rows = task.answered([[fenced] * 4], [scores])
+    assert [row.scores.get("pass@1") for row in rows] == [(0.0,), None, (1.0,), None]
 
 
 def test_in_chat_the_first_code_block_of_an_answer_is_the_program(tmp_path):

@@ -159,9 +159,9 @@ def test_auto_trains_a_few_exits_on_every_step_and_reads_each():
         "none",
     )
     assert auto(curriculum="none", p_max=0.2).exits == ()
-    rates = [learning_rate("auto", int(size)) for size in (5e6, 135e6, 1.08e9, 8e9)]
+    rates = [learning_rate("auto", int(size)) for size in (5e6, 7e7, 135e6, 3e8, 6.3e8, 8e9)]
     assert (
-        rates == [5e-4, 5e-5, 2.5e-5, 1.3e-5]
+        rates == [5e-4, 5e-5, 5e-5, 1.5e-5, 5e-6, 5e-6]
         and learning_rate("none", 135_000_000, is_lora=True) == 5e-4
     )
 

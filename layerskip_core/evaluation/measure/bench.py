@@ -72,7 +72,7 @@ def bench(
     named["prompt_template"] = loaded.template.name
     named["has_references"] = task.against is None
     results = _results(task, measured)
-    answered = task.answered([each.texts for each in measured])
+    answered = task.answered([each.texts for each in measured], [each.scores for each in measured])
     return RunRecord(named, machine, tuple(results), answered=answered)
 
 

@@ -80,7 +80,7 @@ def sweep(loaded: Decoder, task: Task, config: SweepConfig) -> Generator[Progres
     named = asdict(config) | {"quality_metric": name, "prompt_template": loaded.template.name}
     advice = recommend(results, near_tie, name, config, measured, outcome)
     profile = draft_profile(loaded, results, config.packing, predictions.context)
-    answered = task.answered([each.texts for each in measured])
+    answered = task.answered([each.texts for each in measured], [each.scores for each in measured])
     return RunRecord(named, machine, tuple(results), advice, profile, answered)
 
 

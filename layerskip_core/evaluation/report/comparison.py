@@ -88,9 +88,13 @@ def _note(comparison: Comparison) -> str:
     note = f"Means over {runs} of a label, of perplexities the geometric mean"
     if counts[-1] >= 3:
         note += ", with 95% intervals (Student t) of three runs and more that are not all equal"
+    if counts[0] == 1:
+        note += ", of one run with 95% intervals over its prompts"
     lines = [f"{note}."]
     if len(comparison.paths) > 1:
         how = "paired run by run" if comparison.paired else "not paired"
+        if comparison.paired and counts == [1]:
+            how = "paired prompt by prompt"
         lines.append(
             f"vs: the difference, in points for percentages, of perplexities the ratio (x); {how}."
         )

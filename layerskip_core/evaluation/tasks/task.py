@@ -72,12 +72,20 @@ class Task:
         values = self.scorer(self._cut(predictions))
         return {name: Scores(tuple(own)) for name, own in values.items()}
 
-    def answered(self, answers: Sequence[Sequence[str | None]]) -> tuple[Answered, ...]:
-        """Each prompt with the answer of every result, cut at the stop strings."""
+    def answered(
+        self, answers: Sequence[Sequence[str | None]], scores: Sequence[Mapping[str, Scores]]
+    ) -> tuple[Answered, ...]:
+        """Each prompt with the answer of every result, cut at the stop strings, and its scores."""
+        metrics = [name for name, each in scores[0].items() if not each.is_perplexity]
         rows = []
-        for example, *texts in zip(self.examples, *answers, strict=True):
+        for row, (example, *texts) in enumerate(zip(self.examples, *answers, strict=True)):
             cut = tuple(text and before_stop(text, self.stop) for text in texts)
-            rows.append(Answered(example.prompt, example.completion, cut))
+            prompt, is_later = divmod(row, self.answers_per_prompt)
+            own = {}
+            if not is_later:
+                for name in metrics:
+                    own[name] = tuple(each[name].values[prompt] for each in scores)
+            rows.append(Answered(example.prompt, example.completion, cut, own))
         return tuple(rows)
 
     def referring_to(self, answers: Sequence[str | None]) -> "Task":
