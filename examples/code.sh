@@ -31,13 +31,13 @@ if [ ! -f "$runs/own.jsonl" ]; then
     python "$here/code/answered.py" "$runs/train.jsonl" "$runs/answers.jsonl" "$runs/own.jsonl"
 fi
 
-# On other people's answers (recipe, control, paper) and on the model's own (own, own-control).
-flags=(--model "$runs/untouched" --steps "${STEPS:-100}" --batch-size 8 --save-steps 25 --dtype bf16)
-train recipe --data "$runs/train.jsonl" --pmax 0.2
-train control --data "$runs/train.jsonl" --recipe none
-train paper --data "$runs/train.jsonl" --recipe code
-train own --data "$runs/own.jsonl" --pmax 0.2
-train own-control --data "$runs/own.jsonl" --recipe none
+# On the model's own answers: other people's functions take the skill away. The exits are named because short runs train only 8.
+flags=(--model "$runs/untouched" --data "$runs/own.jsonl" --steps "${STEPS:-60}" --batch-size 2 --accumulation 4 --save-steps 20
+    --dtype bf16)
+train recipe --pmax 0.2 --exits 4,8
+train lora --pmax 0.2 --exits 4,8 --lora-rank 16
+train paper --recipe code
+train control --recipe none
 # A drafter beside the file as stored, then both in bf16.
 if [ ! -f "$runs/stored-drafter/layerskip.json" ]; then
     layerskip train-drafter --model "$model" --data "$runs/own.jsonl" --answers data --steps "${DRAFTER_STEPS:-400}" \
@@ -49,7 +49,7 @@ fi
 humaneval=(--task humaneval --data "$data/humaneval/HumanEval.jsonl.gz" --template chat --allow-code-execution)
 mbpp=(--task mbpp --data "$data/mbpp/mbpp.jsonl" --split test --template chat --allow-code-execution)
 plain=(--strategies autoregressive --batch-size 8 --timed 0 --samples 0)
-for run in untouched recipe control paper own own-control; do
+for run in untouched recipe lora paper control; do
     measured $run-humaneval bench --model "$runs/$run" --dtype bf16 "${humaneval[@]}" "${plain[@]}"
     measured $run-mbpp bench --model "$runs/$run" --dtype bf16 "${mbpp[@]}" "${plain[@]}"
 done
@@ -57,11 +57,11 @@ done
 measured stored-humaneval bench --model "$model" "${humaneval[@]}" --strategies autoregressive --timed 0 --samples 0 \
     --baselines llama.cpp --gguf "$model"
 for task in humaneval mbpp; do
-    for run in recipe control paper own own-control; do
-        layerskip compare untouched="$runs/untouched-$task" $run="$runs/$run-$task" --format markdown
+    for base in untouched control; do
+        layerskip compare $base="$runs/$base-$task" recipe="$runs/recipe-$task" lora="$runs/lora-$task" paper="$runs/paper-$task" \
+            --format markdown
     done
-    layerskip compare control="$runs/control-$task" recipe="$runs/recipe-$task" --format markdown
-    layerskip compare control="$runs/own-control-$task" own="$runs/own-$task" --format markdown
+    layerskip compare untouched="$runs/untouched-$task" control="$runs/control-$task" --format markdown
 done
 
 # Speed on the first problems of HumanEval and on prompts of ten kinds: transformers, llama.cpp, plain decoding and drafts.
@@ -72,19 +72,21 @@ for rows in problems kinds; do
     measured untouched-$rows bench --model "$runs/untouched" --dtype bf16 "${prompts[@]}" --repeats 1 --baselines transformers,llama.cpp --gguf "$model"
     measured stored-$rows bench --model "$model" "${prompts[@]}" --repeats 1 --baselines llama.cpp --gguf "$model"
     measured stored-drafter-$rows bench --model "$runs/stored-drafter" "${prompts[@]}" --repeats 1
-    measured own-$rows bench --model "$runs/own" --dtype bf16 "${prompts[@]}" --repeats 1 --exit 4 --spec 4
+    measured recipe-$rows bench --model "$runs/recipe" --dtype bf16 "${prompts[@]}" --repeats 1 --exit 4 --spec 4
     measured drafter-$rows bench --model "$runs/drafter" --dtype bf16 "${prompts[@]}" --repeats 1
 done
 # The exit alone, by the model's own weights and by copies in int8 and int4.
-measured own-exits sweep-exits --model "$runs/own" --dtype bf16 "${problems[@]}" --exits 4,8 --specs 2,4,6
+measured recipe-exits sweep-exits --model "$runs/recipe" --dtype bf16 "${problems[@]}" --exits 4,8 --specs 2,4,6
 for bits in int8 int4; do
-    measured own-$bits bench --model "$runs/own" --dtype bf16 "${problems[@]}" --repeats 1 \
+    measured recipe-$bits bench --model "$runs/recipe" --dtype bf16 "${problems[@]}" --repeats 1 \
         --strategies autoregressive,self-speculative --exit 4 --spec 4 --draft-weights $bits
 done
 # Early exit's own pass@1, and that of leaving at the first exit whose probability is high enough.
-for exit in 12 16 20; do
-    measured paper-early-$exit bench --model "$runs/paper" --dtype bf16 "${humaneval[@]}" --strategies autoregressive,early-exit \
-        --exit $exit --batch-size 8 --timed 0 --samples 0
+for run in recipe paper; do
+    for exit in 8 16 20; do
+        measured $run-early-$exit bench --model "$runs/$run" --dtype bf16 "${humaneval[@]}" --strategies autoregressive,early-exit \
+            --exit $exit --batch-size 8 --timed 0 --samples 0
+    done
 done
-measured own-confidence bench --model "$runs/own" --dtype bf16 "${humaneval[@]}" --strategies autoregressive,early-exit \
+measured recipe-confidence bench --model "$runs/recipe" --dtype bf16 "${humaneval[@]}" --strategies autoregressive,early-exit \
     --exit-confidence 0.9 --timed 0 --samples 0
