@@ -8,6 +8,7 @@ acceptance rates (UCB: Auer et al., 2002), so that uncertain ones are tried.
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 from functools import lru_cache
 from itertools import accumulate
 from math import ceil, hypot, inf, log2, sqrt
@@ -27,7 +28,7 @@ _NEW = 0.1  # weight of a new time in a table of times
 # Times over this multiple of the expected one were disturbed, and count as that
 _OUTLIER_FACTOR = 2.0
 _GUESSED = 0.7  # prior time of a copy's draft over one without lookups to verify
-# Share of time for trying the slower of plain steps and those that look for drafts
+# Share of time for trying each slower kind of step
 _EXPLORED = 0.005
 _FEW = 8  # first steps or tries, which do not count
 _COMPARED = 8  # choices between comparisons of all arms; fewer at first
@@ -218,14 +219,27 @@ class Plan:
     chosen_at: int  # index of the choice
 
 
+class Kind(Enum):
+    """Where a step looks for drafts; of two as fast the first is taken."""
+
+    ANYWHERE = auto()
+    LOOKUPS = auto()  # and what a grammar forces
+    NOWHERE = auto()
+
+
 @dataclass
 class Speed:
-    """Decayed totals of steps of about so many rows, with a look for drafts or plain."""
+    """Decayed totals of steps of one kind, with about so many rows."""
 
     steps: float = 0.0
     tokens: float = 0.0
     seconds: float = 0.0
-    since: int = 0  # steps of the faster kind since this one was tried
+    since: int = 0  # steps of the fastest kind since this one was tried
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second."""
+        return self.tokens / self.seconds
 
     def add(self, tokens: int, seconds: float) -> None:
         self.steps = _RECENT * self.steps + 1
@@ -238,12 +252,12 @@ class Step:
     """One step of the decoding loop."""
 
     rows: int
-    looks: bool = True  # looks for drafts
+    kind: Kind = Kind.ANYWHERE
     found: bool = False  # lookups, for a single row
     arm: Arm | None = None  # the drafter
     drafts: int = 0  # most of a row
     verified: int = 0  # tokens of the target's pass
-    tokens: int = 0  # new tokens, counted if it looks
+    tokens: int = 0  # new tokens, counted if it looks for drafts
 
 
 class Bandit:
@@ -257,8 +271,8 @@ class Bandit:
         for priors in _LOOKUPS:
             self._lookups.append([Acceptance(prior, _LOOKUP_STRENGTH) for prior in priors])
         self._lengths = (*(length for length in _LENGTHS if length < most), most)
-        # By bit length of the number of rows, and whether steps look for drafts.
-        self._speeds = defaultdict[tuple[int, bool], Speed](Speed)
+        # By bit length of the number of rows
+        self._speeds = defaultdict[tuple[int, Kind], Speed](Speed)
         self._times: dict[tuple[Arm, int], PassTimes] = {}  # see `times`
         # By rows, and whether a single row has lookups
         self._plans: dict[tuple[int, bool], Plan] = {}
@@ -300,27 +314,38 @@ class Bandit:
         return arm.measured_over_prior * self.passes.measured_over_prior
 
     def next_step(self, rows: int) -> Step:
-        """A plain step or one that looks for drafts: the faster kind, and now and then the other to
-        compare.
+        """A step of the fastest kind, and now and then one of another to compare.
+
+        The first step is plain: it sets the unit of times.
         """
-        looking = self._speeds[rows.bit_length(), True]
-        plain = self._speeds[rows.bit_length(), False]
-        looks = plain.steps > 0  # the first step is plain: it sets the unit of times
-        if looks and looking.steps >= _FEW:
-            ratio = looking.tokens * plain.seconds / (looking.seconds * plain.tokens)
-            slower = looking if ratio < 1 else plain
-            every = (max(ratio, 1 / ratio) - 1) / _EXPLORED
-            slower.since = (slower.since + 1) % ceil(min(max(every, 16), 256))  # texts change
-            looks = (ratio < 1) == (slower.since == 0)
-        if not looks:
+        anywhere, lookups, plain = (self._speeds[rows.bit_length(), kind] for kind in Kind)
+        kind = Kind.ANYWHERE
+        if not plain.steps:
+            kind = Kind.NOWHERE
+        elif anywhere.steps >= _FEW:
+            rates = {Kind.ANYWHERE: anywhere.rate, Kind.NOWHERE: plain.rate}
+            if self.arms:  # at first as fast as plain steps: a look costs next to nothing
+                rates[Kind.LOOKUPS] = lookups.rate if lookups.steps >= _FEW else plain.rate
+            kind = self._compared_kind(rows, rates)
+        if kind is not Kind.ANYWHERE:
             self._choices += 1
-        return Step(rows, looks)
+        return Step(rows, kind)
+
+    def _compared_kind(self, rows: int, rates: Mapping[Kind, float]) -> Kind:
+        """The fastest, or one that is due for a try: the slower, the less often."""
+        fastest = max(Kind, key=lambda kind: rates.get(kind, 0.0))
+        for kind, rate in rates.items():
+            if kind is not fastest:
+                speed = self._speeds[rows.bit_length(), kind]
+                every = (rates[fastest] / rate - 1) / _EXPLORED
+                speed.since = (speed.since + 1) % ceil(min(max(every, 16), 256))  # texts change
+                if speed.since == 0:
+                    return kind
+        return fastest
 
     def observe(self, step: Step, seconds: float) -> None:
         """Records the time of a step."""
         arm = step.arm
-        looking = self._speeds[step.rows.bit_length(), True]
-        plain = self._speeds[step.rows.bit_length(), False]
         if arm is None:
             self.passes.observe(step.verified, seconds)
         else:
@@ -330,12 +355,14 @@ class Bandit:
                 times.observe(step.drafts + 1, seconds, arm.measured_over_prior * scale)
                 arm.measured_over_prior = times.measured_over_prior / scale
             arm.tries = min(arm.tries + 1, _FEW)
-        if not step.looks:
-            plain.add(step.rows, seconds)
+        speed = self._speeds[step.rows.bit_length(), step.kind]
+        if step.kind is Kind.NOWHERE:
+            speed.add(step.rows, seconds)
         elif arm is None or arm.tries >= _FEW:
-            looking.add(step.tokens, seconds)
+            speed.add(step.tokens, seconds)
+            plain = self._speeds[step.rows.bit_length(), Kind.NOWHERE]
             if step.tokens * plain.seconds > seconds * plain.tokens:
-                looking.since = -1  # it gained: try it again
+                speed.since = -1  # it gained: try it again
 
     def plan(self, rows: int, shortest: int, found: bool) -> Plan:
         """For so many rows, the shortest of `shortest` tokens. `found`: lookups in the text of a
@@ -350,9 +377,13 @@ class Bandit:
             plan = self._plans[rows, found] = self._best_plan(rows, shortest, found)
         return plan
 
+    def plain_rate(self, rows: int) -> float:
+        """Tokens per second without drafts."""
+        return rows / self.passes.time_of(rows)
+
     def _best_plan(self, rows: int, shortest: int, found: bool) -> Plan:
         best = None
-        rate = rows / self.passes.time_of(rows)
+        rate = self.plain_rate(rows)
         for arm in self.arms.values():
             if shortest < arm.max_text:
                 bound, _ = self.best_length(arm, rows, found, at_best=True)
