@@ -1,6 +1,7 @@
 """Adaptive drafting: what it chooses, and that it changes no output."""
 
 import random
+from collections import Counter
 from functools import cache
 
 import pytest
@@ -18,7 +19,6 @@ from layerskip_core.decoding.drafters.bandit import (
     Arm,
     Bandit,
     Calibration,
-    Kind,
     PassTimes,
     Step,
 )
@@ -163,7 +163,7 @@ def drafted(known, rounds, right, seconds, rows=1, seed=1, slowness=1.0):
     for _ in range(rounds):
         step = known.next_step(rows)
         plan = known.plan(rows, 0, found=False)
-        arm = plan.arm if step.kind is Kind.ANYWHERE else None
+        arm = plan.arm if step.tries_arms else None
         drafting = 0.0
         length = plan.length if arm else 0
         if arm:
@@ -202,7 +202,7 @@ def test_times_of_drafts_are_those_of_each_drafter_and_number_of_rows():
     known = bandit(a=(0.5, 0.2, 0.8), b=(0.5, 0.4, 1.0))
     a, b = known.arms.values()
     # What was not tried becomes as fast as the target's passes
-    known.observe(Step(1, Kind.NOWHERE, verified=1), 0.5)
+    known.observe(Step(1, verified=1, tokens=1), 0.5)
     assert known.best_length(a, 1)[0] == pytest.approx(
         2 * bandit(a=(0.5, 0.2, 0.8)).best_length(a, 1)[0]
     )
@@ -257,38 +257,47 @@ def test_a_disturbance_does_not_end_drafting_for_good():
 
 @pytest.mark.parametrize(
     "gain, least, most",
-    [(4.0, 0.98, 1.0), (1.5, 0.98, 1.0), (1.02, 0.9, 0.96), (0.9, 0.06, 0.12), (0.5, 0.0, 0.03)],
+    [(4.0, 0.98, 1.0), (1.5, 0.98, 1.0), (1.02, 0.9, 0.96), (0.9, 0.03, 0.08), (0.5, 0.0, 0.02)],
 )
 def test_steps_look_for_drafts_where_that_gains_and_else_rarely(gain, least, most):
     """The share of steps that look for drafts, if these give so many tokens in a plain step's
     time.
     """
-    known = bandit(a=(0.5, 0.2, 1.0))
+    known = bandit()
     looks = []
     for _ in range(1000):
         step = known.next_step(2)
-        step.verified = 2
-        looks.append(step.kind is not Kind.NOWHERE)
-        step.tokens = 2 * (gain if looks[-1] else 1)
-        known.observe(step, 1.0)
+        looks.append(step.looks_up)
+        step.verified = 4 if step.looks_up else 2
+        step.tokens = 2
+        known.observe(step, 1.0 / gain if step.looks_up else 1.0)
     assert all(looks[1:8]) and least <= sum(looks[100:]) / 900 <= most
 
 
-@pytest.mark.parametrize("best", Kind)
-def test_lookups_are_compared_without_drafters_too(best):
-    """A drafter that is no good leaves the lookups their gain, and lookups that are no good a
-    drafter.
-    """
+@pytest.mark.parametrize("lookups", [1.5, 0.8])
+@pytest.mark.parametrize("drafter", [1.5, 0.8])
+def test_lookups_and_drafters_are_judged_apart(lookups, drafter):
+    """Each gives so many tokens in a plain step's time; every third step finds lookups."""
     known = bandit(a=(0.5, 0.2, 1.0))
-    kinds = []
-    for _ in range(1000):
+    wanted = Counter[str]()
+    for turn in range(3000):
         step = known.next_step(1)
         step.verified = 1
         step.tokens = 1
-        known.observe(step, 0.8 if step.kind is best else 1.0)
-        kinds.append(step.kind)
-    # The others are tried once in 50 steps each
-    assert kinds[100:].count(best) > 0.9 * 900
+        seconds = 1.0
+        if step.looks_up and turn % 3 == 0:
+            step.verified = 4
+            seconds /= lookups
+        elif step.tries_arms:
+            step.arm = known.arms["a"]
+            step.verified = 4
+            seconds /= drafter
+        known.observe(step, seconds)
+        wanted.update(["lookups"] * step.looks_up + ["drafter"] * step.tries_arms)
+    # At a loss of a fifth, one step in 50 tries
+    for name, gain in {"lookups": lookups, "drafter": drafter}.items():
+        share = wanted[name] / 3000
+        assert share > 0.9 if gain > 1 else share < 0.1
 
 
 def adaptive(backend, exits=EXITS):

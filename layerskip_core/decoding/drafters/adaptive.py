@@ -14,7 +14,7 @@ from ...config.decoding import DecodingConfig, DraftProfile
 from ...model.backend import Backend, DraftBlock, Submodel
 from ..row import Row
 from ..sampling import truncates
-from .bandit import GUESS, Acceptance, Arm, Bandit, Calibration, Kind, PassTimes, Step
+from .bandit import GUESS, Acceptance, Arm, Bandit, Calibration, PassTimes, Step
 from .draft_model import DRAFT_MODEL, ModelDrafter
 from .lookup import SHORTEST
 from .lookup_drafter import LookupDrafter, copied
@@ -84,8 +84,9 @@ class AdaptiveDrafter:
         self._step = step
         self._rows = [*given.rows]
         draft = Draft(given.newest, (0,) * count)
-        if step.kind is not Kind.NOWHERE:
+        if step.looks_up:
             self._find(given, limits)
+        if step.looks_up or step.tries_arms:
             waiting = sum(given.cache.num_unwritten)
             draft = self._best_draft(given, limits, step)
             if waiting - sum(given.cache.num_unwritten) > newly_committed:
@@ -98,8 +99,6 @@ class AdaptiveDrafter:
     def observe(self, row: Row, drafted: int, verified: Sequence[int]) -> None:
         """Updates acceptance rates by the verified tokens of a row."""
         step = self._step
-        if step.kind is Kind.NOWHERE:
-            return
         step.tokens += len(verified)
         for tokens, acceptance in self._found.pop(row, ()):  # judged even if not drafted
             tested = min(len(tokens), len(verified))
@@ -155,13 +154,12 @@ class AdaptiveDrafter:
                     found.append((ids, acceptance))
 
     def _best_draft(self, given: DraftInput, limits: Sequence[int], step: Step) -> Draft:
-        if step.kind is Kind.LOOKUPS:
-            looked_up, _ = self._looked_up(given.rows, self.bandit.plain_rate(len(limits)))
-            return copied(given, looked_up, self._source)
         # A draft of one row can end at any token, by the probabilities of its tokens
         ends_by_probs = len(limits) == 1 and self._reads_probs
         step.found = ends_by_probs and any(self._found.values())
-        plan = self.bandit.plan(len(limits), min(map(len, given.ids)), step.found)
+        plan = self.bandit.without_arm(len(limits))
+        if step.tries_arms:
+            plan = self.bandit.plan(len(limits), min(map(len, given.ids)), step.found)
         looked_up, rate = self._looked_up(given.rows, plan.rate)
         if plan.arm is None or rate > plan.rate:
             return copied(given, looked_up, self._source)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from functools import lru_cache
 from itertools import accumulate
-from math import ceil, hypot, inf, log2, sqrt
+from math import hypot, inf, log2, sqrt
 
 from ...model.backend import DraftEnds
 from ...model.spec import AnySpec
@@ -28,9 +28,10 @@ _NEW = 0.1  # weight of a new time in a table of times
 # Times over this multiple of the expected one were disturbed, and count as that
 _OUTLIER_FACTOR = 2.0
 _GUESSED = 0.7  # prior time of a copy's draft over one without lookups to verify
-# Share of time for trying each slower kind of step
+# Share of time for trying each slower source of drafts
 _EXPLORED = 0.005
 _FEW = 8  # first steps or tries, which do not count
+_LONGEST = 256  # steps between two tries: texts change
 _COMPARED = 8  # choices between comparisons of all arms; fewer at first
 _LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # draft lengths that are compared
 _POWERS = 11  # of 2 in a table of times
@@ -219,32 +220,44 @@ class Plan:
     chosen_at: int  # index of the choice
 
 
-class Kind(Enum):
-    """Where a step looks for drafts; of two as fast the first is taken."""
+class Source(Enum):
+    """What a step verified."""
 
-    ANYWHERE = auto()
+    PLAIN = auto()  # no drafts
     LOOKUPS = auto()  # and what a grammar forces
-    NOWHERE = auto()
+    ARM = auto()
 
 
 @dataclass
 class Speed:
-    """Decayed totals of steps of one kind, with about so many rows."""
+    """Decayed totals of steps of one source, with about so many rows."""
 
     steps: float = 0.0
     tokens: float = 0.0
     seconds: float = 0.0
-    since: int = 0  # steps of the fastest kind since this one was tried
+    since: float = 0.0  # steps since the last of this source
 
     @property
     def rate(self) -> float:
         """Tokens per second."""
         return self.tokens / self.seconds
 
+    def is_due(self, faster: float) -> bool:
+        """Whether to try it again where others give so many tokens per second: the slower it is,
+        the less often.
+        """
+        every = (faster / self.rate - 1) / _EXPLORED
+        return self.since >= min(max(every, 16), _LONGEST)
+
+    def pays(self, plain: "Speed") -> bool:
+        """Whether it is no slower than plain steps, or not known, or due."""
+        return self.steps < _FEW or self.rate >= plain.rate or self.is_due(plain.rate)
+
     def add(self, tokens: int, seconds: float) -> None:
         self.steps = _RECENT * self.steps + 1
         self.tokens = _RECENT * self.tokens + tokens
         self.seconds = _RECENT * self.seconds + seconds
+        self.since = 0.0
 
 
 @dataclass
@@ -252,12 +265,13 @@ class Step:
     """One step of the decoding loop."""
 
     rows: int
-    kind: Kind = Kind.ANYWHERE
+    looks_up: bool = True
+    tries_arms: bool = True
     found: bool = False  # lookups, for a single row
     arm: Arm | None = None  # the drafter
     drafts: int = 0  # most of a row
     verified: int = 0  # tokens of the target's pass
-    tokens: int = 0  # new tokens, counted if it looks for drafts
+    tokens: int = 0  # new ones
 
 
 class Bandit:
@@ -272,7 +286,7 @@ class Bandit:
             self._lookups.append([Acceptance(prior, _LOOKUP_STRENGTH) for prior in priors])
         self._lengths = (*(length for length in _LENGTHS if length < most), most)
         # By bit length of the number of rows
-        self._speeds = defaultdict[tuple[int, Kind], Speed](Speed)
+        self._speeds = defaultdict[tuple[int, Source], Speed](Speed)
         self._times: dict[tuple[Arm, int], PassTimes] = {}  # see `times`
         # By rows, and whether a single row has lookups
         self._plans: dict[tuple[int, bool], Plan] = {}
@@ -314,34 +328,22 @@ class Bandit:
         return arm.measured_over_prior * self.passes.measured_over_prior
 
     def next_step(self, rows: int) -> Step:
-        """A step of the fastest kind, and now and then one of another to compare.
+        """A step that looks for drafts where they pay, and now and then elsewhere, to compare.
 
-        The first step is plain: it sets the unit of times.
+        Each source is judged by the steps that had its drafts, against plain ones: so a bad
+        drafter does not hide what lookups gain. The first step is plain: it sets the unit of times.
         """
-        anywhere, lookups, plain = (self._speeds[rows.bit_length(), kind] for kind in Kind)
-        kind = Kind.ANYWHERE
-        if not plain.steps:
-            kind = Kind.NOWHERE
-        elif anywhere.steps >= _FEW:
-            rates = {Kind.ANYWHERE: anywhere.rate, Kind.NOWHERE: plain.rate}
-            if self.arms:  # at first as fast as plain steps: a look costs next to nothing
-                rates[Kind.LOOKUPS] = lookups.rate if lookups.steps >= _FEW else plain.rate
-            kind = self._compared_kind(rows, rates)
-        if kind is not Kind.ANYWHERE:
+        plain, lookups, arms = (self._speeds[rows.bit_length(), source] for source in Source)
+        for speed in (plain, lookups, arms):
+            speed.since += 1
+        step = Step(rows, looks_up=False, tries_arms=False)
+        known = [each.rate for each in (lookups, arms) if each.steps >= _FEW]
+        if plain.steps and not (known and plain.is_due(max(known))):
+            step.looks_up = lookups.pays(plain)
+            step.tries_arms = arms.pays(plain)
+        if not step.tries_arms:
             self._choices += 1
-        return Step(rows, kind)
-
-    def _compared_kind(self, rows: int, rates: Mapping[Kind, float]) -> Kind:
-        """The fastest, or one that is due for a try: the slower, the less often."""
-        fastest = max(Kind, key=lambda kind: rates.get(kind, 0.0))
-        for kind, rate in rates.items():
-            if kind is not fastest:
-                speed = self._speeds[rows.bit_length(), kind]
-                every = (rates[fastest] / rate - 1) / _EXPLORED
-                speed.since = (speed.since + 1) % ceil(min(max(every, 16), 256))  # texts change
-                if speed.since == 0:
-                    return kind
-        return fastest
+        return step
 
     def observe(self, step: Step, seconds: float) -> None:
         """Records the time of a step."""
@@ -355,14 +357,17 @@ class Bandit:
                 times.observe(step.drafts + 1, seconds, arm.measured_over_prior * scale)
                 arm.measured_over_prior = times.measured_over_prior / scale
             arm.tries = min(arm.tries + 1, _FEW)
-        speed = self._speeds[step.rows.bit_length(), step.kind]
-        if step.kind is Kind.NOWHERE:
-            speed.add(step.rows, seconds)
-        elif arm is None or arm.tries >= _FEW:
+        source = Source.PLAIN
+        if arm is not None:
+            source = Source.ARM
+        elif step.verified > step.rows:
+            source = Source.LOOKUPS
+        if arm is None or arm.tries >= _FEW:
+            speed = self._speeds[step.rows.bit_length(), source]
             speed.add(step.tokens, seconds)
-            plain = self._speeds[step.rows.bit_length(), Kind.NOWHERE]
-            if step.tokens * plain.seconds > seconds * plain.tokens:
-                speed.since = -1  # it gained: try it again
+            plain = self._speeds[step.rows.bit_length(), Source.PLAIN]
+            if speed is not plain and step.tokens * plain.seconds > seconds * plain.tokens:
+                speed.since = _LONGEST  # it gained: try it again
 
     def plan(self, rows: int, shortest: int, found: bool) -> Plan:
         """For so many rows, the shortest of `shortest` tokens. `found`: lookups in the text of a
@@ -377,13 +382,13 @@ class Bandit:
             plan = self._plans[rows, found] = self._best_plan(rows, shortest, found)
         return plan
 
-    def plain_rate(self, rows: int) -> float:
-        """Tokens per second without drafts."""
-        return rows / self.passes.time_of(rows)
+    def without_arm(self, rows: int) -> Plan:
+        return Plan(None, 0, DraftEnds(), rows / self.passes.time_of(rows), self._choices)
 
     def _best_plan(self, rows: int, shortest: int, found: bool) -> Plan:
         best = None
-        rate = self.plain_rate(rows)
+        plain = self.without_arm(rows)
+        rate = plain.rate
         for arm in self.arms.values():
             if shortest < arm.max_text:
                 bound, _ = self.best_length(arm, rows, found, at_best=True)
@@ -403,7 +408,7 @@ class Bandit:
                         key: times for key, times in self._times.items() if key[0] is not arm
                     }
         if best is None:
-            return Plan(None, 0, DraftEnds(), rate, self._choices)
+            return plain
         expected, length = self.best_length(best, rows, found)
         return Plan(best, length, self._ends(best, found, expected, length), rate, self._choices)
 
