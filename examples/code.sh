@@ -82,11 +82,9 @@ for bits in int8 int4; do
         --strategies autoregressive,self-speculative --exit 4 --spec 4 --draft-weights $bits
 done
 # Early exit's own pass@1, and that of leaving at the first exit whose probability is high enough.
-for run in recipe paper; do
-    for exit in 8 16 20; do
-        measured $run-early-$exit bench --model "$runs/$run" --dtype bf16 "${humaneval[@]}" --strategies autoregressive,early-exit \
-            --exit $exit --batch-size 8 --timed 0 --samples 0
-    done
+for exit in 8 16 20; do
+    measured paper-early-$exit bench --model "$runs/paper" --dtype bf16 "${humaneval[@]}" --strategies autoregressive,early-exit \
+        --exit $exit --batch-size 8 --timed 0 --samples 0
 done
 measured recipe-confidence bench --model "$runs/recipe" --dtype bf16 "${humaneval[@]}" --strategies autoregressive,early-exit \
     --exit-confidence 0.9 --timed 0 --samples 0

@@ -260,7 +260,7 @@ def bandwidth_text(read: Mapping[str, float]) -> str:
 def read_record(
     file: str, command: Literal["sweep-exits", "bench"] | None = None, named: str = "`saved`"
 ) -> RunRecord:
-    """Reads a results.json, which a `command` must have written, with its answers. Raises
+    """Reads a results.json, which `command`, if given, must have written, and its answers. Raises
     LayerSkipError for other files.
     """
 

@@ -31,7 +31,7 @@ _GUESSED = 0.7  # prior time of a copy's draft over one without lookups to verif
 # Share of time for trying each slower source of drafts
 _EXPLORED = 0.005
 _FEW = 8  # first steps or tries, which do not count
-_LONGEST = 256  # steps between two tries: texts change
+_FEWEST_STEPS, _MOST_STEPS = 16, 256  # between two tries: texts change
 _COMPARED = 8  # choices between comparisons of all arms; fewer at first
 _LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # draft lengths that are compared
 _POWERS = 11  # of 2 in a table of times
@@ -235,7 +235,7 @@ class Speed:
     steps: float = 0.0
     tokens: float = 0.0
     seconds: float = 0.0
-    since: float = 0.0  # steps since the last of this source
+    since: int = 0  # steps since the last of this source
 
     @property
     def rate(self) -> float:
@@ -247,7 +247,7 @@ class Speed:
         the less often.
         """
         every = (faster / self.rate - 1) / _EXPLORED
-        return self.since >= min(max(every, 16), _LONGEST)
+        return self.since >= min(max(every, _FEWEST_STEPS), _MOST_STEPS)
 
     def pays(self, plain: "Speed") -> bool:
         """Whether it is no slower than plain steps, or not known, or due."""
@@ -257,7 +257,7 @@ class Speed:
         self.steps = _RECENT * self.steps + 1
         self.tokens = _RECENT * self.tokens + tokens
         self.seconds = _RECENT * self.seconds + seconds
-        self.since = 0.0
+        self.since = 0
 
 
 @dataclass
@@ -367,7 +367,7 @@ class Bandit:
             speed.add(step.tokens, seconds)
             plain = self._speeds[step.rows.bit_length(), Source.PLAIN]
             if speed is not plain and step.tokens * plain.seconds > seconds * plain.tokens:
-                speed.since = _LONGEST  # it gained: try it again
+                speed.since = _MOST_STEPS  # it gained: try it again
 
     def plan(self, rows: int, shortest: int, found: bool) -> Plan:
         """For so many rows, the shortest of `shortest` tokens. `found`: lookups in the text of a
@@ -383,6 +383,7 @@ class Bandit:
         return plan
 
     def without_arm(self, rows: int) -> Plan:
+        """Plain steps, or lookups."""
         return Plan(None, 0, DraftEnds(), rows / self.passes.time_of(rows), self._choices)
 
     def _best_plan(self, rows: int, shortest: int, found: bool) -> Plan:
