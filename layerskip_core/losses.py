@@ -82,8 +82,9 @@ def summed_losses(
     over N tokens, in fp32.
 
     `hidden`: the states (N, D) of each exit. `targets` (N,). `unembed`: a head for all exits, or
-    one for each; of early ones, in training, a CandidateHead may estimate the sums. `weights`: by
-    exit, the factors in the loss of its cross-entropy and of its divergence KL(reference || exit).
+    one for each; in training a CandidateHead may estimate the sums of early ones, and with a
+    teacher of all. `weights`: by exit, the factors in the loss of its cross-entropy and of its
+    divergence KL(reference || exit).
 
     The reference is the last head's logits for the states `teacher` (N, D). Without a teacher it is
     the last exit, for earlier ones, if any of these weights its divergence; else the divergence is
@@ -119,7 +120,8 @@ def summed_losses(
             aim = reference
             if isinstance(head, CandidateHead):
                 wanted = None if wanted is None else head.places(wanted)
-                aim = None if aim is None else head.part_of(aim)
+                if aim is not None and head is not unembeds[last]:
+                    aim = head.part_of(aim)
             losses, slope = _losses(detached, wanted, aim, weights[index], trains[index])
             sums[index, :2] += losses
             if reference is not None and not torch.is_grad_enabled():

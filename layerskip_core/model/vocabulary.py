@@ -1,5 +1,8 @@
 """Vocabularies of drafts, and the choice of the most probable token."""
 
+import json
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,6 +20,11 @@ def exit_vocabulary(vocab: int) -> int:
     if vocab <= 4 * _EXIT_VOCABULARY:
         return 0
     return _EXIT_VOCABULARY
+
+
+def order_content(order: Sequence[int]) -> bytes:
+    """The bytes of ORDER_FILE."""
+    return json.dumps(order, separators=(",", ":")).encode()
 
 
 class DraftVocabulary:

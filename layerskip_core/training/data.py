@@ -281,17 +281,23 @@ def with_whole_answers(rows: Sequence[EncodedRow]) -> list[tuple[EncodedRow, int
 
 
 def token_order(data: EncodedData, vocab_size: int) -> list[int]:
-    """All token ids 0..V-1, the most frequent targets of the training rows first; unseen ids follow
-    in ascending order.
-    """
+    """As `by_frequency`, of the training rows."""
     if data.stream is not None:
         counted = list(itertools.islice(data.stream.one_pass(0), _COUNTED))
     else:
         counted = data.rows[:: math.ceil(len(data.rows) / _COUNTED)]
-    labels = np.concatenate([row["labels"] for row in counted])
-    counts = np.bincount(labels[labels != IGNORED], minlength=vocab_size)
-    order: list[int] = np.argsort(-counts, kind="stable").tolist()
-    return order
+    return by_frequency(counted, range(vocab_size))
+
+
+def by_frequency(rows: Sequence[EncodedRow], known: Sequence[int]) -> list[int]:
+    """All token ids 0..V-1, the most frequent targets of the rows first. Others stay in the order
+    of `known`.
+    """
+    labels = np.concatenate([row["labels"] for row in rows])
+    counts = np.bincount(labels[labels != IGNORED], minlength=len(known))
+    order = np.array(known)
+    found: list[int] = order[np.argsort(-counts[order], kind="stable")].tolist()
+    return found
 
 
 class StreamedRows(IterableDataset):  # type: ignore[type-arg]

@@ -21,11 +21,14 @@ from ..checkpoint.save import copy_checkpoint, refuse_overwrite, save_sidecar
 from ..checkpoint.shipped import files_of_shipped, read_stored_drafters
 from ..checkpoint.sidecars import EAGLE3_FILES, eagle3_content
 from ..checkpoint.transformers_read import stored_dtype
+from ..config.model import PackingConfig
 from ..config.training import DrafterConfig
 from ..data import Row, has_prompts
 from ..errors import CheckpointError, ConfigError, DataError, require
 from ..losses import IGNORED
+from ..model import missing_feature
 from ..model.exit_blocks import NO_STORED_DRAFTERS, StoredDrafters
+from ..model.vocabulary import exit_vocabulary
 from . import data
 from .answers import ModelAnswers, Writing, answered, digest
 from .eagle3 import FrozenEagle3, suits_engines
@@ -188,7 +191,11 @@ def prepare_drafter(
         existing = read_stored_drafters(source.sidecar_folder, backend.spec, lambda: model_digest)
     if config.in_place and not config.overwrite and checkpoint is None:
         _refuse_to_replace(existing, config, module.names.values())
-    decoder = for_decoding(config.model, str(device), config.dtype)
+    packing = None
+    if layout == "exit" and missing_feature(backend.spec) is None:
+        # What exits will draft from, for their estimated speedup
+        packing = PackingConfig(draft_vocab=exit_vocabulary(backend.spec.vocab))
+    decoder = for_decoding(config.model, str(device), config.dtype, packing)
     module.decoder = decoder.backend
 
     rows = data.read_rows(config)

@@ -2,7 +2,7 @@
 them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -16,23 +16,27 @@ from torch import Tensor, nn
 from ..checkpoint.folder import EXIT_BLOCKS_FILE, MTP_FILE
 from ..checkpoint.locate import ModelRef
 from ..checkpoint.model_weights import block_weights, copy_into
+from ..checkpoint.open import token_order
 from ..checkpoint.shipped import mtp_content, read_mtp
 from ..checkpoint.sidecars import exit_blocks_content
 from ..config.resolution import require_exit_layer
 from ..config.training import DrafterConfig
 from ..errors import refused
-from ..losses import IGNORED, summed_losses
+from ..losses import IGNORED, CandidateHead, summed_losses
 from ..model import Backend, TransformersBackend
 from ..model.backend import states_at
 from ..model.cache import Places
 from ..model.exit_blocks import INPUT_NORMS, MTP, NO_STORED_DRAFTERS, ExitBlock, StoredDrafters
+from ..model.vocabulary import ORDER_FILE, DraftVocabulary, exit_vocabulary, order_content
 from ..processor import available_memory
+from .data import by_frequency
 from .encoding import EncodedRow
 from .progress import restore
-from .recipe import RunStep
+from .recipe import RunStep, can_score_a_part, mixed_seed
 from .speedup import SpeedEstimate, exit_speedup
 
 MUON_LR = 0.02  # of Muon (Jordan et al., 2024), for the matrices of blocks and drafters
+SAMPLED = 1024  # tokens that stand for those which the exits' losses leave out
 _FILE = "drafter.safetensors"  # in a run's checkpoints
 
 
@@ -179,9 +183,18 @@ class FrozenExits(DrafterModule):
         backend: TransformersBackend,
         blocks: Sequence[ExitBlock],
         known: StoredDrafters = NO_STORED_DRAFTERS,
+        order: list[int] | None = None,
+        seed: int = 0,
     ) -> None:
-        """Blocks in `known` start from the weights there, others from the model's."""
+        """Blocks in `known` start from the weights there, others from the model's. `order`: the
+        model's tokens, the most frequent first; None: ascending. `seed`: of the candidates.
+        """
         super().__init__(backend)
+        vocab = backend.spec.vocab
+        every = DraftVocabulary(vocab, vocab, order)
+        self._order = every.tokens(torch.arange(vocab)).tolist()
+        self._frequent = torch.empty(0, dtype=torch.long)
+        self._seed = seed
         self.exits = new_exit_blocks(backend, blocks, known)
         self.shipped = known
         self.layers = tuple(block.exit_layer for block in blocks)
@@ -205,7 +218,18 @@ class FrozenExits(DrafterModule):
         exits = sorted(config.exits or (max(1, backend.num_layers // 3),))
         for exit_layer in exits:
             require_exit_layer(exit_layer, backend.num_layers, field="exits")
-        return cls(backend, [ExitBlock(exit_layer) for exit_layer in exits])
+        order = token_order(ModelRef.of(config.model).path, backend.spec.vocab)
+        blocks = [ExitBlock(exit_layer) for exit_layer in exits]
+        return cls(backend, blocks, order=order, seed=config.seed)
+
+    def begin(self, rows: Sequence[EncodedRow]) -> None:
+        """Puts the targets of the rows first in the order of tokens. The losses of exits score the
+        first ones, which exits also draft from, and a sample.
+        """
+        self._order = by_frequency(rows, self._order)
+        spec = self.backend.spec
+        if MTP.exit_layer not in self.layers and can_score_a_part(spec):
+            self._frequent = torch.tensor(self._order[: exit_vocabulary(spec.vocab)])
 
     def weights(self) -> dict[str, Tensor]:
         return named_weights(self.exits)
@@ -222,7 +246,10 @@ class FrozenExits(DrafterModule):
                 known = replace(NO_STORED_DRAFTERS, blocks=(MTP,))
             mtp = replace(known, take=weights.get, model_fingerprint=model_fingerprint)
             return {MTP_FILE: mtp_content(spec, mtp, lambda: model_fingerprint)}
-        return {EXIT_BLOCKS_FILE: exit_blocks_content(spec, weights, model_fingerprint, existing)}
+        return {
+            EXIT_BLOCKS_FILE: exit_blocks_content(spec, weights, model_fingerprint, existing),
+            ORDER_FILE: order_content(self._order),
+        }
 
     def forward(
         self, input_ids: Tensor, labels: Tensor, step: RunStep | None = None
@@ -233,7 +260,12 @@ class FrozenExits(DrafterModule):
         """
         is_target = labels[:, 1:] != IGNORED
         states, finals = self.states(input_ids)
-        head = self.backend.head
+        head: Callable[[Tensor], Tensor] = self.backend.head
+        if step is not None and self.training and len(self._frequent):
+            weight = self.backend.model.get_output_embeddings().weight
+            seed = mixed_seed(self._seed, step.done, step.first_row)
+            targets = labels[:, 1:][is_target]
+            head = CandidateHead(weight, self._frequent, targets, SAMPLED, seed)
         vocab = self.backend.spec.vocab
         teacher = finals[:, :-1][is_target]
         losses = []

@@ -28,7 +28,7 @@ from ..data import Row
 from ..errors import ConfigError
 from ..model.exit_blocks import NO_STORED_DRAFTERS, ExitBlock
 from ..model.spec import AnySpec
-from ..model.vocabulary import ORDER_FILE
+from ..model.vocabulary import ORDER_FILE, order_content
 from ..splits import HeldOut
 from . import data
 from .answers import ModelAnswers, plan_replay
@@ -167,7 +167,7 @@ class FinetuneJob:
             model = model.merge_and_unload()
         files = {
             LOSSES: history.to_jsonl(),
-            ORDER_FILE: json.dumps(self.token_order, separators=(",", ":")).encode(),
+            ORDER_FILE: order_content(self.token_order),
             **self.shipped,
         }
         if self.module.exit_blocks:

@@ -20,7 +20,7 @@ from ..errors import ConfigError, first_line
 from ..losses import CandidateHead, summed_losses, target_rows
 from ..model import Backend, TransformersBackend
 from ..model.transformers_backend import DocumentRows
-from .exit_blocks import MUON_LR, named_weights
+from .exit_blocks import MUON_LR, SAMPLED, named_weights
 from .progress import require_same_names, restore
 from .recipe import (
     Recipe,
@@ -35,7 +35,6 @@ from .recipe import (
 from .speedup import SpeedEstimate, exit_speedup
 
 _FP32_ATTENTION = "sdpa_fp32"
-_SAMPLED = 1024  # tokens that stand for those which the exits' losses leave out
 _SHORT = 192  # tokens; longer rows are faster in bf16
 
 
@@ -140,7 +139,7 @@ class RecipeModule(nn.Module):
             return self.backend.head
         weight = self.model.get_output_embeddings().weight
         seed = mixed_seed(self.seed, step.done, step.first_row)
-        return CandidateHead(weight, self._frequent, targets, _SAMPLED, seed)
+        return CandidateHead(weight, self._frequent, targets, SAMPLED, seed)
 
     def _states(
         self,

@@ -155,7 +155,7 @@ def resolve_recipe(
     fields = preset | given
     if settings.preset == "auto" and fields.get("exit_reader") == "block":
         fields.setdefault("exit_gradient", exit_gradient(steps))
-        if _can_score_a_part(spec) and not is_sharded:
+        if can_score_a_part(spec) and not is_sharded:
             fields.setdefault("exit_vocab", exit_vocabulary(spec.vocab))
     recipe = Recipe(**fields)
     for exit_layer in recipe.exits:
@@ -165,7 +165,7 @@ def resolve_recipe(
     else:
         _require_trained_exits(recipe, spec.layers)
     if recipe.exit_vocab:
-        can = recipe.exit_reader == "block" and _can_score_a_part(spec)
+        can = recipe.exit_reader == "block" and can_score_a_part(spec)
         needed = "0 without `exit_reader` block, and for heads that change their products"
         require(can, "exit_vocab", needed, recipe.exit_vocab)
     if recipe.p_max:  # raises ConfigError for a layer or a step too few
@@ -177,7 +177,7 @@ def resolve_recipe(
     return replace(recipe, rotation=rotation, exits=tuple(sorted(recipe.exits)))
 
 
-def _can_score_a_part(spec: AnySpec) -> bool:
+def can_score_a_part(spec: AnySpec) -> bool:
     """Whether rows of the head's weight give the logits of their tokens."""
     return isinstance(spec, ModelSpec) and spec.has_plain_head
 
