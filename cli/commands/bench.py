@@ -57,7 +57,7 @@ def bench(
 
                 record = evaluation.watch(bench_scores(loaded, rows, config))
             else:
-                fixed = "llama.cpp" in config.baselines  # whose number of threads stays as it is
+                fixed = with_llama_cpp(config.baselines)  # whose number of threads stays as it is
                 free_threads = None if fixed else FreeThreads(config.machine.threads)
                 record = evaluation.watch(
                     run_bench(loaded, rows, config, folder, resume), free_threads

@@ -46,6 +46,7 @@ class BaselineKind:
     drafts: bool = False
     has_exit: bool = False
     by_transformers: bool = False
+    by_llama_cpp: bool = False
 
 
 BASELINES = {
@@ -54,7 +55,8 @@ BASELINES = {
     "prompt-lookup": BaselineKind(drafts=True, by_transformers=True),
     "assistant-model": BaselineKind(drafts=True, by_transformers=True),
     "no-reuse": BaselineKind(drafts=True, has_exit=True),
-    "llama.cpp": BaselineKind(),
+    "llama.cpp": BaselineKind(by_llama_cpp=True),
+    "llama.cpp-lookup": BaselineKind(by_llama_cpp=True),
 }
 # Columns of `jsonl`; the first one present counts.
 PROMPT_NAMES = (
@@ -94,6 +96,11 @@ def kind_of(name: str) -> Strategy | BaselineKind:
 def with_transformers(names: Iterable[str]) -> bool:
     """Whether one of these baselines is transformers' own."""
     return any(BASELINES[name].by_transformers for name in names)
+
+
+def with_llama_cpp(names: Iterable[str]) -> bool:
+    """Whether one of these baselines is llama.cpp's."""
+    return any(BASELINES[name].by_llama_cpp for name in names)
 
 
 @dataclass(frozen=True)
@@ -256,7 +263,7 @@ class BenchConfig(MeasurementConfig):
     baselines: Annotated[
         tuple[Annotated[str, one_of(*BASELINES)], ...], Flag("Also these decoders.")
     ] = ()
-    gguf: Annotated[Text | None, Flag("The model as a GGUF file, for the baseline llama.cpp.")] = (
+    gguf: Annotated[Text | None, Flag("The model as a GGUF file, for llama.cpp.")] = (
         None
     )
     generation: Annotated[
@@ -280,10 +287,9 @@ class BenchConfig(MeasurementConfig):
             "0 with `baselines`, which are greedy",
             temperature,
         )
-        suits = ("llama.cpp" in self.baselines) == (self.gguf is not None)
-        require(
-            suits, "gguf", "given with the baseline llama.cpp, and only then", self.gguf or "none"
-        )
+        needed = "given with baselines of llama.cpp, and only then"
+        suits = with_llama_cpp(self.baselines) == (self.gguf is not None)
+        require(suits, "gguf", needed, self.gguf or "none")
         given = self.packing.draft_model
         chosen = {*(self.strategies or ("adaptive",)), *self.baselines}
         users = (

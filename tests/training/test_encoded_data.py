@@ -22,6 +22,7 @@ from layerskip_core.splits import HeldOut
 from layerskip_core.training import data as training_data
 from layerskip_core.training.data import (
     StreamedRows,
+    by_frequency,
     collate,
     encode_rows,
     make_encoder,
@@ -282,9 +283,14 @@ def test_tokens_in_the_order_of_their_frequency(tokenizer):
     z, y, end = (tokenizer.convert_tokens_to_ids(name) for name in ("z", "y", "<|eos|>"))
     # Z four times, the end twice, y once
     rows = [Example("qqqqqqqq", "zzz"), Example("qqqqqqqq", "zy")]
-    order = token_order(encode_rows(rows, encoder), 300)
+    encoded = encode_rows(rows, encoder)
+    order = token_order(encoded, 300)
     assert order[:3] == [z, end, y]
     assert order[3:] == [token for token in range(300) if token not in (z, end, y)]
+    known = list(reversed(range(300)))
+    order = by_frequency(encoded.rows, known)
+    assert order[:3] == [z, end, y]
+    assert order[3:] == [token for token in known if token not in (z, end, y)]
 
 
 CONVERSATION = Conversation((("user", "hi"), ("assistant", "ho")))

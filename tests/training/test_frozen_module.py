@@ -8,10 +8,12 @@ import pytest
 import torch
 from conftest import run_texts, tiny_model
 
-from layerskip_core.losses import IGNORED
-from layerskip_core.model import TransformersBackend
-from layerskip_core.model.exit_blocks import ExitBlock, StoredDrafters
+from layerskip_core.losses import IGNORED, CandidateHead
+from layerskip_core.model import TransformersBackend, vocabulary
+from layerskip_core.model.exit_blocks import MTP, ExitBlock, StoredDrafters
+from layerskip_core.training import exit_blocks
 from layerskip_core.training.exit_blocks import FrozenExits
+from layerskip_core.training.recipe import RunStep
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11], [12, 13, 14, 15, 16, 16, 16]])
 LABELS = torch.tensor(
@@ -31,6 +33,16 @@ def module_of(model, *blocks, noise=0.05):
         for weight in module.parameters():
             weight += noise * torch.randn_like(weight)
     return module
+
+
+def recorded(heads):
+    """CandidateHead, which adds every head to the list `heads`."""
+
+    def head(*arguments):
+        heads.append(CandidateHead(*arguments))
+        return heads[-1]
+
+    return head
 
 
 def plain_model(model, module, exit_layer):
@@ -94,6 +106,44 @@ def test_both_exits_are_trained_as_alone_and_nothing_of_the_model():
         alone.exits[str(exit_layer)].load_state_dict(module.exits[str(exit_layer)].state_dict())
         single.append(alone(**BATCH)["per_exit"])
     assert both["exit_layers"] == (2, 4) and torch.equal(both["per_exit"], torch.cat(single))
+
+
+def scoring(monkeypatch, model, tokens, *blocks):
+    """A module whose exits score so many tokens, as those of a large vocabulary do."""
+    monkeypatch.setattr(vocabulary, "_EXIT_VOCABULARY", tokens)
+    module = module_of(model, *blocks)
+    module.begin([{"input_ids": row.numpy(), "labels": row.numpy()} for row in LABELS])
+    return module
+
+
+def test_exits_of_a_large_vocabulary_score_a_part_of_it_in_training(monkeypatch):
+    """The sample has all others at first: the loss of the whole vocabulary. Evaluation scores all."""
+    model = tiny_model(dtype=torch.float32)
+    expected = module_of(model, ExitBlock(EXIT))(**BATCH)
+    expected["loss"].backward()
+    module = scoring(monkeypatch, model, 4, ExitBlock(EXIT))
+    heads = []
+    monkeypatch.setattr(exit_blocks, "CandidateHead", recorded(heads))
+    found = module(**BATCH, step=RunStep(1, 2))
+    torch.testing.assert_close(found["per_exit"], expected["per_exit"])
+    assert len(heads) == 1
+
+    monkeypatch.setattr(exit_blocks, "SAMPLED", 5)
+    first, again, other = (
+        module(**BATCH, step=RunStep(done, 2))["loss"].item() for done in (0, 0, 1)
+    )
+    assert first == again != other
+    module.eval()
+    with torch.no_grad():
+        measured = module(**BATCH, step=RunStep(1, 2))
+    torch.testing.assert_close(measured["per_exit"], expected["per_exit"])
+
+
+@pytest.mark.parametrize("model_type, blocks", [("gemma2", ExitBlock(EXIT)), ("llama", MTP)])
+def test_heads_that_change_their_products_and_mtp_score_all_tokens(model_type, blocks, monkeypatch):
+    module = scoring(monkeypatch, tiny_model(model_type, dtype=torch.float32), 4, blocks)
+    monkeypatch.setattr(exit_blocks, "CandidateHead", None)
+    module(**BATCH, step=RunStep(0, 2))
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2"])

@@ -95,7 +95,7 @@ def test_the_copy_has_the_models_files_byte_by_byte(frozen, base):
     trained, _, _ = train(config)
     after = hashes(config.output)
     assert hashes(base) == before
-    assert after.keys() == {*before, "exit_blocks.safetensors"}
+    assert after.keys() == {*before, "exit_blocks.safetensors", "token_order.json"}
     assert {name for name in before if before[name] != after[name]} == {"layerskip.json"}
     info = read_info(config.output)
     assert info.details["exit_blocks"] == trained and set(info.files) == set(after)
@@ -123,7 +123,7 @@ def test_blocks_are_added_to_the_models_own_folder_and_exits_one_by_one(frozen, 
     assert same({name: weight for name, weight in second.items() if name in first}, first)
     assert read_info(model).details["exit_blocks"].keys() == {"2", "3"}
     assert {name for name, digest in hashes(model).items() if before.get(name) != digest} == {
-        "exit_blocks.safetensors", "layerskip.json",
+        "exit_blocks.safetensors", "layerskip.json", "token_order.json",
     }  # fmt: skip
 
 
@@ -138,7 +138,9 @@ def test_a_gguf_file_is_copied_into_a_folder_with_its_drafters(frozen, tmp_path)
     config = frozen(model=str(file), exits=(1,))
     train(config)
     output = Path(config.output)
-    assert hashes(output).keys() == {file.name, "exit_blocks.safetensors", "layerskip.json"}
+    assert hashes(output).keys() == {
+        file.name, "exit_blocks.safetensors", "layerskip.json", "token_order.json",
+    }  # fmt: skip
     assert (output / file.name).read_bytes() == file.read_bytes()
     trained = blocks(output)
     train(replace(config, model=str(output), layout="eagle3", exits=None))  # in place

@@ -44,7 +44,7 @@ def bench(
     speculative = resolve_as("self-speculative", generation, recommended, layers, config.packing)
     baselines = load_baselines(loaded, config, speculative)
     machine = environment(loaded)
-    if "llama.cpp" in baselines:
+    if with_llama_cpp(baselines):
         machine["llama_cpp"] = describe_llama_cpp()
     named: dict[str, Any] = asdict(config)
     named["exit_layer"] = speculative.exit_layer
