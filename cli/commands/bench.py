@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from layerskip_core.config.evaluation import BenchConfig
+from layerskip_core.config.evaluation import BenchConfig, with_llama_cpp
 from layerskip_core.config.options import Flag
 from layerskip_core.errors import require
 

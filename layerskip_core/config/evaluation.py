@@ -263,9 +263,7 @@ class BenchConfig(MeasurementConfig):
     baselines: Annotated[
         tuple[Annotated[str, one_of(*BASELINES)], ...], Flag("Also these decoders.")
     ] = ()
-    gguf: Annotated[Text | None, Flag("The model as a GGUF file, for llama.cpp.")] = (
-        None
-    )
+    gguf: Annotated[Text | None, Flag("The model as a GGUF file, for llama.cpp.")] = None
     generation: Annotated[
         DecodingOptions, Without(("strategy", "policy", "exits", *_OF_THE_TASK))
     ] = field(default_factory=DecodingOptions)

@@ -374,7 +374,7 @@ def test_text_is_measured_by_perplexity(tmp_path, model, monkeypatch):
         ("bench --baselines magic", "--baselines must be a list, each one of transformers, "),
         ("bench --strategies lookup", "--strategies must be a list with autoregressive"),
         ("bench --strategies autoregressive,eagle3", "--strategies must be a list without eagle3"),
-        ("bench --gguf x.gguf", "--gguf must be given with the baseline llama.cpp"),
+        ("bench --gguf x.gguf", "--gguf must be given with baselines of llama.cpp"),
         (
             "bench --resume",
             "--resume must be used with the --output of the interrupted run, got none",

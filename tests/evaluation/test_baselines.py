@@ -1,5 +1,6 @@
 """transformers' decoders as baselines: the same tokens, known counts, and the traps of each."""
 
+import json
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -169,10 +170,12 @@ class Server:
     """Answers with the tiny model's own tokens, as llama.cpp's server does."""
 
     asked: ClassVar[list] = []
+    drafts: ClassVar[list] = []  # of each server
     context: ClassVar[int] = 1000
 
     def __init__(self, settings):
         self.settings = settings
+        self.drafts.append(settings.speculative.types)
 
     def handle_completions(self, request):
         self.asked.append(request)
@@ -187,14 +190,23 @@ class Server:
 def package(monkeypatch):
     def params():
         return SimpleNamespace(
-            model=SimpleNamespace(), cpuparams=SimpleNamespace(), cpuparams_batch=SimpleNamespace()
+            model=SimpleNamespace(),
+            cpuparams=SimpleNamespace(),
+            cpuparams_batch=SimpleNamespace(),
+            speculative=SimpleNamespace(types=[]),
         )
 
     info = "CPU : SSE3 = 1 | AVX2 = 1 | AVX512 = 0 | "
-    fake = SimpleNamespace(CommonParams=params, Server=Server, get_system_info=lambda: info)
+    fake = SimpleNamespace(
+        CommonParams=params,
+        Server=Server,
+        get_system_info=lambda: info,
+        common_speculative_type=SimpleNamespace(COMMON_SPECULATIVE_TYPE_NGRAM_SIMPLE="lookups"),
+    )
     monkeypatch.setitem(sys.modules, "xllamacpp", fake)
     monkeypatch.setattr("layerskip_core.evaluation.measure.baselines.version", lambda name: "1.2")
     Server.asked.clear()
+    Server.drafts.clear()
     return fake
 
 
@@ -227,6 +239,12 @@ def test_answers_end_where_ours_do_or_do_not_fit(package, file, monkeypatch):
         server(loaded, [5] * 15, SETTING)
 
 
+def test_lookups_are_asked_for(package, file):
+    for lookups in (False, True):
+        llama_cpp(tiny_loaded(), file, lookups)
+    assert Server.drafts == [[], ["lookups"]]
+
+
 def test_files_of_other_models_are_refused(package, file, tmp_path):
     with pytest.raises(
         ConfigError,
@@ -244,15 +262,19 @@ def test_llama_cpp_itself_gives_our_tokens(file, checkpoint):
     pytest.importorskip("xllamacpp", reason="needs layerskip[llama-cpp]")
     done = run(
         f"bench --model {checkpoint} --samples 2 --repeats 1 --max-new-tokens 8 --dtype fp32",
-        f"--strategies autoregressive --baselines llama.cpp --gguf {file}",
+        f"--strategies autoregressive --baselines llama.cpp,llama.cpp-lookup --gguf {file}",
+        "--format json",
     )
-    assert done.code == 0 and "llama.cpp: xllamacpp" in done.out
+    assert done.code == 0
+    record = json.loads(done.out)
+    assert "xllamacpp" in record["environment"]["llama_cpp"]
+    assert [result["identical_outputs"] for result in record["results"]][1:] == [1, 1]
 
 
 def test_flags_and_the_package_are_asked_for(monkeypatch, file, checkpoint):
     command = f"bench --model {checkpoint} --samples 1 --baselines"
     fails(
-        "--gguf must be given with the baseline llama.cpp, and only then, got none",
+        "--gguf must be given with baselines of llama.cpp, and only then, got none",
         command,
         "llama.cpp",
     )

@@ -68,6 +68,7 @@ def load_baselines(
     makers: dict[str, Callable[[], BaselineDecoder]] = {
         "no-reuse": lambda: without_reuse,
         "llama.cpp": lambda: llama_cpp(loaded, config.gguf or ""),
+        "llama.cpp-lookup": lambda: llama_cpp(loaded, config.gguf or "", lookups=True),
         "transformers": lambda: transformers_generate(model),
         "assistant-early-exit": early_exit,
         "prompt-lookup": lambda: transformers_generate(model, lookup),
@@ -216,12 +217,12 @@ class StepTimer(BaseStreamer):  # type: ignore[misc]
         self._drafted = ids.shape[1] - others
 
 
-def llama_cpp(loaded: Decoder, gguf: str) -> BaselineDecoder:
-    """llama.cpp on a GGUF file: greedy, without drafts, on as many threads as torch. Raises
-    ConfigError and CheckpointError.
+def llama_cpp(loaded: Decoder, gguf: str, lookups: bool = False) -> BaselineDecoder:
+    """llama.cpp on a GGUF file: greedy, on as many threads as torch, without drafts or with its
+    lookups (`ngram-simple`). Raises ConfigError and CheckpointError.
     """
     context = min(loaded.backend.spec.context, _MOST_CONTEXT)
-    server = _llama_server(loaded, gguf, context)
+    server = _llama_server(loaded, gguf, context, lookups)
 
     def complete(loaded: Decoder, prompt_ids: list[int], setting: DecodingConfig) -> Output:
         """The first step is the prefill, timed by llama.cpp; all other tokens are one second
@@ -267,7 +268,7 @@ def llama_cpp(loaded: Decoder, gguf: str) -> BaselineDecoder:
     return complete
 
 
-def _llama_server(loaded: Decoder, gguf: str, context: int) -> Any:
+def _llama_server(loaded: Decoder, gguf: str, context: int, lookups: bool) -> Any:
     """llama.cpp's server, in this process, with the file of the same model."""
     try:
         import xllamacpp
@@ -296,6 +297,9 @@ def _llama_server(loaded: Decoder, gguf: str, context: int) -> Any:
     settings.cache_ram_mib = 0
     settings.cpuparams.n_threads = torch.get_num_threads()
     settings.cpuparams_batch.n_threads = torch.get_num_threads()
+    if lookups:
+        types = xllamacpp.common_speculative_type
+        settings.speculative.types = [types.COMMON_SPECULATIVE_TYPE_NGRAM_SIMPLE]
     try:
         return xllamacpp.Server(settings)
     except Exception as error:  # the package raises RuntimeError and others

@@ -10,7 +10,7 @@ from typing import Any
 from ...checkpoint.loaded import Decoder
 from ...checkpoint.locate import files_digest
 from ...config.decoding import STRATEGIES, DecodingConfig
-from ...config.evaluation import BenchConfig, SweepConfig
+from ...config.evaluation import BenchConfig, SweepConfig, with_llama_cpp
 from ...config.resolution import Recommended, resolve_as
 from ...errors import refused
 from ...processor import OtherLoad
