@@ -38,12 +38,15 @@ train recipe --pmax 0.2 --exits 4,8
 train lora --pmax 0.2 --exits 4,8 --lora-rank 16
 train paper --recipe code
 train control --recipe none
-# A drafter beside the file as stored, then both in bf16.
-if [ ! -f "$runs/stored-drafter/layerskip.json" ]; then
-    layerskip train-drafter --model "$model" --data "$runs/own.jsonl" --answers data --steps "${DRAFTER_STEPS:-400}" \
-        --batch-size 8 --output "$runs/stored-drafter"
-fi
-[ -f "$runs/drafter/config.json" ] || layerskip import "$runs/stored-drafter" --output "$runs/drafter" --dtype bf16
+beside() { # NAME FLAGS: a drafter or an exit block beside the file as stored, then both in bf16
+    if [ ! -f "$runs/stored-$1/layerskip.json" ]; then
+        layerskip train-drafter --model "$model" --data "$runs/own.jsonl" --answers data --steps "${DRAFTER_STEPS:-400}" \
+            --batch-size 8 --output "$runs/stored-$1" "${@:2}"
+    fi
+    [ -f "$runs/$1/config.json" ] || layerskip import "$runs/stored-$1" --output "$runs/$1" --dtype bf16
+}
+beside drafter
+beside exits --exits 4
 
 # pass@1 by the chat template: answers of full depth, eight at once; drafts do not change them.
 humaneval=(--task humaneval --data "$data/humaneval/HumanEval.jsonl.gz" --template chat --allow-code-execution)
@@ -69,17 +72,25 @@ problems=("${humaneval[@]}" --samples 16 --max-new-tokens 256)
 kinds=(--task jsonl --data "$here/kinds.jsonl" --template chat --samples 0 --max-new-tokens 128)
 for rows in problems kinds; do
     declare -n prompts=$rows
-    measured untouched-$rows bench --model "$runs/untouched" --dtype bf16 "${prompts[@]}" --repeats 1 --baselines transformers,llama.cpp --gguf "$model"
-    measured stored-$rows bench --model "$model" "${prompts[@]}" --repeats 1 --baselines llama.cpp --gguf "$model"
+    measured untouched-$rows bench --model "$runs/untouched" --dtype bf16 "${prompts[@]}" --repeats 1 \
+        --baselines transformers,llama.cpp,llama.cpp-lookup --gguf "$model"
+    measured stored-$rows bench --model "$model" "${prompts[@]}" --repeats 1 --baselines llama.cpp,llama.cpp-lookup \
+        --gguf "$model"
     measured stored-drafter-$rows bench --model "$runs/stored-drafter" "${prompts[@]}" --repeats 1
     measured recipe-$rows bench --model "$runs/recipe" --dtype bf16 "${prompts[@]}" --repeats 1 --exit 4 --spec 4
     measured drafter-$rows bench --model "$runs/drafter" --dtype bf16 "${prompts[@]}" --repeats 1
 done
 # The exit alone, by the model's own weights and by copies in int8 and int4.
-measured recipe-exits sweep-exits --model "$runs/recipe" --dtype bf16 "${problems[@]}" --exits 4,8 --specs 2,4,6
+for run in recipe exits; do
+    measured $run-alone sweep-exits --model "$runs/$run" --dtype bf16 "${problems[@]}" --exits 4 --specs 2,3,4 \
+        --draft-weights int8,int4
+done
+few=("${mbpp[@]}" --samples 16 --max-new-tokens 200)
+measured exits-mbpp bench --model "$runs/exits" --dtype bf16 "${few[@]}" --repeats 2 --exit 4 --spec 3 \
+    --strategies autoregressive,self-speculative,lookup,adaptive
 for bits in int8 int4; do
-    measured recipe-$bits bench --model "$runs/recipe" --dtype bf16 "${problems[@]}" --repeats 1 \
-        --strategies autoregressive,self-speculative --exit 4 --spec 4 --draft-weights $bits
+    measured exits-mbpp-$bits bench --model "$runs/exits" --dtype bf16 "${few[@]}" --repeats 1 --exit 4 --spec 3 \
+        --strategies autoregressive,self-speculative --draft-weights $bits
 done
 # Early exit's own pass@1, and that of leaving at the first exit whose probability is high enough.
 for exit in 8 16 20; do

@@ -57,7 +57,6 @@ FEWER = {  # by command: flags with these values in place of the script's
         "--batch-size": "2",
         "--answers": "data",
         "--samples": "8",
-        "--draft-vocab": "100",
     },
     "sweep-exits": {**_MEASURED, "--exits": "1,2"},
     "bench": {**_MEASURED, "--repeats": "1", "--baselines": None, "--gguf": None},
