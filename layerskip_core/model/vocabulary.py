@@ -23,7 +23,7 @@ def exit_vocabulary(vocab: int) -> int:
 
 
 def order_content(order: Sequence[int]) -> bytes:
-    """The bytes of ORDER_FILE."""
+    """The bytes of ORDER_FILE: token ids, the most frequent first."""
     return json.dumps(order, separators=(",", ":")).encode()
 
 

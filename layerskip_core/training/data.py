@@ -290,8 +290,8 @@ def token_order(data: EncodedData, vocab_size: int) -> list[int]:
 
 
 def by_frequency(rows: Sequence[EncodedRow], known: Sequence[int]) -> list[int]:
-    """All token ids 0..V-1, the most frequent targets of the rows first. Others stay in the order
-    of `known`.
+    """All token ids 0..V-1, the most frequent targets of the rows first; of equally frequent ones
+    those that come first in `known`, which also has all.
     """
     labels = np.concatenate([row["labels"] for row in rows])
     counts = np.bincount(labels[labels != IGNORED], minlength=len(known))

@@ -36,7 +36,7 @@ from .recipe import RunStep, can_score_a_part, mixed_seed
 from .speedup import SpeedEstimate, exit_speedup
 
 MUON_LR = 0.02  # of Muon (Jordan et al., 2024), for the matrices of blocks and drafters
-SAMPLED = 1024  # tokens that stand for those which the exits' losses leave out
+_SAMPLED = 1024  # tokens that stand for those which the exits' losses leave out
 _FILE = "drafter.safetensors"  # in a run's checkpoints
 
 
@@ -261,11 +261,10 @@ class FrozenExits(DrafterModule):
         is_target = labels[:, 1:] != IGNORED
         states, finals = self.states(input_ids)
         head: Callable[[Tensor], Tensor] = self.backend.head
-        if step is not None and self.training and len(self._frequent):
-            weight = self.backend.model.get_output_embeddings().weight
+        if step is not None and self.training:
             seed = mixed_seed(self._seed, step.done, step.first_row)
             targets = labels[:, 1:][is_target]
-            head = CandidateHead(weight, self._frequent, targets, SAMPLED, seed)
+            head = head_in_training(self.backend, self._frequent, targets, seed)
         vocab = self.backend.spec.vocab
         teacher = finals[:, :-1][is_target]
         losses = []
@@ -308,6 +307,18 @@ def new_exit_blocks(
     for weight in modules.parameters():
         weight.requires_grad_(weight.dim() == 2)
     return modules
+
+
+def head_in_training(
+    backend: TransformersBackend, frequent: Tensor, targets: Tensor, seed: int
+) -> Callable[[Tensor], Tensor]:
+    """The head of exits with a block, which has a norm of its own: it scores the tokens `frequent`
+    (F,), `targets` (N,) and a sample that `seed` decides; without frequent ones all tokens.
+    """
+    if not len(frequent):
+        return backend.head
+    weight = backend.model.get_output_embeddings().weight
+    return CandidateHead(weight, frequent, targets, _SAMPLED, seed)
 
 
 def named_weights(blocks: nn.ModuleDict) -> dict[str, Tensor]:

@@ -17,10 +17,10 @@ from ..checkpoint.save import write_model
 from ..checkpoint.sidecars import exit_blocks_content, fingerprint
 from ..config.training import FinetuneConfig
 from ..errors import ConfigError, first_line
-from ..losses import CandidateHead, summed_losses, target_rows
+from ..losses import summed_losses, target_rows
 from ..model import Backend, TransformersBackend
 from ..model.transformers_backend import DocumentRows
-from .exit_blocks import MUON_LR, SAMPLED, named_weights
+from .exit_blocks import MUON_LR, head_in_training, named_weights
 from .progress import require_same_names, restore
 from .recipe import (
     Recipe,
@@ -101,7 +101,10 @@ class RecipeModule(nn.Module):
         states = self._states(input_ids, exits, documents, step)
 
         _, targets = target_rows(input_ids[..., None], labels)
-        head_of_blocks = self._head_of_blocks(targets, step)
+        head_of_blocks: Callable[[Tensor], Tensor] = self.backend.head
+        if self.training:
+            seed = mixed_seed(self.seed, step.done, step.first_row)
+            head_of_blocks = head_in_training(self.backend, self._frequent, targets, seed)
         inputs = []  # of the head, by exit: the states that predict a target
         heads: list[Callable[[Tensor], Tensor]] = []
         for exit_layer in exits:
@@ -130,16 +133,6 @@ class RecipeModule(nn.Module):
         if not self.training:
             output["agreeing"] = sums[:-1, 2]
         return output
-
-    def _head_of_blocks(self, targets: Tensor, step: RunStep) -> Callable[[Tensor], Tensor]:
-        """The head of exits with a block, which has a norm of its own. In training it may score a
-        part of the vocabulary.
-        """
-        if not self.training or not len(self._frequent):
-            return self.backend.head
-        weight = self.model.get_output_embeddings().weight
-        seed = mixed_seed(self.seed, step.done, step.first_row)
-        return CandidateHead(weight, self._frequent, targets, SAMPLED, seed)
 
     def _states(
         self,

@@ -4,11 +4,14 @@ Here none may be.
 
 import ctypes
 import os
+import re
 import runpy
 import shutil
+import subprocess
 import sysconfig
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -118,6 +121,31 @@ def test_the_variants_that_run_are_those_that_the_flags_of_this_machine_name(mon
     built = [name for name in compiled.VARIANTS if (BUILT_FOLDER / f"_{name}.so").is_file()]
     assert [name for name in built if name in named] == BUILT
     assert compiled.kernels().variant == named[0]
+
+
+def test_kernels_that_do_not_run_here_are_asked_nothing_else(monkeypatch, tmp_path):
+    """Their other functions may have instructions that this CPU lacks, which end the process."""
+    (tmp_path / "_avx2.so").touch()
+    monkeypatch.setattr(compiled, "__file__", str(tmp_path / "compiled.py"))
+    refusing = SimpleNamespace(layerskip_supported=lambda: 0)
+    monkeypatch.setattr(compiled.ctypes, "CDLL", lambda path: refusing)
+    assert compiled._load.__wrapped__("avx2") == (
+        None,
+        {"avx2": "this system does not let them run"},
+    )
+
+
+@needs_kernels
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")
+@pytest.mark.skipif("avx2" not in BUILT, reason="asks for x86-64's registers")
+@pytest.mark.parametrize("name", compiled.VARIANTS)
+def test_whether_kernels_run_here_is_asked_without_vector_registers(name):
+    """Every CPU runs this function, of all variants that were built."""
+    file = BUILT_FOLDER / f"_{name}.so"
+    command = ["objdump", "--disassemble=layerskip_supported", str(file)]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "<layerskip_supported>:" in listing
+    assert not re.search("%[xyz]mm|%tmm", listing)
 
 
 MISSING = "the compiled kernels are missing: decoding uses torch's"

@@ -128,7 +128,7 @@ def test_exits_of_a_large_vocabulary_score_a_part_of_it_in_training(monkeypatch)
     torch.testing.assert_close(found["per_exit"], expected["per_exit"])
     assert len(heads) == 1
 
-    monkeypatch.setattr(exit_blocks, "SAMPLED", 5)
+    monkeypatch.setattr(exit_blocks, "_SAMPLED", 5)
     first, again, other = (
         module(**BATCH, step=RunStep(done, 2))["loss"].item() for done in (0, 0, 1)
     )

@@ -9,6 +9,7 @@ from training_runs import batch, recipe_module
 from layerskip_core import losses
 from layerskip_core.config.training import RecipeSettings
 from layerskip_core.losses import IGNORED
+from layerskip_core.training import exit_blocks
 from layerskip_core.training import module as recipe_modules
 from layerskip_core.training.data import collate
 from layerskip_core.training.encoding import packed
@@ -325,7 +326,7 @@ def test_a_part_of_the_vocabulary_changes_the_exits_losses_alone(monkeypatch):
     heads = [module.model.get_output_embeddings().weight.grad for module in (every, whole)]
     assert not torch.allclose(*heads)
 
-    monkeypatch.setattr(recipe_modules, "SAMPLED", 5)
+    monkeypatch.setattr(exit_blocks, "_SAMPLED", 5)
     few = (1, 2)
     _, of_few = outputs(few)
     _, again = outputs(few)

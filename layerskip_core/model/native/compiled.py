@@ -322,16 +322,18 @@ def _load(requested: str | None) -> tuple[Kernels | None, dict[str, str]]:
             except OSError as error:
                 unloadable[name] = str(error)
                 continue
+            # Asked before anything else: the other functions may have instructions that this CPU lacks
+            if not library.layerskip_supported():
+                # Only a surprise if the CPU has their flags, see `kernel_note`: AMX needs the kernel's
+                # permission.
+                unloadable[name] = "this system does not let them run"
+                continue
             if not _matches(library):
                 raise LayerSkipError(
                     f"the compiled kernels in {path} are those of another version: install layerskip again "
                     f"(`pip install .`, or `pip install -e .`), or set {SWITCH}=torch to do without them"
                 )
-            if library.layerskip_supported():
-                return Kernels(name, library), unloadable
-            # Only a surprise if the CPU has their flags, see `kernel_note`: AMX needs the kernel's
-            # permission.
-            unloadable[name] = "this system does not let them run"
+            return Kernels(name, library), unloadable
     return None, unloadable
 
 

@@ -941,6 +941,7 @@ int layerskip_size_of(int structure) {
     return (int)sizes[structure];
 }
 
+/* Whether this CPU and its system run the other functions. Called first, on every CPU: no vector instructions here. */
 int layerskip_supported(void) { return lanes_supported() && tiles_supported(); }
 
 /* Layers 0..count-1 of `layers` over the call's rows, in place. */
