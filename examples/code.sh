@@ -57,8 +57,7 @@ for run in untouched recipe lora paper control; do
     measured $run-mbpp bench --model "$runs/$run" --dtype bf16 "${mbpp[@]}" "${plain[@]}"
 done
 # The same prompts by llama.cpp, which answers one at a time.
-measured stored-humaneval bench --model "$model" "${humaneval[@]}" --strategies autoregressive --timed 0 --samples 0 \
-    --baselines llama.cpp --gguf "$model"
+measured stored-humaneval bench --model "$model" "${humaneval[@]}" "${plain[@]}" --baselines llama.cpp --gguf "$model"
 for task in humaneval mbpp; do
     for base in untouched control; do
         layerskip compare $base="$runs/$base-$task" recipe="$runs/recipe-$task" lora="$runs/lora-$task" paper="$runs/paper-$task" \

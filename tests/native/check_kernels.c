@@ -18,6 +18,15 @@
 
 /* ---- single instructions ---- */
 
+/* Sums by lane of `start` and of `times` the products of four levels, plus `offset`, with four inputs. */
+static void expect_dots(const int32_t *sums, int32_t start, const uint8_t *levels, int offset, const int32_t *in, int times) {
+    for (int i = 0; i < 16; i++) {
+        int32_t right = start;
+        for (int k = 0; k < 4; k++) right += times * in[k] * (levels[4 * i + k] + offset);
+        expect(sums[i] == right, "dots: %d instead of %d", sums[i], right);
+    }
+}
+
 static void check_lanes(void) {
     float x[16], y[16];
     uint16_t rounded[16];
@@ -56,12 +65,15 @@ static void check_lanes(void) {
     }
     for (int t = 0; t < 4096; t++) { /* the extremes too: levels of 0 and 255, inputs of -127 and 127 */
         uint8_t levels[64], low[64];
-        int8_t in[4];
-        int32_t sums[16], start = below(1 << 20) - (1 << 19);
+        int8_t bytes[4];
+        int32_t in[4], sums[16], start = below(1 << 20) - (1 << 19);
         RowInt8 row[16];
         for (int i = 0; i < 64; i++) levels[i] = (uint8_t)(t >= 64 ? below(256) : t >> i % 4 & 1 ? 255 : 0);
-        for (int i = 0; i < 4; i++) in[i] = (int8_t)(t < 64 ? (t >> i % 2 * 2 & 4 ? 127 : -127) : below(255) - 127);
-        for (int i = 0; i < 16; i++) x[i] = in[i % 4];
+        for (int i = 0; i < 4; i++) {
+            in[i] = t < 64 ? (t >> i % 2 * 2 & 4 ? 127 : -127) : below(255) - 127;
+            bytes[i] = (int8_t)in[i];
+        }
+        for (int i = 0; i < 16; i++) x[i] = (float)in[i % 4];
         f_store_levels(row, f_load(x));
         for (int left = -3; left <= 4; left++) {
             uint8_t bits[64], right[64];
@@ -71,23 +83,33 @@ static void check_lanes(void) {
             for (int i = 0; i < 64; i++) right[i] = (uint8_t)((left < 0 ? levels[i] >> -left : levels[i] << left) & mask);
             expect(!memcmp(bits, right, 64), "bits %d to the left", left);
         }
-        for (int bits = 4; bits <= 8; bits += bits == 6 ? 2 : 1) { /* of int8, and of int4 and more */
-            int dots = bits < 8 ? int4_dots(bits) : 1, first = bits < 8 ? 0 : start;
-            vi sum = i_set(first), other = sum;
+        vi eight = i_set(start), four = i_set(0);
+        for (int i = 0; i < 64; i++) low[i] = (uint8_t)(levels[i] & 15);
+        for (int part = 0; part < INT8_PARTS; part++) eight = dot_int8(eight, int8_part(i_load(levels), part), int8_value(row, part));
+        for (int dot = 0; dot < 8; dot++) four = dot_int4(four, i_load(low), int4_value(bytes));
+        memcpy(sums, &eight, sizeof sums), expect_dots(sums, start, levels, LEVEL_OFFSET - 128, in, 1);
+        four = int4_sum(four), memcpy(sums, &four, sizeof sums), expect_dots(sums, 0, low, 0, in, 8);
+
+        int32_t wide[4];
+        RowInt8 wide_row[PLANES * 16];
+        for (int i = 0; i < 4; i++) wide[i] = 128 * in[i] + (abs(in[i]) < 127 ? below(128) - 64 : 0);
+        for (int i = 0; i < 16; i++) x[i] = (float)wide[i % 4];
+        f_store_wide_levels(wide_row, 16, f_load(x));
+        for (int bits = 4; bits <= 8; bits += bits == 6 ? 2 : 1) {
+            vi planes[PLANES];
             for (int i = 0; i < 64; i++) low[i] = (uint8_t)(levels[i] & ((1 << bits) - 1));
-            for (int i = 0; bits < 8 && i < dots; i++) sum = dot_int4(sum, i_load(low), int4_value(in));
-            for (int part = 0; bits == 8 && part < INT8_PARTS; part++) {
-                sum = dot_int8(sum, int8_part(i_load(levels), part), int8_value(row, part));
-                other = dot_int8(other, int8_part(i_load(levels), part), byte_value(in, part));
+            for (int plane = 0; plane < PLANES; plane++) {
+                vi sum = i_set(0);
+                for (int part = 0; part < INT8_PARTS; part++) {
+                    vi value = int8_value(wide_row + 16 * plane, part);
+                    if (bits == 8) sum = dot_int8(sum, int8_part(i_load(low), part), value);
+                    else sum = dot_low_bit(sum, low_bit_part(i_load(low), part), value);
+                }
+                planes[plane] = sum;
             }
-            if (bits < 8) other = sum = int4_sum(sum);
-            memcpy(sums, &sum, sizeof sums);
-            expect(!memcmp(&sum, &other, sizeof sums), "dot_int8: another sum of bytes");
-            for (int i = 0; i < 16; i++) {
-                int32_t right = first;
-                for (int k = 0; k < 4; k++) right += dots * in[k] * (bits < 8 ? low[4 * i + k] : levels[4 * i + k] + LEVEL_OFFSET - 128);
-                expect(sums[i] == right, "dot of %d bits: %d instead of %d", bits, sums[i], right);
-            }
+            f_store(y, f_of_planes(planes));
+            for (int i = 0; i < 16; i++) sums[i] = (int32_t)y[i]; /* below 2^24 */
+            expect_dots(sums, 0, low, bits == 8 ? LEVEL_OFFSET - 128 : 0, wide, 1);
         }
     }
 }

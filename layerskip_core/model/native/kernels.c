@@ -186,18 +186,17 @@ typedef struct {
 #define LARGEST 16256.0f /* largest level of a row for STORED weights */
 #define LEAST 1e-30f     /* groups that are smaller are zeros */
 
-/* Quantises a row of n numbers to 15 bits for STORED weights. Level i is 128 * out[i] + out[n + i]. Each group has a scale, and
- * the sums of its first half, of its second half and of all. Errors are 4e-5 of the numbers' size: outputs show no difference
- * from fp32 rows. */
-static void form_stored_row(const float *x, int n, int8_t *out) {
-    float *factors = (float *)(out + 2 * n);
+/* Quantises a row of n numbers to 15 bits for STORED weights. Each group has a scale, and the sums of its first half, of its
+ * second half and of all. Errors are 4e-5 of the numbers' size: outputs show no difference from fp32 rows. */
+static void form_stored_row(const float *x, int n, RowInt8 *out) {
+    float *factors = (float *)(out + PLANES * n);
     for (int g = 0; g < n / GROUP; g++, x += GROUP, out += GROUP, factors += 4) {
         vf half[2] = {f_load(x), f_load(x + 16)};
         float most = f_largest(f_max(f_abs(half[0]), f_abs(half[1]))), sums[2];
         vf inverse = f_set(most > LEAST ? LARGEST / most : 0);
         for (int h = 0; h < 2; h++) {
-            vf levels = f_of_int(i_rounded(f_mul(half[h], inverse))), high = f_of_int(i_rounded(f_mul(levels, f_set(1.0f / 128))));
-            f_store_int8(out + 16 * h, high), f_store_int8(out + n + 16 * h, f_fma(high, f_set(-128), levels));
+            vf levels = f_of_int(i_rounded(f_mul(half[h], inverse)));
+            f_store_wide_levels(out + 16 * h, n, levels);
             sums[h] = f_sum(levels);
         }
         factors[0] = most / LARGEST, factors[1] = factors[0] * sums[0], factors[2] = factors[0] * sums[1];
@@ -212,7 +211,7 @@ static size_t form_bytes(const Matrix *m) {
     size_t n = (size_t)m->inputs, bytes = level_bytes(m) + n / GROUP * 8;
     if (m->kind == FP32 || m->kind == WIDENED) bytes = 4 * n;
     if (m->kind == BF16) bytes = sizeof(RowBf16) * n;
-    if (m->kind == STORED) bytes = 2 * n + n / GROUP * 16;
+    if (m->kind == STORED) bytes = PLANES * sizeof(RowInt8) * n + n / GROUP * 16;
     return (bytes + 63) & ~(size_t)63;
 }
 
@@ -223,7 +222,7 @@ static void quantize_row(const Matrix *m, const float *x, char *out) {
     } else if (m->kind == BF16) {
         form_bf16((RowBf16 *)out, x, n);
     } else if (m->kind == STORED) {
-        form_stored_row(x, n, (int8_t *)out);
+        form_stored_row(x, n, (RowInt8 *)out);
     } else {
         float *scales = (float *)(out + level_bytes(m));
         float *sums = scales + n / GROUP;

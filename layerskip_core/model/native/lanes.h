@@ -6,8 +6,9 @@
  *
  * 64 bytes of weights are multiplied in parts: without instructions for bf16 pairs or int8 quads they are widened, and so are
  * rows when they are converted. dot_bf16 adds to each lane the product of its part with the row's. dot_int8 and dot_int4 add
- * products of weight levels with row levels, which are never -128. Levels of int4 have four to six bits; int4_sum widens the
- * sums of a group's dots, or of int4_dots dots. Levels of int8 are stored plus 128, of which int8_part leaves LEVEL_OFFSET.
+ * products of weight levels with row levels, which are never -128. Levels of int4 have four bits; int4_sum widens the sums of a
+ * group's dots. Levels of int8 are stored plus 128, of which int8_part leaves LEVEL_OFFSET. dot_low_bit takes parts of unsigned
+ * levels below eight bits. Row levels of 15 bits stand in PLANES, two of bytes or one of 16 bits, whose dots f_of_planes adds.
  * i_lookup indexes a table by the low or high halves of bytes. i_interleaved: of each 16 bytes of two vectors the first or second
  * eight, taken in turns.
  */
@@ -57,14 +58,24 @@ INLINE vf dot_bf16(vf acc, Bf16 w, Bf16 x) { return f_add_product(acc, x, w); }
 #endif
 
 #if INT8_PARTS == 1
+#define PLANES 2
 typedef int8_t RowInt8;
 INLINE void f_store_levels(RowInt8 *p, vf x) { f_store_int8(p, x); }
-INLINE vi byte_value(const int8_t *quad, int part) { return (void)part, i_set(four_bytes(quad)); }
-INLINE int int4_dots(int bits) { return (void)bits, 8; }
+/* Level i is 128 * p[i] + p[n + i]. */
+INLINE void f_store_wide_levels(RowInt8 *p, int n, vf x) {
+    vf high = f_of_int(i_rounded(f_mul(x, f_set(1.0f / 128))));
+    f_store_int8(p, high), f_store_int8(p + n, f_fma(high, f_set(-128), x));
+}
+INLINE vf f_of_planes(const vi *sums) { return f_fma(f_of_int(sums[0]), f_set(128), f_of_int(sums[1])); }
+INLINE vi low_bit_part(vi w, int part) { return (void)part, w; }
+INLINE vi dot_low_bit(vi sum, vi w, vi x) { return dot_int4(sum, w, x); }
 #else
+#define PLANES 1
 typedef int16_t RowInt8;
-INLINE vi byte_value(const int8_t *quad, int part) { return i_set((quad[part] & 0xffff) | quad[2 + part] * 65536); }
-INLINE int int4_dots(int bits) { return 8 >> (bits - 4); }
+INLINE void f_store_wide_levels(RowInt8 *p, int n, vf x) { (void)n, f_store_levels(p, x); }
+INLINE vf f_of_planes(const vi *sums) { return f_of_int(sums[0]); }
+INLINE vi low_bit_part(vi w, int part) { return int8_part(w, part); }
+INLINE vi dot_low_bit(vi sum, vi w, vi x) { return dot_int8(sum, w, x); }
 #endif
 INLINE vi int8_value(const RowInt8 *quad, int part) { return i_set(four_bytes(quad + 2 * part)); }
 INLINE vi int4_value(const int8_t *quad) { return i_set(four_bytes(quad)); }

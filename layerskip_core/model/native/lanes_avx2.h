@@ -142,7 +142,7 @@ INLINE vi int8_part(vi w, int part) { return BOTH(vi, half_int8_part(w.a, part),
 INLINE __m256i half_dot_int8(__m256i sum, __m256i w, __m256i x) { return in_order(_mm256_add_epi32(sum, _mm256_madd_epi16(w, x))); }
 INLINE vi dot_int8(vi sum, vi w, vi x) { return BOTH(vi, half_dot_int8(sum.a, w.a, x.a), half_dot_int8(sum.b, w.b, x.b)); }
 
-/* Sums stay in 16 bits: with four-bit levels, eight pairs of products of at most 2 * 15 * 127 each fit; see int4_dots. */
+/* Sums stay in 16 bits: with four-bit levels, eight pairs of products of at most 2 * 15 * 127 each fit. */
 INLINE __m256i half_dot_int4(__m256i sum, __m256i w, __m256i x) {
     return in_order(_mm256_add_epi16(sum, _mm256_maddubs_epi16(w, x)));
 }

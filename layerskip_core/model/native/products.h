@@ -9,7 +9,8 @@
 #define LEAST_TURN 4 /* least rows of a turn, where whole panels take several; the last may have fewer */
 #define MOST_TURN 8
 #define LOW_BIT_TURN 5 /* most rows of a turn by low-bit weights, whose sums of groups need registers too */
-#define STORED_TILE (WHOLE_TILE < TILE ? 3 : 4) /* most rows that share a weight of STORED: each has two sums of a group */
+/* Most rows that share a weight of STORED: each has a sum of a group by plane. */
+#define STORED_TILE (WHOLE_TILE == TILE ? 4 : PLANES == 2 ? 3 : LOW_BIT_TILE)
 #define SYSTEM_PAGE 4096
 #define TILES 4 /* most tiles of rows that a step is multiplied by in turn */
 
@@ -212,46 +213,38 @@ INLINE vf factor_of(const Operands *o, const int spans, int span, int h, int is_
     return f_mul(scale, f_load_int8(o->steps + (size_t)span * factors + at));
 }
 
-/* Adds the products of a quad of levels with four bytes of a row. */
-INLINE vi dot_levels(vi sum, vi levels, const int8_t *quad, const int bits, int part) {
-    return bits == 8 ? dot_int8(sum, int8_part(levels, part), byte_value(quad, part)) : dot_int4(sum, levels, int4_value(quad));
-}
-INLINE vf dots_of(vi sum, const int bits) { return f_of_int(bits == 8 ? sum : int4_sum(sum)); }
-
-/* Row levels have two bytes, which are multiplied separately. A sum over the inputs of a step is exact up to six bits, and
- * rounded once with eight, so results do not depend on how many dots are added at once. */
+/* A row level has two bytes, or 16 bits. A sum over the inputs of a step is exact up to six bits, and rounded once with eight, so
+ * results do not depend on how many dots are added at once. */
 INLINE void panel_stored(const Operands *o, const int bits, const int by_table, const int R, const int H) {
     static const int8_t table[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0}; /* twice MXFP4's levels, plus 12 */
-    const int spans = bits == 6 ? 2 : 1, quads = GROUP / 4 / spans, parts = bits == 8 ? INT8_PARTS : 1;
-    const int most = bits == 8 || int4_dots(bits + by_table) > quads ? quads : int4_dots(bits + by_table);
+    const int spans = bits == 6 ? 2 : 1, quads = GROUP / 4 / spans;
     Sums acc;
     take_sums(acc, o, R, 1, H);
     for (int g = o->from / bits; g < o->to / bits; g++)
         EACH(span, spans) {
-            vf sum[TILE][2];
-            EACH(run, quads / most) {
-                vi high[TILE][2], low[TILE][2];
-                EACH(r, R) EACH(h, H) high[r][h] = low[r][h] = i_set(0);
-                EACH(within, most) {
-                    const int quad = span * quads + run * most + within;
-                    if (quad < bits) fetch(o, 0, g * bits + quad, R, H);
-                    vi levels[2];
-                    EACH(h, H) {
-                        const char *group = weights_of(o, 0, g * bits) + 64 * h;
-                        levels[h] = by_table ? i_lookup(table, i_load(group + quad / 2 * UNIT), quad % 2) : quads_of(group, quad, bits);
-                    }
-                    EACH(part, parts)
-                        EACH(r, R) {
-                            const int8_t *value = (const int8_t *)o->x + r * o->stride + GROUP * g + 4 * quad;
-                            EACH(h, H) high[r][h] = dot_levels(high[r][h], levels[h], value, bits, part);
-                            EACH(h, H) low[r][h] = dot_levels(low[r][h], levels[h], value + o->inputs, bits, part);
+            vi dots[TILE][2][PLANES];
+            EACH(r, R) EACH(h, H) EACH(plane, PLANES) dots[r][h][plane] = i_set(0);
+            EACH(within, quads) {
+                const int quad = span * quads + within;
+                if (quad < bits) fetch(o, 0, g * bits + quad, R, H);
+                vi levels[2];
+                EACH(h, H) {
+                    const char *group = weights_of(o, 0, g * bits) + 64 * h;
+                    levels[h] = by_table ? i_lookup(table, i_load(group + quad / 2 * UNIT), quad % 2) : quads_of(group, quad, bits);
+                }
+                EACH(part, INT8_PARTS) {
+                    vi weight[2];
+                    EACH(h, H) weight[h] = bits == 8 ? int8_part(levels[h], part) : low_bit_part(levels[h], part);
+                    EACH(r, R)
+                        EACH(plane, PLANES) {
+                            const RowInt8 *row = (const RowInt8 *)(o->x + r * o->stride) + plane * o->inputs;
+                            vi value = int8_value(row + GROUP * g + 4 * quad, part);
+                            EACH(h, H) {
+                                vi sum = dots[r][h][plane];
+                                dots[r][h][plane] = bits == 8 ? dot_int8(sum, weight[h], value) : dot_low_bit(sum, weight[h], value);
+                            }
                         }
                 }
-                EACH(r, R)
-                    EACH(h, H) {
-                        vf dots = f_fma(dots_of(high[r][h], bits), f_set(128), dots_of(low[r][h], bits));
-                        sum[r][h] = run ? f_add(sum[r][h], dots) : dots;
-                    }
             }
             EACH(h, H) {
                 const int offset = bits == 8 ? LEVEL_OFFSET : o->stored->offset, place = g * spans + span;
@@ -261,13 +254,15 @@ INLINE void panel_stored(const Operands *o, const int bits, const int by_table, 
                 if (bits == 4 && offset < 0) minimum = f_sub(minimum, f_mul(scale, f_load_int8(step)));
                 else if (bits <= 5 && !offset) minimum = factor_of(o, spans, place, h, 1);
                 EACH(r, R) {
-                    const float *factors = (const float *)(o->x + r * o->stride + 2 * o->inputs) + 4 * g;
+                    const RowInt8 *row = (const RowInt8 *)(o->x + r * o->stride);
+                    const float *factors = (const float *)(row + PLANES * o->inputs) + 4 * g;
+                    vf sum = f_of_planes(dots[r][h]);
                     float whole = factors[spans == 1 ? 3 : 1 + span];
                     if (bits > 5 || offset > 0) {
-                        vf product = f_fma(sum[r][h], f_set(factors[0]), f_set((float)-offset * whole));
+                        vf product = f_fma(sum, f_set(factors[0]), f_set((float)-offset * whole));
                         acc[r][0][h] = f_fma(scale, product, acc[r][0][h]);
                     } else {
-                        acc[r][0][h] = f_fma(sum[r][h], f_mul(scale, f_set(factors[0])), acc[r][0][h]);
+                        acc[r][0][h] = f_fma(sum, f_mul(scale, f_set(factors[0])), acc[r][0][h]);
                         acc[r][0][h] = f_fma(minimum, f_set(whole), acc[r][0][h]);
                     }
                 }
