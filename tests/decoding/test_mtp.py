@@ -234,7 +234,7 @@ def trained():
     )
     drafter = FrozenExits(TransformersBackend(model.eval()), [MTP])
     labels = texts.masked_fill(torch.arange(LENGTH) < 2, IGNORED)
-    _train(drafter.parameters(), lambda: drafter(texts, labels)["loss"] / labels.numel(), 80)
+    _train(drafter.parameters(), lambda: drafter(texts, labels)["loss"] / labels.numel(), 160)
     stored = {name: weight.detach() for name, weight in drafter.weights().items()}
     return TransformersBackend(
         model, replace(NO_STORED_DRAFTERS, mtp=StoredDrafters((MTP,), stored.get))
@@ -266,4 +266,5 @@ def test_the_state_after_the_final_norm_is_the_one_that_drafts_read(monkeypatch)
     """No text shows that it was the one before: only most drafts are wrong (llama.cpp#24025)."""
     right = accepted()
     monkeypatch.setattr(PlacedMtp, "features", lambda block, model, states, finals: finals)
-    assert right > 0.8 and accepted() < 0.6 * right
+    assert right > 16 / TOKENS  # 16 times that of chance
+    assert accepted() < 0.6 * right
