@@ -230,7 +230,7 @@ def trained():
     _train(
         model.parameters(),
         lambda: F.cross_entropy(model(texts[:, :-1]).logits[:, 1:].flatten(0, 1), wanted),
-        40,
+        80,
     )
     drafter = FrozenExits(TransformersBackend(model.eval()), [MTP])
     labels = texts.masked_fill(torch.arange(LENGTH) < 2, IGNORED)
@@ -266,5 +266,4 @@ def test_the_state_after_the_final_norm_is_the_one_that_drafts_read(monkeypatch)
     """No text shows that it was the one before: only most drafts are wrong (llama.cpp#24025)."""
     right = accepted()
     monkeypatch.setattr(PlacedMtp, "features", lambda block, model, states, finals: finals)
-    assert right > 16 / TOKENS  # 16 times that of chance
-    assert accepted() < 0.6 * right
+    assert right > 0.8 and accepted() < 0.6 * right
